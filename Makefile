@@ -1,0 +1,63 @@
+# Targets for people; `make help` lists them. Everything runs in the virtual environment $(VENV).
+
+VENV        ?= .venv
+PYTHON      ?= $(shell for p in python3.11 python3.12 python3.13; do $$p --version >/dev/null 2>&1 && echo $$p && break; done)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+CONFIG      ?= configs/demo.yaml
+SET         ?=
+BIN         := $(VENV)/bin
+LORAPAR     := $(BIN)/lorapar
+STAGES      := classify score partition sft rl eval
+READY       := $(VENV)/.ready
+MODEL       := models/smollm2-135m-q4
+DATA        := data/demo/train.jsonl
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smoke test check fix clean $(STAGES)
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "$(STAGES)" | tr ' ' '\n' | sed 's/$$/\tRun this stage of CONFIG=file (SET="key=value …")/' | expand -t 12
+
+setup: $(READY) ## Make the virtual environment and install everything
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) bash .ci/setup.sh
+	@touch $@
+
+$(MODEL)/config.json: | $(READY)
+	$(LORAPAR) fetch smollm2-135m-q4
+
+models/tiny-random/config.json: | $(READY)
+	$(LORAPAR) fetch tiny-random
+
+$(DATA): | $(READY)
+	$(LORAPAR) demo-data data/demo
+
+demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M (about 15 minutes on 2 cores)
+	$(LORAPAR) run configs/demo.yaml $(foreach s,$(SET),--set $(s))
+
+smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline on a random two-layer model
+	rm -rf runs/smoke
+	$(LORAPAR) run configs/smoke.yaml
+
+$(STAGES): $(READY)
+	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
+
+test: $(READY) ## Run the tests (no network, no GPU)
+	$(BIN)/python -m pytest -m "not vllm and not slow and not gpu"
+
+check: $(READY) ## Lint, format, types, sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/sizes.py
+
+fix: $(READY) ## Mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove runs, the demonstration set and fetched models
+	rm -rf runs data models

@@ -1,0 +1,3 @@
+from lorapar_cli.app import main
+
+main()

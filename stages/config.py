@@ -1,0 +1,317 @@
+"""The YAML file as pydantic models, one per section. A field's description is its only documentation.
+
+Order: defaults < YAML < `--set section.key=value`. All mistakes are reported at once. A field marked `identity=False` does
+not change a result (or a digest stands for it) and stays out of the artifact keys.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from stages.errors import ConfigError, LoraparError, MissingInputError
+
+
+def _setting(default: Any, doc: str, identity: bool = True, **constraints: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"identity": identity}, **constraints)
+
+
+def _named(module: str, registry: str) -> AfterValidator:
+    """Check a name against a registry, imported only then."""
+
+    def check(name: str) -> str:
+        try:
+            getattr(importlib.import_module(module), registry).pick(name)
+        except LoraparError as error:
+            raise ValueError(f"{error}; {error.hint}") from None
+        return name
+
+    return AfterValidator(check)
+
+
+Scorer = Annotated[str, _named("stages.lora.importance", "scorers")]
+Strategy = Annotated[str, _named("stages.lora.regions", "strategies")]
+Reward = Annotated[str, _named("stages.language.rewards", "rewards")]
+Persona = Annotated[str, _named("stages.language.voting", "personas")]
+Benchmark = Annotated[str, _named("stages.benchmarks", "benchmarks")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    name: str = _setting(..., "Base model: a local folder or a hub id.", identity=False)
+    revision: str = _setting("main", "Branch, tag or commit of a hub model.", identity=False)
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting("auto", "Type of the base weights; auto is the checkpoint's.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = _setting(
+        "auto", "Attention code; auto is the library's choice, eager is faster for short rows on CPU.", identity=False
+    )
+
+
+class SourceSection(Section):
+    path: str | None = _setting(None, "A .jsonl or .jsonl.gz file, or a hub id.", identity=False)
+    subset: str | None = _setting(None, "Configuration name of a hub data set.")
+    split: str = _setting("train", "Split of a hub data set.")
+    revision: str = _setting("main", "Revision of a hub data set.", identity=False)
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = _setting("auto", "Format of the rows.")
+    limit: int | None = _setting(None, "Use the first N rows only.", gt=0)
+    duplicates: Literal["error", "first"] = _setting("error", "Rows whose prompt and response repeat.")
+
+
+class DataSection(SourceSection):
+    max_length: int = _setting(512, "Longest prompt + response in tokens.", gt=0)
+    too_long: Literal["error", "drop", "truncate"] = _setting("error", "What to do with longer training rows.")
+
+
+class PromptSection(Section):
+    system: str | None = _setting(None, "System message; none leaves it to the chat template.")
+    template: Literal["chat", "plain"] = _setting("chat", "The tokenizer's chat template, or `Question: … Answer:`.")
+    answer_format: Literal["hash", "xml"] = _setting("hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>.")
+
+
+class LoraSection(Section):
+    r: int = _setting(8, "Rank.", gt=0)
+    alpha: float = _setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
+    target_modules: list[str] = _setting(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.")
+    init: Literal["normal", "pissa", "olora", "default"] = _setting("normal", "normal: A and B ~ N(0, std²), as in the paper.")
+    std: float = _setting(0.01, "Standard deviation of init normal.", gt=0)
+    compensate: Literal["auto"] | bool = _setting("auto", "Subtract the initial B₀A₀; auto: for pissa and olora.")
+    rslora: bool = _setting(False, "Scale by alpha / √r instead.")
+
+    @property
+    def compensated(self) -> bool:
+        return self.init in ("pissa", "olora") if self.compensate == "auto" else self.compensate
+
+
+class Voter(Section):
+    model: str | None = _setting(None, "Voting model; none is model.name.", identity=False)
+    engine: Literal["auto", "vllm", "openai", "transformers"] = _setting(
+        "auto", "auto: vllm where it is installed, else transformers."
+    )
+    base_url: str | None = _setting(None, "Running OpenAI-compatible server (…/v1).", identity=False)
+    api_key_env: str = _setting("OPENAI_API_KEY", "Environment variable with the key for base_url.", identity=False)
+    persona: Persona = _setting("role_play", "Prompt and label words of this voter.")
+
+    @model_validator(mode="after")
+    def _url(self) -> "Voter":
+        if self.engine == "openai" and not self.base_url:
+            raise ValueError("engine openai needs base_url")
+        return self
+
+
+class ClassifySection(Section):
+    strategy: Literal["vote", "random"] = _setting("vote", "random: labels drawn at random, the paper's control.")
+    voters: list[Voter] = _setting([Voter()], "Who votes.", min_length=1)
+    show_answer: bool = _setting(True, "Show the voter the reference answer too (persona role_play).")
+    system2_share: float | None = _setting(
+        None, "Known share of System 2: each voter's threshold becomes that quantile; none: 0.5.", gt=0, lt=1
+    )
+    min_agreement: float = _setting(0, "Below this share of equal votes an example is undecided.", ge=0, le=1)
+    seed: int = _setting(0, "Seed of strategy random.")
+    concurrency: int = _setting(64, "Requests in flight.", identity=False, gt=0)
+    max_model_len: int = _setting(2048, "Context of a vLLM server that lorapar starts.", identity=False, gt=0)
+    startup_s: float = _setting(600, "Seconds a vLLM server may take to start.", identity=False, gt=0)
+    port: int | None = _setting(None, "Port of that server; none takes a free one.", identity=False)
+
+
+class ScoreSection(Section):
+    scorer: Scorer = _setting("taylor2", "Importance formula.")
+    examples: int = _setting(100, "Examples per system.", gt=0)
+    batch_size: int = _setting(8, "Examples per forward pass.", identity=False, gt=0)
+    prompt: PromptSection | None = _setting(None, "Overrides `prompt`.")
+
+
+class PartitionSection(Section):
+    strategy: Strategy = _setting("importance", "How the elements are split.")
+    theta: float = _setting(0.9, "Share of the total importance that each system's set reaches.", gt=0, le=1)
+    alpha: float = _setting(1, "Share of the shared elements that SFT trains.", ge=0, le=1)
+    beta: float = _setting(1, "Share of the shared elements that RL trains.", ge=0, le=1)
+
+
+class TrainSection(Section):
+    lr: float = _setting(2e-4, "Peak learning rate.", gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = _setting("cosine", "Learning rate schedule.")
+    warmup: float = _setting(0.03, "Share of the steps that warm up.", ge=0, lt=1)
+    weight_decay: float = _setting(0.0, "AdamW weight decay.", ge=0)
+    adam_beta1: float = _setting(0.9, "AdamW β₁.", ge=0, lt=1)
+    adam_beta2: float = _setting(0.999, "AdamW β₂.", ge=0, lt=1)
+    max_grad_norm: float = _setting(1.0, "Gradient clipping.", gt=0)
+    epochs: float = _setting(1, "Passes over the data.", gt=0)
+    max_steps: int | None = _setting(None, "Stop after N optimizer steps.", gt=0)
+    gradient_checkpointing: bool = _setting(False, "Trade time for memory.", identity=False)
+    prompt: PromptSection | None = _setting(None, "Overrides `prompt`.")
+
+
+class SftSection(TrainSection):
+    data: Literal["system1", "all"] = _setting("system1", "Rows to train on.")
+    system2_share: float = _setting(0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1)
+    batch_size: int = _setting(32, "Rows per optimizer step.", gt=0)
+    micro_batch: int = _setting(8, "Rows per forward pass; divides batch_size.", gt=0)
+    dropout: float = _setting(0.05, "LoRA dropout.", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "SftSection":
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class RlSection(TrainSection):
+    data: Literal["system2", "all"] = _setting("system2", "Rows to train on.")
+    prompts_per_step: int = _setting(32, "Prompts per optimizer step.", gt=0)
+    group: int = _setting(8, "Completions per prompt.", gt=1)
+    micro_batch: int = _setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
+    iterations: int = _setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
+    temperature: float = _setting(1.0, "Sampling temperature.", gt=0)
+    top_p: float = _setting(1.0, "Nucleus sampling.", gt=0, le=1)
+    max_prompt: int = _setting(128, "Longest prompt in tokens; longer ones are dropped and counted.", gt=0)
+    max_completion: int = _setting(256, "Longest completion in tokens.", gt=0)
+    kl_beta: float = _setting(0.0, "Weight of the KL term.", ge=0)
+    kl_reference: Literal["base", "sft"] = _setting("base", "Model the KL term holds on to.")
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = _setting("dapo", "How token losses are averaged.")
+    scale_rewards: Literal["group", "batch", "none"] = _setting("group", "Divide advantages by a standard deviation.")
+    rewards: dict[Reward, float] = _setting({"correctness": 2.0}, "Reward functions and their weights.", min_length=1)
+    dropout: float = _setting(0.0, "LoRA dropout.", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "RlSection":
+        if (self.prompts_per_step * self.group) % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}")
+        return self
+
+
+class EvalSection(Section):
+    benchmark: Benchmark = _setting("gsm8k", "How answers are read and graded.")
+    targets: list[Literal["base", "init", "sft", "rl"]] = _setting(
+        ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
+    )
+    max_new_tokens: int = _setting(256, "Longest answer in tokens.", gt=0)
+    batch_size: int = _setting(64, "Questions per batch.", identity=False, gt=0)
+    prompt: PromptSection | None = _setting(None, "Overrides `prompt`.")
+
+
+class Config(Section):
+    run: str = _setting("default", "Name of the run: a folder below runs_dir.", identity=False, pattern=r"^[\w][\w.-]*$")
+    runs_dir: str = _setting("runs", "Where runs are kept.", identity=False)
+    seed: int = _setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
+    model: ModelSection = _setting(..., "The base model.")
+    data: DataSection = _setting(DataSection(), "Training rows.")
+    test: SourceSection = _setting(SourceSection(split="test"), "Held-out rows.")
+    prompt: PromptSection = _setting(PromptSection(), "What the model is shown, in score, sft, rl and eval alike.")
+    lora: LoraSection = _setting(LoraSection(), "The adapter.")
+    classify: ClassifySection = _setting(ClassifySection(), "Label examples System 1 or 2.")
+    score: ScoreSection = _setting(ScoreSection(), "Importance of every LoRA element.")
+    partition: PartitionSection = _setting(PartitionSection(), "Split the elements.")
+    sft: SftSection = _setting(SftSection(), "Supervised training of the System 1 part.")
+    rl: RlSection = _setting(RlSection(), "GRPO on the System 2 part.")
+    eval: EvalSection = _setting(EvalSection(), "Accuracy of base, init, sft or rl.")
+
+    @model_validator(mode="after")
+    def _importance(self) -> "Config":
+        if self.lora.init == "default" and self.partition.strategy != "all" and self.score.scorer != "magnitude":
+            raise ValueError("lora.init default has B = 0, so every importance is zero; choose normal, pissa or olora")
+        return self
+
+    @property
+    def root(self) -> Path:
+        return Path(self.runs_dir) / self.run
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read `path` and apply `section.key=value` overrides; one ConfigError lists every mistake."""
+    if not path.is_file():
+        raise MissingInputError(f"no config file {path}", "see configs/, or print the defaults: lorapar config")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        mistakes = [_mistake(e) for e in error.errors()]
+        text = mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
+        raise ConfigError(text, "every setting with its default: lorapar config") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    *path, last = name.strip().split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: {' '.join(str(error).split())}") from None
+
+
+def _mistake(error: Any) -> str:
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, list(_names(Config)), n=1, cutoff=0.6)
+        return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return (
+        f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+        if error["type"] != "value_error"
+        else f"{name}: {message}"
+    )
+
+
+def _sub_section(field: FieldInfo) -> type[Section] | None:
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if below := _sub_section(field):
+            yield from _names(below, f"{prefix}{name}.")
+
+
+def identity(value: Any) -> Any:
+    """The part of a section that determines results, as plain JSON values."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        kept = {n: f for n, f in fields.items() if (f.json_schema_extra or {}).get("identity", True)}  # type: ignore[union-attr]
+        return {name: identity(getattr(value, name)) for name in kept}
+    if isinstance(value, list):
+        return [identity(item) for item in value]
+    return value
+
+
+def annotated(section: type[Section] = Config, values: Section | None = None, indent: str = "") -> Iterator[str]:
+    """The lines of a YAML file with every setting, its default (or that of `values`) and its documentation."""
+    for name, field in section.model_fields.items():
+        below = _sub_section(field)
+        default = getattr(values, name) if values else None if field.is_required() else field.default
+        doc = f"  # {field.description}"
+        if below and (isinstance(default, Section) or field.is_required()):
+            yield f"{indent}{name}:{doc}"
+            yield from annotated(below, default, indent + "  ")
+            continue
+        if isinstance(default, list) and default and isinstance(default[0], Section):
+            default = [item.model_dump(mode="json") for item in default]
+        shown = (
+            "" if field.is_required() else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
+        )
+        yield f"{indent}{name}:{shown}{doc}"

@@ -1,0 +1,210 @@
+"""The demonstration set: questions whose intended system is known, written from a seed.
+
+System 1 items are answered by recall, by reading one number off the text, or by a single operation; System 2 items need
+two or three operations, chained. Every item is built from the same sentences, and System 1 items carry more asides, so
+that neither length nor a single word tells the systems apart (a test asserts it). The intended system is written to the
+field `intended`, which no stage reads.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stages.records import write_jsonl
+
+TRAIN_ITEMS, TEST_ITEMS = 480, 240
+
+# fmt: off
+NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
+         "Lily", "Omar", "Nina", "Paul", "Rosa", "Hugo", "Kate", "Finn", "Amy", "Raj"]
+THINGS = ["apples", "pens", "cards", "books", "stamps", "shells", "coins", "beads", "eggs",
+          "plums", "cups", "keys", "balls", "cakes", "rings", "seeds", "nuts", "figs"]
+BOXES = ["bags", "boxes", "packs", "jars", "baskets", "crates", "trays", "tins"]
+COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey"]
+# fmt: on
+ASIDES = [
+    "It is a sunny day. The market on the main square opens at {n}.",
+    "The walk from home to school takes about {n} minutes. It does not rain.",
+    "There are {n} people in the queue. Most of them are chatting.",
+    "The clock on the wall has been slow for years. It shows {n}.",
+    "The house at the corner has {n} windows. Its garden is small.",
+    "A bus with {n} empty seats stops at the library. It leaves again.",
+    "Grandmother turned {n} times around the park. Now she sits down.",
+    "A radio plays in the next room. It is song number {n} today.",
+]
+
+# (question, sentence that answers it, answer): facts a small pretrained model may have seen.
+FACTS = [
+    ("How many days are in a week?", "A week has 7 days.", "7"),
+    ("How many months are in a year?", "A year has 12 months.", "12"),
+    ("How many hours are in a day?", "A day has 24 hours.", "24"),
+    ("How many minutes are in an hour?", "An hour has 60 minutes.", "60"),
+    ("How many seconds are in a minute?", "A minute has 60 seconds.", "60"),
+    ("How many legs does a spider have?", "A spider has 8 legs.", "8"),
+    ("How many legs does an insect have?", "An insect has 6 legs.", "6"),
+    ("How many legs does a dog have?", "A dog has 4 legs.", "4"),
+    ("How many sides does a triangle have?", "A triangle has 3 sides.", "3"),
+    ("How many sides does a square have?", "A square has 4 sides.", "4"),
+    ("How many sides does a hexagon have?", "A hexagon has 6 sides.", "6"),
+    ("How many sides does a pentagon have?", "A pentagon has 5 sides.", "5"),
+    ("How many fingers are on one hand?", "One hand has 5 fingers.", "5"),
+    ("How many wheels does a bicycle have?", "A bicycle has 2 wheels.", "2"),
+    ("How many wheels does a car have?", "A car has 4 wheels.", "4"),
+    ("How many letters are in the English alphabet?", "The English alphabet has 26 letters.", "26"),
+    ("How many eggs are in a dozen?", "A dozen is 12 eggs.", "12"),
+    ("How many planets orbit the Sun?", "8 planets orbit the Sun.", "8"),
+    ("How many cents are in a dollar?", "A dollar has 100 cents.", "100"),
+    ("How many years are in a century?", "A century has 100 years.", "100"),
+    ("How many years are in a decade?", "A decade has 10 years.", "10"),
+    ("How many strings does a violin have?", "A violin has 4 strings.", "4"),
+    ("How many arms does an octopus have?", "An octopus has 8 arms.", "8"),
+    ("How many continents are there?", "There are 7 continents.", "7"),
+    ("What is the capital of France?", "The capital of France is Paris.", "Paris"),
+    ("What is the capital of Italy?", "The capital of Italy is Rome.", "Rome"),
+    ("What is the capital of Spain?", "The capital of Spain is Madrid.", "Madrid"),
+    ("What is the capital of Germany?", "The capital of Germany is Berlin.", "Berlin"),
+    ("What is the capital of Japan?", "The capital of Japan is Tokyo.", "Tokyo"),
+    ("What is the capital of Russia?", "The capital of Russia is Moscow.", "Moscow"),
+    ("What is the capital of Egypt?", "The capital of Egypt is Cairo.", "Cairo"),
+    ("What is the capital of Greece?", "The capital of Greece is Athens.", "Athens"),
+    ("What is the capital of China?", "The capital of China is Beijing.", "Beijing"),
+    ("What is the capital of Portugal?", "The capital of Portugal is Lisbon.", "Lisbon"),
+    ("What is the capital of England?", "The capital of England is London.", "London"),
+    ("What is the capital of Austria?", "The capital of Austria is Vienna.", "Vienna"),
+    ("What colour is fresh snow?", "Fresh snow is white.", "white"),
+    ("What colour is grass?", "Grass is green.", "green"),
+    ("What colour is a ripe banana?", "A ripe banana is yellow.", "yellow"),
+    ("What colour is coal?", "Coal is black.", "black"),
+    ("What is the opposite of hot?", "The opposite of hot is cold.", "cold"),
+    ("What is the opposite of big?", "The opposite of big is small.", "small"),
+    ("What is the opposite of up?", "The opposite of up is down.", "down"),
+    ("What is the opposite of day?", "The opposite of day is night.", "night"),
+]
+TEST_FACT_EVERY = 3
+"""Every third fact is kept for the test split, so that no recall item of the test was trained on."""
+
+
+@dataclass(frozen=True)
+class Item:
+    question: str
+    answer: str
+    """The worked answer; its last line is `#### ` and the final answer."""
+    intended: int
+    kind: str
+
+
+@dataclass
+class _Story:
+    """A quantity, the sentences that change it and the operations they stand for."""
+
+    name: str
+    thing: str
+    value: int
+    sentences: list[str]
+    operations: list[str]
+
+    def apply(self, sign: str, n: int, sentence: str) -> None:
+        result = {"+": self.value + n, "-": self.value - n, "*": self.value * n}[sign]
+        self.operations.append(f"{self.value} {sign} {n} = {result}")
+        self.value = result
+        self.sentences.append(sentence)
+
+
+def write(folder: Path, seed: int) -> dict[str, int]:
+    """Write `train.jsonl` and `test.jsonl` into `folder` and return their numbers of items.
+
+    The same seed gives the same bytes. No question of the test split, and none of its recall facts, is in the train split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    sizes = {}
+    for split, total in (("train", TRAIN_ITEMS), ("test", TEST_ITEMS)):
+        items = list(_items(rng, split, total, seen))
+        rng.shuffle(items)
+        write_jsonl(folder / f"{split}.jsonl", (asdict(item) for item in items))
+        sizes[split] = len(items)
+    return sizes
+
+
+def _items(rng: random.Random, split: str, total: int, seen: set[str]) -> Iterator[Item]:
+    facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split == "test")]
+    makers: list[tuple[Callable[[], Item], float]] = [
+        (lambda: _recall(rng, facts), 0.08),
+        (lambda: _reading(rng), 0.12),
+        (lambda: _chain(rng, 1), 0.30),
+        (lambda: _chain(rng, 2), 0.30),
+        (lambda: _chain(rng, 3), 0.20),
+    ]
+    for make, share in makers:
+        made = 0
+        while made < round(total * share):
+            item = make()
+            if item.question not in seen:
+                seen.add(item.question)
+                made += 1
+                yield item
+
+
+def _aside(rng: random.Random) -> str:
+    return rng.choice(ASIDES).format(n=rng.randint(4, 12))
+
+
+def _item(rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int) -> Item:
+    lead = [_aside(rng) for _ in range(asides)]
+    return Item(" ".join(lead + sentences), f"{worked}\n#### {gold}", intended, kind)
+
+
+def _recall(rng: random.Random, facts: list[tuple[str, str, str]]) -> Item:
+    question, sentence, gold = rng.choice(facts)
+    return _item(rng, [question], sentence, gold, 1, "recall", rng.randint(0, 2))
+
+
+def _reading(rng: random.Random) -> Item:
+    name, thing, box = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
+    colours, counts = rng.sample(COLOURS, 3), rng.sample(range(2, 20), 3)
+    asked = rng.randrange(3)
+    listed = ", ".join(f"{n} {c} {thing}" for n, c in zip(counts, colours, strict=True))
+    story = f"{name} packs {listed} and some old {box}."
+    question = f"How many {colours[asked]} {thing} does {name} pack?"
+    worked = f"{name} packs {counts[asked]} {colours[asked]} {thing}."
+    return _item(rng, [story, question], worked, str(counts[asked]), 1, "reading", rng.randint(0, 1))
+
+
+def _chain(rng: random.Random, steps: int) -> Item:
+    story = _Story(rng.choice(NAMES), rng.choice(THINGS), 0, [], [])
+    if rng.random() < 0.5:
+        _packs(rng, story)
+    else:
+        story.value = rng.randint(3, 15)
+        story.sentences.append(f"{story.name} has {story.value} {story.thing}.")
+    while len(story.operations) < steps:
+        rng.choice([_gain, *([_loss] if story.value > 2 else []), *([_times] if story.value <= 12 else [])])(rng, story)
+    question = f"How many {story.thing} does {story.name} have {rng.choice(['now', 'in the end', 'then', 'after that'])}?"
+    asides = rng.choice([0, 1, 1, 2]) if steps == 1 else rng.choice([0, 0, 1])
+    worked = ". ".join(story.operations) + "."
+    kind = {1: "one_step", 2: "two_step", 3: "three_step"}[steps]
+    return _item(rng, [*story.sentences, question], worked, str(story.value), 1 if steps == 1 else 2, kind, asides)
+
+
+def _packs(rng: random.Random, story: _Story) -> None:
+    story.value, n, box = rng.randint(2, 6), rng.randint(2, 6), rng.choice(BOXES)
+    story.apply("*", n, f"{story.name} buys {story.value} {box} with {n} {story.thing} each.")
+
+
+def _gain(rng: random.Random, story: _Story) -> None:
+    n = rng.randint(2, 9)
+    texts = ["{name} finds {n} more.", "{name} gets another {n} from a friend.", "{name} buys another {n} {thing}."]
+    story.apply("+", n, rng.choice(texts).format(name=story.name, n=n, thing=story.thing))
+
+
+def _loss(rng: random.Random, story: _Story) -> None:
+    n = rng.randint(1, min(9, story.value - 1))
+    texts = ["{name} gives {n} to a sister.", "{name} loses {n} of them.", "{name} sells {n} of the {thing}."]
+    story.apply("-", n, rng.choice(texts).format(name=story.name, n=n, thing=story.thing))
+
+
+def _times(rng: random.Random, story: _Story) -> None:
+    n = rng.randint(2, 3)
+    story.apply("*", n, f"The next day {story.name} has {n} times as many.")

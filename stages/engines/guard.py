@@ -1,0 +1,41 @@
+"""Runs a command in its own process group and ends the group when standard input closes: so also when the parent is killed.
+
+Used as `python guard.py COMMAND…`; imports nothing of lorapar, to start at once.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+PATIENCE_S = 5
+
+
+def main(command: list[str]) -> int:
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def end(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+    def watch() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would abort the interpreter's shutdown
+            pass
+        end(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_S
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        end(signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes our input
+    threading.Thread(target=watch, daemon=True).start()
+    code = child.wait()
+    end(signal.SIGKILL)  # workers of a server that crashed
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

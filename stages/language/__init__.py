@@ -1,0 +1,1 @@
+"""Everything that is text: prompts, answers, rewards, votes."""

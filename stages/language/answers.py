@@ -1,0 +1,73 @@
+"""Extract and compare final answers; the rewards and the benchmarks both use it, so SFT, RL and eval agree.
+
+An answer is a number where it can be read as one (commas, `$`, `%`, decimals, fractions, a unicode minus), else text.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_NUMBER = re.compile(r"[-\u2212]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d[\d,]*)?")
+_STRICT = {
+    "hash": re.compile(r"####[ \t]*(?P<answer>[^\n]+?)[ \t]*\.?(?:\n|$)"),
+    "xml": re.compile(r"<answer>\s*(?P<answer>.+?)\s*</answer>", re.DOTALL),
+}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The final answer of one text, read two ways; None where nothing was found."""
+
+    strict: str | None
+    """In the format asked for."""
+    flexible: str | None
+    """The strict answer, or the last number of the text, or its last word."""
+
+
+def extract(text: str, answer_format: str) -> Extracted:
+    """Read the final answer of a model's text; the last occurrence counts."""
+    found = [match["answer"] for match in _STRICT[answer_format].finditer(text)]
+    strict = found[-1].strip() if found else None
+    if strict is not None:
+        return Extracted(strict, strict)
+    numbers = _NUMBER.findall(text)
+    words = re.findall(r"\w+", text)
+    return Extracted(None, numbers[-1] if numbers else words[-1] if words else None)
+
+
+def number(text: str) -> Fraction | None:
+    """The one number a text is, exactly, or None: `$1,200.50`, `−3`, `3/4`, `12%`, `7.` and `5 apples`."""
+    text = text.strip().replace("\u2212", "-").replace("$", "").replace(",", "").rstrip(".%")
+    match = re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?(?:\s+[a-zA-Z]+\.?)?", text)
+    if not match or (match[2] is not None and int(match[2]) == 0):
+        return None
+    return Fraction(match[1].rstrip(".")) / int(match[2] or 1)
+
+
+def same(answer: str | None, gold: str) -> bool:
+    """Whether an answer equals the gold answer: as numbers if gold is one, else as text without case and edge marks."""
+    if answer is None:
+        return False
+    wanted = number(gold)
+    if wanted is not None:
+        return number(answer) == wanted
+    return _plain(answer) == _plain(gold)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().strip(" .!?,:;\"'*").split())
+
+
+def gold_of(response: str) -> str | None:
+    """The verifiable answer of a reference response: what stands after its last `####`."""
+    return extract(response, "hash").strict
+
+
+def rewrite(response: str, gold: str | None, answer_format: str) -> str:
+    """A reference response in `answer_format`; responses without a gold answer stay as they are."""
+    if gold is None:
+        return response
+    reasoning = response.rpartition("####")[0].strip() if "####" in response else response.strip()
+    if answer_format == "xml":
+        return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
+    return f"{reasoning}\n#### {gold}"

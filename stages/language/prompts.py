@@ -1,0 +1,147 @@
+"""The one renderer: what a model is shown in score, sft, rl and eval, and the token rows that training reads."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.config import DataSection, ModelSection, PromptSection
+from stages.errors import ConfigError, DataError, MissingInputError
+from stages.language.answers import rewrite
+from stages.records import Example, problems
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised example; prompt tokens are IGNORED in `labels`, which otherwise equals `input_ids`."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"cannot load the tokenizer of {model.name}: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by length, never by id, so the real EOS is still trained.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+class Renderer:
+    """Turns questions into prompts and examples into rows, as one PromptSection says."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> None:
+        self.tokenizer = tokenizer
+        self.section = section
+        if section.template == "chat" and not tokenizer.chat_template:
+            raise ConfigError("prompt.template is chat, and the tokenizer has no chat template", "--set prompt.template=plain")
+        self.end = self._end()
+        """What closes an answer: the template's own mark, or EOS."""
+        ends = tokenizer(self.end, add_special_tokens=False)["input_ids"]
+        self.stop_ids = sorted({tokenizer.eos_token_id, ends[0]} if len(ends) == 1 else {tokenizer.eos_token_id})
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.section.system}] if self.section.system else []
+        return [*system, {"role": "user", "content": question}]
+
+    def prompt(self, question: str) -> str:
+        """The text a model continues."""
+        if self.section.template == "chat":
+            return str(self.tokenizer.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True))
+        system = f"{self.section.system}\n\n" if self.section.system else ""
+        return f"{system}Question: {question}\nAnswer:\n"
+
+    def prompt_ids(self, question: str) -> list[int]:
+        # A chat template writes BOS itself; a plain prompt gets whatever the tokenizer adds in front.
+        ids = self.tokenizer(self.prompt(question), add_special_tokens=self.section.template == "plain")["input_ids"]
+        return list(ids[:-1] if self.section.template == "plain" and ids[-1] == self.tokenizer.eos_token_id else ids)
+
+    def row(self, example: Example) -> Row:
+        """Prompt and reference response, rewritten into the answer format and closed."""
+        prompt = self.prompt_ids(example.prompt)
+        response = rewrite(example.response, example.gold, self.section.answer_format)
+        answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]
+        return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
+        """The rows of all examples and how many were dropped or cut, as `data.too_long` says."""
+        rows, long = [], []
+        for example in examples:
+            row = self.row(example)
+            if len(row.input_ids) <= data.max_length:
+                rows.append(row)
+                continue
+            long.append(f"{example.id} has {len(row.input_ids)} tokens")
+            cut = row.labels[: data.max_length]
+            if data.too_long == "truncate" and any(label != IGNORED for label in cut):
+                rows.append(Row(row.id, row.input_ids[: data.max_length], cut))
+        if long and data.too_long == "error":
+            raise problems(
+                f"longer than data.max_length {data.max_length}", long, "raise it, or --set data.too_long=drop (or truncate)"
+            )
+        if not rows:
+            raise DataError(f"no row fits into data.max_length {data.max_length}")
+        return rows, len(long)
+
+    def digest(self) -> str:
+        """Identity of the rendering: the template, the settings and one rendered question."""
+        text = repr((self.section.model_dump(), self.tokenizer.chat_template, self.prompt("?"), self.end))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _end(self) -> str:
+        if self.section.template == "plain":
+            return str(self.tokenizer.eos_token)
+        turns = [*self._messages("?"), {"role": "assistant", "content": "@@"}]
+        tail = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("@@")[2]
+        return tail.strip() or str(self.tokenizer.eos_token)
+
+
+@dataclass
+class Batch:
+    """Right-padded rows: (batch, tokens) each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
+    """Pad on the right, masked by length: pad may be the EOS token."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+    return Batch(ids.to(device), mask.to(device), labels.to(device))
+
+
+def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Each example's mean negative log-likelihood over its answer tokens: (batch,), at least float32."""
+    import torch.nn.functional as F
+
+    first = int((batch.labels != IGNORED).any(0).nonzero()[0])
+    keep = batch.input_ids.shape[1] - first + 1  # logits of the prompt are never needed
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits[:, :-1]
+    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    targets = batch.labels[:, first:]  # (batch, answer tokens)
+    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    counts = (targets != IGNORED).sum(1)
+    return losses.view(targets.shape).sum(1) / counts

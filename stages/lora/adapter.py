@@ -1,0 +1,172 @@
+"""Base model and LoRA adapter: load, attach, name, save. PEFT does the work; what it lets pass silently is checked here.
+
+A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀] with twice the alpha (√2 times under
+rslora), whose second half is frozen: the model starts as the base, and the base weight is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stages.config import LoraSection, ModelSection
+from stages.errors import ArtifactError, ConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_base(model: ModelSection) -> PreTrainedModel:
+    """The base model in eval mode on this process's device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        kind = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=model.dtype, **kind)
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
+    if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
+        # With `logits_to_keep` the head gets a strided slice, for which torch on CPU copies the vocabulary-sized weight once
+        # per example: 31 % of a training step on SmolLM2.
+        head.register_forward_pre_hook(_contiguous)
+    return loaded.to(device()).eval()
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def check_targets(base: nn.Module, lora: LoraSection) -> None:
+    """ConfigError unless every target module is there: PEFT passes over those that are not as long as one is."""
+    linear = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    missing = [name for name in lora.target_modules if name not in linear]
+    if missing:
+        raise ConfigError(
+            f"lora.target_modules: no {', '.join(missing)} in {type(base).__name__}",
+            f"choose from: {', '.join(sorted(linear))}",
+        )
+
+
+def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
+    alpha = lora.alpha * ((math.sqrt(2) if lora.rslora else 2) if doubled else 1)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r * (2 if doubled else 1),
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT multiplies with it; √2 of rslora is no integer
+        lora_dropout=dropout,
+        target_modules=list(lora.target_modules),
+        use_rslora=lora.rslora,
+        init_lora_weights=init,  # type: ignore[arg-type]
+    )
+
+
+def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
+    """`base` with the initial adapter A₀, B₀ that `lora.init` and the seed give, compensated where asked."""
+    check_targets(base, lora)
+    start = None if lora.init == "normal" else _peft_start(base, lora, seed)
+    model = get_peft_model(base, _lora_config(lora, 0.0, lora.compensated, False))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in sorted(lora_layers(model).items()):
+            shape = scored_shape(name, module.weight, lora)
+            value = start[name] if start else torch.randn(shape, generator=generator) * lora.std
+            value = value.to(module.weight)
+            if lora.compensated:
+                rows = _is_a(name)
+                value = torch.cat([value, value if rows else -value], dim=0 if rows else 1)
+            module.weight.copy_(value)
+    return model
+
+
+def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
+    """A₀ and B₀ as PEFT initialises them, on a copy: PiSSA and OLoRA subtract B₀A₀ from the base weight."""
+    torch.manual_seed(seed)
+    init = True if lora.init == "default" else lora.init
+    model = get_peft_model(copy.deepcopy(base), _lora_config(lora, 0.0, False, init))
+    return {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
+
+
+def _is_a(name: str) -> bool:
+    return name.endswith(".lora_A.weight")
+
+
+def scored_shape(name: str, weight: Tensor, lora: LoraSection) -> tuple[int, int]:
+    """Shape of the trainable part of a LoRA weight: all of it, or the first half of a compensated one's rank."""
+    out, into = weight.shape
+    return (lora.r, into) if _is_a(name) else (out, lora.r)
+
+
+def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
+    """That part as a view."""
+    rows, columns = scored_shape(name, weight, lora)
+    return weight[:rows, :columns]
+
+
+def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+    """A mask of the trainable part, widened to the whole weight with False."""
+    whole = torch.zeros(weight.shape, dtype=torch.bool)
+    whole[: mask.shape[0], : mask.shape[1]] = mask
+    return whole
+
+
+def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Linear]:
+    """The lora_A and lora_B layers by PEFT's parameter name without the adapter's, as in an adapter file."""
+    suffixes = (f".lora_A.{adapter}", f".lora_B.{adapter}")
+    return {
+        f"{name.removesuffix('.' + adapter)}.weight": module  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if name.endswith(suffixes)
+    }
+
+
+def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0, trainable: bool = True) -> PeftModel:
+    """`base` with the adapter of `folder`; ArtifactError unless every name and shape fits."""
+    check_targets(base, lora)
+    model = get_peft_model(base, _lora_config(lora, dropout, lora.compensated, False))
+    stored, wanted = read(folder), lora_layers(model)
+    if stored.keys() != wanted.keys():
+        odd = sorted(stored.keys() ^ wanted.keys())[0]
+        raise ArtifactError(
+            f"{folder} does not fit the model: {odd} is on one side only", "it was made for another base or lora"
+        )
+    for name, module in wanted.items():
+        if stored[name].shape != module.weight.shape:
+            raise ArtifactError(
+                f"{folder} does not fit the model: {name} is {tuple(stored[name].shape)}, expected {tuple(module.weight.shape)}"
+            )
+    set_peft_model_state_dict(model, stored)
+    for module in wanted.values():
+        module.weight.requires_grad_(trainable)
+    return model
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file by parameter name."""
+    try:
+        return load_file(folder / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read the adapter in {folder}: {error}") from None
+
+
+def save(model: PeftModel, folder: Path, name: str) -> None:
+    """Write the `default` adapter as plain PEFT files into `folder`, made for the base model called `name`."""
+    model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].inference_mode = True
+    model.save_pretrained(str(folder), selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders

@@ -1,0 +1,125 @@
+"""Importance of every single LoRA element for one system, from per-example gradients of a batch.
+
+The gradient of one example's loss with respect to a LoRA weight W (out, in) is Σ_t δ_t x_tᵀ with the layer's input x and the
+gradient δ of its output, so one forward and backward of a batch holds them all. The loss is the sum over examples of each
+example's mean answer-token loss, so that each gradient is the example's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.errors import MeaninglessError
+from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from stages.language.prompts import Row
+
+scorers: Registry = Registry("scorer")
+
+
+@dataclass
+class Moments:
+    """Sums over examples, one tensor per LoRA weight, float32, of the weight's shape."""
+
+    gradient: dict[str, Tensor]
+    """Σ g"""
+    square: dict[str, Tensor]
+    """Σ g²"""
+    examples: int
+    loss: float
+    """Σ of the examples' mean answer-token losses."""
+
+
+@scorers.add
+def taylor2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """|g·φ − ½·F·φ²| with the mean gradient g and the diagonal Fisher F (arXiv 2507.20999, §3)."""
+    return (gradient * value - 0.5 * fisher * value * value).abs()
+
+
+@scorers.add
+def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """|φ|: needs no gradients and is the same for both systems."""
+    return value.abs()
+
+
+@contextmanager
+def _captured(model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments) -> Iterator[None]:
+    """While open, each backward adds the per-example gradients of every LoRA layer to `sums`."""
+    import torch
+
+    handles, pending = [], dict.fromkeys(weights, 0)
+
+    def watch(name: str):  # type: ignore[no-untyped-def]
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            pending[name] += 1
+            if x.dim() != 3 or pending[name] != 1:
+                raise MeaninglessError(
+                    f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
+                    "shared modules and mixtures of experts cannot be scored element by element",
+                )
+
+            def backward(delta: Tensor) -> None:
+                # (batch, tokens, out), (batch, tokens, in) -> (batch, out, in)
+                wide = torch.promote_types(torch.float32, x.dtype)
+                per_example = torch.einsum("bto,bti->boi", delta.to(wide), x.to(wide))
+                sums.gradient[name] += per_example.sum(0)
+                sums.square[name] += per_example.square_().sum(0)
+                pending[name] = 0
+
+            output.register_hook(backward)
+
+        return forward
+
+    try:
+        handles.append(model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_()))
+        for name, module in weights.items():
+            handles.append(module.register_forward_hook(watch(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def moments(
+    model: PreTrainedModel,
+    weights: dict[str, nn.Module],
+    batches: Iterable[list[Row]],
+    advance: Callable[[int], None],
+    pad: int,
+) -> Moments:
+    """Σ g and Σ g² over the examples of all batches.
+
+    weights: LoRA layers by parameter name. The model must be in eval mode (no dropout), without gradient checkpointing, and
+    no parameter of it may require a gradient: the graph starts at the embedded input instead, so autograd forms none of the
+    weight gradients that the hooks form per example. Raises MeaninglessError on a loss that is not finite.
+    """
+    import torch
+
+    from stages.language.prompts import answer_losses, collate
+
+    device = next(model.parameters()).device
+    zeros = {
+        n: torch.zeros_like(m.weight, dtype=torch.promote_types(m.weight.dtype, torch.float32)) for n, m in weights.items()
+    }
+    sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
+    with _captured(model, weights, sums):
+        for rows in batches:
+            losses = answer_losses(model, collate(rows, pad, device))
+            if not bool(torch.isfinite(losses).all()):
+                bad = [row.id for row, ok in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not ok]
+                raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
+            losses.sum().backward()
+            sums.examples += len(rows)
+            sums.loss += float(losses.detach().sum())
+            advance(len(rows))
+    return sums

@@ -1,0 +1,100 @@
+"""Element-wise frozen LoRA weights: the active elements are the parameter, the dense weight is made from them.
+
+A frozen element is no part of any parameter, so weight decay, momentum, clipping or a distributed wrapper cannot move it.
+A gradient mask would not do: AdamW's weight decay moves elements whose gradient is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Dense(torch.autograd.Function):
+    """The dense weight in the forward pass; in the backward pass its gradient, gathered at the active elements."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dense: Tensor, index: Tensor, owner: PackedLinear) -> Tensor:  # type: ignore[override]
+        ctx.index, ctx.owner = index, owner
+        return dense.view_as(dense)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.owner._stale = True  # an optimizer step may follow
+        return grad.reshape(-1).index_select(0, ctx.index), None, None, None
+
+
+class PackedLinear(nn.Linear):
+    """A bias-free linear layer of which only the elements under `mask` train.
+
+    `values` is 1-D, the active elements in flat order; without any it is a frozen, empty tensor. State dicts hold the dense
+    `weight` under its plain name, so PEFT and Trainer save and load as ever; loading other frozen elements is refused.
+    """
+
+    values: Tensor
+
+    def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
+        nn.Module.__init__(self)  # Linear's own would register a `weight` parameter
+        if linear.bias is not None or mask.shape != linear.weight.shape:
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit weight {tuple(linear.weight.shape)} without bias")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_parameter("bias", None)
+        # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
+        self._dense = linear.weight.detach().clone()
+        self._index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)
+        values = self._dense.view(-1)[self._index].clone()
+        if len(values):
+            self.values = nn.Parameter(values)
+        else:
+            self.register_buffer("values", values, persistent=False)  # TRL's set_adapter turns every parameter trainable
+        self._stale, self._seen = False, self.values._version
+
+    def _refresh(self) -> Tensor:
+        # Fused optimizers do not bump `_version`, so staleness follows the backward pass; the version is a second signal.
+        if self._stale or self.values._version != self._seen:
+            with torch.no_grad():
+                self._dense.view(-1).index_copy_(0, self._index, self.values.detach().to(self._dense.dtype))
+            self._stale, self._seen = False, self.values._version
+        return self._dense
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        dense = self._refresh()
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            return _Dense.apply(self.values, dense, self._index, self)  # type: ignore[no-any-return]
+        return dense
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self._dense, self._index, self._stale = fn(self._dense), fn(self._index), True
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self._refresh().detach().clone()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            missing_keys.append(prefix + "weight")
+            return
+        if weight.shape != self._dense.shape:
+            error_msgs.append(f"{prefix}weight has shape {tuple(weight.shape)}, expected {tuple(self._dense.shape)}")
+            return
+        weight = weight.to(self._dense)
+        frozen = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        frozen[self._index] = False
+        if not torch.equal(weight.view(-1)[frozen], self._dense.view(-1)[frozen]):
+            error_msgs.append(f"{prefix}weight differs in frozen elements")
+            return
+        with torch.no_grad():
+            self.values.copy_(weight.view(-1)[self._index])
+        self._stale = True

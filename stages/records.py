@@ -1,0 +1,160 @@
+"""Example, Vote and Sample, and their JSON Lines on disk."""
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stages.errors import DataError, MissingInputError
+
+SHOWN_PROBLEMS = 20
+MAX_LINE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its reference response."""
+
+    id: str
+    prompt: str
+    response: str
+    gold: str | None
+    """The verifiable final answer, if the response has one."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of the row that lorapar keeps and does not read."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An example with its label: one row of labels.jsonl."""
+
+    example: Example
+    system: int | None
+    """1 or 2; None is undecided."""
+    votes: dict[str, float]
+    """Probability of System 2 per voter."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded answer: one row of samples.jsonl."""
+
+    id: str
+    system: int | None
+    prompt: str
+    """As rendered, so that it can be read and replayed."""
+    output: str
+    gold: str
+    strict: str | None
+    """Answer in the format asked for; None is unparsed."""
+    flexible: str | None
+    correct: bool
+    """By the strict extraction."""
+    correct_flexible: bool
+    truncated: bool
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def problems(kind: str, found: list[str], hint: str | None = None) -> DataError:
+    """One error for many bad lines: all counted, the first ones shown."""
+    shown = "\n  ".join(found[:SHOWN_PROBLEMS])
+    rest = f"\n  … and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
+    return DataError(f"{kind}: {found[0]}" if len(found) == 1 else f"{len(found)} × {kind}:\n  {shown}{rest}", hint)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz file with their line numbers; blank lines are skipped.
+
+    Lines end at \\n only, so a U+2028 inside a string splits nothing. DataError names file and line of every bad one.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    bad: list[str] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {type(row).__name__}")
+            rows.append((number, row))
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{path}:{number}: {error}")
+    if bad:
+        raise problems("broken JSON line", bad)
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if not path.is_file():
+        raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            yield from file
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is a damaged gzip file: {error}") from None
+
+
+class Journal:
+    """Append-only JSON Lines that survive a kill: one write per record, a torn last line is cut off when opened."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            text = path.read_bytes()
+            whole = text.rfind(b"\n") + 1
+            if whole < len(text):
+                os.truncate(path, whole)
+            if whole:
+                self.rows = [row for _, row in read_jsonl(path)]
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self.rows.append(row)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
+    write_jsonl(path, ({**asdict(row.example), "system": row.system, "votes": row.votes} for row in rows))
+
+
+def read_labels(path: Path) -> list[Labelled]:
+    names = [f.name for f in fields(Example)]
+    return [Labelled(Example(**{n: row[n] for n in names}), row["system"], row["votes"]) for _, row in read_jsonl(path)]
+
+
+def of_system(rows: list[Labelled], system: int) -> list[Example]:
+    """The examples labelled `system`; DataError if there is none."""
+    found = [row.example for row in rows if row.system == system]
+    if not found:
+        counts = {k: sum(row.system == k for row in rows) for k in (1, 2, None)}
+        raise DataError(
+            f"no example is labelled System {system} ({counts[1]} System 1, {counts[2]} System 2, {counts[None]} undecided)",
+            "other voters, or a known share: --set classify.system2_share=0.5",
+        )
+    return found

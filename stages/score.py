@@ -1,0 +1,111 @@
+"""score: the initial adapter A₀, B₀ and, per system, the importance of every element of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.language.prompts import Renderer, Row, load_tokenizer
+from stages.lora import adapter
+from stages.lora.importance import Moments, moments, scorers
+from stages.lora.masks import flat, write_importance
+from stages.lora.regions import check
+from stages.records import of_system, read_labels
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+    from stages.pipeline import Progress
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    model: ModelSection,
+    data: DataSection,
+    prompt: PromptSection,
+    lora: LoraSection,
+    score: ScoreSection,
+    seed: int,
+    out: Path,
+    progress: Progress,
+    wanted: bool,
+    classify_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Write `init/` (plain PEFT), `shapes.json` and, if `wanted`, `importance.safetensors`.
+
+    Importance is float32 per element of the trainable part of each LoRA weight, under `s1/` and `s2/`. Returns the numbers
+    of examples, their mean losses and the share of the formula's second-order term.
+    """
+    base = adapter.load_base(model)
+    peft_model = adapter.initial(base, lora, seed)
+    adapter.save(peft_model, out / "init", model.name)
+    layers = adapter.lora_layers(peft_model)
+    shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
+    (out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
+    if not wanted:
+        return summary
+    assert classify_dir is not None
+    labels = read_labels(classify_dir / "labels.jsonl")
+    renderer = Renderer(load_tokenizer(model), score.prompt or prompt)
+    examples = {system: of_system(labels, system) for system in (1, 2)}
+    scores = {}
+    for system in (1, 2):
+        chosen = random.Random(f"{seed} score {system}").sample(examples[system], min(score.examples, len(examples[system])))
+        rows, long = renderer.rows(chosen, data)
+        progress.start(f"score System {system}", len(rows))
+        sums = _moments(peft_model, rows, score.batch_size, renderer, progress)
+        scores[system] = _importance(peft_model, sums, lora, score.scorer)
+        check(flat(scores[system]), system)
+        summary[f"system{system}"] = {
+            "examples": sums.examples,
+            "too_long": long,
+            "mean_loss": sums.loss / sums.examples,
+            "second_order": _second_order(peft_model, sums, lora),
+        }
+    write_importance(out / "importance.safetensors", scores)
+    return {**summary, "prompt": renderer.digest()}
+
+
+def _moments(model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress) -> Moments:
+    """Sorted by length, so that a batch pads little."""
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    model.requires_grad_(False)
+    model.eval()
+
+    def batches() -> Iterator[list[Row]]:
+        for i in range(0, len(rows), batch_size):
+            yield rows[i : i + batch_size]
+
+    return moments(model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def _importance(model: PeftModel, sums: Moments, lora: LoraSection, scorer: str) -> dict[str, Tensor]:
+    formula = scorers.pick(scorer)
+    return {
+        name: formula(
+            *(
+                adapter.trainable_part(name, t, lora).detach().float()
+                for t in (layer.weight, sums.gradient[name] / sums.examples)
+            ),
+            adapter.trainable_part(name, sums.square[name] / sums.examples, lora),
+        )
+        for name, layer in adapter.lora_layers(model).items()
+    }
+
+
+def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:
+    """Σ ½Fφ² as a share of Σ |gφ| + Σ ½Fφ²: how much the second-order term weighs."""
+    first = second = 0.0
+    for name, layer in adapter.lora_layers(model).items():
+        value = layer.weight.detach().float()
+        first += float((sums.gradient[name] / sums.examples * value).abs().sum())
+        second += float((0.5 * sums.square[name] / sums.examples * value.square()).sum())
+    return second / (first + second) if first + second else 0.0

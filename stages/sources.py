@@ -1,0 +1,186 @@
+"""Where rows and models come from: reading a source into Examples, and the identity of data and models.
+
+Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` or `context`, `output` or `response`),
+`messages`, `prompt`/`completion`. Any row may carry `gold`, its verifiable answer; else it is read from `#### answer`.
+"""
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import DigestCache, canonical
+from stages.config import Config, ModelSection, SourceSection
+from stages.errors import ConfigError, DataError, MissingInputError
+from stages.language.answers import gold_of
+from stages.records import Example, problems, read_jsonl
+
+log = logging.getLogger(__name__)
+
+FIELDS = {
+    "gsm8k": ("question", "answer"),
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+}
+SYNONYMS = {"context": "input", "response": "output"}  # Dolly's own names for alpaca's fields
+
+
+def read(source: SourceSection) -> list[Example]:
+    """All examples of a source in order, with ids from their content; DataError lists every bad row."""
+    if source.path is None:
+        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+    where, rows = _rows(source)
+    rows = rows[: source.limit]
+    kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
+    log.info("%s: %d rows, format %s", where, len(rows), kind)
+    examples: list[Example] = []
+    bad: list[str] = []
+    seen: dict[str, int] = {}
+    repeated: list[str] = []
+    for number, row in rows:
+        try:
+            example = _example(kind, row)
+        except (KeyError, ValueError, TypeError) as error:
+            bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
+            continue
+        if example.id in seen:
+            repeated.append(f"{where}:{number} repeats {where}:{seen[example.id]}")
+        seen.setdefault(example.id, number)
+        examples.append(example)
+    if bad:
+        raise problems("bad row", bad, f"format {kind} needs {', '.join(FIELDS[kind])}")
+    if repeated and source.duplicates == "error":
+        raise problems("duplicate id", repeated, "take the first of each: duplicates: first")
+    if repeated:
+        log.info("%s: %d repeated rows left out", where, len(repeated))
+        examples = list({e.id: e for e in reversed(examples)}.values())[::-1]
+    return examples
+
+
+def _rows(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
+    assert source.path is not None
+    path = Path(source.path)
+    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
+        return source.path, read_jsonl(path)
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise MissingInputError(f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}") from None
+    return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)]
+
+
+def _detect(where: str, row: dict[str, Any]) -> str:
+    names = {SYNONYMS.get(name, name) for name in row}
+    for kind, needed in FIELDS.items():
+        if names >= set(needed):
+            return kind
+    raise DataError(
+        f"{where}: cannot tell the format from the fields {', '.join(row)}",
+        "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in FIELDS.items()),
+    )
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}")
+    return value
+
+
+def _example(kind: str, row: dict[str, Any]) -> Example:
+    if kind == "alpaca":
+        row = {SYNONYMS.get(name, name): value for name, value in row.items()}
+        context = row.get("input") or ""
+        prompt = _text(row, "instruction") + (f"\n\n{context}" if context else "")
+        response, used = _text(row, "output"), {"instruction", "input", "output"}
+    elif kind == "messages":
+        prompt, response = _conversation(row["messages"])
+        used = {"messages"}
+    else:
+        ask, reply = FIELDS[kind]
+        prompt, response, used = _text(row, ask), _text(row, reply), {ask, reply}
+    if not prompt.strip() or not response.strip():
+        raise ValueError("prompt or response is empty")
+    gold = row.get("gold")
+    gold = gold_of(response) if gold is None else str(gold)
+    extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
+    digest = hashlib.sha256(canonical([prompt, response])).hexdigest()[:16]
+    return Example(digest, prompt, response, gold, extra)
+
+
+def _conversation(messages: Any) -> tuple[str, str]:
+    """One question and one answer; a system message goes before the question."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("field messages must be a list of objects with role and content")
+    roles = [m.get("role") for m in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ValueError(f"field messages: expected user and assistant, after an optional system, got {roles}")
+    texts = [_text(m, "content") for m in messages]
+    return "\n\n".join(texts[:-1]), texts[-1]
+
+
+def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> dict[str, Any]:
+    """What a step reads from outside of the run: digests of data and models, resolved hub commits."""
+    if stage == "partition":
+        return {}
+    if stage != "classify":
+        return {"model": model_identity(config.model, cache)}
+    source = config.data if variant == "train" else config.test
+    rows = {"rows": source_identity(source, cache)}
+    if config.classify.strategy == "random":
+        return rows
+    voters = [
+        voter.model or config.model.name
+        if voter.engine == "openai"
+        else model_identity(ModelSection(name=voter.model) if voter.model else config.model, cache)
+        for voter in config.classify.voters
+    ]
+    return {**rows, "voters": voters, "target": model_title(config.model)}
+
+
+def source_identity(source: SourceSection, cache: DigestCache) -> str:
+    if source.path is None:
+        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+    path = Path(source.path)
+    if path.is_file():
+        return cache.file(path)
+    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
+        raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}")
+    return _hub_commit("dataset", source.path, source.revision)
+
+
+def model_identity(model: ModelSection, cache: DigestCache) -> str:
+    """sha256 over a local folder's files, or the commit that a hub revision stands for."""
+    path = Path(model.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MissingInputError(f"{path} is not a model folder: no config.json")
+        return cache.folder(path)
+    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
+        raise MissingInputError(f"no model folder {model.name}", "fetch the demo's: lorapar fetch smollm2-135m-q4")
+    return _hub_commit("model", model.name, model.revision)
+
+
+def model_title(model: ModelSection) -> str:
+    """The name a role-playing voter is told: the last part of a path or hub id."""
+    return model.name.rstrip("/").split("/")[-1]
+
+
+def _hub_commit(kind: str, name: str, revision: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
+    try:
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
+    except Exception as error:  # offline, unknown, gated: each its own class, one meaning here
+        if reference.is_file():
+            return reference.read_text(encoding="utf-8").strip()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingInputError(f"no local folder and no hub {kind} {name!r} ({reason})") from None

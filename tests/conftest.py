@@ -1,0 +1,98 @@
+"""Fixtures: a random two-layer model and a byte tokenizer made on the spot, the demonstration set, commands as a person runs them."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from stages.config import Config, load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from stages.fetch import fetch
+
+    return fetch("tiny-random", tmp_path_factory.mktemp("models"))[0]
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from stages.demo_data import write
+
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, 0)
+    return folder
+
+
+@pytest.fixture
+def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Config]:
+    """The smoke config on the session's model and data, with runs below tmp_path and the given settings changed."""
+
+    def make(*overrides: str) -> Config:
+        return load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, tmp_path), *overrides])
+
+    return make
+
+
+def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
+    return [
+        f"model.name={tiny}",
+        f"data.path={data / 'train.jsonl'}",
+        f"test.path={data / 'test.jsonl'}",
+        f"runs_dir={runs / 'runs'}",
+    ]
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run the command in this process, errors rendered as at a terminal."""
+
+    def run(*arguments: object) -> Done:
+        from lorapar_cli.app import main
+
+        monkeypatch.setattr(sys, "argv", ["lorapar", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return Done(code, out, err)
+
+    return run
+
+
+class Silent:
+    """A Progress that keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, what: str, total: int | None = None) -> None:
+        self.said.append(what)
+
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def silent() -> Silent:
+    return Silent()

@@ -1,0 +1,62 @@
+"""A real vLLM server on a tiny model: it votes as the model in this process does, and nothing of it is left behind."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stages.config import ClassifySection, ModelSection, Voter
+from stages.engines import Ballot, Pool
+from stages.errors import ServerError
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+BALLOTS = [
+    Ballot("Question: 2 + 2?\nSteps:", (" one", " many")),
+    Ballot([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
+]
+
+
+def servers() -> list[str]:
+    shown = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if "vllm.entrypoints" in line or "VLLM::" in line]
+
+
+def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
+    settings, model = ClassifySection(), ModelSection(name=str(tiny), dtype="float32")
+    given = {}
+    for name in ("vllm", "transformers"):
+        with Pool() as pool:
+            engine = pool.get(Voter(engine=name), model, settings, print)
+            given[name] = {i: choice.system2 for i, choice in engine.choose(BALLOTS)}
+    assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
+    assert servers() == []
+
+
+def test_a_killed_parent_leaves_no_server(tiny):
+    code = (
+        "import sys\nfrom stages.engines import vllm\nfrom stages.config import *\n"
+        "with vllm.open(ModelSection(name=sys.argv[1]), Voter(), ClassifySection(), lambda t: print(t, flush=True)) as c:\n"
+        "    import time; time.sleep(100)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tiny)], stdout=subprocess.PIPE, text=True)
+    assert "starting" in child.stdout.readline()
+    time.sleep(5)
+    assert servers()
+    os.kill(child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while servers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert servers() == []
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught, Pool() as pool:
+        pool.get(Voter(engine="vllm"), ModelSection(name=str(tmp_path)), ClassifySection(), print)
+    assert "its log is" in caught.value.hint

@@ -1,0 +1,55 @@
+import pytest
+
+from stages.language.answers import extract, gold_of, number, rewrite, same
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12), ("7.", 7),
+        (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None), ("1 2", None), ("2 + 2", None),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "strict", "flexible"),
+    [
+        ("2 + 2 = 4\n#### 4", "hash", "4", "4"),
+        ("#### 3\n#### 4", "hash", "4", "4"),
+        ("#### 1,200.", "hash", "1,200", "1,200"),
+        ("so it is 1,200 dollars", "hash", None, "1,200"),
+        ("The answer is Paris.", "hash", None, "Paris"),
+        ("", "hash", None, None),
+        ("####", "hash", None, None),
+        ("<reasoning>\nx\n</reasoning>\n<answer>\n12\n</answer>", "xml", "12", "12"),
+        ("<answer>1</answer><answer>2</answer>", "xml", "2", "2"),
+        ("#### 5", "xml", None, "5"),
+    ],
+)
+def test_extraction(text, style, strict, flexible):
+    found = extract(text, style)
+    assert (found.strict, found.flexible) == (strict, flexible)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False), ("paris.", "Paris", True),
+        ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
+    ],
+)  # fmt: skip
+def test_equality(answer, gold, right):
+    assert same(answer, gold) is right
+
+
+def test_targets_are_rewritten():
+    response = "3 * 4 = 12.\n#### 12"
+    assert gold_of(response) == "12"
+    assert rewrite(response, "12", "hash") == response
+    assert rewrite(response, "12", "xml") == "<reasoning>\n3 * 4 = 12.\n</reasoning>\n<answer>\n12\n</answer>"
+    assert rewrite("free text", None, "xml") == "free text"
+    for style in ("hash", "xml"):
+        assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"

@@ -1,0 +1,96 @@
+"""One adapter for every init: plain PEFT on the plain base model gives the same logits, and the base is never changed."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from stages.config import LoraSection, ModelSection
+from stages.errors import ArtifactError, ConfigError, MissingInputError
+from stages.lora import adapter
+from stages.lora.merged import MergedCopy
+
+INITS = ["normal", "pissa", "olora", "default"]
+
+
+def base(tiny, dtype="float32"):
+    return adapter.load_base(ModelSection(name=str(tiny), dtype=dtype))
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("compensate", ["auto", True, False])
+@pytest.mark.parametrize("init", INITS)
+def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
+    lora = LoraSection(r=4, alpha=8, init=init, compensate=compensate, rslora=rslora)
+    model = adapter.initial(base(tiny), lora, 0)
+    with torch.no_grad():  # as if trained: the first half of a compensated adapter moves
+        for name, layer in adapter.lora_layers(model).items():
+            adapter.trainable_part(name, layer.weight, lora).add_(0.01)
+    adapter.save(model, tmp_path / "a", str(tiny))
+    plain = PeftModel.from_pretrained(base(tiny), str(tmp_path / "a"))
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=0)
+    again = adapter.attach(base(tiny), lora, tmp_path / "a")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_compensated_adapter_starts_as_the_base(tiny, init):
+    lora = LoraSection(r=4, init=init, compensate=True)
+    assert float((logits(adapter.initial(base(tiny), lora, 0)) - logits(base(tiny))).abs().max()) < 1e-5
+
+
+def test_the_paper_s_init_does_not(tiny):
+    assert float((logits(adapter.initial(base(tiny), LoraSection(std=0.1), 0)) - logits(base(tiny))).abs().max()) > 1e-3
+
+
+def test_pissa_trains_as_pissa_on_the_residual(tiny):
+    """Base − s·B₀A₀ + s·BA, PEFT's own form, against [A; A₀], [B, −B₀] on the unchanged base."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraSection(r=4, alpha=8, init="pissa")
+    ours = adapter.initial(base(tiny), lora, 0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=lora.target_modules, init_lora_weights="pissa")
+    theirs = get_peft_model(base(tiny), config).eval()
+    with torch.no_grad():
+        for name, layer in adapter.lora_layers(theirs).items():
+            layer.weight.add_(0.01)
+            adapter.trainable_part(name, adapter.lora_layers(ours)[name].weight, lora).copy_(layer.weight)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, bound):
+    plain = base(tiny, dtype)
+    before = {n: p.clone() for n, p in plain.named_parameters()}
+    copy = MergedCopy(plain)
+    model = adapter.initial(plain, LoraSection(r=4, alpha=8), 0)
+    for _ in range(3):
+        merged = copy.refresh(model)
+    assert float((logits(merged) - logits(model)).abs().max()) < bound
+    after = dict(model.get_base_model().named_parameters())
+    for name, value in before.items():
+        name = name if name in after else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(after[name], value), name
+
+
+def test_missing_target_modules(tiny):
+    with pytest.raises(ConfigError, match=r"lora.target_modules: no q_prj in LlamaForCausalLM"):
+        adapter.initial(base(tiny), LoraSection(target_modules=["q_prj", "k_proj"]), 0)
+
+
+def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
+    adapter.save(adapter.initial(base(tiny), LoraSection(r=4), 0), tmp_path / "a", "x")
+    with pytest.raises(ArtifactError, match=r"does not fit the model: .* is \(4, 64\), expected \(8, 64\)"):
+        adapter.attach(base(tiny), LoraSection(r=8), tmp_path / "a")
+    with pytest.raises(ArtifactError, match="is on one side only"):
+        adapter.attach(base(tiny), LoraSection(r=4, target_modules=["q_proj"]), tmp_path / "a")
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(MissingInputError, match="cannot load model"):
+        adapter.load_base(ModelSection(name=str(tmp_path)))

@@ -1,0 +1,89 @@
+"""Batched per-example gradients against one example at a time in plain autograd, and the formula against its definition."""
+
+import pytest
+import torch
+
+from stages.config import LoraSection, ModelSection
+from stages.errors import MeaninglessError
+from stages.language.prompts import IGNORED, Row, answer_losses, collate
+from stages.lora import adapter
+from stages.lora.importance import moments, scorers
+
+
+def rows(count: int = 7) -> list[Row]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for i in range(count):
+        prompt, answer = 3 + i % 4, 1 + (i * 5) % 7
+        ids = torch.randint(3, 250, (prompt + answer,), generator=generator).tolist()
+        made.append(Row(str(i), ids, [IGNORED] * prompt + ids[prompt:]))
+    return made
+
+
+def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
+    base = adapter.load_base(ModelSection(name=str(tiny))).to(dtype)
+    return adapter.initial(base, lora, 0).to(dtype).eval()
+
+
+def one_by_one(model, examples) -> tuple[dict, dict]:
+    """Σ g and Σ g² by autograd, an example at a time, without padding: the definition."""
+    layers = adapter.lora_layers(model)
+    sums = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
+    squares = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    for row in examples:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        targets = torch.tensor(row.labels[1:])
+        loss = torch.nn.functional.cross_entropy(logits[targets != IGNORED], targets[targets != IGNORED])
+        grads = torch.autograd.grad(loss, [m.weight for m in layers.values()])
+        for (name, _), grad in zip(layers.items(), grads, strict=True):
+            sums[name] += grad
+            squares[name] += grad**2
+    return sums, squares
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"])
+@pytest.mark.parametrize("compensate", [False, True])
+def test_batched_moments_equal_single_ones(tiny, dtype, bound, compensate):
+    model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
+    wanted = one_by_one(model, rows())
+    model.requires_grad_(False)
+    counted: list[int] = []
+    batches = [rows()[:4], rows()[4:]]
+    sums = moments(model, adapter.lora_layers(model), batches, counted.append, 0)
+    assert counted == [4, 3] and sums.examples == 7
+    for got, want in ((sums.gradient, wanted[0]), (sums.square, wanted[1])):
+        for name in want:
+            assert torch.linalg.norm(got[name] - want[name]) <= bound * torch.linalg.norm(want[name]), name
+
+
+def test_loss_is_the_mean_over_answer_tokens(tiny):
+    model = adapted(tiny, LoraSection(r=3), torch.float64)
+    examples = rows()
+    batch = answer_losses(model, collate(examples, 0, torch.device("cpu")))
+    single = torch.cat([answer_losses(model, collate([row], 0, torch.device("cpu"))) for row in examples])
+    torch.testing.assert_close(batch, single)
+
+
+def test_formulas():
+    value, gradient, fisher = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([1.0, 4.0])
+    assert scorers.pick("taylor2")(value, gradient, fisher).tolist() == [abs(1.0 - 2.0), abs(-3.0 - 2.0)]
+    assert scorers.pick("magnitude")(value, gradient, fisher).tolist() == [2.0, 1.0]
+
+
+def test_a_loss_that_is_not_finite_names_the_example(tiny):
+    model = adapted(tiny, LoraSection(r=3), torch.float32)
+    model.requires_grad_(False)
+    next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
+    with pytest.raises(MeaninglessError, match="loss is not finite for 0, 1"):
+        moments(model, adapter.lora_layers(model), [rows()[:2]], lambda n: None, 0)
+
+
+def test_a_module_that_runs_twice_is_refused(tiny):
+    model = adapted(tiny, LoraSection(r=3), torch.float32)
+    model.requires_grad_(False)
+    layers = model.base_model.model.model.layers
+    layers[1] = layers[0]
+    with pytest.raises(MeaninglessError, match="runs 2 times in a forward pass"):
+        moments(model, adapter.lora_layers(model), [rows()[:2]], lambda n: None, 0)

@@ -1,0 +1,92 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from stages.lora.packed import PackedLinear
+
+
+def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 7, bias=False)
+    return linear, torch.rand(7, 12) < share
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
+    ],
+    ids=["adamw", "fused", "foreach", "sgd", "adafactor"],
+)
+def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
+    linear, mask = layer()
+    start = linear.weight.detach().clone()
+    packed = PackedLinear(linear, mask)
+    steps = optimizer(packed.parameters())
+    for _ in range(3):
+        packed(torch.randn(5, 12)).square().sum().backward()
+        nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
+        steps.step()
+        steps.zero_grad()
+    now = packed.weight.detach()
+    assert torch.equal(now[~mask], start[~mask])
+    assert (now[mask] != start[mask]).all()
+    assert torch.equal(now[mask], packed.values.detach())
+
+
+def test_gradients_are_those_of_the_plain_layer():
+    linear, mask = layer()
+    packed, x = PackedLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
+    linear(x).square().sum().backward()
+    packed(x).square().sum().backward()
+    assert torch.equal(packed.values.grad, linear.weight.grad[mask])
+
+
+def test_state_dict_is_dense_under_the_plain_name_and_loads_back():
+    linear, mask = layer()
+    packed = PackedLinear(linear, mask)
+    state = packed.state_dict()
+    assert list(state) == ["weight"] and torch.equal(state["weight"], linear.weight)
+    state["weight"][mask] += 1
+    packed.load_state_dict(state)
+    assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
+
+
+def test_other_frozen_elements_are_refused():
+    linear, mask = layer()
+    packed = PackedLinear(linear, mask)
+    state = packed.state_dict()
+    state["weight"][~mask] += 1
+    with pytest.raises(RuntimeError, match="differs in frozen elements"):
+        packed.load_state_dict(state)
+
+
+def test_without_active_elements_there_is_no_parameter():
+    linear, _ = layer()
+    packed = PackedLinear(linear, torch.zeros(7, 12, dtype=torch.bool))
+    assert list(packed.parameters()) == []
+    assert torch.equal(packed.weight, linear.weight)
+    assert list(packed.state_dict()) == ["weight"]
+
+
+def test_copies_and_pickles_are_independent():
+    linear, mask = layer()
+    packed = PackedLinear(linear, mask)
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        optimizer = torch.optim.SGD(twin.parameters(), lr=1.0)
+        twin(torch.randn(5, 12)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(twin.weight, packed.weight)
+        assert torch.equal(packed.weight, linear.weight)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="does not fit weight"):
+        PackedLinear(layer()[0], torch.ones(7, 11, dtype=torch.bool))

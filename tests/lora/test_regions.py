@@ -1,0 +1,136 @@
+"""Selection against an oracle of exact fractions and a plain sort, ties and subnormal numbers included."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.config import PartitionSection
+from stages.errors import ConfigError, MeaninglessError
+from stages.lora.masks import Masks, flat
+from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, exact_total, strategies, top_set
+
+UNIT = Fraction(1, 2**149)
+# Few distinct values, so that ties are the rule; the smallest and largest float32 among them.
+tied = st.sampled_from([0.0, 1e-45, 1.4e-42, 1e-38, 0.1, 0.25, 0.3, 1.0, 1.5, 3.4e38])
+scores = st.lists(tied | st.floats(0, 2.0**100, width=32), min_size=1, max_size=60)
+shares = st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.999])
+
+
+def oracle(values: list[float], theta: Fraction) -> list[bool]:
+    exact = [Fraction(v) for v in values]
+    goal = theta * sum(exact)
+    order = sorted(range(len(values)), key=lambda i: (-exact[i], i))
+    chosen, reached = [False] * len(values), Fraction(0)
+    for i in order:
+        if reached >= goal:
+            break
+        chosen[i], reached = True, reached + exact[i]
+    return chosen
+
+
+def tensor(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@given(scores)
+def test_total_is_exact(values):
+    t = tensor(values)
+    assert exact_total(t) * UNIT == sum(Fraction(v) for v in t.tolist())
+
+
+@settings(max_examples=400)
+@given(scores, shares)
+def test_top_set_is_the_oracle_s(values, share):
+    t = tensor(values)
+    theta = Fraction(str(share))
+    assert top_set(t, theta * exact_total(t), "sum").tolist() == oracle(t.tolist(), theta)
+
+
+@given(scores, st.integers(0, 70))
+def test_top_count(values, number):
+    t = tensor(values)
+    order = sorted(range(len(values)), key=lambda i: (-t[i].item(), i))[:number]
+    assert top_set(t, Fraction(number), "count").nonzero().flatten().tolist() == sorted(order)
+
+
+def split(one, two, **settings):
+    section = PartitionSection(**settings)
+    return strategies.pick(section.strategy)({1: tensor(one), 2: tensor(two)}, section, 0)
+
+
+def test_the_element_that_crosses_theta_is_kept():
+    # θ as typed: 0.9 of 10 is 9, reached exactly by 5 + 4; a float sum of 0.9 would ask for more.
+    assert split([5.0, 4.0, 1.0], [1.0, 1.0, 8.0]).region.tolist() == [S1_ONLY | S2_ONLY, S1_ONLY, S2_ONLY]
+    assert split([5.0, 4.0, 1.0], [0.5, 1.0, 8.5]).region.tolist() == [S1_ONLY, S1_ONLY | S2_ONLY, S2_ONLY]
+
+
+def test_theta_one_is_every_element_even_a_zero():
+    assert split([0.0, 1.0], [1.0, 1.0], theta=1).region.tolist() == [SHARED, SHARED]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.015625, 8, width=32), st.floats(0.015625, 8, width=32)), min_size=2, max_size=40),
+    shares,
+    shares,
+    shares,
+)
+def test_active_elements(pairs, theta, alpha, beta):
+    one, two = map(list, zip(*pairs, strict=True))
+    s = split(one, two, theta=theta, alpha=alpha, beta=beta)
+    shared = s.region == SHARED
+    for active, only, other, share in ((s.sft, S1_ONLY, S2_ONLY, alpha), (s.rl, S2_ONLY, S1_ONLY, beta)):
+        assert active[s.region == only].all()
+        assert not active[s.region == other].any() and not active[s.region == NONE].any()
+        assert int(active[shared].sum()) == math.floor(Fraction(str(share)) * int(shared.sum()))
+
+
+def test_shared_elements_go_by_their_own_system_s_score():
+    s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=1, alpha=0.5, beta=0.5)
+    assert s.sft.tolist() == [True, True, False, False]
+    assert s.rl.tolist() == [False, False, True, True]
+
+
+def test_random_is_a_seeded_permutation_of_importance():
+    one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
+    real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="random")
+    assert torch.equal(torch.bincount(real.region, minlength=4), torch.bincount(control.region, minlength=4))
+    assert (int(control.sft.sum()), int(control.rl.sum())) == (int(real.sft.sum()), int(real.rl.sum()))
+    assert not torch.equal(real.region, control.region)
+    assert torch.equal(control.region, split(one, two, theta=0.5, strategy="random").region)
+
+
+def test_all_trains_everything_and_refuses_alpha():
+    assert split([0.0, 0.0], [0.0, 0.0], strategy="all").rl.all()
+    with pytest.raises(ConfigError, match="strategy all trains everything, got alpha 0.5"):
+        split([1.0], [1.0], strategy="all", alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.0, 0.0], "zero for every element"),
+        ([math.nan, 1.0], "1 non-finite"),
+        ([math.inf, 1.0], "1 non-finite"),
+        ([-1.0, 1.0], "negative"),
+    ],
+)
+def test_meaningless_scores_are_refused(values, text):
+    with pytest.raises(MeaninglessError, match=text):
+        split(values, [1.0, 1.0])
+
+
+def test_minus_zero_is_zero():
+    assert split([-0.0, 1.0], [1.0, 1.0]).region.tolist() == [S2_ONLY, SHARED]
+
+
+def test_masks_come_back_as_written(tmp_path):
+    s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=0.6)
+    masks = Masks.cut(s, {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
+    masks.write(tmp_path / "m.safetensors")
+    back = Masks.load(tmp_path / "m.safetensors")
+    assert torch.equal(flat(back.region), s.region)
+    assert back.sft["a"].shape == (2, 1) and back.sft["a"].dtype == torch.bool

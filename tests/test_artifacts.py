@@ -1,0 +1,119 @@
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from stages.artifacts import DigestCache, Store, canonical, key_of
+from stages.errors import ArtifactError, BusyError, OutputError
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "run")
+
+
+def build(store: Store, key: str = "k", text: str = "payload") -> Path:
+    partial = store.start_partial("score", key)
+    (partial / "sub").mkdir()
+    (partial / "sub/file.bin").write_text(text)
+    return store.commit("score", key, {"variant": "", "identity": {}, "inputs": {}, "summary": {}, "provenance": {}}).path
+
+
+def test_key_is_stable_and_order_free():
+    assert key_of({"a": 1, "b": [0.9]}) == key_of({"b": [0.9], "a": 1})
+    assert canonical({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
+
+
+def test_committed_artifact_is_whole(store):
+    path = build(store)
+    artifact = store.load(path)
+    assert artifact.damage() is None
+    assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
+    assert not store.partial("score", "k").exists()
+
+
+@pytest.mark.parametrize("offset", range(7))
+def test_a_flipped_bit_is_seen(store, offset):
+    path = build(store)
+    data = bytearray((path / "sub/file.bin").read_bytes())
+    data[offset] ^= 1
+    (path / "sub/file.bin").write_bytes(data)
+    assert "sha256 of" in store.load(path).damage()
+
+
+def test_a_missing_file_is_seen(store):
+    path = build(store)
+    (path / "sub/file.bin").unlink()
+    assert store.load(path).damage().endswith("is missing")
+
+
+def test_foreign_artifacts_are_refused(store):
+    path = build(store)
+    path.rename(path.with_name("other"))
+    with pytest.raises(ArtifactError, match="foreign artifact"):
+        store.load(path.with_name("other"))
+    (path.with_name("other") / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not a lorapar artifact"):
+        store.load(path.with_name("other"))
+
+
+def test_another_schema_is_refused(store):
+    path = build(store)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    with pytest.raises(ArtifactError, match="has schema 99, this lorapar reads 1"):
+        store.load(path)
+
+
+def test_a_rebuild_keeps_the_old_version_aside(store):
+    build(store, text="old")
+    path = build(store, text="new")
+    assert (path / "sub/file.bin").read_text() == "new"
+    assert (path.with_name("k.old-1") / "sub/file.bin").read_text() == "old"
+
+
+def test_latest_is_replaced_in_one_step(store):
+    build(store, "k")
+    build(store, "l")
+    for key in ("k", "l", "k"):
+        store.point_latest("score", "", key)
+        assert store.latest("score", "").path.name == key
+
+
+def _hold(root: Path, held, release) -> None:
+    with Store(root).lock("score", "k"):
+        held.set()
+        release.wait()
+
+
+def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(store.root, held, release))
+    holder.start()
+    assert held.wait(30)
+    with pytest.raises(BusyError, match=f"being built by pid {holder.pid}"), store.lock("score", "k"):
+        pass
+    holder.kill()
+    holder.join()
+    with store.lock("score", "k"):
+        pass
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OutputError, match="cannot write to"), Store(tmp_path / "run").lock("score", "k"):
+        pass
+
+
+def test_digest_cache_follows_content(tmp_path):
+    cache = DigestCache(tmp_path / "cache.json")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/a").write_text("1")
+    one = cache.folder(tmp_path / "m")
+    assert DigestCache(tmp_path / "cache.json").folder(tmp_path / "m") == one
+    (tmp_path / "m/a").write_text("2")
+    os.utime(tmp_path / "m/a", ns=(1, 1))
+    assert cache.folder(tmp_path / "m") != one

@@ -1,0 +1,129 @@
+"""What a person sees: exact sentences, exit codes, and a start without the heavy libraries."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, paths
+
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "scipy"}
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; sys.argv = ['lorapar', '--help']\ntry:\n from lorapar_cli.app import main; main()\nexcept SystemExit: pass\nprint('\\n', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "partition" in done.stdout
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", ["--help", "status --help", "list", "list scorers", "config"])
+def test_quick_commands(lorapar, command):
+    done = lorapar(*command.split())
+    assert done.code == 0 and len(done.out) > 40
+
+
+@pytest.fixture
+def config(tiny, demo_data, tmp_path):
+    return [ROOT / "configs/smoke.yaml", *(part for p in paths(tiny, demo_data, tmp_path) for part in ("--set", p))]
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "text"),
+    [
+        (
+            "partition.thta=1",
+            78,
+            "error: unknown setting partition.thta (did you mean partition.theta?)\n  hint: every setting",
+        ),
+        ("partition.theta=high", 78, "error: partition.theta: input should be a valid number"),
+        (
+            "partition.strategy=best",
+            78,
+            "error: partition.strategy: unknown strategy 'best'; choose from: all, importance, random\n",
+        ),
+        (
+            "model.name=/nowhere/m",
+            66,
+            "error: no model folder /nowhere/m\n  hint: fetch the demo's: lorapar fetch smollm2-135m-q4\n",
+        ),
+        ("data.path=none.jsonl", 66, "error: no data file none.jsonl\n"),
+        ("data.path=/tmp", 66, "error: /tmp is a folder, not a file\n"),
+        ("test.path=null", 78, "error: test.path is not set, and eval needs test rows\n"),
+        ("lora.init=default", 78, "error: lora.init default has B = 0, so every importance is zero; choose normal"),
+    ],
+)
+def test_mistakes_have_one_sentence_and_a_code(lorapar, config, override, code, text):
+    done = lorapar("status", *config, "--set", override)
+    assert done.code == code
+    assert done.err.startswith(text)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "text"),
+    [
+        ("", 65, " has no rows\n"),
+        ('{"question": "a", "answer": "b"}\n{"question"\n', 65, ":2: Expecting ':' delimiter"),
+        ('{"question": "a", "answer": "b"}\n' * 2, 65, "duplicate id: "),
+    ],
+)
+def test_bad_data(lorapar, config, tmp_path, content, code, text):
+    (tmp_path / "d.jsonl").write_text(content)
+    done = lorapar("classify", *config, "--set", f"data.path={tmp_path / 'd.jsonl'}")
+    assert done.code == code and text in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("modules", ["[q_prj]", "[q_prj, k_proj]"])
+def test_target_modules_that_are_not_there(lorapar, config, modules):
+    override = ["--set", f"lora.target_modules={modules}", "--set", "partition.strategy=all", "--set", "data.limit=8"]
+    done = lorapar("score", *config, *override)
+    assert done.code == 78
+    assert "error: lora.target_modules: no q_prj in LlamaForCausalLM\n  hint: choose from: down_proj, gate_proj" in done.err
+
+
+def test_a_stage_before_its_inputs(lorapar, config):
+    done = lorapar("partition", *config)
+    assert done.code == 66
+    assert (
+        done.err
+        == "error: score is stale (classify:train is missing (not run yet))\n  hint: run: lorapar run CONFIG --to score\n"
+    )
+
+
+def test_a_port_in_use(lorapar, config):
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        from stages.engines.vllm import _port
+        from stages.errors import BusyError
+
+        with pytest.raises(BusyError, match=f"classify.port {port} is in use"):
+            _port(port)
+
+
+def test_unknown_names(lorapar, config):
+    assert lorapar("list", "things").err.startswith("error: nothing to list under 'things'\n  hint: choose from: scorers")
+    assert lorapar("show", *config[:1], "sleep", *config[1:]).err.startswith("error: no stage 'sleep'")
+    assert lorapar("run", *config, "--to", "sleep").err.startswith("error: unknown stage 'sleep'")
+    assert lorapar("fetch", "gpt").err.startswith("error: unknown model 'gpt'")
+
+
+def test_status_show_and_json(lorapar, config):
+    one = lorapar("classify", *config, "--json", "--set", "data.limit=8", "--set", "test.limit=4")
+    rows = [json.loads(line) for line in one.out.splitlines()]
+    assert [(r["step"], r["made"], r["summary"]["examples"]) for r in rows] == [
+        ("classify:train", True, 8),
+        ("classify:test", True, 4),
+    ]
+    again = lorapar("classify", *config, "--set", "data.limit=8", "--set", "test.limit=4")
+    assert again.err.count("is current") == 2
+    status = lorapar("status", *config, "--json", "--set", "data.limit=8", "--set", "test.limit=4")
+    states = json.loads(status.out)
+    assert states["classify:train"]["state"] == "current"
+    assert states["score"] == {"state": "missing", "why": "not run yet"}
+    shown = lorapar("show", *config, "classify:test", "--set", "data.limit=8", "--set", "test.limit=4")
+    assert "examples: 4" in shown.out and "labels.jsonl" in shown.out

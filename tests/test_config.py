@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.config import Config, annotated, identity, load
+from stages.errors import ConfigError, MissingInputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_of_the_project_is_valid(path):
+    assert load(path).model.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/paper").glob("*.yaml")), ids=lambda p: p.stem)
+def test_paper_configs_pin_every_value(path):
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section in ("lora", "score", "partition", "sft", "rl", "eval", "prompt"):
+        field = Config.model_fields[section].annotation
+        missing = set(field.model_fields) - set(tree[section])
+        assert not missing, f"{section}: {missing}"
+
+
+def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
+    path = written(tmp_path, "model: {name: x}\npartition: {thta: 0.9}\nsft: {lr: fast}\nscore: {scorer: taylr}\n")
+    text = message(path)
+    assert "3 mistakes" in text
+    assert "unknown setting partition.thta (did you mean partition.theta?)" in text
+    assert "sft.lr: input should be a valid number, unable to parse string as a number, got 'fast'" in text
+    assert "score.scorer: unknown scorer 'taylr'; choose from: magnitude, taylor2" in text
+
+
+def test_unknown_strategy(tmp_path):
+    text = message(written(tmp_path, "model: {name: x}\n"), "partition.strategy=best")
+    assert text == "partition.strategy: unknown strategy 'best'; choose from: all, importance, random"
+
+
+def test_missing_model_name(tmp_path):
+    assert message(written(tmp_path, "run: a\n")) == "model is missing"
+
+
+def test_a_python_tag_is_not_executed(tmp_path):
+    path = written(tmp_path, f"model: !!python/object/apply:os.system ['touch {tmp_path}/canary']\n")
+    assert "is not YAML" in message(path)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("override", ["sft.lr", "sft.lr.x=1", "sft=3"])
+def test_bad_overrides(tmp_path, override):
+    assert message(written(tmp_path, "model: {name: x}\nsft: {lr: 1}\n"), override)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(MissingInputError, match="no config file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_order_is_defaults_yaml_overrides(tmp_path):
+    path = written(tmp_path, "model: {name: x}\nsft: {lr: 0.5, epochs: 2}\n")
+    config = load(path, ["sft.lr=1e-3"])
+    assert (config.sft.lr, config.sft.epochs, config.sft.weight_decay) == (1e-3, 2, 0)
+
+
+def test_identity_leaves_out_what_does_not_change_a_result(tmp_path):
+    path = written(tmp_path, "model: {name: x}\n")
+    one, two = load(path), load(path, ["score.batch_size=3", "model.name=y", "data.path=z"])
+    for section in ("score", "model", "data"):
+        assert identity(getattr(one, section)) == identity(getattr(two, section))
+    assert identity(one.score) != identity(load(path, ["score.examples=3"]).score)
+
+
+def test_annotated_defaults_are_the_defaults():
+    text = "\n".join(annotated())
+    tree = yaml.safe_load(text)
+    tree["model"]["name"] = "x"
+    assert Config.model_validate(tree) == Config.model_validate({"model": {"name": "x"}})
+
+
+def test_micro_batch_must_divide(tmp_path):
+    text = message(written(tmp_path, "model: {name: x}\nsft: {batch_size: 10, micro_batch: 4}\n"))
+    assert text == "sft: micro_batch 4 does not divide batch_size 10"

@@ -1,0 +1,80 @@
+"""The demonstration set is what it says: answers are right, splits are apart, and no surface feature tells the systems apart."""
+
+import re
+
+import pytest
+
+from stages import demo_data
+from stages.records import read_jsonl
+
+BOUND = 0.25
+"""How far an AUC may be from one half."""
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def splits(request, tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("demo")
+    demo_data.write(folder, request.param)
+    return {name: [row for _, row in read_jsonl(folder / f"{name}.jsonl")] for name in ("train", "test")}
+
+
+def auc(rows: list[dict], feature) -> float:
+    low, high = ([feature(r["question"]) for r in rows if r["intended"] == k] for k in (1, 2))
+    return sum((b > a) + 0.5 * (a == b) for a in low for b in high) / len(low) / len(high)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def test_sizes_and_balance(splits):
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 480, "test": 240}
+    for rows in splits.values():
+        assert sum(r["intended"] == 1 for r in rows) * 2 == len(rows)
+
+
+def test_no_test_question_is_in_train(splits):
+    train = {r["question"] for r in splits["train"]}
+    assert not train & {r["question"] for r in splits["test"]}
+    asked = {r["question"].split(". ")[-1] for r in splits["train"] if r["kind"] == "recall"}
+    assert not asked & {r["question"].split(". ")[-1] for r in splits["test"] if r["kind"] == "recall"}
+
+
+def test_length_does_not_tell_the_systems_apart(splits):
+    for rows in splits.values():
+        for feature in (len, lambda text: len(words(text))):
+            assert abs(auc(rows, feature) - 0.5) <= BOUND
+
+
+def test_no_single_word_does(splits):
+    for rows in splits.values():
+        for word in {w for r in rows for w in words(r["question"])}:
+            assert abs(auc(rows, lambda text, word=word: words(text).count(word)) - 0.5) <= BOUND, word
+
+
+def test_worked_answers_are_right(splits):
+    for row in [*splits["train"], *splits["test"]]:
+        lines = row["answer"].split("\n#### ")
+        steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", lines[0])
+        expected = {"one_step": 1, "two_step": 2, "three_step": 3}.get(row["kind"], 0)
+        assert len(steps) == expected
+        for a, sign, b, result in steps:
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(result)
+        for (_, _, _, before), (after, *_) in zip(steps, steps[1:], strict=False):
+            assert before == after
+        assert (steps[-1][3] if steps else lines[1]) == lines[1]
+        assert row["intended"] == (2 if expected > 1 else 1)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        demo_data.write(tmp_path / folder, 7)
+    assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "b/train.jsonl").read_bytes()
+
+
+def test_no_stage_reads_the_intended_system():
+    import stages
+
+    for path in __import__("pathlib").Path(stages.__file__).parent.rglob("*.py"):
+        if path.name != "demo_data.py":
+            assert "intended" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,254 @@
+"""All six stages on a random two-layer model, in this process, and what the store promises about them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, Silent, paths
+
+from stages import config as config_module
+from stages.artifacts import Store
+from stages.engines import Pool, resolved
+from stages.errors import ArtifactError, ConfigError, DataError, MissingInputError
+from stages.lora import adapter
+from stages.lora.masks import Masks
+from stages.pipeline import plan, run_step, state
+from stages.records import read_jsonl, read_labels
+
+
+def make(config, *names: str, force: bool = False) -> dict:
+    """Run the named steps (all by default) and return their artifacts."""
+    config = resolved(config)
+    steps, made = plan(config), {}
+    with Pool() as engines:
+        for name in names or steps:
+            made[name] = run_step(config, steps[name], force, Silent(), engines)
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, demo_data, tmp_path_factory):
+    """A finished run: its overrides and its artifacts. Tests that change it copy it first."""
+    overrides = paths(tiny, demo_data, tmp_path_factory.mktemp("whole"))
+    return overrides, make(config_module.load(ROOT / "configs/smoke.yaml", overrides))
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A function from overrides to a config whose run is a copy of the finished one."""
+    overrides, made = whole
+    runs = next(iter(made.values()))[0].path.parents[2]
+    shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    kept = [o for o in overrides if not o.startswith("runs_dir")] + [f"runs_dir={tmp_path / 'runs'}"]
+    return lambda *more: config_module.load(ROOT / "configs/smoke.yaml", [*kept, *more])
+
+
+def test_every_step_is_made_once(whole, copied):
+    assert all(now for _, now in whole[1].values())
+    assert not any(now for _, now in make(copied()).values())
+
+
+def test_labels_and_importance(whole):
+    _, made = whole
+    labels = read_labels(made["classify:train"][0].path / "labels.jsonl")
+    assert {row.system for row in labels} == {1, 2}
+    assert set(labels[0].votes) == {"tiny-random/steps", "tiny-random/effort", "tiny-random/simplicity"}
+    summary = made["score"][0].manifest["summary"]
+    assert summary["system1"]["examples"] == summary["system2"]["examples"] == 8
+    assert 0 < summary["system1"]["second_order"] < 1
+
+
+@pytest.mark.parametrize(("stage", "before"), [("sft", "score"), ("rl", "sft")])
+def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
+    """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
+    _, made = whole
+    masks = Masks.load(made["partition"][0].path / "masks.safetensors")
+    active = getattr(masks, stage)
+    start = adapter.read(made[before][0].path / {"score": "init", "sft": "adapter"}[before])
+    after = adapter.read(made[stage][0].path / "adapter")
+    changed = 0
+    for name, old in start.items():
+        assert torch.equal(after[name][~active[name]], old[~active[name]]), name
+        changed += int((after[name] != old)[active[name]].sum())
+    number = sum(int(mask.sum()) for mask in active.values())
+    assert 0 < number < sum(mask.numel() for mask in active.values())
+    assert changed > 0.95 * number
+    assert made[stage][0].manifest["summary"]["frozen_drift"] == 0
+
+
+def test_the_adapter_is_plain_peft(whole, tiny):
+    from peft import PeftModel
+
+    from stages.config import LoraSection, ModelSection
+
+    folder = whole[1]["rl"][0].path / "adapter"
+    plain = PeftModel.from_pretrained(adapter.load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
+    ours = adapter.attach(adapter.load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder)
+    ids = torch.arange(5, 60).view(1, -1)
+    assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def test_theta_reruns_partition_and_what_follows(copied):
+    config = copied("partition.theta=0.8")
+    store = Store(config.root)
+    states = {name: state(store, step) for name, step in plan(resolved(config)).items()}
+    assert states["partition"].why == "partition.theta was 0.9, now 0.8"
+    assert states["sft"].why == "partition is missing (partition.theta was 0.9, now 0.8)"
+    made = make(config)
+    assert {name for name, (_, now) in made.items() if now} == {"partition", "sft", "rl", "eval:sft", "eval:rl"}
+
+
+def test_inference_batch_size_changes_nothing(copied):
+    assert not any(now for _, now in make(copied("score.batch_size=2", "eval.batch_size=4")).values())
+
+
+def test_a_stale_input_is_an_error_with_the_command(copied):
+    with pytest.raises(MissingInputError, match=r"partition is missing \(partition.theta was 0.9, now 0.8\)") as caught:
+        make(copied("partition.theta=0.8"), "sft")
+    assert caught.value.hint == "run: lorapar run CONFIG --to partition"
+
+
+def test_a_rebuilt_input_makes_what_follows_stale(copied):
+    config = copied()
+    made = make(config, "partition", force=True)
+    assert made["partition"][1]
+    states = {n: state(Store(config.root), s) for n, s in plan(resolved(config)).items()}
+    assert (states["sft"].state, states["sft"].why) == ("stale", "partition was rebuilt")
+    assert states["rl"].why == "sft is stale (partition was rebuilt)"
+    assert states["eval:base"].state == "current"
+
+
+def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied):
+    config = copied()
+    file = next((config.root / "partition").glob("[0-9a-f]*/masks.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for name in ("partition", "sft"):
+        with pytest.raises(ArtifactError, match="partition is damaged: sha256 of .*masks.safetensors differs") as caught:
+            make(config, name)
+        assert caught.value.hint == "rebuild it: lorapar partition CONFIG --force"
+    assert make(config, "partition", force=True)["partition"][1]
+
+
+def test_votes_are_never_asked_again(copied):
+    config = copied("classify.min_agreement=0.7")
+    journals = {p: p.read_bytes() for p in (config.root / "classify/votes").iterdir()}
+    made = make(config, "classify:train")
+    assert made["classify:train"][1]
+    assert {p: p.read_bytes() for p in (config.root / "classify/votes").iterdir()} == journals
+
+
+def test_another_voter_asks_only_for_its_own(copied):
+    voters = json.dumps([{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")])
+    config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
+    before = {p.name: len(p.read_bytes()) for p in (config.root / "classify/votes").iterdir()}
+    make(config, "classify:train")
+    after = {p.name: len(p.read_bytes()) for p in (config.root / "classify/votes").iterdir()}
+    assert len(after) == len(before) + 1
+    assert all(after[name] == size for name, size in before.items())
+
+
+def test_answers_of_an_evaluation_are_journalled(copied):
+    config = copied()
+    step = plan(resolved(config))["eval:rl"]
+    shutil.rmtree(Store(config.root).folder("eval", step.key))
+    journal = config.root / "eval/answers" / f"{step.key}.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:10]) + b'{"id": "torn')
+    make(config, "eval:rl")
+    again = journal.read_bytes().splitlines(keepends=True)
+    assert again[:10] == lines[:10] and sorted(again) == sorted(lines)
+
+
+@pytest.mark.parametrize("reference", ["base", "sft"])
+@pytest.mark.parametrize("init", ["pissa", "normal"])
+def test_kl_references_and_inits(copied, init, reference):
+    config = copied(
+        f"lora.init={init}", f"rl.kl_reference={reference}", "rl.max_steps=1", "sft.max_steps=1", "score.examples=2"
+    )
+    made = make(config, "score", "partition", "sft", "rl")
+    for stage in ("sft", "rl"):
+        summary = made[stage][0].manifest["summary"]
+        assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
+    history = json.loads((made["rl"][0].path / "history.json").read_text())
+    assert "kl" in history[0]
+    # At the first step the policy is the SFT adapter: no distance from itself, some from the base.
+    assert (abs(history[0]["kl"]) < 1e-6) is (reference == "sft")
+
+
+def test_strategy_all_needs_no_scores(copied):
+    config = copied("partition.strategy=all")
+    made = make(config, "score", "partition", "sft")
+    assert not (made["score"][0].path / "importance.safetensors").exists()
+    assert made["sft"][0].manifest["summary"]["active_share"] == 1
+
+
+def test_importance_with_init_default_is_refused_before_anything_loads(copied):
+    with pytest.raises(ConfigError, match="lora.init default has B = 0, so every importance is zero"):
+        make(copied("lora.init=default"))
+    assert make(copied("lora.init=default", "score.scorer=magnitude"), "score")["score"][1]
+
+
+def test_no_example_of_one_system(copied):
+    with pytest.raises(DataError, match=r"no example is labelled System 2 \(64 System 1, 0 System 2, 0 undecided\)"):
+        make(copied("classify.system2_share=0.001"), "classify:train", "score")
+
+
+def test_rl_rows_without_gold(copied, tmp_path):
+    rows = [{"instruction": f"Say {i}", "output": f"{i}"} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = copied(f"data.path={tmp_path / 'd.jsonl'}")
+    make(config, "classify:train", "score", "partition", "sft")
+    with pytest.raises(DataError, match="reward correctness needs a gold answer, and 20 of 20 RL rows have none"):
+        make(config, "rl")
+
+
+def test_prompts_that_are_too_long_for_rl(copied):
+    with pytest.raises(DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than rl.prompts_per_step 4"):
+        make(copied("rl.max_prompt=20"), "rl")
+
+
+def test_rows_that_are_too_long_for_sft(copied):
+    with pytest.raises(DataError, match="longer than data.max_length 50"):
+        make(copied("data.max_length=50"), "score")
+
+
+def test_samples_and_metrics(whole):
+    folder = whole[1]["eval:sft"][0].path
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = [row for _, row in read_jsonl(folder / "samples.jsonl")]
+    assert metrics["all"]["n"] == len(rows) == 16
+    assert metrics["system1"]["n"] + metrics["system2"]["n"] == 16
+    assert metrics["first_prompt"].startswith("<|im_start|>system\nWork it out")
+    assert metrics["stop"] == ["<|im_end|>"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["classify", "score", "partition", "sft", "rl", "eval"])
+def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_path):
+    """kill -9 of the stage's process at three moments; the partial folder is never taken for an artifact."""
+    config = copied("seed=5", "classify.seed=5", "data.limit=60", "test.limit=12")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
+    command = [sys.executable, "-m", "lorapar_cli"]
+    if stage != "classify":
+        before = ["classify", "score", "partition", "sft", "rl", "eval"]
+        last = before[before.index(stage) - 1]
+        subprocess.run([*command, "run", str(path), "--to", last], check=True, cwd=ROOT, capture_output=True)
+    for seconds in (2, 5, 8):
+        child = subprocess.Popen([*command, stage, str(path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            assert not any(state(Store(config.root), s).state == "damaged" for s in plan(resolved(config)).values())
+    subprocess.run([*command, stage, str(path)], check=True, cwd=ROOT, capture_output=True)
+    states = [state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage]
+    assert set(states) == {"current"}
