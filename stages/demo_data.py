@@ -24,14 +24,14 @@ BOXES = ["bags", "boxes", "packs", "jars", "baskets", "crates", "trays", "tins"]
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey"]
 # fmt: on
 ASIDES = [
-    "It is a sunny day. The market on the main square opens at {n}.",
-    "The walk from home to school takes about {n} minutes. It does not rain.",
-    "There are {n} people in the queue. Most of them are chatting.",
-    "The clock on the wall has been slow for years. It shows {n}.",
-    "The house at the corner has {n} windows. Its garden is small.",
-    "A bus with {n} empty seats stops at the library. It leaves again.",
-    "Grandmother turned {n} times around the park. Now she sits down.",
-    "A radio plays in the next room. It is song number {n} today.",
+    "The market on the square opens at {n}.",
+    "The walk home takes {n} minutes.",
+    "There are {n} people in the queue.",
+    "The old clock on the wall shows {n}.",
+    "The corner house has {n} windows.",
+    "A bus with {n} empty seats stops here.",
+    "Grandmother walked {n} times around the park.",
+    "The radio plays song number {n} again.",
 ]
 
 # (question, sentence that answers it, answer): facts a small pretrained model may have seen.
@@ -169,7 +169,7 @@ def _reading(rng: random.Random) -> Item:
     story = f"{name} packs {listed} and some old {box}."
     question = f"How many {colours[asked]} {thing} does {name} pack?"
     worked = f"{name} packs {counts[asked]} {colours[asked]} {thing}."
-    return _item(rng, [story, question], worked, str(counts[asked]), 1, "reading", rng.randint(0, 1))
+    return _item(rng, [story, question], worked, str(counts[asked]), 1, "reading", rng.randint(0, 2))
 
 
 def _chain(rng: random.Random, steps: int) -> Item:
@@ -182,7 +182,7 @@ def _chain(rng: random.Random, steps: int) -> Item:
     while len(story.operations) < steps:
         rng.choice([_gain, *([_loss] if story.value > 2 else []), *([_times] if story.value <= 12 else [])])(rng, story)
     question = f"How many {story.thing} does {story.name} have {rng.choice(['now', 'in the end', 'then', 'after that'])}?"
-    asides = rng.choice([0, 1, 1, 2]) if steps == 1 else rng.choice([0, 0, 1])
+    asides = rng.choice([0, 1, 1, 2, 2]) if steps == 1 else rng.choice([0, 0, 0, 1])
     worked = ". ".join(story.operations) + "."
     kind = {1: "one_step", 2: "two_step", 3: "three_step"}[steps]
     return _item(rng, [*story.sentences, question], worked, str(story.value), 1 if steps == 1 else 2, kind, asides)
