@@ -44,8 +44,8 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 of the manifest: two builds under one key differ here."""
-        return sha256_file(self.path / "manifest.json")
+        """sha256 over the names and digests of all files: two builds under one key differ here if their content does."""
+        return hashlib.sha256(canonical(self.manifest["files"])).hexdigest()
 
     def damage(self) -> str | None:
         """What is wrong with the files, or None; reads every byte (safetensors alone accepts flipped payload bits)."""
@@ -63,6 +63,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._damage: dict[tuple[Path, str], str | None] = {}
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -85,6 +86,13 @@ class Store:
         if not isinstance(manifest.get("files"), dict) or manifest.get("key") != path.name.split(".")[0]:
             raise ArtifactError(f"{path} is a foreign artifact: its manifest says key {manifest.get('key')!r}")
         return Artifact(path, manifest)
+
+    def damage(self, artifact: Artifact) -> str | None:
+        """`artifact.damage()`, found out once per store: several steps share an input."""
+        which = (artifact.path, artifact.digest)
+        if which not in self._damage:
+            self._damage[which] = artifact.damage()
+        return self._damage[which]
 
     def latest(self, stage: str, variant: str) -> Artifact | None:
         """What the last successful command for this stage and variant gave; for people and `status`, not for stages."""

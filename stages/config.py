@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from stages.errors import ConfigError, LoraparError, MissingInputError
 
 
-def _setting(default: Any, doc: str, identity: bool = True, **constraints: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"identity": identity}, **constraints)
+def _setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **constraints: Any) -> Any:
+    """A field; `not_for` names the one stage that reads its section and not this field."""
+    return Field(default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints)
 
 
 def _named(module: str, registry: str) -> AfterValidator:
@@ -65,8 +66,10 @@ class SourceSection(Section):
 
 
 class DataSection(SourceSection):
-    max_length: int = _setting(512, "Longest prompt + response in tokens.", gt=0)
-    too_long: Literal["error", "drop", "truncate"] = _setting("error", "What to do with longer training rows.")
+    max_length: int = _setting(512, "Longest prompt + response in tokens.", not_for="classify", gt=0)
+    too_long: Literal["error", "drop", "truncate"] = _setting(
+        "error", "What to do with longer training rows.", not_for="classify"
+    )
 
 
 class PromptSection(Section):
@@ -288,14 +291,14 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from _names(below, f"{prefix}{name}.")
 
 
-def identity(value: Any) -> Any:
-    """The part of a section that determines results, as plain JSON values."""
+def identity(value: Any, stage: str = "") -> Any:
+    """The part of a section that determines a stage's results, as plain JSON values."""
     if isinstance(value, Section):
-        fields = type(value).model_fields
-        kept = {n: f for n, f in fields.items() if (f.json_schema_extra or {}).get("identity", True)}  # type: ignore[union-attr]
-        return {name: identity(getattr(value, name)) for name in kept}
+        marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
+        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] != (stage or None))]
+        return {name: identity(getattr(value, name), stage) for name in kept}
     if isinstance(value, list):
-        return [identity(item) for item in value]
+        return [identity(item, stage) for item in value]
     return value
 
 

@@ -139,7 +139,7 @@ def plan(config: Config) -> dict[str, Step]:
     for stage in STAGES.values():
         for variant in stage.variants(config):
             inputs = {name: steps[name] for name in stage.needs(config, variant)}
-            sections = {name: identity(getattr(config, name)) for name in stage.sections(variant)}
+            sections = {name: identity(getattr(config, name), stage.name) for name in stage.sections(variant)}
             whole = {
                 "stage": stage.name,
                 "variant": variant,
@@ -163,11 +163,11 @@ def state(store: Store, step: Step) -> State:
         above = state(store, upstream)
         if above.state != "current":
             return State("stale", f"{name} is {above.state} ({above.why})", artifact)
-        if artifact and above.artifact and artifact.manifest["inputs"][name]["manifest"] != above.artifact.digest:
+        if artifact and above.artifact and artifact.manifest["inputs"][name]["content"] != above.artifact.digest:
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
         return State("missing", _why_missing(store, step))
-    if damage := artifact.damage():
+    if damage := store.damage(artifact):
         return State("damaged", damage, artifact)
     return State("current", f"{step.stage.name}/{step.key}", artifact)
 
@@ -223,7 +223,7 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
         manifest = {
             "variant": step.variant,
             "identity": step.identity,
-            "inputs": {name: {"key": step.inputs[name].key, "manifest": a.digest} for name, a in inputs.items()},
+            "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
             "summary": summary,
             "provenance": _provenance(config, time.monotonic() - begun),
         }

@@ -46,6 +46,7 @@ def run(
     active = Masks.load(partition_dir / "masks.safetensors").rl
     steps = training.steps_of(len(rows), rl.prompts_per_step, rl) * rl.iterations
     base = adapter.load_base(model)
+    base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
     copy = MergedCopy(base) if base.device.type == "cpu" else None
     peft_model = adapter.attach(base, lora, sft_dir / "adapter", rl.dropout)
     trainer = _trainer(peft_model, renderer, rows, rl, steps, seed, out, copy)
@@ -125,7 +126,7 @@ def _trainer(peft_model, renderer: Renderer, rows, rl: RlSection, steps: int, se
 
     questions = {row["prompt"]: renderer.prompt_ids(row["question"]) for row in rows}
     samples = rl.prompts_per_step * rl.group
-    trainer = Trainer(
+    return Trainer(
         model=peft_model,
         reward_funcs=[_checked(name) for name in rl.rewards],
         args=GRPOConfig(
@@ -150,8 +151,6 @@ def _trainer(peft_model, renderer: Renderer, rows, rl: RlSection, steps: int, se
         train_dataset=rows,
         processing_class=renderer.tokenizer,
     )
-    trainer.eos_token_ids = renderer.stop_ids
-    return trainer
 
 
 def _checked(name: str):  # type: ignore[no-untyped-def]
