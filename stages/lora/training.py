@@ -32,7 +32,7 @@ def arguments(section: TrainSection, steps: int, seed: int, out: Path) -> dict[s
         "output_dir": str(out),
         "learning_rate": section.lr,
         "lr_scheduler_type": section.scheduler,
-        "warmup_steps": math.ceil(section.warmup * steps),
+        "warmup_steps": min(math.ceil(section.warmup * steps), steps - 1),  # the first warm-up step has a rate of 0
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,
@@ -113,6 +113,8 @@ def train(trainer: Trainer, model: PeftModel, active: dict[str, Tensor], start: 
         drift = max(drift, float(change[~mask].max()) if bool((~mask).any()) else 0.0)
         moved += int((change[mask] > 0).sum())
     assert drift == 0.0, f"frozen elements moved by up to {drift}"
+    if moved == 0:
+        log.warning("training moved no element: every gradient was zero")
     total = sum(mask.numel() for mask in active.values())
     number = sum(int(mask.sum()) for mask in active.values())
     return {
