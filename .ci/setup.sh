@@ -5,7 +5,6 @@ PIP="$VENV/bin/pip"
 PYTHON="$VENV/bin/python"
 TORCH=("torch>=2.13,<2.14" torchvision)
 
-$PIP install --quiet --upgrade pip
 echo "installing torch"
 $PIP install --quiet "${TORCH[@]}" || $PIP install --quiet --index-url "$TORCH_INDEX" "${TORCH[@]}"
 

@@ -55,7 +55,7 @@ for _stage in STAGES.values():
 def run(
     config: ConfigPath,
     set_: Overrides = None,
-    first: Annotated[str | None, typer.Option("--from", help="First stage; it is built again with all after it.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage; it is built again.")] = None,
     last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
 ) -> None:
     """Run what is missing or stale, each stage in a process of its own."""
@@ -77,6 +77,8 @@ def run(
             render.say(f"{name}: {', '.join(s.why for s in states)} is current")
             continue
         ran = True
+        reasons = dict.fromkeys(s.why for s in states if s.state != "current")
+        render.say(f"--- {name}: {'; '.join(reasons) or 'again, as asked'}")
         arguments = [name, str(config), *(part for text in set_ or [] for part in ("--set", text)), *force]
         code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
         if code:

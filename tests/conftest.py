@@ -10,8 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
 
 from stages.config import Config, load
+
+settings.register_profile("lorapar", deadline=None)  # these machines are shared: a slow call is no failure
+settings.load_profile("lorapar")
 
 ROOT = Path(__file__).parent.parent
 
