@@ -36,8 +36,7 @@ if [ -n "$vllm" ]; then
     echo "starting vLLM once, as a check"
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
-    "$VENV/bin/lorapar" fetch tiny-random --models "$scratch" 2>/dev/null
-    if ! $PYTHON -m stages.engines.vllm "$scratch/tiny-random"; then
+    if ! { "$VENV/bin/lorapar" fetch tiny-random --models "$scratch" && $PYTHON -m stages.engines.vllm "$scratch/tiny-random"; }; then
         $PIP uninstall --quiet --yes "$vllm"
         vllm=
     fi

@@ -1,6 +1,6 @@
 """Exact selection against a stable sort of the same scores, side by side in one process; prints times and the ratio.
 
-    python benchmarks/partition.py [ELEMENTS]
+python benchmarks/partition.py [ELEMENTS]
 """
 
 import sys

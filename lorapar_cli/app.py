@@ -68,6 +68,8 @@ def run(
     store = Store(settings.root)
     order = list(STAGES)
     todo = order[order.index(first or order[0]) : order.index(last or order[-1]) + 1]
+    if not todo:
+        raise ConfigError(f"--from {first} comes after --to {last}")
     ran = False
     for name in todo:
         variants = [step for step in steps.values() if step.stage.name == name]
@@ -87,7 +89,7 @@ def run(
             raise typer.Exit(128 - code if code < 0 else code)
     if not ran:
         render.say("nothing to do: every artifact is current")
-    if todo[-1] == "eval":
+    if todo[-1] == "eval" and settings.test.path:
         render.results(store, [s for s in steps.values() if s.stage.name == "eval"])
     render.places(store, steps)
 
@@ -199,6 +201,3 @@ def main() -> None:
             raise
         render.error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        render.say("interrupted; the same command goes on")
-        sys.exit(130)

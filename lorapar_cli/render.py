@@ -145,24 +145,25 @@ def samples(made: Artifact, wrong: bool, limit: int) -> None:
 
 def results(store: Store, steps: list[Step], by: str = "system", as_json: bool = False) -> None:
     """Accuracy per target and group with 95 % intervals, and the paired p-value against the target before."""
-    rows = list(_compared(_verdicts(store, steps, by)))
+    rows = list(_compared(_answers(store, steps, by)))
     if as_json:
         print(json.dumps(rows))
         return
-    table = _table("target", "group", "n", "accuracy", "95 % interval", "paired p")
+    table = _table("target", "group", "n", "accuracy", "95 % interval", "flexible", "unparsed", "cut off", "paired p")
     for r in rows:
         p = "" if r["p"] is None else f"{r['p']:.2g} against {r['against']}"
-        interval = f"{r['low']:.1%} – {r['high']:.1%}"
-        table.add_row(r["target"], r["group"], str(r["n"]), f"{r['correct'] / r['n']:.1%}", interval, p)
+        interval, n = f"{r['low']:.1%} – {r['high']:.1%}", r["n"]
+        rates = f"{r['correct'] / n:.1%}", interval, f"{r['correct_flexible'] / n:.1%}"
+        table.add_row(r["target"], r["group"], str(n), *rates, str(r["unparsed"]), str(r["truncated"]), p)
     _print(table)
 
 
-Verdicts = dict[str, dict[str, dict[str, bool]]]
-"""Per target and group: which items are right."""
+Answers = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""Per target and group: the graded answers by item."""
 
 
-def _verdicts(store: Store, steps: list[Step], by: str) -> Verdicts:
-    found: Verdicts = {}
+def _answers(store: Store, steps: list[Step], by: str) -> Answers:
+    found: Answers = {}
     for step in steps:
         now = state(store, step)
         if now.state != "current" or now.artifact is None:
@@ -170,36 +171,29 @@ def _verdicts(store: Store, steps: list[Step], by: str) -> Verdicts:
         for _, row in read_jsonl(now.artifact.path / "samples.jsonl"):
             group = row["system"] if by == "system" else row["extra"].get(by)
             for name in ("all", f"{by} {group}"):
-                found.setdefault(step.variant, {}).setdefault(name, {})[row["id"]] = row["correct"]
+                found.setdefault(step.variant, {}).setdefault(name, {})[row["id"]] = row
     return found
 
 
-def _compared(found: Verdicts) -> Iterator[dict[str, Any]]:
+def _compared(found: Answers) -> Iterator[dict[str, Any]]:
     from stages.benchmarks.statistics import paired_p, wilson
 
     groups = sorted({name for target in found.values() for name in target}, key=lambda name: (name != "all", name))
     against: str | None = None
-    for target, verdicts in found.items():
+    for target, answers in found.items():
         for group in groups:
-            right = verdicts.get(group, {})
-            if not right:
+            rows = answers.get(group, {})
+            if not rows:
                 continue
-            correct, n = sum(right.values()), len(right)
-            low, high = wilson(correct, n)
-            row = {
-                "target": target,
-                "group": group,
-                "n": n,
-                "correct": correct,
-                "low": low,
-                "high": high,
-                "against": against,
-                "p": None,
-            }
-            before = found[against].get(group) if against else None
-            if before and before.keys() == right.keys():
-                row["p"] = paired_p([before[item] for item in right], list(right.values()))
-            yield row
+            counts = {name: sum(r[name] for r in rows.values()) for name in ("correct", "correct_flexible", "truncated")}
+            low, high = wilson(counts["correct"], len(rows))
+            before = found[against].get(group, {}) if against else {}
+            p = None
+            if before.keys() == rows.keys():
+                p = paired_p([before[item]["correct"] for item in rows], [r["correct"] for r in rows.values()])
+            unparsed = sum(r["strict"] is None for r in rows.values())
+            numbers = {"n": len(rows), **counts, "low": low, "high": high, "unparsed": unparsed}
+            yield {"target": target, "group": group, **numbers, "against": against, "p": p}
         against = target
 
 

@@ -83,8 +83,9 @@ class Store:
             raise ArtifactError(f"{path} is not a lorapar artifact: {error}", "move it away and run the stage again") from None
         if schema != SCHEMA:
             raise ArtifactError(f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar")
-        if not isinstance(manifest.get("files"), dict) or manifest.get("key") != path.name.split(".")[0]:
-            raise ArtifactError(f"{path} is a foreign artifact: its manifest says key {manifest.get('key')!r}")
+        whole = all(isinstance(manifest.get(part), dict) for part in ("files", "identity", "inputs", "summary", "provenance"))
+        if not whole or manifest.get("key") != path.name.split(".")[0] or key_of(manifest["identity"]) != manifest["key"]:
+            raise ArtifactError(f"{path} is a foreign artifact: its manifest is not that of key {path.name}")
         return Artifact(path, manifest)
 
     def damage(self, artifact: Artifact) -> str | None:
@@ -120,10 +121,8 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f".{key}.lock", timeout=0)
-            with lock:
-                owner = folder / f".{key}.owner"
-                owner.write_text(f"pid {os.getpid()}", encoding="utf-8")
-                yield
+            lock.acquire()
+            (folder / f".{key}.owner").write_text(f"pid {os.getpid()}", encoding="utf-8")
         except Timeout:
             owner = folder / f".{key}.owner"
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
@@ -132,6 +131,10 @@ class Store:
             raise OutputError(
                 f"cannot write to {folder}: {error.strerror}", "set `runs_dir` to a folder you can write"
             ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def commit(self, stage: str, key: str, manifest: dict[str, Any]) -> Artifact:
         """Make the partial folder of `key` the artifact; `manifest` lacks only the file digests.

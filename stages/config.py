@@ -81,7 +81,9 @@ class PromptSection(Section):
 class LoraSection(Section):
     r: int = _setting(8, "Rank.", gt=0)
     alpha: float = _setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
-    target_modules: list[str] = _setting(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.")
+    target_modules: list[str] = _setting(
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.", min_length=1
+    )
     init: Literal["normal", "pissa", "olora", "default"] = _setting("normal", "normal: A and B ~ N(0, std²), as in the paper.")
     std: float = _setting(0.01, "Standard deviation of init normal.", gt=0)
     compensate: Literal["auto"] | bool = _setting("auto", "Subtract the initial B₀A₀; auto: for pissa and olora.")
@@ -105,6 +107,8 @@ class Voter(Section):
     def _url(self) -> "Voter":
         if self.engine == "openai" and not self.base_url:
             raise ValueError("engine openai needs base_url")
+        if self.engine == "openai" and not self.model:
+            raise ValueError("engine openai needs model, the name it is served under")
         return self
 
 
@@ -120,6 +124,7 @@ class ClassifySection(Section):
     concurrency: int = _setting(64, "Requests in flight.", identity=False, gt=0)
     max_model_len: int = _setting(2048, "Context of a vLLM server that lorapar starts.", identity=False, gt=0)
     startup_s: float = _setting(600, "Seconds a vLLM server may take to start.", identity=False, gt=0)
+    vllm_args: list[str] = _setting([], "Further arguments of that server, e.g. [--tensor-parallel-size, '2'].", identity=False)
     port: int | None = _setting(None, "Port of that server; none takes a free one.", identity=False)
 
 

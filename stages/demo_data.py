@@ -123,8 +123,10 @@ def write(folder: Path, seed: int) -> dict[str, int]:
     for split, total in (("train", TRAIN_ITEMS), ("test", TEST_ITEMS)):
         items = list(_items(rng, split, total, seen))
         rng.shuffle(items)
-        write_jsonl(folder / f"{split}.jsonl", (asdict(item) for item in items))
+        write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
+    for split in ("test", "train"):  # whole files only, and train last: `make` takes it for both
+        (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 
 

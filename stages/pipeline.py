@@ -19,7 +19,7 @@ from stages import sources
 from stages.artifacts import Artifact, DigestCache, Store, key_of
 from stages.config import Config, identity
 from stages.engines import Pool
-from stages.errors import ArtifactError, ConfigError, MissingInputError
+from stages.errors import ArtifactError, MissingInputError
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +93,14 @@ STAGES = {
             "rl",
             "Train the System 2 part on System 2 rows with GRPO.",
             needs=lambda config, _: ("classify:train", "partition", "sft"),
-            sections=lambda _: ("model", "data", "prompt", "lora", "rl", "seed"),
+            sections=lambda _: ("model", "prompt", "lora", "rl", "seed"),
         ),
         Stage(
             "eval",
             "Grade base, init, sft or rl on the test rows.",
             needs=_eval_needs,
             sections=lambda _: ("model", "prompt", "eval"),
-            variants=lambda config: tuple(config.eval.targets),
+            variants=lambda config: tuple(config.eval.targets) if config.test.path else (),
         ),
     ]
 }
@@ -132,8 +132,6 @@ class State:
 
 def plan(config: Config) -> dict[str, Step]:
     """All steps of a config with their keys, in an order in which each follows its inputs."""
-    if not config.test.path and config.eval.targets:
-        raise ConfigError("test.path is not set, and eval needs test rows", "--set test.path=FILE")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
     for stage in STAGES.values():
@@ -173,7 +171,10 @@ def state(store: Store, step: Step) -> State:
 
 
 def _why_missing(store: Store, step: Step) -> str:
-    last = store.latest(step.stage.name, step.variant)
+    try:
+        last = store.latest(step.stage.name, step.variant)
+    except ArtifactError:
+        return "not run yet, and the last one with other settings is damaged"
     if last is None:
         return "was interrupted" if store.partial(step.stage.name, step.key).exists() else "not run yet"
     old, new = _flat(last.manifest["identity"]), _flat(step.identity)
@@ -210,13 +211,13 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {stage.name} CONFIG --force")
         if now.state != "missing":
-            _answers(config, step).unlink(missing_ok=True)  # a rebuild asks again
+            _answers(config, step, inputs).unlink(missing_ok=True)  # a rebuild asks again
         out = store.start_partial(stage.name, step.key)
         begun = time.monotonic()
         summary = importlib.import_module(f"stages.{stage.name}").run(
             **{name: getattr(config, name) for name in stage.sections(step.variant)},
             **{f"{name.partition(':')[0]}_dir": artifact.path for name, artifact in inputs.items()},
-            **_extras(config, step, engines),
+            **_extras(config, step, inputs, engines),
             out=out,
             progress=progress,
         )
@@ -242,7 +243,7 @@ def _current(store: Store, step: Step) -> Artifact:
     raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
 
 
-def _extras(config: Config, step: Step, engines: Pool) -> dict[str, Any]:
+def _extras(config: Config, step: Step, inputs: dict[str, Artifact], engines: Pool) -> dict[str, Any]:
     """What a stage gets beside sections and inputs: its variant, and for votes their home and the target model's name."""
     if step.stage.name == "classify":
         home = config.root / "classify" / "votes"
@@ -251,13 +252,14 @@ def _extras(config: Config, step: Step, engines: Pool) -> dict[str, Any]:
     if step.stage.name == "score":
         return {"wanted": _needs_scores(config)}
     if step.stage.name == "eval":
-        return {"target": step.variant, "journal": _answers(config, step)}
+        return {"target": step.variant, "journal": _answers(config, step, inputs)}
     return {}
 
 
-def _answers(config: Config, step: Step) -> Path:
-    """The journal of an evaluation: outside of the artifact, so that it outlives a killed build."""
-    return config.root / "eval" / "answers" / f"{step.key}.jsonl"
+def _answers(config: Config, step: Step, inputs: dict[str, Artifact]) -> Path:
+    """The journal of an evaluation: outside of the artifact, so that it outlives a killed build; one per content of inputs."""
+    content = key_of({"key": step.key, "inputs": {name: artifact.digest for name, artifact in inputs.items()}})
+    return config.root / "eval" / "answers" / f"{content}.jsonl"
 
 
 def _provenance(config: Config, seconds: float) -> dict[str, Any]:

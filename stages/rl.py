@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection
+from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.errors import DataError, MeaninglessError
 from stages.language.prompts import Renderer, load_tokenizer
 from stages.language.rewards import rewards
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 def run(
     model: ModelSection,
-    data: DataSection,
     prompt: PromptSection,
     lora: LoraSection,
     rl: RlSection,
@@ -44,7 +43,7 @@ def run(
     examples = _examples(read_labels(classify_dir / "labels.jsonl"), rl)
     rows, dropped = _rows(examples, renderer, rl)
     active = Masks.load(partition_dir / "masks.safetensors").rl
-    steps = training.steps_of(len(rows), rl.prompts_per_step, rl) * rl.iterations
+    steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
     base = adapter.load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
     copy = MergedCopy(base) if base.device.type == "cpu" else None

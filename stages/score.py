@@ -105,7 +105,10 @@ def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:
     """Σ ½Fφ² as a share of Σ |gφ| + Σ ½Fφ²: how much the second-order term weighs."""
     first = second = 0.0
     for name, layer in adapter.lora_layers(model).items():
-        value = layer.weight.detach().float()
-        first += float((sums.gradient[name] / sums.examples * value).abs().sum())
-        second += float((0.5 * sums.square[name] / sums.examples * value.square()).sum())
+        value, gradient, square = (
+            adapter.trainable_part(name, t, lora).float()
+            for t in (layer.weight.detach(), sums.gradient[name], sums.square[name])
+        )
+        first += float((gradient / sums.examples * value).abs().sum())
+        second += float((0.5 * square / sums.examples * value.square()).sum())
     return second / (first + second) if first + second else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def run(
     examples = _examples(read_labels(classify_dir / "labels.jsonl"), sft, seed)
     rows, long = renderer.rows(examples, data)
     active = Masks.load(partition_dir / "masks.safetensors").sft
-    steps = training.steps_of(len(rows), sft.batch_size, sft)
+    steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     peft_model = adapter.attach(adapter.load_base(model), lora, score_dir / "init", sft.dropout)
     trainer = SFTTrainer(
         model=peft_model,

@@ -4,6 +4,7 @@ Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` 
 `messages`, `prompt`/`completion`. Any row may carry `gold`, its verifiable answer; else it is read from `#### answer`.
 """
 
+import functools
 import hashlib
 import logging
 import re
@@ -70,6 +71,8 @@ def _rows(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
         loaded = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise MissingInputError(f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}") from None
+    if not len(loaded):
+        raise DataError(f"{source.path} has no rows in {source.split}")
     return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)]
 
 
@@ -88,6 +91,10 @@ def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise ValueError(f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field {name} has half of a surrogate pair") from None
     return value
 
 
@@ -170,6 +177,7 @@ def model_title(model: ModelSection) -> str:
     return model.name.rstrip("/").split("/")[-1]
 
 
+@functools.cache
 def _hub_commit(kind: str, name: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision

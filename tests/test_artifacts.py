@@ -14,11 +14,13 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "run")
 
 
-def build(store: Store, key: str = "k", text: str = "payload") -> Path:
+def build(store: Store, name: str = "k", text: str = "payload") -> Path:
+    identity = {"name": name}
+    key = key_of(identity)
     partial = store.start_partial("score", key)
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
-    return store.commit("score", key, {"variant": "", "identity": {}, "inputs": {}, "summary": {}, "provenance": {}}).path
+    return store.commit("score", key, {"variant": "", "identity": identity, "inputs": {}, "summary": {}, "provenance": {}}).path
 
 
 def test_key_is_stable_and_order_free():
@@ -31,7 +33,7 @@ def test_committed_artifact_is_whole(store):
     artifact = store.load(path)
     assert artifact.damage() is None
     assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
-    assert not store.partial("score", "k").exists()
+    assert not store.partial("score", path.name).exists()
 
 
 @pytest.mark.parametrize("offset", range(7))
@@ -71,13 +73,12 @@ def test_a_rebuild_keeps_the_old_version_aside(store):
     build(store, text="old")
     path = build(store, text="new")
     assert (path / "sub/file.bin").read_text() == "new"
-    assert (path.with_name("k.old-1") / "sub/file.bin").read_text() == "old"
+    assert (path.with_name(f"{path.name}.old-1") / "sub/file.bin").read_text() == "old"
 
 
 def test_latest_is_replaced_in_one_step(store):
-    build(store, "k")
-    build(store, "l")
-    for key in ("k", "l", "k"):
+    one, two = build(store, "k").name, build(store, "l").name
+    for key in (one, two, one):
         store.point_latest("score", "", key)
         assert store.latest("score", "").path.name == key
 

@@ -49,7 +49,8 @@ def config(tiny, demo_data, tmp_path):
         ),
         ("data.path=none.jsonl", 66, "error: no data file none.jsonl\n"),
         ("data.path=/tmp", 66, "error: /tmp is a folder, not a file\n"),
-        ("test.path=null", 78, "error: test.path is not set, and eval needs test rows\n"),
+        ("data.path=null", 78, "error: data.path is not set\n"),
+        ("lora.target_modules=[]", 78, "error: lora.target_modules: list should have at least 1 item"),
         ("lora.init=default", 78, "error: lora.init default has B = 0, so every importance is zero; choose normal"),
     ],
 )
@@ -109,6 +110,7 @@ def test_unknown_names(lorapar, config):
     assert lorapar("list", "things").err.startswith("error: nothing to list under 'things'\n  hint: choose from: scorers")
     assert lorapar("show", *config[:1], "sleep", *config[1:]).err.startswith("error: no stage 'sleep'")
     assert lorapar("run", *config, "--to", "sleep").err.startswith("error: unknown stage 'sleep'")
+    assert lorapar("run", *config, "--from", "rl", "--to", "sft").err.startswith("error: --from rl comes after --to sft")
     assert lorapar("fetch", "gpt").err.startswith("error: unknown model 'gpt'")
 
 

@@ -70,6 +70,17 @@ def test_bad_fields_are_named(tmp_path):
     assert refused(tmp_path, good, {"question": " ", "answer": "A"}) == "bad row: /data.jsonl:2: prompt or response is empty"
 
 
+def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    packed = bytearray(gzip.compress(b'{"question": "Q", "answer": "A"}\n' * 50))
+    packed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match="damaged gzip file|broken JSON"):
+        sources.read(SourceSection(path=str(path)))
+    text = refused(tmp_path, '{"question": "\\ud83d", "answer": "A"}')
+    assert text == "bad row: /data.jsonl:1: field question has half of a surrogate pair"
+
+
 def test_duplicates(tmp_path):
     row = {"question": "Q", "answer": "A"}
     assert refused(tmp_path, row, row) == "duplicate id: /data.jsonl:2 repeats /data.jsonl:1"

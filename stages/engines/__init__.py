@@ -63,17 +63,17 @@ class Pool:
             self._engine, self._key = self._context.__enter__(), key  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 
-    def close(self) -> None:
-        """Stop what was started."""
+    def close(self, *error: Any) -> None:
+        """Stop what was started; an engine that is closed by an error keeps its log."""
         context, self._context, self._engine, self._key = self._context, None, None, None
         if context is not None:
-            context.__exit__(None, None, None)
+            context.__exit__(*(error or (None, None, None)))
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self.close(*error)
 
 
 def resolved(config: Config) -> Config:

@@ -47,6 +47,8 @@ class Client:
         served = self._served()
         if model is not None and served and model not in served:
             raise ConfigError(f"{base_url} serves {', '.join(served)}, not {model}")
+        if model is None and not served:
+            raise AnswerError(f"{base_url} lists no model")
         self.model = model or served[0]
 
     def __enter__(self) -> Client:

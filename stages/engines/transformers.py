@@ -11,7 +11,7 @@ import torch
 from stages.config import ClassifySection, ModelSection, Voter
 from stages.engines import Ballot, Choice
 from stages.errors import ConfigError
-from stages.language.prompts import Row, collate, load_tokenizer
+from stages.language.prompts import Row, chat, collate, load_tokenizer
 from stages.lora.adapter import load_base
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class _Chooser:
                 "the voter's tokenizer has no chat template", "choose a persona without chat: lorapar list personas"
             )
         else:
-            text = self.tokenizer.apply_chat_template(ballot.text, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"]
         one, two = (self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ballot.words)
         for n, (a, b) in enumerate(zip(one, two, strict=False)):
             if a != b:

@@ -68,6 +68,7 @@ def _command(model: ModelSection, settings: ClassifySection, port: int) -> list[
         command += ["--revision", model.revision]
     if model.dtype != "auto":
         command += ["--dtype", model.dtype]
+    command += settings.vllm_args
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 

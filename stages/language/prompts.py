@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 
@@ -38,8 +41,20 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer of %s has no pad token: EOS pads", model.name)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
+    """The text of a chat, with the opening of the answer if `ask`; ConfigError if the template refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(f"the chat template refuses a chat of {roles}: {error}", "do without a system message") from None
 
 
 class Renderer:
@@ -62,7 +77,7 @@ class Renderer:
     def prompt(self, question: str) -> str:
         """The text a model continues."""
         if self.section.template == "chat":
-            return str(self.tokenizer.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True))
+            return chat(self.tokenizer, self._messages(question))
         system = f"{self.section.system}\n\n" if self.section.system else ""
         return f"{system}Question: {question}\nAnswer:\n"
 
@@ -107,7 +122,7 @@ class Renderer:
         if self.section.template == "plain":
             return str(self.tokenizer.eos_token)
         turns = [*self._messages("?"), {"role": "assistant", "content": "@@"}]
-        tail = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("@@")[2]
+        tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]
         return tail.strip() or str(self.tokenizer.eos_token)
 
 

@@ -154,11 +154,14 @@ def decide(
     votes: per voter, per example id, the probability of System 2. A voter votes 2 above 0.5, or, with `share` known, for
     that share of the examples about which it is surest. Below `min_agreement` equal votes an example is undecided (None).
     """
-    thresholds = {voter: _threshold(list(given.values()), share) for voter, given in votes.items()}
+    twos_of = {voter: _twos(given, share) for voter, given in votes.items()}
+    thresholds = {
+        voter: min((given[id] for id in twos_of[voter]), default=1.0) if share else 0.5 for voter, given in votes.items()
+    }
     rows = []
     for example in examples:
         given = {voter: votes[voter][example.id] for voter in votes}
-        twos = sum(value > thresholds[voter] for voter, value in given.items())
+        twos = sum(example.id in twos_of[voter] for voter in given)
         margin = sum(value - thresholds[voter] for voter, value in given.items())
         tied = 2 * twos == len(given)
         system: int | None = 2 if (margin >= 0 if tied else 2 * twos > len(given)) else 1
@@ -168,12 +171,8 @@ def decide(
     return rows
 
 
-def _threshold(values: list[float], share: float | None) -> float:
-    """0.5, or the value that the wanted share of the values is above."""
+def _twos(given: dict[str, float], share: float | None) -> set[str]:
+    """The examples for which a voter votes 2; equal probabilities go by the id, so that a share is met exactly."""
     if share is None:
-        return 0.5
-    ordered = sorted(values, reverse=True)
-    cut = round(share * len(ordered))
-    if cut in (0, len(ordered)):
-        return 1.0 if cut == 0 else -1.0
-    return (ordered[cut - 1] + ordered[cut]) / 2
+        return {id for id, value in given.items() if value > 0.5}
+    return set(sorted(given, key=lambda id: (-given[id], id))[: round(share * len(given))])

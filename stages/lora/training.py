@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
-from stages.errors import ArtifactError, MeaninglessError
+from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter
 from stages.lora.packed import PackedLinear
 
@@ -28,10 +29,14 @@ log = logging.getLogger(__name__)
 def arguments(section: TrainSection, steps: int, seed: int, out: Path) -> dict[str, Any]:
     """The arguments of TRL's configs that both trainers take; every one that TRL's own defaults have moved is pinned."""
     cpu = not torch.cuda.is_available()
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible to one process", "choose one: CUDA_VISIBLE_DEVICES=0")
+    # The library's `constant` passes over the warm-up without a word.
+    scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
     return {
         "output_dir": str(out),
         "learning_rate": section.lr,
-        "lr_scheduler_type": section.scheduler,
+        "lr_scheduler_type": scheduler,
         "warmup_steps": min(math.ceil(section.warmup * steps), steps - 1),  # the first warm-up step has a rate of 0
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
@@ -127,7 +132,7 @@ def train(trainer: Trainer, model: PeftModel, active: dict[str, Tensor], start: 
     }
 
 
-def steps_of(rows: int, per_step: int, section: TrainSection) -> int:
-    """Optimizer steps for `epochs` passes over `rows`, the last short step counted, or `max_steps`."""
-    steps = math.ceil(rows / per_step) * section.epochs
-    return min(math.ceil(steps), section.max_steps or math.ceil(steps))
+def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
+    """Optimizer steps for `epochs` passes over so many batches, each used `passes` times; at most `max_steps`."""
+    steps = math.ceil(batches * section.epochs * passes)
+    return min(steps, section.max_steps or steps)

@@ -53,3 +53,4 @@ def test_agreement_below_the_minimum_is_undecided():
 def test_a_known_share_sets_each_voter_s_threshold():
     assert labels({"a": [0.01, 0.02, 0.03, 0.04]}, share=0.5) == [1, 1, 2, 2]
     assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, share=0.25) == [2, 1, 1, 1]
+    assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, share=0.5) == [2, 2, 1, 1]
