@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
-from stages.config import Config, annotated, load
+from stages.config import Config
 from stages.engines import NAMES as ENGINES
 from stages.engines import Pool, resolved
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline import STAGES, Stage, Step, plan, run_step, state
+from stages.settings import annotated, load
 
 app = typer.Typer(
     help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 from stages import sources
 from stages.artifacts import Artifact, DigestCache, Store, key_of
-from stages.config import Config, identity
+from stages.config import Config
 from stages.engines import Pool
 from stages.errors import ArtifactError, MissingInputError
+from stages.settings import identity
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import settings
 
-from stages.config import Config, load
+from stages.config import Config
+from stages.settings import load
 
 settings.register_profile("lorapar", deadline=None)  # these machines are shared: a slow call is no failure
 settings.load_profile("lorapar")

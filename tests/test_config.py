@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.config import Config, annotated, identity, load
+from stages.config import Config
 from stages.errors import ConfigError, MissingInputError
+from stages.settings import annotated, identity, load
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, Silent, paths
 
-from stages import config as config_module
+from stages import settings
 from stages.artifacts import Store
 from stages.engines import Pool, resolved
 from stages.errors import ArtifactError, ConfigError, DataError, MissingInputError
@@ -37,7 +37,7 @@ def make(config, *names: str, force: bool = False) -> dict:
 def whole(tiny, demo_data, tmp_path_factory):
     """A finished run: its overrides and its artifacts. Tests that change it copy it first."""
     overrides = paths(tiny, demo_data, tmp_path_factory.mktemp("whole"))
-    return overrides, make(config_module.load(ROOT / "configs/smoke.yaml", overrides))
+    return overrides, make(settings.load(ROOT / "configs/smoke.yaml", overrides))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def copied(whole, tmp_path):
     runs = next(iter(made.values()))[0].path.parents[2]
     shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     kept = [o for o in overrides if not o.startswith("runs_dir")] + [f"runs_dir={tmp_path / 'runs'}"]
-    return lambda *more: config_module.load(ROOT / "configs/smoke.yaml", [*kept, *more])
+    return lambda *more: settings.load(ROOT / "configs/smoke.yaml", [*kept, *more])
 
 
 def test_every_step_is_made_once(whole, copied):

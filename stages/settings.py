@@ -1,0 +1,107 @@
+"""From a YAML file and `--set` to a Config and back: defaults < YAML < `--set section.key=value`, all mistakes at once."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from stages.config import Config, Section
+from stages.errors import ConfigError, MissingInputError
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read `path` and apply `section.key=value` overrides; one ConfigError lists every mistake."""
+    if not path.is_file():
+        raise MissingInputError(f"no config file {path}", "see configs/, or print the defaults: lorapar config")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        mistakes = [_mistake(e) for e in error.errors()]
+        text = mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
+        raise ConfigError(text, "every setting with its default: lorapar config") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    *path, last = name.strip().split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: {' '.join(str(error).split())}") from None
+
+
+def _mistake(error: Any) -> str:
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, list(_names(Config)), n=1, cutoff=0.6)
+        return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return (
+        f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+        if error["type"] != "value_error"
+        else f"{name}: {message}"
+    )
+
+
+def _sub_section(field: FieldInfo) -> type[Section] | None:
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if below := _sub_section(field):
+            yield from _names(below, f"{prefix}{name}.")
+
+
+def identity(value: Any, stage: str = "") -> Any:
+    """The part of a section that determines a stage's results, as plain JSON values."""
+    if isinstance(value, Section):
+        marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
+        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] != (stage or None))]
+        return {name: identity(getattr(value, name), stage) for name in kept}
+    if isinstance(value, list):
+        return [identity(item, stage) for item in value]
+    return value
+
+
+def annotated(section: type[Section] = Config, values: Section | None = None, indent: str = "") -> Iterator[str]:
+    """The lines of a YAML file with every setting, its default (or that of `values`) and its documentation."""
+    for name, field in section.model_fields.items():
+        below = _sub_section(field)
+        default = getattr(values, name) if values else None if field.is_required() else field.default
+        doc = f"  # {field.description}"
+        if below and (isinstance(default, Section) or field.is_required()):
+            yield f"{indent}{name}:{doc}"
+            yield from annotated(below, default, indent + "  ")
+            continue
+        if isinstance(default, list) and default and isinstance(default[0], Section):
+            default = [item.model_dump(mode="json") for item in default]
+        shown = (
+            "" if field.is_required() else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
+        )
+        yield f"{indent}{name}:{shown}{doc}"
