@@ -19,7 +19,7 @@ from stages.engines import Pool, resolved
 from stages.errors import ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks
-from stages.pipeline import plan, run_step, state
+from stages.pipeline import _answers, plan, run_step, state
 from stages.records import read_jsonl, read_labels
 
 
@@ -167,9 +167,11 @@ def test_another_voter_asks_only_for_its_own(copied):
 
 def test_answers_of_an_evaluation_are_journalled(copied):
     config = copied()
-    step = plan(resolved(config))["eval:rl"]
-    shutil.rmtree(Store(config.root).folder("eval", step.key))
-    journal = config.root / "eval/answers" / f"{step.key}.jsonl"
+    step, store = plan(resolved(config))["eval:rl"], Store(config.root)
+    inputs = {name: store.load(store.folder(s.stage.name, s.key)) for name, s in step.inputs.items()}
+    shutil.rmtree(store.folder("eval", step.key))
+    journal = _answers(config, step, inputs)
+    assert journal != _answers(config, step, {**inputs, "rl": inputs["classify:test"]})  # another adapter, another journal
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:10]) + b'{"id": "torn')
     make(config, "eval:rl")
