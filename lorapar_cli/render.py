@@ -149,13 +149,14 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
     if as_json:
         print(json.dumps(rows))
         return
-    table = _table("target", "group", "n", "accuracy", "95 % interval", "flexible", "unparsed", "cut off", "paired p")
+    table = _table("target", "group", "n", "accuracy", "95 % interval", "flexible", "unparsed", "cut off", "p")
     for r in rows:
-        p = "" if r["p"] is None else f"{r['p']:.2g} against {r['against']}"
-        interval, n = f"{r['low']:.1%} – {r['high']:.1%}", r["n"]
+        p = "" if r["p"] is None else f"{r['p']:.2g}"
+        interval, n = f"{100 * r['low']:.1f}–{100 * r['high']:.1f}", r["n"]
         rates = f"{r['correct'] / n:.1%}", interval, f"{r['correct_flexible'] / n:.1%}"
         table.add_row(r["target"], r["group"], str(n), *rates, str(r["unparsed"]), str(r["truncated"]), p)
     _print(table)
+    print("p: exact McNemar test on the same items against the target above")
 
 
 Answers = dict[str, dict[str, dict[str, dict[str, Any]]]]
