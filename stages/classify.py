@@ -16,7 +16,7 @@ from stages.artifacts import key_of
 from stages.config import ClassifySection, DataSection, ModelSection, SourceSection, Voter
 from stages.engines import Pool
 from stages.errors import ConfigError
-from stages.language.voting import Target, decide, personas
+from stages.language.voting import Target, decide, personas, twos
 from stages.records import Example, Journal, Labelled, write_labels
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(
             votes[title] = _ask(voter, known, examples, target, model, classify, votes_dir, engines, progress)
         rows = decide(examples, votes, classify.system2_share, classify.min_agreement)
     write_labels(out / "labels.jsonl", rows)
-    return _counts(rows)
+    return _counts(rows, classify.system2_share)
 
 
 def _title(voter: Voter, model: ModelSection) -> str:
@@ -97,12 +97,13 @@ def _ask(
     return {e.id: have[asked[e.id]] for e in examples}
 
 
-def _counts(rows: list[Labelled]) -> dict[str, Any]:
+def _counts(rows: list[Labelled], share: float | None) -> dict[str, Any]:
     names = {1: "system1", 2: "system2", None: "undecided"}
     counts = {name: sum(row.system == system for row in rows) for system, name in names.items()}
     with_gold = sum(row.example.gold is not None for row in rows)
     voters = list(rows[0].votes)
-    agree = [sum((r.votes[v] > 0.5) == (r.votes[w] > 0.5) for r in rows) / len(rows) for v in voters for w in voters if v < w]
+    said = {voter: twos({row.example.id: row.votes[voter] for row in rows}, share) for voter in voters}
+    agree = [1 - len(said[v] ^ said[w]) / len(rows) for v in voters for w in voters if v < w]
     return {
         "examples": len(rows),
         **counts,

@@ -154,24 +154,24 @@ def decide(
     votes: per voter, per example id, the probability of System 2. A voter votes 2 above 0.5, or, with `share` known, for
     that share of the examples about which it is surest. Below `min_agreement` equal votes an example is undecided (None).
     """
-    twos_of = {voter: _twos(given, share) for voter, given in votes.items()}
+    twos_of = {voter: twos(given, share) for voter, given in votes.items()}
     thresholds = {
         voter: min((given[id] for id in twos_of[voter]), default=1.0) if share else 0.5 for voter, given in votes.items()
     }
     rows = []
     for example in examples:
         given = {voter: votes[voter][example.id] for voter in votes}
-        twos = sum(example.id in twos_of[voter] for voter in given)
+        number = sum(example.id in twos_of[voter] for voter in given)
         margin = sum(value - thresholds[voter] for voter, value in given.items())
-        tied = 2 * twos == len(given)
-        system: int | None = 2 if (margin >= 0 if tied else 2 * twos > len(given)) else 1
-        if max(twos, len(given) - twos) / len(given) < min_agreement:
+        tied = 2 * number == len(given)
+        system: int | None = 2 if (margin >= 0 if tied else 2 * number > len(given)) else 1
+        if max(number, len(given) - number) / len(given) < min_agreement:
             system = None
         rows.append(Labelled(example, system, given))
     return rows
 
 
-def _twos(given: dict[str, float], share: float | None) -> set[str]:
+def twos(given: dict[str, float], share: float | None) -> set[str]:
     """The examples for which a voter votes 2; equal probabilities go by the id, so that a share is met exactly."""
     if share is None:
         return {id for id, value in given.items() if value > 0.5}
