@@ -161,7 +161,8 @@ def state(store: Store, step: Step) -> State:
     for name, upstream in step.inputs.items():
         above = state(store, upstream)
         if above.state != "current":
-            return State("stale", f"{name} is {above.state} ({above.why})", artifact)
+            first = above.why if above.state == "stale" else f"{name} is {above.state} ({above.why})"
+            return State("stale", first, artifact)
         if artifact and above.artifact and artifact.manifest["inputs"][name]["content"] != above.artifact.digest:
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
