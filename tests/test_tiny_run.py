@@ -195,6 +195,13 @@ def test_kl_references_and_inits(copied, init, reference):
     assert (abs(history[0]["kl"]) < 1e-6) is (reference == "sft")
 
 
+def test_rollouts_by_trl_itself(copied, monkeypatch):
+    """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
+    monkeypatch.setattr("stages.rl.MergedCopy", lambda base: None)
+    summary = make(copied("rl.max_steps=1"), "rl")["rl"][0].manifest["summary"]
+    assert summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
+
+
 def test_strategy_all_needs_no_scores(copied):
     config = copied("partition.strategy=all")
     made = make(config, "score", "partition", "sft")
