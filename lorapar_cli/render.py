@@ -149,7 +149,7 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
     if as_json:
         print(json.dumps(rows))
         return
-    table = _table("target", "group", "n", "accuracy", "95 % interval", "flexible", "unparsed", "cut off", "p")
+    table = _table("target", "group", "n", "accuracy", "95 %", "flexible", "unparsed", "cut off", "p")
     for r in rows:
         p = "" if r["p"] is None else f"{r['p']:.2g}"
         interval, n = f"{100 * r['low']:.1f}–{100 * r['high']:.1f}", r["n"]
@@ -170,8 +170,8 @@ def _answers(store: Store, steps: list[Step], by: str) -> Answers:
         if now.state != "current" or now.artifact is None:
             continue
         for _, row in read_jsonl(now.artifact.path / "samples.jsonl"):
-            group = row["system"] if by == "system" else row["extra"].get(by)
-            for name in ("all", f"{by} {group}"):
+            group = f"system {row['system']}" if by == "system" else str(row["extra"].get(by))
+            for name in ("all", group):
                 found.setdefault(step.variant, {}).setdefault(name, {})[row["id"]] = row
     return found
 
