@@ -52,6 +52,12 @@ class AnswerError(LoraparError):
     exit_code = 76
 
 
+class SandboxError(LoraparError):
+    """No sandbox works here, so code that a model wrote is not run."""
+
+    exit_code = 77
+
+
 class ConfigError(LoraparError):
     """A setting is unknown, has the wrong type, or does not fit the model or the data."""
 

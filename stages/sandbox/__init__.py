@@ -1,0 +1,63 @@
+"""Runs programs that a model wrote so that they cannot harm the machine: `choose(name, limits)` gives a Sandbox.
+
+`inside.py` and `landlock.py` run in the sandboxed processes; `pair.py` runs a program against its tests; `backends.py` has
+the ways to start them. This package needs the standard library and `stages.errors` only.
+"""
+
+from collections.abc import Callable
+
+from stages.errors import SandboxError
+from stages.sandbox import pair
+from stages.sandbox.backends import BACKENDS, Limits
+from stages.sandbox.pair import SandboxFailure, Verdict
+from stages.sandbox.selftest import selftest
+
+__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "examine"]
+
+SAFE = ("bubblewrap", "landlock")
+HINT = (
+    "install bubblewrap (apt install bubblewrap); on Ubuntu 23.10 or later also: sysctl -w "
+    "kernel.apparmor_restrict_unprivileged_userns=0; see lorapar doctor"
+)
+
+
+class Sandbox:
+    """One back end with limits. Its name is `bubblewrap`, `landlock` or `unsafe-no-sandbox`."""
+
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.name, self.limits = name, limits
+
+    def check(self, program: str, tests: str, entry: str, setup: str = "") -> Verdict:
+        """Run `tests` on the function `entry` of `program`; `setup` (trusted code) is what the tests need beside it.
+
+        SandboxFailure if the sandbox fails twice: that says nothing about the program.
+        """
+        try:
+            return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
+        except SandboxFailure:
+            return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
+
+    def plain(self, program: str, tests: str, entry: str) -> bool:
+        """Whether the tests pass with program and tests in one process, as HumanEval's own script has it."""
+        return pair.plain(BACKENDS[self.name], program, tests, entry, self.limits)
+
+
+def examine() -> dict[str, list[str]]:
+    """The problems of each safe back end on this machine; no problems, no lines."""
+    return {name: selftest(BACKENDS[name]) for name in SAFE}
+
+
+def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
+    """The sandbox called `name`; `auto` is the first safe one whose self-test passes here. SandboxError if there is none."""
+    if name == "refuse":
+        raise SandboxError("this benchmark runs code that a model wrote, and eval.sandbox.backend is refuse", "choose auto")
+    if name == "unsafe-no-sandbox":
+        say("warning: code that a model wrote runs WITHOUT a sandbox: it can do whatever you can")
+        return Sandbox(name, limits)
+    reasons = []
+    for candidate in SAFE if name == "auto" else [name]:
+        problems = selftest(BACKENDS[candidate])
+        if not problems:
+            return Sandbox(candidate, limits)
+        reasons.append(f"{candidate}: {problems[0]}")
+    raise SandboxError(f"no sandbox works here ({'; '.join(reasons)})", HINT)

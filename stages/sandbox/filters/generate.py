@@ -1,0 +1,183 @@
+"""Writes the seccomp filters that are shipped beside this file; run by hand when a rule changes.
+
+Needs libseccomp's own Python module (Debian: python3-seccomp), not the one of the virtual environment:
+`/usr/bin/python3 generate.py`. Users need neither: the kernel takes the written programs as they are.
+"""
+
+import errno
+import sys
+from pathlib import Path
+
+CLONE_THREAD = 0x00010000
+
+# New processes, namespaces and mounts, other processes' memory, kernel interfaces, System V memory, clocks.
+REFUSED = [
+    "fork",
+    "vfork",
+    "unshare",
+    "setns",
+    "mount",
+    "umount2",
+    "umount",
+    "pivot_root",
+    "chroot",
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "process_madvise",
+    "kcmp",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "bpf",
+    "perf_event_open",
+    "userfaultfd",
+    "io_uring_setup",
+    "io_uring_enter",
+    "io_uring_register",
+    "kexec_load",
+    "kexec_file_load",
+    "init_module",
+    "finit_module",
+    "delete_module",
+    "open_by_handle_at",
+    "name_to_handle_at",
+    "open_tree",
+    "move_mount",
+    "fsopen",
+    "fsconfig",
+    "fsmount",
+    "fspick",
+    "mount_setattr",
+    "shmget",
+    "shmat",
+    "shmctl",
+    "semget",
+    "semop",
+    "semctl",
+    "msgget",
+    "msgsnd",
+    "msgctl",
+    "mq_open",
+    "clock_settime",
+    "clock_adjtime",
+    "settimeofday",
+    "adjtimex",
+    "reboot",
+    "swapon",
+    "swapoff",
+    "acct",
+    "quotactl",
+    "syslog",
+    "sethostname",
+    "setdomainname",
+    "personality",
+    "iopl",
+    "ioperm",
+    "fanotify_init",
+    "lookup_dcookie",
+    "vhangup",
+    "nfsservctl",
+    "setuid",
+    "setgid",
+    "setreuid",
+    "setregid",
+    "setresuid",
+    "setresgid",
+    "setgroups",
+    "capset",
+]
+
+# Without namespaces the filter also stands between the program and the network, other processes of the user, and those
+# changes of files that Landlock does not cover (modes, owners, times, attributes).
+ALSO_WITHOUT_NAMESPACES = [
+    "socket",
+    "socketpair",
+    "connect",
+    "bind",
+    "listen",
+    "accept",
+    "accept4",
+    "sendto",
+    "sendmsg",
+    "sendmmsg",
+    "kill",
+    "tkill",
+    "tgkill",
+    "rt_sigqueueinfo",
+    "rt_tgsigqueueinfo",
+    "pidfd_open",
+    "pidfd_getfd",
+    "pidfd_send_signal",
+    "setsid",
+    "setpgid",
+    "setrlimit",
+    "setpriority",
+    "sched_setscheduler",
+    "sched_setparam",
+    "sched_setattr",
+    "sched_setaffinity",
+    "ioprio_set",
+    "move_pages",
+    "migrate_pages",
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "fchmodat2",
+    "chown",
+    "fchown",
+    "lchown",
+    "fchownat",
+    "setxattr",
+    "lsetxattr",
+    "fsetxattr",
+    "setxattrat",
+    "removexattr",
+    "lremovexattr",
+    "fremovexattr",
+    "removexattrat",
+    "utime",
+    "utimes",
+    "futimesat",
+    "utimensat",
+    "truncate",
+    "mknod",
+    "mknodat",
+    "inotify_init",
+    "inotify_init1",
+    "inotify_add_watch",
+]
+
+
+def write(path: Path, arch: str, strict: bool) -> None:
+    import seccomp
+
+    rules = seccomp.SyscallFilter(defaction=seccomp.ALLOW)
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL)
+    native = seccomp.Arch()
+    wanted = seccomp.Arch(arch)
+    if int(wanted) != int(native):
+        rules.add_arch(wanted)
+        rules.remove_arch(native)
+    refuse = seccomp.ERRNO(errno.EPERM)
+    known = []
+    for name in REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else []):
+        if seccomp.resolve_syscall(wanted, name) >= 0:  # negative: the architecture has no such call
+            rules.add_rule(refuse, name)
+            known.append(name)
+    # Threads are made by clone too; clone3 passes its flags in memory, which a filter cannot read: libraries then use clone.
+    rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
+    rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    if strict:
+        rules.add_rule(refuse, "prlimit64", seccomp.Arg(2, seccomp.NE, 0))
+    with path.open("wb") as file:
+        rules.export_bpf(file)
+    print(f"{path.name}: {path.stat().st_size} bytes, {len(known)} calls refused")
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    for arch in ("x86_64", "aarch64"):
+        for name, strict in (("namespaces", False), ("landlock", True)):
+            write(here / f"{name}-{arch}.bpf", arch, strict)
+    sys.exit()

@@ -1,0 +1,194 @@
+"""Runs inside of a sandbox, with the standard library only: `inside.py ROLE LIMITS`.
+
+A program and its tests never share a process. The `candidate` loads the program and answers calls of its function; the
+`judge` runs the tests against a stand-in that sends each call over a pipe, and says how they went. Values cross as plain
+data of built-in types, so an object that claims to equal everything never reaches a comparison, and nothing that the program
+does to its own interpreter can change the verdict. `plain` runs both in one process, as the benchmark's own script does.
+
+One JSON value per line: `"ready"` first, then the job comes in; see the functions below for the rest.
+"""
+
+import base64
+import builtins
+import collections
+import contextlib
+import json
+import os
+import resource
+import sys
+import types
+from typing import Any
+
+MAX_LINE = 4 * 2**20
+MAX_ITEMS = 10**6
+
+
+class Strange(Exception):
+    """A value whose type is not plain data."""
+
+
+_CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
+_ITERATORS: tuple[type, ...] = (types.GeneratorType, map, filter, zip, enumerate, reversed, type(iter([])), type(iter(())))
+
+
+def encode(value: Any, depth: int = 0) -> Any:
+    """Plain JSON for a value of built-in types; Strange for any other type, also of a subclass and also deep inside."""
+    kind = type(value)
+    if depth > 100:
+        raise Strange("nested too deep")
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        return ["int", format(value, "x")]
+    if kind is float:
+        return ["float", value.hex()]
+    if kind is complex:
+        return ["complex", value.real.hex(), value.imag.hex()]
+    if kind in (bytes, bytearray):
+        return [kind.__name__, base64.b85encode(value).decode()]
+    if kind is range:
+        return ["range", *map(str, (value.start, value.stop, value.step))]
+    if kind in _CONTAINERS.values():
+        return [kind.__name__, [encode(item, depth + 1) for item in value]]
+    if kind in _MAPPINGS:
+        return ["dict", [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in value.items()]]
+    if kind in _ITERATORS:
+        items = [item for _, item in zip(range(MAX_ITEMS), value, strict=False)]
+        return ["iterator", [encode(item, depth + 1) for item in items]]
+    raise Strange(kind.__name__)
+
+
+def decode(value: Any) -> Any:
+    """The value that `encode` was given; iterators come back as iterators."""
+    if not isinstance(value, list):
+        return value
+    kind, *rest = value
+    if kind == "int":
+        return int(rest[0], 16)
+    if kind == "float":
+        return float.fromhex(rest[0])
+    if kind == "complex":
+        return complex(*map(float.fromhex, rest))
+    if kind in ("bytes", "bytearray"):
+        return getattr(builtins, kind)(base64.b85decode(rest[0]))
+    if kind == "range":
+        return range(*map(int, rest))
+    if kind in _CONTAINERS:
+        return _CONTAINERS[kind](map(decode, rest[0]))
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in rest[0]}
+    if kind == "iterator":
+        return iter([decode(item) for item in rest[0]])
+    raise ValueError(f"no such kind of value: {kind!r:.40}")
+
+
+class Channel:
+    """JSON lines over the first standard input and output; the program gets an empty input and the error stream instead."""
+
+    def __init__(self) -> None:
+        self._in, self._out = os.fdopen(os.dup(0), "rb"), os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+
+    def send(self, value: Any) -> None:
+        data = json.dumps(value).encode() + b"\n"
+        while data:
+            data = data[os.write(self._out, data) :]
+
+    def receive(self) -> Any:
+        line = self._in.readline(MAX_LINE)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return json.loads(line)
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Lower the limits of this process for good. The parent keeps the wall clock; these hold whatever it does."""
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def candidate(channel: Channel, job: dict[str, str]) -> None:
+    """Job {program, entry}; says `loaded` or {"broken": why}, then answers each call with value, raised or strange."""
+    space: dict[str, Any] = {"__name__": "program"}  # a `__main__` part does not run
+    try:
+        exec(compile(job["program"], "program", "exec"), space)
+        function = space[job["entry"]]
+    except BaseException as error:
+        channel.send({"broken": _said(error)})
+        return
+    channel.send("loaded")
+    while True:
+        arguments, named = map(decode, channel.receive())
+        try:
+            answer = {"value": encode(function(*arguments, **named))}
+        except Strange as error:
+            answer = {"strange": str(error)}
+        except BaseException as error:
+            answer = {"raised": [type(error).__name__, str(error)[:300]]}
+        channel.send(answer)
+
+
+def judge(channel: Channel, job: dict[str, str]) -> None:
+    """Job {setup, tests, entry}; sends calls as [arguments, named], and at the end {"verdict", "why"}."""
+    strange: list[str] = []
+
+    def stand_in(*arguments: Any, **named: Any) -> Any:
+        channel.send([encode(list(arguments)), encode(named)])
+        answer = channel.receive()
+        if "value" in answer:
+            return decode(answer["value"])
+        if "strange" in answer:
+            strange.append(str(answer["strange"])[:80])
+            raise TypeError(f"a result of type {strange[-1]}")
+        name, text = answer["raised"]
+        kind = getattr(builtins, name, None)
+        known = isinstance(kind, type) and issubclass(kind, Exception)
+        raise (kind if known else RuntimeError)(text)
+
+    space: dict[str, Any] = {"__name__": "tests"}
+    try:
+        exec(compile(job["setup"], "setup", "exec"), space)
+        space[job["entry"]] = stand_in
+        exec(compile(job["tests"], "tests", "exec"), space)
+        if "check" in space:
+            space["check"](stand_in)
+        verdict, why = "passed", ""
+    except EOFError:
+        raise
+    except BaseException as error:
+        verdict, why = "failed", _said(error)
+    if strange:  # also where the tests caught the error
+        verdict, why = "suspicious", f"returned {strange[0]}"
+    channel.send({"verdict": verdict, "why": why})
+
+
+def plain(channel: Channel, job: dict[str, str]) -> None:
+    """Job {program, tests, entry}; program and tests in one process, as HumanEval's script runs them."""
+    space: dict[str, Any] = {"__name__": "program"}
+    try:
+        exec(compile(f"{job['program']}\n{job['tests']}", "program", "exec"), space)
+        if "check" in space:
+            space["check"](space[job["entry"]])
+        verdict, why = "passed", ""
+    except BaseException as error:
+        verdict, why = "failed", _said(error)
+    channel.send({"verdict": verdict, "why": why})
+
+
+def main() -> None:
+    channel = Channel()
+    channel.send("ready")
+    limit(json.loads(sys.argv[2]))
+    role = {"candidate": candidate, "judge": judge, "plain": plain}[sys.argv[1]]
+    with contextlib.suppress(EOFError):
+        role(channel, channel.receive())
+
+
+if __name__ == "__main__":
+    main()

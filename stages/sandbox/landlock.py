@@ -1,0 +1,103 @@
+"""Gives up rights for good, then becomes another command: `landlock.py FILTER LIMITS READABLE… -- COMMAND…`.
+
+For machines where no namespace can be made. Landlock (https://docs.kernel.org/userspace-api/landlock.html) takes the file
+system and TCP away, a seccomp filter the rest: sockets, processes, signals, file modes. Standard library only, and nothing of
+lorapar: it runs as a script. No path stays writable. Fails closed: an error here ends the process before the command.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+LEAST_ABI = 3
+"""Below it a file can be truncated (kernel 6.2)."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def abi() -> int:
+    """Landlock's version in the running kernel; 0 where there is none."""
+    return max(0, _libc.syscall(CREATE_RULESET, None, 0, 1))
+
+
+class _Ruleset(ctypes.Structure):
+    _fields_ = [("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64)]
+
+
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+
+def _call(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def restrict_files(readable: list[str]) -> None:
+    """Leave reading and execution below `readable` and /dev/null, and nothing else of the file system or of TCP."""
+    version = abi()
+    if version < LEAST_ABI:
+        raise OSError(f"Landlock is at version {version}, {LEAST_ABI} is needed (kernel 6.2)")
+    files = (1 << {3: 15, 4: 15}.get(version, 16)) - 1
+    rules = _Ruleset(files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    ruleset = _call(_libc.syscall(CREATE_RULESET, ctypes.byref(rules), size, 0), "landlock_create_ruleset")
+    allowed = {path: EXECUTE | READ_FILE | READ_DIR for path in readable}
+    allowed |= {"/dev/null": READ_FILE | WRITE_FILE, "/dev/urandom": READ_FILE}
+    for path, rights in allowed.items():
+        if not os.path.exists(path):
+            continue
+        if not os.path.isdir(path):
+            rights &= ~READ_DIR
+        parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        beneath = _PathBeneath(rights, parent)
+        _call(_libc.syscall(ADD_RULE, ruleset, 1, ctypes.byref(beneath), 0), f"landlock_add_rule {path}")
+        os.close(parent)
+    _call(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    _call(_libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
+    os.close(ruleset)
+
+
+def drop_capabilities() -> None:
+    """As root too, limits must hold; without new privileges the next program gets none back."""
+    for capability in range(64):
+        _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    _call(_libc.capset(header, nothing), "capset")
+
+
+def main() -> None:
+    split = sys.argv.index("--")
+    filter_path, limits, *readable = sys.argv[1:split]
+    command = sys.argv[split + 1 :]
+    parent = os.getppid()
+    _call(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    if os.getppid() != parent:
+        sys.exit(1)
+    with open(filter_path, "rb") as file:
+        instructions = file.read()
+    for name, value in json.loads(limits).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    os.chdir("/usr")  # the caller's folder is not readable from here on
+    drop_capabilities()
+    restrict_files(readable)
+    program = _Program(len(instructions) // 8, instructions)
+    _call(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
+    os.execve(command[0], command, {"PATH": "/usr/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+if __name__ == "__main__":
+    main()

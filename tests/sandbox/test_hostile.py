@@ -1,0 +1,149 @@
+"""Every hostile program on every back end: nothing of the user's changes, nothing leaks, nothing stays, none outlives its time."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hostile import CONTAINED, FORGED, PREAMBLE
+
+from stages.sandbox.backends import BACKENDS, Limits
+from stages.sandbox.pair import SandboxFailure, check
+
+LIMITS = Limits(seconds=1)
+MARK = "secret-7f3a"
+GOOD = "def f(): return 42"
+TESTS = "def check(f):\n    x = f()\n    assert x == 42 or x == [42] * 3 or x == {'a': (42,)}"
+
+
+def _usable(name):
+    try:
+        return check(BACKENDS[name], GOOD, TESTS, "f", "", LIMITS).passed
+    except SandboxFailure:
+        return False
+
+
+def _processes():
+    """Command lines of what runs now and was started from here."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if b"inside.py" in text and state != "Z":
+                found.add(entry.name)
+    return found
+
+
+@pytest.fixture
+def victim(tmp_path, monkeypatch):
+    """What the programs are after, and a look at whether they got it."""
+    monkeypatch.setenv("LORAPAR_SECRET", MARK)
+    canary, secret, drop = tmp_path / "canary", tmp_path / "secret", tmp_path / "drop"
+    canary.write_text("untouched")
+    secret.write_text(MARK)
+    drop.mkdir()
+    canary.chmod(0o644)
+    os.utime(canary, (10**9, 10**9))
+    tcp, udp, local = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    tcp.bind(("127.0.0.1", 0))
+    udp.bind(tcp.getsockname())
+    local.bind(f"\0lorapar-{os.getpid()}")
+    for listener in (tcp, local):
+        listener.listen()
+    for listener in (tcp, udp, local):
+        listener.setblocking(False)
+    # Something other than the tests themselves takes the signals.
+    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10**5)"], env={"LORAPAR_SECRET": MARK})
+    names = {"CANARY": canary, "SECRET": secret, "DROP": drop, "PORT": tcp.getsockname()[1]}
+    names |= {"SOCKET": f"lorapar-{os.getpid()}", "PARENT": parent.pid}
+    state = _state(canary)
+
+    def look():
+        broken = []
+        if not canary.exists() or canary.read_text() != "untouched" or _state(canary) != state:
+            broken.append("canary")
+        if any(drop.iterdir()):
+            broken.append("files left")
+        for listener in (tcp, udp, local):
+            with contextlib.suppress(BlockingIOError):
+                broken.append(f"connection {listener.recv(1) if listener is udp else listener.accept()}")
+        if parent.poll() is not None:
+            broken.append("parent killed")
+        if os.sched_getaffinity(parent.pid) != os.sched_getaffinity(0) or os.getpriority(os.PRIO_PROCESS, parent.pid) != 0:
+            broken.append("parent slowed")
+        return broken
+
+    yield names, look
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for listener in (tcp, udp, local):
+        listener.close()
+
+
+def _state(path):
+    s = path.stat()
+    return s.st_mode, s.st_uid, s.st_mtime, s.st_nlink, os.listxattr(path)
+
+
+def _fill(code, names):
+    for name, value in names.items():
+        code = code.replace(f"${name}", str(value))
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bubblewrap", "landlock"])
+def test_hostile_programs_are_contained(name, victim, capsys):
+    if not _usable(name):
+        pytest.skip(f"{name} does not work here")
+    names, look = victim
+    limits_before = os.sched_getaffinity(0)
+    before = _processes()
+    escapes, slowest, statuses, count = [], 0.0, {}, 0
+    for family, programs in CONTAINED.items():
+        for title, code in programs.items():
+            begun = time.monotonic()
+            verdict = check(BACKENDS[name], _fill(f"{PREAMBLE}\n{code}\n{GOOD}", names), TESTS, "f", "", LIMITS)
+            took = time.monotonic() - begun
+            slowest, count = max(slowest, took), count + 1
+            statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
+            found = look()
+            if MARK in verdict.output or "secret-shadow" in verdict.output:
+                found.append("secret seen")
+            if _processes() - before:
+                found.append("processes left")
+            if took > LIMITS.seconds + 1:
+                found.append(f"took {took:.1f} s")
+            escapes += [f"{family}: {title}: {what}" for what in found]
+    time.sleep(2.5)  # late writers
+    escapes += [f"late: {what}" for what in look()]
+    assert os.sched_getaffinity(0) == limits_before
+    assert check(BACKENDS[name], GOOD, TESTS, "f", "", LIMITS).passed
+    with capsys.disabled():
+        user = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
+        print(f"\n{name} as {user}: {count} hostile programs, {len(escapes)} escapes, slowest {slowest:.1f} s; {statuses}")
+    assert not escapes, "\n".join(escapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bubblewrap", "landlock"])
+def test_no_verdict_is_forged(name, capsys):
+    if not _usable(name):
+        pytest.skip(f"{name} does not work here")
+    verdicts = {t: check(BACKENDS[name], f"{PREAMBLE}\n{code}", TESTS, "f", "", LIMITS) for t, code in FORGED.items()}
+    passed = [title for title, verdict in verdicts.items() if verdict.passed]
+    with capsys.disabled():
+        suspicious = sum(verdict.status == "suspicious" for verdict in verdicts.values())
+        print(f"\n{name}: {len(FORGED)} forgeries, {len(passed)} passed, {suspicious} suspicious")
+    assert not passed
+    equal = [title for title in FORGED if "equal" in title or title == "mock"]
+    assert all(verdicts[title].status == "suspicious" for title in equal)

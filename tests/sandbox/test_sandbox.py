@@ -1,0 +1,215 @@
+import collections
+import math
+import struct
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import sandbox
+from stages.errors import SandboxError
+from stages.sandbox import Limits, Sandbox, backends, choose, inside, pair
+from stages.sandbox.selftest import selftest
+
+ADD = "def add(a, b):\n    return a + b\n"
+TESTS = "def check(f):\n    assert f(1, b=2) == 3\n    assert f([1], [(2, None)]) == [1, (2, None)]\n"
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
+def safe(request):
+    problems = selftest(backends.BACKENDS[request.param])
+    if problems:
+        pytest.skip(f"{request.param}: {problems[0]}")
+    return Sandbox(request.param, Limits(seconds=2))
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        (ADD, "passed"),
+        ("def add(a, b):\n    return 3\n", "failed"),
+        ("def add(a, b):\n    raise KeyError(a)\n", "failed"),
+        ("def add(a, b):\n    return complex(a, 0) + b if a == 1 else iter(())\n", "failed"),
+        ("def add(a, b)\n    return a + b\n", "broken"),
+        ("def sub(a, b):\n    return a - b\n", "broken"),
+        ("def add(a, b):\n    while True: pass\n", "timeout"),
+        ("import os\ndef add(a, b):\n    os._exit(0)\n", "crashed"),
+        ("def add(a, b):\n    print('x' * 2**22)\n    return a + b\n", "flooded"),
+        ("from unittest.mock import ANY\ndef add(a, b):\n    return ANY\n", "suspicious"),
+        ("class I(int): pass\ndef add(a, b):\n    return I(3)\n", "suspicious"),
+        (
+            "import collections\ndef add(a, b):\n    print('fine')\n    return a + b\nif __name__ == '__main__':\n    1 / 0\n",
+            "passed",
+        ),
+    ],
+)
+def test_verdicts(safe, program, status):
+    assert safe.check(program, TESTS, "add").status == status
+
+
+def test_tests_may_use_what_the_prompt_defines(safe):
+    assert safe.check(ADD, "def check(f):\n    assert f(1, 1) == two()", "add", setup="def two(): return 2").passed
+
+
+def test_a_suspicious_result_that_the_tests_swallow_stays_suspicious(safe):
+    tests = "def check(f):\n    try: f()\n    except TypeError: pass"
+    assert safe.check("def f(): return object()", tests, "f").status == "suspicious"
+
+
+def test_the_standard_verdict_believes_an_object_that_equals_everything(safe):
+    program = "from unittest.mock import ANY\ndef add(a, b): return ANY"
+    assert safe.plain(program, TESTS, "add")
+    assert not safe.plain("def add(a, b): return 4", TESTS, "add")
+
+
+def test_the_self_test_finds_what_no_sandbox_lets_through():
+    problems = selftest(backends.none)
+    assert "a program could write a file" in problems
+    assert "a program could connect to a port" in problems
+    assert "a program could signal the caller" in problems
+
+
+def test_a_missing_bubblewrap_is_the_sandbox_s_failure_not_the_program_s(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(pair.SandboxFailure, match="bwrap is not installed"):
+        Sandbox("bubblewrap", Limits()).check(ADD, TESTS, "add")
+
+
+def test_a_sandbox_that_does_not_start_says_why(monkeypatch, tmp_path):
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pair.SandboxFailure, match="setting up uid map: Permission denied"):
+        Sandbox("bubblewrap", Limits()).check(ADD, TESTS, "add")
+
+
+def test_choose(monkeypatch):
+    with pytest.raises(SandboxError, match="backend is refuse") as refused:
+        choose("refuse", Limits(), print)
+    assert refused.value.exit_code == 77
+    said = []
+    assert choose("unsafe-no-sandbox", Limits(), said.append).name == "unsafe-no-sandbox"
+    assert "WITHOUT a sandbox" in said[0]
+    monkeypatch.setattr(sandbox, "selftest", lambda backend: ["no"] if backend is backends.bubblewrap else [])
+    assert choose("auto", Limits(), print).name == "landlock"
+    monkeypatch.setattr(sandbox, "selftest", lambda backend: ["no"])
+    with pytest.raises(SandboxError, match=r"no sandbox works here \(bubblewrap: no; landlock: no\)"):
+        choose("auto", Limits(), print)
+
+
+simple = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.complex_numbers(allow_nan=False)
+)
+keys = st.none() | st.booleans() | st.integers() | st.text() | st.tuples(st.integers(), st.text())
+values = st.recursive(
+    simple,
+    lambda below: (
+        st.lists(below) | st.tuples(below, below) | st.dictionaries(keys, below) | st.sets(keys) | st.frozensets(keys)
+    ),
+    max_leaves=20,
+)
+
+
+@given(values)
+def test_plain_data_crosses_unchanged(value):
+    back = inside.decode(inside.json.loads(inside.json.dumps(inside.encode(value))))
+    assert back == value and type(back) is type(value)
+
+
+def test_special_values_cross():
+    assert math.isnan(inside.decode(inside.encode(math.nan)))
+    assert inside.decode(inside.encode(10**5000)) == 10**5000
+    assert inside.decode(inside.encode(range(3, 9, 2))) == range(3, 9, 2)
+    assert list(inside.decode(inside.encode(map(str, [1, 2])))) == ["1", "2"]
+    assert inside.decode(inside.encode(collections.Counter("aab"))) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("value", [object(), type("I", (int,), {})(3), [type("L", (list,), {})()], {"a": {1: object}}, print])
+def test_other_types_do_not_cross(value):
+    with pytest.raises(inside.Strange):
+        inside.encode(value)
+
+
+def _action(program, arch, call, arguments=()):
+    """What a classic BPF seccomp program answers to a system call (linux/seccomp.h)."""
+    arguments = list(arguments) + [0] * 6
+    data = struct.pack("<iIQ6Q", call, arch, 0, *arguments[:6])
+    accumulator, at = 0, 0
+    while True:
+        code, yes, no, k = struct.unpack_from("<HBBI", program, 8 * at)
+        at += 1
+        if code == 0x20:  # load a word
+            (accumulator,) = struct.unpack_from("<I", data, k)
+        elif code == 0x54:  # and
+            accumulator &= k
+        elif code == 0x05:  # jump
+            at += k
+        elif code in (0x15, 0x25, 0x35, 0x45):  # jump if ==, >, >=, &
+            met = {0x15: accumulator == k, 0x25: accumulator > k, 0x35: accumulator >= k, 0x45: accumulator & k}[code]
+            at += yes if met else no
+        elif code == 0x06:  # return
+            return {0x7FFF0000: "allow", 0x00050001: "EPERM", 0x00050026: "ENOSYS"}.get(k, "kill" if k < 0x30000 else hex(k))
+        else:
+            raise AssertionError(f"instruction {code:#x}")
+
+
+X86, ARM = 0xC000003E, 0xC00000B7
+
+
+@pytest.mark.parametrize(
+    ("arch", "machine", "names"),
+    [
+        (X86, "x86_64", dict(read=0, fork=57, clone=56, clone3=435, ptrace=101, socket=41, kill=62, chmod=90, prlimit64=302)),
+        (ARM, "aarch64", dict(read=63, clone=220, clone3=435, ptrace=117, socket=198, kill=129, fchmod=52, prlimit64=261)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["namespaces", "landlock"])
+def test_filters(arch, machine, names, kind):
+    program = (backends.HERE / "filters" / f"{kind}-{machine}.bpf").read_bytes()
+    strict = kind == "landlock"
+    assert _action(program, arch, names["read"]) == "allow"
+    assert _action(program, ARM if arch == X86 else X86, names["read"]) == "kill"
+    assert _action(program, 0x40000003, names["read"]) == "kill"  # 32-bit calls of the same processor
+    assert _action(program, arch, names["clone"], [17]) == "EPERM"
+    assert _action(program, arch, names["clone"], [0x10000 | 0x100]) == "allow"  # a thread
+    assert _action(program, arch, names["clone3"]) == "ENOSYS"
+    assert _action(program, arch, names["ptrace"]) == "EPERM"
+    assert _action(program, arch, names["prlimit64"], [0, 7, 0]) == "allow"
+    for refused in ("socket", "kill", "chmod" if arch == X86 else "fchmod"):
+        assert _action(program, arch, names[refused]) == ("EPERM" if strict else "allow")
+    assert _action(program, arch, names["prlimit64"], [0, 7, 4096]) == ("EPERM" if strict else "allow")
+    if arch == X86:
+        assert _action(program, arch, names["fork"]) == "EPERM"
+        assert _action(program, arch, 0x40000000 | names["read"]) == "kill"  # the x32 calls
+
+
+def test_nothing_of_the_sandbox_outlives_a_killed_caller(safe, tmp_path):
+    code = f"from stages.sandbox import *; Sandbox({safe.name!r}, Limits(seconds=60)).check('while True: pass', '', 'f')"
+    caller = subprocess.Popen([inside.sys.executable, "-c", code])
+    assert _wait(lambda: len(_children()) > 0)
+    caller.kill()
+    caller.wait()
+    assert _wait(lambda: not _children())
+
+
+def _children():
+    listed = subprocess.run(["pgrep", "-f", "inside.py candidate"], capture_output=True, text=True).stdout
+    return listed.split()
+
+
+def _wait(condition):
+    import time
+
+    for _ in range(100):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
