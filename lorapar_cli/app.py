@@ -1,7 +1,9 @@
 """The `lorapar` command: one command per row of the stage table, and what people need around them."""
 
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
+from stages.artifacts import Store
 from stages.config import Config
 from stages.engines import NAMES as ENGINES
 from stages.engines import Pool, resolved
@@ -27,7 +30,15 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
+Unsafe = Annotated[
+    bool,
+    typer.Option("--unsafe-no-sandbox", help="Run code that a model wrote with nothing around it; recorded in the result."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
+
+
+def _unsafe(unsafe: bool) -> list[str]:
+    return ["eval.sandbox.backend=unsafe-no-sandbox"] if unsafe else []
 
 
 def _plan(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
@@ -35,21 +46,67 @@ def _plan(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, St
     return config, plan(config)
 
 
+def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
+    """Make the artifacts of these steps, one after the other, with one engine as long as it serves."""
+    progress = render.Progress()
+    with Pool() as engines:
+        for step in steps:
+            artifact, made = run_step(settings, step, force, progress, engines)
+            progress.done()
+            render.artifact(step.name, artifact, made, as_json)
+
+
 def _stage_command(stage: Stage) -> None:
     def command(config: ConfigPath, set_: Overrides = None, force: Force = False, as_json: Json = False) -> None:
         settings, steps = _plan(config, set_)
-        progress = render.Progress()
-        with Pool() as engines:
-            for step in (s for s in steps.values() if s.stage is stage):
-                artifact, made = run_step(settings, step, force, progress, engines)
-                progress.done()
-                render.artifact(step.name, artifact, made, as_json)
+        mine = [s for s in steps.values() if s.stage is stage]
+        if not mine:
+            raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+        _make(settings, mine, force, as_json)
 
     app.command(stage.name, help=stage.help)(command)
 
 
 for _stage in STAGES.values():
-    _stage_command(_stage)
+    if _stage.name != "eval":
+        _stage_command(_stage)
+
+
+@app.command("eval", help=STAGES["eval"].help)
+def eval_(
+    config: ConfigPath,
+    set_: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option("--benchmark", help="Only this one; repeatable.")] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness instead.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Its tasks, separated by commas.")] = None,
+    task_files: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N items of each of its tasks.")] = None,
+    unsafe: Unsafe = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    overrides = [*(set_ or []), *_unsafe(unsafe)]
+    if harness is not None:
+        if harness != "lm-eval" or not tasks:
+            raise ConfigError(f"--harness {harness}: expected --harness lm-eval --tasks NAME,…")
+        # An entry of its own for each task, so that each is an artifact and a table of its own.
+        names = {task: f"lm-eval-{re.sub(r'[^0-9A-Za-z_-]', '-', task)}" for task in tasks.split(",")}
+        for task, name in names.items():
+            entry = {"kind": "lm_eval", "tasks": [task], "limit": limit, "path": task_files and str(task_files)}
+            overrides.append(f"eval.benchmarks.{name}={json.dumps({k: v for k, v in entry.items() if v is not None})}")
+        only = list(names.values())
+    elif tasks or task_files or limit:
+        raise ConfigError("--tasks, --task-files and --limit go with --harness lm-eval")
+    settings, steps = _plan(config, overrides)
+    wanted = only or list(settings.eval.benchmarks)
+    if unknown := set(wanted) - set(settings.eval.benchmarks):
+        raise ConfigError(f"no benchmark {sorted(unknown)[0]}", f"choose from: {', '.join(settings.eval.benchmarks)}")
+    mine = [s for s in steps.values() if s.stage.name == "eval" and s.variant.partition("@")[2] in wanted]
+    if not mine:
+        raise ConfigError("nothing to evaluate", "name benchmarks in eval.benchmarks; without data.path, eval.targets=[base]")
+    _make(settings, mine, force, as_json)
+    if not as_json:
+        render.results(Store(settings.root), mine)
 
 
 @app.command()
@@ -58,10 +115,10 @@ def run(
     set_: Overrides = None,
     first: Annotated[str | None, typer.Option("--from", help="First stage; it is built again.")] = None,
     last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+    unsafe: Unsafe = False,
 ) -> None:
     """Run what is missing or stale, each stage in a process of its own."""
-    from stages.artifacts import Store
-
+    set_ = [*(set_ or []), *_unsafe(unsafe)]
     for name in (first, last):
         if name is not None and name not in STAGES:
             raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(STAGES)}")
@@ -71,7 +128,7 @@ def run(
     todo = order[order.index(first or order[0]) : order.index(last or order[-1]) + 1]
     if not todo:
         raise ConfigError(f"--from {first} comes after --to {last}")
-    ran = False
+    ran = shown = False
     for name in todo:
         variants = [step for step in steps.values() if step.stage.name == name]
         states = [state(store, step) for step in variants]
@@ -79,10 +136,10 @@ def run(
         if all(s.state == "current" for s in states) and not force:
             render.say(f"{name}: {', '.join(s.why for s in states)} is current")
             continue
-        ran = True
+        ran, shown = True, name == "eval"
         reasons = dict.fromkeys(s.why for s in states if s.state != "current")
         render.say(f"--- {name}: {'; '.join(reasons) or 'again, as asked'}")
-        arguments = [name, str(config), *(part for text in set_ or [] for part in ("--set", text)), *force]
+        arguments = [name, str(config), *(part for text in set_ for part in ("--set", text)), *force]
         code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
         if code:
             if code < 0:
@@ -90,7 +147,7 @@ def run(
             raise typer.Exit(128 - code if code < 0 else code)
     if not ran:
         render.say("nothing to do: every artifact is current")
-    if todo[-1] == "eval" and settings.test.path:
+    if todo[-1] == "eval" and not shown:  # the command shows them itself where it runs
         render.results(store, [s for s in steps.values() if s.stage.name == "eval"])
     render.places(store, steps)
 
@@ -98,8 +155,6 @@ def run(
 @app.command()
 def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
     """Say which artifacts are current, and of the others why they are not."""
-    from stages.artifacts import Store
-
     settings, steps = _plan(config, set_)
     store = Store(settings.root)
     render.status({name: state(store, step) for name, step in steps.items()}, as_json)
@@ -108,7 +163,7 @@ def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) ->
 @app.command()
 def show(
     config: ConfigPath,
-    stage: Annotated[str | None, typer.Argument(help="A stage, or eval:TARGET; none: the table of results.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="A stage, or eval:TARGET[@BENCHMARK]; none: the results.")] = None,
     set_: Overrides = None,
     samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
@@ -117,14 +172,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show an artifact's manifest, graded samples, or the table of results."""
-    from stages.artifacts import Store
-
     settings, steps = _plan(config, set_)
     store = Store(settings.root)
     if stage is None:
         render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
         return
-    found = [step for name, step in steps.items() if name == stage or step.stage.name == stage]
+    found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
     if not found:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
     for step in found:
@@ -165,6 +218,14 @@ def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, 
 def config_() -> None:
     """Print every setting with its default and what it means."""
     sys.stdout.write("\n".join(annotated()) + "\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine: versions, device, engines, and whether the sandbox holds hostile programs."""
+    from lorapar_cli.doctor import examine
+
+    raise typer.Exit(0 if render.findings(examine()) else 1)
 
 
 @app.command("demo-data")

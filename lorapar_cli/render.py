@@ -3,9 +3,11 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
+from lorapar_cli import comparison
+from lorapar_cli.doctor import Finding
 from stages.artifacts import Artifact, Store
 from stages.errors import LoraparError
 from stages.pipeline import State, Step, state
@@ -134,68 +136,60 @@ def manifest(made: Artifact, as_json: bool) -> None:
         print(f"  from {name} {entry['key']}")
 
 
+def findings(found: Iterable[Finding]) -> bool:
+    """Print each finding as it comes; whether what is needed is there: torch and its kin, and one sandbox."""
+    needed = True
+    for finding in found:
+        mark = {None: " ", True: "+", False: "-"}[finding.good]
+        print(f"{mark} {finding.name:<20} {finding.text}", flush=True)
+        needed &= finding.good is not False or finding.name.startswith("sandbox ")
+    return needed
+
+
 def samples(made: Artifact, wrong: bool, limit: int) -> None:
     rows = [row for _, row in read_jsonl(made.path / "samples.jsonl") if not (wrong and row["correct"])]
     for row in rows[:limit]:
-        print(
-            f"--- {row['id']}  System {row['system']}  gold {row['gold']}  read {row['strict']}  {'right' if row['correct'] else 'wrong'}"
-        )
+        system = f"System {row['system']}  " if row["system"] else ""
+        gold = f"gold {row['gold']}  read {row['strict']}  " if row["gold"] is not None else ""
+        verdict = f" ({row['extra']['verdict']}: {row['extra']['why']})" if row["extra"].get("why") else ""
+        print(f"--- {row['id']}  {system}{gold}{row['outcome']}{verdict}")
         print(f"{row['prompt']}{row['output']}")
 
 
 def results(store: Store, steps: list[Step], by: str = "system", as_json: bool = False) -> None:
-    """Accuracy per target and group with 95 % intervals, and the paired p-value against the target before."""
-    rows = list(_compared(_answers(store, steps, by)))
+    """One table per benchmark: accuracy of every target and group with 95 % intervals and paired p-values."""
+    tables = comparison.tables(store, steps, by)
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps(tables))
         return
-    table = _table("target", "group", "n", "accuracy", "95 %", "flexible", "unparsed", "cut off", "p")
-    for r in rows:
-        p = "" if r["p"] is None else f"{r['p']:.2g}"
-        interval, n = f"{100 * r['low']:.1f}–{100 * r['high']:.1f}", r["n"]
-        rates = f"{r['correct'] / n:.1%}", interval, f"{r['correct_flexible'] / n:.1%}"
-        table.add_row(r["target"], r["group"], str(n), *rates, str(r["unparsed"]), str(r["truncated"]), p)
-    _print(table)
-    print("p: exact McNemar test on the same items against the target above")
+    for name, rows in tables.items():
+        targets = list(dict.fromkeys(row["target"] for row in rows))
+        table = _table(name, "n", *targets)
+        for group in dict.fromkeys(row["group"] for row in rows):
+            of_group = {row["target"]: row for row in rows if row["group"] == group}
+            n = max(row["n"] for row in of_group.values())
+            table.add_row(group, str(n), *(_cell(of_group.get(target)) for target in targets))
+        whole = [next(r for r in rows if r["target"] == t and r["group"] == "all") for t in targets]
+        if any(row["flexible"] != row["accuracy"] for row in whole):
+            table.add_row("all, flexible", "", *(f"{_percent(row['flexible'])}" for row in whole))
+        for outcome in ("unparsed", "truncated", "refused"):
+            if any(row[outcome] for row in whole):
+                table.add_row(f"  {outcome}", "", *(str(row[outcome]) for row in whole))
+        _print(table)
+        print()
+    if tables:
+        print("accuracy in % [95 % interval]; p: paired test on the same items against the target to the left")
 
 
-Answers = dict[str, dict[str, dict[str, dict[str, Any]]]]
-"""Per target and group: the graded answers by item."""
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
-def _answers(store: Store, steps: list[Step], by: str) -> Answers:
-    found: Answers = {}
-    for step in steps:
-        now = state(store, step)
-        if now.state != "current" or now.artifact is None:
-            continue
-        for _, row in read_jsonl(now.artifact.path / "samples.jsonl"):
-            group = f"system {row['system']}" if by == "system" else str(row["extra"].get(by))
-            for name in ("all", group):
-                found.setdefault(step.variant, {}).setdefault(name, {})[row["id"]] = row
-    return found
-
-
-def _compared(found: Answers) -> Iterator[dict[str, Any]]:
-    from stages.benchmarks.statistics import paired_p, wilson
-
-    groups = sorted({name for target in found.values() for name in target}, key=lambda name: (name != "all", name))
-    against: str | None = None
-    for target, answers in found.items():
-        for group in groups:
-            rows = answers.get(group, {})
-            if not rows:
-                continue
-            counts = {name: sum(r[name] for r in rows.values()) for name in ("correct", "correct_flexible", "truncated")}
-            low, high = wilson(counts["correct"], len(rows))
-            before = found[against].get(group, {}) if against else {}
-            p = None
-            if before.keys() == rows.keys():
-                p = paired_p([before[item]["correct"] for item in rows], [r["correct"] for r in rows.values()])
-            unparsed = sum(r["strict"] is None for r in rows.values())
-            numbers = {"n": len(rows), **counts, "low": low, "high": high, "unparsed": unparsed}
-            yield {"target": target, "group": group, **numbers, "against": against, "p": p}
-        against = target
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["accuracy"] is None:
+        return "–"
+    p = "" if row["p"] is None else "\np < .001" if row["p"] < 0.001 else f"\np = {row['p']:.2g}".replace("= 0.", "= .")
+    return f"{_percent(row['accuracy'])} [{_percent(row['low'])}–{_percent(row['high'])}]{p}"
 
 
 def places(store: Store, steps: dict[str, Step]) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages import sources
 from stages.artifacts import key_of
-from stages.config import ClassifySection, DataSection, ModelSection, SourceSection, Voter
-from stages.engines import Pool
+from stages.benchmarks import benchmarks
+from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
+from stages.engines import Pool, Served
 from stages.errors import ConfigError
 from stages.language.voting import Target, decide, personas, twos
 from stages.records import Example, Journal, Labelled, write_labels
@@ -33,14 +34,15 @@ def run(
     engines: Pool,
     out: Path,
     progress: Progress,
+    server: ServerSection,
     data: DataSection | None = None,
-    test: SourceSection | None = None,
+    benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
-    """Write `labels.jsonl`: every example of `data` (or `test`) with its label and votes; returns the counts.
+    """Write `labels.jsonl`: every example of `data` (or of `benchmark`) with its label and votes; returns the counts.
 
     voter_identities: per voter the digest or name of its model, so that other weights get another journal.
     """
-    examples = sources.read(data or test)  # type: ignore[arg-type]
+    examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else sources.read(data or DataSection())
     target = Target(sources.model_title(model), classify.show_answer)
     if classify.strategy == "random":
         rng = random.Random(classify.seed)
@@ -52,7 +54,7 @@ def run(
             title = _title(voter, model)
             if title in votes:
                 raise ConfigError(f"classify.voters: two voters are {title}", "give each its own persona or model")
-            votes[title] = _ask(voter, known, examples, target, model, classify, votes_dir, engines, progress)
+            votes[title] = _ask(voter, known, examples, target, model, server, votes_dir, engines, progress)
         rows = decide(examples, votes, classify.system2_share, classify.min_agreement)
     write_labels(out / "labels.jsonl", rows)
     return _counts(rows, classify.system2_share)
@@ -68,7 +70,7 @@ def _ask(
     examples: list[Example],
     target: Target,
     model: ModelSection,
-    classify: ClassifySection,
+    server: ServerSection,
     votes_dir: Path,
     engines: Pool,
     progress: Progress,
@@ -85,12 +87,13 @@ def _ask(
         missing = [e.id for e in examples if asked[e.id] not in have]
         if missing:
             voter_model = ModelSection(name=voter.model, revision="main") if voter.model else model
-            engine = engines.get(voter, voter_model, classify, progress.say)
+            served = Served(voter.engine, voter_model, None, voter.base_url, voter.api_key_env)
+            engine = engines.get(served, server, progress.say)
             progress.start(f"{title} votes", len(missing))
             for i, choice in engine.choose([ballots[id] for id in missing]):
                 ballot = asked[missing[i]]
-                journal.append({"ballot": ballot, "example": missing[i], "system2": choice.system2, "mass": choice.mass})
-                have[ballot] = choice.system2
+                have[ballot] = choice.shares[1]
+                journal.append({"ballot": ballot, "example": missing[i], "system2": choice.shares[1], "mass": choice.mass})
                 progress.advance(1)
         else:
             progress.say(f"{title}: all {len(examples)} votes are in its journal")

@@ -5,10 +5,11 @@ A field marked `identity=False` does not change a result (or a digest stands for
 """
 
 import importlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stages.errors import LoraparError
 
@@ -108,6 +109,18 @@ class Voter(Section):
         return self
 
 
+class ServerSection(Section):
+    concurrency: int = _setting(64, "Requests in flight.", identity=False, gt=0)
+    batch_size: int = _setting(64, "Questions per batch of engine transformers.", identity=False, gt=0)
+    max_model_len: int = _setting(4096, "Context of a vLLM server that lorapar starts.", identity=False, gt=0)
+    startup_s: float = _setting(600, "Seconds such a server may take to start.", identity=False, gt=0)
+    args: list[str] = _setting([], "Its further arguments, e.g. [--tensor-parallel-size, '2'].", identity=False)
+    port: int | None = _setting(None, "Its port; none takes a free one.", identity=False)
+    adapter: Literal["auto", "merged", "module"] = _setting(
+        "auto", "How it serves an adapter: merged into the weights, or as a LoRA module; auto: merged on CPU.", identity=False
+    )
+
+
 class ClassifySection(Section):
     strategy: Literal["vote", "random"] = _setting("vote", "random: labels drawn at random, the paper's control.")
     voters: list[Voter] = _setting([Voter()], "Who votes.", min_length=1)
@@ -117,11 +130,6 @@ class ClassifySection(Section):
     )
     min_agreement: float = _setting(0, "Below this share of equal votes an example is undecided.", ge=0, le=1)
     seed: int = _setting(0, "Seed of strategy random.")
-    concurrency: int = _setting(64, "Requests in flight.", identity=False, gt=0)
-    max_model_len: int = _setting(2048, "Context of a vLLM server that lorapar starts.", identity=False, gt=0)
-    startup_s: float = _setting(600, "Seconds a vLLM server may take to start.", identity=False, gt=0)
-    vllm_args: list[str] = _setting([], "Further arguments of that server, e.g. [--tensor-parallel-size, '2'].", identity=False)
-    port: int | None = _setting(None, "Port of that server; none takes a free one.", identity=False)
 
 
 class ScoreSection(Section):
@@ -190,14 +198,69 @@ class RlSection(TrainSection):
         return self
 
 
+class BenchmarkSection(SourceSection):
+    kind: Benchmark = _setting("", "A benchmark (lorapar list benchmarks); the entry's name if left out.")
+    label: bool = _setting(True, "Let the voters label the rows too, so that results are split by system.", not_for="classify")
+    shots: int = _setting(0, "Worked examples in the prompt.", not_for="classify", ge=0)
+    shots_path: str | None = _setting(None, "Where they come from; none: the same hub data set.", identity=False)
+    shots_split: str = _setting("train", "Their split of a hub data set.", not_for="classify")
+    mode: Literal["generate", "likelihood"] = _setting(
+        "generate", "likelihood: take the likeliest of the choices (mmlu).", not_for="classify"
+    )
+    max_new_tokens: int = _setting(256, "Longest answer in tokens.", not_for="classify", gt=0)
+    temperature: float = _setting(0.0, "Sampling temperature; 0 is greedy.", not_for="classify", ge=0)
+    top_p: float = _setting(1.0, "Nucleus sampling.", not_for="classify", gt=0, le=1)
+    samples: int = _setting(1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0)
+    seed: int = _setting(0, "Seed of sampled answers.", not_for="classify", ge=0)
+    prompt: PromptSection | None = _setting(None, "Overrides `prompt`.", not_for="classify")
+    tasks: list[str] = _setting([], "Tasks of the evaluation harness (lm_eval).", not_for="classify")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BenchmarkSection":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
+        return self
+
+
+class SandboxSection(Section):
+    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = _setting(
+        "auto", "What holds programs that a model wrote; auto: the first of bubblewrap, landlock that passes its self-test."
+    )
+    seconds: float = _setting(5, "Wall time of one program with all its tests.", gt=0)
+    memory_mb: int = _setting(512, "Address space of one program.", ge=64)
+
+
 class EvalSection(Section):
-    benchmark: Benchmark = _setting("gsm8k", "How answers are read and graded.")
     targets: list[Literal["base", "init", "sft", "rl"]] = _setting(
         ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
     )
-    max_new_tokens: int = _setting(256, "Longest answer in tokens.", gt=0)
-    batch_size: int = _setting(64, "Questions per batch.", identity=False, gt=0)
-    prompt: PromptSection | None = _setting(None, "Overrides `prompt`.")
+    benchmarks: dict[str, BenchmarkSection] = _setting({}, "What they are asked, by a name of your choice.", identity=False)
+    engine: Literal["auto", "vllm", "transformers"] = _setting("auto", "auto: vllm on a GPU where it is installed.")
+    parity_items: int = _setting(
+        8, "First items whose answers are checked against the unmerged adapter; 0: none.", identity=False, ge=0
+    )
+    sandbox: SandboxSection = _setting(SandboxSection(), "For benchmarks that run code.")
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _defaults(cls, entries: Any) -> Any:
+        """Fill in what each kind of benchmark brings along; an own `path` is not read with another data set's settings."""
+        from stages.benchmarks import benchmarks
+
+        if not isinstance(entries, dict):
+            return entries
+        filled = {}
+        for name, entry in entries.items():
+            if not re.fullmatch(r"\w[\w-]*", str(name)) or name == "train":
+                raise ValueError(f"{name!r} cannot be the name of a benchmark")
+            if isinstance(entry, dict):
+                kind = entry.get("kind") or name
+                brought = benchmarks.pick(kind).DEFAULTS if kind in benchmarks.names() else {}
+                if "path" in entry:
+                    brought = {key: value for key, value in brought.items() if key not in SourceSection.model_fields}
+                entry = {**brought, **entry, "kind": kind}
+            filled[name] = entry
+        return filled
 
 
 class Config(Section):
@@ -206,15 +269,15 @@ class Config(Section):
     seed: int = _setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
     model: ModelSection = _setting(..., "The base model.")
     data: DataSection = _setting(DataSection(), "Training rows.")
-    test: SourceSection = _setting(SourceSection(split="test"), "Held-out rows.")
     prompt: PromptSection = _setting(PromptSection(), "What the model is shown, in score, sft, rl and eval alike.")
     lora: LoraSection = _setting(LoraSection(), "The adapter.")
+    server: ServerSection = _setting(ServerSection(), "Servers that voters and evaluation ask.")
     classify: ClassifySection = _setting(ClassifySection(), "Label examples System 1 or 2.")
     score: ScoreSection = _setting(ScoreSection(), "Importance of every LoRA element.")
     partition: PartitionSection = _setting(PartitionSection(), "Split the elements.")
     sft: SftSection = _setting(SftSection(), "Supervised training of the System 1 part.")
     rl: RlSection = _setting(RlSection(), "GRPO on the System 2 part.")
-    eval: EvalSection = _setting(EvalSection(), "Accuracy of base, init, sft or rl.")
+    eval: EvalSection = _setting(EvalSection(), "What base, init, sft or rl can do.")
 
     @model_validator(mode="after")
     def _importance(self) -> "Config":

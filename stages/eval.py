@@ -1,22 +1,28 @@
-"""eval: one target (base, init, sft or rl) answers the test rows greedily; every answer is graded."""
+"""eval: one target (base, init, sft or rl) answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import sandbox
+from stages.artifacts import key_of, sha256_file
 from stages.benchmarks import benchmarks
-from stages.benchmarks.statistics import wilson
-from stages.config import EvalSection, ModelSection, PromptSection
-from stages.errors import DataError
-from stages.language.prompts import Renderer, load_tokenizer
-from stages.lora import adapter
-from stages.records import Journal, Labelled, Sample, read_labels, write_jsonl
+from stages.benchmarks.grading import Context, Grade
+from stages.benchmarks.statistics import interval, pass_at
+from stages.config import BenchmarkSection, EvalSection, ModelSection, PromptSection, ServerSection
+from stages.engines import Pool, Served
+from stages.engines.journal import Recorded, Replies
+from stages.language.prompts import Asked, Renderer, load_tokenizer
+from stages.records import OUTCOMES, Labelled, Sample, read_labels, write_jsonl
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
     from stages.pipeline import Progress
 
@@ -25,113 +31,190 @@ def run(
     model: ModelSection,
     prompt: PromptSection,
     eval: EvalSection,
+    benchmark: BenchmarkSection,
+    server: ServerSection,
     target: str,
-    journal: Path,
-    classify_dir: Path,
+    model_digest: str,
+    answers_dir: Path,
+    again: bool,
+    engines: Pool,
     out: Path,
     progress: Progress,
+    classify_dir: Path | None = None,
     score_dir: Path | None = None,
     sft_dir: Path | None = None,
     rl_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
-    Answers are journalled as they come: a killed run asks for none of them again. A LoRA target is loaded as a user would
-    load it, with plain PEFT on the plain base model, and merged for speed.
+    Answers are journalled as they come, by model, adapter, engine, prompt and sampling: a killed run asks for none of them
+    again (`again` does), and neither does one with other labels, another limit or another grader.
     """
     folder = {"base": None, "init": score_dir and score_dir / "init", "sft": sft_dir and sft_dir / "adapter"}
     folder["rl"] = rl_dir and rl_dir / "adapter"
-    labels = read_labels(classify_dir / "labels.jsonl")
-    without = [row.example.id for row in labels if row.example.gold is None]
-    if without:
-        raise DataError(f"{len(without)} of {len(labels)} test rows have no gold answer (first: {without[0]})")
-    renderer = Renderer(load_tokenizer(model), eval.prompt or prompt)
-    with Journal(journal) as answers:
-        known = {row["id"]: row["ids"] for row in answers.rows}
-        missing = [row for row in labels if row.example.id not in known]
-        if missing:
-            loaded = _load(model, folder[target])
-            _generate(loaded, missing, renderer, eval, answers, progress, target)
-        known = {row["id"]: row["ids"] for row in answers.rows}
-    samples = [_grade(row, known[row.example.id], renderer, eval) for row in labels]
+    adapter = folder[target]
+    module = benchmarks.pick(benchmark.kind)
+    if hasattr(module, "run"):
+        return module.run(model, adapter, benchmark, server, target, out, progress)  # type: ignore[no-any-return]
+
+    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
+    context = Context(renderer.section.answer_format, renderer.section.template == "chat")
+    if getattr(module, "SANDBOX", False):
+        limits = sandbox.Limits(eval.sandbox.seconds, eval.sandbox.memory_mb)
+        context = Context(context.answer_format, context.chat, sandbox.choose(eval.sandbox.backend, limits, progress.say))
+    if classify_dir is not None:
+        rows = read_labels(classify_dir / "labels.jsonl")
+    else:
+        rows = [Labelled(example, None, {}) for example in module.load(benchmark)]
+    asked = module.ask([row.example for row in rows], benchmark, renderer)
+
+    served = Served(eval.engine, model, adapter)
+    identity = {"model": model_digest, "dtype": model.dtype, "adapter": _digest(adapter), "engine": eval.engine}
+    replies = Replies(asked, benchmark, renderer, identity, answers_dir, again)
+    replies.complete(lambda: engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)
+    recorded = replies.recorded
+
+    parity = _parity(asked, recorded, benchmark, eval, model, adapter, renderer.tokenizer, engines, progress)
+    samples = _graded(rows, asked, recorded, renderer, context, benchmark, progress)
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
-    groups = {"all": samples} | {f"system{k}": [s for s in samples if s.system == k] for k in (1, 2)}
-    metrics = {name: _metrics(group) for name, group in groups.items() if group}
+    metrics = measured(samples, module.GROUPS)
+    bos = renderer.tokenizer.bos_token_id
     record = {
         "target": target,
-        "benchmark": eval.benchmark,
+        "benchmark": benchmark.model_dump(mode="json"),
+        "engine": eval.engine,
         **metrics,
-        "first_prompt": samples[0].prompt,
-        "stop": [renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids],
-        "max_new_tokens": eval.max_new_tokens,
-        "decoding": "greedy",
+        "parity": parity,
+        "sandbox": context.sandbox and context.sandbox.name,
+        "first_prompt": asked[0].text,
+        "first_prompt_tokens": len(asked[0].ids),
+        "bos_tokens_in_it": asked[0].ids.count(bos) if bos is not None else 0,
+        "stop": [*(renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids), *asked[0].stop],
         "prompt": renderer.digest(),
     }
-    (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
-    return {"benchmark": eval.benchmark, **metrics}
+    (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {"kind": benchmark.kind, **({"sandbox": context.sandbox.name} if context.sandbox else {}), **brief(metrics)}
 
 
-def _load(model: ModelSection, folder: Path | None) -> PreTrainedModel:
-    base = adapter.load_base(model)
-    if folder is None:
-        return base
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()  # type: ignore[no-any-return, operator]
+def _digest(adapter: Path | None) -> str | None:
+    if adapter is None:
+        return None
+    return key_of({name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")})
 
 
-def _generate(
-    model: PreTrainedModel,
-    rows: list[Labelled],
-    renderer: Renderer,
-    section: EvalSection,
-    answers: Journal,
+def _parity(
+    asked: list[Asked],
+    recorded: dict[tuple[int, int], Recorded],
+    benchmark: BenchmarkSection,
+    eval: EvalSection,
+    model: ModelSection,
+    adapter: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    engines: Pool,
     progress: Progress,
-    target: str,
-) -> None:
-    """Greedy answers in batches of similar prompt length, journalled batch by batch."""
-    from stages.engines.transformers import continuations
+) -> dict[str, Any] | None:
+    """Check what was served against the unmerged adapter, where it was not that itself."""
+    if not eval.parity_items or benchmark.temperature or (adapter is None and eval.engine == "transformers"):
+        return None
+    import torch
 
-    progress.start(f"eval {target}", len(rows))
-    prompts = sorted(((row.example.id, renderer.prompt_ids(row.example.prompt)) for row in rows), key=lambda p: len(p[1]))
-    for i in range(0, len(prompts), section.batch_size):
-        part = prompts[i : i + section.batch_size]
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        made = continuations(model, [ids for _, ids in part], renderer, section.max_new_tokens, greedy)
-        for (id, _), ids in zip(part, made, strict=True):
-            answers.append({"id": id, "ids": ids})
-        progress.advance(len(part))
+    from stages.engines import parity
+
+    if torch.cuda.is_available():
+        engines.close()  # a server keeps most of the device's memory
+    pairs = [(asked[i], recorded[i, 0]) for i in range(min(eval.parity_items, len(asked)))]
+    return parity.check(pairs, model, adapter, tokenizer, progress.say)
 
 
-def _grade(row: Labelled, ids: list[int], renderer: Renderer, section: EvalSection) -> Sample:
-    example = row.example
-    assert example.gold is not None
-    text = renderer.tokenizer.decode(ids, skip_special_tokens=True)
-    grade = benchmarks.pick(section.benchmark).grade(example.gold, text, renderer.section.answer_format)
-    return Sample(
-        id=example.id,
-        system=row.system,
-        prompt=renderer.prompt(example.prompt),
-        output=text,
-        gold=example.gold,
-        **asdict(grade),
-        truncated=not ids or ids[-1] not in renderer.stop_ids,
-        extra=example.extra,
-    )
+def _graded(
+    rows: list[Labelled],
+    asked: list[Asked],
+    recorded: dict[tuple[int, int], Recorded],
+    renderer: Renderer,
+    context: Context,
+    benchmark: BenchmarkSection,
+    progress: Progress,
+) -> list[Sample]:
+    """Every answer, graded; programs side by side on all cores."""
+    grade = benchmarks.pick(benchmark.kind).grade
+    which = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
+    if context.sandbox:
+        progress.start("running programs", len(which))
+
+    def one(key: tuple[int, int]) -> Sample:
+        i, n = key
+        given = recorded[key].text(renderer.tokenizer, asked[i])
+        found: Grade = grade(rows[i].example, given.text, context)
+        if context.sandbox:
+            progress.advance(1)
+        example = rows[i].example
+        return Sample(
+            id=example.id,
+            sample=n,
+            system=rows[i].system,
+            prompt=asked[i].text,
+            output=given.text,
+            gold=example.gold,
+            strict=found.strict,
+            flexible=found.flexible,
+            correct=found.correct,
+            correct_flexible=found.correct_flexible,
+            outcome=_outcome(found, given.complete),
+            extra={**example.extra, **found.extra, **given.extra},
+        )
+
+    with ThreadPoolExecutor(os.cpu_count() if context.sandbox else 1) as pool:
+        return list(pool.map(one, which))
+
+
+def _outcome(grade: Grade, complete: bool) -> str:
+    if grade.refused:
+        return "refused"
+    if grade.correct:
+        return "correct"
+    if not complete:
+        return "truncated"
+    return "unparsed" if grade.strict is None else "wrong"
+
+
+def measured(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
+    """Metrics of all samples, per system where labels exist, and per value of each of the fields `groups`."""
+    found = {"all": _metrics(samples)}
+    found |= {f"system{k}": _metrics(part) for k in (1, 2) if (part := [s for s in samples if s.system == k])}
+    for name in groups:
+        parts: dict[str, list[Sample]] = {}
+        for sample in samples:
+            parts.setdefault(str(sample.extra.get(name)), []).append(sample)
+        of_parts = {value: _metrics(part) for value, part in sorted(parts.items())}
+        rates = [part["accuracy"] for part in of_parts.values() if part["accuracy"] is not None]
+        found["all"][f"macro_over_{name}"] = sum(rates) / len(rates) if rates else None
+        found[f"by_{name}"] = of_parts
+    return found
+
+
+def brief(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What of the metrics a person sees at once."""
+    whole = {name: value for name, value in metrics["all"].items() if value or name in ("n", "accuracy")}
+    return {"all": whole, **{name: metrics[name]["accuracy"] for name in ("system1", "system2") if name in metrics}}
 
 
 def _metrics(samples: list[Sample]) -> dict[str, Any]:
-    """Accuracy by strict and by flexible extraction with 95 % Wilson intervals, and what went wrong apart."""
-    n, correct = len(samples), sum(s.correct for s in samples)
-    flexible = sum(s.correct_flexible for s in samples)
-    return {
-        "n": n,
-        "correct": correct,
-        "accuracy": correct / n,
-        "interval": wilson(correct, n),
-        "correct_flexible": flexible,
-        "accuracy_flexible": flexible / n,
-        "interval_flexible": wilson(flexible, n),
-        "unparsed": sum(s.strict is None for s in samples),
-        "truncated": sum(s.truncated for s in samples),
-    }
+    """Accuracy by strict and by flexible reading with 95 % intervals over items, outcomes, and pass@k of several answers.
+
+    Answers that could not be graded count neither way.
+    """
+    outcomes = Counter(sample.outcome for sample in samples)
+    items: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.outcome != "refused":
+            items.setdefault(sample.id, []).append(sample)
+    result: dict[str, Any] = {"n": len(items), "answers": len(samples), **{name: outcomes[name] for name in OUTCOMES}}
+    for name, reading in (("", "correct"), ("_flexible", "correct_flexible")):
+        shares = [sum(getattr(s, reading) for s in part) / len(part) for part in items.values()]
+        result[f"accuracy{name}"] = sum(shares) / len(shares) if shares else None
+        result[f"interval{name}"] = interval(shares) if shares else None
+    counts = [(len(part), sum(s.correct for s in part)) for part in items.values()]
+    fewest = min((n for n, _ in counts), default=1)
+    for k in (k for k in (1, 5, 10, 100) if fewest > 1 and k <= fewest):
+        result[f"pass@{k}"] = sum(pass_at(k, n, c) for n, c in counts) / len(counts)
+    return result

@@ -1,6 +1,6 @@
 """The stage table, and what follows from it: steps and their keys, why a step is stale, one step's run.
 
-A step is a stage, or one variant of it (classify: the training or the test rows; eval: one target). A stage function is
+A step is a stage, or one variant of it (classify: the training rows or a benchmark's; eval: one target at one benchmark). A stage function is
 called as `run(**sections, **{stage}_dir for each input, out, progress, …)` and sees only what its row declares.
 """
 
@@ -19,7 +19,7 @@ from stages import sources
 from stages.artifacts import Artifact, DigestCache, Store, key_of
 from stages.config import Config
 from stages.engines import Pool
-from stages.errors import ArtifactError, MissingInputError
+from stages.errors import ArtifactError, ConfigError, MissingInputError
 from stages.settings import identity
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Stage:
     needs: Callable[[Config, str], tuple[str, ...]]
     """Steps whose artifacts it reads."""
     sections: Callable[[str], tuple[str, ...]]
-    """Config sections it reads; a change in one makes the artifact stale."""
+    """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
     variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
     version: int = 1
     """Raised when the meaning of the output changes; a refactor does not raise it."""
@@ -58,8 +58,27 @@ def _score_needs(config: Config, _: str) -> tuple[str, ...]:
     return ("classify:train",) if _needs_scores(config) else ()
 
 
-def _eval_needs(config: Config, target: str) -> tuple[str, ...]:
-    return ("classify:test", *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
+def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
+    target, _, name = variant.partition("@")
+    labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
+    return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
+
+
+def _classify_variants(config: Config) -> tuple[str, ...]:
+    return (
+        *(["train"] if config.data.path else []),
+        *(name for name, benchmark in config.eval.benchmarks.items() if benchmark.label),
+    )
+
+
+def _section(config: Config, path: str) -> tuple[str, Any]:
+    """The section at a dotted path, and the name under which a stage function takes it."""
+    if path.startswith(_BENCHMARKS):
+        return "benchmark", config.eval.benchmarks[path.removeprefix(_BENCHMARKS)]
+    return path, getattr(config, path)
+
+
+_BENCHMARKS = "eval.benchmarks."
 
 
 STAGES = {
@@ -69,8 +88,8 @@ STAGES = {
             "classify",
             "Label every example System 1 or 2 by votes.",
             needs=lambda config, split: (),
-            sections=lambda split: ("data" if split == "train" else "test", "classify"),
-            variants=lambda config: ("train", "test") if config.test.path else ("train",),
+            sections=lambda rows: ("data" if rows == "train" else f"{_BENCHMARKS}{rows}", "classify", "server"),
+            variants=_classify_variants,
         ),
         Stage(
             "score",
@@ -98,10 +117,10 @@ STAGES = {
         ),
         Stage(
             "eval",
-            "Grade base, init, sft or rl on the test rows.",
+            "Grade base, init, sft or rl on the benchmarks.",
             needs=_eval_needs,
-            sections=lambda _: ("model", "prompt", "eval"),
-            variants=lambda config: tuple(config.eval.targets) if config.test.path else (),
+            sections=lambda variant: ("model", "prompt", "eval", f"{_BENCHMARKS}{variant.partition('@')[2]}", "server"),
+            variants=lambda config: tuple(f"{t}@{name}" for t in config.eval.targets for name in config.eval.benchmarks),
         ),
     ]
 }
@@ -132,13 +151,21 @@ class State:
 
 
 def plan(config: Config) -> dict[str, Step]:
-    """All steps of a config with their keys, in an order in which each follows its inputs."""
+    """All steps of a config with their keys, in an order in which each follows its inputs.
+
+    Without `data.path` nothing is trained, and only the base can be evaluated.
+    """
+    if config.data.path is None and set(config.eval.targets) - {"base"}:
+        raise ConfigError("data.path is not set", "a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
     for stage in STAGES.values():
         for variant in stage.variants(config):
-            inputs = {name: steps[name] for name in stage.needs(config, variant)}
-            sections = {name: identity(getattr(config, name), stage.name) for name in stage.sections(variant)}
+            needs = stage.needs(config, variant)
+            if not set(needs) <= set(steps) or (stage.name == "score" and not config.data.path):
+                continue  # without training rows there is only the base to evaluate
+            inputs = {name: steps[name] for name in needs}
+            sections = {path: identity(_section(config, path)[1], stage.name) for path in stage.sections(variant)}
             whole = {
                 "stage": stage.name,
                 "variant": variant,
@@ -212,14 +239,12 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
             return now.artifact, False
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {stage.name} CONFIG --force")
-        if now.state != "missing":
-            _answers(config, step, inputs).unlink(missing_ok=True)  # a rebuild asks again
         out = store.start_partial(stage.name, step.key)
         begun = time.monotonic()
         summary = importlib.import_module(f"stages.{stage.name}").run(
-            **{name: getattr(config, name) for name in stage.sections(step.variant)},
+            **dict(_section(config, path) for path in stage.sections(step.variant)),
             **{f"{name.partition(':')[0]}_dir": artifact.path for name, artifact in inputs.items()},
-            **_extras(config, step, inputs, engines),
+            **_extras(config, step, force, engines),
             out=out,
             progress=progress,
         )
@@ -245,23 +270,19 @@ def _current(store: Store, step: Step) -> Artifact:
     raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
 
 
-def _extras(config: Config, step: Step, inputs: dict[str, Artifact], engines: Pool) -> dict[str, Any]:
-    """What a stage gets beside sections and inputs: its variant, and for votes their home and the target model's name."""
+def _extras(config: Config, step: Step, force: bool, engines: Pool) -> dict[str, Any]:
+    """What a stage gets beside sections and inputs: its variant, where its journals are, and the engines."""
+    outside = step.identity["outside"]
     if step.stage.name == "classify":
         home = config.root / "classify" / "votes"
-        voters = step.identity["outside"].get("voters", [])
-        return {"votes_dir": home, "model": config.model, "voter_identities": voters, "engines": engines}
+        return {"votes_dir": home, "model": config.model, "voter_identities": outside.get("voters", []), "engines": engines}
     if step.stage.name == "score":
         return {"wanted": _needs_scores(config)}
     if step.stage.name == "eval":
-        return {"target": step.variant, "journal": _answers(config, step, inputs)}
+        home = config.root / "eval" / "answers"
+        target = step.variant.partition("@")[0]
+        return {"target": target, "answers_dir": home, "model_digest": outside["model"], "again": force, "engines": engines}
     return {}
-
-
-def _answers(config: Config, step: Step, inputs: dict[str, Artifact]) -> Path:
-    """The journal of an evaluation: outside of the artifact, so that it outlives a killed build; one per content of inputs."""
-    content = key_of({"key": step.key, "inputs": {name: artifact.digest for name, artifact in inputs.items()}})
-    return config.root / "eval" / "answers" / f"{content}.jsonl"
 
 
 def _provenance(config: Config, seconds: float) -> dict[str, Any]:

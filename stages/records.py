@@ -39,23 +39,30 @@ class Labelled:
     """Probability of System 2 per voter."""
 
 
+OUTCOMES = ("correct", "wrong", "unparsed", "truncated", "refused")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One graded answer: one row of samples.jsonl."""
 
     id: str
+    sample: int
+    """Number of the answer, where an item is answered several times."""
     system: int | None
     prompt: str
     """As rendered, so that it can be read and replayed."""
     output: str
-    gold: str
+    gold: str | None
     strict: str | None
-    """Answer in the format asked for; None is unparsed."""
+    """What was read from the output in the format asked for; None is unparsed."""
     flexible: str | None
     correct: bool
-    """By the strict extraction."""
+    """By the strict reading."""
     correct_flexible: bool
-    truncated: bool
+    """By the benchmark's second, more lenient reading."""
+    outcome: str
+    """One of OUTCOMES; `refused` is an answer that could not be graded and counts neither way."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
+from stages.engines import Sampling
 from stages.errors import DataError, MeaninglessError
 from stages.language.prompts import Renderer, load_tokenizer
 from stages.language.rewards import rewards
@@ -120,9 +121,10 @@ def _trainer(peft_model, renderer: Renderer, rows, rl: RlSection, steps: int, se
             from stages.engines.transformers import continuations
 
             copy.refresh(peft_model)
-            sampling = {"do_sample": True, "temperature": rl.temperature, "top_p": rl.top_p, "top_k": 0}
-            return continuations(copy.model, prompt_ids, renderer, rl.max_completion, sampling), None
+            made = continuations(copy.model, renderer.tokenizer, prompt_ids, sampling)
+            return [answer.ids for answer in made], None
 
+    sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p)
     questions = {row["prompt"]: renderer.prompt_ids(row["question"]) for row in rows}
     samples = rl.prompts_per_step * rl.group
     return Trainer(

@@ -52,7 +52,10 @@ def _mistake(error: Any) -> str:
     location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, list(_names(Config)), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(_without_keys(location), list(_names(Config)), n=1, cutoff=0.6)
+        path, _, last = near[0].rpartition(".") if near else ("", "", "")
+        if near and path == _without_keys(location).rpartition(".")[0]:  # the same section: say it with the entry's own name
+            near = [".".join([*location[:-1], last])]
         return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
     if error["type"] == "missing":
         return f"{name} is missing"
@@ -69,6 +72,18 @@ def _mistake(error: Any) -> str:
 def _sub_section(field: FieldInfo) -> type[Section] | None:
     kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def _without_keys(location: list[str]) -> str:
+    """A setting's path without the names and numbers of entries: eval.benchmarks.gsm8k.limit is eval.benchmarks.limit."""
+    section: type[Section] | None = Config
+    kept = []
+    for i, part in enumerate(location):
+        field = section.model_fields.get(part) if section else None
+        if field or i == len(location) - 1:
+            kept.append(part)
+        section = _sub_section(field) if field else section
+    return ".".join(kept)
 
 
 def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
@@ -105,3 +120,5 @@ def annotated(section: type[Section] = Config, values: Section | None = None, in
             "" if field.is_required() else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
         )
         yield f"{indent}{name}:{shown}{doc}"
+        if below and name != "prompt":  # the settings of each entry of a list or mapping
+            yield from (f"{indent}  # {line}" for line in annotated(below))

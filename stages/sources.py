@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts import DigestCache, canonical
-from stages.config import Config, ModelSection, SourceSection
+from stages.config import BenchmarkSection, Config, ModelSection, SourceSection
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.language.answers import gold_of
 from stages.records import Example, problems, read_jsonl
@@ -30,10 +30,7 @@ SYNONYMS = {"context": "input", "response": "output"}  # Dolly's own names for a
 
 def read(source: SourceSection) -> list[Example]:
     """All examples of a source in order, with ids from their content; DataError lists every bad row."""
-    if source.path is None:
-        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
-    where, rows = _rows(source)
-    rows = rows[: source.limit]
+    where, rows = table(source)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
     examples: list[Example] = []
@@ -60,11 +57,13 @@ def read(source: SourceSection) -> list[Example]:
     return examples
 
 
-def _rows(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    assert source.path is not None
+def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
+    """Name of a source and its rows as they are, with their numbers, up to `limit`."""
+    if source.path is None:
+        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
     path = Path(source.path)
     if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
-        return source.path, read_jsonl(path)
+        return source.path, read_jsonl(path)[: source.limit]
     import datasets
 
     try:
@@ -73,7 +72,7 @@ def _rows(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
         raise MissingInputError(f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}") from None
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
-    return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)]
+    return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)][: source.limit]
 
 
 def _detect(where: str, row: dict[str, Any]) -> str:
@@ -87,7 +86,7 @@ def _detect(where: str, row: dict[str, Any]) -> str:
     )
 
 
-def _text(row: dict[str, Any], name: str) -> str:
+def text_field(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise ValueError(f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}")
@@ -102,14 +101,14 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
     if kind == "alpaca":
         row = {SYNONYMS.get(name, name): value for name, value in row.items()}
         context = row.get("input") or ""
-        prompt = _text(row, "instruction") + (f"\n\n{context}" if context else "")
-        response, used = _text(row, "output"), {"instruction", "input", "output"}
+        prompt = text_field(row, "instruction") + (f"\n\n{context}" if context else "")
+        response, used = text_field(row, "output"), {"instruction", "input", "output"}
     elif kind == "messages":
         prompt, response = _conversation(row["messages"])
         used = {"messages"}
     else:
         ask, reply = FIELDS[kind]
-        prompt, response, used = _text(row, ask), _text(row, reply), {ask, reply}
+        prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
     if not prompt.strip() or not response.strip():
         raise ValueError("prompt or response is empty")
     gold = row.get("gold")
@@ -126,7 +125,7 @@ def _conversation(messages: Any) -> tuple[str, str]:
     roles = [m.get("role") for m in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"field messages: expected user and assistant, after an optional system, got {roles}")
-    texts = [_text(m, "content") for m in messages]
+    texts = [text_field(m, "content") for m in messages]
     return "\n\n".join(texts[:-1]), texts[-1]
 
 
@@ -134,10 +133,13 @@ def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> 
     """What a step reads from outside of the run: digests of data and models, resolved hub commits."""
     if stage == "partition":
         return {}
+    if stage == "eval":
+        benchmark = config.eval.benchmarks[variant.partition("@")[2]]
+        shots = {"shots": source_identity(shots_source(benchmark), cache)} if benchmark.shots else {}
+        return {"model": model_identity(config.model, cache), "rows": source_identity(benchmark, cache), **shots}
     if stage != "classify":
         return {"model": model_identity(config.model, cache)}
-    source = config.data if variant == "train" else config.test
-    rows = {"rows": source_identity(source, cache)}
+    rows = {"rows": source_identity(config.data if variant == "train" else config.eval.benchmarks[variant], cache)}
     if config.classify.strategy == "random":
         return rows
     voters = [
@@ -149,7 +151,19 @@ def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> 
     return {**rows, "voters": voters, "target": model_title(config.model)}
 
 
+def shots_source(benchmark: BenchmarkSection) -> SourceSection:
+    """Where the worked examples of a benchmark's prompt come from."""
+    if benchmark.shots_path is None and benchmark.path and Path(benchmark.path).exists():
+        raise ConfigError(
+            f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked", "or shots: 0"
+        )
+    path = benchmark.shots_path or benchmark.path
+    return SourceSection(path=path, subset=benchmark.subset, split=benchmark.shots_split, revision=benchmark.revision)
+
+
 def source_identity(source: SourceSection, cache: DigestCache) -> str:
+    if isinstance(source, BenchmarkSection) and source.tasks:  # data of the evaluation harness: path holds task files
+        return cache.folder(Path(source.path)) if source.path else ""
     if source.path is None:
         raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
     path = Path(source.path)

@@ -51,7 +51,7 @@ def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
     return [
         f"model.name={tiny}",
         f"data.path={data / 'train.jsonl'}",
-        f"test.path={data / 'test.jsonl'}",
+        f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
         f"runs_dir={runs / 'runs'}",
     ]
 

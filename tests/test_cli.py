@@ -92,6 +92,12 @@ def test_a_stage_before_its_inputs(lorapar, config):
     )
 
 
+def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):
+    base_only = [*config, "--set", "data.path=null", "--set", "eval.targets=[base]"]
+    assert json.loads(lorapar("status", *base_only, "--json").out).keys() == {"classify:demo", "eval:base@demo"}
+    assert lorapar("sft", *base_only).err == "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
+
+
 def test_a_port_in_use(lorapar, config):
     import socket
 
@@ -102,7 +108,7 @@ def test_a_port_in_use(lorapar, config):
         from stages.engines.vllm import _port
         from stages.errors import BusyError
 
-        with pytest.raises(BusyError, match=f"classify.port {port} is in use"):
+        with pytest.raises(BusyError, match=f"server.port {port} is in use"):
             _port(port)
 
 
@@ -115,17 +121,17 @@ def test_unknown_names(lorapar, config):
 
 
 def test_status_show_and_json(lorapar, config):
-    one = lorapar("classify", *config, "--json", "--set", "data.limit=8", "--set", "test.limit=4")
+    one = lorapar("classify", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     rows = [json.loads(line) for line in one.out.splitlines()]
     assert [(r["step"], r["made"], r["summary"]["examples"]) for r in rows] == [
         ("classify:train", True, 8),
-        ("classify:test", True, 4),
+        ("classify:demo", True, 4),
     ]
-    again = lorapar("classify", *config, "--set", "data.limit=8", "--set", "test.limit=4")
+    again = lorapar("classify", *config, "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     assert again.err.count("is current") == 2
-    status = lorapar("status", *config, "--json", "--set", "data.limit=8", "--set", "test.limit=4")
+    status = lorapar("status", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     states = json.loads(status.out)
     assert states["classify:train"]["state"] == "current"
     assert states["score"] == {"state": "missing", "why": "not run yet"}
-    shown = lorapar("show", *config, "classify:test", "--set", "data.limit=8", "--set", "test.limit=4")
+    shown = lorapar("show", *config, "classify:demo", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out

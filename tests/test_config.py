@@ -33,7 +33,36 @@ def test_paper_configs_pin_every_value(path):
     for section in ("lora", "score", "partition", "sft", "rl", "eval", "prompt"):
         field = Config.model_fields[section].annotation
         missing = set(field.model_fields) - set(tree[section])
-        assert not missing, f"{section}: {missing}"
+        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]} - {"sandbox"}
+        assert not unpinned, f"{section}: {unpinned}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("limt: 3", "unknown setting eval.benchmarks.gsm8k.limt (did you mean eval.benchmarks.gsm8k.limit?)"),
+        ("kind: gsm9k", "eval.benchmarks.gsm8k.kind: unknown benchmark 'gsm9k'; choose from: demo, gsm8k, humaneval, jsonl,"),
+        ("samples: 4", "eval.benchmarks.gsm8k: samples 4 of a greedy answer are all the same; set temperature"),
+    ],
+)
+def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
+    path = written(tmp_path, f"model: {{name: x}}\neval: {{benchmarks: {{gsm8k: {{{setting}}}}}}}\n")
+    assert message(path).startswith(text)
+
+
+def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
+    path = written(tmp_path, "model: {name: x}\neval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n")
+    benchmarks = load(path).eval.benchmarks
+    assert (benchmarks["mmlu"].path, benchmarks["mmlu"].subset, benchmarks["mmlu"].limit) == ("cais/mmlu", "all", 5)
+    assert len(benchmarks["mmlu"].revision) == 40
+    own = benchmarks["own"]
+    assert (own.path, own.subset, own.revision, own.shots, own.mode) == ("mine.jsonl", None, "main", 5, "likelihood")
+
+
+@pytest.mark.parametrize("name", ["train", "a.b", "a@b", "a/b", ""])
+def test_names_that_a_benchmark_cannot_have(tmp_path, name):
+    path = written(tmp_path, f"model: {{name: x}}\neval: {{benchmarks: {{{name!r}: {{kind: demo}}}}}}\n")
+    assert message(path) == f"eval.benchmarks: {name!r} cannot be the name of a benchmark"
 
 
 def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):

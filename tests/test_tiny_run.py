@@ -15,11 +15,11 @@ from conftest import ROOT, Silent, paths
 
 from stages import settings
 from stages.artifacts import Store
-from stages.engines import Pool, resolved
-from stages.errors import ArtifactError, ConfigError, DataError, MissingInputError
+from stages.engines import Answer, Pool, resolved
+from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks
-from stages.pipeline import _answers, plan, run_step, state
+from stages.pipeline import plan, run_step, state
 from stages.records import read_jsonl, read_labels
 
 
@@ -102,11 +102,11 @@ def test_theta_reruns_partition_and_what_follows(copied):
     assert states["partition"].why == "partition.theta was 0.9, now 0.8"
     assert states["sft"].why == "partition is missing (partition.theta was 0.9, now 0.8)"
     made = make(config)
-    assert {name for name, (_, now) in made.items() if now} == {"partition", "sft", "rl", "eval:sft", "eval:rl"}
+    assert {name for name, (_, now) in made.items() if now} == {"partition", "sft", "rl", "eval:sft@demo", "eval:rl@demo"}
 
 
 def test_inference_batch_size_changes_nothing(copied):
-    assert not any(now for _, now in make(copied("score.batch_size=2", "eval.batch_size=4")).values())
+    assert not any(now for _, now in make(copied("score.batch_size=2", "server.batch_size=4")).values())
 
 
 def test_a_stale_input_is_an_error_with_the_command(copied):
@@ -125,7 +125,7 @@ def test_a_rebuilt_input_makes_what_follows_stale(copied):
     states = {n: state(Store(config.root), s) for n, s in plan(resolved(config)).items()}
     assert (states["score"].state, states["score"].why) == ("stale", "classify:train was rebuilt")
     assert (states["partition"].state, states["partition"].why) == ("stale", "classify:train was rebuilt")
-    assert states["eval:base"].state == "current"
+    assert states["eval:base@demo"].state == "current"
 
 
 def test_a_rebuild_with_the_same_content_changes_nothing(copied):
@@ -165,18 +165,61 @@ def test_another_voter_asks_only_for_its_own(copied):
     assert all(after[name] == size for name, size in before.items())
 
 
+def _journals(config):
+    return {path.name: path.read_bytes().splitlines(keepends=True) for path in (config.root / "eval/answers").iterdir()}
+
+
 def test_answers_of_an_evaluation_are_journalled(copied):
+    """A torn line is asked again and nothing else; base, init, sft and rl have a journal each."""
     config = copied()
-    step, store = plan(resolved(config))["eval:rl"], Store(config.root)
-    inputs = {name: store.load(store.folder(s.stage.name, s.key)) for name, s in step.inputs.items()}
-    shutil.rmtree(store.folder("eval", step.key))
-    journal = _answers(config, step, inputs)
-    assert journal != _answers(config, step, {**inputs, "rl": inputs["classify:test"]})  # another adapter, another journal
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:10]) + b'{"id": "torn')
-    make(config, "eval:rl")
-    again = journal.read_bytes().splitlines(keepends=True)
-    assert again[:10] == lines[:10] and sorted(again) == sorted(lines)
+    before = _journals(config)
+    assert len(before) == 4 and all(len(lines) == 16 for lines in before.values())
+    shutil.rmtree(Store(config.root).folder("eval", plan(resolved(config))["eval:rl@demo"].key))
+    for path in (config.root / "eval/answers").iterdir():
+        path.write_bytes(b"".join(before[path.name][:10]) + b'{"prompt": "torn')
+    make(config, "eval:rl@demo")
+    after = _journals(config)
+    assert all(after[name][:10] == lines[:10] for name, lines in before.items())
+    assert sorted(len(lines) for lines in after.values()) == [11, 11, 11, 16]  # the torn ones were not opened
+    assert any(sorted(after[name]) == sorted(lines) for name, lines in before.items())
+
+
+def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatch):
+    """Other labels, another limit, another number of checked items: no model is loaded to answer again."""
+    config = copied("eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0")
+    monkeypatch.setattr("stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded"))
+    made = make(config, "eval:base@demo", "eval:init@demo")
+    assert all(now for _, now in made.values())
+
+
+@pytest.mark.parametrize("change", ["lora.std=0.02", "eval.benchmarks.demo.max_new_tokens=9", "prompt.system=Think."])
+def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
+    config = copied(change)
+    before = _journals(config)
+    made = make(config, "score", "eval:init@demo")
+    assert made["eval:init@demo"][1]
+    after = _journals(config)
+    assert sum(map(len, after.values())) == sum(map(len, before.values())) + 16
+
+
+def test_force_asks_again(copied, monkeypatch):
+    config = copied("eval.parity_items=0")
+    monkeypatch.setattr("stages.engines.transformers.continuations", lambda *_: [Answer([65], True)] * 16)
+    assert make(config, "eval:base@demo", force=True)["eval:base@demo"][1]
+    rows = [row for _, row in read_jsonl(config.root / "eval/latest-base@demo/samples.jsonl")]
+    assert len({row["output"] for row in rows}) == 1
+
+
+def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
+    """The journal holds answers of another model, as a server that passes over the adapter would give them."""
+    config = copied("eval.parity_items=4", "lora.std=0.5")
+    make(config, "score")
+    monkeypatch.setattr(
+        "stages.engines.transformers.load_merged",
+        lambda model, folder: adapter.load_base(model),  # the adapter is not applied
+    )
+    with pytest.raises(AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"):
+        make(config, "eval:init@demo")
 
 
 @pytest.mark.parametrize("reference", ["base", "sft"])
@@ -240,20 +283,24 @@ def test_rows_that_are_too_long_for_sft(copied):
 
 
 def test_samples_and_metrics(whole):
-    folder = whole[1]["eval:sft"][0].path
+    folder = whole[1]["eval:sft@demo"][0].path
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = [row for _, row in read_jsonl(folder / "samples.jsonl")]
     assert metrics["all"]["n"] == len(rows) == 16
     assert metrics["system1"]["n"] + metrics["system2"]["n"] == 16
     assert metrics["first_prompt"].startswith("<|im_start|>system\nWork it out")
-    assert metrics["stop"] == ["<|im_end|>"]
+    assert metrics["stop"] == ["<|im_end|>"] and metrics["bos_tokens_in_it"] == metrics["first_prompt"].count("<|im_start|>")
+    outcomes = ("correct", "wrong", "unparsed", "truncated", "refused")
+    assert sum(metrics["all"][name] for name in outcomes) == 16
+    assert metrics["parity"]["agree"] == 1 and metrics["parity"]["items"] == 8
+    assert set(metrics["by_kind"]) == {row["extra"]["kind"] for row in rows}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["classify", "score", "partition", "sft", "rl", "eval"])
 def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_path):
     """kill -9 of the stage's process at three moments; the partial folder is never taken for an artifact."""
-    config = copied("seed=5", "classify.seed=5", "data.limit=60", "test.limit=12")
+    config = copied("seed=5", "classify.seed=5", "data.limit=60", "eval.benchmarks.demo.limit=12")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable, "-m", "lorapar_cli"]

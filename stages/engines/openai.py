@@ -1,7 +1,7 @@
-"""Choices from a running OpenAI-compatible server, by constrained decoding with log-probabilities.
+"""Answers and choices from a running OpenAI-compatible server; choices by constrained decoding with log-probabilities.
 
-The server masks all but the two words before it takes log-probabilities (vLLM: `structured_outputs.choice`), so P(System 2)
-is read at the first token where the words differ and nothing needs parsing.
+The server masks all but the words before it takes log-probabilities (vLLM: `structured_outputs.choice`), so their shares are
+read at the first token where they differ and nothing needs parsing.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from stages.config import ClassifySection, ModelSection, Voter
-from stages.engines import Ballot, Choice
+from stages.config import ServerSection
+from stages.engines import Answer, Ballot, Choice, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 4
@@ -26,11 +26,11 @@ MAX_WORD_TOKENS = 8
 
 
 @contextmanager
-def open(model: ModelSection, voter: Voter, settings: ClassifySection, say: Callable[[str], None]) -> Iterator[Client]:
-    assert voter.base_url is not None
-    key = os.environ.get(voter.api_key_env, "")
-    with Client(voter.base_url, voter.model, key, settings.concurrency) as client:
-        say(f"asking {client.model} at {voter.base_url}")
+def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+    assert served.base_url is not None
+    key = os.environ.get(served.api_key_env, "")
+    with Client(served.base_url, served.model.name, key, server.concurrency) as client:
+        say(f"asking {client.model} at {served.base_url}")
         yield client
 
 
@@ -42,8 +42,8 @@ class Client:
         limits = httpx.Limits(max_connections=concurrency)
         self._http = httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=TIMEOUT_S, limits=limits)
         self._concurrency = concurrency
-        self._tokens: dict[tuple[str, str], int] = {}
-        """Tokens it takes until two label words differ, as learned from the first answers."""
+        self._tokens: dict[tuple[str, ...], int] = {}
+        """Tokens it takes until the words of a ballot differ, as learned from the first answers."""
         served = self._served()
         if model is not None and served and model not in served:
             raise ConfigError(f"{base_url} serves {', '.join(served)}, not {model}")
@@ -58,13 +58,40 @@ class Client:
         self._http.close()
 
     def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
+        return self._each(self._choice, ballots)
+
+    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+        """Answers by token ids; vLLM gives them (`return_token_ids`), other servers do not."""
+        return self._each(lambda question: self._answer(question, sampling), questions)
+
+    def _each(self, ask: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         pool = ThreadPoolExecutor(self._concurrency)
         try:
-            futures = {pool.submit(self._ask, ballot): i for i, ballot in enumerate(ballots)}
+            futures = {pool.submit(ask, item): i for i, item in enumerate(items)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, question: Question, sampling: Sampling) -> Answer:
+        body = {
+            "model": self.model,
+            "prompt": question.ids,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": question.seed,
+            "stop": list(question.stop) or None,
+            "stop_token_ids": list(sampling.stop_ids),
+            "return_token_ids": True,
+            "add_special_tokens": False,
+        }
+        answer = self._send("POST", "completions", body)
+        try:
+            choice = answer["choices"][0]
+            return Answer([int(id) for id in choice["token_ids"]], choice["finish_reason"] == "stop")
+        except (KeyError, IndexError, TypeError) as error:
+            raise AnswerError(f"{self.model} gave no readable answer: {error!r}: {str(answer)[:120]}") from None
 
     def _served(self) -> list[str]:
         answer = self._send("GET", "models", None)
@@ -73,31 +100,31 @@ class Client:
         except (KeyError, TypeError):
             raise AnswerError(f"{self._http.base_url}models does not list models: {str(answer)[:80]}") from None
 
-    def _ask(self, ballot: Ballot) -> Choice:
+    def _choice(self, ballot: Ballot) -> Choice:
         """One choice; every token saved is a decoding step saved, so it asks for one and for more only if it must."""
         while True:
             tokens = self._tokens.get(ballot.words, 1)
-            system2 = self._read(ballot, tokens)
-            if system2 is not None:
-                return Choice(system2, -1.0)
+            shares = self._read(ballot, tokens)
+            if shares is not None:
+                return Choice(shares, -1.0)
             if tokens >= MAX_WORD_TOKENS:
                 raise AnswerError(f"{self.model}: the words {ballot.words} do not differ within {tokens} tokens")
             self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
 
-    def _read(self, ballot: Ballot, tokens: int) -> float | None:
+    def _read(self, ballot: Ballot, tokens: int) -> tuple[float, ...] | None:
         common = {
             "model": self.model,
             "max_tokens": tokens,
             "temperature": 0,
             "structured_outputs": {"choice": list(ballot.words)},
         }
-        if isinstance(ballot.text, str):
+        if isinstance(ballot.text, str) or isinstance(ballot.text[0], int):
             answer = self._send("POST", "completions", {**common, "prompt": ballot.text, "logprobs": 5})
         else:
             body = {**common, "messages": ballot.text, "logprobs": True, "top_logprobs": 5}
             answer = self._send("POST", "chat/completions", body)
         try:
-            return _system2(_tokens(answer["choices"][0]["logprobs"]), ballot.words)
+            return _shares(_tokens(answer["choices"][0]["logprobs"]), ballot.words)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             shown = str(answer.get("choices", answer))[:120]
             raise AnswerError(f"{self.model} gave no readable choice between {ballot.words}: {error!r}: {shown}") from None
@@ -125,16 +152,16 @@ def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     return list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
 
 
-def _system2(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, str]) -> float | None:
-    """P(second word) at the first token whose alternatives fit exactly one word each; None if there is none yet."""
+def _shares(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:
+    """Each word's share at the first token with alternatives that fit exactly one word; None if there is none yet."""
     before = ""
     for token, alternatives in tokens:
-        mass = [0.0, 0.0]
+        mass = [0.0] * len(words)
         for text, value in alternatives.items():
             fits = [word.startswith(before + text) or (before + text).startswith(word) for word in words]
-            if fits[0] != fits[1]:
+            if sum(fits) == 1:
                 mass[fits.index(True)] += math.exp(value)
         if sum(mass) > 0:
-            return mass[1] / sum(mass)
+            return tuple(part / sum(mass) for part in mass)
         before += token
     return None

@@ -1,93 +1,179 @@
-"""Models in this process: choices for small voters, and batched generation for eval and for rollouts on CPU."""
+"""Models in this process: choices and batched generation, for small models, for evaluation and for rollouts on CPU."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import ClassifySection, ModelSection, Voter
-from stages.engines import Ballot, Choice
+from stages.config import ServerSection
+from stages.engines import Answer, Ballot, Choice, Question, Sampling, Served
 from stages.errors import ConfigError
-from stages.language.prompts import Row, chat, collate, load_tokenizer
-from stages.lora.adapter import load_base
+from stages.language.prompts import chat, load_tokenizer
+from stages.lora.adapter import load_merged
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from stages.language.prompts import Renderer
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 16
+WORTH_KEEPING = 32
+"""Tokens of a common prompt beginning from which it pays to compute it once."""
 
 
 @contextmanager
-def open(model: ModelSection, voter: Voter, settings: ClassifySection, say: Callable[[str], None]) -> Iterator[_Chooser]:
-    say(f"loading {model.name} in this process")
-    yield _Chooser(load_base(model), load_tokenizer(model))
+def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
+    say(f"loading {served.model.name} in this process")
+    yield InProcess(load_merged(served.model, served.adapter), load_tokenizer(served.model), server.batch_size)
 
 
-class _Chooser:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+class InProcess:
+    """A model and its tokenizer, as an engine."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._prefix: list[int] = []
+        self._cache: Cache | None = None
+        """Keys and values of `_prefix`, the beginning that the prompts of the last batch had in common."""
 
     @torch.no_grad()
     def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
-        """One forward pass per batch; the words' probabilities are read at the first token in which they differ."""
-        prepared = sorted(((i, *self._prepare(ballot)) for i, ballot in enumerate(ballots)), key=lambda item: len(item[1]))
+        """One forward pass per batch; the words' probabilities are read at the first token in which they differ.
+
+        Prompts of one beginning (the worked examples of a few-shot prompt) follow each other and share its computation.
+        """
+        prepared = sorted(((*self._prepare(ballot), i) for i, ballot in enumerate(ballots)), key=lambda item: item[0])
         for at in range(0, len(prepared), BATCH):
             part = prepared[at : at + BATCH]
-            batch = collate([Row(str(i), ids, ids) for i, ids, _ in part], self.tokenizer.pad_token_id or 0, self.model.device)
-            last = batch.attention_mask.sum(1) - 1
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            probabilities = logits[torch.arange(len(part)), last].float().softmax(-1)  # (batch, vocabulary)
-            for row, (i, _, pair) in zip(probabilities, part, strict=True):
-                one, two = float(row[pair[0]]), float(row[pair[1]])
-                yield i, Choice(two / (one + two) if one + two else 0.5, one + two)
+            rows = self._last_logits([ids for ids, _, _ in part]).float().softmax(-1)  # (batch, vocabulary)
+            for row, (_, words, i) in zip(rows, part, strict=True):
+                found = row[torch.tensor(words, device=row.device)]
+                mass = float(found.sum())
+                yield i, Choice(tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words), mass)
 
-    def _prepare(self, ballot: Ballot) -> tuple[list[int], tuple[int, int]]:
-        """Token ids up to where the two words differ, and the two ids there."""
+    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+        """Answers in batches of similar prompt length."""
+        order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
+        for at in range(0, len(order), self.batch_size):
+            part = [questions[i] for i in order[at : at + self.batch_size]]
+            stops = tuple(dict.fromkeys(text for question in part for text in question.stop))
+            if sampling.temperature:
+                torch.manual_seed(part[0].seed)
+            made = continuations(self.model, self.tokenizer, [question.ids for question in part], sampling, stops)
+            yield from zip(order[at : at + self.batch_size], made, strict=True)
+
+    def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Logits after each prompt: (prompts, vocabulary). Padded on the left, behind what they have in common."""
+        shared = min(_common(prompts), min(map(len, prompts)) - 1)
+        kept = len(self._prefix) if all(p[: len(self._prefix)] == self._prefix for p in prompts) else 0
+        if shared < WORTH_KEEPING:
+            shared = 0
+        elif 0 < kept <= shared < kept + WORTH_KEEPING:
+            shared = kept
+        else:
+            self._prefix = prompts[0][:shared]
+            self._cache = self.model(input_ids=self._tensor([self._prefix]), use_cache=True, logits_to_keep=1).past_key_values
+        width = max(map(len, prompts)) - shared
+        ids = self._tensor([[0] * (width + shared - len(p)) + p[shared:] for p in prompts])
+        mask = self._tensor([[1] * shared + [0] * (width + shared - len(p)) + [1] * (len(p) - shared) for p in prompts])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        cache = None
+        if shared:
+            cache = copy.deepcopy(self._cache)
+            assert cache is not None
+            cache.batch_repeat_interleave(len(prompts))
+        made = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        return made.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.model.device)
+
+    def _prepare(self, ballot: Ballot) -> tuple[list[int], list[int]]:
+        """Token ids up to where the words differ, and the words' ids there."""
         if isinstance(ballot.text, str):
             ids = self.tokenizer(ballot.text)["input_ids"]
+        elif isinstance(ballot.text[0], int):
+            ids = list(ballot.text)
         elif not self.tokenizer.chat_template:
             raise ConfigError(
                 "the voter's tokenizer has no chat template", "choose a persona without chat: lorapar list personas"
             )
         else:
-            ids = self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"]
-        one, two = (self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ballot.words)
-        for n, (a, b) in enumerate(zip(one, two, strict=False)):
-            if a != b:
-                return [*ids, *one[:n]], (a, b)
-        raise ConfigError(f"label words {ballot.words} do not differ in any token")
+            ids = self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"]  # type: ignore[arg-type]
+        before, words = word_tokens(self.tokenizer, ballot.words)
+        return ids + before, words
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """The tokens that all words begin with, and of each word the one after; ConfigError if these are not all different."""
+    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    same = _common(tokens)
+    if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
+        raise ConfigError(f"the words {words} do not differ in one token")
+    return tokens[0][:same], [ids[same] for ids in tokens]
+
+
+def _common(rows: list[list[int]]) -> int:
+    """Length of the beginning that all rows share."""
+    first, last = min(rows), max(rows)  # in the order of sequences these two differ the earliest
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 @torch.no_grad()
 def continuations(
-    model: PreTrainedModel, prompts: list[list[int]], renderer: Renderer, longest: int, sampling: dict[str, Any]
-) -> list[list[int]]:
-    """Token ids that the model writes after each prompt, up to and with the first stop token.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stops: tuple[str, ...] = (),
+) -> list[Answer]:
+    """What the model writes after each prompt, up to and with the first stop token or text.
 
-    All prompts run as one batch, padded on the left; `sampling` goes to `generate`.
+    All prompts run as one batch, padded on the left.
     """
-    pad = renderer.tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if stops:
+        how["stopping_criteria"] = [_AtText(tokenizer, stops, width)]
     made = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=longest,
-        eos_token_id=renderer.stop_ids,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.stop_ids),
         pad_token_id=pad,
-        **sampling,
+        **how,
     )[:, width:]
-    return [_until_stop(row, renderer.stop_ids) for row in made.tolist()]
+    return [_answer(row, tokenizer, sampling, stops) for row in made.tolist()]
 
 
-def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
-    ends = [ids.index(stop) for stop in stops if stop in ids]
-    return ids[: min(ends) + 1] if ends else ids
+class _AtText:
+    """Ends a row once one of the texts stands in what was generated; the library's own criterion also matches the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], prompt_tokens: int) -> None:
+        self.tokenizer, self.stops, self.start = tokenizer, stops, prompt_tokens
+        self.window = max(len(stop.encode()) for stop in stops) + 4  # a token is one byte at least
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        new = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
+        ended = [any(stop in text for stop in self.stops) for text in self.tokenizer.batch_decode(new)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: tuple[str, ...]) -> Answer:
+    """A row without what stands behind its end: rows that end before others are padded."""
+    ends = [ids.index(stop) for stop in sampling.stop_ids if stop in ids]
+    if ends:
+        return Answer(ids[: min(ends) + 1], True)
+    while stops and ids and ids[-1] == tokenizer.pad_token_id:
+        ids = ids[:-1]
+    text = tokenizer.decode(ids) if stops else ""
+    return Answer(ids, len(ids) < sampling.max_new_tokens or any(stop in text for stop in stops))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,41 +15,60 @@ from pathlib import Path
 
 import httpx
 
-from stages.config import ClassifySection, ModelSection, Voter
+from stages.config import ModelSection, ServerSection
+from stages.engines import Ballot, Served
 from stages.engines.openai import Client
 from stages.errors import BusyError, ServerError
+from stages.lora.adapter import save_merged
 
 HOST = "127.0.0.1"
+MODULE = "adapter"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The LoRA ranks that vLLM can be set to; its default of 16 refuses larger adapters."""
 
 
 @contextmanager
-def open(model: ModelSection, voter: Voter, settings: ClassifySection, say: Callable[[str], None]) -> Iterator[Client]:
-    """Start a server, wait until it is healthy, give a client, and stop it; also if this process is killed."""
-    port = _port(settings.port)
+def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+    """Start a server, wait until it is healthy, give a client, and stop it; also if this process is killed.
+
+    An adapter is merged into a copy of the model where that is faster (on CPU a LoRA module makes vLLM 4 times slower), or
+    served as a module.
+    """
+    port = _port(server.port)
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
-    guard = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("guard.py")), *_command(model, settings, port)],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=_environment(),
-    )
     failed = True
-    try:
-        begun = time.monotonic()
-        say(f"starting a vLLM server for {model.name}, log in {log.name}")
-        _wait(guard, port, settings.startup_s, log.name)
-        say(f"vLLM server ready after {time.monotonic() - begun:.0f} s")
-        with Client(f"http://{HOST}:{port}/v1", None, "", settings.concurrency) as client:
-            yield client
-        failed = False
-    finally:
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
-        log.close()
-        if not failed:
-            os.unlink(log.name)
+    with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
+        model, module = served.model, None
+        if served.adapter is not None and (server.adapter == "module" or (server.adapter == "auto" and _have_gpu())):
+            module = served.adapter
+        elif served.adapter is not None:
+            say(f"merging {served.adapter}")
+            save_merged(model, served.adapter, Path(folder))
+            model = model.model_copy(update={"name": folder})
+        command = _command(model, server, port, module)
+        guard = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("guard.py")), *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+        )
+        try:
+            begun = time.monotonic()
+            say(f"starting a vLLM server for {served.model.name}, log in {log.name}")
+            _wait(guard, port, server.startup_s, log.name)
+            say(f"vLLM server ready after {time.monotonic() - begun:.0f} s")
+            name = MODULE if module else model.name
+            with Client(f"http://{HOST}:{port}/v1", name, "", server.concurrency) as client:
+                yield client
+            failed = False
+        finally:
+            assert guard.stdin is not None
+            guard.stdin.close()
+            guard.wait()
+            log.close()
+            if not failed:
+                os.unlink(log.name)
 
 
 def _port(wanted: int | None) -> int:
@@ -57,18 +77,22 @@ def _port(wanted: int | None) -> int:
         try:
             probe.bind((HOST, wanted or 0))
         except OSError:
-            raise BusyError(f"classify.port {wanted} is in use", "leave it out for a free one") from None
+            raise BusyError(f"server.port {wanted} is in use", "leave it out for a free one") from None
         return int(probe.getsockname()[1])
 
 
-def _command(model: ModelSection, settings: ClassifySection, port: int) -> list[str]:
+def _command(model: ModelSection, server: ServerSection, port: int, module: Path | None = None) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
-    command += ["--model", model.name, "--max-model-len", str(settings.max_model_len)]
+    command += ["--model", model.name, "--max-model-len", str(server.max_model_len)]
     if not Path(model.name).exists():
         command += ["--revision", model.revision]
     if model.dtype != "auto":
         command += ["--dtype", model.dtype]
-    command += settings.vllm_args
+    if module is not None:
+        r = json.loads((module / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        rank = next(size for size in RANKS if size >= r)
+        command += ["--enable-lora", "--lora-modules", f"{MODULE}={module}", "--max-lora-rank", str(rank)]
+    command += server.args
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 
@@ -99,7 +123,7 @@ def _wait(guard: subprocess.Popen[bytes], port: int, limit: float, log: str) -> 
 
 
 def _hint(log: str) -> str:
-    return f"its log is {log}; without vLLM: engine: transformers in classify.voters"
+    return f"its log is {log}; without vLLM: engine: transformers"
 
 
 def _last(log: str) -> str:
@@ -109,12 +133,9 @@ def _last(log: str) -> str:
 
 def check(model: str) -> None:
     """Start a server for `model`, ask it one question and stop it; raises if any of this fails."""
-    from stages.engines import Ballot
-
-    settings = ClassifySection()
-    with open(ModelSection(name=model), Voter(), settings, lambda text: print(text, file=sys.stderr)) as client:
+    with open(Served("vllm", ModelSection(name=model)), ServerSection(), lambda text: print(text, file=sys.stderr)) as client:
         ((_, choice),) = client.choose([Ballot("Ice is", (" cold", " hot"))])
-    print(f"vLLM works: it gives {choice.system2:.2f} to one of two words", file=sys.stderr)
+    print(f"vLLM works: it gives {choice.shares[1]:.2f} to one of two words", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,19 @@ def number(text: str) -> Fraction | None:
     return Fraction(match[1].rstrip(".")) / int(match[2] or 1)
 
 
+def letter(text: str, whole: bool = False) -> str | None:
+    """The choice A to J that a text names: the one it begins with; without `whole` also the one it says is the answer.
+
+    `B`, `(B)`, `B.` and `B) because` begin with a letter, `Because` and `A dog` do not.
+    """
+    begins = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
+    if begins or whole:
+        return begins[1] if begins else None
+    says = re.findall(r"(?:answer|choice|option)(?: is|:)?\s*\(?([A-J])\b(?!')", text, re.IGNORECASE)
+    says = [found for found in says if found.isupper()] or re.findall(r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text)
+    return says[-1] if says else None
+
+
 def same(answer: str | None, gold: str) -> bool:
     """Whether an answer equals the gold answer: as numbers if gold is one, else as text without case and edge marks."""
     if answer is None:

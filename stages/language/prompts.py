@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 
+Shots = Sequence[tuple[str, str]]
+"""Worked examples: question and answer."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,6 +33,19 @@ class Row:
     id: str
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One item as the model meets it."""
+
+    text: str
+    """The rendered prompt."""
+    ids: list[int]
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, beside the renderer's stop tokens."""
+    words: tuple[str, ...] = ()
+    """Not empty: the likeliest of these words is the answer, nothing is generated."""
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -70,20 +87,38 @@ class Renderer:
         ends = tokenizer(self.end, add_special_tokens=False)["input_ids"]
         self.stop_ids = sorted({tokenizer.eos_token_id, ends[0]} if len(ends) == 1 else {tokenizer.eos_token_id})
 
-    def _messages(self, question: str) -> list[dict[str, str]]:
+    def _messages(self, question: str, shots: Shots = ()) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.section.system}] if self.section.system else []
-        return [*system, {"role": "user", "content": question}]
+        turns = [
+            {"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot, strict=True)
+        ]
+        return [*system, *turns, {"role": "user", "content": question}]
 
-    def prompt(self, question: str) -> str:
-        """The text a model continues."""
+    def prompt(self, question: str, shots: Shots = ()) -> str:
+        """The text a model continues, after worked examples (question, answer) if there are any."""
         if self.section.template == "chat":
-            return chat(self.tokenizer, self._messages(question))
+            return chat(self.tokenizer, self._messages(question, shots))
         system = f"{self.section.system}\n\n" if self.section.system else ""
-        return f"{system}Question: {question}\nAnswer:\n"
+        worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
+        return f"{system}{worked}Question: {question}\nAnswer:\n"
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def prompt_ids(self, question: str, shots: Shots = ()) -> list[int]:
+        return self.ids(self.prompt(question, shots))
+
+    def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
+        """Text and token ids of a benchmark's own prompt: `head`, the shots and `last` as they are, or as turns of a chat."""
+        if self.section.template == "chat":
+            turns = [*shots, (last, "")]
+            turns[0] = (head + turns[0][0], turns[0][1])
+            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1]))
+        else:
+            text = head + "".join(f"{asked} {answer}\n\n" for asked, answer in shots) + last
+        return text, self.ids(text)
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt."""
         # A chat template writes BOS itself; a plain prompt gets whatever the tokenizer adds in front.
-        ids = self.tokenizer(self.prompt(question), add_special_tokens=self.section.template == "plain")["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=self.section.template == "plain")["input_ids"]
         return list(ids[:-1] if self.section.template == "plain" and ids[-1] == self.tokenizer.eos_token_id else ids)
 
     def row(self, example: Example) -> Row:

@@ -51,6 +51,26 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     return loaded.to(device()).eval()
 
 
+def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
+    """The base model with the adapter of `folder` beside its weights, by plain PEFT, as any user would load it."""
+    return PeftModel.from_pretrained(load_base(model), str(folder)).eval()
+
+
+def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask."""
+    if folder is None:
+        return load_base(model)
+    return load_adapted(model, folder).merge_and_unload()  # type: ignore[no-any-return, operator]
+
+
+def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
+    """Write the merged model with its tokenizer into `out`, ready to be served."""
+    from transformers import AutoTokenizer
+
+    load_merged(model, folder).save_pretrained(str(out))
+    AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(str(out))
+
+
 def _keep_freed_memory() -> None:
     """Let the C library reuse large blocks instead of giving each back to the kernel and faulting it in again.
 

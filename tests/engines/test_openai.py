@@ -73,7 +73,7 @@ def serve(monkeypatch) -> Iterator[Callable]:
 
 def ask(url: str, *ballots: Ballot, model: str | None = None) -> dict[int, float]:
     with engine.Client(url, model, "", 4) as client:
-        return {i: choice.system2 for i, choice in client.choose(list(ballots))}
+        return {i: choice.shares[1] for i, choice in client.choose(list(ballots))}
 
 
 def test_chat_and_completion(serve):

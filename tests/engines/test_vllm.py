@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from stages.config import ClassifySection, ModelSection, Voter
-from stages.engines import Ballot, Pool
+from stages.config import LoraSection, ModelSection, ServerSection
+from stages.engines import Ballot, Pool, Question, Sampling, Served
 from stages.errors import ServerError
 
 pytestmark = [
@@ -31,20 +31,42 @@ def servers() -> list[str]:
 
 
 def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
-    settings, model = ClassifySection(), ModelSection(name=str(tiny), dtype="float32")
+    model = ModelSection(name=str(tiny), dtype="float32")
     given = {}
     for name in ("vllm", "transformers"):
         with Pool() as pool:
-            engine = pool.get(Voter(engine=name), model, settings, print)
-            given[name] = {i: choice.system2 for i, choice in engine.choose(BALLOTS)}
+            engine = pool.get(Served(name, model), ServerSection(), print)
+            given[name] = {i: choice.shares[1] for i, choice in engine.choose(BALLOTS)}
     assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
     assert servers() == []
 
 
+@pytest.mark.parametrize("how", ["merged", "module"])
+def test_an_adapter_is_served(tiny, tmp_path, how):
+    """Greedy tokens and choices of a merged adapter and of a LoRA module are those of the merged model in this process."""
+    from stages.lora import adapter
+
+    model = ModelSection(name=str(tiny), dtype="float32")
+    adapter.save(adapter.initial(adapter.load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, str(tiny))
+    questions = [Question([5 * i + 40, 9, 60 + i]) for i in range(6)]
+    words = [Ballot(question.ids, (" a", " b", " c")) for question in questions]
+    given, chosen = {}, {}
+    for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
+        with Pool() as pool:
+            served = Served("vllm" if name == "vllm" else "transformers", model, folder)
+            engine = pool.get(served, ServerSection(adapter=how), print)
+            given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
+            chosen[name] = {i: choice.shares for i, choice in engine.choose(words)}
+    assert given["vllm"] == given["transformers"] != given["base"]
+    for i in range(6):
+        assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
+        assert chosen["vllm"][i] != pytest.approx(chosen["base"][i], abs=1e-3)
+
+
 def test_a_killed_parent_leaves_no_server(tiny):
     code = (
-        "import sys\nfrom stages.engines import vllm\nfrom stages.config import *\n"
-        "with vllm.open(ModelSection(name=sys.argv[1]), Voter(), ClassifySection(), lambda t: print(t, flush=True)) as c:\n"
+        "import sys\nfrom stages.engines import Served, vllm\nfrom stages.config import *\n"
+        "with vllm.open(Served('vllm', ModelSection(name=sys.argv[1])), ServerSection(), lambda t: print(t, flush=True)) as c:\n"
         "    import time; time.sleep(100)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny)], stdout=subprocess.PIPE, text=True)
@@ -60,5 +82,5 @@ def test_a_killed_parent_leaves_no_server(tiny):
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught, Pool() as pool:
-        pool.get(Voter(engine="vllm"), ModelSection(name=str(tmp_path)), ClassifySection(), print)
+        pool.get(Served("vllm", ModelSection(name=str(tmp_path))), ServerSection(), print)
     assert "its log is" in caught.value.hint

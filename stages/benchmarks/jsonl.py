@@ -1,0 +1,59 @@
+"""Your own file: `prompt` and `answer`, and optionally `grade`: number, letter or text.
+
+Without `grade` an answer that is one number is compared as one, a single letter A to J as a letter, anything else as text
+without case and edge marks.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+from stages.artifacts import canonical
+from stages.benchmarks.grading import Context, Grade, bad_rows, by_answer, by_prompt
+from stages.config import BenchmarkSection
+from stages.language.answers import extract, letter, number
+from stages.records import Example
+from stages.sources import table, text_field
+
+DEFAULTS: dict[str, Any] = {}
+GROUPS = ()
+
+
+def load(section: BenchmarkSection) -> list[Example]:
+    where, rows = table(section)
+    examples, bad = [], []
+    for at, row in rows:
+        try:
+            prompt, answer = text_field(row, "prompt"), str(row["answer"]).strip()
+            kind = row.get("grade") or _kind(answer)
+            if kind not in ("number", "letter", "text"):
+                raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
+            if (kind == "number" and number(answer) is None) or (kind == "letter" and not _LETTER.fullmatch(answer)):
+                raise ValueError(f"answer {answer!r} is no {kind}")
+        except (KeyError, ValueError) as error:
+            missing = "field answer is missing" if isinstance(error, KeyError) else str(error)
+            bad.append(f"{where}:{at}: {missing}")
+            continue
+        extra = {k: v for k, v in row.items() if k not in ("prompt", "answer", "grade")}
+        digest = hashlib.sha256(canonical([prompt, answer])).hexdigest()[:16]
+        examples.append(Example(digest, prompt, answer, answer, {**extra, "grade": kind}))
+    bad_rows("jsonl", bad, "prompt, answer")
+    return examples
+
+
+_LETTER = re.compile("[A-J]")
+
+
+def _kind(answer: str) -> str:
+    return "number" if number(answer) is not None else "letter" if _LETTER.fullmatch(answer) else "text"
+
+
+ask = by_prompt
+
+
+def grade(example: Example, output: str, context: Context) -> Grade:
+    if example.extra["grade"] != "letter":
+        return by_answer(example, output, context)
+    strict = letter(extract(output, context.answer_format).strict or "")
+    flexible = strict or letter(output)
+    return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

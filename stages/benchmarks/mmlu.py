@@ -1,0 +1,114 @@
+"""MMLU: four choices, 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300); 5 shots, by likelihood or generated.
+
+Likelihood: the letter that is likeliest after `Answer:`, of ` A`, ` B`, ` C`, ` D`; the same prompts as lm-evaluation-harness'
+task `mmlu`. Results are split by subject and by category; the macro average is over subjects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts import canonical
+from stages.benchmarks.grading import Context, Grade, bad_rows
+from stages.config import BenchmarkSection
+from stages.errors import DataError
+from stages.language.answers import extract, letter
+from stages.language.prompts import Asked
+from stages.records import Example
+from stages.sources import shots_source, table, text_field
+
+if TYPE_CHECKING:
+    from stages.language.prompts import Renderer
+
+DEFAULTS: dict[str, Any] = {
+    "path": "cais/mmlu",
+    "subset": "all",
+    "split": "test",
+    "revision": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "shots": 5,
+    "shots_split": "dev",
+    "mode": "likelihood",
+    "max_new_tokens": 16,
+    "prompt": {"template": "plain"},
+}
+GROUPS = ("category", "subject")
+LETTERS = ("A", "B", "C", "D")
+
+_OF_CATEGORY = {
+    "STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics "
+    "high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
+    "high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law "
+    "world_religions",
+    "social sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
+    "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
+    "security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+}
+CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for subject in subjects.split()}
+
+
+def load(section: BenchmarkSection) -> list[Example]:
+    """The rows with `subject`, `question`, `choices` and `answer`, an index into the choices. Repeated rows all count."""
+    where, rows = table(section)
+    examples, bad = [], []
+    for number, row in rows:
+        try:
+            examples.append(_example(row, number))
+        except (KeyError, ValueError, TypeError) as error:
+            bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
+    bad_rows("mmlu", bad, "subject, question, choices, answer")
+    return examples
+
+
+def _example(row: dict[str, Any], number: int) -> Example:
+    subject, question, choices = text_field(row, "subject"), text_field(row, "question").strip(), row["choices"]
+    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"field choices must hold {len(LETTERS)} texts")
+    if row["answer"] not in range(len(LETTERS)):
+        raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
+    prompt = "\n".join([question, *(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))])
+    gold = LETTERS[row["answer"]]
+    # The row's number too: some questions of the set are there twice.
+    digest = hashlib.sha256(canonical([subject, prompt, gold, number])).hexdigest()[:16]
+    extra = {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
+    return Example(digest, prompt, f"{gold}. {choices[row['answer']]}", gold, extra)
+
+
+def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
+    """Each question after the first `shots` questions of its own subject."""
+    shots = _shots(section) if section.shots else {}
+    missing = {subject for e in examples if len(shots.get(subject := e.extra["subject"], [])) < section.shots}
+    if missing:
+        raise DataError(f"fewer than {section.shots} shots for {', '.join(sorted(missing))}", "lower shots, or give shots_path")
+    words = LETTERS if renderer.section.template == "chat" else tuple(f" {name}" for name in LETTERS)
+    asked = []
+    for example in examples:
+        turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(example.extra["subject"], [])]
+        subject = example.extra["subject"].replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:")
+        likelihood = section.mode == "likelihood"
+        asked.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
+    return asked
+
+
+def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
+    _, rows = table(shots_source(section))
+    found: dict[str, list[Example]] = {}
+    for number, row in rows:
+        of_subject = found.setdefault(row["subject"], [])
+        if len(of_subject) < section.shots:
+            of_subject.append(_example(row, number))
+    return found
+
+
+def grade(example: Example, output: str, context: Context) -> Grade:
+    """The output is a letter, or begins with one, or is in the answer format; leniently, the first letter of it."""
+    strict = letter(extract(output, context.answer_format).strict or output, whole=True)
+    flexible = strict or letter(output)
+    return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

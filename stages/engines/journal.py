@@ -1,0 +1,113 @@
+"""The answers of one evaluation: what the journal has, what is still to be asked, and how an answer reads as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts import key_of
+from stages.config import BenchmarkSection
+from stages.engines import Ballot, Engine, Question, Sampling
+from stages.language.prompts import Asked
+from stages.records import Journal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.language.prompts import Renderer
+    from stages.pipeline import Progress
+
+
+@dataclass(frozen=True)
+class Given:
+    """An answer as it is graded."""
+
+    text: str
+    complete: bool
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One answer of the journal: tokens, or the shares of the words of a choice."""
+
+    ids: list[int]
+    complete: bool
+    shares: list[float]
+
+    @property
+    def best(self) -> int:
+        """Index of the likeliest word."""
+        return max(range(len(self.shares)), key=self.shares.__getitem__)
+
+    def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Given:
+        """The answer without special tokens, up to the first stop text, or the likeliest word."""
+        if self.shares:
+            return Given(asked.words[self.best].strip(), True, {"shares": [round(share, 6) for share in self.shares]})
+        text = tokenizer.decode(self.ids, skip_special_tokens=True)
+        ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
+        return Given(text[: min(ends)] if ends else text, self.complete or bool(ends), {"tokens": len(self.ids)})
+
+
+class Replies:
+    """The replies to all questions of a benchmark, from a journal and, for what it lacks, from an engine.
+
+    A journal belongs to one identity (model, adapter, engine) and sampling; a line, to one prompt and number of the answer.
+    """
+
+    def __init__(
+        self,
+        asked: list[Asked],
+        benchmark: BenchmarkSection,
+        renderer: Renderer,
+        identity: dict[str, Any],
+        folder: Path,
+        again: bool,
+    ) -> None:
+        self._asked, self._section = asked, benchmark
+        sampling = Sampling(benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p)
+        self._sampling = sampling
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
+        how = {"longest": sampling.max_new_tokens, "stop": renderer.stop_ids, **(drawn if sampling.temperature else {})}
+        self._path = folder / f"{key_of({**identity, 'sampling': how})}.jsonl"
+        if again:
+            self._path.unlink(missing_ok=True)
+        self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
+        self.recorded: dict[tuple[int, int], Recorded] = {}
+
+    def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
+        """Ask for what the journal lacks; the engine is only started if there is any."""
+        with Journal(self._path) as journal:
+            have = {(row["prompt"], row["sample"]): _recorded(row) for row in journal.rows}
+            wanted = [(i, n) for i in range(len(self._asked)) for n in range(self._section.samples)]
+            first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}  # equal prompts are asked once
+            missing = [at for key, at in first.items() if key not in have][::-1]
+            if missing:
+                ready = engine()
+                progress.start(title, len(missing))
+                choices = [(i, n) for i, n in missing if self._asked[i].words]
+                texts = [(i, n) for i, n in missing if not self._asked[i].words]
+                for at, choice in ready.choose([self._ballot(i) for i, _ in choices]) if choices else ():
+                    self._keep(journal, have, choices[at], {"shares": choice.shares, "mass": choice.mass})
+                    progress.advance(1)
+                for at, answer in ready.generate([self._question(*w) for w in texts], self._sampling) if texts else ():
+                    self._keep(journal, have, texts[at], {"ids": answer.ids, "complete": answer.complete})
+                    progress.advance(1)
+            self.recorded = {(i, n): have[self._keys[i], n] for i, n in wanted}
+
+    def _keep(self, journal: Journal, have: dict[Any, Recorded], at: tuple[int, int], what: dict[str, Any]) -> None:
+        row = {"prompt": self._keys[at[0]], "sample": at[1], **what}
+        journal.append(row)
+        have[row["prompt"], row["sample"]] = _recorded(row)
+
+    def _ballot(self, i: int) -> Ballot:
+        return Ballot(self._asked[i].ids, self._asked[i].words)
+
+    def _question(self, i: int, n: int) -> Question:
+        return Question(self._asked[i].ids, self._asked[i].stop, int(self._keys[i], 16) % 2**31 + self._section.seed + n)
+
+
+def _recorded(row: dict[str, Any]) -> Recorded:
+    return Recorded(row.get("ids", []), row.get("complete", True), list(row.get("shares", [])))

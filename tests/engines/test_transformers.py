@@ -1,0 +1,68 @@
+"""The in-process engine: shared prompt beginnings, stop texts, and choices among several words."""
+
+import pytest
+import torch
+
+from stages.config import ModelSection
+from stages.engines import Ballot, Question, Sampling
+from stages.engines.transformers import InProcess, word_tokens
+from stages.errors import ConfigError
+from stages.language.prompts import load_tokenizer
+from stages.lora.adapter import load_base
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    model = ModelSection(name=str(tiny), dtype="float32")
+    return InProcess(load_base(model), load_tokenizer(model), 4)
+
+
+def expected(engine, ids, words):
+    """One prompt at a time, no cache, no padding."""
+    with torch.no_grad():
+        logits = engine.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+    before, tokens = word_tokens(engine.tokenizer, words)
+    assert not before
+    return logits[tokens].softmax(0).tolist()
+
+
+@pytest.mark.parametrize("shared", [0, 10, 50])
+def test_choices_are_those_of_each_prompt_alone(engine, shared):
+    """Also with one beginning for all, with two in turn, and where one prompt is a beginning of another."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda n: torch.randint(5, 250, (n,), generator=generator).tolist()  # noqa: E731
+    heads = [random(shared), random(shared)]
+    prompts = [heads[i % 2] + random(1 + i % 7) for i in range(40)]
+    prompts += [prompts[0] + [9], [*heads[0], *random(40)], [*heads[0], *prompts[-1][shared:], 8]]
+    words = ("A", "B", "C", "D")
+    found = dict(engine.choose([Ballot(ids, words) for ids in prompts]))
+    for i, ids in enumerate(prompts):
+        assert found[i].shares == pytest.approx(expected(engine, ids, words), abs=1e-5)
+        assert 0 < found[i].mass < 1
+
+
+def test_words_must_differ_in_one_token(engine):
+    assert word_tokens(engine.tokenizer, ("xA", "xB")) == (
+        engine.tokenizer("x", add_special_tokens=False)["input_ids"],
+        [engine.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in ("xA", "xB")],
+    )
+    with pytest.raises(ConfigError, match="do not differ in one token"):
+        word_tokens(engine.tokenizer, ("A", "AB"))
+
+
+def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
+    questions = [Question([40 + i, 9, 60 + i] * (1 + i % 3)) for i in range(9)]
+    whole = dict(engine.generate(questions, Sampling(20, ())))
+    assert all(len(answer.ids) == 20 and not answer.complete for answer in whole.values())
+    for i, question in enumerate(questions):
+        ((_, alone),) = engine.generate([question], Sampling(20, ()))
+        assert alone == whole[i]
+    stop_id = whole[0].ids[5]
+    ((_, cut),) = engine.generate(questions[:1], Sampling(20, (stop_id,)))
+    assert cut.complete and cut.ids == whole[0].ids[: whole[0].ids.index(stop_id) + 1]
+    ids = whole[1].ids
+    at = next(i for i in range(19) if all(35 < token < 128 for token in ids[i : i + 2]))  # whole characters
+    text = engine.tokenizer.decode(ids[at : at + 2])
+    stopped = dict(engine.generate([Question(questions[0].ids), Question(questions[1].ids, (text,))], Sampling(20, ())))
+    assert stopped[1].complete and len(stopped[1].ids) < 20 and ids[: len(stopped[1].ids)] == stopped[1].ids
+    assert text in engine.tokenizer.decode(stopped[1].ids)
