@@ -7,6 +7,7 @@ own answers; what comes back is filed like every other evaluation.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def run(
     from stages.language.prompts import load_tokenizer
     from stages.lora.adapter import load_merged
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves out
     if not section.tasks:
         raise ConfigError("kind lm_eval needs tasks", "--tasks gsm8k, or tasks: [gsm8k] in the benchmark's entry")
     tasks = TaskManager(include_path=section.path)

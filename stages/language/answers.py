@@ -1,15 +1,26 @@
 """Extract and compare final answers; the rewards and the benchmarks both use it, so SFT, RL and eval agree.
 
-An answer is a number where it can be read as one (commas, `$`, `%`, decimals, fractions, a unicode minus), else text.
+An answer is a number where it can be read as one (commas, currency, units, `%`, decimals, fractions, mixed numbers, a unicode
+minus, bold type), else text.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_NUMBER = re.compile(r"[-\u2212]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d[\d,]*)?")
+_MINUS = r"[-\u2010-\u2013\u2212\uFE63\uFF0D]"
+_MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
+_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
+_NUMBER = re.compile(
+    rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*\d[\d,]*)?)"
+)
+_ONE_NUMBER = re.compile(
+    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
+    r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
+)
 _STRICT = {
-    "hash": re.compile(r"####[ \t]*(?P<answer>[^\n]+?)[ \t]*\.?(?:\n|$)"),
+    "hash": re.compile(r"####(?!#)[ \t]*(?P<answer>\S[^\n]*?)[ \t]*\.?(?:\n|$)"),
     "xml": re.compile(r"<answer>\s*(?P<answer>.+?)\s*</answer>", re.DOTALL),
 }
 
@@ -36,12 +47,18 @@ def extract(text: str, answer_format: str) -> Extracted:
 
 
 def number(text: str) -> Fraction | None:
-    """The one number a text is, exactly, or None: `$1,200.50`, `−3`, `3/4`, `12%`, `7.` and `5 apples`."""
-    text = text.strip().replace("\u2212", "-").replace("$", "").replace(",", "").rstrip(".%")
-    match = re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?(?:\s+[a-zA-Z]+\.?)?", text)
-    if not match or (match[2] is not None and int(match[2]) == 0):
+    """The one number a text is, exactly, or None: `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 apples a day`.
+
+    Behind it may stand words, but no other number and no operator: `2 + 2` and `3 hours 20 minutes` are not one number.
+    """
+    match = _ONE_NUMBER.fullmatch(text.strip())
+    if not match or (match["sign"] and match["inner"]) or (match["whole"] and not match["below"]):
         return None
-    return Fraction(match[1].rstrip(".")) / int(match[2] or 1)
+    below = int((match["below"] or "1").replace(",", ""))
+    if below == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", match["unit"]):
+        return None
+    value = Fraction(match["value"].replace(",", "")) / below + int(match["whole"] or 0)
+    return -value if match["sign"] or match["inner"] else value
 
 
 def letter(text: str, whole: bool = False) -> str | None:

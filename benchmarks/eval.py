@@ -1,0 +1,58 @@
+"""Engines of evaluation side by side: answers per second of transformers and of vLLM on the same prompts, in one run.
+
+    python benchmarks/eval.py MODEL QUESTIONS.jsonl [--limit 64] [--max-new-tokens 128] [--rounds 2]
+
+QUESTIONS has `question` or `prompt` in each row. Greedy, rendered as eval renders them. Rounds alternate between the engines;
+the start of a server is timed apart. How many answers agree in all tokens is printed too.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from stages.config import ModelSection, PromptSection, ServerSection
+from stages.engines import Pool, Question, Sampling, Served
+from stages.language.prompts import Renderer, load_tokenizer
+from stages.records import read_jsonl
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--rounds", type=int, default=2)
+    given = parser.parse_args()
+
+    model = ModelSection(name=given.model, attention=given.attention)
+    renderer = Renderer(load_tokenizer(model), PromptSection())
+    texts = [row.get("question") or row["prompt"] for _, row in read_jsonl(given.questions)[: given.limit]]
+    questions = [Question(renderer.prompt_ids(text)) for text in texts]
+    sampling = Sampling(given.max_new_tokens, tuple(renderer.stop_ids))
+    server = ServerSection(batch_size=given.batch_size)
+
+    rates: dict[str, list[float]] = {"transformers": [], "vllm": []}
+    answers = {}
+    for _ in range(given.rounds):
+        for name, found in rates.items():
+            with Pool() as pool:
+                begun = time.monotonic()
+                engine = pool.get(Served(name, model), server, lambda text: None)
+                ready = time.monotonic()
+                answers[name] = dict(engine.generate(questions, sampling))
+                took = time.monotonic() - ready
+            tokens = sum(len(answer.ids) for answer in answers[name].values())
+            found.append(tokens / took)
+            print(f"{name:<13} start {ready - begun:5.1f} s, {len(questions)} answers, {tokens} tokens in {took:5.1f} s, "
+                  f"{len(questions) / took:5.2f} answers/s, {tokens / took:6.1f} tokens/s")  # fmt: skip
+    ratio = statistics.median(rates["vllm"]) / statistics.median(rates["transformers"])
+    same = sum(answers["vllm"][i].ids == answers["transformers"][i].ids for i in range(len(questions)))
+    print(f"vllm / transformers: {ratio:.2f} in tokens per second; {same} of {len(questions)} answers are equal in all tokens")
+
+
+if __name__ == "__main__":
+    main()

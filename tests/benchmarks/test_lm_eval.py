@@ -1,0 +1,122 @@
+"""lm-evaluation-harness on our models: filed like our own evaluations, and on MMLU of one mind with them."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, paths
+
+from stages.benchmarks import mmlu
+from stages.config import EvalSection, ModelSection
+from stages.records import read_jsonl
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {test}, dev: {dev}}}}}
+test_split: test
+fewshot_split: dev
+fewshot_config: {{sampler: first_n}}
+num_fewshot: {shots}
+description: "The following are multiple choice questions (with answers) about {subject}.\\n\\n"
+output_type: multiple_choice
+doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
+doc_to_choice: [A, B, C, D]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def task(folder: Path, name: str, subject: str, test: list[dict], dev: list[dict], shots: int) -> None:
+    for split, rows in (("test", test), ("dev", dev)):
+        (folder / f"{name}-{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: folder / f"{name}-{split}.json" for split in ("test", "dev")}
+    text = CHOICE.format(name=name, subject=subject, shots=shots, **files)
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def rows_of(subject: str, n: int) -> list[dict]:
+    return [
+        {"subject": subject, "question": f"What is {i} + 1?", "choices": [str(i + k) for k in range(4)], "answer": 1}
+        for i in range(n)
+    ]
+
+
+def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp_path):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    task(tasks, "sums", "sums", rows_of("sums", 6), rows_of("sums", 2), 2)
+    config = [ROOT / "configs/smoke.yaml", *(p for o in paths(tiny, demo_data, tmp_path) for p in ("--set", o))]
+    config += ["--set", "eval.targets=[base]"]
+    command = ["eval", *config, "--harness", "lm-eval", "--tasks", "sums", "--task-files", tasks, "--limit", "4"]
+    done = lorapar(*command)
+    assert done.code == 0, done.err
+    folder = next((tmp_path / "runs/smoke/eval").glob("latest-base@lm-eval-sums")).resolve()
+    samples = [row for _, row in read_jsonl(folder / "samples.jsonl")]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert len(samples) == 4 and metrics["all"]["n"] == 4 and metrics["harness"].startswith("lm-eval 0.4.13")
+    assert metrics["own"]["sums"]["acc,none"] == metrics["all"]["accuracy"]
+    assert metrics["first_prompt"].startswith("The following are multiple choice questions (with answers) about sums.")
+    assert "lm-eval-sums" in done.out
+    assert "is current" in lorapar(*command).err
+    assert lorapar(*command[:-5], "nothing", *command[-4:]).err.startswith("error: the harness has no task nothing")
+    assert lorapar("eval", *config, "--harness", "lm-eval").code == 78
+    assert lorapar("eval", *config, "--tasks", "sums").code == 78
+
+
+@pytest.mark.slow
+def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
+    """SmolLM2-135M, five shots, 200 test items of two subjects: the same prompts and, item by item, the same choice."""
+    data, model_dir = Path(os.environ.get("LORAPAR_DATA", "nowhere")), ROOT / "models/smollm2-135m-q4"
+    if not data.is_dir() or not model_dir.is_dir():
+        pytest.skip("needs LORAPAR_DATA and the fetched model")
+    from stages.engines import Ballot
+    from stages.engines.transformers import InProcess
+    from stages.language.prompts import Renderer, load_tokenizer
+    from stages.lora.adapter import load_base
+
+    # float32: in bfloat16 two letters are often exactly equal, and padding decides.
+    model = ModelSection(name=str(model_dir), dtype="float32")
+    subjects = ("abstract_algebra", "global_facts")
+    test, dev = ([row for _, row in read_jsonl(data / "mmlu" / f)] for f in ("test.jsonl.gz", "dev.jsonl"))
+    chosen = [row for subject in subjects for row in [r for r in test if r["subject"] == subject][:100]]
+    (tmp_path / "chosen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    for subject in subjects:
+        of_subject = [[row for row in rows if row["subject"] == subject] for rows in (chosen, dev)]
+        task(tmp_path, f"local_{subject}", subject.replace("_", " "), *of_subject, 5)
+
+    entry = {"path": str(tmp_path / "chosen.jsonl"), "shots_path": str(data / "mmlu/dev.jsonl")}
+    section = EvalSection(benchmarks={"mmlu": entry}).benchmarks["mmlu"]
+    tokenizer = load_tokenizer(model)
+    asked = mmlu.ask(mmlu.load(section), section, Renderer(tokenizer, section.prompt))
+    engine = InProcess(load_base(model), tokenizer, 16)
+    choices = dict(engine.choose([Ballot(item.ids, item.words) for item in asked]))
+    ours = [max(range(4), key=choices[i].shares.__getitem__) for i in range(len(asked))]
+
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=8),
+        tasks=[f"local_{subject}" for subject in subjects],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    theirs, prompts = [], []
+    for subject in subjects:
+        for row in sorted(found["samples"][f"local_{subject}"], key=lambda row: row["doc_id"]):
+            scores = [response[0][0] for response in row["resps"]]
+            theirs.append(max(range(4), key=scores.__getitem__))
+            prompts.append(row["arguments"]["gen_args_0"]["arg_0"])
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    with capsys.disabled():
+        right = sum(choice == row["answer"] for choice, row in zip(ours, chosen, strict=True))
+        print(f"\nMMLU: {same} of {len(ours)} choices are those of lm-eval; {right} right")
+    assert prompts == [item.text for item in asked]
+    assert ours == theirs and len(ours) == 200

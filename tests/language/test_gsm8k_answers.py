@@ -1,0 +1,63 @@
+"""A table of answer strings: how a number may be written, times where it may stand, and what is odd."""
+
+from fractions import Fraction
+
+import pytest
+
+from stages.language.answers import extract, number, same
+
+# As written, and its value.
+WRITTEN = [
+    ("7", 7), ("0", 0), ("18", 18), ("007", 7), ("1200", 1200), ("1,200", 1200), ("12,345,678", 12345678), ("100,000", 100000),
+    ("-3", -3), ("−3", -3), ("–3", -3), ("－3", -3), ("-1,200", -1200), ("3.5", "3.5"), ("0.25", "0.25"), (".5", "0.5"),
+    ("1,200.50", "1200.5"), ("12.00", 12), ("-0.75", "-0.75"), ("$5", 5), ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5),
+    ("−$5", -5), ("€40", 40), ("£1,000", 1000), ("\\$7", 7), ("3/4", "3/4"), ("1/2", "1/2"), ("10/5", 2), ("-3/4", "-3/4"),
+    ("1 1/2", "3/2"), ("2 3/4", "11/4"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
+]  # fmt: skip
+
+# Where it stands, and whether that is the format `hash`.
+PLACES = [
+    ("#### {}", True),
+    ("2 + 2 = 4\n#### {}", True),
+    ("#### 99\nNo, wait.\n#### {}", True),
+    ("She has 3 left.\n####   {}  ", True),
+    ("The answer is {}", False),
+    ("The answer is {}.", False),
+    ("So 2 * 3 = 6, and in all it is {} dollars.", False),
+    ("Step 1: 4\nStep 2: 5\nAnswer: {}", False),
+]
+
+
+@pytest.mark.parametrize(("place", "strict"), PLACES)
+@pytest.mark.parametrize(("written", "value"), WRITTEN)
+def test_numbers_in_their_places(written, value, place, strict):
+    found = extract(place.format(written), "hash")
+    assert (found.strict is not None) is strict
+    assert number(found.flexible) == Fraction(value)
+    assert same(found.flexible, str(value)) and not same(found.flexible, str(Fraction(value) + 1))
+
+
+# Text, and what the strict and the flexible reading make of it as a number.
+ODD = [
+    ("#### 12 dollars", 12, 12), ("#### 12 dollars per day", 12, 12), ("#### 12%", 12, 12), ("#### 12 %", 12, 12),
+    ("#### 12.", 12, 12), ("#### **12**", 12, 12), ("#### $12.", 12, 12), ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12),
+    ("#### 12kg", 12, 12), ("#### 5 m/s", None, None), ("#### 3 hours 20 minutes", None, None), ("#### 2 + 2", None, None),
+    ("#### x = 4", None, None), ("#### twelve", None, None), ("#### ", None, None), ("####", None, None), ("", None, None),
+    ("#### 3/0", None, None), ("#### 1 2", None, None), ("#### 4-", None, None), ("### 5", None, 5), ("##### 5", 5, 5),
+    ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, None), ("it takes 3-5 days", None, 5), ("(4)-2", None, 2),
+    ("8 - 3 = 5", None, 5), ("a total of 1,200, at least", None, 1200), ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12),
+    ("**Answer: 12**", None, 12), ("There are none.", None, None), ("x=-4", None, -4), ("it is -4 degrees", None, -4),
+    ("10/2=5", None, 5), ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, None), ("#### 1.5e3", None, None),
+    ("12:30", None, 30), ("USD 40", None, 40), ("#### USD 40", 40, 40), ("$ 40", None, 40), ("#### $ 40", 40, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "strict", "flexible"), ODD)
+def test_what_is_odd(text, strict, flexible):
+    found = extract(text, "hash")
+    assert (number(found.strict) if found.strict else None) == strict
+    assert (number(found.flexible) if found.flexible else None) == flexible
+
+
+def test_the_table_has_at_least_300_cases():
+    assert len(WRITTEN) * len(PLACES) + len(ODD) >= 300
