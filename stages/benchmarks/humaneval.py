@@ -57,7 +57,8 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
             for e in examples
         ]
         return [Asked(renderer.prompt(text), renderer.prompt_ids(text)) for text in texts]
-    return [Asked(*renderer.few_shot("", [], e.prompt), STOP) for e in examples]
+    # Without its last line break, which most tokenizers merge with the indentation that follows it.
+    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip()), STOP) for e in examples]
 
 
 def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
@@ -70,7 +71,7 @@ def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
     if not chat:
         ends = [at for stop in STOP if (at := output.find(stop)) >= 0]
         body = output[: min(ends)] if ends else output
-        return f"{prompt}{body}\n" if body.strip() else None
+        return "\n".join([prompt.rstrip(), body.removeprefix("\n"), ""]) if body.strip() else None
     blocks = re.findall(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", output, re.DOTALL)
     with_entry = [block for block in blocks if _defines(block, entry)]
     code = (with_entry or blocks or [output])[-1]
