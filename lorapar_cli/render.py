@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from stages.pipeline import State, Step, state
 from stages.records import read_jsonl
 
 LINE_EVERY_S = 5
+SETTLE_S = 0.2
 
 
 def say(text: str) -> None:
@@ -27,46 +29,70 @@ def error(problem: LoraparError) -> None:
 
 
 class Progress:
-    """One line that is rewritten on a terminal; elsewhere a line every few seconds."""
+    """One line that is rewritten on a terminal; elsewhere a line every few seconds.
+
+    Answers come a batch at a time, so a line is drawn a moment after the first of them: else it would count that one alone.
+    """
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._open = False
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
 
     def start(self, what: str, total: int | None = None) -> None:
-        self.done()
-        self._what, self._total, self._count = what, total, 0
-        self._begun, self._shown = time.monotonic(), 0.0
-        self._draw("")
+        with self._lock:
+            self.done()
+            self._what, self._total, self._count, self._note = what, total, 0, ""
+            self._begun = self._last = time.monotonic()
+            self._draw()
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._count += n
-        now = time.monotonic()
-        if self._count == self._total or now - self._shown > (0.1 if self._live else LINE_EVERY_S):
-            self._draw(note)
+        with self._lock:
+            self._count, self._note, self._last = self._count + n, note, time.monotonic()
+            if self._count == self._total:
+                self._draw()
+            elif self._timer is None and self._last - self._shown > (0.1 if self._live else LINE_EVERY_S):
+                self._timer = threading.Timer(SETTLE_S, self._late)
+                self._timer.daemon = True
+                self._timer.start()
 
     def say(self, text: str) -> None:
-        self.done()
-        say(text)
+        with self._lock:
+            self.done()
+            say(text)
 
     def done(self) -> None:
         """End the line that is open."""
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
+        with self._lock:
+            self._settle()
+            if self._open:
+                print(file=sys.stderr)
+                self._open = False
 
-    def _draw(self, note: str) -> None:
-        self._shown = time.monotonic()
-        seconds = self._shown - self._begun
-        text = self._what
-        if self._total and self._count:
-            left = seconds / self._count * (self._total - self._count)
-            text += f"  {self._count}/{self._total}  {seconds:.0f} s, {left:.0f} s left  {note}"
-        if self._live:
-            print(f"\r\x1b[K{text.rstrip()[:110]}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        elif self._count or not self._total:
-            say(text.rstrip())
+    def _settle(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        with self._lock:
+            if self._timer is not None:  # else the line has ended meanwhile
+                self._draw()
+
+    def _draw(self) -> None:
+        with self._lock:
+            self._settle()
+            self._shown = time.monotonic()
+            seconds, text = self._last - self._begun, self._what
+            if self._total and self._count:
+                left = seconds / self._count * (self._total - self._count)
+                text += f"  {self._count}/{self._total}  {seconds:.0f} s, {left:.0f} s left  {self._note}"
+            if self._live:
+                print(f"\r\x1b[K{text.rstrip()[:110]}", end="", file=sys.stderr, flush=True)
+                self._open = True
+            elif self._count or not self._total:
+                say(text.rstrip())
 
 
 def _table(*columns: str) -> Any:

@@ -235,7 +235,9 @@ class EvalSection(Section):
         ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
     )
     benchmarks: dict[str, BenchmarkSection] = _setting({}, "What they are asked, by a name of your choice.", identity=False)
-    engine: Literal["auto", "vllm", "transformers"] = _setting("auto", "auto: vllm on a GPU where it is installed.")
+    engine: Literal["auto", "vllm", "transformers"] = _setting(
+        "auto", "auto: vllm on a GPU where it is installed, else transformers; on CPU vllm pays for large benchmarks."
+    )
     parity_items: int = _setting(
         8, "First items whose answers are checked against the unmerged adapter; 0: none.", identity=False, ge=0
     )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, paths
@@ -135,3 +136,17 @@ def test_status_show_and_json(lorapar, config):
     assert states["score"] == {"state": "missing", "why": "not run yet"}
     shown = lorapar("show", *config, "classify:demo", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out
+
+
+def test_progress_counts_a_batch_that_comes_at_once(capsys, monkeypatch):
+    from lorapar_cli import render
+
+    monkeypatch.setattr(render, "LINE_EVERY_S", 0)
+    progress = render.Progress()
+    progress.start("eval base", 164)
+    for _ in range(64):
+        progress.advance(1)
+    time.sleep(3 * render.SETTLE_S)
+    progress.advance(1)
+    progress.done()
+    assert capsys.readouterr().err.splitlines() == ["eval base  64/164  0 s, 0 s left"]

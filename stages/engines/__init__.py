@@ -122,7 +122,8 @@ class Pool:
 def resolved(config: Config) -> Config:
     """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers.
 
-    Evaluation without a GPU is by transformers: merged weights in one process answer as fast there (benchmarks/eval.py).
+    Evaluation without a GPU is by transformers: vLLM answers twice as fast there (benchmarks/eval.py), but every target needs a
+    merged copy and a server start of half a minute, which pays from some 15,000 tokens per benchmark on.
     """
     have = importlib.util.find_spec("vllm") is not None
 
