@@ -163,7 +163,7 @@ def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) ->
 @app.command()
 def show(
     config: ConfigPath,
-    stage: Annotated[str | None, typer.Argument(help="A stage, or eval:TARGET[@BENCHMARK]; none: the results.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")] = None,
     set_: Overrides = None,
     samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
