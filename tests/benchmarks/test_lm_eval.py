@@ -113,7 +113,7 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         for row in sorted(found["samples"][f"local_{subject}"], key=lambda row: row["doc_id"]):
             scores = [response[0][0] for response in row["resps"]]
             theirs.append(max(range(4), key=scores.__getitem__))
-            prompts.append(row["arguments"]["gen_args_0"]["arg_0"])
+            prompts.append(row["arguments"][0][0])
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     with capsys.disabled():
         right = sum(choice == row["answer"] for choice, row in zip(ours, chosen, strict=True))
