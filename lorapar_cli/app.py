@@ -163,7 +163,9 @@ def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) ->
 @app.command()
 def show(
     config: ConfigPath,
-    stage: Annotated[str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
+    ] = None,
     set_: Overrides = None,
     samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
@@ -196,8 +198,8 @@ def show(
 def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
     """List what can be chosen by name."""
     from stages.benchmarks import benchmarks
+    from stages.language.personas import personas
     from stages.language.rewards import rewards
-    from stages.language.voting import personas
     from stages.lora.importance import scorers
     from stages.lora.regions import strategies
 

@@ -1,29 +1,48 @@
-"""classify: every voter votes each example System 1 or 2; the votes become labels.
+"""classify: every voter votes each example System 1 or 2; the votes become labels, and the labels a report.
 
 Votes are journalled per voter outside of the artifact, under `votes/`, and an answer in a journal is never asked for again:
-another voter asks only for its own, and a killed run goes on where it was.
+another voter or sample asks only for its own, and a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
-import logging
 import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import sources
-from stages.artifacts import key_of
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
 from stages.engines import Pool, Served
-from stages.errors import ConfigError
-from stages.language.voting import Target, decide, personas, twos
-from stages.records import Example, Journal, Labelled, write_labels
+from stages.engines.votes import Votes
+from stages.errors import ConfigError, DataError
+from stages.language import labelling
+from stages.language.calibration import LEAST_EXAMPLES, Calibration, calibrate
+from stages.language.personas import (
+    CONTENT_FREE,
+    HELD_OUT,
+    SHOTS,
+    Brief,
+    Judged,
+    as_example,
+    empty,
+    is_chat,
+    is_few_shot,
+    read_judged,
+    shots,
+)
+from stages.language.voting import Voice, decide
+from stages.records import Example, Labelled, write_labels
 
 if TYPE_CHECKING:
     from stages.pipeline import Progress
 
-log = logging.getLogger(__name__)
+
+PATIENCE = 10
+"""Bad answers beyond what is allowed after which the rest need not be asked."""
 
 
 def run(
@@ -38,79 +57,125 @@ def run(
     data: DataSection | None = None,
     benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
-    """Write `labels.jsonl`: every example of `data` (or of `benchmark`) with its label and votes; returns the counts.
+    """Write `labels.jsonl`, every example of `data` (or of `benchmark`) with its label and votes, and `report.json`.
 
-    voter_identities: per voter the digest or name of its model, so that other weights get another journal.
+    voter_identities: per voter the digest or name of its model, so that other weights get another journal. Returns the counts.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else sources.read(data or DataSection())
-    target = Target(sources.model_title(model), classify.show_answer)
     if classify.strategy == "random":
         rng = random.Random(classify.seed)
         rows = [Labelled(e, 2 if rng.random() < (classify.system2_share or 0.5) else 1, {}) for e in examples]
-    else:
-        votes = {}
-        # Voters of one model follow each other, so that its server starts once.
-        for voter, known in sorted(zip(classify.voters, voter_identities, strict=True), key=lambda pair: pair[1]):
-            title = _title(voter, model)
-            if title in votes:
-                raise ConfigError(f"classify.voters: two voters are {title}", "give each its own persona or model")
-            votes[title] = _ask(voter, known, examples, target, model, server, votes_dir, engines, progress)
-        rows = decide(examples, votes, classify.system2_share, classify.min_agreement)
-    write_labels(out / "labels.jsonl", rows)
-    return _counts(rows, classify.system2_share)
+        write_labels(out / "labels.jsonl", rows)
+        return labelling.counts(rows)
+
+    judged = read_judged(Path(classify.held_out) if classify.held_out else HELD_OUT)
+    boxes = _boxes(model, classify, voter_identities, votes_dir)
+    try:
+        asked = {box.title: [*map(as_example, judged), *_free(box.voter), *examples] for box in boxes}
+        _ask_all(boxes, asked, model, classify, server, engines, progress)
+        voices, found = {}, {}
+        for box in boxes:
+            box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid)
+            found[box.title] = _calibrated(box, judged, progress.say)
+            given = {e.id: box.vote(e) for e in examples}
+            voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
+        rows, held, twos = decide(examples, voices, classify)
+        write_labels(out / "labels.jsonl", rows)
+        return labelling.report(rows, boxes, held, twos, found, classify, out / "report.json", progress.say)
+    finally:
+        for box in boxes:
+            box.close()
 
 
-def _title(voter: Voter, model: ModelSection) -> str:
-    return f"{sources.model_title(ModelSection(name=voter.model) if voter.model else model)}/{voter.persona}"
+def _boxes(model: ModelSection, classify: ClassifySection, identities: list[str], votes_dir: Path) -> list[Votes]:
+    """A ballot box per voter, in the order of the config."""
+    boxes: list[Votes] = []
+    for voter, identity in zip(classify.voters, identities, strict=True):
+        title = sources.model_title(ModelSection(name=voter.model) if voter.model else model)
+        name = voter.name or f"{title}/{voter.persona}"
+        if any(box.title == name for box in boxes):
+            raise ConfigError(f"classify.voters: two voters are {name}", "give each a name of its own")
+        if voter.thinking and not is_chat(voter.persona):
+            raise ConfigError(f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place")
+        worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if is_few_shot(voter.persona) else ()
+        brief = Brief(sources.model_title(model), classify.show_answer, voter.words, worked)
+        boxes.append(Votes(voter, name, title, identity, brief, classify.seed, votes_dir))
+    return boxes
 
 
-def _ask(
-    voter: Voter,
-    known: str,
-    examples: list[Example],
-    target: Target,
+def _ask_all(
+    boxes: list[Votes],
+    asked: dict[str, list[Example]],
     model: ModelSection,
+    classify: ClassifySection,
     server: ServerSection,
-    votes_dir: Path,
     engines: Pool,
     progress: Progress,
-) -> dict[str, float]:
-    """The probability of System 2 per example, from the voter's journal and, for what it lacks, from its engine."""
-    persona = personas.pick(voter.persona)
-    ballots = {e.id: persona(e, target) for e in examples}
-    # A ballot's digest, not the example's id alone, is what was answered: another persona text asks anew.
-    asked = {e.id: key_of({"text": ballots[e.id].text, "words": ballots[e.id].words}) for e in examples}
-    title = _title(voter, model)
-    name = f"{title.replace('/', '-')}-{key_of({'voter': known, 'engine': voter.engine})}.jsonl"
-    with Journal(votes_dir / name) as journal:
-        have = {row["ballot"]: row["system2"] for row in journal.rows}
-        missing = [e.id for e in examples if asked[e.id] not in have]
-        if missing:
-            voter_model = ModelSection(name=voter.model, revision="main") if voter.model else model
-            served = Served(voter.engine, voter_model, None, voter.base_url, voter.api_key_env)
-            engine = engines.get(served, server, progress.say)
-            progress.start(f"{title} votes", len(missing))
-            for i, choice in engine.choose([ballots[id] for id in missing]):
-                ballot = asked[missing[i]]
-                have[ballot] = choice.shares[1]
-                journal.append({"ballot": ballot, "example": missing[i], "system2": choice.shares[1], "mass": choice.mass})
-                progress.advance(1)
-        else:
-            progress.say(f"{title}: all {len(examples)} votes are in its journal")
-    return {e.id: have[asked[e.id]] for e in examples}
+) -> None:
+    """Have every voter answer what its journal lacks.
+
+    Voters in this process and servers started without `devices` follow each other, those of one model next to each other, so
+    that it is loaded once. Each group of devices and each remote model has a lane of its own beside them.
+    """
+    wanted = {box.title: len(box.missing(asked[box.title])) for box in boxes}
+    for box in boxes:
+        if not wanted[box.title]:
+            progress.say(f"{box.title}: all votes are in its journal")
+    lanes: dict[str, list[Votes]] = {}
+    for box in (box for box in boxes if wanted[box.title]):
+        voter = box.voter
+        lanes.setdefault(f"{voter.urls}" if voter.urls else f"devices {voter.devices}", []).append(box)
+    if not lanes:
+        return
+    progress.start("votes", sum(wanted.values()))
+    stop = threading.Event()
+
+    def lane(boxes: list[Votes], own: bool) -> None:
+        pool = Pool() if own else engines
+        try:
+            for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
+                served = _served(box.voter, model)
+                engine = pool.get(served, server, progress.say)
+                for number, _ in enumerate(box.ask(asked[box.title], engine, progress.say), 1):
+                    failed = f", {len(box.failures)} failed" if box.failures else ""
+                    progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
+                    box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid, PATIENCE)
+                    if stop.is_set():
+                        return
+        except BaseException as error:
+            stop.set()
+            if own:
+                pool.close(type(error), error, error.__traceback__)
+            raise
+        if own:
+            pool.close()
+
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        running = [threads.submit(lane, found, name != "devices None") for name, found in lanes.items()]
+    for done in running:
+        done.result()
 
 
-def _counts(rows: list[Labelled], share: float | None) -> dict[str, Any]:
-    names = {1: "system1", 2: "system2", None: "undecided"}
-    counts = {name: sum(row.system == system for row in rows) for system, name in names.items()}
-    with_gold = sum(row.example.gold is not None for row in rows)
-    voters = list(rows[0].votes)
-    said = {voter: twos({row.example.id: row.votes[voter] for row in rows}, share) for voter in voters}
-    agree = [1 - len(said[v] ^ said[w]) / len(rows) for v in voters for w in voters if v < w]
-    return {
-        "examples": len(rows),
-        **counts,
-        "with_gold": with_gold,
-        "mean_system2": {voter: sum(row.votes[voter] for row in rows) / len(rows) for voter in voters},
-        **({"pairwise_agreement": sum(agree) / len(agree)} if agree else {}),
-    }
+def _served(voter: Voter, model: ModelSection) -> Served:
+    own = ModelSection(name=voter.model, revision="main") if voter.model else model
+    return Served(voter.engine, own, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
+
+
+def _calibrated(box: Votes, judged: list[Judged], say: Callable[[str], None]) -> Calibration:
+    """The threshold of a voter from labelled examples that are not in its prompt."""
+    shown = {row.question for row in box.brief.shots}
+    apart = [row for row in judged if row.question not in shown]
+    method = box.voter.calibration
+    if method == "auto":
+        method = "none" if is_chat(box.voter.persona) else "held_out"
+    if method == "held_out" and len(apart) < LEAST_EXAMPLES:
+        raise DataError(
+            f"{box.title}: {len(apart)} labelled examples outside of its prompt, and calibration needs {LEAST_EXAMPLES}",
+            "more of them in classify.held_out, or calibration: none",
+        )
+    given = [box.vote(as_example(row)) for row in apart]
+    return calibrate(method, apart, given, [box.vote(example) for example in _free(box.voter)])
+
+
+def _free(voter: Voter) -> list[Example]:
+    return [empty(text) for text in CONTENT_FREE] if voter.calibration == "content_free" else []

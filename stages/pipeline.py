@@ -90,6 +90,7 @@ STAGES = {
             needs=lambda config, split: (),
             sections=lambda rows: ("data" if rows == "train" else f"{_BENCHMARKS}{rows}", "classify", "server"),
             variants=_classify_variants,
+            version=2,
         ),
         Stage(
             "score",

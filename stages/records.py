@@ -35,8 +35,8 @@ class Labelled:
     example: Example
     system: int | None
     """1 or 2; None is undecided."""
-    votes: dict[str, float]
-    """Probability of System 2 per voter."""
+    votes: dict[str, float | None]
+    """Calibrated probability of System 2 per voter; None where its answer was invalid or failed."""
 
 
 OUTCOMES = ("correct", "wrong", "unparsed", "truncated", "refused")
@@ -123,6 +123,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        """What was there when it was opened."""
         if path.exists():
             text = path.read_bytes()
             whole = text.rfind(b"\n") + 1
@@ -134,7 +135,6 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        self.rows.append(row)
 
     def close(self) -> None:
         os.fsync(self._file.fileno())

@@ -6,13 +6,14 @@ Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` 
 
 import functools
 import hashlib
+import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from stages.artifacts import DigestCache, canonical
-from stages.config import BenchmarkSection, Config, ModelSection, SourceSection
+from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.language.answers import gold_of
 from stages.records import Example, problems, read_jsonl
@@ -142,13 +143,36 @@ def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> 
     rows = {"rows": source_identity(config.data if variant == "train" else config.eval.benchmarks[variant], cache)}
     if config.classify.strategy == "random":
         return rows
-    voters = [
-        voter.model or config.model.name
-        if voter.engine == "openai"
-        else model_identity(ModelSection(name=voter.model) if voter.model else config.model, cache)
-        for voter in config.classify.voters
-    ]
-    return {**rows, "voters": voters, "target": model_title(config.model)}
+    voters = [_voter_identity(voter, config, cache) for voter in config.classify.voters]
+    files = [config.classify.held_out, *(voter.shots_path for voter in config.classify.voters)]
+    judged = {"judged": [name and source_identity(SourceSection(path=name), cache) for name in files]} if any(files) else {}
+    return {**rows, **judged, "voters": voters, "target": model_title(config.model)}
+
+
+SCALE = {
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "pipeline_parallel_size",
+    "distributed_executor_backend",
+    "gpu_memory_utilization",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "enable_prefix_caching",
+}
+"""Arguments of vLLM that decide where and how fast a model runs, not what it answers."""
+
+
+def _voter_identity(voter: Voter, config: Config, cache: DigestCache) -> str:
+    """What answers: the name it is served under, or the digest of its weights, with the arguments that change them."""
+    if voter.urls:
+        assert voter.model is not None
+        return voter.model
+    weights = model_identity(ModelSection(name=voter.model) if voter.model else config.model, cache)
+    arguments = {**config.server.vllm, **voter.vllm} if voter.engine == "vllm" else {}
+    changing = {name: value for name, value in arguments.items() if name not in SCALE}
+    return f"{weights} {json.dumps(changing, sort_keys=True)}" if changing else weights
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:

@@ -113,7 +113,7 @@ def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"a": 2')
     with Journal(path) as journal:
-        assert journal.rows == [{"a": 1}]
+        assert journal.rows == [{"a": 1}]  # what was whole
         journal.append({"a": 3})
     with Journal(path) as journal:
         assert journal.rows == [{"a": 1}, {"a": 3}]

@@ -155,6 +155,17 @@ def test_votes_are_never_asked_again(copied):
     assert {p: p.read_bytes() for p in (config.root / "classify/votes").iterdir()} == journals
 
 
+def test_more_samples_ask_only_for_the_new_ones(copied):
+    def counted(samples: int) -> int:
+        voters = json.dumps([{"engine": "transformers", "persona": "steps", "samples": samples, "temperature": 0.5}])
+        config = copied(f"classify.voters={voters}", "data.limit=8")
+        make(config, "classify:train")
+        return sum(len(p.read_bytes().splitlines()) for p in (config.root / "classify/votes").glob("*.jsonl"))
+
+    three, five = counted(3), counted(5)
+    assert five - three == 2 * (8 + 32)  # the rows, and the examples for calibration
+
+
 def test_another_voter_asks_only_for_its_own(copied):
     voters = json.dumps([{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")])
     config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")

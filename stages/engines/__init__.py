@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,8 +30,13 @@ class Served:
     model: ModelSection
     """For engine openai its name is the one it is served under."""
     adapter: Path | None = None
-    base_url: str | None = None
+    urls: tuple[str, ...] = ()
+    """Base URLs of servers that run already."""
     api_key_env: str = ""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of its vLLM server, over `server.vllm`."""
+    devices: str | None = None
+    """The devices it may see, as in CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,29 @@ class Ballot:
     """A prompt to be continued, the messages of a chat, or token ids."""
     words: tuple[str, ...]
     """The words, as they continue the text; of a vote those for System 1 and System 2."""
+    thought: int = 0
+    """Longest thought in tokens before the choice."""
+    temperature: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Choice:
     shares: tuple[float, ...]
-    """Probability of each word among the words."""
+    """Probability of each word among the words; empty if the reply was none of them."""
     mass: float
     """Probability of the words among all; -1 where the engine cannot tell."""
+    text: str = ""
+    """The reply, where it had to be read."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one item has no answer."""
+
+    reason: str
+    """too_long, refused, server_error, timeout, transport or unreadable."""
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -80,13 +100,22 @@ class Answer:
 
 
 class Engine(Protocol):
-    def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
+    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
         """The choice for each ballot with its index, in any order, as they come."""
         ...
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         """The answer to each question with its index, in any order, as they come."""
         ...
+
+
+SAME_PROBES = 0.8
+"""Share of equal greedy answers from which two fingerprints are of one model: batching and hardware move single tokens."""
+
+
+def same_model(probes: list[str], others: list[str]) -> bool:
+    """Whether two lists of greedy answers to the same questions come from one model."""
+    return sum(a == b for a, b in zip(probes, others, strict=True)) >= SAME_PROBES * len(probes)
 
 
 class Pool:
@@ -135,7 +164,10 @@ def resolved(config: Config) -> Config:
         return auto if engine == "auto" else engine
 
     of_votes = "vllm" if have else "transformers"
-    voters = [v.model_copy(update={"engine": settled(v.engine, of_votes)}) for v in config.classify.voters]
+    voters = [
+        voter.model_copy(update={"engine": settled(voter.engine, "openai" if voter.base_url else of_votes)})
+        for voter in config.classify.voters
+    ]
     # The driver's own device file: asking torch would load it for every command.
     of_eval = "vllm" if have and Path("/dev/nvidiactl").exists() else "transformers"
     update = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import key_of
 from stages.config import BenchmarkSection
-from stages.engines import Ballot, Engine, Question, Sampling
+from stages.engines import Ballot, Engine, Failure, Question, Sampling
+from stages.errors import AnswerError
 from stages.language.prompts import Asked
 from stages.records import Journal
 
@@ -90,6 +91,8 @@ class Replies:
                 choices = [(i, n) for i, n in missing if self._asked[i].words]
                 texts = [(i, n) for i, n in missing if not self._asked[i].words]
                 for at, choice in ready.choose([self._ballot(i) for i, _ in choices]) if choices else ():
+                    if isinstance(choice, Failure):
+                        raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
                     self._keep(journal, have, choices[at], {"shares": choice.shares, "mass": choice.mass})
                     progress.advance(1)
                 for at, answer in ready.generate([self._question(*w) for w in texts], self._sampling) if texts else ():

@@ -1,80 +1,177 @@
-"""Answers and choices from a running OpenAI-compatible server; choices by constrained decoding with log-probabilities.
+"""Answers and choices from running OpenAI-compatible servers.
 
-The server masks all but the words before it takes log-probabilities (vLLM: `structured_outputs.choice`), so their shares are
-read at the first token where they differ and nothing needs parsing.
+Choices are made by constrained decoding with log-probabilities: the server masks all but the words before it takes them (vLLM:
+`structured_outputs.choice`), so their shares are read at the first token where they differ and nothing needs parsing. A server
+that cannot constrain is asked for one word, and its reply is read strictly; so is that of a model that thinks first.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
-
 from stages.config import ServerSection
-from stages.engines import Answer, Ballot, Choice, Question, Sampling, Served
+from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
+from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
-TRIES = 4
-TIMEOUT_S = 120
 MAX_WORD_TOKENS = 8
+REPLY_TOKENS = 16
+"""Room for a word and what a model puts around it."""
+MESSAGE_BYTES = 64
+"""More than a chat template puts around a message."""
+KEPT_TEXT = 200
+"""Characters kept of a reply that had to be read; a thought is long."""
+UNLIKELY = ("zebra", "quartz")
+"""A server that answers with one of these kept to them."""
+PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My favorite theorem", "def load(")
+"""Beginnings whose greedy continuations tell one model from another."""
 
 
 @contextmanager
 def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
-    assert served.base_url is not None
-    key = os.environ.get(served.api_key_env, "")
-    with Client(served.base_url, served.model.name, key, server.concurrency) as client:
-        say(f"asking {client.model} at {served.base_url}")
-        yield client
+    client = Client(served.urls, served.model.name, os.environ.get(served.api_key_env, ""), server)
+    say(f"asking {client.model} at {', '.join(served.urls)}")
+    yield client
 
 
 class Client:
-    """One model of one server. ServerError if it does not answer, AnswerError if its answers cannot be read."""
+    """One model of one server, or of several alike. ServerError if they do not answer, ConfigError if they refuse."""
 
-    def __init__(self, base_url: str, model: str | None, key: str, concurrency: int) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=concurrency)
-        self._http = httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=TIMEOUT_S, limits=limits)
-        self._concurrency = concurrency
+    def __init__(
+        self,
+        urls: tuple[str, ...],
+        model: str | None,
+        key: str,
+        server: ServerSection,
+        ended: Callable[[], ServerError | None] = lambda: None,
+    ) -> None:
+        self.transport = Transport(urls, key, server, ended)
         self._tokens: dict[tuple[str, ...], int] = {}
         """Tokens it takes until the words of a ballot differ, as learned from the first answers."""
-        served = self._served()
-        if model is not None and served and model not in served:
-            raise ConfigError(f"{base_url} serves {', '.join(served)}, not {model}")
-        if model is None and not served:
-            raise AnswerError(f"{base_url} lists no model")
-        self.model = model or served[0]
+        self._constrains: dict[str, bool] = {}
+        """Per endpoint, whether the server keeps to given words."""
+        self.model, self.max_model_len = self._look(model)
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
-
-    def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
-        return self._each(self._choice, ballots)
+    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+        """The first ballot goes alone: what all prompts begin with is then computed once, and mistakes show at once."""
+        rest = iter(ballots)
+        for first in rest:
+            yield from self.transport.each([first], self._choice)
+            break
+        for i, found in self.transport.each(rest, self._choice):
+            yield i + 1, found
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         """Answers by token ids; vLLM gives them (`return_token_ids`), other servers do not."""
-        return self._each(lambda question: self._answer(question, sampling), questions)
 
-    def _each(self, ask: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        pool = ThreadPoolExecutor(self._concurrency)
+        async def ask(session: Session, question: Question) -> Any:
+            return await session.send("POST", "completions", self._request(question, sampling), _answer)
+
+        for i, found in self.transport.each(questions, ask):
+            if isinstance(found, Failure):
+                raise AnswerError(f"{self.model} gave no answer: {found.reason}: {found.detail}")
+            yield i, found
+
+    def fingerprint(self) -> list[str]:
+        """Greedy continuations of PROBES; ConfigError if servers of one model answer unlike each other."""
+        found = [[one.one(self._continuation, text) for text in PROBES] for one in self.transport.singly()]
+        for url, probes in zip(self.transport.urls, found, strict=True):
+            if not same_model(probes, found[0]):
+                raise ConfigError(f"{url} serves another {self.model} than {self.transport.urls[0]}")
+        return found[0]
+
+    def _look(self, wanted: str | None) -> tuple[str, int]:
+        """Name and longest context of the model (0 if unknown); each of the servers must serve it."""
+        names, lengths = [], []
+        for one in self.transport.singly():
+            served = one.one(lambda session, _: session.send("GET", "models", None, _models), None)
+            if wanted is not None and served and wanted not in served:
+                raise ConfigError(f"{one.urls[0]} serves {', '.join(served)}, not {wanted}")
+            if wanted is None and not served:
+                raise AnswerError(f"{one.urls[0]} lists no model")
+            names.append(wanted or next(iter(served)))
+            lengths.append(served.get(names[-1], 0))
+        return names[0], min(lengths)
+
+    async def _continuation(self, session: Session, text: str) -> str:
+        """A few greedy tokens, in a chat where the server knows no completions."""
+        body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
-            futures = {pool.submit(ask, item): i for i, item in enumerate(items)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return str(await session.send("POST", "completions", {**body, "prompt": text}, _content))
+        except (ConfigError, ItemFailed):
+            messages = [{"role": "user", "content": f"Continue: {text}"}]
+            return str(await session.send("POST", "chat/completions", {**body, "messages": messages}, _content))
 
-    def _answer(self, question: Question, sampling: Sampling) -> Answer:
-        body = {
+    async def _choice(self, session: Session, ballot: Ballot) -> Choice:
+        """One choice; every token saved is a decoding step saved, so it asks for one and for more only if it must."""
+        await self._fits(session, ballot)
+        if ballot.thought or not await self._keeps_to_words(session, ballot):
+            return await self._word(session, ballot)
+        while True:
+            tokens = self._tokens.get(ballot.words, 1)
+            path, body = self._constrained(ballot, ballot.words, tokens)
+            found = await session.send("POST", path, body, lambda reply: _tokens(reply["choices"][0]["logprobs"]))
+            if shares := _shares(found, ballot.words):
+                return Choice(shares, -1.0)
+            if tokens >= MAX_WORD_TOKENS:
+                raise ItemFailed("unreadable", f"the words {ballot.words} do not differ within {tokens} tokens")
+            self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
+
+    async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
+        """Whether the server keeps to given words and gives their log-probabilities; found out once per endpoint."""
+        path, body = self._constrained(ballot, UNLIKELY, 1)
+        if path not in self._constrains:
+            try:
+                reply = await session.send("POST", path, body, lambda reply: reply["choices"][0])
+                chosen = _tokens(reply["logprobs"])[0][0].strip()
+                kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
+            except (ConfigError, ItemFailed, LookupError, TypeError, AttributeError, ValueError):
+                kept = False
+            self._constrains[path] = kept
+        return self._constrains[path]
+
+    def _constrained(self, ballot: Ballot, words: tuple[str, ...], tokens: int) -> tuple[str, dict[str, Any]]:
+        path, body = self._asked(ballot, tokens)
+        wanted = {"logprobs": 5} if path == "completions" else {"logprobs": True, "top_logprobs": 5}
+        return path, {**body, **wanted, "temperature": 0, "structured_outputs": {"choice": list(words)}}
+
+    def _asked(self, ballot: Ballot, tokens: int) -> tuple[str, dict[str, Any]]:
+        body = {"model": self.model, "max_tokens": tokens}
+        if _is_chat(ballot):
+            return "chat/completions", {**body, "messages": ballot.text}
+        return "completions", {**body, "prompt": ballot.text}
+
+    async def _word(self, session: Session, ballot: Ballot) -> Choice:
+        """The word in the model's own reply, after its thought if it thinks."""
+        path, body = self._asked(ballot, ballot.thought + REPLY_TOKENS)
+        body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
+        text = await session.send("POST", path, body, _content)
+        which = word_of(text, ballot.words)
+        shares = () if which is None else tuple(float(i == which) for i in range(len(ballot.words)))
+        return Choice(shares, -1.0, text[-KEPT_TEXT:])
+
+    async def _fits(self, session: Session, ballot: Ballot) -> None:
+        """Find out before sending that a prompt is too long; the server counts the tokens of those that may be."""
+        room = self.max_model_len - (ballot.thought + REPLY_TOKENS if ballot.thought else MAX_WORD_TOKENS)
+        if not self.max_model_len or _most_tokens(ballot) <= room:
+            return
+        if isinstance(ballot.text, list) and not _is_chat(ballot):
+            count = len(ballot.text)
+        else:
+            url = f"{self.transport.urls[0].removesuffix('/v1')}/tokenize"
+            body = {"messages": ballot.text} if _is_chat(ballot) else {"prompt": ballot.text}
+            reply = await session.probe(url, {"model": self.model, **body})
+            count = int(reply.get("count", 0)) if reply else 0
+        if count > room:
+            raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
+
+    def _request(self, question: Question, sampling: Sampling) -> dict[str, Any]:
+        return {
             "model": self.model,
             "prompt": question.ids,
             "max_tokens": sampling.max_new_tokens,
@@ -86,63 +183,51 @@ class Client:
             "return_token_ids": True,
             "add_special_tokens": False,
         }
-        answer = self._send("POST", "completions", body)
-        try:
-            choice = answer["choices"][0]
-            return Answer([int(id) for id in choice["token_ids"]], choice["finish_reason"] == "stop")
-        except (KeyError, IndexError, TypeError) as error:
-            raise AnswerError(f"{self.model} gave no readable answer: {error!r}: {str(answer)[:120]}") from None
 
-    def _served(self) -> list[str]:
-        answer = self._send("GET", "models", None)
-        try:
-            return [entry["id"] for entry in answer["data"]]
-        except (KeyError, TypeError):
-            raise AnswerError(f"{self._http.base_url}models does not list models: {str(answer)[:80]}") from None
 
-    def _choice(self, ballot: Ballot) -> Choice:
-        """One choice; every token saved is a decoding step saved, so it asks for one and for more only if it must."""
-        while True:
-            tokens = self._tokens.get(ballot.words, 1)
-            shares = self._read(ballot, tokens)
-            if shares is not None:
-                return Choice(shares, -1.0)
-            if tokens >= MAX_WORD_TOKENS:
-                raise AnswerError(f"{self.model}: the words {ballot.words} do not differ within {tokens} tokens")
-            self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
+def _is_chat(ballot: Ballot) -> bool:
+    return not isinstance(ballot.text, str) and isinstance(ballot.text[0], dict)
 
-    def _read(self, ballot: Ballot, tokens: int) -> tuple[float, ...] | None:
-        common = {
-            "model": self.model,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "structured_outputs": {"choice": list(ballot.words)},
-        }
-        if isinstance(ballot.text, str) or isinstance(ballot.text[0], int):
-            answer = self._send("POST", "completions", {**common, "prompt": ballot.text, "logprobs": 5})
-        else:
-            body = {**common, "messages": ballot.text, "logprobs": True, "top_logprobs": 5}
-            answer = self._send("POST", "chat/completions", body)
-        try:
-            return _shares(_tokens(answer["choices"][0]["logprobs"]), ballot.words)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            shown = str(answer.get("choices", answer))[:120]
-            raise AnswerError(f"{self.model} gave no readable choice between {ballot.words}: {error!r}: {shown}") from None
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        problem = ""
-        for attempt in range(TRIES):
-            try:
-                response = self._http.request(method, path, json=body)
-                if response.status_code < 400:
-                    return response.json()
-                problem = f"{response.status_code} {response.text[:200]}"
-                if response.status_code < 500 and response.status_code != 429:
-                    raise ConfigError(f"{self._http.base_url}{path} refused: {problem}")
-            except (httpx.HTTPError, ValueError) as error:
-                problem = f"{type(error).__name__} {error}"
-            time.sleep(0.5 * 2**attempt)
-        raise ServerError(f"{self._http.base_url}{path} does not answer: {problem}", "the votes so far are kept; run it again")
+def _most_tokens(ballot: Ballot) -> int:
+    """A bound that needs no tokenizer: a token is one byte at least."""
+    if isinstance(ballot.text, str):
+        return len(ballot.text.encode())
+    return sum(MESSAGE_BYTES + len(part["content"].encode()) if isinstance(part, dict) else 1 for part in ballot.text)
+
+
+def _models(reply: Any) -> dict[str, int]:
+    return {str(entry["id"]): int(entry.get("max_model_len") or 0) for entry in reply["data"]}
+
+
+def _answer(reply: Any) -> Answer:
+    choice = reply["choices"][0]
+    return Answer([int(id) for id in choice["token_ids"]], choice["finish_reason"] == "stop")
+
+
+def _content(reply: Any) -> str:
+    """The text of a chat or a completion; empty where a thought used up all tokens."""
+    choice = reply["choices"][0]
+    return str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
+
+
+def word_of(text: str, words: tuple[str, ...]) -> int | None:
+    """Index of the word that a reply gives, strictly: its first or last line after the thought is that word and nothing else.
+
+    Case, spaces, punctuation and markup do not count, nor does "the answer is". None if it gives none, or different ones.
+    """
+    _, ended, after = text.rpartition("</think>")
+    if not ended and "<think>" in after:
+        return None
+    lines = [line for line in after.splitlines() if line.strip()]
+    plain = [_bare(word) for word in words]
+    found = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _bare(line)) in plain}
+    return found.pop() if len(found) == 1 else None
+
+
+def _bare(text: str) -> str:
+    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
+    return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
 
 
 def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:

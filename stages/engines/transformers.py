@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.config import ServerSection
-from stages.engines import Answer, Ballot, Choice, Question, Sampling, Served
+from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.errors import ConfigError
 from stages.language.prompts import chat, load_tokenizer
 from stages.lora.adapter import load_merged
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 16
+END = "</think>"
+"""What ends a thought; added where the thought did not end by itself."""
 WORTH_KEEPING = 32
 """Tokens of a common prompt beginning from which it pays to compute it once."""
 
@@ -39,12 +41,18 @@ class InProcess:
         """Keys and values of `_prefix`, the beginning that the prompts of the last batch had in common."""
 
     @torch.no_grad()
-    def choose(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice]]:
+    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
         """One forward pass per batch; the words' probabilities are read at the first token in which they differ.
 
-        Prompts of one beginning (the worked examples of a few-shot prompt) follow each other and share its computation.
+        Prompts of one beginning (the worked examples of a few-shot prompt) follow each other and share its computation. A voter
+        that thinks writes its thought first.
         """
-        prepared = sorted(((*self._prepare(ballot), i) for i, ballot in enumerate(ballots)), key=lambda item: item[0])
+        prepared = sorted(((*pair, i) for i, pair in enumerate(self._prepared(list(ballots)))), key=lambda item: item[0])
+        longest = self.model.config.max_position_embeddings
+        too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
+        for i, length in too_long:
+            yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
+        prepared = [item for item in prepared if len(item[0]) <= longest]
         for at in range(0, len(prepared), BATCH):
             part = prepared[at : at + BATCH]
             rows = self._last_logits([ids for ids, _, _ in part]).float().softmax(-1)  # (batch, vocabulary)
@@ -90,20 +98,35 @@ class InProcess:
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
-    def _prepare(self, ballot: Ballot) -> tuple[list[int], list[int]]:
-        """Token ids up to where the words differ, and the words' ids there."""
+    def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
+        """Of each ballot: token ids up to where the words differ, and the words' ids there."""
+        prompts = [self._ids(ballot) for ballot in ballots]
+        thinking = [i for i, ballot in enumerate(ballots) if ballot.thought]
+        for at in range(0, len(thinking), self.batch_size):
+            part = thinking[at : at + self.batch_size]
+            first = ballots[part[0]]
+            sampling = Sampling(first.thought, (self.tokenizer.eos_token_id,), first.temperature)
+            if first.temperature:
+                torch.manual_seed(first.seed)
+            for i, answer in zip(
+                part, continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,)), strict=True
+            ):
+                thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
+                prompts[i] += self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
+        for ballot, ids in zip(ballots, prompts, strict=True):
+            before, words = word_tokens(self.tokenizer, ballot.words)
+            yield ids + before, words
+
+    def _ids(self, ballot: Ballot) -> list[int]:
         if isinstance(ballot.text, str):
-            ids = self.tokenizer(ballot.text)["input_ids"]
-        elif isinstance(ballot.text[0], int):
-            ids = list(ballot.text)
-        elif not self.tokenizer.chat_template:
+            return list(self.tokenizer(ballot.text)["input_ids"])
+        if isinstance(ballot.text[0], int):
+            return list(ballot.text)  # type: ignore[arg-type]
+        if not self.tokenizer.chat_template:
             raise ConfigError(
                 "the voter's tokenizer has no chat template", "choose a persona without chat: lorapar list personas"
             )
-        else:
-            ids = self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"]  # type: ignore[arg-type]
-        before, words = word_tokens(self.tokenizer, ballot.words)
-        return ids + before, words
+        return list(self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Served
+from stages.engines import Ballot, Choice, Served
 from stages.engines.openai import Client
 from stages.errors import BusyError, ServerError
 from stages.lora.adapter import save_merged
@@ -45,13 +46,13 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
             say(f"merging {served.adapter}")
             save_merged(model, served.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
-        command = _command(model, server, port, module)
+        command = _command(model, server, port, served.vllm, module)
         guard = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("guard.py")), *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=_environment(served.devices),
         )
         try:
             begun = time.monotonic()
@@ -59,8 +60,7 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
             _wait(guard, port, server.startup_s, log.name)
             say(f"vLLM server ready after {time.monotonic() - begun:.0f} s")
             name = MODULE if module else model.name
-            with Client(f"http://{HOST}:{port}/v1", name, "", server.concurrency) as client:
-                yield client
+            yield Client((f"http://{HOST}:{port}/v1",), name, "", server, lambda: _ended(guard, log.name))
             failed = False
         finally:
             assert guard.stdin is not None
@@ -81,25 +81,44 @@ def _port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-def _command(model: ModelSection, server: ServerSection, port: int, module: Path | None = None) -> list[str]:
+def _flags(arguments: dict[str, Any]) -> list[str]:
+    """vLLM's arguments from their names: {tensor_parallel_size: 2} is --tensor-parallel-size 2."""
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags
+
+
+def _command(
+    model: ModelSection, server: ServerSection, port: int, further: dict[str, Any], module: Path | None = None
+) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
-    command += ["--model", model.name, "--max-model-len", str(server.max_model_len)]
+    command += ["--model", model.name]
+    given: dict[str, Any] = {"max_model_len": server.max_model_len}
     if not Path(model.name).exists():
-        command += ["--revision", model.revision]
+        given["revision"] = model.revision
     if model.dtype != "auto":
-        command += ["--dtype", model.dtype]
+        given["dtype"] = model.dtype
+    command += _flags({**given, **server.vllm, **further})
     if module is not None:
         r = json.loads((module / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         rank = next(size for size in RANKS if size >= r)
         command += ["--enable-lora", "--lora-modules", f"{MODULE}={module}", "--max-lora-rank", str(rank)]
-    command += server.args
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 
-def _environment() -> dict[str, str]:
-    """On CPU vLLM reserves a core for itself and 4 GB of cache; a small machine has neither to spare."""
+def _environment(devices: str | None) -> dict[str, str]:
+    """On CPU vLLM reserves a core for itself and 4 GB of cache; a small machine has neither to spare.
+
+    It refuses more than a few stop texts; a benchmark may have ten (HumanEval).
+    """
     defaults = {} if _have_gpu() else {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return {**defaults, "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
+    return {**defaults, "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_STOP_STRINGS": "64", **os.environ, **visible}
 
 
 def _have_gpu() -> bool:
@@ -111,8 +130,8 @@ def _have_gpu() -> bool:
 def _wait(guard: subprocess.Popen[bytes], port: int, limit: float, log: str) -> None:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
-        if guard.poll() is not None:
-            raise ServerError(f"the vLLM server ended with code {guard.returncode}: {_last(log)}", _hint(log))
+        if ended := _ended(guard, log):
+            raise ended
         try:
             if httpx.get(f"http://{HOST}:{port}/health", timeout=2).status_code == 200:
                 return
@@ -120,6 +139,12 @@ def _wait(guard: subprocess.Popen[bytes], port: int, limit: float, log: str) -> 
             pass
         time.sleep(0.5)
     raise ServerError(f"the vLLM server was not ready in {limit:.0f} s: {_last(log)}", _hint(log))
+
+
+def _ended(guard: subprocess.Popen[bytes], log: str) -> ServerError | None:
+    if guard.poll() is None:
+        return None
+    return ServerError(f"the vLLM server ended with code {guard.returncode}: {_last(log)}", _hint(log))
 
 
 def _hint(log: str) -> str:
@@ -135,6 +160,7 @@ def check(model: str) -> None:
     """Start a server for `model`, ask it one question and stop it; raises if any of this fails."""
     with open(Served("vllm", ModelSection(name=model)), ServerSection(), lambda text: print(text, file=sys.stderr)) as client:
         ((_, choice),) = client.choose([Ballot("Ice is", (" cold", " hot"))])
+        assert isinstance(choice, Choice), choice
     print(f"vLLM works: it gives {choice.shares[1]:.2f} to one of two words", file=sys.stderr)
 
 

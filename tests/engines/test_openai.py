@@ -1,135 +1,213 @@
-"""The client against a mock server in this process: what it reads, and how it fails."""
+"""The client against a mock server: what it reads, what it asks, and how it fails."""
 
+import asyncio
 import json
-import math
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from mock_server import Mock, probability, serve
 
-from stages.engines import Ballot
-from stages.engines import openai as engine
-from stages.errors import AnswerError, ConfigError, ServerError
+from stages.config import ServerSection
+from stages.engines import Ballot, Choice, Failure, transport
+from stages.engines.openai import Client, word_of
+from stages.errors import ConfigError, ServerError
 
-CHAT = Ballot([{"role": "user", "content": "q"}], ("System1", "System2"))
+CHAT = Ballot([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
 TEXT = Ballot("q", (" one", " many"))
+QUICK = ServerSection(concurrency=4, timeout_s=0.5, stall_s=5)
 
 
-def chat_answer(body: dict) -> dict:
-    """System, then 1 with probability 0.2 and 2 with 0.8, as a server with constrained decoding gives it."""
-    tokens = [("System", {"System": 0.0}), ("2", {"2": math.log(0.8), "1": math.log(0.2)})][: body["max_tokens"]]
-    content = [{"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in tokens]
-    return {"choices": [{"logprobs": {"content": content}}]}
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Back-off without its seconds; returns the list of those it would have taken."""
+    waited: list[float] = []
+
+    async def brief(seconds: float) -> None:
+        waited.append(seconds)
+        await asyncio.sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(transport, "_pause", brief)
+    return waited
 
 
-def text_answer(body: dict) -> dict:
-    return {
-        "choices": [{"logprobs": {"tokens": [" one"], "top_logprobs": [{" one": math.log(0.75), " many": math.log(0.25)}]}}]
-    }
+def ask(mock: Mock, *ballots: Ballot, server: ServerSection = QUICK, model: str | None = None) -> dict:
+    return dict(Client((mock.url,), model, "", server).choose(ballots))
 
 
-def usual(path: str, body: dict) -> tuple[int, dict | str]:
-    return 200, chat_answer(body) if "messages" in body else text_answer(body)
+def test_chat_and_completion():
+    with serve(Mock()) as mock:
+        found = ask(mock, CHAT, TEXT, CHAT)
+    two, other = probability(CHAT.text[0]["content"]), probability("q")
+    assert {i: choice.shares[1] for i, choice in found.items()} == pytest.approx({0: two, 1: other, 2: two})
 
 
-@pytest.fixture
-def serve(monkeypatch) -> Iterator[Callable]:
-    """Start a server that answers by a function; returns its base_url and the list of requests it will have seen."""
-    servers = []
-    monkeypatch.setattr(engine.time, "sleep", lambda s: None)
-
-    def start(answer=usual):
-        seen: list[dict] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def _reply(self, code: int, body: dict | str) -> None:
-                text = (body if isinstance(body, str) else json.dumps(body)).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def do_GET(self) -> None:
-                self._reply(200, {"data": [{"id": "judge"}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                seen.append(body)
-                self._reply(*answer(self.path, body))
-
-            def log_message(self, *_: object) -> None: ...
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def test_it_learns_how_many_tokens_it_needs():
+    bodies = []
+    with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
+        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose([CHAT] * 4))
+    assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
+    assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
+    assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
 
 
-def ask(url: str, *ballots: Ballot, model: str | None = None) -> dict[int, float]:
-    with engine.Client(url, model, "", 4) as client:
-        return {i: choice.shares[1] for i, choice in client.choose(list(ballots))}
+def test_a_server_that_cannot_constrain_is_read():
+    with serve(Mock(constrains=False)) as mock:
+        (choice,) = ask(mock, CHAT).values()
+    assert choice.shares == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
+    assert choice.text.startswith("**System")
 
 
-def test_chat_and_completion(serve):
-    url, seen = serve()
-    assert ask(url, CHAT, TEXT, CHAT) == pytest.approx({0: 0.8, 1: 0.25, 2: 0.8})
-    assert all(body["structured_outputs"]["choice"] in (["System1", "System2"], [" one", " many"]) for body in seen)
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_server_that_refuses_to_constrain_is_read(code):
+    with serve(Mock(lambda n, p, b: ("status", (code, {}, "unknown")) if "structured_outputs" in b else None, False)) as mock:
+        assert ask(mock, CHAT)[0].shares in ((0.0, 1.0), (1.0, 0.0))
 
 
-def test_it_learns_how_many_tokens_it_needs(serve):
-    url, seen = serve()
-    with engine.Client(url, None, "", 1) as client:
-        list(client.choose([CHAT] * 5))
-    assert [body["max_tokens"] for body in seen] == [1, 2, 2, 2, 2, 2]
+def test_a_thought_is_not_the_answer():
+    with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
+        ballot = Ballot(CHAT.text, CHAT.words, thought=100, temperature=0.6, seed=7)
+        (choice,) = ask(mock, ballot).values()
+    assert choice.shares == (0.0, 1.0)
 
 
-def test_a_server_that_fails_for_a_while_is_asked_again(serve):
-    failures = iter([503, 500])
-
-    def answer(path, body):
-        code = next(failures, 200)
-        return (code, "busy") if code != 200 else usual(path, body)
-
-    url, seen = serve(answer)
-    assert ask(url, TEXT) == pytest.approx({0: 0.25})
-    assert len(seen) == 3
+WORDS = ("System1", "System2")
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "text"),
+    ("text", "found"),
     [
-        (lambda p, b: (500, "no"), ServerError, "does not answer: 500 no"),
-        (lambda p, b: (401, "key?"), ConfigError, "refused: 401 key"),
-        (lambda p, b: (200, "<html>"), ServerError, "does not answer: JSONDecodeError"),
-        (lambda p, b: (200, {"choices": []}), AnswerError, "gave no readable choice between"),
-        (lambda p, b: (200, {"choices": [{"logprobs": None}]}), AnswerError, "gave no readable choice between"),
-        (
-            lambda p, b: (200, {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": 0.0}]}}]}),
-            AnswerError,
-            "do not differ within 8 tokens",
-        ),
+        ("System1", 0),
+        ("system 2.", 1),
+        ("**System2**", 1),
+        ("The answer is System1.", 0),
+        ("Final answer: System 2", 1),
+        ("It needs several steps.\n\nSystem2\n", 1),
+        ("System1\nBecause it is recall.", 0),
+        ("<think>System1 or System2</think>System2", 1),
+        ("<think>System2 is", None),
+        ("", None),
+        ("\n \n", None),
+        ("System1 or System2", None),
+        ("System1\nSystem2", None),
+        ("not System1", None),
+        ("System", None),
+        ("System12", None),
+        ("I cannot say.", None),
+        ("系统2", None),
+        ("🤖", None),
+        ("1", None),
+        ("None", None),
+        ('{"system": "System2"}', None),
     ],
-    ids=["500", "401", "html", "empty", "null", "garbage"],
 )
-def test_faults_are_named(serve, answer, error, text):
-    url, _ = serve(answer)
-    with pytest.raises(error, match=text):
-        ask(url, TEXT)
+def test_a_word_is_read_strictly(text, found):
+    assert word_of(text, WORDS) == found
 
 
-def test_no_server(monkeypatch):
-    monkeypatch.setattr(engine.time, "sleep", lambda s: None)
+def test_failures_of_a_while_are_tried_again():
+    faults = iter([("status", (503, {"Retry-After": "0"}, "busy")), ("reset", None), ("truncated", None), ("body", "<html>")])
+    with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
+        client = Client((mock.url,), None, "", QUICK)
+        assert isinstance(dict(client.choose([TEXT]))[0], Choice)
+    assert client.transport.counts.retried == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (("status", (500, {}, "boom")), "server_error"),
+        (("body", "<html>"), "unreadable"),
+        (("body", {"choices": []}), "unreadable"),
+        (("body", {"choices": [{"logprobs": None}]}), "unreadable"),
+        (("body", {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": 0.0}]}}]}), "unreadable"),
+        (("status", (400, {}, "This model's maximum context length is 10 tokens")), "too_long"),
+        (("status", (400, {}, "filtered")), "refused"),
+        (("hang", 2), "timeout"),
+        (("drip", 0.05), "timeout"),
+    ],
+    ids=["500", "html", "empty", "null", "garbage", "length", "filter", "hang", "drip"],
+)
+def test_one_bad_question_stops_no_other(fault, reason):
+    server = QUICK.model_copy(update={"concurrency": 2})
+    ballots = [Ballot(f"q{i}", TEXT.words) for i in range(3)] + [Ballot("bad", TEXT.words)]
+    ballots += [Ballot(f"q{i}", TEXT.words) for i in range(4, 400)] if reason == "timeout" else []
+    with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else None)) as mock:
+        if reason == "timeout":  # others must be answered all the while
+            mock.fault = lambda n, path, body: fault if body["prompt"] == "bad" else time_passes()
+        found = ask(mock, *ballots, server=server)
+    assert [i for i, one in found.items() if isinstance(one, Failure)] == [3]
+    assert found[3].reason == reason and len(found) == len(ballots)
+
+
+def time_passes() -> None:
+    import time
+
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (("status", (401, {}, "key?")), ConfigError, "refused: 401 key"),
+        (("status", (404, {}, "no such path")), ConfigError, "refused: 404"),
+        (("reset", None), ServerError, "does not answer: ReadError|does not answer: RemoteProtocolError"),
+        (("hang", 3), ServerError, "does not answer: no answer in 0.5 s"),
+    ],
+    ids=["401", "404", "reset", "hang"],
+)
+def test_faults_of_a_server_are_named(fault, error, text):
+    with serve(Mock(lambda n, path, body: fault)) as mock, pytest.raises(error, match=text):
+        ask(mock, TEXT)
+
+
+def test_a_server_that_only_looks_healthy():
+    with serve(Mock(lambda n, p, b: ("hang", 3))) as mock, pytest.raises(ServerError, match="gave no answer in 0.6 s"):
+        ask(mock, TEXT, server=ServerSection(timeout_s=60, stall_s=0.6))
+
+
+def test_no_server():
     with pytest.raises(ServerError, match="does not answer: ConnectError"):
-        engine.Client("http://127.0.0.1:9", None, "", 1)
+        Client(("http://127.0.0.1:9/v1",), None, "", QUICK)
 
 
-def test_another_model_than_asked_for(serve):
-    url, _ = serve()
-    with pytest.raises(ConfigError, match="serves judge, not jury"):
-        ask(url, TEXT, model="jury")
+def test_another_model_than_asked_for():
+    with serve(Mock()) as mock, pytest.raises(ConfigError, match="serves judge, not jury"):
+        ask(mock, TEXT, model="jury")
+
+
+def test_retry_after_is_waited_for(no_waiting):
+    faults = iter([("status", (429, {"Retry-After": "0.5"}, "slow"))])
+    with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
+        assert ask(mock, TEXT)[0].shares
+    assert no_waiting[1] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
+def test_retry_after_in_all_its_forms(text, seconds):
+    assert transport._seconds(text) == seconds
+
+
+def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
+    with serve(Mock()) as one, serve(Mock()) as two:
+        client = Client((one.url, two.url), "judge", "", QUICK)
+        list(client.choose(Ballot(f"q{i}", TEXT.words) for i in range(40)))
+        assert abs(len(one.log) - len(two.log)) <= 2
+        one.fault = lambda n, path, body: ("reset", None)
+        found = dict(client.choose([Ballot(f"r{i}", TEXT.words) for i in range(40)]))
+    assert all(isinstance(choice, Choice) for choice in found.values()) and len(found) == 40
+
+
+def test_unlike_servers_of_one_model_are_noticed():
+    with serve(Mock(constrains=False)) as one, serve(Mock(weights="other", constrains=False)) as two:
+        with pytest.raises(ConfigError, match="serves another judge"):
+            Client((one.url, two.url), "judge", "", QUICK).fingerprint()
+        assert Client((one.url, one.url), "judge", "", QUICK).fingerprint()
+
+
+@pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])
+def test_what_is_too_long_is_not_sent(words, fits):
+    with serve(Mock()) as mock:
+        (found,) = ask(mock, Ballot("long " * words, TEXT.words), server=ServerSection()).values()
+        sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
+    assert isinstance(found, Choice) is fits and bool(sent) is fits
+    if not fits:
+        assert (found.reason, found.detail) == ("too_long", "4089 tokens, and judge has room for 4088")

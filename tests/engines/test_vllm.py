@@ -1,6 +1,7 @@
 """A real vLLM server on a tiny model: it votes as the model in this process does, and nothing of it is left behind."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Question, Sampling, Served
@@ -48,7 +50,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
 
     model = ModelSection(name=str(tiny), dtype="float32")
     adapter.save(adapter.initial(adapter.load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, str(tiny))
-    questions = [Question([5 * i + 40, 9, 60 + i]) for i in range(6)]
+    questions = [Question([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)]
     words = [Ballot(question.ids, (" a", " b", " c")) for question in questions]
     given, chosen = {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
@@ -84,3 +86,60 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught, Pool() as pool:
         pool.get(Served("vllm", ModelSection(name=str(tmp_path))), ServerSection(), print)
     assert "its log is" in caught.value.hint
+
+
+MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
+"""Moments at which each of the two is killed; every one takes the start of a server."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["lorapar", "server"])
+def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
+    """kill -9 when the journal has so many votes; the same command goes on from there, and no server stays behind."""
+    rows = [{"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": "killed",
+        "runs_dir": str(tmp_path / "runs"),
+        "model": {"name": str(tiny), "dtype": "float32"},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "server": {"concurrency": 16},
+        "eval": {"targets": ["base"]},
+        "classify": {"voters": [{"engine": "vllm", "persona": "judge"}]},
+    }
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
+    journals = tmp_path / "runs/killed/classify/votes"
+
+    def lines() -> list[bytes]:
+        found = list(journals.glob("*.jsonl"))
+        return found[0].read_bytes().splitlines() if found else []
+
+    for moment in range(MOMENTS):
+        before, wanted = len(lines()), 1 + (moment + 1) * 1000 // (MOMENTS + 1)
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(lines()) < wanted:
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.01)
+        if whom == "lorapar":
+            child.kill()
+        else:
+            engine = [line.split()[1] for line in servers() if ("VLLM::" in line) == bool(moment % 2)]
+            os.kill(int(engine[0]), signal.SIGKILL)
+        said = child.communicate(timeout=120)[1]
+        assert child.returncode == (-9 if whom == "lorapar" else 69), said
+        kept = lines()
+        deadline = time.monotonic() + 20
+        while servers() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert servers() == []
+        with capsys.disabled():
+            end = said.strip().splitlines()[-2:] if whom == "server" else ""
+            print(f"\n  {whom} killed at {len(kept)} votes, {before} of them from before {end}", end="")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert lines()[: len(kept) - 1] == kept[:-1]
+    ballots = [json.loads(line)["ballot"] for line in lines()]
+    assert len(ballots) == len(set(ballots)) == 1200 + 32
+    assert f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr or f"/{1233 - len(kept)}" in done.stderr
+    assert servers() == []

@@ -1,56 +1,188 @@
-import pytest
+import math
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.config import ClassifySection
 from stages.engines import Ballot
-from stages.language.voting import SHOTS, Target, decide, personas
+from stages.errors import DataError
+from stages.language.agreement import auc, kappas, surface, with_known
+from stages.language.calibration import calibrate
+from stages.language.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
+from stages.language.voting import Voice, decide
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
 
 
+def brief(show: bool = True, **more) -> Brief:
+    return Brief("LLaMA-2-7B", show, **more)
+
+
 @pytest.mark.parametrize("name", personas.names())
 @pytest.mark.parametrize("show", [True, False])
 def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
-    ballot: Ballot = personas.pick(name)(EXAMPLE, Target("LLaMA-2-7B", show))
+    ballot: Ballot = personas.pick(name)(EXAMPLE, brief(show, shots=shots(SHOTS, 4)))
     text = str(ballot.text)
     assert "How many?" in text
     assert ("3 + 4 = 7." in text.replace("\\n", "\n").split("How many?")[-1]) is show
     assert ballot.words[0] != ballot.words[1]
 
 
+@pytest.mark.parametrize("name", personas.names())
+def test_words_of_a_voter_s_own(name):
+    ballot: Ballot = personas.pick(name)(EXAMPLE, brief(words=("quick", "slow"), shots=shots(SHOTS, 4)))
+    assert tuple(word.strip() for word in ballot.words) == ("quick", "slow")
+    assert "many" not in str(ballot.text).replace("How many", "") and "System1" not in str(ballot.text)
+
+
 def test_role_play_names_the_target():
-    assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, Target("LLaMA-2-7B", True)).text)
-    assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, Target("LLaMA-2-7B", True)).text)
+    assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
+    assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
 
 
-def test_few_shot_examples_come_in_pairs():
-    for fast, slow in SHOTS:
-        assert fast[0] != slow[0]
+def test_labelled_examples():
+    """Balanced, by turns, none in both files, and yes/no questions on both sides."""
+    shown, held = read_judged(SHOTS), read_judged(HELD_OUT)
+    assert not {row.question for row in shown} & {row.question for row in held}
+    assert len(held) >= 24
+    for rows in (shown, held):
+        assert [row.system for row in rows] == [1, 2] * (len(rows) // 2)
+        forms = surface([Example(row.question, row.question, "", None) for row in rows])["yes/no form"]
+        assert all(any(forms[row.question] for row in rows if row.system == k) for k in (1, 2))
+    assert len(shots(SHOTS, 5)) == 4
 
 
-def examples(count: int) -> list[Example]:
-    return [Example(str(i), f"q{i}", "r", None) for i in range(count)]
+@pytest.mark.parametrize("row", ['{"question": "q", "answer": "a", "system": 3}', '{"answer": "a", "system": 1}'])
+def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
+    (tmp_path / "h.jsonl").write_text(row + "\n")
+    with pytest.raises(DataError, match="a labelled example needs question, answer and system 1 or 2: .*h.jsonl:1"):
+        read_judged(tmp_path / "h.jsonl")
 
 
-def labels(votes: dict[str, list[float]], share=None, agreement=0.0) -> list[int | None]:
-    rows = examples(len(next(iter(votes.values()))))
-    given = {voter: {str(i): v for i, v in enumerate(values)} for voter, values in votes.items()}
-    return [row.system for row in decide(rows, given, share, agreement)]
+def labels(votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings) -> list[int | None]:
+    rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
+    voices = {
+        voter: Voice(
+            {str(i): v for i, v in enumerate(values)}, (thresholds or {}).get(voter, 0.5), (weights or {}).get(voter, 1.0)
+        )
+        for voter, values in votes.items()
+    }
+    return [row.system for row in decide(rows, voices, ClassifySection(**settings))[0]]
 
 
-def test_majority_of_three():
-    assert labels({"a": [0.9, 0.9, 0.1], "b": [0.6, 0.2, 0.1], "c": [0.1, 0.3, 0.9]}) == [2, 1, 1]
+THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("majority", [2, 1, 1, 2]),
+        ("weighted", [2, 2, 1, 2]),
+        ("mean_probability", [2, 1, 1, 1]),
+        ("unanimous", [None, None, None, None]),
+    ],
+)
+def test_rules(rule, expected):
+    assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
+
+
+def test_unanimous_votes():
+    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
 
 
 def test_ties_go_by_the_mean_probability():
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
+    assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
 
 
 def test_agreement_below_the_minimum_is_undecided():
-    votes = {"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}
-    assert labels(votes, agreement=0.7) == [2, None]
+    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
+
+
+@pytest.mark.parametrize(("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])])
+def test_without_a_quorum_of_valid_votes_an_example_is_undecided(quorum, expected):
+    votes = {"a": [0.9, 0.9, None], "b": [0.9, None, None], "c": [None, None, None]}
+    assert labels(votes, quorum=quorum) == expected
 
 
 def test_a_known_share_sets_each_voter_s_threshold():
-    assert labels({"a": [0.01, 0.02, 0.03, 0.04]}, share=0.5) == [1, 1, 2, 2]
-    assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, share=0.25) == [2, 1, 1, 1]
-    assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, share=0.5) == [2, 2, 1, 1]
+    assert labels({"a": [0.01, 0.02, 0.03, 0.04]}, system2_share=0.5) == [1, 1, 2, 2]
+    assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, system2_share=0.25) == [2, 1, 1, 1]
+    assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, system2_share=0.5) == [2, 2, 1, 1]
+
+
+def test_a_threshold_moves_votes_and_probabilities():
+    votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}
+    assert labels(votes, thresholds={"a": 0.75, "b": 0.5}, rule="mean_probability") == [1, 1, 2]
+    voice = Voice({"x": 0.75, "y": 0.0, "z": 1.0}, 0.75)
+    assert voice.calibrated("x") == pytest.approx(0.5)
+    assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
+
+
+JUDGED = [Judged(f"q{i}", "", 1 + i % 2) for i in range(24)]
+
+
+def test_held_out_examples_set_the_threshold_between_the_systems():
+    given = [0.80 if row.system == 2 else 0.70 for row in JUDGED]
+    found = calibrate("held_out", JUDGED, given, [])
+    assert (found.threshold, found.auc, found.examples) == (0.75, 1.0, 24)
+    assert calibrate("none", JUDGED, given, []).threshold == 0.5
+
+
+def test_an_unbalanced_file_does_not_move_the_threshold():
+    rows = [*JUDGED, *(Judged(f"more{i}", "", 2) for i in range(100))]
+    assert calibrate("held_out", rows, [0.8 if r.system == 2 else 0.7 for r in rows], []).threshold == 0.75
+
+
+def test_content_free_calibration_is_what_empty_questions_get():
+    odds = calibrate("content_free", JUDGED, [None] * 24, [0.9, 0.9, None])
+    assert odds.threshold == pytest.approx(0.9) and odds.auc is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
+def test_auc_is_the_share_of_pairs_in_order(pairs):
+    ones, twos = ([score for score, two in pairs if two is which] for which in (False, True))
+    found = auc([score for score, _ in pairs], [two for _, two in pairs])
+    if not ones or not twos:
+        assert found is None
+        return
+    order = [(high > low) + (high == low) / 2 for high in twos for low in ones]
+    assert math.isclose(found[0], sum(order) / len(order)) and found[1][0] <= found[0] <= found[1][1]
+
+
+def test_kappas_against_worked_tables():
+    """Cohen: 20 agreeing yes, 15 agreeing no, 5 and 10 apart: kappa 0.4 (a textbook's table). Fleiss of two equals Scott's pi."""
+    pairs = [(1, 1)] * 20 + [(1, 2)] * 5 + [(2, 1)] * 10 + [(2, 2)] * 15
+    votes = {name: {str(i): pair[k] for i, pair in enumerate(pairs)} for k, name in enumerate("ab")}
+    found = kappas(votes)
+    assert found["pairs"]["a | b"]["kappa"] == pytest.approx(0.4) and found["pairs"]["a | b"]["equal"] == 0.7
+    share = 55 / 100
+    chance = share**2 + (1 - share) ** 2
+    assert found["fleiss_kappa"] == pytest.approx((0.7 - chance) / (1 - chance))
+    same = kappas({"a": {"1": 2, "2": 2}, "b": {"1": 2, "2": 2}})
+    assert same["fleiss_kappa"] is None and same["pairs"]["a | b"]["kappa"] is None
+    assert kappas({"a": {"1": 1}}) == {}
+
+
+def test_agreement_with_known_labels():
+    found = with_known(
+        {"1": 1, "2": 2, "3": 2, "4": 1}, {"1": 1, "2": 2, "3": 1, "4": None}, {"a": {"1": 0.1, "2": 0.9, "3": 0.4}}
+    )
+    assert (found["n"], found["undecided"], found["agreement"]) == (3, 1, pytest.approx(2 / 3))
+    assert found["known 2 labelled 1"] == 1 and found["auc"]["a"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("Is ice cold?", 1),
+        ("Could 3 boats cross? How many?", 0),
+        ("How many are there?", 0),
+        ("Was it before 1990, or after, and why would it be?", 1),
+    ],
+)
+def test_surface(text, form):
+    found = surface([Example("x", text, "", None)])
+    assert found["yes/no form"]["x"] == form and found["words"]["x"] == len(text.split())

@@ -1,0 +1,262 @@
+"""Many HTTP requests to one model's servers: retries, deadlines, and a server that is gone told from a request that is bad.
+
+A request that fails all its tries is the item's own fault if others were answered meanwhile, or if the server still lists its
+models; else the server is gone. A server that lists its models and answers nothing is gone too: `server.stall_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+
+from stages.config import ServerSection
+from stages.engines import Failure
+from stages.errors import AnswerError, ConfigError, ServerError
+
+TRIES = 6
+LONGEST_WAIT_S = 60
+"""Cap of what a server may ask for by Retry-After."""
+ALIVE_S = 5
+REST_S = 15
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Trouble(Exception):
+    """What may pass: worth another try."""
+
+    def __init__(self, reason: str, detail: str, retry_after: float = 0.0) -> None:
+        super().__init__(detail)
+        self.reason, self.retry_after = reason, retry_after
+
+
+class ItemFailed(Exception):
+    """One item cannot be answered; the others can."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.failure = Failure(reason, detail)
+
+
+@dataclass
+class Counts:
+    """What went over the wire."""
+
+    asked: int = 0
+    answered: int = 0
+    retried: int = 0
+
+
+class Transport:
+    """The servers of one model; requests go to each in turn, and a failed one to the next."""
+
+    def __init__(
+        self, urls: tuple[str, ...], key: str, server: ServerSection, ended: Callable[[], ServerError | None] = lambda: None
+    ) -> None:
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.ended = ended
+        """Of a server that this process started: what to say if it has ended."""
+        self.counts = Counts()
+        self.server = server
+        self._key = key
+        self._turn = count()
+        self._rests_until: dict[str, float] = {}
+        """Servers that failed, and until when the others are asked instead."""
+        self._free_at = 0.0
+        """When the servers may be asked again after a Retry-After."""
+
+    def each(self, items: Iterable[T], ask: Callable[[Session, T], Awaitable[R]]) -> Iterator[tuple[int, R | Failure]]:
+        """Answers with the index of their item, as they come; at most `server.concurrency` in flight, items taken as needed.
+
+        ServerError if the servers are gone, ConfigError if they refuse what is asked for.
+        """
+        loop = asyncio.new_event_loop()
+        done: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        session = Session(self, self._client())
+        numbered = iter(enumerate(items))
+        workers = [loop.create_task(_work(session, numbered, ask, done)) for _ in range(self.server.concurrency)]
+        try:
+            while True:
+                i, found = loop.run_until_complete(self._next(done))
+                if isinstance(found, Exception):
+                    raise found
+                if i < 0:
+                    workers.pop()
+                    if not workers:
+                        return
+                    continue
+                yield i, found
+        finally:
+            loop.run_until_complete(_end(asyncio.all_tasks(loop), session.http))
+            loop.close()
+
+    def one(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
+        """The answer to a single question; AnswerError if there is none."""
+        ((_, found),) = self.each([item], ask)
+        if isinstance(found, Failure):
+            raise AnswerError(f"{self.urls[0]}: {found.reason}: {found.detail}")
+        return found
+
+    def singly(self) -> list[Transport]:
+        """One transport for each of the servers."""
+        return [Transport((url,), self._key, self.server, self.ended) for url in self.urls]
+
+    def pick(self) -> str:
+        """The next server in turn that does not rest, or the next one if all do."""
+        at, now = next(self._turn) % len(self.urls), time.monotonic()
+        turns = self.urls[at:] + self.urls[:at]
+        return next((url for url in turns if self._rests_until.get(url, 0.0) <= now), turns[0])
+
+    def rest(self, url: str) -> None:
+        self._rests_until[url] = time.monotonic() + REST_S
+
+    def _client(self) -> httpx.AsyncClient:
+        # A connection for each request: on one that is kept, a reply that a server sends twice answers the next question.
+        limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx.AsyncClient(headers=headers, timeout=self.server.timeout_s, limits=limits)
+
+    async def _next(self, done: asyncio.Queue[tuple[int, Any]]) -> tuple[int, Any]:
+        try:
+            return await asyncio.wait_for(done.get(), self.server.stall_s)
+        except TimeoutError:
+            raise ServerError(
+                f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s", "restart it; what it answered is kept"
+            ) from None
+
+
+async def _end(tasks: set[asyncio.Task[Any]], http: httpx.AsyncClient) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await http.aclose()
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+async def _work(session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[tuple[int, Any]]) -> None:
+    try:
+        for i, item in numbered:
+            try:
+                done.put_nowait((i, await ask(session, item)))
+            except ItemFailed as failed:
+                done.put_nowait((i, failed.failure))
+    except Exception as error:  # for the caller, who reads the queue
+        done.put_nowait((0, error))
+    else:
+        done.put_nowait((-1, None))
+
+
+class Session:
+    """Requests of one `Transport.each`, all on one event loop."""
+
+    def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
+        self.transport, self.http = transport, http
+
+    async def send(self, method: str, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
+        """The JSON of a reply, read by `read` if given; what that cannot read (ValueError) is asked for again."""
+        transport = self.transport
+        before = transport.counts.answered
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
+            retry=tenacity.retry_if_exception_type(Trouble),
+            before_sleep=self._retrying,
+            sleep=_pause,
+            reraise=True,
+        )
+        try:
+            return await tries(self._try, method, path, body, read)
+        except Trouble as trouble:
+            others = transport.counts.answered > before
+            if not others and (trouble.reason in ("timeout", "transport") or not await self._alive()):
+                raise ServerError(
+                    f"{transport.urls[0]}/{path} does not answer: {trouble}", "what it answered is kept; run it again"
+                ) from None
+            raise ItemFailed(trouble.reason, str(trouble)) from None
+
+    async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply to a question that a server need not understand."""
+        try:
+            async with asyncio.timeout(self.transport.server.timeout_s):
+                response = await self.http.post(url, json=body)
+            found = response.json()
+        except (httpx.HTTPError, ValueError, TimeoutError):
+            return None
+        return found if response.status_code < 400 and isinstance(found, dict) else None
+
+    def _retrying(self, _: object) -> None:
+        self.transport.counts.retried += 1
+
+    async def _alive(self) -> bool:
+        try:
+            async with asyncio.timeout(ALIVE_S):
+                return any([(await self.http.get(f"{url}/models")).status_code < 400 for url in self.transport.urls])
+        except (httpx.HTTPError, TimeoutError):
+            return False
+
+    async def _try(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+        transport = self.transport
+        while (pause := transport._free_at - time.monotonic()) > 0:
+            await _pause(pause)
+        base = transport.pick()
+        url = f"{base}/{path}"
+        transport.counts.asked += 1
+        try:
+            async with asyncio.timeout(transport.server.timeout_s):  # httpx limits each part, not the whole
+                response = await self.http.request(method, url, json=body)
+        except (TimeoutError, httpx.TimeoutException):
+            transport.rest(base)
+            raise Trouble("timeout", f"no answer in {transport.server.timeout_s:g} s") from None
+        except httpx.HTTPError as error:
+            transport.rest(base)
+            if ended := transport.ended():
+                raise ended from None
+            raise Trouble("transport", f"{type(error).__name__} {error}".strip()) from None
+        if response.status_code >= 400:
+            self._refusal(url, response)
+        try:
+            found = response.json()
+            found = read(found) if read else found
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            shown = " ".join(response.text[:120].split())
+            raise Trouble("unreadable", f"no readable answer: {type(error).__name__} {error}: {shown}") from None
+        transport.counts.answered += 1
+        return found
+
+    def _refusal(self, url: str, response: httpx.Response) -> None:
+        """Raise what a status of 400 and above means."""
+        transport, code = self.transport, response.status_code
+        text = f"{code} {' '.join(response.text[:200].split())}"
+        if code in (408, 425, 429) or code >= 500:
+            wait = min(_seconds(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
+            transport._free_at = max(transport._free_at, time.monotonic() + wait)
+            raise Trouble("server_error", text)
+        if code in (400, 413, 422) and any(words in text.lower() for words in ("context length", "too long", "max_model_len")):
+            raise ItemFailed("too_long", text)
+        if code in (400, 413, 422) and transport.counts.answered > 1:  # one is the list of models
+            raise ItemFailed("refused", text)
+        raise ConfigError(f"{url} refused: {text}")
+
+
+def _seconds(retry_after: str) -> float:
+    """Retry-After in either of its forms, as seconds from now; 0 if there is none."""
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0

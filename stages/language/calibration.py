@@ -1,0 +1,51 @@
+"""Where a voter's threshold lies, and whether it can tell the systems apart at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from stages.language.agreement import auc
+from stages.language.personas import Judged
+from stages.language.voting import log_odds
+
+LEAST_EXAMPLES = 24
+POOR_AUC = 0.65
+POOR_MASS = 0.01
+"""Share of all probability that falls on the label words: below it a constrained choice says little."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    method: str
+    threshold: float
+    auc: float | None
+    """On the labelled examples."""
+    interval: tuple[float, float] | None
+    examples: int
+
+
+def calibrate(method: str, judged: list[Judged], given: list[float | None], free: list[float | None]) -> Calibration:
+    """The threshold by `method`, and the AUC on the labelled examples.
+
+    judged, given: labelled examples and the probability of System 2 for each. free: that of questions without content.
+    `held_out` is the median of the given: it has no slope to go wrong, but holds for examples that are half of each system.
+    """
+    pairs = [(value, row.system == 2) for row, value in zip(judged, given, strict=True) if value is not None]
+    found = auc([value for value, _ in pairs], [two for _, two in pairs])
+    threshold = 0.5
+    if method == "held_out" and pairs:
+        of_system = [[value for value, two in pairs if two is which] for which in (False, True)]
+        equal = min(map(len, of_system))  # an unbalanced file must not move the median
+        threshold = median([value for values in of_system for value in _spread(values, equal)]) if equal else 0.5
+    elif method == "content_free" and (valid := [value for value in free if value is not None]):
+        from math import exp
+
+        threshold = 1 / (1 + exp(-fmean(log_odds(value) for value in valid)))
+    return Calibration(method, threshold, found and found[0], found and found[1], len(pairs))
+
+
+def _spread(values: list[float], number: int) -> list[float]:
+    """`number` of the values, evenly over their order."""
+    ordered = sorted(values)
+    return [ordered[i * len(ordered) // number] for i in range(number)]

@@ -1,0 +1,142 @@
+"""An OpenAI-compatible server for tests, whose faults follow a script; also `python tests/mock_server.py` for a run from a shell."""
+
+import hashlib
+import json
+import math
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Fault = Callable[[int, str, dict[str, Any]], tuple[str, Any] | None]
+"""From the number of the question, the path and the body to what goes wrong, if anything."""
+
+
+def probability(text: str, weights: str = "") -> float:
+    """Of System 2, from the text of the prompt alone: the same on every server with these weights."""
+    return 0.05 + 0.9 * hashlib.sha256((weights + text).encode()).digest()[0] / 255
+
+
+class Mock:
+    """A model served under a name. `log` has every question that reached it; `answered` those whose reply was sent whole."""
+
+    def __init__(self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None) -> None:
+        self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
+        self.models = [{"id": "judge", "max_model_len": 4096}]
+        self.log: list[str] = []
+        self.answered: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        chat = "messages" in body
+        text = "\n".join(m["content"] for m in body["messages"]) if chat else str(body["prompt"])
+        words = body.get("structured_outputs", {}).get("choice") if self.constrains else None
+        if words is None:
+            said = self.say or f"{self.weights} is what it says"
+            if chat and "Answer System1 or System2" in text and self.say is None:
+                said = f"**System {1 + (probability(text, self.weights) > 0.5)}**"
+            return {"choices": [{"message": {"content": said}} if chat else {"text": said}]}
+        two = probability(text, self.weights)
+        common = len(words[0]) - len(words[0].rstrip("1")) and words[0].rstrip("1")
+        steps = [(common, {common: 0.0})] if common else []
+        rest = [word.removeprefix(common or "") for word in words]
+        steps.append((rest[two > 0.5], {rest[0]: math.log(1 - two), rest[1]: math.log(two)}))
+        steps = steps[: body["max_tokens"]]
+        if not chat:
+            return {"choices": [{"logprobs": {"tokens": [t for t, _ in steps], "top_logprobs": [a for _, a in steps]}}]}
+        content = [{"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps]
+        return {"choices": [{"logprobs": {"content": content}}]}
+
+
+@contextmanager
+def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
+    """Run it in this process; `mock.url` is its base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(200, {"data": mock.models})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path.endswith("/tokenize"):
+                text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
+                return self._send(200, {"count": len(text.split())})
+            key = json.dumps([body.get("messages") or body.get("prompt")])
+            with mock.lock:
+                mock.log.append(key)
+                number = len(mock.log) - 1
+            fault = mock.fault(number, self.path, body) if mock.fault else None
+            text = json.dumps(mock.reply(self.path, body)).encode()
+            if fault and self._fail(*fault, text):
+                return None
+            self._send(200, text)
+            with mock.lock:
+                mock.answered[key] += 1
+            return None
+
+        def _fail(self, kind: str, detail: Any, whole: bytes) -> bool:
+            if kind == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
+            elif kind == "hang":
+                time.sleep(detail)
+                self.close_connection = True
+            elif kind == "status":
+                code, headers, text = detail
+                self._send(code, text, headers)
+            elif kind == "truncated":
+                self._send(200, whole[: len(whole) // 2], {"Content-Length": len(whole)})
+                self.close_connection = True
+            elif kind == "body":
+                self._send(200, detail)
+            elif kind == "twice":
+                self._send(200, whole)
+                self._send(200, whole)
+            elif kind == "drip":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(whole)))
+                self.end_headers()
+                for at in range(len(whole)):
+                    self.wfile.write(whole[at : at + 1])
+                    time.sleep(detail)
+            return True
+
+        def _send(self, code: int, body: Any, headers: dict[str, Any] | None = None) -> None:
+            data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            self.send_response(code)
+            for name, value in {"Content-Length": len(data), **(headers or {})}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None: ...
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256
+
+        def handle_error(self, *_: object) -> None: ...
+
+    with Server(("127.0.0.1", port), Handler) as server:
+        mock.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield mock
+        finally:
+            server.shutdown()
+
+
+if __name__ == "__main__":
+    with serve(Mock(), int(sys.argv[1]) if len(sys.argv) > 1 else 0) as running:
+        print(running.url, flush=True)
+        threading.Event().wait()
