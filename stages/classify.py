@@ -118,42 +118,56 @@ def _ask_all(
     that it is loaded once. Each group of devices and each remote model has a lane of its own beside them.
     """
     wanted = {box.title: len(box.missing(asked[box.title])) for box in boxes}
-    for box in boxes:
-        if not wanted[box.title]:
-            progress.say(f"{box.title}: all votes are in its journal")
     lanes: dict[str, list[Votes]] = {}
-    for box in (box for box in boxes if wanted[box.title]):
-        voter = box.voter
-        lanes.setdefault(f"{voter.urls}" if voter.urls else f"devices {voter.devices}", []).append(box)
-    if not lanes:
-        return
-    progress.start("votes", sum(wanted.values()))
-    stop = threading.Event()
+    for box in boxes:
+        if wanted[box.title]:
+            lanes.setdefault(str(box.voter.urls or box.voter.devices or ""), []).append(box)
+        else:
+            progress.say(f"{box.title}: all votes are in its journal")
+    stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(wanted.values())))
 
-    def lane(boxes: list[Votes], own: bool) -> None:
-        pool = Pool() if own else engines
+    def lane(boxes: list[Votes], pool: Pool) -> None:
+        for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
+            engine = pool.get(_served(box.voter, model), server, progress.say)
+            begin()
+            for number, _ in enumerate(box.ask(asked[box.title], engine, progress.say), 1):
+                failed = f", {len(box.failures)} failed" if box.failures else ""
+                progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
+                box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid, PATIENCE)
+                if stop.is_set():
+                    return
+
+    def beside(boxes: list[Votes]) -> None:
         try:
-            for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
-                served = _served(box.voter, model)
-                engine = pool.get(served, server, progress.say)
-                for number, _ in enumerate(box.ask(asked[box.title], engine, progress.say), 1):
-                    failed = f", {len(box.failures)} failed" if box.failures else ""
-                    progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
-                    box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid, PATIENCE)
-                    if stop.is_set():
-                        return
-        except BaseException as error:
+            with Pool() as pool:
+                lane(boxes, pool)
+        except BaseException:
             stop.set()
-            if own:
-                pool.close(type(error), error, error.__traceback__)
             raise
-        if own:
-            pool.close()
 
-    with ThreadPoolExecutor(len(lanes)) as threads:
-        running = [threads.submit(lane, found, name != "devices None") for name, found in lanes.items()]
+    own = lanes.pop("", [])
+    with ThreadPoolExecutor(max(1, len(lanes))) as threads:
+        running = [threads.submit(beside, found) for found in lanes.values()]
+        try:
+            lane(own, engines)
+        except BaseException:
+            stop.set()
+            raise
     for done in running:
         done.result()
+
+
+class _Once:
+    """Calls a function the first time only, from whichever thread."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call, self._lock, self._done = call, threading.Lock(), False
+
+    def __call__(self) -> None:
+        with self._lock:
+            if not self._done:
+                self._done = True
+                self._call()
 
 
 def _served(voter: Voter, model: ModelSection) -> Served:

@@ -34,6 +34,20 @@ class Mock:
         self.lock = threading.Lock()
         self.url = ""
 
+    def weighed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The unconstrained next token: the words weigh 0.004 together."""
+        alternatives = {
+            "Sure": math.log(0.9),
+            " one": math.log(0.002),
+            "System": math.log(0.004),
+            "": -9.0,
+            " many": math.log(0.002),
+        }
+        if "messages" not in body:
+            return {"choices": [{"logprobs": {"tokens": ["Sure"], "top_logprobs": [alternatives]}}]}
+        top = [{"token": k, "logprob": v} for k, v in alternatives.items()]
+        return {"choices": [{"logprobs": {"content": [{"token": "Sure", "top_logprobs": top}]}}]}
+
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         chat = "messages" in body
         text = "\n".join(m["content"] for m in body["messages"]) if chat else str(body["prompt"])
@@ -70,6 +84,8 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             if self.path.endswith("/tokenize"):
                 text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
                 return self._send(200, {"count": len(text.split())})
+            if 20 in (body.get("logprobs"), body.get("top_logprobs")):  # what the words weigh
+                return self._send(200, mock.weighed(body))
             key = json.dumps([body.get("messages") or body.get("prompt")])
             with mock.lock:
                 mock.log.append(key)

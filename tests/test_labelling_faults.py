@@ -160,6 +160,17 @@ def test_a_server_that_is_gone_keeps_what_it_gave(config, fault, error, code, te
     assert asked <= ROWS + 32 - kept + 3  # and what finds out about the server
 
 
+def test_a_voter_that_would_say_something_else_is_warned_about(config):
+    progress = Silent()
+    with serve(Mock()) as mock:
+        classify(config(mock.url), progress)
+    assert (
+        "warning: judge/role_play puts 0.40% of its probability on the label words: it would say something else"
+        in progress.said
+    )
+    assert any(said.startswith("warning: judge/role_play hardly tells the systems apart: AUC 0.") for said in progress.said)
+
+
 def test_a_wrong_name(config):
     with serve(Mock()) as mock:
         mock.models = [{"id": "jury"}]

@@ -51,6 +51,8 @@ class Ballot:
     """Longest thought in tokens before the choice."""
     temperature: float = 0.0
     seed: int = 0
+    weigh: bool = False
+    """Find out the mass of the words too, where that takes a question of its own."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ REPLY_TOKENS = 16
 """Room for a word and what a model puts around it."""
 MESSAGE_BYTES = 64
 """More than a chat template puts around a message."""
+TOP = 20
+"""Alternatives that a vLLM server gives at most."""
 KEPT_TEXT = 200
 """Characters kept of a reply that had to be read; a thought is long."""
 UNLIKELY = ("zebra", "quartz")
@@ -117,10 +119,22 @@ class Client:
             path, body = self._constrained(ballot, ballot.words, tokens)
             found = await session.send("POST", path, body, lambda reply: _tokens(reply["choices"][0]["logprobs"]))
             if shares := _shares(found, ballot.words):
-                return Choice(shares, -1.0)
+                return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
             if tokens >= MAX_WORD_TOKENS:
                 raise ItemFailed("unreadable", f"the words {ballot.words} do not differ within {tokens} tokens")
             self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
+
+    async def _mass(self, session: Session, ballot: Ballot) -> float:
+        """What of the unconstrained next token falls on beginnings of the words, among the TOP likeliest; -1 if not told."""
+        path, body = self._asked(ballot, 1)
+        body |= {"logprobs": TOP} if path == "completions" else {"logprobs": True, "top_logprobs": TOP}
+        reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
+        try:
+            ((_, alternatives),) = _tokens(reply["choices"][0]["logprobs"])  # type: ignore[index]
+            fit = [text for text in alternatives if text.strip() and any(word.startswith(text) for word in ballot.words)]
+            return sum(math.exp(alternatives[text]) for text in fit)
+        except (LookupError, TypeError, AttributeError, ValueError):
+            return -1.0
 
     async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
         """Whether the server keeps to given words and gives their log-probabilities; found out once per endpoint."""

@@ -13,7 +13,7 @@ from stages.config import Voter
 from stages.engines import Ballot, Choice, Engine, Failure, same_model
 from stages.engines.openai import Client
 from stages.errors import AnswerError
-from stages.language.personas import Brief, personas
+from stages.language.personas import Brief, is_judged, personas
 from stages.records import Example, Journal
 
 
@@ -161,6 +161,7 @@ class Votes:
 
     def _ballot(self, wanted: Wanted) -> Ballot:
         ballot: Ballot = self._persona(wanted.example, self.brief)
+        ballot = replace(ballot, weigh=is_judged(wanted.example))
         if self.voter.thinking or self.voter.temperature:
             thought = self.voter.thinking.max_tokens if self.voter.thinking else 0
             seed = int(self._key(wanted.example), 16) % 2**31 + self._seed + wanted.sample

@@ -144,5 +144,9 @@ def as_example(row: Judged) -> Example:
     return Example(f"held_out/{row.question}", row.question, row.answer, None)
 
 
+def is_judged(example: Example) -> bool:
+    return example.id.startswith("held_out/")
+
+
 def empty(text: str) -> Example:
     return Example(f"content_free/{text}", text, text, None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from mock_server import Mock, probability, serve
@@ -38,6 +39,13 @@ def test_chat_and_completion():
         found = ask(mock, CHAT, TEXT, CHAT)
     two, other = probability(CHAT.text[0]["content"]), probability("q")
     assert {i: choice.shares[1] for i, choice in found.items()} == pytest.approx({0: two, 1: other, 2: two})
+
+
+@pytest.mark.parametrize("ballot", [CHAT, TEXT])
+def test_the_mass_on_the_words(ballot):
+    with serve(Mock()) as mock:
+        found = ask(mock, ballot, replace(ballot, weigh=True))
+    assert found[0].mass == -1 and found[1].mass == pytest.approx(0.004)
 
 
 def test_it_learns_how_many_tokens_it_needs():

@@ -186,3 +186,19 @@ def test_agreement_with_known_labels():
 def test_surface(text, form):
     found = surface([Example("x", text, "", None)])
     assert found["yes/no form"]["x"] == form and found["words"]["x"] == len(text.split())
+
+
+def test_the_matched_set_gives_nothing_away():
+    import sys
+
+    from conftest import ROOT
+
+    sys.path.append(str(ROOT / "benchmarks"))
+    from matched import rows
+
+    found = rows(60, 0)
+    scores = surface([Example(row["question"], row["question"], "", None) for row in found])
+    for name, values in scores.items():
+        assert auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5, name
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        assert all(values[one["question"]] == values[two["question"]] for values in scores.values()), (one, two)
