@@ -1,4 +1,4 @@
-"""Everything a person sees. rich is loaded only when a table is drawn."""
+"""Everything a person sees."""
 
 import json
 import sys
@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from lorapar_cli import comparison
+from lorapar_cli import comparison, labels
 from lorapar_cli.doctor import Finding
+from lorapar_cli.tables import percent, show, table
 from stages.artifacts import Artifact, Store
 from stages.errors import LoraparError
 from stages.pipeline import State, Step, state
@@ -95,21 +96,6 @@ class Progress:
                 say(text.rstrip())
 
 
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
-
-
-def _print(thing: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(thing)
-
-
 def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"step": name, "path": str(made.path), "made": now, "summary": made.manifest["summary"]}))
@@ -118,6 +104,7 @@ def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
     if now:
         for line in _facts(made.manifest["summary"]):
             say(f"  {line}")
+        labels.report(made.path)
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:
@@ -142,11 +129,11 @@ def status(states: dict[str, State], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: {"state": s.state, "why": s.why} for name, s in states.items()}))
         return
-    table = _table("step", "state", "why")
-    table.columns[1].justify = table.columns[2].justify = "left"
+    drawn = table("step", "state", "why")
+    drawn.columns[1].justify = drawn.columns[2].justify = "left"
     for name, s in states.items():
-        table.add_row(name, s.state, s.why)
-    _print(table)
+        drawn.add_row(name, s.state, s.why)
+    show(drawn)
 
 
 def manifest(made: Artifact, as_json: bool) -> None:
@@ -160,6 +147,7 @@ def manifest(made: Artifact, as_json: bool) -> None:
         print(f"  {name}  {entry['size']} bytes  sha256 {entry['sha256'][:12]}")
     for name, entry in made.manifest["inputs"].items():
         print(f"  from {name} {entry['key']}")
+    labels.report(made.path)
 
 
 def findings(found: Iterable[Finding]) -> bool:
@@ -190,44 +178,40 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         return
     for name, rows in tables.items():
         targets = list(dict.fromkeys(row["target"] for row in rows))
-        table = _table(name, "n", *targets)
+        drawn = table(name, "n", *targets)
         for group in dict.fromkeys(row["group"] for row in rows):
             of_group = {row["target"]: row for row in rows if row["group"] == group}
             n = max(row["n"] for row in of_group.values())
-            table.add_row(group, str(n), *(_cell(of_group.get(target)) for target in targets))
+            drawn.add_row(group, str(n), *(_cell(of_group.get(target)) for target in targets))
         whole = [next(r for r in rows if r["target"] == t and r["group"] == "all") for t in targets]
         if any(row["flexible"] != row["accuracy"] for row in whole):
-            table.add_row("all, flexible", "", *(f"{_percent(row['flexible'])}" for row in whole))
+            drawn.add_row("all, flexible", "", *(f"{percent(row['flexible'])}" for row in whole))
         for outcome in ("unparsed", "truncated", "refused"):
             if any(row[outcome] for row in whole):
-                table.add_row(f"  {outcome}", "", *(str(row[outcome]) for row in whole))
-        _print(table)
+                drawn.add_row(f"  {outcome}", "", *(str(row[outcome]) for row in whole))
+        show(drawn)
         print()
     if tables:
         print("accuracy in % [95 % interval]; p: paired test on the same items against the target to the left")
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["accuracy"] is None:
         return "–"
     p = "" if row["p"] is None else "\np < .001" if row["p"] < 0.001 else f"\np = {row['p']:.2g}".replace("= 0.", "= .")
-    return f"{_percent(row['accuracy'])} [{_percent(row['low'])}–{_percent(row['high'])}]{p}"
+    return f"{percent(row['accuracy'])} [{percent(row['low'])}–{percent(row['high'])}]{p}"
 
 
 def places(store: Store, steps: dict[str, Step]) -> None:
     """Where each artifact lies, with the share of active elements."""
-    table = _table("artifact", "active elements", "where")
-    table.columns[2].justify = "left"
+    drawn = table("artifact", "active elements", "where")
+    drawn.columns[2].justify = "left"
     for name, step in steps.items():
         now = state(store, step)
         if now.artifact is not None and now.state == "current":
             share = now.artifact.manifest["summary"].get("active_share")
-            table.add_row(name, "" if share is None else f"{share:.1%}", str(now.artifact.path))
-    _print(table)
+            drawn.add_row(name, "" if share is None else f"{share:.1%}", str(now.artifact.path))
+    show(drawn)
 
 
 def choices(kinds: dict[str, dict[str, str]]) -> None:

@@ -22,6 +22,9 @@ SURFACE: dict[str, Callable[[str], float]] = {
 """What tells long from short and form from form without reading: a voter that does no better has read nothing."""
 
 
+NEAREST, MOST = 5, 2000
+
+
 def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
     """Probability that a System 2 item has the higher score, ties half, with its 95 % interval; None with one class only.
 
@@ -92,3 +95,22 @@ def with_known(known: dict[str, int], labels: dict[str, int | None], scores: dic
 def surface(examples: list[Example]) -> dict[str, dict[str, float]]:
     """The scores of SURFACE per example id."""
     return {name: {e.id: float(read(e.prompt)) for e in examples} for name, read in SURFACE.items()}
+
+
+def neighbours(scores: dict[str, dict[str, float]], known: dict[str, int]) -> dict[str, float]:
+    """Share of System 2 among the NEAREST other examples by these scores: what surface and others' labels tell together.
+
+    For the first MOST examples; each pair is looked at.
+    """
+    import numpy as np
+
+    ids = list(known)[:MOST]
+    table = np.array([[given[id] for given in scores.values()] for id in ids])  # (examples, scores)
+    table = (table - table.mean(0)) / np.where(table.std(0) > 0, table.std(0), 1)
+    twos = np.array([known[id] == 2 for id in ids])
+    found = {}
+    for i, id in enumerate(ids):
+        far = ((table - table[i]) ** 2).sum(1)
+        far[i] = np.inf
+        found[id] = float(twos[np.argsort(far, kind="stable")[:NEAREST]].mean())
+    return found

@@ -10,12 +10,13 @@ from typing import Any
 
 from stages.config import ClassifySection
 from stages.engines.votes import Votes
-from stages.language.agreement import kappas, surface, with_known
+from stages.language.agreement import SURFACE, kappas, neighbours, surface, with_known
 from stages.language.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.language.voting import Voice
 from stages.records import Labelled
 
 CONTESTED = 10
+TOGETHER = "these together"
 
 
 def counts(rows: list[Labelled]) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def report(
     if known:
         voters = {title: {i: v for i, v in voice.given.items() if v is not None} for title, voice in held.items()}
         labels = {row.example.id: row.system for row in rows}
-        whole["known"] = {"field": section.known, **with_known(known, labels, {**voters, **surface(examples)})}
+        plain = surface([example for example in examples if example.id in known])
+        plain[TOGETHER] = neighbours(plain, known)
+        whole["known"] = {"field": section.known, **with_known(known, labels, {**voters, **plain})}
     path.write_text(json.dumps(whole, indent=1, ensure_ascii=False), encoding="utf-8")
     for warning in _warnings(whole):
         say(warning)
@@ -99,13 +102,22 @@ def _warnings(whole: dict[str, Any]) -> list[str]:
             found.append(f"warning: {title} puts {mass:.2%} of its probability on the label words: it would say something else")
     if known := whole.get("known"):
         areas = {title: area[0] for title, area in known["auc"].items() if area}
-        plain = {title: area for title, area in areas.items() if title not in whole["voters"]}
-        best = max(plain, key=lambda title: abs(plain[title] - 0.5), default=None)
         reached = max((area for title, area in areas.items() if title in whole["voters"]), default=0.0)
-        if best is not None and max(plain[best], 1 - plain[best]) >= reached:
+        # A single score may stand for either system; what is fitted to labels may not.
+        plain = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
+        plain |= {TOGETHER: areas[TOGETHER]} if TOGETHER in areas else {}
+        best = max(plain, key=plain.__getitem__, default="")
+        if plain and plain[best] >= reached:
             found.append(
-                f"warning: the {best} of the question alone separate the known labels as well as the best voter (AUC "
-                f"{max(plain[best], 1 - plain[best]):.2f} and {reached:.2f}): agreement does not show that anything was read"
+                f"warning: the question's surface alone ({best}) separates the known labels as well as the best voter "
+                f"(AUC {plain[best]:.2f} and {reached:.2f}): agreement does not show that anything was read"
+            )
+        always = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2)) / max(known["n"], 1)
+        if known["interval"] is not None and known["interval"][0] <= always:
+            low, high = known["interval"]
+            found.append(
+                f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} [{low:.0%}-{high:.0%}] of the rows; "
+                f"one label for all would in {always:.0%}"
             )
     return found
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from stages.config import ClassifySection
 from stages.engines import Ballot
 from stages.errors import DataError
-from stages.language.agreement import auc, kappas, surface, with_known
+from stages.language.agreement import auc, kappas, neighbours, surface, with_known
 from stages.language.calibration import calibrate
 from stages.language.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
 from stages.language.voting import Voice, decide
@@ -186,6 +186,16 @@ def test_agreement_with_known_labels():
 def test_surface(text, form):
     found = surface([Example("x", text, "", None)])
     assert found["yes/no form"]["x"] == form and found["words"]["x"] == len(text.split())
+
+
+def test_surface_scores_together():
+    """Two rules that undo each other in one score separate in the neighbourhood."""
+    known = {f"{form}{i}": 1 + ((i >= 10) ^ form) for form in (0, 1) for i in range(20)}
+    scores = {"words": {id: float(id[1:]) for id in known}, "form": {id: float(id[0]) for id in known}}
+    ids = list(known)
+    assert auc([scores["words"][id] for id in ids], [known[id] == 2 for id in ids])[0] == 0.5
+    together = neighbours(scores, known)
+    assert auc([together[id] for id in ids], [known[id] == 2 for id in ids])[0] > 0.9
 
 
 def test_the_matched_set_gives_nothing_away():
