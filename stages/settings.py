@@ -14,15 +14,11 @@ from stages.errors import ConfigError, MissingInputError
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read `path` and apply `section.key=value` overrides; one ConfigError lists every mistake."""
-    if not path.is_file():
-        raise MissingInputError(f"no config file {path}", "see configs/, or print the defaults: lorapar config")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections, got {type(tree).__name__}")
+    """Read `path`, over the file it `extends` if it does, and apply `section.key=value` overrides.
+
+    One ConfigError lists every mistake.
+    """
+    tree = _read(path)
     for override in overrides or []:
         _override(tree, override)
     try:
@@ -31,6 +27,33 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         mistakes = [_mistake(e) for e in error.errors()]
         text = mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
         raise ConfigError(text, "every setting with its default: lorapar config") from None
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a file over that of the file it names under `extends`, relative to itself."""
+    if not path.is_file():
+        raise MissingInputError(f"no config file {path}", "see configs/, or print the defaults: lorapar config")
+    if path.resolve() in below:
+        raise ConfigError(f"{path} extends itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(tree).__name__}")
+    extended = tree.pop("extends", None)
+    if extended is None:
+        return tree
+    return _over(_read(path.parent / str(extended), (*below, path.resolve())), tree)
+
+
+def _over(under: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections merge setting by setting; lists and values are replaced."""
+    merged = dict(under)
+    for name, value in tree.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _over(merged[name], value) if both else value
+    return merged
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -37,6 +37,40 @@ def test_paper_configs_pin_every_value(path):
         assert not unpinned, f"{section}: {unpinned}"
 
 
+def test_a_config_over_another(tmp_path):
+    """Sections merge, lists are replaced, the file's own settings win, and `--set` over both."""
+    (tmp_path / "sub").mkdir()
+    written(tmp_path, "model: {name: x}\nsft: {lr: 1, epochs: 3}\nclassify: {voters: [{persona: judge}, {persona: steps}]}\n")
+    above = tmp_path / "sub/above.yaml"
+    above.write_text("extends: ../config.yaml\nsft: {lr: 2}\nclassify: {voters: [{persona: effort}]}\n")
+    found = load(above, ["sft.epochs=5"])
+    assert (found.sft.lr, found.sft.epochs, [v.persona for v in found.classify.voters]) == (2, 5, ["effort"])
+    above.write_text("extends: above.yaml\n")
+    assert message(above) == f"{above} extends itself"
+
+
+def test_table1_has_a_config_for_every_row():
+    voters = {p.stem: load(p).classify for p in (ROOT / "configs/paper/table1").glob("*.yaml")}
+    assert {name: len(c.voters) for name, c in voters.items() if c.strategy == "vote"} == {
+        "qwq-judge": 1, "qwq": 1, "r1": 1, "vote3": 3, "vote5": 5
+    }  # fmt: skip
+    assert voters["random"].strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("voter", "text"),
+    [
+        ("{base_url: 'http://a/v1'}", "classify.voters.0: base_url needs model, the name it is served under"),
+        ("{engine: openai}", "classify.voters.0: engine openai needs base_url"),
+        ("{engine: vllm, model: m, base_url: 'http://a/v1'}", "classify.voters.0: base_url is for engine openai, not vllm"),
+        ("{samples: 3}", "classify.voters.0: 3 samples of a greedy voter are all the same; set temperature"),
+        ("{person: judge}", "unknown setting classify.voters.0.person (did you mean classify.voters.0.persona?)"),
+    ],
+)
+def test_mistakes_of_voters(tmp_path, voter, text):
+    assert message(written(tmp_path, f"model: {{name: x}}\nclassify: {{voters: [{voter}]}}\n")).startswith(text)
+
+
 @pytest.mark.parametrize(
     ("setting", "text"),
     [

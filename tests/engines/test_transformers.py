@@ -66,3 +66,32 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
     stopped = dict(engine.generate([Question(questions[0].ids), Question(questions[1].ids, (text,))], Sampling(20, ())))
     assert stopped[1].complete and len(stopped[1].ids) < 20 and ids[: len(stopped[1].ids)] == stopped[1].ids
     assert text in engine.tokenizer.decode(stopped[1].ids)
+
+
+def test_a_thought_comes_before_the_choice(engine):
+    """The choice is that after prompt, thought and its end; the same thought gives the same choice."""
+    ids = [40, 9, 60, 70]
+    ((_, answer),) = engine.generate([Question(ids)], Sampling(6, (engine.tokenizer.eos_token_id,)))
+    thought = engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
+    after = ids + engine.tokenizer(f"{thought}\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    plain, with_thought, again, written = (
+        choice.shares
+        for _, choice in sorted(
+            engine.choose(
+                [
+                    Ballot(ids, ("A", "B")),
+                    Ballot(ids, ("A", "B"), thought=6),
+                    Ballot(ids, ("A", "B"), thought=6),
+                    Ballot(after, ("A", "B")),
+                ]
+            )
+        )
+    )
+    assert with_thought == pytest.approx(written, abs=1e-6) and with_thought == pytest.approx(again, abs=1e-6)
+    assert plain != pytest.approx(with_thought, abs=1e-6)
+
+
+def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):
+    longest = engine.model.config.max_position_embeddings
+    found = dict(engine.choose([Ballot([40] * (longest + 1), ("A", "B")), Ballot([40, 9], ("A", "B"))]))
+    assert found[0].reason == "too_long" and len(found[1].shares) == 2
