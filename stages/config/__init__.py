@@ -1,0 +1,64 @@
+"""Every setting, as pydantic models, one per section. A field's description is its only documentation.
+
+A field marked `identity=False` does not change a result (or a digest stands for it) and stays out of the artifact keys.
+`settings.py` reads the YAML into these models.
+"""
+
+from pathlib import Path
+
+from pydantic import model_validator
+
+from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
+from stages.config.fields import Section, setting
+from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
+from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
+from stages.config.training import PartitionSection, RlSection, ScoreSection, SftSection, TrainSection
+
+__all__ = [
+    "BenchmarkSection",
+    "ClassifySection",
+    "Config",
+    "DataSection",
+    "EvalSection",
+    "LoraSection",
+    "ModelSection",
+    "PartitionSection",
+    "PromptSection",
+    "RlSection",
+    "SandboxSection",
+    "ScoreSection",
+    "Section",
+    "ServerSection",
+    "SftSection",
+    "SourceSection",
+    "ThinkingSection",
+    "TrainSection",
+    "Voter",
+]
+
+
+class Config(Section):
+    run: str = setting("default", "Name of the run: a folder below runs_dir.", identity=False, pattern=r"^[\w][\w.-]*$")
+    runs_dir: str = setting("runs", "Where runs are kept.", identity=False)
+    seed: int = setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
+    model: ModelSection = setting(..., "The base model.")
+    data: DataSection = setting(DataSection(), "Training rows.")
+    prompt: PromptSection = setting(PromptSection(), "What the model is shown, in score, sft, rl and eval alike.")
+    lora: LoraSection = setting(LoraSection(), "The adapter.")
+    server: ServerSection = setting(ServerSection(), "Servers that voters and evaluation ask.")
+    classify: ClassifySection = setting(ClassifySection(), "Label examples System 1 or 2.")
+    score: ScoreSection = setting(ScoreSection(), "Importance of every LoRA element.")
+    partition: PartitionSection = setting(PartitionSection(), "Split the elements.")
+    sft: SftSection = setting(SftSection(), "Supervised training of the System 1 part.")
+    rl: RlSection = setting(RlSection(), "GRPO on the System 2 part.")
+    eval: EvalSection = setting(EvalSection(), "What base, init, sft or rl can do.")
+
+    @model_validator(mode="after")
+    def _importance(self) -> "Config":
+        if self.lora.init == "default" and self.partition.strategy != "all" and self.score.scorer != "magnitude":
+            raise ValueError("lora.init default has B = 0, so every importance is zero; choose normal, pissa or olora")
+        return self
+
+    @property
+    def root(self) -> Path:
+        return Path(self.runs_dir) / self.run

@@ -1,0 +1,78 @@
+"""Benchmarks and the sandbox."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from stages.config.fields import Section, named, setting
+from stages.config.sources import PromptSection, SourceSection
+
+Benchmark = Annotated[str, named("stages.benchmarks", "benchmarks")]
+
+
+class BenchmarkSection(SourceSection):
+    kind: Benchmark = setting("", "A benchmark (lorapar list benchmarks); the entry's name if left out.")
+    label: bool = setting(True, "Let the voters label the rows too, so that results are split by system.", not_for="classify")
+    shots: int = setting(0, "Worked examples in the prompt.", not_for="classify", ge=0)
+    shots_path: str | None = setting(None, "Where they come from; none: the same hub data set.", identity=False)
+    shots_split: str = setting("train", "Their split of a hub data set.", not_for="classify")
+    mode: Literal["generate", "likelihood"] = setting(
+        "generate", "likelihood: take the likeliest of the choices (mmlu).", not_for="classify"
+    )
+    max_new_tokens: int = setting(256, "Longest answer in tokens.", not_for="classify", gt=0)
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", not_for="classify", ge=0)
+    top_p: float = setting(1.0, "Nucleus sampling.", not_for="classify", gt=0, le=1)
+    samples: int = setting(1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0)
+    seed: int = setting(0, "Seed of sampled answers.", not_for="classify", ge=0)
+    prompt: PromptSection | None = setting(None, "Overrides `prompt`.", not_for="classify")
+    tasks: list[str] = setting([], "Tasks of the evaluation harness (lm_eval).", not_for="classify")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BenchmarkSection":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
+        return self
+
+
+class SandboxSection(Section):
+    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
+        "auto", "What holds programs that a model wrote; auto: the first of bubblewrap, landlock that passes its self-test."
+    )
+    seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0)
+    memory_mb: int = setting(512, "Address space of one program.", ge=64)
+
+
+class EvalSection(Section):
+    targets: list[Literal["base", "init", "sft", "rl"]] = setting(
+        ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
+    )
+    benchmarks: dict[str, BenchmarkSection] = setting({}, "What they are asked, by a name of your choice.", identity=False)
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", "auto: vllm on a GPU where it is installed, else transformers; on CPU vllm pays for large benchmarks."
+    )
+    parity_items: int = setting(
+        8, "First items whose answers are checked against the unmerged adapter; 0: none.", identity=False, ge=0
+    )
+    sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.")
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _defaults(cls, entries: Any) -> Any:
+        """Fill in what each kind of benchmark brings along; an own `path` is not read with another data set's settings."""
+        from stages.benchmarks import benchmarks
+
+        if not isinstance(entries, dict):
+            return entries
+        filled = {}
+        for name, entry in entries.items():
+            if not re.fullmatch(r"\w[\w-]*", str(name)) or name == "train":
+                raise ValueError(f"{name!r} cannot be the name of a benchmark")
+            if isinstance(entry, dict):
+                kind = entry.get("kind") or name
+                brought = benchmarks.pick(kind).DEFAULTS if kind in benchmarks.names() else {}
+                if "path" in entry:
+                    brought = {key: value for key, value in brought.items() if key not in SourceSection.model_fields}
+                entry = {**brought, **entry, "kind": kind}
+            filled[name] = entry
+        return filled

@@ -1,0 +1,53 @@
+"""The base model, rows, the prompt and the adapter."""
+
+from typing import Literal
+
+from stages.config.fields import Section, setting
+
+
+class ModelSection(Section):
+    name: str = setting(..., "Base model: a local folder or a hub id.", identity=False)
+    revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Type of the base weights; auto is the checkpoint's.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
+        "auto", "Attention code; auto is the library's choice, eager is faster for short rows on CPU.", identity=False
+    )
+
+
+class SourceSection(Section):
+    path: str | None = setting(None, "A .jsonl or .jsonl.gz file, or a hub id.", identity=False)
+    subset: str | None = setting(None, "Configuration name of a hub data set.")
+    split: str = setting("train", "Split of a hub data set.")
+    revision: str = setting("main", "Revision of a hub data set.", identity=False)
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting("auto", "Format of the rows.")
+    limit: int | None = setting(None, "Use the first N rows only.", gt=0)
+    duplicates: Literal["error", "first"] = setting("error", "Rows whose prompt and response repeat.")
+
+
+class DataSection(SourceSection):
+    max_length: int = setting(512, "Longest prompt + response in tokens.", not_for="classify", gt=0)
+    too_long: Literal["error", "drop", "truncate"] = setting(
+        "error", "What to do with longer training rows.", not_for="classify"
+    )
+
+
+class PromptSection(Section):
+    system: str | None = setting(None, "System message; none leaves it to the chat template.")
+    template: Literal["chat", "plain"] = setting("chat", "The tokenizer's chat template, or `Question: … Answer:`.")
+    answer_format: Literal["hash", "xml"] = setting("hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>.")
+
+
+class LoraSection(Section):
+    r: int = setting(8, "Rank.", gt=0)
+    alpha: float = setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
+    target_modules: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.", min_length=1
+    )
+    init: Literal["normal", "pissa", "olora", "default"] = setting("normal", "normal: A and B ~ N(0, std²), as in the paper.")
+    std: float = setting(0.01, "Standard deviation of init normal.", gt=0)
+    compensate: Literal["auto"] | bool = setting("auto", "Subtract the initial B₀A₀; auto: for pissa and olora.")
+    rslora: bool = setting(False, "Scale by alpha / √r instead.")
+
+    @property
+    def compensated(self) -> bool:
+        return self.init in ("pissa", "olora") if self.compensate == "auto" else self.compensate

@@ -1,0 +1,78 @@
+"""Scores, masks, SFT and RL."""
+
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from stages.config.fields import Section, named, setting
+from stages.config.sources import PromptSection
+
+Scorer = Annotated[str, named("stages.lora.importance", "scorers")]
+Strategy = Annotated[str, named("stages.lora.regions", "strategies")]
+Reward = Annotated[str, named("stages.language.rewards", "rewards")]
+
+
+class ScoreSection(Section):
+    scorer: Scorer = setting("taylor2", "Importance formula.")
+    examples: int = setting(100, "Examples per system.", gt=0)
+    batch_size: int = setting(8, "Examples per forward pass.", identity=False, gt=0)
+    prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
+
+
+class PartitionSection(Section):
+    strategy: Strategy = setting("importance", "How the elements are split.")
+    theta: float = setting(0.9, "Share of the total importance that each system's set reaches.", gt=0, le=1)
+    alpha: float = setting(1, "Share of the shared elements that SFT trains.", ge=0, le=1)
+    beta: float = setting(1, "Share of the shared elements that RL trains.", ge=0, le=1)
+
+
+class TrainSection(Section):
+    lr: float = setting(2e-4, "Peak learning rate.", gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
+    warmup: float = setting(0.03, "Share of the steps that warm up.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
+    max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
+    epochs: float = setting(1, "Passes over the data.", gt=0)
+    max_steps: int | None = setting(None, "Stop after N optimizer steps.", gt=0)
+    gradient_checkpointing: bool = setting(False, "Trade time for memory.", identity=False)
+    prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
+
+
+class SftSection(TrainSection):
+    data: Literal["system1", "all"] = setting("system1", "Rows to train on.")
+    system2_share: float = setting(0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1)
+    batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
+    micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
+    dropout: float = setting(0.05, "LoRA dropout.", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "SftSection":
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class RlSection(TrainSection):
+    data: Literal["system2", "all"] = setting("system2", "Rows to train on.")
+    prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
+    group: int = setting(8, "Completions per prompt.", gt=1)
+    micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
+    iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
+    temperature: float = setting(1.0, "Sampling temperature.", gt=0)
+    top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
+    max_prompt: int = setting(128, "Longest prompt in tokens; longer ones are dropped and counted.", gt=0)
+    max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
+    kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
+    kl_reference: Literal["base", "sft"] = setting("base", "Model the KL term holds on to.")
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "Divide advantages by a standard deviation.")
+    rewards: dict[Reward, float] = setting({"correctness": 2.0}, "Reward functions and their weights.", min_length=1)
+    dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "RlSection":
+        if (self.prompts_per_step * self.group) % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}")
+        return self
