@@ -12,13 +12,15 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
+from stages import launch, team
 from stages.artifacts import Store
 from stages.config import Config
 from stages.engines import NAMES as ENGINES
 from stages.engines import Pool, resolved
 from stages.errors import ConfigError, LoraparError, MissingInputError
-from stages.pipeline import STAGES, Stage, Step, plan, run_step, state
+from stages.pipeline import Step, plan, run_step, state
 from stages.settings import annotated, load
+from stages.table import STAGES, Stage, order
 
 app = typer.Typer(
     help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",
@@ -48,12 +50,18 @@ def _plan(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, St
 
 def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make the artifacts of these steps, one after the other, with one engine as long as it serves."""
-    progress = render.Progress()
+    progress = render.Progress() if team.first() else render.Silence()
     with Pool() as engines:
         for step in steps:
             artifact, made = run_step(settings, step, force, progress, engines)
             progress.done()
-            render.artifact(step.name, artifact, made, as_json)
+            if team.first():
+                render.artifact(step.name, artifact, made, as_json)
+
+
+def _current(settings: Config, steps: list[Step]) -> bool:
+    store = Store(settings.root)
+    return all(state(store, step).state == "current" for step in steps)
 
 
 def _stage_command(stage: Stage) -> None:
@@ -62,7 +70,11 @@ def _stage_command(stage: Stage) -> None:
         mine = [s for s in steps.values() if s.stage is stage]
         if not mine:
             raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
-        _make(settings, mine, force, as_json)
+        launching = getattr(getattr(settings, stage.name), "launch", None)
+        if launching and launching.several and not team.launched() and (force or not _current(settings, mine)):
+            launch.run(launching, sys.argv[1:])
+        else:
+            _make(settings, mine, force, as_json)
 
     app.command(stage.name, help=stage.help)(command)
 
@@ -124,8 +136,8 @@ def run(
             raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(STAGES)}")
     settings, steps = _plan(config, set_)
     store = Store(settings.root)
-    order = list(STAGES)
-    todo = order[order.index(first or order[0]) : order.index(last or order[-1]) + 1]
+    names = [stage.name for stage in order(settings)]
+    todo = names[names.index(first or names[0]) : names.index(last or names[-1]) + 1]
     if not todo:
         raise ConfigError(f"--from {first} comes after --to {last}")
     ran = shown = False
@@ -256,12 +268,13 @@ def fetch(
 def main() -> None:
     """Run the command; a LoraparError becomes two lines and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("stages").setLevel(logging.INFO)
+    logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except LoraparError as error:
         if os.environ.get("LORAPAR_DEBUG"):
             raise
-        render.error(error)
+        if not team.tell(error):
+            render.error(error)
         sys.exit(error.exit_code)

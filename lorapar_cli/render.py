@@ -96,6 +96,15 @@ class Progress:
                 say(text.rstrip())
 
 
+class Silence:
+    """The Progress of a process that is not the first of its kind."""
+
+    def start(self, what: str, total: int | None = None) -> None: ...
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+    def say(self, text: str) -> None: ...
+    def done(self) -> None: ...
+
+
 def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"step": name, "path": str(made.path), "made": now, "summary": made.manifest["summary"]}))

@@ -145,21 +145,21 @@ class Store:
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "manifest.json")
         entries = {}
         for file in files:
-            _fsync(file)
+            fsync(file)
             entries[file.relative_to(partial).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
         full = {"schema": SCHEMA, "stage": stage, "key": key, **manifest, "files": entries}
         text = json.dumps(full, indent=1, ensure_ascii=False, allow_nan=False)
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        _fsync(partial / "manifest.json")
+        fsync(partial / "manifest.json")
         for folder in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
-            _fsync(folder)
+            fsync(folder)
         if final.exists():
             n = 1
             while (aside := final.with_name(f"{key}.old-{n}")).exists():
                 n += 1
             final.rename(aside)
         partial.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
         artifact = self.load(final)
         assert artifact is not None
         return artifact
@@ -172,7 +172,7 @@ class Store:
         return partial
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -40,6 +40,12 @@ class OutputError(LoraparError):
     exit_code = 73
 
 
+class OutOfMemoryError(LoraparError):
+    """Memory of the device or the machine ran out; the same command resumes."""
+
+    exit_code = 74
+
+
 class BusyError(LoraparError):
     """Another process holds the stage, or a port."""
 

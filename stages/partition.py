@@ -28,7 +28,7 @@ def run(partition: PartitionSection, seed: int, score_dir: Path, out: Path, prog
     else:
         scores = {system: flat(tensors) for system, tensors in read_importance(score_dir / "importance.safetensors").items()}
     progress.start("partition")
-    split = strategies.pick(partition.strategy)(scores, partition, seed)
+    split = strategies.pick(partition.strategy)(scores, partition, seed, [shapes[name].numel() for name in sorted(shapes)])
     if not bool(split.sft.any()) and not bool(split.rl.any()):
         raise MeaninglessError("no element is active in any stage", "raise partition.theta, alpha or beta")
     Masks.cut(split, shapes).write(out / "masks.safetensors")

@@ -1,4 +1,4 @@
-"""The stage table, and what follows from it: steps and their keys, why a step is stale, one step's run.
+"""What follows from the stage table: steps and their keys, why a step is stale, one step's run.
 
 A step is a stage, or one variant of it (classify: the training rows or a benchmark's; eval: one target at one benchmark). A stage function is
 called as `run(**sections, **{stage}_dir for each input, out, progress, …)` and sees only what its row declares.
@@ -10,17 +10,19 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stages import sources
+from stages import sources, team
 from stages.artifacts import Artifact, DigestCache, Store, key_of
+from stages.checkpoints import Checkpoints
 from stages.config import Config
 from stages.engines import Pool
 from stages.errors import ArtifactError, ConfigError, MissingInputError
 from stages.settings import identity
+from stages.table import Stage, needs_scores, order, section
 
 log = logging.getLogger(__name__)
 
@@ -31,100 +33,6 @@ class Progress(Protocol):
     def start(self, what: str, total: int | None = None) -> None: ...
     def advance(self, n: int = 1, note: str = "") -> None: ...
     def say(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the table. The callables get the config and the variant."""
-
-    name: str
-    help: str
-    needs: Callable[[Config, str], tuple[str, ...]]
-    """Steps whose artifacts it reads."""
-    sections: Callable[[str], tuple[str, ...]]
-    """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
-    variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
-    version: int = 1
-    """Raised when the meaning of the output changes; a refactor does not raise it."""
-
-
-def _needs_scores(config: Config) -> bool:
-    from stages.lora.regions import NEED_NO_SCORES
-
-    return config.partition.strategy not in NEED_NO_SCORES
-
-
-def _score_needs(config: Config, _: str) -> tuple[str, ...]:
-    return ("classify:train",) if _needs_scores(config) else ()
-
-
-def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
-    target, _, name = variant.partition("@")
-    labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
-    return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
-
-
-def _classify_variants(config: Config) -> tuple[str, ...]:
-    return (
-        *(["train"] if config.data.path else []),
-        *(name for name, benchmark in config.eval.benchmarks.items() if benchmark.label),
-    )
-
-
-def _section(config: Config, path: str) -> tuple[str, Any]:
-    """The section at a dotted path, and the name under which a stage function takes it."""
-    if path.startswith(_BENCHMARKS):
-        return "benchmark", config.eval.benchmarks[path.removeprefix(_BENCHMARKS)]
-    return path, getattr(config, path)
-
-
-_BENCHMARKS = "eval.benchmarks."
-
-
-STAGES = {
-    stage.name: stage
-    for stage in [
-        Stage(
-            "classify",
-            "Label every example System 1 or 2 by votes.",
-            needs=lambda config, split: (),
-            sections=lambda rows: ("data" if rows == "train" else f"{_BENCHMARKS}{rows}", "classify", "server"),
-            variants=_classify_variants,
-            version=2,
-        ),
-        Stage(
-            "score",
-            "Make the initial adapter and score every LoRA element for each system.",
-            needs=_score_needs,
-            sections=lambda _: ("model", "data", "prompt", "lora", "score", "seed"),
-        ),
-        Stage(
-            "partition",
-            "Split the elements into S1-only, S2-only and shared, and write the masks.",
-            needs=lambda config, _: ("score",),
-            sections=lambda _: ("partition", "seed"),
-        ),
-        Stage(
-            "sft",
-            "Train the System 1 part on System 1 rows.",
-            needs=lambda config, _: ("classify:train", "score", "partition"),
-            sections=lambda _: ("model", "data", "prompt", "lora", "sft", "seed"),
-        ),
-        Stage(
-            "rl",
-            "Train the System 2 part on System 2 rows with GRPO.",
-            needs=lambda config, _: ("classify:train", "partition", "sft"),
-            sections=lambda _: ("model", "prompt", "lora", "rl", "seed"),
-        ),
-        Stage(
-            "eval",
-            "Grade base, init, sft or rl on the benchmarks.",
-            needs=_eval_needs,
-            sections=lambda variant: ("model", "prompt", "eval", f"{_BENCHMARKS}{variant.partition('@')[2]}", "server"),
-            variants=lambda config: tuple(f"{t}@{name}" for t in config.eval.targets for name in config.eval.benchmarks),
-        ),
-    ]
-}
 
 
 @dataclass(frozen=True)
@@ -160,13 +68,13 @@ def plan(config: Config) -> dict[str, Step]:
         raise ConfigError("data.path is not set", "a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
-    for stage in STAGES.values():
+    for stage in order(config):
         for variant in stage.variants(config):
             needs = stage.needs(config, variant)
             if not set(needs) <= set(steps) or (stage.name == "score" and not config.data.path):
                 continue  # without training rows there is only the base to evaluate
             inputs = {name: steps[name] for name in needs}
-            sections = {path: identity(_section(config, path)[1], stage.name) for path in stage.sections(variant)}
+            sections = {path: identity(section(config, path)[1], stage.name) for path in stage.sections(variant)}
             whole = {
                 "stage": stage.name,
                 "variant": variant,
@@ -231,21 +139,25 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
     A stale or missing input is an error, not a silent rerun; a damaged artifact is never overwritten without `force`.
     """
     store, stage = Store(config.root), step.stage
-    with store.lock(stage.name, step.key):
+    with store.lock(stage.name, step.key) if team.first() else nullcontext():
         inputs = {name: _current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if now.state == "current" and not force:
             assert now.artifact is not None
-            store.point_latest(stage.name, step.variant, step.key)
+            if team.first():
+                store.point_latest(stage.name, step.variant, step.key)
             return now.artifact, False
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {stage.name} CONFIG --force")
-        out = store.start_partial(stage.name, step.key)
+        team.wait()  # the others have seen what is there, too
+        out = store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
+        extras = _extras(config, step, inputs, force, engines)
+        team.wait()
         begun = time.monotonic()
         summary = importlib.import_module(f"stages.{stage.name}").run(
-            **dict(_section(config, path) for path in stage.sections(step.variant)),
+            **dict(section(config, path) for path in stage.sections(step.variant)),
             **{f"{name.partition(':')[0]}_dir": artifact.path for name, artifact in inputs.items()},
-            **_extras(config, step, force, engines),
+            **extras,
             out=out,
             progress=progress,
         )
@@ -256,8 +168,14 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
             "summary": summary,
             "provenance": _provenance(config, time.monotonic() - begun),
         }
-        artifact = store.commit(stage.name, step.key, manifest)
-        store.point_latest(stage.name, step.variant, step.key)
+        team.wait()
+        if team.first():
+            store.commit(stage.name, step.key, manifest)
+            store.point_latest(stage.name, step.variant, step.key)
+            _checkpoints(config, step, inputs).clear()
+        team.wait()
+        artifact = store.load(store.folder(stage.name, step.key))
+        assert artifact is not None
         return artifact, True
 
 
@@ -271,19 +189,30 @@ def _current(store: Store, step: Step) -> Artifact:
     raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
 
 
-def _extras(config: Config, step: Step, force: bool, engines: Pool) -> dict[str, Any]:
-    """What a stage gets beside sections and inputs: its variant, where its journals are, and the engines."""
+def _extras(config: Config, step: Step, inputs: dict[str, Artifact], force: bool, engines: Pool) -> dict[str, Any]:
+    """What a stage gets beside sections and inputs: its variant, where its journals or checkpoints are, and the engines."""
     outside = step.identity["outside"]
     if step.stage.name == "classify":
         home = config.root / "classify" / "votes"
         return {"votes_dir": home, "model": config.model, "voter_identities": outside.get("voters", []), "engines": engines}
     if step.stage.name == "score":
-        return {"wanted": _needs_scores(config)}
+        return {"wanted": needs_scores(config)}
+    if step.stage.name in ("sft", "rl"):
+        checkpoints = _checkpoints(config, step, inputs)
+        if force and team.first():
+            checkpoints.clear()
+        return {"checkpoints": checkpoints}
     if step.stage.name == "eval":
         home = config.root / "eval" / "answers"
         target = step.variant.partition("@")[0]
         return {"target": target, "answers_dir": home, "model_digest": outside["model"], "again": force, "engines": engines}
     return {}
+
+
+def _checkpoints(config: Config, step: Step, inputs: dict[str, Artifact]) -> Checkpoints:
+    folder = config.root / step.stage.name / "checkpoints" / step.key
+    of = {"inputs": {name: artifact.digest for name, artifact in inputs.items()}, "processes": team.size()}
+    return Checkpoints(folder, key_of(of))
 
 
 def _provenance(config: Config, seconds: float) -> dict[str, Any]:
@@ -301,6 +230,7 @@ def _provenance(config: Config, seconds: float) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processes": team.size(),
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }

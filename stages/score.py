@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from stages import team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.language.prompts import Renderer, Row, load_tokenizer
 from stages.lora import adapter
@@ -45,10 +48,11 @@ def run(
     """
     base = adapter.load_base(model)
     peft_model = adapter.initial(base, lora, seed)
-    adapter.save(peft_model, out / "init", model.name)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
-    (out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    if team.first():
+        adapter.save(peft_model, out / "init", model.name)
+        (out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if not wanted:
         return summary
@@ -61,7 +65,8 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], min(score.examples, len(examples[system])))
         rows, long = renderer.rows(chosen, data)
         progress.start(f"score System {system}", len(rows))
-        sums = _moments(peft_model, rows, score.batch_size, renderer, progress)
+        sums = _moments(peft_model, rows[team.rank() :: team.size()], score.batch_size, renderer, progress)
+        _add_up(sums)
         scores[system] = _importance(peft_model, sums, lora, score.scorer)
         check(flat(scores[system]), system)
         summary[f"system{system}"] = {
@@ -70,7 +75,8 @@ def run(
             "mean_loss": sums.loss / sums.examples,
             "second_order": _second_order(peft_model, sums, lora),
         }
-    write_importance(out / "importance.safetensors", scores)
+    if team.first():
+        write_importance(out / "importance.safetensors", scores)
     return {**summary, "prompt": renderer.digest()}
 
 
@@ -85,6 +91,13 @@ def _moments(model: PeftModel, rows: list[Row], batch_size: int, renderer: Rende
             yield rows[i : i + batch_size]
 
     return moments(model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def _add_up(sums: Moments) -> None:
+    """The sums of all processes, in each of them."""
+    counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=next(iter(sums.gradient.values())).device)
+    team.add([counts, *sums.gradient.values(), *sums.square.values()])
+    sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 
 def _importance(model: PeftModel, sums: Moments, lora: LoraSection, scorer: str) -> dict[str, Tensor]:

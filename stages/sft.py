@@ -1,17 +1,21 @@
-"""sft: supervised training of the active System 1 elements, by TRL's SFTTrainer."""
+"""sft: supervised training of the active System 1 elements, by TRL's SFTTrainer, from the initial adapter or RL's."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.checkpoints import Checkpoints
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
-from stages.language.prompts import Renderer, load_tokenizer
+from stages.language.prompts import Renderer, Row, load_tokenizer
 from stages.lora import adapter, training
+from stages.lora.health import Healthy, Vitals, Watch
 from stages.lora.masks import Masks
+from stages.lora.optimizers import LoraPlus
+from stages.lora.resume import ExactResume
 from stages.records import Example, Labelled, of_system, read_labels
 
 if TYPE_CHECKING:
@@ -26,27 +30,38 @@ def run(
     sft: SftSection,
     seed: int,
     classify_dir: Path,
-    score_dir: Path,
     partition_dir: Path,
+    checkpoints: Checkpoints,
     out: Path,
     progress: Progress,
+    score_dir: Path | None = None,
+    rl_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT, loads on the plain base model) and `history.json`; returns what was trained."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    class Trainer(Healthy, ExactResume, LoraPlus, SFTTrainer):
+        ratio = sft.loraplus_ratio
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            super()._load_rng_state(checkpoint)
+            if checkpoint is not None:
+                self._total_train_tokens = self.state.log_history[-1]["num_tokens"]  # the one count that is in no checkpoint
+
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
     examples = _examples(read_labels(classify_dir / "labels.jsonl"), sft, seed)
     rows, long = renderer.rows(examples, data)
+    start = training.start(score_dir, rl_dir)
     active = Masks.load(partition_dir / "masks.safetensors").sft
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    peft_model = adapter.attach(adapter.load_base(model), lora, score_dir / "init", sft.dropout)
-    trainer = SFTTrainer(
+    peft_model = adapter.attach(adapter.load_base(model), lora, start, sft.dropout)
+    trainer = Trainer(
         model=peft_model,
         args=SFTConfig(
-            **training.arguments(sft, steps, seed, out / "trainer"),
+            **training.arguments(sft, steps, seed, checkpoints),
             per_device_train_batch_size=sft.micro_batch,
-            gradient_accumulation_steps=sft.batch_size // sft.micro_batch,
+            gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
             max_length=None,  # rows are cut, dropped or refused by the renderer
             packing=False,
             loss_type="nll",
@@ -54,11 +69,21 @@ def run(
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
-    watch = training.Watch(progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate"))
-    trainer.add_callback(watch)
-    summary = training.train(trainer, peft_model, active, score_dir / "init", out, model.name)
-    (out / "history.json").write_text(json.dumps(watch.history, indent=1))
+    trainer.vitals = Vitals(_row_ids(rows), f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
+    trainer.add_callback(Watch(progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
+    summary = training.train(trainer, peft_model, active, start, out, model.name, checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
+
+
+def _row_ids(rows: list[Row]) -> Callable[[dict[str, Any]], list[str]]:
+    """From a collated batch back to the ids of its rows."""
+    names = {tuple(row.input_ids): row.id for row in rows}
+
+    def ids(batch: dict[str, Any]) -> list[str]:
+        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        return [names.get(tuple(tokens[mask.bool()].tolist()), "unknown") for tokens, mask in pairs]
+
+    return ids
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:

@@ -138,6 +138,8 @@ def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> 
         benchmark = config.eval.benchmarks[variant.partition("@")[2]]
         shots = {"shots": source_identity(shots_source(benchmark), cache)} if benchmark.shots else {}
         return {"model": model_identity(config.model, cache), "rows": source_identity(benchmark, cache), **shots}
+    if stage == "rl" and config.rl.rewards_file:
+        return {"model": model_identity(config.model, cache), "rewards_file": cache.file(Path(config.rl.rewards_file))}
     if stage != "classify":
         return {"model": model_identity(config.model, cache)}
     rows = {"rows": source_identity(config.data if variant == "train" else config.eval.benchmarks[variant], cache)}

@@ -12,7 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import settings
 
+from stages.artifacts import Artifact
 from stages.config import Config
+from stages.engines import Pool, resolved
+from stages.pipeline import plan, run_step
 from stages.settings import load
 
 settings.register_profile("lorapar", deadline=None)  # these machines are shared: a slow call is no failure
@@ -54,6 +57,26 @@ def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
         f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
         f"runs_dir={runs / 'runs'}",
     ]
+
+
+def make_step(config: Config, name: str, force: bool = False) -> Artifact:
+    """Run one step, whose inputs are there."""
+    config = resolved(config)
+    with Pool() as engines:
+        return run_step(config, plan(config)[name], force, Silent(), engines)[0]
+
+
+@pytest.fixture(scope="session")
+def begun(tiny: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """The smoke config with its first stages done, up to the masks, and the given settings changed."""
+    home = [*paths(tiny, demo_data, tmp_path_factory.mktemp("begun")), "data.limit=48"]
+
+    def config(*more: str) -> Config:
+        return load(ROOT / "configs/smoke.yaml", [*home, *more])
+
+    for name in ("classify:train", "score", "partition"):
+        make_step(config(), name)
+    return config
 
 
 @dataclass

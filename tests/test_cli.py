@@ -41,7 +41,7 @@ def config(tiny, demo_data, tmp_path):
         (
             "partition.strategy=best",
             78,
-            "error: partition.strategy: unknown strategy 'best'; choose from: all, importance, random\n",
+            "error: partition.strategy: unknown strategy 'best'; choose from: all, complement, importance, random, random_within, swapped\n",
         ),
         (
             "model.name=/nowhere/m",

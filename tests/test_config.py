@@ -105,12 +105,15 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     assert "3 mistakes" in text
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
     assert "sft.lr: input should be a valid number, unable to parse string as a number, got 'fast'" in text
-    assert "score.scorer: unknown scorer 'taylr'; choose from: magnitude, taylor2" in text
+    assert "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, taylor1, taylor2" in text
 
 
 def test_unknown_strategy(tmp_path):
     text = message(written(tmp_path, "model: {name: x}\n"), "partition.strategy=best")
-    assert text == "partition.strategy: unknown strategy 'best'; choose from: all, importance, random"
+    assert (
+        text
+        == "partition.strategy: unknown strategy 'best'; choose from: all, complement, importance, random, random_within, swapped"
+    )
 
 
 def test_missing_model_name(tmp_path):

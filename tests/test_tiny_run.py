@@ -279,7 +279,7 @@ def test_rl_rows_without_gold(copied, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = copied(f"data.path={tmp_path / 'd.jsonl'}")
     make(config, "classify:train", "score", "partition", "sft")
-    with pytest.raises(DataError, match=r"reward correctness needs a gold answer, and (\d+) of \1 RL rows have none"):
+    with pytest.raises(DataError, match=r"reward correctness reads gold, and (\d+) of \1 RL rows have none"):
         make(config, "rl")
 
 

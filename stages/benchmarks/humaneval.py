@@ -7,12 +7,11 @@ believes an object that claims to equal everything.
 
 from __future__ import annotations
 
-import ast
-import re
 from typing import TYPE_CHECKING, Any
 
 from stages.benchmarks.grading import Context, Grade, bad_rows
 from stages.config import BenchmarkSection
+from stages.language.code import STOP, code_of
 from stages.language.prompts import Asked
 from stages.records import Example
 from stages.sandbox import SandboxFailure
@@ -31,8 +30,6 @@ DEFAULTS: dict[str, Any] = {
 }
 GROUPS = ()
 SANDBOX = True
-STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
-"""What begins after the function: those of the paper and four more, which cannot be part of a function's body either."""
 
 
 def load(section: BenchmarkSection) -> list[Example]:
@@ -59,33 +56,6 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         return [Asked(renderer.prompt(text), renderer.prompt_ids(text)) for text in texts]
     # Without its last line break, which most tokenizers merge with the indentation that follows it.
     return [Asked(*renderer.few_shot("", [], e.prompt.rstrip()), STOP) for e in examples]
-
-
-def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
-    """The program in an answer: the one place that decides what counts as code. None if there is nothing to run.
-
-    A completion continues the prompt up to the first STOP text. From a chat the last code block with the function is taken,
-    else the last one, else the whole text; if it does not define the function, it continues the prompt. Indentation is left
-    as it is: a wrong one is the model's mistake.
-    """
-    if not chat:
-        ends = [at for stop in STOP if (at := output.find(stop)) >= 0]
-        body = output[: min(ends)] if ends else output
-        return "\n".join([prompt.rstrip(), body.removeprefix("\n"), ""]) if body.strip() else None
-    blocks = re.findall(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", output, re.DOTALL)
-    with_entry = [block for block in blocks if _defines(block, entry)]
-    code = (with_entry or blocks or [output])[-1]
-    if not code.strip():
-        return None
-    # What the prompt defines or imports stays available to a function written anew.
-    return f"{prompt}    pass\n\n{code}\n" if _defines(code, entry) else f"{prompt}{code}\n"
-
-
-def _defines(code: str, entry: str) -> bool:
-    try:
-        return any(isinstance(node, ast.FunctionDef) and node.name == entry for node in ast.parse(code).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE) is not None
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:

@@ -12,7 +12,7 @@ from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSecti
 from stages.config.fields import Section, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
-from stages.config.training import PartitionSection, RlSection, ScoreSection, SftSection, TrainSection
+from stages.config.training import LaunchSection, PartitionSection, RlSection, ScoreSection, SftSection, TrainSection
 
 __all__ = [
     "BenchmarkSection",
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "DataSection",
     "EvalSection",
+    "LaunchSection",
     "LoraSection",
     "ModelSection",
     "PartitionSection",
@@ -55,8 +56,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _importance(self) -> "Config":
-        if self.lora.init == "default" and self.partition.strategy != "all" and self.score.scorer != "magnitude":
-            raise ValueError("lora.init default has B = 0, so every importance is zero; choose normal, pissa or olora")
+        if self.lora.init == "default" and self.partition.strategy != "all" and self.score.scorer.startswith("taylor"):
+            raise ValueError(
+                "lora.init default has B = 0, so every importance is zero; choose normal, pissa, olora or orthogonal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _order(self) -> "Config":
+        if self.sft.start_from == "rl" and self.rl.start_from == "sft":
+            raise ValueError(
+                "sft and rl start from each other; the reversed order is sft.start_from=rl with rl.start_from=init"
+            )
         return self
 
     @property

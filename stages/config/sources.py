@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from stages.config.fields import Section, setting
 
 
@@ -43,11 +45,19 @@ class LoraSection(Section):
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.", min_length=1
     )
-    init: Literal["normal", "pissa", "olora", "default"] = setting("normal", "normal: A and B ~ N(0, std²), as in the paper.")
+    init: Literal["normal", "pissa", "olora", "orthogonal", "default"] = setting(
+        "normal", "normal: A and B ~ N(0, std²), as in the paper; orthogonal has B₀A₀ = 0."
+    )
     std: float = setting(0.01, "Standard deviation of init normal.", gt=0)
-    compensate: Literal["auto"] | bool = setting("auto", "Subtract the initial B₀A₀; auto: for pissa and olora.")
+    compensate: Literal["auto"] | bool = setting("auto", "Subtract the initial B₀A₀; auto: for pissa, olora and orthogonal.")
     rslora: bool = setting(False, "Scale by alpha / √r instead.")
+
+    @model_validator(mode="after")
+    def _even(self) -> "LoraSection":
+        if self.init == "orthogonal" and self.r % 2:
+            raise ValueError(f"init orthogonal needs an even r, got {self.r}")
+        return self
 
     @property
     def compensated(self) -> bool:
-        return self.init in ("pissa", "olora") if self.compensate == "auto" else self.compensate
+        return self.init in ("pissa", "olora", "orthogonal") if self.compensate == "auto" else self.compensate

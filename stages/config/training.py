@@ -2,20 +2,51 @@
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
+from stages.config.evaluation import SandboxSection
 from stages.config.fields import Section, named, setting
 from stages.config.sources import PromptSection
+from stages.errors import LoraparError
 
 Scorer = Annotated[str, named("stages.lora.importance", "scorers")]
 Strategy = Annotated[str, named("stages.lora.regions", "strategies")]
-Reward = Annotated[str, named("stages.language.rewards", "rewards")]
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
+"""Ours → the library's name. Each treats every element by itself, or can: active elements are packed into one dimension."""
+MATRIX_WISE = ("muon", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion")
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+
+def _element_wise(name: str) -> str:
+    if any(part in name.lower().replace("-", "").replace("_", "") for part in MATRIX_WISE):
+        raise ValueError(f"{name} works on whole matrices, and lorapar trains single elements; use {', '.join(OPTIMIZERS)}")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose from: {', '.join(OPTIMIZERS)}")
+    return name
+
+
+Optimizer = Annotated[str, AfterValidator(_element_wise)]
+
+
+class LaunchSection(Section):
+    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting("single", "One process, or several that train together.")
+    processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
+    config: str | None = setting(None, "Your own accelerate config, for several machines; it decides everything else.")
+
+    @property
+    def several(self) -> bool:
+        return self.backend != "single" or self.config is not None
+
+
+LAUNCH = "How many processes run the stage."
 
 
 class ScoreSection(Section):
     scorer: Scorer = setting("taylor2", "Importance formula.")
     examples: int = setting(100, "Examples per system.", gt=0)
     batch_size: int = setting(8, "Examples per forward pass.", identity=False, gt=0)
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 
 
@@ -26,21 +57,32 @@ class PartitionSection(Section):
     beta: float = setting(1, "Share of the shared elements that RL trains.", ge=0, le=1)
 
 
+SAVE_STEPS = "Optimizer steps between checkpoints; a killed run goes on from the last one."
+
+
 class TrainSection(Section):
     lr: float = setting(2e-4, "Peak learning rate.", gt=0)
+    optimizer: Optimizer = setting("adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).")
+    loraplus_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
     warmup: float = setting(0.03, "Share of the steps that warm up.", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
+    weight_decay: float = setting(0.0, "Weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
     epochs: float = setting(1, "Passes over the data.", gt=0)
     max_steps: int | None = setting(None, "Stop after N optimizer steps.", gt=0)
     gradient_checkpointing: bool = setting(False, "Trade time for memory.", identity=False)
+    save_steps: int = setting(
+        25, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
+    )
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
+    report_to: list[Tracker] = setting([], "Trackers that get every logged step; each needs its package.", identity=False)
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 
 
 class SftSection(TrainSection):
+    start_from: Literal["init", "rl"] = setting("init", "Adapter to start from; rl is the paper's reversed order.")
     data: Literal["system1", "all"] = setting("system1", "Rows to train on.")
     system2_share: float = setting(0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1)
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
@@ -55,6 +97,7 @@ class SftSection(TrainSection):
 
 
 class RlSection(TrainSection):
+    start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
     data: Literal["system2", "all"] = setting("system2", "Rows to train on.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     group: int = setting(8, "Completions per prompt.", gt=1)
@@ -68,11 +111,36 @@ class RlSection(TrainSection):
     kl_reference: Literal["base", "sft"] = setting("base", "Model the KL term holds on to.")
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "Divide advantages by a standard deviation.")
-    rewards: dict[Reward, float] = setting({"correctness": 2.0}, "Reward functions and their weights.", min_length=1)
+    rewards: dict[str, float] = setting(
+        {"correctness": 2.0},
+        "Reward functions and their weights: `lorapar list rewards`, trl.NAME, or of rewards_file.",
+        min_length=1,
+    )
+    rewards_file: str | None = setting(
+        None, "Python file with reward functions of your own, in TRL's signature.", identity=False
+    )
+    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.")
     dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
+    save_steps: int = setting(
+        5, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
+    )
+    max_equal_steps: int = setting(
+        20, "Stop after so many steps in a row in which all rewards of each group are equal.", identity=False, gt=0
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> "RlSection":
         if (self.prompts_per_step * self.group) % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards(self) -> "RlSection":
+        from stages.language.reward_functions import check
+
+        for name in self.rewards:
+            try:
+                check(name, self.rewards_file)
+            except LoraparError as error:
+                raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
         return self

@@ -1,14 +1,23 @@
 """GRPO rewards, one function each, in TRL's signature: texts of completions in, one float per completion out.
 
-The paper's five (arXiv 2507.20999, §2 of the settings), read for the answer format in use. TRL passes the columns of the
-rows, `gold` among them, and the answer format as `answer_format`.
+TRL passes the columns of the rows by name: `question`, `gold`, `response`, `answer_format`, and every further field that all
+rows have. The paper's five (arXiv 2507.20999, §2 of the settings) are read for the answer format in use.
 """
 
-import re
-from typing import Any
+from __future__ import annotations
 
-from stages.language.answers import extract, number, same
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from stages.language.answers import extract, letter, number, same
+from stages.language.code import code_block
 from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from stages.sandbox import Sandbox
 
 rewards: Registry = Registry("reward")
 
@@ -62,3 +71,41 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
             score -= 0.002 * len(text.rpartition(tags[-1])[2].rstrip("\n"))
         scores.append(score)
     return scores
+
+
+@rewards.add
+def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
+    """1 if the last number of the text equals gold, whatever its format."""
+    found = [extract(text, style).flexible for text, style in zip(completions, answer_format, strict=True)]
+    return [float(same(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
+
+
+@rewards.add
+def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
+    """1 if the text names the letter of gold (A to J) as its choice."""
+    return [float(letter(text) == wanted.strip()) for text, wanted in zip(completions, gold, strict=True)]
+
+
+@rewards.add
+def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
+    """F1 of the words that text and reference response share (ROUGE-1), for answers that nothing can verify."""
+    return [_f1(_words(text), _words(wanted)) for text, wanted in zip(completions, response, strict=True)]
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text.casefold()))
+
+
+def _f1(text: Counter[str], wanted: Counter[str]) -> float:
+    return 2 * (text & wanted).total() / max(1, text.total() + wanted.total())
+
+
+@rewards.add
+def code_tests(completions: list[str], test: list[str], entry_point: list[str], sandbox: Sandbox, **_: Any) -> list[float]:
+    """1 if the row's `test` (HumanEval's form: `def check(candidate)`) passes on its function `entry_point`, in the sandbox."""
+
+    def passes(text: str, tests: str, entry: str) -> float:
+        return float(sandbox.check(code_block(text, entry), tests, entry).passed)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(passes, completions, test, entry_point))

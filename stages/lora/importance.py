@@ -46,6 +46,24 @@ def taylor2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 
 
 @scorers.add
+def taylor1(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """|g·φ|: the first-order term alone (Molchanov et al. 2019, arXiv 1906.10771)."""
+    return (gradient * value).abs()
+
+
+@scorers.add
+def fisher(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """F, the mean of squared per-example gradients: the diagonal of the empirical Fisher information."""
+    return fisher
+
+
+@scorers.add
+def grad2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """g², the square of the mean gradient (SPT's sensitivity, arXiv 2303.08566)."""
+    return gradient.square()
+
+
+@scorers.add
 def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|φ|: needs no gradients and is the same for both systems."""
     return value.abs()

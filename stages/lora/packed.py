@@ -44,8 +44,10 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None)
         # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
         self._dense = linear.weight.detach().clone()
-        self._index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)
-        values = self._dense.view(-1)[self._index].clone()
+        index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)
+        # Half the bytes: an index is as much memory as a value, and there is one for each.
+        self._index = index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
+        values = self._dense.view(-1)[index].clone()
         if len(values):
             self.values = nn.Parameter(values)
         else:
@@ -56,7 +58,7 @@ class PackedLinear(nn.Linear):
         # Fused optimizers do not bump `_version`, so staleness follows the backward pass; the version is a second signal.
         if self._stale or self.values._version != self._seen:
             with torch.no_grad():
-                self._dense.view(-1).index_copy_(0, self._index, self.values.detach().to(self._dense.dtype))
+                self._dense.view(-1).index_copy_(0, self._index.long(), self.values.detach().to(self._dense.dtype))
             self._stale, self._seen = False, self.values._version
         return self._dense
 
@@ -91,10 +93,10 @@ class PackedLinear(nn.Linear):
             return
         weight = weight.to(self._dense)
         frozen = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-        frozen[self._index] = False
+        frozen[self._index.long()] = False
         if not torch.equal(weight.view(-1)[frozen], self._dense.view(-1)[frozen]):
             error_msgs.append(f"{prefix}weight differs in frozen elements")
             return
         with torch.no_grad():
-            self.values.copy_(weight.view(-1)[self._index])
+            self.values.copy_(weight.view(-1).index_select(0, self._index))
         self._stale = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from stages.errors import ConfigError, MeaninglessError
@@ -125,7 +126,7 @@ def _fraction(value: float) -> Fraction:
 
 
 @strategies.add
-def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """The paper's: per system the smallest top set reaching θ of the total importance; shared is their intersection.
 
     Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
@@ -152,17 +153,45 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int) 
 
 
 @strategies.add
-def random(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: the regions of `importance`, and what is active in them, permuted over all elements with the seed."""
     import torch
 
-    split = importance(scores, section, seed)
-    order = torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed))
+    split = importance(scores, section, seed, sizes)
+    return _reordered(split, torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed)))
+
+
+@strategies.add
+def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """Control: permuted inside each LoRA weight, which keeps what each layer gets and loses which elements."""
+    import torch
+
+    split = importance(scores, section, seed, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    starts = [0, *accumulate(sizes)]
+    pieces = [at + torch.randperm(n, generator=generator) for at, n in zip(starts, sizes, strict=False)]
+    return _reordered(split, torch.cat(pieces))
+
+
+@strategies.add
+def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """Control: SFT trains System 2's elements and RL System 1's."""
+    return importance({1: scores[2], 2: scores[1]}, section, seed, sizes)
+
+
+@strategies.add
+def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """Control: each stage trains exactly the elements that `importance` would leave frozen in it."""
+    split = importance(scores, section, seed, sizes)
+    return Split(SHARED - split.region, ~split.sft, ~split.rl)
+
+
+def _reordered(split: Split, order: Tensor) -> Split:
     return Split(split.region[order], split.sft[order], split.rl[order])
 
 
 @strategies.add
-def all(scores: dict[int, Tensor], section: PartitionSection, seed: int) -> Split:
+def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Plain LoRA: every element is shared and trained in both stages; needs no scores."""
     import torch
 

@@ -1,40 +1,48 @@
-"""What SFT and RL truly share: trainer arguments, packing, progress, health, and the proof that frozen elements stayed."""
+"""What SFT and RL truly share: trainer arguments, packing, the run itself, and the proof that frozen elements stayed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
+from stages import team
+from stages.checkpoints import Checkpoints
 from stages.config import TrainSection
+from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
-from stages.lora import adapter
+from stages.lora import adapter, curves
 from stages.lora.packed import PackedLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Trainer
-
-    from stages.pipeline import Progress
 
 log = logging.getLogger(__name__)
 
 
-def arguments(section: TrainSection, steps: int, seed: int, out: Path) -> dict[str, Any]:
-    """The arguments of TRL's configs that both trainers take; every one that TRL's own defaults have moved is pinned."""
+def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1) -> dict[str, Any]:
+    """The arguments of TRL's configs that both trainers take; every one that TRL's own defaults have moved is pinned.
+
+    passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
+    """
     cpu = not torch.cuda.is_available()
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible to one process", "choose one: CUDA_VISIBLE_DEVICES=0")
+    if torch.cuda.device_count() > 1 and not team.launched():
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
+        )
     # The library's `constant` passes over the warm-up without a word.
     scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
     return {
-        "output_dir": str(out),
+        "output_dir": str(checkpoints.folder),
+        "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
         "lr_scheduler_type": scheduler,
         "warmup_steps": min(math.ceil(section.warmup * steps), steps - 1),  # the first warm-up step has a rate of 0
@@ -51,9 +59,11 @@ def arguments(section: TrainSection, steps: int, seed: int, out: Path) -> dict[s
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
+        "report_to": section.report_to or "none",
+        "save_strategy": "steps",
+        "save_steps": math.ceil(section.save_steps / passes) * passes,
         "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # every LoRA layer is in every forward pass
     }
 
 
@@ -79,38 +89,51 @@ def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
     assert trainable == number, (trainable, number)
 
 
-class Watch(TrainerCallback):
-    """Reports progress and stops a run whose loss or gradient is not finite."""
-
-    def __init__(self, progress: Progress, what: str, steps: int, shown: tuple[str, ...]) -> None:
-        self.progress, self.shown = progress, shown
-        self.history: list[dict[str, float]] = []
-        progress.start(what, steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "train_runtime" in logs:
-            return
-        for name in ("loss", "grad_norm"):
-            if name in logs and not math.isfinite(logs[name]):
-                raise MeaninglessError(f"{name} is {logs[name]} at step {state.global_step}", "lower the learning rate")
-        self.history.append({"step": state.global_step, **{k: float(v) for k, v in logs.items() if isinstance(v, int | float)}})
-        self.progress.advance(1, "  ".join(f"{n.split('/')[-1]} {logs[n]:.3g}" for n in self.shown if n in logs))
+def start(score_dir: Path | None, trained_dir: Path | None) -> Path:
+    """Folder of the adapter a stage starts from: the other stage's where that is an input, else the initial one."""
+    if trained_dir is not None:
+        return trained_dir / "adapter"
+    assert score_dir is not None
+    return score_dir / "init"
 
 
-def train(trainer: Trainer, model: PeftModel, active: dict[str, Tensor], start: Path, out: Path, name: str) -> dict[str, Any]:
-    """Pack, train, write `adapter/` below `out`, and prove from that file that only active elements differ from `start`.
+def train(
+    trainer: Any, model: PeftModel, active: dict[str, Tensor], start: Path, out: Path, name: str, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """Pack, train from the newest checkpoint or from `start`, and write `adapter/`, `history.json` and `curves.png` below `out`.
 
-    Returns steps, numbers of elements and `frozen_drift`, the largest difference of an inactive element: 0, or an
-    AssertionError, for then a promise of the code is broken.
+    Of several processes only the first writes, and the others return nothing; that all hold the same adapter is asserted.
+    Returns steps, numbers of elements and `frozen_drift`, the largest difference of an inactive element between the file
+    written and the one in `start`: 0, or an AssertionError, for then a promise of the code is broken.
     """
     pack(model, active)
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
-    trainer.train()
+    trainer.checkpoints = checkpoints
+    resumed = checkpoints.newest()
+    if resumed:
+        log.info("going on from %s", resumed.name)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
+    weights = b"".join(bytes(w.detach().cpu().numpy()) for _, w in sorted(model.named_parameters()) if w.requires_grad)
+    assert team.agree(hashlib.sha256(weights).hexdigest()), "the processes ended with different adapters"
+    if not team.first():
+        return {}
     adapter.save(model, out / "adapter", name)
-    before, after = adapter.read(start), adapter.read(out / "adapter")
+    (out / "history.json").write_text(json.dumps(history(trainer), indent=1), encoding="utf-8")
+    curves.draw(history(trainer), out / "curves.png")
+    return {"steps": trainer.state.global_step, **proof(active, start, out / "adapter")}
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    """What was logged in each step, those before a resume among them."""
+    steps = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
+
+
+def proof(active: dict[str, Tensor], start: Path, end: Path) -> dict[str, Any]:
+    """Read both adapter files back: how many active elements moved, and that no other did."""
+    before, after = adapter.read(start), adapter.read(end)
     drift, moved = 0.0, 0
     for key, old in before.items():
         mask = adapter.full_mask(key, active[key], old)
@@ -122,14 +145,17 @@ def train(trainer: Trainer, model: PeftModel, active: dict[str, Tensor], start: 
         log.warning("training moved no element: every gradient was zero")
     total = sum(mask.numel() for mask in active.values())
     number = sum(int(mask.sum()) for mask in active.values())
-    return {
-        "steps": trainer.state.global_step,
-        "elements": total,
-        "active": number,
-        "active_share": number / total,
-        "moved": moved,
-        "frozen_drift": drift,
-    }
+    return {"elements": total, "active": number, "active_share": number / total, "moved": moved, "frozen_drift": drift}
+
+
+def accumulation(samples: int, micro_batch: int) -> int:
+    """Forward passes per process and optimizer step; ConfigError unless the processes can share the samples evenly."""
+    if samples % (micro_batch * team.size()):
+        raise ConfigError(
+            f"{team.size()} processes with micro batches of {micro_batch} cannot share {samples} samples a step evenly",
+            "lower micro_batch or the number of processes",
+        )
+    return samples // (micro_batch * team.size())
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:

@@ -50,7 +50,7 @@ def examine() -> dict[str, list[str]]:
 def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
     """The sandbox called `name`; `auto` is the first safe one whose self-test passes here. SandboxError if there is none."""
     if name == "refuse":
-        raise SandboxError("this benchmark runs code that a model wrote, and eval.sandbox.backend is refuse", "choose auto")
+        raise SandboxError("code that a model wrote would run here, and sandbox.backend is refuse", "choose auto")
     if name == "unsafe-no-sandbox":
         say("warning: code that a model wrote runs WITHOUT a sandbox: it can do whatever you can")
         return Sandbox(name, limits)

@@ -1,18 +1,22 @@
 import pytest
 
+from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.language import reward_functions
 from stages.language.rewards import rewards
+from stages.sandbox import Limits, choose
 
 XML = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>"
 HASH = "3 + 4 = 7.\n#### 7"
+PAPER = ["correctness", "integer", "strict_format", "soft_format", "tag_count"]
 
 
-@pytest.mark.parametrize("name", rewards.names())
+@pytest.mark.parametrize("name", [*PAPER, "number_match"])
 @pytest.mark.parametrize(("text", "style"), [(XML, "xml"), (HASH, "hash")])
 def test_the_ideal_answer_earns_one_of_each(name, text, style):
     assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=[style]) == [1.0]
 
 
-@pytest.mark.parametrize("name", rewards.names())
+@pytest.mark.parametrize("name", [*PAPER, "number_match"])
 @pytest.mark.parametrize("style", ["xml", "hash"])
 def test_empty_text_earns_nothing(name, style):
     assert rewards.pick(name)(completions=["", "I do not know"], gold=["7"] * 2, answer_format=[style] * 2) == [0.0, 0.0]
@@ -31,3 +35,98 @@ def test_empty_text_earns_nothing(name, style):
 )
 def test_partial_answers(name, text, value):
     assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=["xml"]) == pytest.approx([value])
+
+
+@pytest.mark.parametrize(("text", "value"), [("B", 1.0), ("I think the answer is (B).", 1.0), ("C", 0.0), ("Because", 0.0)])
+def test_letters(text, value):
+    assert rewards.pick("letter_match")(completions=[text], gold=["B"]) == [value]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("The cat sat.", 1.0), ("the cat", 0.8), ("a dog", 0.0), ("", 0.0), ("the the the the the cat sat", 0.6)],
+)
+def test_overlap_is_the_f1_of_words(text, value):
+    assert rewards.pick("text_overlap")(completions=[text], response=["the cat sat"]) == pytest.approx([value])
+
+
+TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
+
+
+def test_code_is_run_in_the_sandbox():
+    texts = [
+        "Here:\n```python\ndef square(x):\n    return x * x\n```\nThat is it.",
+        "```python\ndef square(x):\n    return x + x\n```",
+        "def square(x): return x ** 2",
+        "no code",
+        "```python\nimport os\nos._exit(0)\n```",
+    ]
+    box = choose("auto", Limits(5, 512), lambda text: None)
+    given = {"test": [TEST] * 5, "entry_point": ["square"] * 5, "sandbox": box}
+    assert rewards.pick("code_tests")(completions=texts, **given) == [1.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_columns_are_what_a_reward_must_be_given():
+    def needs(name, file=None):
+        return reward_functions.columns(name, reward_functions.load(name, file))
+
+    assert needs("correctness") == ["gold", "answer_format"]
+    assert needs("code_tests") == ["test", "entry_point"]
+    assert needs("text_overlap") == ["response"]
+    assert needs("trl.think_format_reward") == []
+    with pytest.raises(DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"):
+        reward_functions.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
+
+
+def test_rewards_of_trl_take_plain_text():
+    reward = reward_functions.load("trl.think_format_reward", None)
+    assert reward(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]
+
+
+OWN = """
+LIMIT = 3
+def short(completions, **_):
+    return [float(len(text) <= LIMIT) for text in completions]
+def broken(completions, gold, **_):
+    return [1 / (text != "bad") for text in completions]
+def _hidden(completions): ...
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_a_file_of_own_rewards(file):
+    assert reward_functions.load("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
+    reward_functions.check("short", file)
+    with pytest.raises(ConfigError, match="unknown reward '_hidden'") as caught:
+        reward_functions.check("_hidden", file)
+    assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
+
+
+def test_a_raising_reward_stops_with_its_name_and_sample(file):
+    reward = reward_functions.checked("broken", reward_functions.load("broken", file))
+    assert reward(completions=["good"], gold=["1"]) == [1.0]
+    with pytest.raises(MeaninglessError) as caught:
+        reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
+    assert str(caught.value) == "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_stops(value):
+    reward = reward_functions.checked("odd", lambda completions: [value])
+    with pytest.raises(MeaninglessError, match=f"reward odd is {value} for 'text'"):
+        reward(completions=["text"])
+
+
+def test_none_is_a_reward_that_does_not_apply():
+    assert reward_functions.checked("odd", lambda completions: [None])(completions=["text"]) == [None]
+
+
+def test_a_reward_of_the_wrong_length_stops():
+    with pytest.raises(MeaninglessError, match="reward odd gave 1 values for 2 completions"):
+        reward_functions.checked("odd", lambda completions: [1.0])(completions=["a", "b"])

@@ -69,6 +69,9 @@ def test_loss_is_the_mean_over_answer_tokens(tiny):
 def test_formulas():
     value, gradient, fisher = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([1.0, 4.0])
     assert scorers.pick("taylor2")(value, gradient, fisher).tolist() == [abs(1.0 - 2.0), abs(-3.0 - 2.0)]
+    assert scorers.pick("taylor1")(value, gradient, fisher).tolist() == [1.0, 3.0]
+    assert scorers.pick("fisher")(value, gradient, fisher).tolist() == fisher.tolist()
+    assert scorers.pick("grad2")(value, gradient, fisher).tolist() == [0.25, 9.0]
     assert scorers.pick("magnitude")(value, gradient, fisher).tolist() == [2.0, 1.0]
 
 

@@ -57,9 +57,9 @@ def test_top_count(values, number):
     assert top_set(t, Fraction(number), "count").nonzero().flatten().tolist() == sorted(order)
 
 
-def split(one, two, **settings):
+def split(one, two, sizes=None, **settings):
     section = PartitionSection(**settings)
-    return strategies.pick(section.strategy)({1: tensor(one), 2: tensor(two)}, section, 0)
+    return strategies.pick(section.strategy)({1: tensor(one), 2: tensor(two)}, section, 0, sizes or [len(one)])
 
 
 def test_the_element_that_crosses_theta_is_kept():
@@ -101,6 +101,28 @@ def test_random_is_a_seeded_permutation_of_importance():
     assert (int(control.sft.sum()), int(control.rl.sum())) == (int(real.sft.sum()), int(real.rl.sum()))
     assert not torch.equal(real.region, control.region)
     assert torch.equal(control.region, split(one, two, theta=0.5, strategy="random").region)
+
+
+def test_random_within_keeps_what_each_weight_gets():
+    one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
+    real, control = split(one, two, theta=0.5), split(one, two, [50, 150], theta=0.5, strategy="random_within")
+    for part in (slice(0, 50), slice(50, 200)):
+        assert torch.equal(torch.bincount(real.region[part], minlength=4), torch.bincount(control.region[part], minlength=4))
+        assert int(control.sft[part].sum()) == int(real.sft[part].sum())
+        assert not torch.equal(real.region[part], control.region[part])
+
+
+def test_swapped_exchanges_the_systems():
+    one, two = [5.0, 4.0, 1.0], [1.0, 1.0, 8.0]
+    assert torch.equal(split(one, two, strategy="swapped").sft, split(one, two).rl)
+    assert torch.equal(split(one, two, strategy="swapped").rl, split(one, two).sft)
+
+
+def test_complement_trains_what_importance_leaves_frozen():
+    one, two = [5.0, 4.0, 1.0, 0.1], [1.0, 1.0, 8.0, 0.1]
+    real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="complement")
+    assert torch.equal(control.sft, ~real.sft) and torch.equal(control.rl, ~real.rl)
+    assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 
 def test_all_trains_everything_and_refuses_alpha():

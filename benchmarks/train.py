@@ -1,0 +1,168 @@
+"""What training single elements costs: plain LoRA, masking by a gradient hook, and packed weights, side by side in one run.
+
+    python benchmarks/train.py MODEL [--share 0.4] [--batch 4] [--tokens 128] [--pairs 30]
+
+Time: forward and backward, then a whole step (clipping, AdamW, and for packed weights the refresh), each measured in turns on one
+base model; medians of paired ratios to plain LoRA with a bootstrap interval. Memory: bytes of everything the adapter's training
+holds, counted tensor by tensor, and the peak of a process (of the device, on a GPU) that trains only this way.
+"""
+
+import argparse
+import copy
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import LoraSection, ModelSection
+from stages.lora import adapter
+from stages.lora.packed import PackedLinear
+from stages.lora.training import pack
+
+WAYS = ("plain", "hook", "packed")
+
+
+class Way:
+    """One model with its adapter and optimizer, trained one way."""
+
+    def __init__(self, way: str, base: nn.Module, lora: LoraSection, share: float) -> None:
+        self.model = adapter.initial(base, lora, seed=0)
+        layers = adapter.lora_layers(self.model)
+        generator = torch.Generator().manual_seed(1)
+        masks = {name: torch.rand(layer.weight.shape, generator=generator) < share for name, layer in layers.items()}
+        self.numbers = sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        self.masks: list[Tensor] = []
+        if way == "packed":
+            pack(self.model, masks)
+        if way == "hook":
+            for name, layer in layers.items():
+                mask = masks[name].to(layer.weight.device)
+                self.masks.append(mask)
+                layer.weight.register_hook(lambda grad, mask=mask: grad * mask)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.1, fused=True)
+        self.model.train()
+
+    def gradients(self, ids: Tensor) -> None:
+        self.model(input_ids=ids, labels=ids).loss.backward()
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def bytes(self) -> dict[str, int]:
+        """Every tensor that exists because of the adapter, after a step, by what it is for."""
+        packed = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
+        states = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.numel() > 1]
+        return {
+            "weights": size([m._dense for m in packed] if packed else self.parameters),
+            "values": size(self.parameters) if packed else 0,
+            "masks": size([m._index for m in packed] + self.masks),
+            "gradients": size([p.grad for p in self.parameters]),
+            "optimizer": size(states),
+        }
+
+
+def size(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(action, *arguments) -> float:  # type: ignore[no-untyped-def]
+    synchronize()
+    begun = time.perf_counter()
+    action(*arguments)
+    synchronize()
+    return time.perf_counter() - begun
+
+
+def interval(ratios: list[float]) -> str:
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return f"{statistics.median(ratios):.3f} [{medians[50]:.3f}, {medians[1949]:.3f}]"
+
+
+def high_water() -> int:
+    """Bytes at the highest point of this process; ru_maxrss would begin with those of the process that forked it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024  # type: ignore[index]
+
+
+def peak(given: argparse.Namespace, way: str) -> float:
+    """MiB at the highest point of a process of its own that does two steps."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+
+    base = adapter.load_base(ModelSection(name=given.model, dtype=given.dtype, attention="eager"))
+    lora = LoraSection(r=given.r)
+    ids = torch.randint(10, base.config.vocab_size, (given.batch, given.tokens), device=base.device)
+    if given.only:
+        way = Way(given.only, base, lora, given.share)
+        for _ in range(2):
+            way.gradients(ids)
+            way.step()
+        print((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else high_water()) / 2**20)
+        return
+
+    ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}
+    total, active = ways["packed"].numbers
+    print(f"{given.model}, {given.dtype}, {given.batch} × {given.tokens} tokens, {active:,} of {total:,} elements active "
+          f"({active / total:.4f}), {torch.get_num_threads()} threads, device {base.device}")  # fmt: skip
+    held: dict[str, dict[str, int]] = {}
+    for name, way in ways.items():  # warm up; the bytes are counted while gradients exist
+        way.gradients(ids)
+        way.step()
+        way.gradients(ids)
+        held[name] = way.bytes()
+        way.step()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    for _ in range(given.pairs):
+        for name in random.sample(WAYS, len(WAYS)):
+            way = ways[name]
+            seconds[name].append((timed(way.gradients, ids), timed(way.step)))
+
+    for name in WAYS:
+        both = [sum(pair) for pair in seconds[name]]
+        first = interval([a[0] / b[0] for a, b in zip(seconds[name], seconds["plain"], strict=True)])
+        whole = interval([sum(a) / sum(b) for a, b in zip(seconds[name], seconds["plain"], strict=True)])
+        print(f"{name:<7} forward+backward {first} of plain, whole step {whole}, median step {statistics.median(both):.3f} s, "
+              f"fastest {min(both):.3f} s")  # fmt: skip
+    for name in WAYS:
+        parts = ", ".join(f"{what} {number:,}" for what, number in held[name].items() if number)
+        print(f"{name:<7} {sum(held[name].values()):>12,} bytes: {parts}; peak of a process {peak(given, name):,.0f} MiB")
+    share = sum(held["packed"][k] for k in ("gradients", "optimizer")) / sum(
+        held["plain"][k] for k in ("gradients", "optimizer")
+    )
+    print(
+        f"gradients + optimizer: packed / plain {share:.4f}, active share {active / total:.4f}, ratio {share / (active / total):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What counts as code in a model's text: the one place that decides it, for HumanEval and for the reward `code_tests`."""
+
+import ast
+import re
+
+STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
+"""What begins after the function: those of the paper and four more, which cannot be part of a function's body either."""
+
+
+def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
+    """The program in an answer to a function's beginning, or None if there is nothing to run.
+
+    A completion continues the prompt up to the first STOP text. From a chat the code block with the function is taken; if
+    there is none, it continues the prompt. Indentation is left as it is: a wrong one is the model's mistake.
+    """
+    if not chat:
+        ends = [at for stop in STOP if (at := output.find(stop)) >= 0]
+        body = output[: min(ends)] if ends else output
+        return "\n".join([prompt.rstrip(), body.removeprefix("\n"), ""]) if body.strip() else None
+    code = code_block(output, entry)
+    if not code.strip():
+        return None
+    # What the prompt defines or imports stays available to a function written anew.
+    return f"{prompt}    pass\n\n{code}\n" if _defines(code, entry) else f"{prompt}{code}\n"
+
+
+def code_block(output: str, entry: str) -> str:
+    """The last code block that defines the function `entry`, else the last one, else the whole text."""
+    blocks = re.findall(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", output, re.DOTALL)
+    with_entry = [block for block in blocks if _defines(block, entry)]
+    return str((with_entry or blocks or [output])[-1])
+
+
+def _defines(code: str, entry: str) -> bool:
+    try:
+        return any(isinstance(node, ast.FunctionDef) and node.name == entry for node in ast.parse(code).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE) is not None

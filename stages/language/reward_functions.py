@@ -1,0 +1,143 @@
+"""From the names in `rl.rewards` to functions that GRPOTrainer can call: registered ones, TRL's own, a person's file."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ConfigError, DataError, LoraparError, MeaninglessError, MissingInputError
+from stages.language.rewards import rewards
+
+Reward = Callable[..., list[float | None]]
+
+TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+"""TRL's rewards that need no arguments, as `trl.NAME`; for the others write three lines into a rewards_file."""
+PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
+"""What a reward may ask for and no row has to bring."""
+
+
+def check(name: str, file: str | None) -> None:
+    """ConfigError unless there is a reward of that name. Runs nothing: the file is only parsed."""
+    own = _defined(file) if file else []
+    if name in own or name in rewards.names() or name in _trl_names():
+        return
+    raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *own])}")
+
+
+def load(name: str, file: str | None) -> Reward:
+    """The function itself; one of the file goes before a registered one."""
+    if file and name in _defined(file):
+        return getattr(_module(file), name)  # type: ignore[no-any-return]
+    if name in _trl_names():
+        return _of_trl(name)
+    return rewards.pick(name)
+
+
+def columns(name: str, function: Reward) -> list[str]:
+    """The row fields a reward must be given."""
+    if name in _trl_names():
+        return ["gold"] if "accuracy" in name else []
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [parameter for parameter in named if parameter not in PASSED]
+
+
+def checked(name: str, function: Reward, **fixed: Any) -> Reward:
+    """`function` with `fixed` arguments; if it raises or returns no finite number, the run stops with its name and sample."""
+
+    def reward(completions: list[str], **given: Any) -> list[float | None]:
+        call = functools.partial(function, **fixed)
+        try:
+            values = list(call(completions=completions, **given))
+        except Exception as error:
+            raise _raised(name, error, completions, given, call) from error
+        if len(values) != len(completions):
+            raise MeaninglessError(f"reward {name} gave {len(values)} values for {len(completions)} completions")
+        for text, value in zip(completions, values, strict=True):
+            # None is TRL's way to say that a reward does not apply to a sample.
+            if value is not None and not abs(float(value)) < float("inf"):
+                raise MeaninglessError(f"reward {name} is {value} for {text!r}")
+        return values
+
+    reward.__name__ = name
+    return reward
+
+
+def _raised(name: str, error: Exception, completions: list[str], given: dict[str, Any], call: Reward) -> LoraparError:
+    """The error with the first sample that raises it alone."""
+    lists = {key: value for key, value in given.items() if isinstance(value, list) and len(value) == len(completions)}
+    at = next((i for i in range(len(completions)) if _raises(call, completions, given, lists, i)), 0)
+    asked = f" to {lists['question'][at]!r}" if "question" in lists else ""
+    return MeaninglessError(
+        f"reward {name} raised {type(error).__name__}: {error}; sample {at + 1} of {len(completions)}: {completions[at]!r}{asked}",
+        "mend the reward and run the same command: training goes on from its last checkpoint",
+    )
+
+
+def _raises(call: Reward, completions: list[str], given: dict[str, Any], lists: dict[str, list[Any]], at: int) -> bool:
+    try:
+        call(completions=[completions[at]], **{**given, **{key: [value[at]] for key, value in lists.items()}})
+    except Exception:
+        return True
+    return False
+
+
+def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
+    """DataError unless every row has the columns that each reward reads."""
+    for name, wanted in needed.items():
+        for column in wanted:
+            lacking = [row for row in rows if row.get(column) is None]
+            if lacking:
+                hint = "rows need `gold`, or a response that ends in `#### answer`" if column == "gold" else None
+                raise DataError(
+                    f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
+                    f"(first: {lacking[0]['id']})",
+                    hint or f"add the field {column} to the rows, or leave the reward out of rl.rewards",
+                )
+
+
+def _trl_names() -> list[str]:
+    return [f"trl.{name}" for name in TRL]
+
+
+def _of_trl(name: str) -> Reward:
+    """TRL's function on plain text: its own take conversations, and call the gold answer `solution`."""
+    from trl import rewards as module
+
+    function = getattr(module, name.removeprefix("trl."))
+    if "accuracy" in name and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(f"reward {name} needs the package math-verify", "pip install math-verify")
+
+    def reward(completions: list[str], gold: list[str] | None = None, **given: Any) -> list[float | None]:
+        said = [[{"role": "assistant", "content": text}] for text in completions]
+        return function(completions=said, **({"solution": gold} if gold else {}), **given)  # type: ignore[no-any-return]
+
+    return reward
+
+
+def _defined(file: str) -> list[str]:
+    """Names of the public functions at the top level of a person's file."""
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingInputError(f"rl.rewards_file {file}: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"rl.rewards_file {file} is not Python: {error}") from None
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
+@functools.cache
+def _module(file: str) -> Any:
+    spec = importlib.util.spec_from_file_location("lorapar_rewards_file", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"rl.rewards_file {file} does not load: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,54 @@
+"""Starts one stage in several processes, under torch's or accelerate's launcher."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from stages import team
+from stages.config import LaunchSection
+from stages.errors import ConfigError, LoraparError, MissingInputError
+
+NOT_RUN = {
+    "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; as a stage it needs GPUs that no test had",
+    "zero2": "zero2 was tested as DeepSpeed's engine on packed weights only; as a stage it needs GPUs that no test had",
+}
+
+
+def run(launch: LaunchSection, arguments: list[str]) -> None:
+    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait; the error of the first that failed becomes this one's."""
+    with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
+        failure = Path(folder) / "failure.json"
+        environment = {"OMP_NUM_THREADS": str(_threads(launch)), **os.environ, team.FAILURE: str(failure)}
+        code = subprocess.run([*_command(launch), "-m", "lorapar_cli", *arguments], env=environment).returncode
+        if failure.exists():
+            exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
+            error = LoraparError(message, hint)
+            error.exit_code = exit_code
+            raise error
+        if code:
+            raise LoraparError(f"the launcher ended with code {code}", "what its processes said stands above")
+
+
+def _command(launch: LaunchSection) -> list[str]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if launch.config is not None:
+        if not Path(launch.config).is_file():
+            raise MissingInputError(f"launch.config {launch.config} is not a file", "write it with: accelerate config")
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
+    if launch.backend in NOT_RUN:
+        raise ConfigError(f"launch.backend: {NOT_RUN[launch.backend]}", "use ddp")
+    processes = launch.processes or gpus
+    if not processes:
+        raise ConfigError("launch.processes is not set, and there is no GPU to count", "--set STAGE.launch.processes=2")
+    if gpus and processes > gpus:
+        raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def _threads(launch: LaunchSection) -> int:
+    return max(1, (os.cpu_count() or 1) // (launch.processes or 1))

@@ -1,0 +1,51 @@
+"""Curves of a training run as one PNG: loss, rewards, lengths by optimizer step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+History = list[dict[str, float]]
+
+
+def draw(history: History, path: Path) -> None:
+    """Write the panels for which the history has figures. Nothing in the file tells when or where it was made."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = {title: series for title, series in _panels(history).items() if series}
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
+    for place, (title, series) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for label, name in series.items():
+            points = [(row["step"], row[name]) for row in history if name in row]
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker="." if len(points) < 60 else None)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _panels(history: History) -> dict[str, dict[str, str]]:
+    """Title of a panel → label of a curve → its name in the history."""
+    names = {name for row in history for name in row}
+    parts = {
+        name.removeprefix("rewards/").removesuffix("/mean"): name
+        for name in sorted(names)
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    rewards = {"all, weighted": "reward", **(parts if len(parts) > 1 else {})} if "reward" in names else {}
+    wanted = {
+        "loss": {"loss": "loss"},
+        "reward": rewards,
+        "groups without signal": {"share": "frac_reward_zero_std"},
+        "completion length, tokens": {"mean": "completions/mean_length", "longest": "completions/max_length"},
+        "gradient norm": {"norm": "grad_norm"},
+    }
+    return {title: {label: name for label, name in series.items() if name in names} for title, series in wanted.items()}

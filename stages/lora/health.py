@@ -1,0 +1,128 @@
+"""What watches a training run: progress and history, and the reasons to stop it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from stages.errors import MeaninglessError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from stages.pipeline import Progress
+
+log = logging.getLogger(__name__)
+
+SHOWN_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What an error of the run names: ids of the rows in a batch as the trainer prepared it, and the knobs for memory."""
+
+    rows: Callable[[dict[str, Any]], list[str]]
+    memory_knobs: str
+
+
+class Healthy:
+    """Stands before a Trainer among the bases of a class; set `vitals` before `train`.
+
+    A loss or gradient that is not finite stops the run before the optimizer steps, so the adapter and the last checkpoint stay
+    sound.
+    """
+
+    vitals: Vitals
+    state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._window: list[dict[str, Any]] = []  # batches since the last optimizer step
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        self._window.append(prepared)
+        return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._memory():
+            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise self._unsound("loss", float(loss), self._window[-1:])
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        if not torch.isfinite(torch.as_tensor(norm)):
+            raise self._unsound("gradient norm", float(norm), self._window)
+        self._window = []
+        return norm
+
+    def _unsound(self, what: str, value: float, batches: list[dict[str, Any]]) -> MeaninglessError:
+        rows = list(dict.fromkeys(row for batch in batches for row in self.vitals.rows(batch)))
+        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        return MeaninglessError(
+            f"{what} is {value} in step {self.state.global_step + 1}, rows {', '.join(rows[:SHOWN_ROWS])}{more}",
+            "nothing of this step was applied; look at these rows, or lower the learning rate",
+        )
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        before = len(self._window)
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            where = _shapes(self._window[-1]) if len(self._window) > before else "while completions were sampled"
+            raise OutOfMemoryError(
+                f"out of memory in step {self.state.global_step + 1}, {where}", f"lower {self.vitals.memory_knobs}"
+            ) from error
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    tokens = {name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)}
+    return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in tokens.items())
+
+
+class Watch(TrainerCallback):
+    """Reports progress, counts the steps that could teach nothing, and stops a run of them."""
+
+    def __init__(self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0) -> None:
+        """patience: optimizer steps in a row with equal rewards in every group after which GRPO is stopped."""
+        self.progress, self.what, self.steps, self.shown, self.patience = progress, what, steps, shown, patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = state.global_step
+        self.progress.start(f"{self.what}, from step {done}" if done else self.what, self.steps - done)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return
+        self.progress.advance(1, "  ".join(f"{n.split('/')[-1]} {logs[n]:.3g}" for n in self.shown if n in logs))
+        equal = equal_rewards(state.log_history)
+        if not self.patience or not equal:
+            return
+        if equal == 1:
+            log.warning("all rewards were equal in step %d: it taught nothing", state.global_step)
+        if equal >= self.patience:
+            raise MeaninglessError(
+                f"all rewards were equal in {equal} steps in a row, up to step {state.global_step}: nothing is learned",
+                "look at `lorapar show` of the SFT adapter's answers; raise rl.group or sft.system2_share, or rl.max_equal_steps",
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the adapter itself is next; and the library would train a step more from there
+
+
+def equal_rewards(history: list[dict[str, Any]]) -> int:
+    """How many of the last steps in a row had equal rewards in every group."""
+    steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
+    return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))

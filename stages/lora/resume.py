@@ -1,0 +1,145 @@
+"""Exact resume: everything a trainer knows, put back to the last bit.
+
+Nothing is unpickled: weights and optimizer state are safetensors, the rest is JSON. The library's own resume reads pickles,
+passes over the `default` adapter where there is a second one, and lets GRPO's sampler begin with the first epoch again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stages.checkpoints import Checkpoints
+from stages.errors import ArtifactError
+from stages.lora import adapter
+
+if TYPE_CHECKING:
+    from torch.utils.data import Sampler
+
+
+class ExactResume:
+    """Stands before a Trainer among the bases of a class; set `checkpoints` before `train`.
+
+    For plain optimizers, on one process or on several with the whole state on each.
+    """
+
+    checkpoints: Checkpoints
+    accelerator: Any
+    args: Any
+    lr_scheduler: Any
+    model: Any
+    optimizer: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            self.checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trained adapter alone: no reference adapter, no tokenizer, no pickled arguments."""
+        self.model.save_pretrained(output_dir, selected_adapters=["default"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = adapter.read(Path(resume_from_checkpoint))
+        layers = adapter.lora_layers(self.model)
+        if stored.keys() != layers.keys():
+            raise ArtifactError(f"{resume_from_checkpoint} does not fit the adapter")
+        for name, layer in layers.items():
+            layer.load_state_dict({"weight": stored[name]})
+            if not torch.equal(layer.weight.detach().cpu(), stored[name]):
+                raise ArtifactError(f"{resume_from_checkpoint}: {name} did not come back as it was saved")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        from safetensors.torch import save_file
+
+        if not self.args.should_save:
+            return
+        whole = self.optimizer.state_dict()
+        tensors: dict[str, Tensor] = {}
+        other: dict[str, dict[str, Any]] = {}
+        for index, values in whole["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                else:
+                    other.setdefault(str(index), {})[name] = value
+        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
+        rest = {"groups": whole["param_groups"], "state": other, "scheduler": self.lr_scheduler.state_dict()}
+        (Path(output_dir) / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        from safetensors.torch import load_file
+
+        if checkpoint is None:
+            return
+        rest = json.loads((Path(checkpoint) / "optimizer.json").read_text(encoding="utf-8"))
+        state: dict[int, dict[str, Any]] = {int(index): values for index, values in rest["state"].items()}
+        for name, value in load_file(Path(checkpoint) / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+        self.lr_scheduler.load_state_dict(rest["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        import numpy as np
+
+        kind, words, *rest = np.random.get_state(legacy=True)
+        state = {
+            "torch": torch.random.get_rng_state().tolist(),
+            "cuda": torch.cuda.random.get_rng_state().tolist() if torch.cuda.is_available() else None,
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(words).tolist(), *rest],
+        }
+        path = Path(output_dir) / f"random-{self.args.process_index}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)  # another process may be first
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        import numpy as np
+
+        if checkpoint is None:
+            return
+        state = json.loads((Path(checkpoint) / f"random-{self.args.process_index}.json").read_text(encoding="utf-8"))
+        torch.random.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.random.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, words, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
+
+
+class ExactRollouts(ExactResume):
+    """The same for GRPO, whose checkpoints must fall between two generations: no completion is then in use."""
+
+    _step: int
+    _buffered_inputs: Any
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        """TRL's sampler, with an order that follows from seed and epoch alone: its generator's state is in no checkpoint."""
+        from trl.trainer.utils import RepeatSampler
+
+        trainer, usual = self, super()._get_train_sampler(dataset)  # type: ignore[misc]
+
+        class OfEpoch(RepeatSampler):
+            def __iter__(self) -> Any:
+                epoch = int(round(trainer.state.epoch or 0, 6))
+                self.generator.manual_seed((self.seed or 0) * 1_000_003 + epoch)
+                return super().__iter__()
+
+        return OfEpoch(
+            usual.data_source, usual.mini_repeat_count, usual.batch_size, usual.repeat_count, usual.shuffle, usual.seed
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            self._buffered_inputs = None

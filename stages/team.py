@@ -1,0 +1,78 @@
+"""The processes of one stage under a launcher: who comes first, and what they do together. Alone, all of it is free."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import LoraparError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAILURE = "LORAPAR_FAILURE"
+"""Environment variable with the file through which a launched process tells its parent why it ended."""
+
+
+def launched() -> bool:
+    """Whether a launcher (accelerate, torchrun) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def first() -> bool:
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if size() > 1:
+        _state().wait_for_everyone()
+
+
+def agree(value: Any) -> bool:
+    """Whether all processes bring the same value."""
+    if size() == 1:
+        return True
+    from accelerate.utils import gather_object
+
+    _state()
+    return len(set(gather_object([value]))) == 1
+
+
+def add(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        _state()
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def _state() -> Any:
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def tell(error: LoraparError) -> bool:
+    """Leave the error for the parent; False if there is none that waits for it. The first of the processes is heard."""
+    if not launched() or FAILURE not in os.environ:
+        return False
+    try:
+        with open(os.environ[FAILURE], "x", encoding="utf-8") as file:
+            json.dump([error.exit_code, str(error), error.hint], file)
+    except FileExistsError:
+        pass
+    return True

@@ -1,0 +1,195 @@
+"""Frozen elements, read back from the files: every launcher, optimizer and objective; and what several processes agree on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_step
+from safetensors.torch import load_file
+
+from stages.artifacts import Store
+from stages.engines import resolved
+from stages.lora import adapter
+from stages.lora.masks import Masks, read_importance
+from stages.pipeline import plan
+
+OPTIMIZERS = {
+    "AdamW": [],
+    "Adafactor": ["{}.optimizer=adafactor"],
+    "LoRA+": ["{}.loraplus_ratio=8"],
+}
+STAGES = {"sft": ("sft", []), "rl, beta 0": ("rl", ["rl.kl_beta=0"]), "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"])}
+COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
+
+
+THOROUGH = "LORAPAR_THOROUGH" in os.environ
+"""Every combination, not only those that differ most: seven minutes."""
+
+
+def settings(stage: str, *more: str) -> list[str]:
+    return [text.format(stage) for text in (*COMMON, *more)]
+
+
+def command(config, overrides: list[str], stage: str, processes: int) -> subprocess.CompletedProcess:
+    """The stage as a person runs it, under the launcher where there are several processes."""
+    home = [f"model.name={config.model.name}", f"data.path={config.data.path}", f"runs_dir={config.runs_dir}", "data.limit=48"]
+    several = [f"{stage}.launch.backend=ddp", f"{stage}.launch.processes={processes}"] if processes > 1 else []
+    arguments = [part for text in (*home, *overrides, *several) for part in ("--set", text)]
+    return subprocess.run(
+        [sys.executable, "-m", "lorapar_cli", stage, str(ROOT / "configs/smoke.yaml"), *arguments, "--force"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def made_by(config, overrides: list[str], stage: str, processes: int) -> None:
+    done = command(config, overrides, stage, processes)
+    assert done.returncode == 0, done.stderr
+    step = plan(resolved(config))[stage]
+    artifact = Store(config.root).load(Store(config.root).folder(stage, step.key))
+    assert artifact.manifest["provenance"]["processes"] == processes
+
+
+def files(config, stage: str):
+    step = plan(resolved(config))[stage]
+    store = Store(config.root)
+    path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
+    start = path["score"] / "init" if "score" in path else path["sft"] / "adapter"
+    masks = getattr(Masks.load(path["partition"] / "masks.safetensors"), stage)
+    return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
+
+
+def moved(before, after, masks) -> tuple[int, int, int]:
+    """Frozen elements that differ, active ones that differ, active ones."""
+    frozen = sum(int((after[n] != old)[~masks[n]].sum()) for n, old in before.items())
+    active = sum(int((after[n] != old)[masks[n]].sum()) for n, old in before.items())
+    return frozen, active, sum(int(mask.sum()) for mask in masks.values())
+
+
+@pytest.mark.slow
+def test_frozen_elements_are_identical_on_every_launcher(begun, tmp_path, capsys):
+    lines = []
+    make_step(begun(), "sft")
+    for what, (stage, objective) in STAGES.items():
+        for optimizer, how in OPTIMIZERS.items():
+            for processes in (1, 2) if THOROUGH or optimizer == "AdamW" else (1,):
+                config = begun(*settings(stage, *objective, *how))
+                made_by(config, settings(stage, *objective, *how), stage, processes)
+                before, after, masks = files(config, stage)
+                frozen, active, of = moved(before, after, masks)
+                assert frozen == 0 and active > 0.95 * of, (what, optimizer, processes, frozen, active, of)
+                name = "single" if processes == 1 else f"DDP×{processes}, ranks equal"
+                lines.append(
+                    f"{what:<14} {optimizer:<10} {name:<20} frozen that moved {frozen}, active that moved {active} of {of}"
+                )
+    for way in ("fsdp2", "zero2"):
+        lines.append(sharded(way, begun().model.name, tmp_path))
+    with capsys.disabled():
+        print("", *lines, sep="\n  ")
+
+
+def sharded(way: str, model: str, out: Path) -> str:
+    """One line on a sharding wrapper of two processes."""
+    name = {"fsdp2": "FSDP2×2 (fully_shard, gloo)", "zero2": "ZeRO-2×2 (DeepSpeed, gloo)"}[way]
+    if way == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        return f"plain loop     AdamW      {name}: not run, DeepSpeed is not installed"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    subprocess.run(
+        [*launcher, str(ROOT / "tests/lora/sharded.py"), way, model, str(out)], check=True, env=environment, capture_output=True
+    )
+    before, masks = load_file(out / "before.safetensors"), load_file(out / "masks.safetensors")
+    ends = [load_file(out / f"after-{rank}.safetensors") for rank in (0, 1)]
+    frozen, active, of = moved(before, ends[0], masks)
+    assert frozen == 0 and active == of
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in before)
+    return f"plain loop     AdamW      {name}, ranks equal: frozen that moved {frozen}, active that moved {active} of {of}"
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(begun, capsys):
+    """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; scores likewise."""
+    changes = settings("sft", "sft.dropout=0", "sft.lr=0.001")
+    config = begun(*changes)
+    ends, scores = [], []
+    for processes in (1, 2):
+        for stage in ("score", "sft"):
+            if stage == "sft":
+                make_step(config, "partition")
+            made_by(config, changes, stage, processes)
+        step = plan(resolved(config))["score"]
+        scores.append(read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors"))
+        before, after, _ = files(config, "sft")
+        ends.append({name: after[name] - before[name] for name in before})
+    one, two = (torch.cat([x.flatten() for x in end.values()]) for end in ends)
+    apart = float((one - two).norm() / one.norm())
+    s1, s2 = (torch.cat([t.flatten() for part in s.values() for t in part.values()]) for s in scores)
+    apart_scores = float((s1 - s2).norm() / s1.norm())
+    with capsys.disabled():
+        print(
+            f"\n  DDP×2 against one process: the update differs by {apart:.1e}, the importance by {apart_scores:.1e} (relative norm)"
+        )
+    assert float(one.norm()) > 0 and apart < 1e-3 and apart_scores < 1e-5
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_the_command_s(begun):
+    config = begun()
+    done = command(config, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
+    assert done.returncode == 78
+    assert done.stderr.rstrip().splitlines()[-2:] == [
+        "error: 2 processes with micro batches of 2 cannot share 6 samples a step evenly",
+        "  hint: lower micro_batch or the number of processes",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2"])
+def test_what_was_not_tested_is_refused(begun, lorapar, backend):
+    config = begun()
+    home = [
+        "--set",
+        f"runs_dir={config.runs_dir}",
+        "--set",
+        f"model.name={config.model.name}",
+        "--set",
+        f"data.path={config.data.path}",
+    ]
+    done = lorapar(
+        "sft",
+        ROOT / "configs/smoke.yaml",
+        *home,
+        "--set",
+        "data.limit=48",
+        "--set",
+        "sft.lr=0.5",
+        "--set",
+        f"sft.launch.backend={backend}",
+    )
+    assert done.code == 78
+    assert f"error: launch.backend: {backend} was tested as" in done.err
+
+
+def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):
+    config = begun()
+    home = [
+        x
+        for t in (f"runs_dir={config.runs_dir}", f"model.name={config.model.name}", f"data.path={config.data.path}")
+        for x in ("--set", t)
+    ]
+    make_step(config, "sft")
+    monkeypatch.setattr("stages.launch.run", lambda *_: pytest.fail("launched"))
+    arguments = [*home, "--set", "data.limit=48", "--set", "sft.launch.backend=ddp", "--json"]
+    done = lorapar("sft", ROOT / "configs/smoke.yaml", *arguments)
+    assert done.code == 0 and json.loads(done.out)["made"] is False

@@ -1,0 +1,109 @@
+"""A run that cannot go well stops before it does harm, and says where."""
+
+import pytest
+import torch
+from conftest import make_step
+from trl import GRPOTrainer, SFTTrainer
+
+from stages.errors import MeaninglessError, OutOfMemoryError
+from stages.language.rewards import rewards
+from stages.lora.health import equal_rewards
+from stages.records import read_labels
+
+SFT = ["sft.max_steps=6", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
+
+
+def ids(config, system: int) -> set[str]:
+    labels = next((config.root / "classify").glob("latest-train/labels.jsonl"))
+    return {row.example.id for row in read_labels(labels) if row.system == system}
+
+
+def spoilt_in_step(trainer, step: int, monkeypatch, spoil) -> None:
+    """Change what the trainer's `compute_loss` gives from that optimizer step on."""
+    usual = trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = usual(self, model, inputs, *args, **kwargs)
+        return spoil(model, loss) if self.state.global_step + 1 == step else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+
+
+def endless_gradient(model, loss):
+    """The loss itself stays finite."""
+    values = next(p for p in model.parameters() if p.requires_grad)
+    return loss + (values.sum() * 0 + 1e-38).sqrt() * 0 + torch.where(values > -9e9, 0.0, values.sqrt()).sum()
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, GRPOTrainer], ids=["sft", "rl"])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(lambda model, loss: loss * float("nan"), "loss is nan"), (endless_gradient, "gradient norm is nan")],
+    ids=["loss", "gradient"],
+)
+def test_a_non_finite_number_stops_before_the_step_and_names_rows(begun, monkeypatch, trainer, spoil, said):
+    stage = "sft" if trainer is SFTTrainer else "rl"
+    config = begun(*SFT, "rl.max_steps=3", "rl.save_steps=1", "seed=0", f"{stage}.lr=0.01{len(said)}")
+    if stage == "rl":
+        make_step(config, "sft")
+    spoilt_in_step(trainer, 2, monkeypatch, spoil)
+    with pytest.raises(MeaninglessError, match=rf"{said} in step 2, rows \w+") as caught:
+        make_step(config, stage)
+    named = str(caught.value).partition("rows ")[2].split(", ")
+    assert set(named) <= ids(config, 1 if stage == "sft" else 2)
+    saved = {path.name for path in config.root.glob(f"{stage}/checkpoints/*/checkpoint-*")}
+    assert saved == {"checkpoint-1"}
+    monkeypatch.undo()
+    assert make_step(config, stage).manifest["summary"]["steps"] in (3, 6)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_step_lengths_and_knob(begun, monkeypatch, error):
+    def compute_loss(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    with pytest.raises(OutOfMemoryError, match=r"out of memory in step 1, input_ids of 4 × \d+ tokens") as caught:
+        make_step(begun("sft.lr=0.02"), "sft")
+    assert caught.value.exit_code == 74
+    assert caught.value.hint == "lower sft.micro_batch from 4, or set sft.gradient_checkpointing"
+
+
+def test_other_errors_stay_what_they_are(begun, monkeypatch):
+    def compute_loss(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    with pytest.raises(RuntimeError, match="a bug"):
+        make_step(begun("sft.lr=0.02"), "sft")
+
+
+def test_equal_rewards_are_counted_warned_and_stopped(begun, caplog):
+    config = begun(*SFT, "rl.max_steps=6", "rl.max_equal_steps=3", "rl.rewards={'integer': 1.0}")
+    make_step(config, "sft")
+    with pytest.raises(MeaninglessError, match="all rewards were equal in 3 steps in a row, up to step 3"):
+        make_step(config, "rl")  # a random model never writes a whole number
+    assert "all rewards were equal in step 1" in caplog.text
+    more = begun(*SFT, "rl.max_steps=2", "rl.rewards={'integer': 1.0}")
+    assert make_step(more, "rl").manifest["summary"]["equal_reward_steps"] == 2
+
+
+def test_equal_rewards_in_a_row():
+    rows = [{"frac_reward_zero_std": share} for share in (1, 1, 0.5, 1, 1)]
+    assert equal_rewards(rows) == 2
+    assert equal_rewards(rows[:2]) == 2
+    assert equal_rewards([{"loss": 1.0}]) == 0
+
+
+def test_a_reward_that_raises_is_named_with_its_sample(begun, monkeypatch):
+    def picky(completions, gold, **_):
+        assert chosen not in gold, "no such answer"
+        return [float(i) for i in range(len(completions))]
+
+    config = begun(*SFT, "rl.max_steps=2", "rl.epochs=9", "rl.rewards={'correctness': 1.0}")
+    make_step(config, "sft")
+    labels = read_labels(next((config.root / "classify").glob("latest-train/labels.jsonl")))
+    chosen = [row.example.gold for row in labels if row.system == 2][0]
+    monkeypatch.setitem(rewards._functions, "correctness", picky)
+    with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):
+        make_step(begun(*SFT, "rl.max_steps=9", "rl.epochs=9", "rl.rewards={'correctness': 1.0}"), "rl")

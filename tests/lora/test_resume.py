@@ -1,0 +1,154 @@
+"""Killed at any optimizer step, the same command ends in the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_step
+
+from stages import checkpoints
+from stages.artifacts import sha256_file
+from stages.checkpoints import Checkpoints
+from stages.lora.health import Watch
+
+STEPS = 12
+# 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay.
+SFT = ["sft.max_steps=12", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1"]
+RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def in_a_child(config, stage: str, kill_at: int | None) -> int:
+    """Run the stage in a forked process that is killed at the end of optimizer step `kill_at`; the wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        if kill_at is not None:
+            usual = Watch.on_step_end
+
+            def on_step_end(self, args, state, control, **rest):
+                if state.global_step == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return usual(self, args, state, control, **rest)
+
+            Watch.on_step_end = on_step_end
+        torch.set_num_threads(1)
+        make_step(config, stage)
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The history of a run without what only a clock knows."""
+    return [
+        {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
+        for row in json.loads((folder / "history.json").read_text())
+    ]
+
+
+def killed_at(config, stage: str, steps: list[int], monkeypatch) -> str:
+    """Undisturbed once, then killed at each of the steps and run again; asserts equal bytes and equal losses."""
+    home = config.root / stage
+    shutil.rmtree(home, ignore_errors=True)
+    if stage == "rl":
+        assert in_a_child(config, "sft", None) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "KEPT", 99)
+        patch.setattr(checkpoints.Checkpoints, "clear", lambda self: None)
+        assert in_a_child(config, stage, None) == 0
+    artifact = (home / "latest").resolve()
+    wanted, history = sha256_file(artifact / "adapter/adapter_model.safetensors"), untimed(artifact)
+    passed = {sha256_file(path) for path in home.glob("checkpoints/*/checkpoint-*/adapter_model.safetensors")}
+    assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, "training moved nothing"
+    same = 0
+    for step in steps:
+        shutil.rmtree(home)
+        assert in_a_child(config, stage, step) == signal.SIGKILL
+        kept = sorted(path.name for path in home.glob("checkpoints/*/checkpoint-*"))
+        assert len(kept) <= 2, kept
+        assert in_a_child(config, stage, None) == 0
+        again = (home / "latest").resolve()
+        assert untimed(again) == history
+        assert not list(home.glob("checkpoints/*/*"))
+        same += sha256_file(again / "adapter/adapter_model.safetensors") == wanted
+    assert same == len(steps)
+    return f"{stage}: killed at {len(steps)} steps, {same} byte-identical"
+
+
+@pytest.mark.parametrize(("stage", "settings"), [("sft", SFT), ("rl", RL)])
+def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch):
+    killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("sft", SFT),
+        ("sft", [*SFT, "sft.save_steps=3"]),
+        ("rl", [*RL, "rl.kl_beta=0"]),
+        ("rl", [*RL, "rl.kl_beta=0.04", "rl.kl_reference=sft"]),
+        ("rl", [*RL, "rl.iterations=2"]),
+    ],
+    ids=["sft", "sft every 3", "rl beta 0", "rl beta 0.04", "rl 2 iterations"],
+)
+def test_a_kill_at_every_step_changes_no_byte(begun, stage, settings, monkeypatch, capsys):
+    steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [1, 7, 12]
+    said = killed_at(begun(*SFT, *settings), stage, steps, monkeypatch)
+    with capsys.disabled():
+        print(f"\n  {said}", end="")
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two sealed checkpoints of the same inputs."""
+    kept = Checkpoints(tmp_path, "a")
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text(f"weights of step {step}")
+        kept.seal(folder)
+    return kept
+
+
+def test_the_newest_sealed_checkpoint_counts_and_two_are_kept(two, tmp_path):
+    assert two.newest().name == "checkpoint-10"
+    third = tmp_path / "checkpoint-15"
+    third.mkdir()
+    two.seal(third)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+
+
+@pytest.mark.parametrize("harm", ["byte", "missing", "no seal", "torn seal"])
+def test_a_checkpoint_that_is_not_whole_is_left_aside(two, tmp_path, harm):
+    newest = tmp_path / "checkpoint-10"
+    if harm == "byte":
+        (newest / "weights").write_text("weights of step 11")
+    elif harm == "missing":
+        (newest / "weights").unlink()
+    elif harm == "no seal":
+        (newest / checkpoints.SEAL).unlink()
+    else:
+        (newest / checkpoints.SEAL).write_text('{"of": "a", "fi')
+    assert two.newest().name == "checkpoint-5"
+    assert (tmp_path / "checkpoint-10.incomplete").is_dir()
+
+
+def test_checkpoints_of_other_inputs_are_never_used(two, tmp_path):
+    assert Checkpoints(tmp_path, "b").newest() is None

@@ -1,0 +1,116 @@
+"""What SFT and RL can be told: optimizers, learning rates, where to start; and that strategy `all` is plain LoRA."""
+
+import pytest
+import torch
+from conftest import make_step
+from torch import nn
+
+from stages.artifacts import Store
+from stages.config import Config
+from stages.engines import resolved
+from stages.errors import ConfigError
+from stages.lora import adapter
+from stages.lora.masks import Masks
+from stages.lora.optimizers import LoraPlus
+from stages.pipeline import plan
+from stages.table import order
+
+SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
+
+
+def inputs(config: Config, stage: str):
+    """Adapter before and after the stage, and its masks."""
+    step = plan(resolved(config))[stage]
+    store = Store(config.root)
+    path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
+    start = next(path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl"))
+    masks = getattr(Masks.load(path["partition"] / "masks.safetensors"), stage)
+    return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
+
+
+@pytest.mark.parametrize("how", ["sft.optimizer=adafactor", "sft.loraplus_ratio=16"])
+def test_frozen_elements_stay_with_every_optimizer(begun, how):
+    config = begun(*SFT, how)
+    make_step(config, "sft")
+    before, after, masks = inputs(config, "sft")
+    for name, old in before.items():
+        assert torch.equal(after[name][~masks[name]], old[~masks[name]]), name
+    moved = sum(int((after[name] != old)[masks[name]].sum()) for name, old in before.items())
+    assert moved > 0.95 * sum(int(mask.sum()) for mask in masks.values()) > 0
+
+
+def test_lora_plus_gives_b_its_own_rate():
+    model = nn.ModuleDict({"x": nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_B": nn.Linear(2, 2)})})
+
+    class Base:
+        def create_optimizer(self):
+            return torch.optim.AdamW([{"params": list(self.model.parameters()), "weight_decay": 0.5}], lr=0.1)
+
+    class Trainer(LoraPlus, Base):
+        ratio = 4.0
+
+    trainer = Trainer()
+    trainer.model = nn.ModuleDict({"y": model})
+    groups = trainer.create_optimizer().param_groups
+    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [(2, 0.1, 0.5), (2, 0.4, 0.5)]
+    b = {id(p) for n, p in trainer.model.named_parameters() if ".lora_B." in n}
+    assert {id(p) for p in groups[1]["params"]} == b
+
+
+def test_lora_plus_moves_b_further(begun):
+    moved = []
+    for how in ([], ["sft.loraplus_ratio=16"]):
+        config = begun(*SFT, "sft.max_steps=1", *how)
+        make_step(config, "sft")
+        before, after, _ = inputs(config, "sft")
+        moved.append({n: float((after[n] - before[n]).abs().max()) for n in before})
+    for name, plain in moved[0].items():
+        factor = 16 if "lora_B" in name else 1
+        assert moved[1][name] == pytest.approx(factor * plain, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("muon", "muon works on whole matrices, and lorapar trains single elements"), ("sgdm", "unknown optimizer 'sgdm'")],
+)
+def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
+    with pytest.raises(ConfigError, match=said):
+        begun(f"sft.optimizer={name}")
+
+
+def test_the_reversed_order(begun):
+    """RL from the initial adapter, SFT from RL's."""
+    config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
+    assert [stage.name for stage in order(config)] == ["classify", "score", "partition", "rl", "sft", "eval"]
+    steps = plan(resolved(config))
+    assert set(steps["rl"].inputs) == {"classify:train", "partition", "score"}
+    assert set(steps["sft"].inputs) == {"classify:train", "partition", "rl"}
+    for stage in ("rl", "sft"):
+        make_step(config, stage)
+        before, after, masks = inputs(config, stage)
+        assert all(torch.equal(after[n][~masks[n]], old[~masks[n]]) for n, old in before.items())
+        assert any((after[n] != old).any() for n, old in before.items())
+
+
+def test_a_circle_is_refused(begun):
+    with pytest.raises(ConfigError, match="sft and rl start from each other"):
+        begun("sft.start_from=rl")
+
+
+def test_orthogonal_starts_at_the_base_and_has_importance(begun):
+    config = begun("lora.init=orthogonal", *SFT)
+    summary = make_step(config, "score").manifest["summary"]
+    assert summary["system1"]["examples"] == 8
+    make_step(config, "partition")
+    assert make_step(config, "sft").manifest["summary"]["frozen_drift"] == 0
+    with pytest.raises(ConfigError, match="init orthogonal needs an even r, got 3"):
+        begun("lora.init=orthogonal", "lora.r=3")
+
+
+def test_history_has_every_step(begun):
+    import json
+
+    artifact = make_step(begun(*SFT), "sft")
+    history = json.loads((artifact.path / "history.json").read_text())
+    assert [row["step"] for row in history] == [1, 2, 3]
+    assert all(row["loss"] > 0 for row in history)
