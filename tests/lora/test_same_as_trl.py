@@ -1,0 +1,85 @@
+"""What lorapar trains is what TRL and PEFT alone would train, and the paper's settings run."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, make_step, paths
+
+from stages import settings
+from stages.artifacts import Store
+from stages.engines import resolved
+from stages.lora import adapter
+from stages.pipeline import plan
+
+
+def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
+    """Written with the libraries alone, from the rows as the stage renders them; the same seed, dropout included."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from stages.language.prompts import Renderer
+    from stages.records import of_system, read_labels
+
+    config = begun("partition.strategy=all", "sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.dropout=0.1")
+    for stage in ("score", "partition", "sft"):
+        make_step(config, stage)
+    folder = {name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()}
+    ours, start = (load_file(folder[s] / f"{n}/adapter_model.safetensors") for s, n in (("sft", "adapter"), ("score", "init")))
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    labels = read_labels(folder["classify:train"] / "labels.jsonl")
+    rows = [Renderer(tokenizer, config.prompt).row(example) for example in of_system(labels, 1)]
+    lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32), lora)
+    model.load_state_dict({n.replace(".weight", ".default.weight"): w for n, w in start.items()}, strict=False)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=0.01,
+        lr_scheduler_type="cosine",
+        warmup_steps=1,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        seed=0,
+        data_seed=0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        loss_type="nll",
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+    )
+    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
+    plain = {n.replace(".default.weight", ".weight"): p.detach() for n, p in model.named_parameters() if ".default." in n}
+    assert plain.keys() == ours.keys()
+    for name, weight in plain.items():
+        assert (weight - start[name]).abs().max() > 1e-3, name
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gsm8k-llama2-7b", "gsm8k-qwen2.5-7b"])
+def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path):
+    """Every setting of the paper but the model, the data, the votes and what fits a byte tokenizer; one step of each stage."""
+    home = [path for path in paths(tiny, demo_data, tmp_path) if not path.startswith("eval.")]
+    smaller = [
+        "model.dtype=float32", "data.subset=null", "data.format=auto", "data.limit=120", "data.max_length=1024", "classify.strategy=random",
+        "score.examples=8", "sft.max_steps=2", "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt=1024", "rl.max_completion=8",
+    ]  # fmt: skip
+    config = settings.load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
+    whole = settings.load(ROOT / f"configs/paper/{name}.yaml")
+    kept = {"lr", "scheduler", "warmup", "weight_decay", "adam_beta2", "max_grad_norm", "kl_beta", "loss", "rewards", "group"}
+    assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
+    for stage in ("classify:train", "score", "partition", "sft", "rl"):
+        artifact = make_step(config, stage)
+    history = json.loads((artifact.path / "history.json").read_text())
+    assert {f"rewards/{reward}/mean" for reward in whole.rl.rewards} <= set(history[0])
+    assert artifact.manifest["summary"]["frozen_drift"] == 0
+    assert adapter.read(artifact.path / "adapter").keys()
