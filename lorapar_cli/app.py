@@ -206,6 +206,37 @@ def show(
             render.manifest(now.artifact, as_json)
 
 
+@app.command()
+def export(
+    config: ConfigPath,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; must not exist.")],
+    target: Annotated[str, typer.Option(help="sft or rl.")] = "rl",
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
+    base_dtype: Annotated[bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")] = False,
+    prompts: Annotated[int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")] = 0,
+    set_: Overrides = None,
+) -> None:
+    """Write a trained adapter, or the merged model, with a model card; --check asks every engine whether it still answers."""
+    from stages import export as exporting
+
+    settings, steps = _plan(config, set_)
+    if target not in ("sft", "rl"):
+        raise ConfigError(f"--target {target}: expected sft or rl")
+    if merged and base_dtype:
+        raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
+    now = state(Store(settings.root), steps[target])
+    if now.state != "current" or now.artifact is None:
+        raise MissingInputError(f"{target} is {now.state} ({now.why})", f"run: lorapar run {config} --to {target}")
+    form: exporting.Form = "merged" if merged else "adapter"
+    exporting.write(now.artifact, settings, folder, form, base_dtype)
+    render.say(f"{folder}: {form} of {target} {now.artifact.manifest['key']}")
+    for row in exporting.check(now.artifact, settings, folder, form, prompts, render.say) if prompts else ():
+        render.say(
+            f"  {row['engine']}: {row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice within {row['tolerance']} "
+            f"logits, largest gap {row['worst_gap']:.3f}; {row['differ_from_base']} of {row['items']} answers differ from the base's"
+        )
+
+
 @app.command("list")
 def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
     """List what can be chosen by name."""

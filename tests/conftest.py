@@ -74,6 +74,7 @@ def begun(tiny: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory)
     def config(*more: str) -> Config:
         return load(ROOT / "configs/smoke.yaml", [*home, *more])
 
+    config.home = home  # type: ignore[attr-defined]  # for those who start a command
     for name in ("classify:train", "score", "partition"):
         make_step(config(), name)
     return config

@@ -156,8 +156,9 @@ def test_a_server_that_is_gone_keeps_what_it_gave(config, fault, error, code, te
         assert kept >= 40
         mock.fault, before = None, len(mock.log)
         classify(config(mock.url))
-        asked = sum("Question" in key or "question" in key for key in mock.log[before:])
-    assert asked <= ROWS + 32 - kept + 3  # and what finds out about the server
+        # A set: on a busy machine one of them may miss its deadline of a second and be tried again.
+        asked = {key for key in mock.log[before:] if "Question" in key or "question" in key}
+    assert len(asked) <= ROWS + 32 - kept + 3  # and what finds out about the server
 
 
 def test_a_voter_that_would_say_something_else_is_warned_about(config):

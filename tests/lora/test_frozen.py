@@ -35,9 +35,8 @@ def settings(stage: str, *more: str) -> list[str]:
     return [text.format(stage) for text in (*COMMON, *more)]
 
 
-def command(config, overrides: list[str], stage: str, processes: int) -> subprocess.CompletedProcess:
+def command(home: list[str], overrides: list[str], stage: str, processes: int) -> subprocess.CompletedProcess:
     """The stage as a person runs it, under the launcher where there are several processes."""
-    home = [f"model.name={config.model.name}", f"data.path={config.data.path}", f"runs_dir={config.runs_dir}", "data.limit=48"]
     several = [f"{stage}.launch.backend=ddp", f"{stage}.launch.processes={processes}"] if processes > 1 else []
     arguments = [part for text in (*home, *overrides, *several) for part in ("--set", text)]
     return subprocess.run(
@@ -49,9 +48,10 @@ def command(config, overrides: list[str], stage: str, processes: int) -> subproc
     )
 
 
-def made_by(config, overrides: list[str], stage: str, processes: int) -> None:
-    done = command(config, overrides, stage, processes)
+def made_by(begun, overrides: list[str], stage: str, processes: int) -> None:
+    done = command(begun.home, overrides, stage, processes)
     assert done.returncode == 0, done.stderr
+    config = begun(*overrides)
     step = plan(resolved(config))[stage]
     artifact = Store(config.root).load(Store(config.root).folder(stage, step.key))
     assert artifact.manifest["provenance"]["processes"] == processes
@@ -81,7 +81,7 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, tmp_path, capsys
         for optimizer, how in OPTIMIZERS.items():
             for processes in (1, 2) if THOROUGH or optimizer == "AdamW" else (1,):
                 config = begun(*settings(stage, *objective, *how))
-                made_by(config, settings(stage, *objective, *how), stage, processes)
+                made_by(begun, settings(stage, *objective, *how), stage, processes)
                 before, after, masks = files(config, stage)
                 frozen, active, of = moved(before, after, masks)
                 assert frozen == 0 and active > 0.95 * of, (what, optimizer, processes, frozen, active, of)
@@ -128,7 +128,7 @@ def test_two_processes_train_what_one_does(begun, capsys):
         for stage in ("score", "sft"):
             if stage == "sft":
                 make_step(config, "partition")
-            made_by(config, changes, stage, processes)
+            made_by(begun, changes, stage, processes)
         step = plan(resolved(config))["score"]
         scores.append(read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors"))
         before, after, _ = files(config, "sft")
@@ -146,8 +146,7 @@ def test_two_processes_train_what_one_does(begun, capsys):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_the_command_s(begun):
-    config = begun()
-    done = command(config, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
+    done = command(begun.home, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
     assert done.returncode == 78
     assert done.stderr.rstrip().splitlines()[-2:] == [
         "error: 2 processes with micro batches of 2 cannot share 6 samples a step evenly",
@@ -157,39 +156,15 @@ def test_an_error_of_one_process_is_the_command_s(begun):
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero2"])
 def test_what_was_not_tested_is_refused(begun, lorapar, backend):
-    config = begun()
-    home = [
-        "--set",
-        f"runs_dir={config.runs_dir}",
-        "--set",
-        f"model.name={config.model.name}",
-        "--set",
-        f"data.path={config.data.path}",
-    ]
-    done = lorapar(
-        "sft",
-        ROOT / "configs/smoke.yaml",
-        *home,
-        "--set",
-        "data.limit=48",
-        "--set",
-        "sft.lr=0.5",
-        "--set",
-        f"sft.launch.backend={backend}",
-    )
+    overrides = [*begun.home, "sft.lr=0.5", f"sft.launch.backend={backend}"]
+    done = lorapar("sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text)))
     assert done.code == 78
     assert f"error: launch.backend: {backend} was tested as" in done.err
 
 
 def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):
-    config = begun()
-    home = [
-        x
-        for t in (f"runs_dir={config.runs_dir}", f"model.name={config.model.name}", f"data.path={config.data.path}")
-        for x in ("--set", t)
-    ]
-    make_step(config, "sft")
+    make_step(begun(), "sft")
     monkeypatch.setattr("stages.launch.run", lambda *_: pytest.fail("launched"))
-    arguments = [*home, "--set", "data.limit=48", "--set", "sft.launch.backend=ddp", "--json"]
-    done = lorapar("sft", ROOT / "configs/smoke.yaml", *arguments)
+    overrides = [*begun.home, "sft.launch.backend=ddp"]
+    done = lorapar("sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text)), "--json")
     assert done.code == 0 and json.loads(done.out)["made"] is False

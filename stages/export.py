@@ -1,0 +1,123 @@
+"""Export: a trained adapter as plain PEFT files, or merged into its base model, with a card; and a check that it still answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages import sources
+from stages.artifacts import Artifact
+from stages.config import Config, ModelSection
+from stages.engines import Pool, Question, Sampling, Served
+from stages.errors import OutputError
+
+if TYPE_CHECKING:
+    from stages.language.prompts import Renderer
+
+Form = Literal["adapter", "merged"]
+LONGEST = 32
+"""Tokens of each answer that a check generates."""
+
+
+def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype: bool = False) -> None:
+    """Write the adapter of a committed sft or rl artifact, or the merged model with its tokenizer, and README.md into `out`.
+
+    base_dtype: cast the adapter's float32 weights to the type of the base model. OutputError if `out` exists.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists", "name a folder that does not")
+    from stages.lora import adapter
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}") from None
+    trained = artifact.path / "adapter"
+    if form == "merged":
+        adapter.save_merged(config.model, trained, partial)
+    else:
+        shutil.copytree(trained, partial, dirs_exist_ok=True)
+        if base_dtype:
+            _cast(partial / adapter.ADAPTER, config.model)
+    (partial / "README.md").write_text(card(artifact, form), encoding="utf-8")
+    partial.rename(out)
+
+
+def _cast(file: Path, model: ModelSection) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from stages.lora.adapter import load_base
+
+    dtype = load_base(model).dtype
+    save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def card(artifact: Artifact, form: Form) -> str:
+    """A model card from the manifest alone."""
+    manifest = artifact.manifest
+    stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
+    base = manifest["provenance"]["config"]["model"]["name"]
+    load = (
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "this folder")'
+        if form == "adapter"
+        else 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    )
+    settings = {**identity["lora"], **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
+    library = "peft" if form == "adapter" else "transformers"
+    return f"""---
+base_model: {base}
+library_name: {library}
+tags: [lorapar, lora]
+---
+
+# {base.rstrip("/").split("/")[-1]} after LoRA-PAR {stage}
+
+{"The LoRA adapter" if form == "adapter" else "The merged model"} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+`{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
+{summary["active"]:,} of {summary["elements"]:,} LoRA elements ({summary["active_share"]:.1%}) were trained in this stage, in
+{summary["steps"]} steps; the others are those that it started from, to the bit.
+
+```python
+{load}
+```
+
+| setting | value |
+|---|---|
+{rows}
+"""
+
+
+def engines() -> list[str]:
+    """What can be asked here."""
+    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+
+
+def check(
+    artifact: Artifact, config: Config, out: Path, form: Form, prompts: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Ask what was exported the first training prompts, by every engine there is, and follow each answer by the trained adapter.
+
+    Yields a row per engine: tokens, the share within the tolerance of the adapter's own choice, the largest gap in logits.
+    AnswerError if that is not what was trained.
+    """
+    from stages.engines import parity
+    from stages.engines.journal import Recorded
+    from stages.language.prompts import Asked, Renderer, load_tokenizer
+
+    renderer: Renderer = Renderer(load_tokenizer(config.model), config.prompt)
+    examples = sources.read(config.data.model_copy(update={"limit": prompts}))
+    asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
+    sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
+    model = config.model.model_copy(update={"name": str(out)}) if form == "merged" else config.model
+    for engine in engines():
+        served = Served(engine, model, None if form == "merged" else out)
+        with Pool() as pool:
+            made = dict(pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling))
+        pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
+        yield {"engine": engine, **parity.check(pairs, config.model, artifact.path / "adapter", renderer.tokenizer, say)}

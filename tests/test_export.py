@@ -1,0 +1,72 @@
+"""An exported adapter or model answers as what was trained, and the check says so where it does not."""
+
+import pytest
+import torch
+from conftest import ROOT, Silent, make_step
+from safetensors.torch import load_file, save_file
+
+from stages import export
+from stages.errors import AnswerError, OutputError
+from stages.lora import adapter
+
+
+@pytest.fixture(scope="module")
+def trained(begun):
+    config = begun("sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256")
+    for stage in ("score", "partition"):
+        make_step(config, stage)
+    return config, make_step(config, "sft")
+
+
+def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
+    config, artifact = trained
+    export.write(artifact, config, tmp_path / "a", "adapter")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (artifact.path / "adapter" / name).read_bytes()
+    text = (tmp_path / "a/README.md").read_text()
+    assert f"`{artifact.manifest['key']}`" in text and "| lr | 0.1 |" in text and f"base_model: {config.model.name}" in text
+    with pytest.raises(OutputError, match="a exists"):
+        export.write(artifact, config, tmp_path / "a", "adapter")
+
+
+def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, artifact = trained
+    export.write(artifact, config, tmp_path / "m", "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
+    ids = torch.arange(5, 60).view(1, -1)
+    wanted = adapter.load_adapted(config.model, artifact.path / "adapter")(input_ids=ids).logits
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapter.load_base(config.model)(input_ids=ids).logits, wanted, atol=1e-2)
+
+
+def test_weights_in_the_type_of_the_base(trained, tmp_path):
+    config, artifact = trained
+    half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    export.write(artifact, half, tmp_path / "h", "adapter", base_dtype=True)
+    assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, monkeypatch, form):
+    config, artifact = trained
+    monkeypatch.setattr(export, "engines", lambda: ["transformers"])
+    export.write(artifact, config, tmp_path / "x", form)
+    rows = list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
+    assert [(row["engine"], row["agree"], row["items"]) for row in rows] == [("transformers", 1.0, 3)]
+    assert rows[0]["differ_from_base"] > 0
+    name, part = ("adapter_model.safetensors", "lora_B") if form == "adapter" else ("model.safetensors", "down_proj")
+    weights = load_file(tmp_path / "x" / name)
+    spoilt = {key: weight * (-100 if part in key else 1) for key, weight in weights.items()}
+    save_file(spoilt, tmp_path / "x" / name, metadata={"format": "pt"})
+    with pytest.raises(AnswerError, match="what was served is not this adapter"):
+        list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
+
+
+def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
+    overrides = [part for text in (*begun.home, "sft.lr=0.77") for part in ("--set", text)]
+    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft")
+    assert done.code == 66 and "error: sft is missing" in done.err
+    assert not (tmp_path / "x").exists()
