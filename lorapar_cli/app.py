@@ -18,7 +18,7 @@ from stages.config import Config
 from stages.engines import NAMES as ENGINES
 from stages.engines import Pool, resolved
 from stages.errors import ConfigError, LoraparError, MissingInputError
-from stages.pipeline import Step, plan, run_step, state
+from stages.pipeline import Step, current, plan, run_step, state
 from stages.settings import annotated, load
 from stages.table import STAGES, Stage, order
 
@@ -59,7 +59,7 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
                 render.artifact(step.name, artifact, made, as_json)
 
 
-def _current(settings: Config, steps: list[Step]) -> bool:
+def _all_current(settings: Config, steps: list[Step]) -> bool:
     store = Store(settings.root)
     return all(state(store, step).state == "current" for step in steps)
 
@@ -71,7 +71,7 @@ def _stage_command(stage: Stage) -> None:
         if not mine:
             raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
         launching = getattr(getattr(settings, stage.name), "launch", None)
-        if launching and launching.several and not team.launched() and (force or not _current(settings, mine)):
+        if launching and launching.several and not team.launched() and (force or not _all_current(settings, mine)):
             launch.run(launching, sys.argv[1:])
         else:
             _make(settings, mine, force, as_json)
@@ -224,13 +224,13 @@ def export(
         raise ConfigError(f"--target {target}: expected sft or rl")
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
-    now = state(Store(settings.root), steps[target])
-    if now.state != "current" or now.artifact is None:
-        raise MissingInputError(f"{target} is {now.state} ({now.why})", f"run: lorapar run {config} --to {target}")
+    if target not in steps:
+        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+    artifact = current(Store(settings.root), steps[target])
     form: exporting.Form = "merged" if merged else "adapter"
-    exporting.write(now.artifact, settings, folder, form, base_dtype)
-    render.say(f"{folder}: {form} of {target} {now.artifact.manifest['key']}")
-    for row in exporting.check(now.artifact, settings, folder, form, prompts, render.say) if prompts else ():
+    exporting.write(artifact, settings, folder, form, base_dtype)
+    render.say(f"{folder}: {form} of {target} {artifact.manifest['key']}")
+    for row in exporting.check(artifact, settings, folder, form, prompts, render.say) if prompts else ():
         render.say(
             f"  {row['engine']}: {row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice within {row['tolerance']} "
             f"logits, largest gap {row['worst_gap']:.3f}; {row['differ_from_base']} of {row['items']} answers differ from the base's"

@@ -58,10 +58,8 @@ def run(
         return module.run(model, adapter, benchmark, server, target, out, progress)  # type: ignore[no-any-return]
 
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
-    context = Context(renderer.section.answer_format, renderer.section.template == "chat")
-    if getattr(module, "SANDBOX", False):
-        limits = sandbox.Limits(eval.sandbox.seconds, eval.sandbox.memory_mb)
-        context = Context(context.answer_format, context.chat, sandbox.choose(eval.sandbox.backend, limits, progress.say))
+    box = sandbox.of(eval.sandbox, progress.say) if getattr(module, "SANDBOX", False) else None
+    context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
     if classify_dir is not None:
         rows = read_labels(classify_dir / "labels.jsonl")
     else:
@@ -78,7 +76,6 @@ def run(
     samples = _graded(rows, asked, recorded, renderer, context, benchmark, progress)
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
     metrics = measured(samples, module.GROUPS)
-    bos = renderer.tokenizer.bos_token_id
     record = {
         "target": target,
         "benchmark": benchmark.model_dump(mode="json"),
@@ -86,14 +83,22 @@ def run(
         **metrics,
         "parity": parity,
         "sandbox": context.sandbox and context.sandbox.name,
-        "first_prompt": asked[0].text,
-        "first_prompt_tokens": len(asked[0].ids),
-        "bos_tokens_in_it": asked[0].ids.count(bos) if bos is not None else 0,
-        "stop": [*(renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids), *asked[0].stop],
-        "prompt": renderer.digest(),
+        **_prompt(asked[0], renderer),
     }
     (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     return {"kind": benchmark.kind, **({"sandbox": context.sandbox.name} if context.sandbox else {}), **brief(metrics)}
+
+
+def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
+    """What a reader needs to see of the prompts."""
+    bos = renderer.tokenizer.bos_token_id
+    return {
+        "first_prompt": first.text,
+        "first_prompt_tokens": len(first.ids),
+        "bos_tokens_in_it": first.ids.count(bos) if bos is not None else 0,
+        "stop": [*(renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
+        "prompt": renderer.digest(),
+    }
 
 
 def _digest(adapter: Path | None) -> str | None:
@@ -123,7 +128,8 @@ def _parity(
     if torch.cuda.is_available():
         engines.close()  # a server keeps most of the device's memory
     pairs = [(asked[i], recorded[i, 0]) for i in range(min(eval.parity_items, len(asked)))]
-    return parity.check(pairs, model, adapter, tokenizer, progress.say)
+    hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
+    return parity.check(pairs, model, adapter, tokenizer, hint, progress.say)
 
 
 def _graded(

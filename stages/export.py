@@ -115,9 +115,10 @@ def check(
     asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
     model = config.model.model_copy(update={"name": str(out)}) if form == "merged" else config.model
+    hint = f"do not use {out}: remove it and export again"
     for engine in engines():
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
             made = dict(pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling))
         pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
-        yield {"engine": engine, **parity.check(pairs, config.model, artifact.path / "adapter", renderer.tokenizer, say)}
+        yield {"engine": engine, **parity.check(pairs, config.model, artifact.path / "adapter", renderer.tokenizer, hint, say)}

@@ -140,7 +140,7 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
     """
     store, stage = Store(config.root), step.stage
     with store.lock(stage.name, step.key) if team.first() else nullcontext():
-        inputs = {name: _current(store, upstream) for name, upstream in step.inputs.items()}
+        inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if now.state == "current" and not force:
             assert now.artifact is not None
@@ -172,14 +172,16 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
         if team.first():
             store.commit(stage.name, step.key, manifest)
             store.point_latest(stage.name, step.variant, step.key)
-            _checkpoints(config, step, inputs).clear()
+            if "checkpoints" in extras:
+                extras["checkpoints"].clear()
         team.wait()
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
 
 
-def _current(store: Store, step: Step) -> Artifact:
+def current(store: Store, step: Step) -> Artifact:
+    """The artifact of a step; ArtifactError or MissingInputError, with the command that helps, unless it is current."""
     now = state(store, step)
     if now.state == "current":
         assert now.artifact is not None

@@ -15,7 +15,7 @@ from stages.errors import DataError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer, load_tokenizer
 from stages.lora import adapter, training
-from stages.lora.health import Healthy, Vitals, Watch
+from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.masks import Masks
 from stages.lora.merged import MergedCopy
 from stages.lora.optimizers import LoraPlus
@@ -24,6 +24,7 @@ from stages.records import Example, of_system, read_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from trl import GRPOConfig
 
     from stages.pipeline import Progress
 
@@ -49,7 +50,7 @@ def run(
     labels = read_labels(classify_dir / "labels.jsonl")
     examples = of_system(labels, 2) if rl.data == "system2" else [row.example for row in labels]
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
-    rows, dropped = _rows(examples, renderer, rl, functions)
+    rows, tokens, dropped = _rows(examples, renderer, rl, functions)
     start = training.start(score_dir, sft_dir)
     active = Masks.load(partition_dir / "masks.safetensors").rl
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
@@ -57,14 +58,14 @@ def run(
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
     copy = MergedCopy(base) if base.device.type == "cpu" else None
     peft_model = adapter.attach(base, lora, start, rl.dropout)
-    fixed = {"sandbox": _sandbox(rl, progress)} if "code_tests" in functions else {}
+    fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
     checked = [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
-    trainer = _trainer(peft_model, renderer, rows, rl, checked, steps, seed, checkpoints, copy)
+    arguments = _arguments(rl, steps, seed, checkpoints)
+    trainer = _trainer(peft_model, renderer, rows, tokens, rl, checked, arguments, copy)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then takes the model without adapter
-    trainer.vitals = Vitals(
-        _row_ids(examples, renderer), f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
-    )
+    names = row_ids(lambda: {tuple(renderer.prompt_ids(e.prompt)): e.id for e in examples}, "prompt_ids", "prompt_mask")
+    trainer.vitals = Vitals(names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}")
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(Watch(progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
     summary = training.train(trainer, peft_model, active, start, out, model.name, checkpoints)
@@ -82,26 +83,10 @@ def run(
     }
 
 
-def _sandbox(rl: RlSection, progress: Progress) -> sandbox.Sandbox:
-    limits = sandbox.Limits(rl.sandbox.seconds, rl.sandbox.memory_mb)
-    return sandbox.choose(rl.sandbox.backend, limits, progress.say)
-
-
-def _row_ids(examples: list[Example], renderer: Renderer) -> Callable[[dict[str, Any]], list[str]]:
-    """From a batch as TRL prepares it back to the ids of its prompts."""
-
-    def ids(batch: dict[str, Any]) -> list[str]:
-        names = {tuple(renderer.prompt_ids(e.prompt)): e.id for e in examples}
-        pairs = zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
-        return [names.get(tuple(tokens[mask.bool()].tolist()), "unknown") for tokens, mask in pairs]
-
-    return ids
-
-
 def _rows(
     examples: list[Example], renderer: Renderer, rl: RlSection, functions: dict[str, Callable[..., Any]]
-) -> tuple[Dataset, int]:
-    """TRL's rows: the rendered prompt and the columns that rewards read. Prompts that are too long are dropped."""
+) -> tuple[Dataset, dict[str, list[int]], int]:
+    """TRL's rows: the rendered prompt and the columns that rewards read; the token ids of each prompt; how many were too long."""
     from datasets import Dataset
 
     style = renderer.section.answer_format
@@ -111,7 +96,10 @@ def _rows(
     ]
     needed = {name: reward_functions.columns(name, function) for name, function in functions.items()}
     reward_functions.require(needed, rows)
-    kept = [row for row in rows if len(renderer.prompt_ids(row["question"])) <= rl.max_prompt]
+    for row in rows:
+        row["prompt"] = renderer.prompt(row["question"])
+    ids = {row["prompt"]: renderer.ids(row["prompt"]) for row in rows}
+    kept = [row for row in rows if len(ids[row["prompt"]]) <= rl.max_prompt]
     dropped = len(rows) - len(kept)
     if dropped:
         log.warning("%d of %d prompts are longer than rl.max_prompt %d", dropped, len(rows), rl.max_prompt)
@@ -120,36 +108,57 @@ def _rows(
             f"{len(kept)} RL prompts ({dropped} too long) are fewer than rl.prompts_per_step {rl.prompts_per_step}",
             "lower it, raise rl.max_prompt, or bring more System 2 rows",
         )
-    read = {"question", *(column for columns in needed.values() for column in columns)}
-    prompts = [renderer.prompt(row["question"]) for row in kept]
-    return Dataset.from_list(
-        [{"prompt": prompt, **{name: row[name] for name in read}} for prompt, row in zip(prompts, kept, strict=True)]
-    ), dropped
+    read = {"prompt", "question", *(column for columns in needed.values() for column in columns)}
+    return Dataset.from_list([{name: row[name] for name in read} for row in kept]), ids, dropped
+
+
+def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints) -> GRPOConfig:
+    from trl import GRPOConfig
+
+    samples = rl.prompts_per_step * rl.group
+    return GRPOConfig(
+        **training.arguments(rl, steps, seed, checkpoints, rl.iterations),
+        per_device_train_batch_size=rl.micro_batch,
+        gradient_accumulation_steps=training.accumulation(samples, rl.micro_batch),
+        num_generations=rl.group,
+        num_iterations=rl.iterations,
+        max_completion_length=rl.max_completion,
+        temperature=rl.temperature,
+        top_p=rl.top_p,
+        top_k=0,
+        beta=rl.kl_beta,
+        loss_type=rl.loss,
+        scale_rewards=rl.scale_rewards,
+        reward_weights=list(rl.rewards.values()),
+        epsilon=0.2,
+        mask_truncated_completions=False,
+        use_vllm=False,
+        log_completions=False,
+    )
 
 
 def _trainer(  # type: ignore[no-untyped-def]
     peft_model,
     renderer: Renderer,
-    rows,
+    rows: Dataset,
+    tokens: dict[str, list[int]],
     rl: RlSection,
     functions: list[Callable[..., Any]],
-    steps: int,
-    seed: int,
-    checkpoints: Checkpoints,
+    arguments: GRPOConfig,
     copy: MergedCopy | None,
 ):  # type: ignore[no-untyped-def]
-    """GRPOTrainer with our token ids and, on CPU, our rollouts.
+    """GRPOTrainer with our token ids (`tokens`, by prompt) and, on CPU, our rollouts.
 
     On CPU completions are sampled from a merged copy of the model; TRL's own way is to generate through the LoRA layers.
     """
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     class Trainer(Healthy, ExactRollouts, LoraPlus, GRPOTrainer):
         ratio = rl.loraplus_ratio
 
         def _tokenize_prompts(self, prompts: list[str]):  # type: ignore[no-untyped-def]
             # The renderer's ids: TRL would let the tokenizer add its special tokens to a rendered chat a second time.
-            return [questions[prompt] for prompt in prompts], None, {}
+            return [tokens[prompt] for prompt in prompts], None, {}
 
         def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
             if copy is None:
@@ -161,30 +170,10 @@ def _trainer(  # type: ignore[no-untyped-def]
             return [answer.ids for answer in made], None
 
     sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p)
-    questions = {row["prompt"]: renderer.prompt_ids(row["question"]) for row in rows}
-    samples = rl.prompts_per_step * rl.group
     return Trainer(
         model=peft_model,
         reward_funcs=functions,
-        args=GRPOConfig(
-            **training.arguments(rl, steps, seed, checkpoints, rl.iterations),
-            per_device_train_batch_size=rl.micro_batch,
-            gradient_accumulation_steps=training.accumulation(samples, rl.micro_batch),
-            num_generations=rl.group,
-            num_iterations=rl.iterations,
-            max_completion_length=rl.max_completion,
-            temperature=rl.temperature,
-            top_p=rl.top_p,
-            top_k=0,
-            beta=rl.kl_beta,
-            loss_type=rl.loss,
-            scale_rewards=rl.scale_rewards,
-            reward_weights=list(rl.rewards.values()),
-            epsilon=0.2,
-            mask_truncated_completions=False,
-            use_vllm=False,
-            log_completions=False,
-        ),
+        args=arguments,
         train_dataset=rows,
         processing_class=renderer.tokenizer,
     )

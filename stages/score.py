@@ -64,8 +64,9 @@ def run(
     for system in (1, 2):
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], min(score.examples, len(examples[system])))
         rows, long = renderer.rows(chosen, data)
-        progress.start(f"score System {system}", len(rows))
-        sums = _moments(peft_model, rows[team.rank() :: team.size()], score.batch_size, renderer, progress)
+        mine = rows[team.rank() :: team.size()]
+        progress.start(f"score System {system}", len(mine))
+        sums = _moments(peft_model, mine, score.batch_size, renderer, progress)
         _add_up(sums)
         scores[system] = _importance(peft_model, sums, lora, score.scorer)
         check(flat(scores[system]), system)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoints import Checkpoints
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
-from stages.language.prompts import Renderer, Row, load_tokenizer
+from stages.language.prompts import Renderer, load_tokenizer
 from stages.lora import adapter, training
-from stages.lora.health import Healthy, Vitals, Watch
+from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactResume
@@ -69,21 +68,11 @@ def run(
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
-    trainer.vitals = Vitals(_row_ids(rows), f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
+    names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
+    trainer.vitals = Vitals(names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
     trainer.add_callback(Watch(progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
     summary = training.train(trainer, peft_model, active, start, out, model.name, checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
-
-
-def _row_ids(rows: list[Row]) -> Callable[[dict[str, Any]], list[str]]:
-    """From a collated batch back to the ids of its rows."""
-    names = {tuple(row.input_ids): row.id for row in rows}
-
-    def ids(batch: dict[str, Any]) -> list[str]:
-        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        return [names.get(tuple(tokens[mask.bool()].tolist()), "unknown") for tokens, mask in pairs]
-
-    return ids
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:

@@ -39,11 +39,12 @@ def check(
     model: ModelSection,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
+    hint: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """How well the answers agree with the reference, and how many the base would have given too.
 
-    AnswerError if fewer than LEAST of their tokens are the reference's.
+    AnswerError with `hint` if fewer than LEAST of their tokens are the reference's.
     """
     reference: Any = load_adapted(model, adapter) if adapter else load_base(model)
     off = reference.disable_adapter if adapter else nullcontext
@@ -64,7 +65,7 @@ def check(
     if agree < LEAST:
         raise AnswerError(
             f"what was served is not this adapter: {agree:.0%} of {len(gaps)} tokens agree with it, {LEAST:.0%} expected",
-            "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0",
+            hint,
         )
     if adapter is not None:
         found["differ_from_base"] = differing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp
 from statistics import fmean, median
 
 from stages.language.agreement import auc
@@ -39,8 +40,6 @@ def calibrate(method: str, judged: list[Judged], given: list[float | None], free
         equal = min(map(len, of_system))  # an unbalanced file must not move the median
         threshold = median([value for values in of_system for value in _spread(values, equal)]) if equal else 0.5
     elif method == "content_free" and (valid := [value for value in free if value is not None]):
-        from math import exp
-
         threshold = 1 / (1 + exp(-fmean(log_odds(value) for value in valid)))
     return Calibration(method, threshold, found and found[0], found and found[1], len(pairs))
 

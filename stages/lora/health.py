@@ -90,6 +90,19 @@ def _shapes(batch: dict[str, Any]) -> str:
     return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in tokens.items())
 
 
+def row_ids(names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: str) -> Callable[[dict[str, Any]], list[str]]:
+    """From a batch back to the ids of its rows; `names` (token ids → row id) is made only when a run has failed.
+
+    tokens, mask: keys of the batch, (rows, tokens) each.
+    """
+
+    def ids(batch: dict[str, Any]) -> list[str]:
+        known, pairs = names(), zip(batch[tokens], batch[mask], strict=True)
+        return [known.get(tuple(row[kept.bool()].tolist()), "unknown") for row, kept in pairs]
+
+    return ids
+
+
 class Watch(TrainerCallback):
     """Reports progress, counts the steps that could teach nothing, and stops a run of them."""
 

@@ -5,6 +5,7 @@ the ways to start them. This package needs the standard library and `stages.erro
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from stages.errors import SandboxError
 from stages.sandbox import pair
@@ -12,7 +13,7 @@ from stages.sandbox.backends import BACKENDS, Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 from stages.sandbox.selftest import selftest
 
-__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "examine"]
+__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "examine", "of"]
 
 SAFE = ("bubblewrap", "landlock")
 HINT = (
@@ -45,6 +46,22 @@ class Sandbox:
 def examine() -> dict[str, list[str]]:
     """The problems of each safe back end on this machine; no problems, no lines."""
     return {name: selftest(BACKENDS[name]) for name in SAFE}
+
+
+class Section(Protocol):
+    """What a config says about the sandbox."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def memory_mb(self) -> int: ...
+
+
+def of(section: Section, say: Callable[[str], None]) -> Sandbox:
+    """The sandbox that a config asks for."""
+    return choose(section.backend, Limits(section.seconds, section.memory_mb), say)
 
 
 def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
