@@ -36,7 +36,7 @@ models/tiny-random/config.json: | $(READY)
 $(DATA): | $(READY)
 	$(LORAPAR) demo-data data/demo
 
-demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M (about 15 minutes on 2 cores)
+demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M (about 20 minutes on 2 cores)
 	$(LORAPAR) run configs/demo.yaml $(foreach s,$(SET),--set $(s))
 
 smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline on a random two-layer model
