@@ -14,7 +14,7 @@ from stages.engines import Sampling
 from stages.errors import DataError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer, load_tokenizer
-from stages.lora import adapter, training
+from stages.lora import adapter, packed, rollouts, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.masks import Masks
 from stages.lora.merged import MergedCopy
@@ -54,14 +54,17 @@ def run(
     start = training.start(score_dir, sft_dir)
     active = Masks.load(partition_dir / "masks.safetensors").rl
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
+    rollouts.prepare(rl.rollouts, model.name)
     base = adapter.load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
-    copy = MergedCopy(base) if base.device.type == "cpu" else None
+    copy = MergedCopy(base) if base.device.type == "cpu" and rl.rollouts.engine == "transformers" else None
     peft_model = adapter.attach(base, lora, start, rl.dropout)
     fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
     checked = [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
-    arguments = _arguments(rl, steps, seed, checkpoints)
+    arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
     trainer = _trainer(peft_model, renderer, rows, tokens, rl, checked, arguments, copy)
+    if rl.rollouts.engine != "transformers":
+        rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then takes the model without adapter
     names = row_ids(lambda: {tuple(renderer.prompt_ids(e.prompt)): e.id for e in examples}, "prompt_ids", "prompt_mask")
@@ -112,7 +115,7 @@ def _rows(
     return Dataset.from_list([{name: row[name] for name in read} for row in kept]), ids, dropped
 
 
-def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints) -> GRPOConfig:
+def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]) -> GRPOConfig:
     from trl import GRPOConfig
 
     samples = rl.prompts_per_step * rl.group
@@ -132,7 +135,7 @@ def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints) -
         reward_weights=list(rl.rewards.values()),
         epsilon=0.2,
         mask_truncated_completions=False,
-        use_vllm=False,
+        **rollouts.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
         log_completions=False,
     )
 
@@ -149,7 +152,7 @@ def _trainer(  # type: ignore[no-untyped-def]
 ):  # type: ignore[no-untyped-def]
     """GRPOTrainer with our token ids (`tokens`, by prompt) and, on CPU, our rollouts.
 
-    On CPU completions are sampled from a merged copy of the model; TRL's own way is to generate through the LoRA layers.
+    There completions are sampled from a merged copy of the model; TRL's own way is vLLM, or to generate through the LoRA layers.
     """
     from trl import GRPOTrainer
 
@@ -162,7 +165,8 @@ def _trainer(  # type: ignore[no-untyped-def]
 
         def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
             if copy is None:
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+                with packed.fixed(peft_model):
+                    return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             from stages.engines.transformers import continuations
 
             copy.refresh(peft_model)

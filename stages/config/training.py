@@ -96,6 +96,26 @@ class SftSection(TrainSection):
         return self
 
 
+class RolloutsSection(Section):
+    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting(
+        "transformers", "Who samples: the trainer, vLLM on the trainer's GPUs, or a vLLM server on others."
+    )
+    base_url: str | None = setting(None, "Address of that server, without /v1.", identity=False)
+    gpu_memory: float = setting(0.3, "Share of each GPU for a colocated vLLM.", identity=False, gt=0, lt=1)
+    tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", identity=False, gt=0)
+    sleep: bool = setting(False, "A colocated vLLM gives its memory back during optimizer steps.", identity=False)
+    correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = setting(
+        "sequence_mask", "Importance sampling between vLLM's probabilities and the trainer's: per what, and what is done."
+    )
+    correction_max: float = setting(3.0, "Ratio above which it masks or truncates.", gt=0)
+
+    @model_validator(mode="after")
+    def _server(self) -> "RolloutsSection":
+        if (self.engine == "vllm_server") != (self.base_url is not None):
+            raise ValueError("base_url goes with engine vllm_server, and only with it")
+        return self
+
+
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
     data: Literal["system2", "all"] = setting("system2", "Rows to train on.")
@@ -120,6 +140,7 @@ class RlSection(TrainSection):
         None, "Python file with reward functions of your own, in TRL's signature.", identity=False
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.")
+    rollouts: RolloutsSection = setting(RolloutsSection(), "Where completions are sampled.")
     dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
     save_steps: int = setting(
         5, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0

@@ -27,6 +27,9 @@ MODULE = "adapter"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM can be set to; its default of 16 refuses larger adapters."""
 
+ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+"""Environment there: vLLM would reserve a core for itself and 4 GB of cache; a small machine has neither to spare."""
+
 
 @contextmanager
 def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
@@ -112,13 +115,15 @@ def _command(
 
 
 def _environment(devices: str | None) -> dict[str, str]:
-    """On CPU vLLM reserves a core for itself and 4 GB of cache; a small machine has neither to spare.
-
-    It refuses more than a few stop texts; a benchmark may have ten (HumanEval).
-    """
-    defaults = {} if _have_gpu() else {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    """vLLM refuses more than a few stop texts; a benchmark may have ten (HumanEval)."""
     visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
-    return {**defaults, "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_STOP_STRINGS": "64", **os.environ, **visible}
+    return {
+        **({} if _have_gpu() else ON_CPU),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MAX_STOP_STRINGS": "64",
+        **os.environ,
+        **visible,
+    }
 
 
 def _have_gpu() -> bool:

@@ -6,25 +6,13 @@ A gradient mask would not do: AdamW's weight decay moves elements whose gradient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class _Dense(torch.autograd.Function):
-    """The dense weight in the forward pass; in the backward pass its gradient, gathered at the active elements."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, dense: Tensor, index: Tensor, owner: PackedLinear) -> Tensor:  # type: ignore[override]
-        ctx.index, ctx.owner = index, owner
-        return dense.view_as(dense)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.owner._stale = True  # an optimizer step may follow
-        return grad.reshape(-1).index_select(0, ctx.index), None, None, None
 
 
 class PackedLinear(nn.Linear):
@@ -52,33 +40,27 @@ class PackedLinear(nn.Linear):
             self.values = nn.Parameter(values)
         else:
             self.register_buffer("values", values, persistent=False)  # TRL's set_adapter turns every parameter trainable
-        self._stale, self._seen = False, self.values._version
-
-    def _refresh(self) -> Tensor:
-        # Fused optimizers do not bump `_version`, so staleness follows the backward pass; the version is a second signal.
-        if self._stale or self.values._version != self._seen:
-            with torch.no_grad():
-                self._dense.view(-1).index_copy_(0, self._index.long(), self.values.detach().to(self._dense.dtype))
-            self._stale, self._seen = False, self.values._version
-        return self._dense
+        self._fixed = not len(values)  # `_dense` is the weight as it stands
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        dense = self._refresh()
-        if torch.is_grad_enabled() and self.values.requires_grad:
-            return _Dense.apply(self.values, dense, self._index, self)  # type: ignore[no-any-return]
-        return dense
+        if self._fixed:
+            return self._dense
+        # Made anew at each reading, because fused optimizers do not bump `_version`; and out of place, by torch's own
+        # operators: an autograd.Function over one buffer costs twice as much time in a small layer.
+        values = self.values.to(self._dense.dtype)
+        return self._dense.view(-1).index_copy(0, self._index.long(), values).view_as(self._dense)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)
-        self._dense, self._index, self._stale = fn(self._dense), fn(self._index), True
+        self._dense, self._index = fn(self._dense), fn(self._index)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._refresh().detach().clone()
+        destination[prefix + "weight"] = self.weight.detach().clone()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
@@ -99,4 +81,17 @@ class PackedLinear(nn.Linear):
             return
         with torch.no_grad():
             self.values.copy_(weight.view(-1).index_select(0, self._index))
-        self._stale = True
+
+
+@contextmanager
+def fixed(model: nn.Module) -> Iterator[None]:
+    """Inside, packed weights do not change and are made only once: for sampling, which reads each of them for every token."""
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear) and not m._fixed]
+    for layer in layers:
+        layer._dense = layer.weight.detach()
+        layer._fixed = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._fixed = False

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lora.packed import PackedLinear
+from stages.lora.packed import PackedLinear, fixed
 
 
 def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:
@@ -90,3 +90,26 @@ def test_copies_and_pickles_are_independent():
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="does not fit weight"):
         PackedLinear(layer()[0], torch.ones(7, 11, dtype=torch.bool))
+
+
+def test_fixed_weights_are_made_once_and_train_again_afterwards():
+    linear, mask = layer()
+    packed = PackedLinear(linear, mask)
+    with torch.no_grad():
+        packed.values += 1
+    with fixed(nn.Sequential(packed)):
+        assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
+        assert packed.weight is packed.weight
+    packed(torch.randn(5, 12)).sum().backward()
+    with torch.no_grad():
+        packed.values -= packed.values.grad
+    assert torch.equal(packed.weight[mask], packed.values) and torch.equal(packed.weight[~mask], linear.weight[~mask])
+
+
+def test_gradients_under_autocast_are_those_of_the_plain_layer():
+    linear, mask = layer()
+    packed, x = PackedLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x).square().sum().backward()
+        packed(x).square().sum().backward()
+    assert torch.equal(packed.values.grad, linear.weight.grad[mask])
