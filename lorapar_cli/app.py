@@ -68,6 +68,8 @@ def _stage_command(stage: Stage) -> None:
     def command(config: ConfigPath, set_: Overrides = None, force: Force = False, as_json: Json = False) -> None:
         settings, steps = _plan(config, set_)
         mine = [s for s in steps.values() if s.stage is stage]
+        if stage not in order(settings):
+            raise ConfigError(f"a baseline has no stage {stage.name}", "go on with: lorapar sft CONFIG")
         if not mine:
             raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
         launching = getattr(getattr(settings, stage.name), "launch", None)
@@ -131,12 +133,12 @@ def run(
 ) -> None:
     """Run what is missing or stale, each stage in a process of its own."""
     set_ = [*(set_ or []), *_unsafe(unsafe)]
-    for name in (first, last):
-        if name is not None and name not in STAGES:
-            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(STAGES)}")
     settings, steps = _plan(config, set_)
     store = Store(settings.root)
     names = [stage.name for stage in order(settings)]
+    for name in (first, last):
+        if name is not None and name not in names:
+            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
     todo = names[names.index(first or names[0]) : names.index(last or names[-1]) + 1]
     if not todo:
         raise ConfigError(f"--from {first} comes after --to {last}")

@@ -12,7 +12,7 @@ from stages import sources
 from stages.artifacts import Artifact
 from stages.config import Config, ModelSection
 from stages.engines import Pool, Question, Sampling, Served
-from stages.errors import OutputError
+from stages.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer
@@ -25,11 +25,14 @@ LONGEST = 32
 def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype: bool = False) -> None:
     """Write the adapter of a committed sft or rl artifact, or the merged model with its tokenizer, and README.md into `out`.
 
-    base_dtype: cast the adapter's float32 weights to the type of the base model. OutputError if `out` exists.
+    base_dtype: cast the adapter's float32 weights to the type of the base model. OutputError if `out` exists, ConfigError for a
+    merged model of a trained prompt.
     """
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
-    from stages.lora import adapter
+    if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
+        raise ConfigError(f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out")
+    from stages.lora import adapter, baselines
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,7 +44,7 @@ def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype:
     if form == "merged":
         adapter.save_merged(config.model, trained, partial)
     else:
-        shutil.copytree(trained, partial, dirs_exist_ok=True)
+        shutil.copytree(trained, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
         if base_dtype:
             _cast(partial / adapter.ADAPTER, config.model)
     (partial / "README.md").write_text(card(artifact, form), encoding="utf-8")
@@ -67,21 +70,27 @@ def card(artifact: Artifact, form: Form) -> str:
         if form == "adapter"
         else 'model = AutoModelForCausalLM.from_pretrained("this folder")'
     )
-    settings = {**identity["lora"], **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}}
+    baseline = identity["baseline"]
+    method = baseline["method"] if baseline else "lora"
+    rest = "all that the method has" if baseline else "the others are those that it started from, to the bit"
+    settings = {
+        **(baseline or identity["lora"]),
+        **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)},
+    }
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
     library = "peft" if form == "adapter" else "transformers"
     return f"""---
 base_model: {base}
 library_name: {library}
-tags: [lorapar, lora]
+tags: [lorapar, {method}]
 ---
 
-# {base.rstrip("/").split("/")[-1]} after LoRA-PAR {stage}
+# {base.rstrip("/").split("/")[-1]} after {f"{method} {stage}" if baseline else f"LoRA-PAR {stage}"}
 
-{"The LoRA adapter" if form == "adapter" else "The merged model"} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+{"The adapter" if form == "adapter" else "The merged model"} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
-{summary["active"]:,} of {summary["elements"]:,} LoRA elements ({summary["active_share"]:.1%}) were trained in this stage, in
-{summary["steps"]} steps; the others are those that it started from, to the bit.
+{summary["active"]:,} of {summary["elements"]:,} elements ({summary["active_share"]:.1%}) were trained in this stage, in
+{summary["steps"]} steps; {rest}.
 
 ```python
 {load}
@@ -93,9 +102,9 @@ tags: [lorapar, lora]
 """
 
 
-def engines() -> list[str]:
+def engines(config: Config) -> list[str]:
     """What can be asked here."""
-    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") and config.baseline is None else [])]
 
 
 def check(
@@ -116,7 +125,7 @@ def check(
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
     model = config.model.model_copy(update={"name": str(out)}) if form == "merged" else config.model
     hint = f"do not use {out}: remove it and export again"
-    for engine in engines():
+    for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
             made = dict(pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling))

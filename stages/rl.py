@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages import sandbox
 from stages.checkpoints import Checkpoints
-from stages.config import LoraSection, ModelSection, PromptSection, RlSection
+from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling
 from stages.errors import DataError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer, load_tokenizer
 from stages.lora import adapter, packed, rollouts, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.masks import Masks
 from stages.lora.merged import MergedCopy
 from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactRollouts
@@ -35,14 +34,15 @@ def run(
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
+    baseline: BaselineSection | None,
     rl: RlSection,
     seed: int,
     classify_dir: Path,
-    partition_dir: Path,
     checkpoints: Checkpoints,
     out: Path,
     progress: Progress,
     score_dir: Path | None = None,
+    partition_dir: Path | None = None,
     sft_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and the rewards of the first and last quarter."""
@@ -51,14 +51,14 @@ def run(
     examples = of_system(labels, 2) if rl.data == "system2" else [row.example for row in labels]
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
     rows, tokens, dropped = _rows(examples, renderer, rl, functions)
-    start = training.start(score_dir, sft_dir)
-    active = Masks.load(partition_dir / "masks.safetensors").rl
+    start = training.Start.of("rl", score_dir, partition_dir, sft_dir)
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
     base = adapter.load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
-    copy = MergedCopy(base) if base.device.type == "cpu" and rl.rollouts.engine == "transformers" else None
-    peft_model = adapter.attach(base, lora, start, rl.dropout)
+    merging = base.device.type == "cpu" and rl.rollouts.engine == "transformers" and baseline is None
+    copy = MergedCopy(base) if merging else None
+    peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
     checked = [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
@@ -71,7 +71,7 @@ def run(
     trainer.vitals = Vitals(names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}")
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(Watch(progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
-    summary = training.train(trainer, peft_model, active, start, out, model.name, checkpoints)
+    summary = training.train(trainer, peft_model, start, out, model.name, checkpoints)
     history = training.history(trainer)
     earned = [row["reward"] for row in history if "reward" in row]
     quarter = max(1, len(earned) // 4)

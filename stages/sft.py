@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoints import Checkpoints
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
+from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.language.prompts import Renderer, load_tokenizer
 from stages.lora import adapter, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactResume
 from stages.records import Example, Labelled, of_system, read_labels
@@ -26,14 +25,15 @@ def run(
     data: DataSection,
     prompt: PromptSection,
     lora: LoraSection,
+    baseline: BaselineSection | None,
     sft: SftSection,
     seed: int,
     classify_dir: Path,
-    partition_dir: Path,
     checkpoints: Checkpoints,
     out: Path,
     progress: Progress,
     score_dir: Path | None = None,
+    partition_dir: Path | None = None,
     rl_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT, loads on the plain base model) and `history.json`; returns what was trained."""
@@ -51,10 +51,9 @@ def run(
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
     examples = _examples(read_labels(classify_dir / "labels.jsonl"), sft, seed)
     rows, long = renderer.rows(examples, data)
-    start = training.start(score_dir, rl_dir)
-    active = Masks.load(partition_dir / "masks.safetensors").sft
+    start = training.Start.of("sft", score_dir, partition_dir, rl_dir)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    peft_model = adapter.attach(adapter.load_base(model), lora, start, sft.dropout)
+    peft_model = start.attach(adapter.load_base(model), lora, baseline, sft.dropout, seed)
     trainer = Trainer(
         model=peft_model,
         args=SFTConfig(
@@ -71,7 +70,7 @@ def run(
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     trainer.vitals = Vitals(names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
     trainer.add_callback(Watch(progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
-    summary = training.train(trainer, peft_model, active, start, out, model.name, checkpoints)
+    summary = training.train(trainer, peft_model, start, out, model.name, checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 
 

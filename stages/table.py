@@ -22,6 +22,18 @@ class Stage:
     """Raised when the meaning of the output changes; a refactor does not raise it."""
 
 
+def _trains(other: str) -> Callable[[Config, str], tuple[str, ...]]:
+    """What a training stage needs, of which `other` is the other one."""
+
+    def needs(config: Config, _: str) -> tuple[str, ...]:
+        start = (config.sft if other == "rl" else config.rl).start_from
+        if config.baseline is None:
+            return ("classify:train", "partition", "score" if start == "init" else other)
+        return ("classify:train",) if start == "init" else ("classify:train", other)
+
+    return needs
+
+
 def needs_scores(config: Config) -> bool:
     from stages.lora.regions import NEED_NO_SCORES
 
@@ -32,14 +44,9 @@ def _score_needs(config: Config, _: str) -> tuple[str, ...]:
     return ("classify:train",) if needs_scores(config) else ()
 
 
-def _start(adapter: str) -> str:
-    """The step that makes the adapter a training stage starts from."""
-    return "score" if adapter == "init" else adapter
-
-
 def order(config: Config) -> list[Stage]:
     """The rows of the table in an order in which each stage follows its inputs."""
-    names = list(STAGES)
+    names = [name for name in STAGES if config.baseline is None or name not in ("score", "partition")]
     if config.sft.start_from == "rl":
         names.remove("rl")
         names.insert(names.index("sft"), "rl")
@@ -95,14 +102,14 @@ STAGES = {
         Stage(
             "sft",
             "Train the System 1 part on System 1 rows.",
-            needs=lambda config, _: ("classify:train", "partition", _start(config.sft.start_from)),
-            sections=lambda _: ("model", "data", "prompt", "lora", "sft", "seed"),
+            needs=_trains("rl"),
+            sections=lambda _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
         ),
         Stage(
             "rl",
             "Train the System 2 part on System 2 rows with GRPO.",
-            needs=lambda config, _: ("classify:train", "partition", _start(config.rl.start_from)),
-            sections=lambda _: ("model", "prompt", "lora", "rl", "seed"),
+            needs=_trains("sft"),
+            sections=lambda _: ("model", "prompt", "lora", "baseline", "rl", "seed"),
         ),
         Stage(
             "eval",

@@ -49,6 +49,12 @@ def test_a_config_over_another(tmp_path):
     assert message(above) == f"{above} extends itself"
 
 
+def test_table6_has_a_config_for_every_method():
+    found = [load(path) for path in sorted((ROOT / "configs/paper/table6").glob("*.yaml"))]
+    assert [c.baseline.method for c in found if c.baseline] == ["ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
+    assert all(c.rl.lr == pytest.approx(c.sft.lr / 10) for c in found) and len({c.run for c in found}) == 4
+
+
 def test_table1_has_a_config_for_every_row():
     voters = {p.stem: load(p).classify for p in (ROOT / "configs/paper/table1").glob("*.yaml")}
     assert {name: len(c.voters) for name, c in voters.items() if c.strategy == "vote"} == {

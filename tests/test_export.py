@@ -52,7 +52,7 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, monkeypatch, form):
     config, artifact = trained
-    monkeypatch.setattr(export, "engines", lambda: ["transformers"])
+    monkeypatch.setattr(export, "engines", lambda _: ["transformers"])
     export.write(artifact, config, tmp_path / "x", form)
     rows = list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
     assert [(row["engine"], row["agree"], row["items"]) for row in rows] == [("transformers", 1.0, 3)]

@@ -12,9 +12,18 @@ from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSecti
 from stages.config.fields import Section, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
-from stages.config.training import LaunchSection, PartitionSection, RlSection, ScoreSection, SftSection, TrainSection
+from stages.config.training import (
+    BaselineSection,
+    LaunchSection,
+    PartitionSection,
+    RlSection,
+    ScoreSection,
+    SftSection,
+    TrainSection,
+)
 
 __all__ = [
+    "BaselineSection",
     "BenchmarkSection",
     "ClassifySection",
     "Config",
@@ -46,6 +55,9 @@ class Config(Section):
     data: DataSection = setting(DataSection(), "Training rows.")
     prompt: PromptSection = setting(PromptSection(), "What the model is shown, in score, sft, rl and eval alike.")
     lora: LoraSection = setting(LoraSection(), "The adapter.")
+    baseline: BaselineSection | None = setting(
+        None, "Another method in place of LoRA, trained whole: there is then no score and no partition."
+    )
     server: ServerSection = setting(ServerSection(), "Servers that voters and evaluation ask.")
     classify: ClassifySection = setting(ClassifySection(), "Label examples System 1 or 2.")
     score: ScoreSection = setting(ScoreSection(), "Importance of every LoRA element.")
@@ -68,6 +80,21 @@ class Config(Section):
             raise ValueError(
                 "sft and rl start from each other; the reversed order is sft.start_from=rl with rl.start_from=init"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _baseline(self) -> "Config":
+        if self.baseline is None:
+            return self
+        here = f"baseline {self.baseline.method}"
+        if "init" in self.eval.targets:
+            raise ValueError(f"{here} has no scored initial adapter; take init out of eval.targets")
+        if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
+            raise ValueError(f"vllm cannot serve {here}; use engine transformers")
+        if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
+            raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
+        if self.rl.kl_beta and self.rl.kl_reference == "sft":
+            raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
         return self
 
     @property

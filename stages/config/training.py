@@ -42,6 +42,12 @@ class LaunchSection(Section):
 LAUNCH = "How many processes run the stage."
 
 
+class BaselineSection(Section):
+    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(..., "A method of PEFT.")
+    virtual_tokens: int = setting(20, "Tokens of the trained prompt or prefix (not for ia3).", gt=0)
+    encoder_hidden: int | None = setting(None, "Width of p_tuning's encoder; none: that of the model.", gt=0)
+
+
 class ScoreSection(Section):
     scorer: Scorer = setting("taylor2", "Importance formula.")
     examples: int = setting(100, "Examples per system.", gt=0)

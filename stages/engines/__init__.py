@@ -171,7 +171,8 @@ def resolved(config: Config) -> Config:
         for voter in config.classify.voters
     ]
     # The driver's own device file: asking torch would load it for every command.
-    of_eval = "vllm" if have and Path("/dev/nvidiactl").exists() else "transformers"
+    served = have and Path("/dev/nvidiactl").exists() and config.baseline is None
+    of_eval = "vllm" if served else "transformers"
     update = {
         "classify": config.classify.model_copy(update={"voters": voters}),
         "eval": config.eval.model_copy(update={"engine": settled(config.eval.engine, of_eval)}),

@@ -74,6 +74,8 @@ class InProcess:
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary). Padded on the left, behind what they have in common."""
+        if has_prompt(self.model):  # its keys and values take the cache's place
+            return torch.cat([self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts])
         shared = min(_common(prompts), min(map(len, prompts)) - 1)
         kept = len(self._prefix) if all(p[: len(self._prefix)] == self._prefix for p in prompts) else 0
         if shared < WORTH_KEEPING:
@@ -144,6 +146,11 @@ def _common(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
+def has_prompt(model: Any) -> bool:
+    """Whether a trained prompt stands before every text: PEFT then ignores position ids, so padding would part the two."""
+    return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
+
+
 @torch.no_grad()
 def continuations(
     model: PreTrainedModel,
@@ -154,8 +161,14 @@ def continuations(
 ) -> list[Answer]:
     """What the model writes after each prompt, up to and with the first stop token or text.
 
-    All prompts run as one batch, padded on the left.
+    All prompts run as one batch, padded on the left; those of a model with a trained prompt in one for each length.
     """
+    if has_prompt(model) and len(lengths := {len(prompt) for prompt in prompts}) > 1:
+        made: dict[int, Answer] = {}
+        for length in sorted(lengths):
+            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            made.update(zip(rows, continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops), strict=True))
+        return [made[i] for i in range(len(prompts))]
     pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
@@ -167,7 +180,7 @@ def continuations(
         how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if stops:
         how["stopping_criteria"] = [_AtText(tokenizer, stops, width)]
-    made = model.generate(
+    written = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=sampling.max_new_tokens,
@@ -175,7 +188,7 @@ def continuations(
         pad_token_id=pad,
         **how,
     )[:, width:]
-    return [_answer(row, tokenizer, sampling, stops) for row in made.tolist()]
+    return [_answer(row, tokenizer, sampling, stops) for row in written.tolist()]
 
 
 class _AtText:

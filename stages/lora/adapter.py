@@ -57,10 +57,16 @@ def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
 
 
 def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
-    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask."""
+    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask.
+
+    A trained prompt is no change of weights, and comes as the adapted model that it is.
+    """
     if folder is None:
         return load_base(model)
-    return load_adapted(model, folder).merge_and_unload()  # type: ignore[no-any-return, operator]
+    adapted = load_adapted(model, folder)
+    if adapted.active_peft_config.is_prompt_learning:
+        return adapted  # type: ignore[return-value]
+    return adapted.merge_and_unload()  # type: ignore[no-any-return, operator]
 
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
@@ -192,6 +198,11 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
     return model
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter file by parameter name."""
     try:
@@ -203,6 +214,5 @@ def read(folder: Path) -> dict[str, Tensor]:
 def save(model: PeftModel, folder: Path, name: str) -> None:
     """Write the `default` adapter as plain PEFT files into `folder`, made for the base model called `name`."""
     model.peft_config["default"].base_model_name_or_path = name
-    model.peft_config["default"].inference_mode = True
     model.save_pretrained(str(folder), selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.checkpoints import Checkpoints
 from stages.errors import ArtifactError
-from stages.lora import adapter
+from stages.lora import adapter, baselines
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
@@ -44,9 +44,15 @@ class ExactResume:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The trained adapter alone: no reference adapter, no tokenizer, no pickled arguments."""
-        self.model.save_pretrained(output_dir, selected_adapters=["default"])
+        if adapter.lora_layers(self.model):
+            self.model.save_pretrained(output_dir, selected_adapters=["default"])
+        else:
+            baselines.save(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not adapter.lora_layers(self.model):
+            baselines.load(self.model, Path(resume_from_checkpoint))
+            return
         stored = adapter.read(Path(resume_from_checkpoint))
         layers = adapter.lora_layers(self.model)
         if stored.keys() != layers.keys():

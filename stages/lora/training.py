@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,16 @@ from transformers import PrinterCallback
 
 from stages import team
 from stages.checkpoints import Checkpoints
-from stages.config import TrainSection
+from stages.config import BaselineSection, LoraSection, TrainSection
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
-from stages.lora import adapter, curves
+from stages.lora import adapter, baselines, curves
+from stages.lora.masks import Masks
 from stages.lora.packed import PackedLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -89,24 +92,40 @@ def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
     assert trainable == number, (trainable, number)
 
 
-def start(score_dir: Path | None, trained_dir: Path | None) -> Path:
-    """Folder of the adapter a stage starts from: the other stage's where that is an input, else the initial one."""
-    if trained_dir is not None:
-        return trained_dir / "adapter"
-    assert score_dir is not None
-    return score_dir / "init"
+@dataclass(frozen=True)
+class Start:
+    """What a training stage starts from."""
+
+    folder: Path | None
+    """The adapter: the other stage's, or the initial one; none: a baseline's, drawn from the seed."""
+    active: dict[str, Tensor] | None
+    """The elements that train, by LoRA weight; none: all that a baseline has."""
+
+    @classmethod
+    def of(cls, stage: str, score_dir: Path | None, partition_dir: Path | None, trained_dir: Path | None) -> Start:
+        """From the inputs that the stage table gives to `stage`, sft or rl."""
+        folder = trained_dir / "adapter" if trained_dir else score_dir and score_dir / "init"
+        return cls(folder, getattr(Masks.load(partition_dir / "masks.safetensors"), stage) if partition_dir else None)
+
+    def attach(
+        self, base: PreTrainedModel, lora: LoraSection, baseline: BaselineSection | None, dropout: float, seed: int
+    ) -> PeftModel:
+        if baseline is not None:
+            return baselines.attach(base, baseline, seed, self.folder)
+        assert self.folder is not None
+        return adapter.attach(base, lora, self.folder, dropout)
 
 
-def train(
-    trainer: Any, model: PeftModel, active: dict[str, Tensor], start: Path, out: Path, name: str, checkpoints: Checkpoints
-) -> dict[str, Any]:
+def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints) -> dict[str, Any]:
     """Pack, train from the newest checkpoint or from `start`, and write `adapter/`, `history.json` and `curves.png` below `out`.
 
     Of several processes only the first writes, and the others return nothing; that all hold the same adapter is asserted.
     Returns steps, numbers of elements and `frozen_drift`, the largest difference of an inactive element between the file
     written and the one in `start`: 0, or an AssertionError, for then a promise of the code is broken.
     """
-    pack(model, active)
+    if start.active is not None:
+        pack(model, start.active)
+    before = {name: weight.detach().clone() for name, weight in adapter.trained(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
@@ -120,18 +139,34 @@ def train(
     if not team.first():
         return {}
     adapter.save(model, out / "adapter", name)
+    if start.active is None:
+        baselines.save(model, out / "adapter")
     logged = history(trainer)
     (out / "history.json").write_text(json.dumps(logged, indent=1), encoding="utf-8")
     curves.draw(logged, out / "curves.png")
-    return {"steps": trainer.state.global_step, **proof(active, start, out / "adapter")}
+    after = adapter.trained(model)
+    moved = sum(int((after[name] != old).sum()) for name, old in before.items())
+    if moved == 0:
+        log.warning("training moved no element: every gradient was zero")
+    return {"steps": trainer.state.global_step, **_counted(model, start, out / "adapter"), "moved": moved}
+
+
+def _counted(model: PeftModel, start: Start, end: Path) -> dict[str, Any]:
+    active = sum(weight.numel() for weight in adapter.trained(model).values())
+    if start.active is None:
+        return {"elements": active, "active": active, "active_share": 1.0}
+    assert start.folder is not None
+    total = sum(mask.numel() for mask in start.active.values())
+    drift = frozen_drift(start.active, start.folder, end)
+    assert drift == 0.0, f"frozen elements moved by up to {drift}"
+    return {"elements": total, "active": active, "active_share": active / total, "frozen_drift": drift}
 
 
 def _digest(model: PeftModel) -> str:
     """sha256 over what trains."""
     digest = hashlib.sha256()
-    for _, weight in sorted(model.named_parameters()):
-        if weight.requires_grad:
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for _, weight in sorted(adapter.trained(model).items()):
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -141,21 +176,11 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def proof(active: dict[str, Tensor], start: Path, end: Path) -> dict[str, Any]:
-    """Read both adapter files back: how many active elements moved, and that no other did."""
+def frozen_drift(active: dict[str, Tensor], start: Path, end: Path) -> float:
+    """Read both adapter files back: the largest difference of an element that is not active."""
     before, after = adapter.read(start), adapter.read(end)
-    drift, moved = 0.0, 0
-    for key, old in before.items():
-        mask = adapter.full_mask(key, active[key], old)
-        change = (after[key] - old).abs()
-        drift = max(drift, float(change[~mask].max()) if bool((~mask).any()) else 0.0)
-        moved += int((change[mask] > 0).sum())
-    assert drift == 0.0, f"frozen elements moved by up to {drift}"
-    if moved == 0:
-        log.warning("training moved no element: every gradient was zero")
-    total = sum(mask.numel() for mask in active.values())
-    number = sum(int(mask.sum()) for mask in active.values())
-    return {"elements": total, "active": number, "active_share": number / total, "moved": moved, "frozen_drift": drift}
+    changes = (((after[key] - old).abs(), ~adapter.full_mask(key, active[key], old)) for key, old in before.items())
+    return max((float(change[frozen].max()) for change, frozen in changes if bool(frozen.any())), default=0.0)
 
 
 def accumulation(samples: int, micro_batch: int) -> int:

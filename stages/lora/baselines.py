@@ -1,0 +1,60 @@
+"""The other PEFT methods of the paper's comparison, by PEFT, trained whole: nothing is scored, masked or frozen in part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import IA3Config, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from stages.config import BaselineSection
+from stages.errors import ArtifactError, ConfigError
+from stages.lora import adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+STATE = "trained.safetensors"
+"""Every trained parameter. PEFT's own file has the prompt that an encoder makes, from which nothing can be trained further."""
+
+
+def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: Path | None) -> PeftModel:
+    """`base` with a new adapter drawn from the seed, or with the one that `save` wrote into `folder`."""
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(base, _config(baseline))
+    except ValueError as error:
+        raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
+    if folder is not None:
+        load(model, folder)
+    return model  # type: ignore[return-value]
+
+
+def _config(baseline: BaselineSection) -> PeftConfig:
+    if baseline.method == "ia3":
+        return IA3Config(task_type="CAUSAL_LM")
+    tokens = baseline.virtual_tokens
+    if baseline.method == "p_tuning":
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=baseline.encoder_hidden
+        )  # type: ignore[arg-type]  # none: the width of the model
+    kind = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
+    return kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: p.detach().cpu().contiguous() for n, p in adapter.trained(model).items()}, folder / STATE)
+
+
+def load(model: PeftModel, folder: Path) -> None:
+    """Put back what `save` wrote; ArtifactError unless every name and shape fits."""
+    stored, wanted = load_file(folder / STATE), adapter.trained(model)
+    if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in wanted.items()}:
+        raise ArtifactError(f"{folder} does not fit the model: it was made for another base or baseline")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])

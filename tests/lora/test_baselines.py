@@ -1,0 +1,153 @@
+"""Prompt tuning and its kin: the same stages without scores and masks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_step
+from safetensors.torch import load_file
+
+from stages.engines import resolved
+from stages.errors import ConfigError
+from stages.lora import adapter, baselines
+from stages.pipeline import plan
+
+METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"]
+COMMON = ["eval.targets=[base,sft,rl]", "baseline.virtual_tokens=4", "baseline.encoder_hidden=16", "sft.epochs=9"]
+
+
+def chosen(begun, method: str, *more: str):
+    return begun(f"baseline.method={method}", *COMMON, *more)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_sft_rl_and_eval_run(begun, method, dtype):
+    config = chosen(begun, method, f"model.dtype={dtype}")
+    assert not {"score", "partition"} & set(plan(resolved(config)))
+    made = [make_step(config, step) for step in ("sft", "rl", "classify:demo", "eval:rl@demo")]
+    assert json.loads((made[3].path / "metrics.json").read_text())["parity"]["agree"] == 1
+    for stage in made[:2]:
+        summary = stage.manifest["summary"]
+        assert summary["active_share"] == 1 and summary["moved"] > 0.9 * summary["elements"] > 0
+    first, second = (load_file(artifact.path / "adapter" / baselines.STATE) for artifact in made[:2])
+    assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_answers_like_what_was_trained(begun, method):
+    """PEFT's own file on the plain base, against the parameters from which RL goes on."""
+    config = chosen(begun, method, "sft.lr=0.1")
+    folder = make_step(config, "sft").path / "adapter"
+    ids = torch.arange(5, 25)[None]
+    assert config.baseline is not None
+    trained = baselines.attach(adapter.load_base(config.model), config.baseline, 0, folder).eval()
+    plain = adapter.load_adapted(config.model, folder)
+    base = adapter.load_base(config.model)
+    wanted = trained(ids).logits[:, -20:]
+    assert torch.allclose(plain(ids).logits[:, -20:], wanted, atol=1e-6)
+    assert float((base(ids).logits - wanted).abs().max()) > 1e-3
+
+
+def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
+    """Padding or a shared cache would part the two."""
+    from stages.engines import Sampling
+    from stages.engines.transformers import InProcess, continuations
+    from stages.language.prompts import load_tokenizer
+
+    config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
+    model = adapter.load_adapted(config.model, make_step(config, "sft").path / "adapter")
+    prompts, tokenizer = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))], load_tokenizer(config.model)
+    usual, widths = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given))
+    made = continuations(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,)))
+    assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(answer.ids) == 4 for answer in made)
+    with torch.no_grad():
+        together = InProcess(model, tokenizer, 8)._last_logits(prompts)
+        alone = torch.cat([model(torch.tensor([ids])).logits[:, -1] for ids in prompts])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_reversed_order_and_no_start(begun):
+    config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
+    steps = plan(resolved(config))
+    assert list(steps["rl"].inputs) == ["classify:train"] and list(steps["sft"].inputs) == ["classify:train", "rl"]
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "ia3"])
+def test_a_killed_run_ends_in_the_same_bytes(begun, method, tmp_path):
+    settings = [
+        *begun.home,
+        f"baseline.method={method}",
+        *COMMON,
+        "sft.max_steps=4",
+        "sft.save_steps=1",
+        f"runs_dir={tmp_path}",
+    ]
+    ends = []
+    for kill in (None, 3):
+        make_step(begun(*settings), "classify:train", force=True)
+        script = (
+            "import os, signal, sys\n"
+            "from transformers import TrainerCallback\n"
+            "from stages.lora import health\n"
+            "usual = health.Watch.on_log\n"
+            "def on_log(self, args, state, control, **more):\n"
+            "    usual(self, args, state, control, **more)\n"
+            f"    if state.global_step == {kill}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "health.Watch.on_log = on_log\n"
+            "from lorapar_cli.app import main\nmain()\n"
+        )
+        arguments = ["sft", str(ROOT / "configs/smoke.yaml"), *(p for text in settings for p in ("--set", text)), "--force"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if kill:
+            assert done.returncode == -signal.SIGKILL
+            command = [sys.executable, "-m", "lorapar_cli", *arguments[:-1]]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert "from step" in done.stderr
+        assert done.returncode == 0, done.stderr
+        ends.append((tmp_path / "smoke/sft/latest/adapter" / baselines.STATE).read_bytes())
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["eval.targets=[init]"], "baseline ia3 has no scored initial adapter; take init out of eval.targets"),
+        (["eval.engine=vllm"], "vllm cannot serve baseline ia3; use engine transformers"),
+        (["sft.loraplus_ratio=4"], "baseline ia3 has no LoRA factors; leave out loraplus_ratio"),
+        (["rl.kl_reference=sft"], "baseline ia3 can hold on to the base alone; use rl.kl_reference=base"),
+    ],
+)
+def test_what_does_not_go_together_is_said(begun, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        chosen(begun, "ia3", *overrides)
+
+
+def test_stages_that_a_baseline_does_not_have(begun, lorapar):
+    config = ROOT / "configs/smoke.yaml"
+    settings = [p for text in (*begun.home, "baseline.method=ia3", *COMMON) for p in ("--set", text)]
+    done = lorapar("score", config, *settings)
+    assert done.code == 78 and "error: a baseline has no stage score" in done.err
+    done = lorapar("run", config, *settings, "--to", "partition")
+    assert done.code == 78 and "choose from: classify, sft, rl, eval" in done.err
+
+
+def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
+    config = chosen(begun, "prompt_tuning")
+    make_step(config, "sft")
+    settings = [p for text in (*begun.home, "baseline.method=prompt_tuning", *COMMON) for p in ("--set", text)]
+    export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out", "--target", "sft")
+    done = lorapar(*export, *settings, "--merged")
+    assert done.code == 78 and "prompt_tuning trains a prompt, which no weight can hold" in done.err
+    done = lorapar(*export, *settings, "--check", "2")
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", adapter.ADAPTER, "adapter_config.json"}
+    assert "after prompt_tuning sft" in (tmp_path / "out/README.md").read_text()
