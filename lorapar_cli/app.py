@@ -1,9 +1,7 @@
 """The `lorapar` command: one command per row of the stage table, and what people need around them."""
 
-import json
 import logging
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
+from lorapar_cli.harness import entries
 from stages import launch, team
 from stages.artifacts import Store
 from stages.config import Config
-from stages.engines import NAMES as ENGINES
 from stages.engines import Pool, resolved
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline import Step, current, plan, run_step, state
@@ -103,12 +101,9 @@ def eval_(
     if harness is not None:
         if harness != "lm-eval" or not tasks:
             raise ConfigError(f"--harness {harness}: expected --harness lm-eval --tasks NAME,…")
-        # An entry of its own for each task, so that each is an artifact and a table of its own.
-        names = {task: f"lm-eval-{re.sub(r'[^0-9A-Za-z_-]', '-', task)}" for task in tasks.split(",")}
-        for task, name in names.items():
-            entry = {"kind": "lm_eval", "tasks": [task], "limit": limit, "path": task_files and str(task_files)}
-            overrides.append(f"eval.benchmarks.{name}={json.dumps({k: v for k, v in entry.items() if v is not None})}")
-        only = list(names.values())
+        found = entries(tasks, task_files, limit)
+        overrides += found.values()
+        only = list(found)
     elif tasks or task_files or limit:
         raise ConfigError("--tasks, --task-files and --limit go with --harness lm-eval")
     settings, steps = _plan(config, overrides)
@@ -216,6 +211,9 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
     base_dtype: Annotated[bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")] = False,
     prompts: Annotated[int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")] = 0,
+    repository: Annotated[
+        str | None, typer.Option("--push", metavar="NAME", help="Then upload it: a private hub repository.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Write a trained adapter, or the merged model, with a model card; --check asks every engine whether it still answers."""
@@ -237,28 +235,19 @@ def export(
             f"  {row['engine']}: {row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice within {row['tolerance']} "
             f"logits, largest gap {row['worst_gap']:.3f}; {row['differ_from_base']} of {row['items']} answers differ from the base's"
         )
+    if repository is not None:
+        render.say(f"pushed to {exporting.push(folder, repository)}")
 
 
 @app.command("list")
 def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
     """List what can be chosen by name."""
-    from stages.benchmarks import benchmarks
-    from stages.language.personas import personas
-    from stages.language.rewards import rewards
-    from stages.lora.importance import scorers
-    from stages.lora.regions import strategies
+    from lorapar_cli.listing import kinds
 
-    kinds: dict[str, dict[str, str]] = {
-        "scorers": scorers.describe(),
-        "strategies": strategies.describe(),
-        "rewards": rewards.describe(),
-        "benchmarks": benchmarks.describe(),
-        "engines": ENGINES,
-        "personas": personas.describe(),
-    }
-    if kind is not None and kind not in kinds:
-        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(kinds)}")
-    render.choices({kind: kinds[kind]} if kind else kinds)
+    found = kinds()
+    if kind is not None and kind not in found:
+        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(found)}")
+    render.choices({kind: found[kind]} if kind else found)
 
 
 @app.command("config")

@@ -50,9 +50,12 @@ def run(
     Answers are journalled as they come, by model, adapter, engine, prompt and sampling: a killed run asks for none of them
     again (`again` does), and neither does one with other labels, another limit or another grader.
     """
-    folder = {"base": None, "init": score_dir and score_dir / "init", "sft": sft_dir and sft_dir / "adapter"}
-    folder["rl"] = rl_dir and rl_dir / "adapter"
-    adapter = folder[target]
+    folders = {
+        "init": score_dir and score_dir / "init",
+        "sft": sft_dir and sft_dir / "adapter",
+        "rl": rl_dir and rl_dir / "adapter",
+    }
+    adapter = folders.get(target)
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
         return module.run(model, adapter, benchmark, server, target, out, progress)  # type: ignore[no-any-return]
@@ -67,7 +70,8 @@ def run(
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)
-    identity = {"model": model_digest, "dtype": model.dtype, "adapter": _digest(adapter), "engine": eval.engine}
+    dtype = "nf4" if model.load_in_4bit else model.dtype
+    identity = {"model": model_digest, "dtype": dtype, "adapter": _digest(adapter), "engine": eval.engine}
     replies = Replies(asked, benchmark, renderer, identity, answers_dir, again)
     replies.complete(lambda: engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)
     recorded = replies.recorded

@@ -12,7 +12,7 @@ from stages import sources
 from stages.artifacts import Artifact
 from stages.config import Config, ModelSection
 from stages.engines import Pool, Question, Sampling, Served
-from stages.errors import ConfigError, OutputError
+from stages.errors import ConfigError, OutputError, ServerError
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer
@@ -102,9 +102,24 @@ tags: [lorapar, {method}]
 """
 
 
+def push(folder: Path, repository: str) -> str:
+    """Upload what `write` wrote into a hub repository, made private if it is new; returns its address. ServerError if not."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        where = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=where.repo_id, folder_path=folder)
+    except (httpx.HTTPError, OSError, ValueError) as error:  # bases of all that the library raises
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ServerError(f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login") from None
+    return str(where)
+
+
 def engines(config: Config) -> list[str]:
     """What can be asked here."""
-    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") and config.baseline is None else [])]
+    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") and config.served_by_vllm else [])]
 
 
 def check(
@@ -123,7 +138,8 @@ def check(
     examples = sources.read(config.data.model_copy(update={"limit": prompts}))
     asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
-    model = config.model.model_copy(update={"name": str(out)}) if form == "merged" else config.model
+    whole = {"name": str(out), "load_in_4bit": False}
+    model = config.model.model_copy(update=whole) if form == "merged" else config.model
     hint = f"do not use {out}: remove it and export again"
     for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)

@@ -196,7 +196,8 @@ def _extras(config: Config, step: Step, inputs: dict[str, Artifact], force: bool
     outside = step.identity["outside"]
     if step.stage.name == "classify":
         home = config.root / "classify" / "votes"
-        return {"votes_dir": home, "model": config.model, "voter_identities": outside.get("voters", []), "engines": engines}
+        model = config.model.model_copy(update={"load_in_4bit": False})  # the voters are asked as they are
+        return {"votes_dir": home, "model": model, "voter_identities": outside.get("voters", []), "engines": engines}
     if step.stage.name == "score":
         return {"wanted": needs_scores(config)}
     if step.stage.name in ("sft", "rl"):

@@ -56,13 +56,10 @@ def run(
     rollouts.prepare(rl.rollouts, model.name)
     base = adapter.load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
-    merging = base.device.type == "cpu" and rl.rollouts.engine == "transformers" and baseline is None
-    copy = MergedCopy(base) if merging else None
+    copy = rollouts.copy_of(base, rl.rollouts) if baseline is None and not model.load_in_4bit else None
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
-    fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
-    checked = [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    trainer = _trainer(peft_model, renderer, rows, tokens, rl, checked, arguments, copy)
+    trainer = _trainer(peft_model, renderer, rows, tokens, rl, _checked(functions, rl, progress), arguments, copy)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
@@ -113,6 +110,11 @@ def _rows(
         )
     read = {"prompt", "question", *(column for columns in needed.values() for column in columns)}
     return Dataset.from_list([{name: row[name] for name in read} for row in kept]), ids, dropped
+
+
+def _checked(functions: dict[str, Callable[..., Any]], rl: RlSection, progress: Progress) -> list[Callable[..., Any]]:
+    fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
+    return [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
 
 
 def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]) -> GRPOConfig:

@@ -1,12 +1,16 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import ROOT, Silent, make_step
+from huggingface_hub import RepoUrl
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from stages import export
-from stages.errors import AnswerError, OutputError
+from stages.errors import AnswerError, OutputError, ServerError
 from stages.lora import adapter
 
 
@@ -70,3 +74,40 @@ def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
     done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft")
     assert done.code == 66 and "error: sft is missing" in done.err
     assert not (tmp_path / "x").exists()
+
+
+class Hub:
+    """The part of the hub's client that is used."""
+
+    def __init__(self, folder=None, error=None):
+        self.folder, self.error = folder, error
+
+    def create_repo(self, name, private, exist_ok):
+        if self.error:
+            raise self.error
+        assert private and exist_ok
+        return RepoUrl(f"https://huggingface.co/me/{name}")
+
+    def upload_folder(self, repo_id, folder_path):
+        shutil.copytree(folder_path, self.folder / repo_id)
+
+
+def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
+    settings = [*begun.home, "sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
+    overrides = [part for text in settings for part in ("--set", text)]
+    export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft", "--push", "mine")
+    done = lorapar(*export)
+    assert done.code == 0 and "pushed to https://huggingface.co/me/mine" in done.out + done.err
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "x", tmp_path / "hub/me/mine")]
+    assert names[0] == names[1] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error", [LocalTokenNotFoundError("no token"), HFValidationError("bad name"), OfflineModeIsEnabled("offline")]
+)
+def test_a_push_that_fails_says_so(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(error=error))
+    with pytest.raises(ServerError, match=f"cannot push to mine: {error}") as caught:
+        export.push(tmp_path, "mine")
+    assert caught.value.hint == f"{tmp_path} stays; log in with: hf auth login"

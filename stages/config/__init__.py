@@ -97,6 +97,22 @@ class Config(Section):
             raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
         return self
 
+    @model_validator(mode="after")
+    def _four_bit(self) -> "Config":
+        if not self.model.load_in_4bit:
+            return self
+        here = "model.load_in_4bit"
+        if self.lora.init not in ("normal", "default"):
+            raise ValueError(f"{here}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
+        if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
+            raise ValueError(f"{here}: what vllm would serve has other base weights; use engine transformers")
+        return self
+
+    @property
+    def served_by_vllm(self) -> bool:
+        """Whether vLLM could answer for what is trained."""
+        return self.baseline is None and not self.model.load_in_4bit
+
     @property
     def root(self) -> Path:
         return Path(self.runs_dir) / self.run

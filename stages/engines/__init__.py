@@ -171,7 +171,7 @@ def resolved(config: Config) -> Config:
         for voter in config.classify.voters
     ]
     # The driver's own device file: asking torch would load it for every command.
-    served = have and Path("/dev/nvidiactl").exists() and config.baseline is None
+    served = have and Path("/dev/nvidiactl").exists() and config.served_by_vllm
     of_eval = "vllm" if served else "transformers"
     update = {
         "classify": config.classify.model_copy(update={"voters": voters}),

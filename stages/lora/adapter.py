@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib.util
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -39,8 +40,10 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     logging.disable_progress_bar()
     if device().type == "cpu":
         _keep_freed_memory()
+    kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    if model.load_in_4bit:
+        kind |= _four_bit(model)
     try:
-        kind = {} if model.attention == "auto" else {"attn_implementation": model.attention}
         loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=model.dtype, **kind)
     except (OSError, ValueError) as error:
         raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
@@ -48,7 +51,26 @@ def load_base(model: ModelSection) -> PreTrainedModel:
         # With `logits_to_keep` the head gets a strided slice, for which torch on CPU copies the vocabulary-sized weight once
         # per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
-    return loaded.to(device()).eval()
+    if not model.load_in_4bit:
+        return loaded.to(device()).eval()
+    for module in loaded.modules():
+        # On CPU bitsandbytes would repack weights at their first use in eval mode, and round their scales as it does.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded.eval()
+
+
+def _four_bit(model: ModelSection) -> dict[str, Any]:
+    """How QLoRA (arXiv 2305.14314) loads a base model."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
+    compute = torch.float32 if model.dtype == "float32" else torch.bfloat16
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return {"quantization_config": nf4, "device_map": {"": device()}}
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
@@ -59,21 +81,21 @@ def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
 def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
     """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask.
 
-    A trained prompt is no change of weights, and comes as the adapted model that it is.
+    A trained prompt is no change of weights, and 4 bits have no room for one: these come as the adapted model that they are.
     """
     if folder is None:
         return load_base(model)
     adapted = load_adapted(model, folder)
-    if adapted.active_peft_config.is_prompt_learning:
+    if model.load_in_4bit or adapted.active_peft_config.is_prompt_learning:
         return adapted  # type: ignore[return-value]
     return adapted.merge_and_unload()  # type: ignore[no-any-return, operator]
 
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
-    """Write the merged model with its tokenizer into `out`, ready to be served."""
+    """Write the merged model with its tokenizer into `out`, ready to be served; its weights have 16 or 32 bits."""
     from transformers import AutoTokenizer
 
-    load_merged(model, folder).save_pretrained(str(out))
+    load_merged(model.model_copy(update={"load_in_4bit": False}), folder).save_pretrained(str(out))
     AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(str(out))
 
 
@@ -137,11 +159,14 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
 
 
 def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
-    """A₀ and B₀ as PEFT initialises them, on a copy: PiSSA and OLoRA subtract B₀A₀ from the base weight."""
+    """A₀ and B₀ as PEFT initialises them; on a copy where PEFT would subtract B₀A₀ from the base weight."""
     torch.manual_seed(seed)
     init = True if lora.init == "default" else lora.init
-    model = get_peft_model(copy.deepcopy(base), _lora_config(lora, 0.0, False, init))
-    return {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
+    subtracts = lora.init in ("pissa", "olora")
+    model = get_peft_model(copy.deepcopy(base) if subtracts else base, _lora_config(lora, 0.0, False, init))
+    start = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
+    model.unload()
+    return start
 
 
 def _is_a(name: str) -> bool:

@@ -15,6 +15,7 @@ from stages.lora import merged
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 FLAGS = """--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs -1"""
 
@@ -82,6 +83,11 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_importance_sampling_clip_max": rollouts.correction_max,
         "generation_kwargs": {"stop_token_ids": stops},
     }
+
+
+def copy_of(base: PreTrainedModel, rollouts: RolloutsSection) -> merged.MergedCopy | None:
+    """On CPU, where the trainer samples itself, a copy to merge into: several times faster than through LoRA layers."""
+    return merged.MergedCopy(base) if base.device.type == "cpu" and rollouts.engine == "transformers" else None
 
 
 def from_base(trainer: Any, adapted: PeftModel) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +64,23 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": section.report_to or "none",
+        "report_to": _trackers(section, checkpoints.folder),
         "save_strategy": "steps",
         "save_steps": math.ceil(section.save_steps / passes) * passes,
         "dataloader_pin_memory": not cpu,
         "ddp_find_unused_parameters": False,  # every LoRA layer is in every forward pass
     }
+
+
+def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
+    """ConfigError unless each is installed; tensorboard's files go beside the stages, as checkpoints do not stay."""
+    for name in section.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}")
+    if "tensorboard" in section.report_to:
+        run, stage = checkpoints.parents[2], checkpoints.parents[1].name
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / f"{stage}-{checkpoints.name}"))
+    return list(section.report_to) or "none"
 
 
 def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
@@ -115,6 +128,14 @@ class Start:
         assert self.folder is not None
         return adapter.attach(base, lora, self.folder, dropout)
 
+    def put_back(self, model: PeftModel) -> None:
+        """Every LoRA weight as its file has it: TRL rounds the adapters of a base in 4 bits to bfloat16."""
+        assert self.folder is not None
+        stored = adapter.read(self.folder)
+        for copy in ("default", "ref"):
+            for name, layer in adapter.lora_layers(model, copy).items():
+                layer.weight.data = stored[name].to(layer.weight.device)
+
 
 def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints) -> dict[str, Any]:
     """Pack, train from the newest checkpoint or from `start`, and write `adapter/`, `history.json` and `curves.png` below `out`.
@@ -124,6 +145,7 @@ def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, ch
     written and the one in `start`: 0, or an AssertionError, for then a promise of the code is broken.
     """
     if start.active is not None:
+        start.put_back(model)
         pack(model, start.active)
     before = {name: weight.detach().clone() for name, weight in adapter.trained(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it

@@ -114,3 +114,10 @@ def test_history_has_every_step(begun):
     history = json.loads((artifact.path / "history.json").read_text())
     assert [row["step"] for row in history] == [1, 2, 3]
     assert all(row["loss"] > 0 for row in history)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to: trackio is not installed") as caught:
+        make_step(begun("sft.report_to=[trackio]", "sft.lr=0.0123"), "sft")
+    assert caught.value.hint == "pip install trackio"

@@ -1,0 +1,20 @@
+"""What can be chosen by name, from the registries where each choice is defined."""
+
+
+def kinds() -> dict[str, dict[str, str]]:
+    """Kind → name → one line on it."""
+    from stages.benchmarks import benchmarks
+    from stages.engines import NAMES
+    from stages.language.personas import personas
+    from stages.language.rewards import rewards
+    from stages.lora.importance import scorers
+    from stages.lora.regions import strategies
+
+    return {
+        "scorers": scorers.describe(),
+        "strategies": strategies.describe(),
+        "rewards": rewards.describe(),
+        "benchmarks": benchmarks.describe(),
+        "engines": NAMES,
+        "personas": personas.describe(),
+    }

@@ -1,0 +1,65 @@
+"""QLoRA: a base of 4 bits, on CPU by bitsandbytes."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import make_step
+from safetensors.torch import load_file
+
+from stages.errors import ConfigError
+from stages.lora import adapter
+
+FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize("how", [[], ["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]])
+def test_the_stages_run_and_frozen_elements_stay(begun, how):
+    """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
+    config = begun(*FOUR, *how, "sft.lr=0.01", "sft.epochs=9")
+    for step in ("score", "partition", "sft", "rl", "classify:demo", "eval:rl@demo"):
+        made = make_step(config, step)
+        if step in ("sft", "rl"):
+            summary = made.manifest["summary"]
+            assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
+            assert {weight.dtype for weight in adapter.read(made.path / "adapter").values()} == {torch.float32}
+    assert json.loads((made.path / "metrics.json").read_text())["parity"]["agree"] == 1
+
+
+def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
+    four, whole = begun(*FOUR).model, begun("model.dtype=bfloat16").model
+    small, large = adapter.load_base(four), adapter.load_base(whole)
+    layer = small.model.layers[0].mlp.down_proj
+    assert layer.weight.dtype == torch.uint8 and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
+    ids = torch.arange(5, 40)[None]
+    gap = (small(ids).logits - large(ids).logits).float().norm() / large(ids).logits.float().norm()
+    assert 0 < gap < 0.3
+
+
+def test_a_merged_export_has_whole_weights(begun, tmp_path):
+    config = begun(*FOUR, "sft.lr=0.01", "sft.epochs=9")
+    for step in ("score", "partition"):
+        make_step(config, step)
+    adapter.save_merged(config.model, make_step(config, "sft").path / "adapter", tmp_path)
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.init=pissa", "model.load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
+        ("eval.engine=vllm", "what vllm would serve has other base weights; use engine transformers"),
+        ("rl.rollouts.engine=vllm_colocate", "what vllm would serve has other base weights; use engine transformers"),
+    ],
+)
+def test_what_does_not_go_together_is_said(begun, override, said):
+    with pytest.raises(ConfigError, match=said):
+        begun(*FOUR, override)
+
+
+def test_without_bitsandbytes_it_is_refused(begun, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="model.load_in_4bit: bitsandbytes is not installed") as caught:
+        adapter.load_base(begun(*FOUR).model)
+    assert caught.value.hint == "pip install 'lorapar[qlora]'"
