@@ -70,7 +70,7 @@ def run(
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)
-    dtype = "nf4" if model.load_in_4bit else model.dtype
+    dtype = f"nf4 {model.dtype}" if model.load_in_4bit else model.dtype
     identity = {"model": model_digest, "dtype": dtype, "adapter": _digest(adapter), "engine": eval.engine}
     replies = Replies(asked, benchmark, renderer, identity, answers_dir, again)
     replies.complete(lambda: engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)

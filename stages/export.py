@@ -138,12 +138,12 @@ def check(
     examples = sources.read(config.data.model_copy(update={"limit": prompts}))
     asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
-    whole = {"name": str(out), "load_in_4bit": False}
-    model = config.model.model_copy(update=whole) if form == "merged" else config.model
+    base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model
+    model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"
     for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
             made = dict(pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling))
         pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
-        yield {"engine": engine, **parity.check(pairs, config.model, artifact.path / "adapter", renderer.tokenizer, hint, say)}
+        yield {"engine": engine, **parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say)}

@@ -56,7 +56,7 @@ def run(
     rollouts.prepare(rl.rollouts, model.name)
     base = adapter.load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
-    copy = rollouts.copy_of(base, rl.rollouts) if baseline is None and not model.load_in_4bit else None
+    copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
     trainer = _trainer(peft_model, renderer, rows, tokens, rl, _checked(functions, rl, progress), arguments, copy)
@@ -152,9 +152,9 @@ def _trainer(  # type: ignore[no-untyped-def]
     arguments: GRPOConfig,
     copy: MergedCopy | None,
 ):  # type: ignore[no-untyped-def]
-    """GRPOTrainer with our token ids (`tokens`, by prompt) and, on CPU, our rollouts.
+    """GRPOTrainer with our token ids (`tokens`, by prompt) and, where there is a merged copy, completions sampled from it.
 
-    There completions are sampled from a merged copy of the model; TRL's own way is vLLM, or to generate through the LoRA layers.
+    TRL's own way is vLLM, or to generate through the adapter.
     """
     from trl import GRPOTrainer
 

@@ -40,7 +40,6 @@ def run(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingInputError("lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'") from None
-    from stages.engines.transformers import has_prompt
     from stages.eval import brief, measured
     from stages.language.prompts import load_tokenizer
     from stages.lora.adapter import load_merged
@@ -53,10 +52,9 @@ def run(
     if unknown := [name for name in section.tasks if name not in known]:
         raise ConfigError(f"the harness has no task {', '.join(unknown)}", "its own list: lm-eval ls tasks; your own: path")
     progress.start(f"eval {target}: {', '.join(section.tasks)}")
-    whole = load_merged(model, adapter)
-    if has_prompt(whole):
-        raise ConfigError("the harness cannot read the logits of a model with a trained prompt", "another benchmark")
-    served = HFLM(pretrained=whole, tokenizer=load_tokenizer(model), batch_size=server.batch_size, backend="causal")
+    served = HFLM(
+        pretrained=load_merged(model, adapter), tokenizer=load_tokenizer(model), batch_size=server.batch_size, backend="causal"
+    )
     found = lm_eval.simple_evaluate(
         model=served,
         tasks=list(section.tasks),

@@ -93,6 +93,11 @@ class Config(Section):
             raise ValueError(f"vllm cannot serve {here}; use engine transformers")
         if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
             raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
+        if self.baseline.method == "prefix_tuning" and (self.sft.gradient_checkpointing or self.rl.gradient_checkpointing):
+            raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
+        harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
+        if self.baseline.method != "ia3" and harness and set(self.eval.targets) != {"base"}:
+            raise ValueError(f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt")
         if self.rl.kl_beta and self.rl.kl_reference == "sft":
             raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
         return self
@@ -102,6 +107,8 @@ class Config(Section):
         if not self.model.load_in_4bit:
             return self
         here = "model.load_in_4bit"
+        if self.baseline is not None:
+            raise ValueError(f"{here} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16")
         if self.lora.init not in ("normal", "default"):
             raise ValueError(f"{here}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":

@@ -63,9 +63,6 @@ class PartitionSection(Section):
     beta: float = setting(1, "Share of the shared elements that RL trains.", ge=0, le=1)
 
 
-SAVE_STEPS = "Optimizer steps between checkpoints; a killed run goes on from the last one."
-
-
 class TrainSection(Section):
     lr: float = setting(2e-4, "Peak learning rate.", gt=0)
     optimizer: Optimizer = setting("adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).")

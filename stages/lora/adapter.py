@@ -202,7 +202,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
     }
 
 
-def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0, trainable: bool = True) -> PeftModel:
+def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """`base` with the adapter of `folder`; ArtifactError unless every name and shape fits."""
     check_targets(base, lora)
     model = get_peft_model(base, _lora_config(lora, dropout, lora.compensated, False))
@@ -219,7 +219,7 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
             )
     set_peft_model_state_dict(model, stored)
     for module in wanted.values():
-        module.weight.requires_grad_(trainable)
+        module.weight.requires_grad_(True)
     return model
 
 
@@ -228,10 +228,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def read(folder: Path) -> dict[str, Tensor]:
+def read(folder: Path, file: str = ADAPTER) -> dict[str, Tensor]:
     """The tensors of an adapter file by parameter name."""
     try:
-        return load_file(folder / ADAPTER)
+        return load_file(folder / file)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the adapter in {folder}: {error}") from None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import IA3Config, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from stages.config import BaselineSection
 from stages.errors import ArtifactError, ConfigError
@@ -52,7 +52,7 @@ def save(model: PeftModel, folder: Path) -> None:
 
 def load(model: PeftModel, folder: Path) -> None:
     """Put back what `save` wrote; ArtifactError unless every name and shape fits."""
-    stored, wanted = load_file(folder / STATE), adapter.trained(model)
+    stored, wanted = adapter.read(folder, STATE), adapter.trained(model)
     if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in wanted.items()}:
         raise ArtifactError(f"{folder} does not fit the model: it was made for another base or baseline")
     with torch.no_grad():

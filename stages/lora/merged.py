@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,29 +22,31 @@ ADAPTED = "base_model.model."
 """What PEFT puts before the name of every module."""
 
 
+def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
+    """Name in the plain model → PEFT's layer around it, of each weight that has an adapter."""
+    paths = [name.removesuffix(".lora_A.weight") for name in lora_layers(adapted) if name.endswith(".lora_A.weight")]
+    return {f"{path.removeprefix(ADAPTED)}.weight": adapted.get_submodule(path) for path in paths}
+
+
 @torch.no_grad()
-def merged(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Name in the plain model and W + scaling · B A, in W's type, of each weight that has an adapter."""
-    layers = lora_layers(adapted)
-    for name in layers:
-        if not name.endswith(".lora_A.weight"):
-            continue
-        path = name.removesuffix(".lora_A.weight")
-        wrapped = adapted.get_submodule(path)
-        weight = wrapped.base_layer.weight
-        a, b = layers[name].weight.float(), layers[f"{path}.lora_B.weight"].weight.float()
-        whole = weight.float() + wrapped.scaling["default"] * (b @ a)
-        yield f"{path.removeprefix(ADAPTED)}.weight", whole.to(weight.dtype)
+def merge(layer: Any) -> Tensor:
+    """W + scaling · B A of one of PEFT's layers, in W's type."""
+    weight = layer.base_layer.weight
+    a, b = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+    return (weight.float() + layer.scaling["default"] * (b @ a)).to(weight.dtype)
 
 
 def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter of the plain model that answers like the adapted one; tied ones come once."""
-    made = dict(merged(adapted))
+    """Name and value of every parameter of the plain model that answers like the adapted one; tied ones come once.
+
+    One merged weight is made at a time: all of them would be a second model.
+    """
+    layers = adapted_weights(adapted)
     for name, parameter in adapted.named_parameters():
         name = name.removeprefix(ADAPTED).replace(".base_layer", "")
         if adapted.prefix not in name:
-            yield name, made.pop(name, parameter.detach())
-    assert not made, sorted(made)
+            yield name, merge(layers.pop(name)) if name in layers else parameter.detach()
+    assert not layers, sorted(layers)
 
 
 class MergedCopy:
@@ -56,8 +58,9 @@ class MergedCopy:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
+    @torch.no_grad()
     def refresh(self, adapted: PeftModel) -> PreTrainedModel:
         """Take over the adapter's present values."""
-        for name, weight in merged(adapted):
-            self.model.get_parameter(name).copy_(weight)
+        for name, layer in adapted_weights(adapted).items():
+            self.model.get_parameter(name).copy_(merge(layer))
         return self.model

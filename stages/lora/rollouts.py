@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages import team
+from stages.config import BaselineSection, ModelSection
 from stages.config.training import RolloutsSection
 from stages.engines.vllm import ON_CPU
 from stages.errors import ConfigError, ServerError
@@ -32,7 +34,12 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
         if cpu:
             raise ConfigError(f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers")
         _check_server(rollouts, model)
-    elif cpu:
+        return
+    if team.size() % rollouts.tensor_parallel:
+        raise ConfigError(f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {team.size()} processes")
+    if cpu and rollouts.sleep:
+        raise ConfigError("rl.rollouts.sleep needs a GPU", "leave it out")
+    if cpu:
         _on_cpu()
 
 
@@ -50,13 +57,13 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
     import httpx
 
     start = f"start it on other GPUs than the trainer's: VLLM_SERVER_DEV_MODE=1 vllm serve {model} {FLAGS}"
-    url = f"{rollouts.base_url}/server_info"
+    url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
     try:
         reply = httpx.get(url, params={"config_format": "json"}, timeout=30)
-    except httpx.HTTPError as error:
+        config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         raise ServerError(f"rl.rollouts.base_url {rollouts.base_url}: {type(error).__name__}", start) from None
-    config = reply.json().get("vllm_config", {}) if reply.status_code == 200 else {}
-    if not config.get("weight_transfer_config"):
+    if not isinstance(config, dict) or not config.get("weight_transfer_config"):
         raise ServerError(f"the vLLM server at {rollouts.base_url} takes no new weights", start)
     mode = config.get("model_config", {}).get("logprobs_mode")
     if rollouts.correction != "none" and mode != "processed_logprobs":
@@ -85,9 +92,12 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
     }
 
 
-def copy_of(base: PreTrainedModel, rollouts: RolloutsSection) -> merged.MergedCopy | None:
-    """On CPU, where the trainer samples itself, a copy to merge into: several times faster than through LoRA layers."""
-    return merged.MergedCopy(base) if base.device.type == "cpu" and rollouts.engine == "transformers" else None
+def copy_of(
+    base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection, baseline: BaselineSection | None
+) -> merged.MergedCopy | None:
+    """On CPU, where the trainer samples itself, a copy to merge LoRA into: several times faster than through its layers."""
+    here = base.device.type == "cpu" and rollouts.engine == "transformers"
+    return merged.MergedCopy(base) if here and baseline is None and not model.load_in_4bit else None
 
 
 def from_base(trainer: Any, adapted: PeftModel) -> None:

@@ -147,7 +147,7 @@ def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, ch
     if start.active is not None:
         start.put_back(model)
         pack(model, start.active)
-    before = {name: weight.detach().clone() for name, weight in adapter.trained(model).items()}
+    drawn = None if start.active is not None else {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
@@ -161,27 +161,15 @@ def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, ch
     if not team.first():
         return {}
     adapter.save(model, out / "adapter", name)
-    if start.active is None:
+    if drawn is not None:
         baselines.save(model, out / "adapter")
     logged = history(trainer)
     (out / "history.json").write_text(json.dumps(logged, indent=1), encoding="utf-8")
     curves.draw(logged, out / "curves.png")
-    after = adapter.trained(model)
-    moved = sum(int((after[name] != old).sum()) for name, old in before.items())
-    if moved == 0:
+    counted = proof(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
+    if counted["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **_counted(model, start, out / "adapter"), "moved": moved}
-
-
-def _counted(model: PeftModel, start: Start, end: Path) -> dict[str, Any]:
-    active = sum(weight.numel() for weight in adapter.trained(model).values())
-    if start.active is None:
-        return {"elements": active, "active": active, "active_share": 1.0}
-    assert start.folder is not None
-    total = sum(mask.numel() for mask in start.active.values())
-    drift = frozen_drift(start.active, start.folder, end)
-    assert drift == 0.0, f"frozen elements moved by up to {drift}"
-    return {"elements": total, "active": active, "active_share": active / total, "frozen_drift": drift}
+    return {"steps": trainer.state.global_step, **counted}
 
 
 def _digest(model: PeftModel) -> str:
@@ -198,11 +186,28 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def frozen_drift(active: dict[str, Tensor], start: Path, end: Path) -> float:
-    """Read both adapter files back: the largest difference of an element that is not active."""
-    before, after = adapter.read(start), adapter.read(end)
-    changes = (((after[key] - old).abs(), ~adapter.full_mask(key, active[key], old)) for key, old in before.items())
-    return max((float(change[frozen].max()) for change, frozen in changes if bool(frozen.any())), default=0.0)
+def proof(start: Start, end: Path) -> dict[str, Any]:
+    """Read both adapter files back: how many active elements moved, and that no other did."""
+    assert start.folder is not None and start.active is not None
+    before, after = adapter.read(start.folder), adapter.read(end)
+    drift, moved = 0.0, 0
+    for key, old in before.items():
+        mask = adapter.full_mask(key, start.active[key], old)
+        change = (after[key] - old).abs()
+        drift = max(drift, float(change[~mask].max()) if bool((~mask).any()) else 0.0)
+        moved += int((change[mask] > 0).sum())
+    assert drift == 0.0, f"frozen elements moved by up to {drift}"
+    total = sum(mask.numel() for mask in start.active.values())
+    number = sum(int(mask.sum()) for mask in start.active.values())
+    return {"elements": total, "active": number, "active_share": number / total, "moved": moved, "frozen_drift": drift}
+
+
+def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:
+    """The same count for a baseline, of which everything trains."""
+    after = adapter.read(end, baselines.STATE)
+    number = sum(old.numel() for old in before.values())
+    moved = sum(int((after[name] != old).sum()) for name, old in before.items())
+    return {"elements": number, "active": number, "active_share": 1.0, "moved": moved}
 
 
 def accumulation(samples: int, micro_batch: int) -> int:

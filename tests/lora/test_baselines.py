@@ -131,6 +131,13 @@ def test_what_does_not_go_together_is_said(begun, overrides, said):
         chosen(begun, "ia3", *overrides)
 
 
+def test_a_trained_prompt_has_limits(begun):
+    with pytest.raises(ConfigError, match="prefix_tuning does not train under gradient_checkpointing, which drops the prefix"):
+        chosen(begun, "prefix_tuning", "sft.gradient_checkpointing=true")
+    with pytest.raises(ConfigError, match="eval.benchmarks.x: the harness cannot read the logits after a trained prompt"):
+        chosen(begun, "p_tuning", "eval.benchmarks.x={kind: lm_eval, tasks: [t]}")
+
+
 def test_stages_that_a_baseline_does_not_have(begun, lorapar):
     config = ROOT / "configs/smoke.yaml"
     settings = [p for text in (*begun.home, "baseline.method=ia3", *COMMON) for p in ("--set", text)]

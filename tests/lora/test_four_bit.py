@@ -8,6 +8,7 @@ import torch
 from conftest import make_step
 from safetensors.torch import load_file
 
+from stages import export
 from stages.errors import ConfigError
 from stages.lora import adapter
 
@@ -37,25 +38,29 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     assert 0 < gap < 0.3
 
 
-def test_a_merged_export_has_whole_weights(begun, tmp_path):
+def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_path, silent):
     config = begun(*FOUR, "sft.lr=0.01", "sft.epochs=9")
     for step in ("score", "partition"):
         make_step(config, step)
-    adapter.save_merged(config.model, make_step(config, "sft").path / "adapter", tmp_path)
-    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    artifact = make_step(config, "sft")
+    export.write(artifact, config, tmp_path / "out", "merged")
+    assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    (row,) = export.check(artifact, config, tmp_path / "out", "merged", 2, silent.say)
+    assert row["engine"] == "transformers" and row["agree"] == 1
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("lora.init=pissa", "model.load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
+        ("baseline.method=ia3", "model.load_in_4bit is for LoRA: TRL would round baseline ia3 to bfloat16"),
         ("eval.engine=vllm", "what vllm would serve has other base weights; use engine transformers"),
         ("rl.rollouts.engine=vllm_colocate", "what vllm would serve has other base weights; use engine transformers"),
     ],
 )
 def test_what_does_not_go_together_is_said(begun, override, said):
     with pytest.raises(ConfigError, match=said):
-        begun(*FOUR, override)
+        begun(*FOUR, "eval.targets=[sft]", override)
 
 
 def test_without_bitsandbytes_it_is_refused(begun, monkeypatch):

@@ -144,9 +144,15 @@ def test_the_library_s_own_merging_drifts(begun):
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
-    with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_server needs a GPU"):
-        monkeypatch.setattr(rollouts.importlib.util, "find_spec", lambda name: object())
-        rollouts.prepare(SERVER, "m")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rollouts.importlib.util, "find_spec", lambda name: object())
+    for section, said in (
+        (SERVER, "rl.rollouts.engine vllm_server needs a GPU"),
+        (RolloutsSection(engine="vllm_colocate", tensor_parallel=2), "tensor_parallel 2 does not divide 1 processes"),
+        (RolloutsSection(engine="vllm_colocate", sleep=True), "rl.rollouts.sleep needs a GPU"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            rollouts.prepare(section, "m")
     with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
         monkeypatch.setattr(rollouts.importlib.util, "find_spec", lambda name: None)
         rollouts.prepare(RolloutsSection(engine="vllm_colocate"), "m")

@@ -1,15 +1,18 @@
 """What SFT and RL can be told: optimizers, learning rates, where to start; and that strategy `all` is plain LoRA."""
 
+import os
+
 import pytest
 import torch
 from conftest import make_step
 from torch import nn
 
 from stages.artifacts import Store
+from stages.checkpoints import Checkpoints
 from stages.config import Config
 from stages.engines import resolved
 from stages.errors import ConfigError
-from stages.lora import adapter
+from stages.lora import adapter, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus
 from stages.pipeline import plan
@@ -121,3 +124,13 @@ def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
     with pytest.raises(ConfigError, match="report_to: trackio is not installed") as caught:
         make_step(begun("sft.report_to=[trackio]", "sft.lr=0.0123"), "sft")
     assert caught.value.hint == "pip install trackio"
+
+
+def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    section = begun("sft.report_to=[tensorboard]").sft
+    made = training.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
+    assert made["report_to"] == ["tensorboard"]
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
