@@ -291,6 +291,7 @@ def main() -> None:
     """Run the command; a LoraparError becomes two lines and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPU it recommends another package at each start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

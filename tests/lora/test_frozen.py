@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,35 @@ def test_two_processes_train_what_one_does(begun, capsys):
             f"\n  DDP×2 against one process: the update differs by {apart:.1e}, the importance by {apart_scores:.1e} (relative norm)"
         )
     assert float(one.norm()) > 0 and apart < 1e-3 and apart_scores < 1e-5
+
+
+@pytest.mark.slow
+def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
+    """Two commands with a file each, as on two machines that share the folder of runs."""
+    changes = settings("sft", "sft.lr=0.002")
+    config = begun(*changes)
+    made_by(begun, changes, "sft", 2)
+    _, wanted, _ = files(config, "sft")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in (0, 1):
+        file = tmp_path / f"{rank}.yaml"
+        file.write_text(
+            f"distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\nrdzv_backend: static\n"
+            f"main_process_ip: 127.0.0.1\nmain_process_port: {port}\nmixed_precision: 'no'\nuse_cpu: false\n"
+        )
+        arguments = [part for text in (*begun.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)]
+        command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments, "--force"]
+        running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    _, found, _ = files(config, "sft")
+    made = Store(config.root).load(Store(config.root).folder("sft", plan(resolved(config))["sft"].key))
+    assert made.manifest["provenance"]["config"]["sft"]["launch"]["config"] == str(tmp_path / "0.yaml")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
 @pytest.mark.slow
