@@ -50,12 +50,8 @@ def run(
     Answers are journalled as they come, by model, adapter, engine, prompt and sampling: a killed run asks for none of them
     again (`again` does), and neither does one with other labels, another limit or another grader.
     """
-    folders = {
-        "init": score_dir and score_dir / "init",
-        "sft": sft_dir and sft_dir / "adapter",
-        "rl": rl_dir and rl_dir / "adapter",
-    }
-    adapter = folders.get(target)
+    trained = {"sft": sft_dir, "rl": rl_dir}.get(target)
+    adapter = trained / "adapter" if trained else score_dir and score_dir / "init"
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
         return module.run(model, adapter, benchmark, server, target, out, progress)  # type: ignore[no-any-return]
@@ -63,10 +59,8 @@ def run(
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
     box = sandbox.of(eval.sandbox, progress.say) if getattr(module, "SANDBOX", False) else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
-    if classify_dir is not None:
-        rows = read_labels(classify_dir / "labels.jsonl")
-    else:
-        rows = [Labelled(example, None, {}) for example in module.load(benchmark)]
+    labelled = read_labels(classify_dir / "labels.jsonl") if classify_dir else None
+    rows = labelled if labelled is not None else [Labelled(example, None, {}) for example in module.load(benchmark)]
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)

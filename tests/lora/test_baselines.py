@@ -1,10 +1,6 @@
 """Prompt tuning and its kin: the same stages without scores and masks."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -76,45 +72,6 @@ def test_reversed_order_and_no_start(begun):
     config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
     steps = plan(resolved(config))
     assert list(steps["rl"].inputs) == ["classify:train"] and list(steps["sft"].inputs) == ["classify:train", "rl"]
-
-
-@pytest.mark.parametrize("method", ["p_tuning", "ia3"])
-def test_a_killed_run_ends_in_the_same_bytes(begun, method, tmp_path):
-    settings = [
-        *begun.home,
-        f"baseline.method={method}",
-        *COMMON,
-        "sft.max_steps=4",
-        "sft.save_steps=1",
-        f"runs_dir={tmp_path}",
-    ]
-    ends = []
-    for kill in (None, 3):
-        make_step(begun(*settings), "classify:train", force=True)
-        script = (
-            "import os, signal, sys\n"
-            "from transformers import TrainerCallback\n"
-            "from stages.lora import health\n"
-            "usual = health.Watch.on_log\n"
-            "def on_log(self, args, state, control, **more):\n"
-            "    usual(self, args, state, control, **more)\n"
-            f"    if state.global_step == {kill}: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "health.Watch.on_log = on_log\n"
-            "from lorapar_cli.app import main\nmain()\n"
-        )
-        arguments = ["sft", str(ROOT / "configs/smoke.yaml"), *(p for text in settings for p in ("--set", text)), "--force"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        if kill:
-            assert done.returncode == -signal.SIGKILL
-            command = [sys.executable, "-m", "lorapar_cli", *arguments[:-1]]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-            assert "from step" in done.stderr
-        assert done.returncode == 0, done.stderr
-        ends.append((tmp_path / "smoke/sft/latest/adapter" / baselines.STATE).read_bytes())
-    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import make_step
 from stages import checkpoints
 from stages.artifacts import sha256_file
 from stages.checkpoints import Checkpoints
+from stages.lora import adapter, baselines
 from stages.lora.health import Watch
 
 STEPS = 12
@@ -62,8 +63,8 @@ def untimed(folder: Path) -> list[dict]:
     ]
 
 
-def killed_at(config, stage: str, steps: list[int], monkeypatch) -> str:
-    """Undisturbed once, then killed at each of the steps and run again; asserts equal bytes and equal losses."""
+def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = adapter.ADAPTER) -> str:
+    """Undisturbed once, then killed at each of the steps and run again; asserts equal bytes of `file` and equal losses."""
     home = config.root / stage
     shutil.rmtree(home, ignore_errors=True)
     if stage == "rl":
@@ -73,8 +74,8 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch) -> str:
         patch.setattr(checkpoints.Checkpoints, "clear", lambda self: None)
         assert in_a_child(config, stage, None) == 0
     artifact = (home / "latest").resolve()
-    wanted, history = sha256_file(artifact / "adapter/adapter_model.safetensors"), untimed(artifact)
-    passed = {sha256_file(path) for path in home.glob("checkpoints/*/checkpoint-*/adapter_model.safetensors")}
+    wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
+    passed = {sha256_file(path) for path in home.glob(f"checkpoints/*/checkpoint-*/{file}")}
     assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, "training moved nothing"
     same = 0
     for step in steps:
@@ -86,7 +87,7 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch) -> str:
         again = (home / "latest").resolve()
         assert untimed(again) == history
         assert not list(home.glob("checkpoints/*/*"))
-        same += sha256_file(again / "adapter/adapter_model.safetensors") == wanted
+        same += sha256_file(again / "adapter" / file) == wanted
     assert same == len(steps)
     return f"{stage}: killed at {len(steps)} steps, {same} byte-identical"
 
@@ -94,6 +95,12 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch) -> str:
 @pytest.mark.parametrize(("stage", "settings"), [("sft", SFT), ("rl", RL)])
 def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch):
     killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "ia3"])
+def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
+    config = begun(*SFT, f"baseline.method={method}", "baseline.encoder_hidden=16", "eval.targets=[sft]")
+    killed_at(config, "sft", [5], monkeypatch, baselines.STATE)
 
 
 @pytest.mark.slow
