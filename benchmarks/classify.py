@@ -16,9 +16,9 @@ import torch
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Served
 from stages.engines.openai import word_of
-from stages.language.personas import SHOTS, Brief, personas, shots
-from stages.language.prompts import load_tokenizer
-from stages.lora.adapter import load_base
+from stages.labelling.personas import SHOTS, Brief, personas, shots
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, read_jsonl
 
 BATCHES = {1: 32, 4: 64, 16: 128, 64: 256}

@@ -15,6 +15,7 @@ from stages.config.training import RolloutsSection
 from stages.engines import Sampling
 from stages.engines.transformers import continuations
 from stages.lora import adapter, merged, rollouts
+from stages.models.base import load_base
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     from transformers import AutoTokenizer
     from trl.generation.vllm_generation import VLLMGeneration
 
-    base = adapter.load_base(ModelSection(name=given.model, dtype="bfloat16"))
+    base = load_base(ModelSection(name=given.model, dtype="bfloat16"))
     copy = merged.MergedCopy(base)
     model = adapter.initial(base, LoraSection(), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(given.model)

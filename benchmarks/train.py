@@ -25,6 +25,7 @@ from stages.config import LoraSection, ModelSection
 from stages.lora import adapter
 from stages.lora.packed import PackedLinear
 from stages.lora.training import pack
+from stages.models.base import load_base
 
 WAYS = ("plain", "hook", "packed")
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
 
-    base = adapter.load_base(ModelSection(name=given.model, dtype=given.dtype, attention="eager"))
+    base = load_base(ModelSection(name=given.model, dtype=given.dtype, attention="eager"))
     lora = LoraSection(r=given.r)
     ids = torch.randint(10, base.config.vocab_size, (given.batch, given.tokens), device=base.device)
     if given.only:

@@ -11,14 +11,18 @@ import typer
 
 from lorapar_cli import render
 from lorapar_cli.harness import entries
-from stages import launch, team
-from stages.artifacts import Store
+from stages import team
 from stages.config import Config
-from stages.engines import Pool, resolved
+from stages.config.yaml import annotated
+from stages.engines import Pool
 from stages.errors import ConfigError, LoraparError, MissingInputError
-from stages.pipeline import Step, current, plan, run_step, state
-from stages.settings import annotated, load
-from stages.table import STAGES, Stage, order
+from stages.pipeline import launch
+from stages.pipeline.plan import Step, plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.run import run_step
+from stages.pipeline.state import current, state
+from stages.pipeline.table import STAGES, Stage, order
+from stages.store.artifacts import Store
 
 app = typer.Typer(
     help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",
@@ -270,7 +274,7 @@ def demo_data(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Write the demonstration set."""
-    from stages.demo_data import write
+    from stages.data.demo import write
 
     render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in write(folder, seed).items()))
 
@@ -281,7 +285,7 @@ def fetch(
     models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
 ) -> None:
     """Fetch a small model that needs no hub."""
-    from stages.fetch import fetch as get
+    from stages.models.fetch import fetch as get
 
     folder, made = get(name, models)
     render.say(f"{folder} {'is ready' if made else 'is there already'}")

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from stages.artifacts import Store
-from stages.pipeline import Step, state
+from stages.pipeline.plan import Step
+from stages.pipeline.state import state
 from stages.records import read_jsonl
+from stages.store.artifacts import Store
 
 Answers = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
 """Per target and group: the graded answers to each item."""

@@ -4,8 +4,8 @@
 def kinds() -> dict[str, dict[str, str]]:
     """Kind → name → one line on it."""
     from stages.benchmarks import benchmarks
-    from stages.engines import NAMES
-    from stages.language.personas import personas
+    from stages.engines import engines
+    from stages.labelling.personas import personas
     from stages.language.rewards import rewards
     from stages.lora.importance import scorers
     from stages.lora.regions import strategies
@@ -15,6 +15,6 @@ def kinds() -> dict[str, dict[str, str]]:
         "strategies": strategies.describe(),
         "rewards": rewards.describe(),
         "benchmarks": benchmarks.describe(),
-        "engines": NAMES,
+        "engines": engines.describe(),
         "personas": personas.describe(),
     }

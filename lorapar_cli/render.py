@@ -10,10 +10,11 @@ from typing import Any
 from lorapar_cli import comparison, labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
-from stages.artifacts import Artifact, Store
 from stages.errors import LoraparError
-from stages.pipeline import State, Step, state
+from stages.pipeline.plan import Step
+from stages.pipeline.state import State, state
 from stages.records import read_jsonl
+from stages.store.artifacts import Artifact, Store
 
 LINE_EVERY_S = 5
 SETTLE_S = 0.2

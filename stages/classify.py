@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import sources
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
+from stages.data.rows import read
 from stages.engines import Pool, Served
-from stages.engines.votes import Votes
 from stages.errors import ConfigError, DataError
-from stages.language import labelling
-from stages.language.calibration import LEAST_EXAMPLES, Calibration, calibrate
-from stages.language.personas import (
+from stages.labelling import report
+from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
+from stages.labelling.decide import Voice, decide
+from stages.labelling.personas import (
     CONTENT_FREE,
     HELD_OUT,
     SHOTS,
@@ -29,16 +29,15 @@ from stages.language.personas import (
     Judged,
     as_example,
     empty,
-    is_chat,
-    is_few_shot,
+    personas,
     read_judged,
     shots,
 )
-from stages.language.voting import Voice, decide
+from stages.labelling.votes import Votes
 from stages.records import Example, Labelled, write_labels
 
 if TYPE_CHECKING:
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 
 PATIENCE = 10
@@ -61,12 +60,12 @@ def run(
 
     voter_identities: per voter the digest or name of its model, so that other weights get another journal. Returns the counts.
     """
-    examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else sources.read(data or DataSection())
+    examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     if classify.strategy == "random":
         rng = random.Random(classify.seed)
         rows = [Labelled(e, 2 if rng.random() < (classify.system2_share or 0.5) else 1, {}) for e in examples]
         write_labels(out / "labels.jsonl", rows)
-        return labelling.counts(rows)
+        return report.counts(rows)
 
     judged = read_judged(Path(classify.held_out) if classify.held_out else HELD_OUT)
     boxes = _boxes(model, classify, voter_identities, votes_dir)
@@ -81,7 +80,7 @@ def run(
             voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
         rows, held, twos = decide(examples, voices, classify)
         write_labels(out / "labels.jsonl", rows)
-        return labelling.report(rows, boxes, held, twos, found, classify, out / "report.json", progress.say)
+        return report.report(rows, boxes, held, twos, found, classify, out / "report.json", progress.say)
     finally:
         for box in boxes:
             box.close()
@@ -91,14 +90,18 @@ def _boxes(model: ModelSection, classify: ClassifySection, identities: list[str]
     """A ballot box per voter, in the order of the config."""
     boxes: list[Votes] = []
     for voter, identity in zip(classify.voters, identities, strict=True):
-        title = sources.model_title(ModelSection(name=voter.model) if voter.model else model)
+        title = (ModelSection(name=voter.model) if voter.model else model).title
         name = voter.name or f"{title}/{voter.persona}"
         if any(box.title == name for box in boxes):
             raise ConfigError(f"classify.voters: two voters are {name}", "give each a name of its own")
-        if voter.thinking and not is_chat(voter.persona):
+        if voter.thinking and not personas.has(voter.persona, "chat"):
             raise ConfigError(f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place")
-        worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if is_few_shot(voter.persona) else ()
-        brief = Brief(sources.model_title(model), classify.show_answer, voter.words, worked)
+        worked = (
+            shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots)
+            if personas.has(voter.persona, "few-shot")
+            else ()
+        )
+        brief = Brief(model.title, classify.show_answer, voter.words, worked)
         boxes.append(Votes(voter, name, title, identity, brief, classify.seed, votes_dir))
     return boxes
 
@@ -181,7 +184,7 @@ def _calibrated(box: Votes, judged: list[Judged], say: Callable[[str], None]) ->
     apart = [row for row in judged if row.question not in shown]
     method = box.voter.calibration
     if method == "auto":
-        method = "none" if is_chat(box.voter.persona) else "held_out"
+        method = "none" if personas.has(box.voter.persona, "chat") else "held_out"
     if method == "held_out" and len(apart) < LEAST_EXAMPLES:
         raise DataError(
             f"{box.title}: {len(apart)} labelled examples outside of its prompt, and calibration needs {LEAST_EXAMPLES}",

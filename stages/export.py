@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages import sources
-from stages.artifacts import Artifact
 from stages.config import Config, ModelSection
+from stages.data.rows import read
 from stages.engines import Pool, Question, Sampling, Served
 from stages.errors import ConfigError, OutputError, ServerError
+from stages.models.base import save_merged
+from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer
@@ -42,7 +43,7 @@ def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     trained = artifact.path / "adapter"
     if form == "merged":
-        adapter.save_merged(config.model, trained, partial)
+        save_merged(config.model, trained, partial)
     else:
         shutil.copytree(trained, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
         if base_dtype:
@@ -54,7 +55,7 @@ def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype:
 def _cast(file: Path, model: ModelSection) -> None:
     from safetensors.torch import load_file, save_file
 
-    from stages.lora.adapter import load_base
+    from stages.models.base import load_base
 
     dtype = load_base(model).dtype
     save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -130,12 +131,13 @@ def check(
     Yields a row per engine: tokens, the share within the tolerance of the adapter's own choice, the largest gap in logits.
     AnswerError if that is not what was trained.
     """
-    from stages.engines import parity
-    from stages.engines.journal import Recorded
-    from stages.language.prompts import Asked, Renderer, load_tokenizer
+    from stages.benchmarks import parity
+    from stages.benchmarks.replies import Recorded
+    from stages.language.prompts import Asked, Renderer
+    from stages.models.tokenizer import load_tokenizer
 
     renderer: Renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    examples = sources.read(config.data.model_copy(update={"limit": prompts}))
+    examples = read(config.data.model_copy(update={"limit": prompts}))
     asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
     base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model

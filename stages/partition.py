@@ -11,10 +11,10 @@ import torch
 from stages.config import PartitionSection
 from stages.errors import MeaninglessError
 from stages.lora.masks import Masks, flat, read_importance
-from stages.lora.regions import NEED_NO_SCORES, NONE, S1_ONLY, S2_ONLY, SHARED, strategies
+from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 
 def run(partition: PartitionSection, seed: int, score_dir: Path, out: Path, progress: Progress) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(partition: PartitionSection, seed: int, score_dir: Path, out: Path, prog
     MeaninglessError if no element is active in both stages.
     """
     shapes = {name: torch.Size(shape) for name, shape in json.loads((score_dir / "shapes.json").read_text()).items()}
-    if partition.strategy in NEED_NO_SCORES:
+    if strategies.has(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
         scores = {system: flat(tensors) for system, tensors in read_importance(score_dir / "importance.safetensors").items()}

@@ -1,6 +1,10 @@
-"""Named functions: `@scorers.add` registers one under its own name, `scorers.pick(name)` finds it."""
+"""What can be chosen by name: functions that register themselves, and files that are there."""
 
+import importlib
+import pkgutil
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stages.errors import ConfigError
@@ -8,26 +12,79 @@ from stages.errors import ConfigError
 Function = Callable[..., Any]
 
 
-class Registry:
+class _Named:
+    """Names of one kind, and the one error for all others."""
+
+    kind: str
+
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
+    def check(self, name: str) -> None:
+        """ConfigError with the choices unless there is one called `name`."""
+        if name not in self.names():
+            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
+
+
+class Registry(_Named):
     """The functions of one kind, found by name; the name is the function's own."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._functions: dict[str, Function] = {}
+        self._traits: dict[str, set[str]] = {}
 
-    def add(self, function: Function) -> Function:
-        self._functions[function.__name__] = function
-        return function
+    def add(self, *traits: str) -> Callable[[Function], Function]:
+        """Decorator that registers a function, with what others must know of it without calling it."""
+
+        def register(function: Function) -> Function:
+            self._functions[function.__name__] = function
+            self._traits[function.__name__] = set(traits)
+            return function
+
+        return register
 
     def names(self) -> list[str]:
         return sorted(self._functions)
 
     def describe(self) -> dict[str, str]:
         """Each name with the first line of its docstring."""
-        return {name: (self._functions[name].__doc__ or "").strip().split("\n")[0] for name in self.names()}
+        return {name: _first_line(self._functions[name].__doc__) for name in self.names()}
 
     def pick(self, name: str) -> Function:
         """The function called `name`; ConfigError with the choices if there is none."""
-        if name not in self._functions:
-            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
+        self.check(name)
         return self._functions[name]
+
+    def has(self, name: str, trait: str) -> bool:
+        """Whether the function called `name` was registered with this trait."""
+        self.check(name)
+        return trait in self._traits[name]
+
+
+class Files(_Named):
+    """The modules of one package that define `mark` at their top level, found by file name; the others are their helpers."""
+
+    def __init__(self, kind: str, package: str, folder: list[str], mark: str) -> None:
+        self.kind = kind
+        self._package = package
+        marked = re.compile(rf"^(?:async )?(?:def )?{mark}\b\s*[:=(]", re.MULTILINE)
+        files = {module.name: Path(folder[0]) / f"{module.name}.py" for module in pkgutil.iter_modules(folder)}
+        # Read as text: importing an engine would load torch for every command.
+        self._names = sorted(name for name, file in files.items() if marked.search(file.read_text(encoding="utf-8")))
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def describe(self) -> dict[str, str]:
+        """Each name with the first line of its module's docstring."""
+        return {name: _first_line(self.pick(name).__doc__) for name in self.names()}
+
+    def pick(self, name: str) -> Any:
+        """The module called `name`; ConfigError with the choices if there is none."""
+        self.check(name)
+        return importlib.import_module(f"{self._package}.{name}")
+
+
+def _first_line(doc: str | None) -> str:
+    return (doc or "").strip().split("\n")[0]

@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox
-from stages.checkpoints import Checkpoints
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling
 from stages.errors import DataError
 from stages.language import reward_functions
-from stages.language.prompts import Renderer, load_tokenizer
-from stages.lora import adapter, packed, rollouts, training
+from stages.language.prompts import Renderer
+from stages.lora import packed, rollouts, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.merged import MergedCopy
 from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactRollouts
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, of_system, read_labels
+from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def run(
     start = training.Start.of("rl", score_dir, partition_dir, sft_dir)
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
-    base = adapter.load_base(model)
+    base = load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)

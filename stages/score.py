@@ -13,18 +13,20 @@ import torch
 
 from stages import team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
-from stages.language.prompts import Renderer, Row, load_tokenizer
+from stages.language.prompts import Renderer, Row
 from stages.lora import adapter
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import flat, write_importance
 from stages.lora.regions import check
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.records import of_system, read_labels
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def run(
     Importance is float32 per element of the trainable part of each LoRA weight, under `s1/` and `s2/`. Returns the numbers
     of examples, their mean losses and the share of the formula's second-order term.
     """
-    base = adapter.load_base(model)
+    base = load_base(model)
     peft_model = adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}

@@ -7,17 +7,19 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoints import Checkpoints
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
-from stages.language.prompts import Renderer, load_tokenizer
-from stages.lora import adapter, training
+from stages.language.prompts import Renderer
+from stages.lora import training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactResume
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, of_system, read_labels
+from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
     rows, long = renderer.rows(examples, data)
     start = training.Start.of("sft", score_dir, partition_dir, rl_dir)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    peft_model = start.attach(adapter.load_base(model), lora, baseline, sft.dropout, seed)
+    peft_model = start.attach(load_base(model), lora, baseline, sft.dropout, seed)
     trainer = Trainer(
         model=peft_model,
         args=SFTConfig(

@@ -12,11 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import settings
 
-from stages.artifacts import Artifact
 from stages.config import Config
-from stages.engines import Pool, resolved
-from stages.pipeline import plan, run_step
-from stages.settings import load
+from stages.engines import Pool
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.run import run_step
+from stages.store.artifacts import Artifact
 
 settings.register_profile("lorapar", deadline=None)  # these machines are shared: a slow call is no failure
 settings.load_profile("lorapar")
@@ -26,14 +27,14 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stages.fetch import fetch
+    from stages.models.fetch import fetch
 
     return fetch("tiny-random", tmp_path_factory.mktemp("models"))[0]
 
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stages.demo_data import write
+    from stages.data.demo import write
 
     folder = tmp_path_factory.mktemp("data")
     write(folder, 0)

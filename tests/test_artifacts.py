@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import DigestCache, Store, canonical, key_of
 from stages.errors import ArtifactError, BusyError, OutputError
+from stages.store.artifacts import Store
+from stages.store.digests import DigestCache, canonical, key_of
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ import pytest
 import yaml
 
 from stages.config import Config
+from stages.config.fields import identity
+from stages.config.yaml import annotated
 from stages.errors import ConfigError, MissingInputError
-from stages.settings import annotated, identity, load
+from stages.pipeline.resolve import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from stages import demo_data
+from stages.data import demo
 from stages.records import read_jsonl
 
 BOUND = 0.25
@@ -14,7 +14,7 @@ BOUND = 0.25
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def splits(request, tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("demo")
-    demo_data.write(folder, request.param)
+    demo.write(folder, request.param)
     return {name: [row for _, row in read_jsonl(folder / f"{name}.jsonl")] for name in ("train", "test")}
 
 
@@ -68,7 +68,7 @@ def test_worked_answers_are_right(splits):
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
-        demo_data.write(tmp_path / folder, 7)
+        demo.write(tmp_path / folder, 7)
     assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "b/train.jsonl").read_bytes()
 
 
@@ -76,5 +76,5 @@ def test_no_stage_reads_the_intended_system():
     import stages
 
     for path in __import__("pathlib").Path(stages.__file__).parent.rglob("*.py"):
-        if path.name != "demo_data.py":
+        if path.name != "demo.py":
             assert "intended" not in path.read_text(encoding="utf-8"), path

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stages import export
 from stages.errors import AnswerError, OutputError, ServerError
-from stages.lora import adapter
+from stages.models.base import load_adapted, load_base
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
     ids = torch.arange(5, 60).view(1, -1)
-    wanted = adapter.load_adapted(config.model, artifact.path / "adapter")(input_ids=ids).logits
+    wanted = load_adapted(config.model, artifact.path / "adapter")(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(adapter.load_base(config.model)(input_ids=ids).logits, wanted, atol=1e-2)
+    assert not torch.allclose(load_base(config.model)(input_ids=ids).logits, wanted, atol=1e-2)
 
 
 def test_weights_in_the_type_of_the_base(trained, tmp_path):

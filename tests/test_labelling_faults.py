@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, Silent
 from mock_server import Mock, serve
 
-from stages import settings
-from stages.engines import Pool, resolved, transport
+from stages.engines import Pool, transport
 from stages.errors import AnswerError, ConfigError, ServerError
-from stages.pipeline import plan, run_step
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.run import run_step
 from stages.records import read_jsonl, read_labels
 
 ROWS = 120
@@ -36,7 +37,7 @@ def config(tiny, tmp_path):
         overrides += [f"{name}={json.dumps(value)}" for name, value in tree.items()]
         path = tmp_path / "config.yaml"
         path.write_text("run: faults\n")
-        return settings.load(path, overrides)
+        return load(path, overrides)
 
     return make
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from stages import sources
 from stages.config import SourceSection
+from stages.data import rows as data
 from stages.errors import DataError, MissingInputError
 from stages.records import Journal, read_jsonl
 
@@ -17,7 +17,7 @@ def written(tmp_path, *rows, name="data.jsonl"):
 
 
 def read(tmp_path, *rows, **settings):
-    return sources.read(written(tmp_path, *rows).model_copy(update=settings))
+    return data.read(written(tmp_path, *rows).model_copy(update=settings))
 
 
 def refused(tmp_path, *rows, error=DataError):
@@ -52,7 +52,7 @@ def test_gzip_and_byte_order_mark_and_line_separator(tmp_path):
     text = '\ufeff{"question": "a\u2028b", "answer": "A"}'
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress((text + "\r\n\n").encode()))
-    (example,) = sources.read(SourceSection(path=str(path)))
+    (example,) = data.read(SourceSection(path=str(path)))
     assert example.prompt == "a\u2028b"
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
     packed[len(packed) // 2] ^= 0xFF
     path.write_bytes(packed)
     with pytest.raises(DataError, match="damaged gzip file|broken JSON"):
-        sources.read(SourceSection(path=str(path)))
+        data.read(SourceSection(path=str(path)))
     text = refused(tmp_path, '{"question": "\\ud83d", "answer": "A"}')
     assert text == "bad row: /data.jsonl:1: field question has half of a surrogate pair"
 

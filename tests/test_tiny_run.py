@@ -13,14 +13,17 @@ import pytest
 import torch
 from conftest import ROOT, Silent, paths
 
-from stages import settings
-from stages.artifacts import Store
-from stages.engines import Answer, Pool, resolved
+from stages.engines import Answer, Pool
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks
-from stages.pipeline import plan, run_step, state
+from stages.models.base import load_base
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.run import run_step
+from stages.pipeline.state import state
 from stages.records import read_jsonl, read_labels
+from stages.store.artifacts import Store
 
 
 def make(config, *names: str, force: bool = False) -> dict:
@@ -37,7 +40,7 @@ def make(config, *names: str, force: bool = False) -> dict:
 def whole(tiny, demo_data, tmp_path_factory):
     """A finished run: its overrides and its artifacts. Tests that change it copy it first."""
     overrides = paths(tiny, demo_data, tmp_path_factory.mktemp("whole"))
-    return overrides, make(settings.load(ROOT / "configs/smoke.yaml", overrides))
+    return overrides, make(load(ROOT / "configs/smoke.yaml", overrides))
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def copied(whole, tmp_path):
     runs = next(iter(made.values()))[0].path.parents[2]
     shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     kept = [o for o in overrides if not o.startswith("runs_dir")] + [f"runs_dir={tmp_path / 'runs'}"]
-    return lambda *more: settings.load(ROOT / "configs/smoke.yaml", [*kept, *more])
+    return lambda *more: load(ROOT / "configs/smoke.yaml", [*kept, *more])
 
 
 def test_every_step_is_made_once(whole, copied):
@@ -89,8 +92,8 @@ def test_the_adapter_is_plain_peft(whole, tiny):
     from stages.config import LoraSection, ModelSection
 
     folder = whole[1]["rl"][0].path / "adapter"
-    plain = PeftModel.from_pretrained(adapter.load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
-    ours = adapter.attach(adapter.load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder)
+    plain = PeftModel.from_pretrained(load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
+    ours = adapter.attach(load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder)
     ids = torch.arange(5, 60).view(1, -1)
     assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
 
@@ -227,7 +230,7 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     make(config, "score")
     monkeypatch.setattr(
         "stages.engines.transformers.load_merged",
-        lambda model, folder: adapter.load_base(model),  # the adapter is not applied
+        lambda model, folder: load_base(model),  # the adapter is not applied
     )
     with pytest.raises(AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"):
         make(config, "eval:init@demo")

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from stages import sources
 from stages.benchmarks.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
+from stages.data import rows
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {"path": "data/demo/test.jsonl", "max_new_tokens": 48}
@@ -12,7 +12,7 @@ GROUPS = ("kind",)
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    return with_gold(sources.read(section))
+    return with_gold(rows.read(section))
 
 
 ask = by_prompt

@@ -60,7 +60,7 @@ def by_prompt(examples: list[Example], section: BenchmarkSection, renderer: Rend
     """The renderer's prompts, after `section.shots` worked examples in the answer format."""
     shots: list[tuple[str, str]] = []
     if section.shots:
-        from stages.sources import read, shots_source
+        from stages.data.rows import read, shots_source
 
         rows = read(shots_source(section).model_copy(update={"limit": section.shots}))
         if len(rows) < section.shots:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from stages import sources
 from stages.benchmarks.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
+from stages.data import rows
 from stages.errors import DataError
 from stages.language.answers import number
 from stages.records import Example
@@ -19,7 +19,7 @@ GROUPS = ()
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    examples = with_gold(sources.read(section))
+    examples = with_gold(rows.read(section))
     for example in examples:
         if number(str(example.gold)) is None:
             raise DataError(f"GSM8K answers are numbers, got {example.gold!r} ({example.id})", "kind: jsonl compares words too")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from stages.benchmarks.grading import Context, Grade, bad_rows
 from stages.config import BenchmarkSection
+from stages.data.rows import table, text_field
 from stages.language.code import STOP, code_of
 from stages.language.prompts import Asked
 from stages.records import Example
 from stages.sandbox import SandboxFailure
-from stages.sources import table, text_field
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer

@@ -8,12 +8,12 @@ import hashlib
 import re
 from typing import Any
 
-from stages.artifacts import canonical
 from stages.benchmarks.grading import Context, Grade, bad_rows, by_answer, by_prompt
 from stages.config import BenchmarkSection
+from stages.data.rows import table, text_field
 from stages.language.answers import extract, letter, number
 from stages.records import Example
-from stages.sources import table, text_field
+from stages.store.digests import canonical
 
 DEFAULTS: dict[str, Any] = {}
 GROUPS = ()

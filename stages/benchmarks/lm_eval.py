@@ -17,7 +17,7 @@ from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl
 
 if TYPE_CHECKING:
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 DEFAULTS: dict[str, Any] = {"label": False}
 METRICS = ("exact_match", "acc", "pass@1", "pass_at_1")
@@ -40,9 +40,9 @@ def run(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingInputError("lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'") from None
-    from stages.eval import brief, measured
-    from stages.language.prompts import load_tokenizer
-    from stages.lora.adapter import load_merged
+    from stages.benchmarks.metrics import brief, measured
+    from stages.models.base import load_merged
+    from stages.models.tokenizer import load_tokenizer
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves out
     if not section.tasks:

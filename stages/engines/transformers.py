@@ -12,8 +12,9 @@ import torch
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.errors import ConfigError
-from stages.language.prompts import chat, load_tokenizer
-from stages.lora.adapter import load_merged
+from stages.language.prompts import chat
+from stages.models.base import load_merged
+from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

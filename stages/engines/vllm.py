@@ -20,7 +20,7 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
 from stages.engines.openai import Client
 from stages.errors import BusyError, ServerError
-from stages.lora.adapter import save_merged
+from stages.models.base import save_merged
 
 HOST = "127.0.0.1"
 MODULE = "adapter"

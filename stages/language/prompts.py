@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.config import DataSection, ModelSection, PromptSection
-from stages.errors import ConfigError, DataError, MissingInputError
+from stages.config import DataSection, PromptSection
+from stages.errors import ConfigError, DataError
 from stages.language.answers import rewrite
 from stages.records import Example, problems
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +44,6 @@ class Asked:
     """Texts that end the answer, beside the renderer's stop tokens."""
     words: tuple[str, ...] = ()
     """Not empty: the likeliest of these words is the answer, nothing is generated."""
-
-
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise MissingInputError(f"cannot load the tokenizer of {model.name}: {str(error).splitlines()[0]}") from None
-    if tokenizer.pad_token_id is None:
-        # Padding is masked by length, never by id, so the real EOS is still trained.
-        tokenizer.pad_token = tokenizer.eos_token
-        log.info("the tokenizer of %s has no pad token: EOS pads", model.name)
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
@@ -159,39 +142,3 @@ class Renderer:
         turns = [*self._messages("?"), {"role": "assistant", "content": "@@"}]
         tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]
         return tail.strip() or str(self.tokenizer.eos_token)
-
-
-@dataclass
-class Batch:
-    """Right-padded rows: (batch, tokens) each."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
-def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
-    """Pad on the right, masked by length: pad may be the EOS token."""
-    import torch
-
-    longest = max(len(row.input_ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    return Batch(ids.to(device), mask.to(device), labels.to(device))
-
-
-def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each example's mean negative log-likelihood over its answer tokens: (batch,), at least float32."""
-    import torch.nn.functional as F
-
-    first = int((batch.labels != IGNORED).any(0).nonzero()[0])
-    keep = batch.input_ids.shape[1] - first + 1  # logits of the prompt are never needed
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits[:, :-1]
-    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-    targets = batch.labels[:, first:]  # (batch, answer tokens)
-    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    counts = (targets != IGNORED).sum(1)
-    return losses.view(targets.shape).sum(1) / counts

@@ -32,14 +32,14 @@ _LOOSE = {
 _TAGS = {"xml": ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>"), "hash": ("\n#### ",)}
 
 
-@rewards.add
+@rewards.add()
 def correctness(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the strictly extracted answer equals gold."""
     pairs = zip(completions, gold, answer_format, strict=True)
     return [float(same(extract(text, style).strict, wanted)) for text, wanted, style in pairs]
 
 
-@rewards.add
+@rewards.add()
 def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the strictly extracted answer is a whole number."""
     found = [extract(text, style).strict for text, style in zip(completions, answer_format, strict=True)]
@@ -47,19 +47,19 @@ def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[
     return [float(value is not None and value.denominator == 1) for value in values]
 
 
-@rewards.add
+@rewards.add()
 def strict_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the whole completion is in the answer format, line by line."""
     return [float(bool(_WHOLE[s].fullmatch(text))) for text, s in zip(completions, answer_format, strict=True)]
 
 
-@rewards.add
+@rewards.add()
 def soft_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the completion begins in the answer format, whatever its white space."""
     return [float(bool(_LOOSE[s].match(text))) for text, s in zip(completions, answer_format, strict=True)]
 
 
-@rewards.add
+@rewards.add()
 def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """The share of the format's tags that stand exactly once, less 0.002 for each character after the last one (xml)."""
     scores = []
@@ -73,20 +73,20 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
     return scores
 
 
-@rewards.add
+@rewards.add()
 def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the last number of the text equals gold, whatever its format."""
     found = [extract(text, style).flexible for text, style in zip(completions, answer_format, strict=True)]
     return [float(same(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
 
 
-@rewards.add
+@rewards.add()
 def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
     """1 if the text names the letter of gold (A to J) as its choice."""
     return [float(letter(text) == wanted.strip()) for text, wanted in zip(completions, gold, strict=True)]
 
 
-@rewards.add
+@rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
     """F1 of the words that text and reference response share (ROUGE-1), for answers that nothing can verify."""
     return [_f1(_words(text), _words(wanted)) for text, wanted in zip(completions, response, strict=True)]
@@ -100,7 +100,7 @@ def _f1(text: Counter[str], wanted: Counter[str]) -> float:
     return 2 * (text & wanted).total() / max(1, text.total() + wanted.total())
 
 
-@rewards.add
+@rewards.add()
 def code_tests(completions: list[str], test: list[str], entry_point: list[str], sandbox: Sandbox, **_: Any) -> list[float]:
     """1 if the row's `test` (HumanEval's form: `def check(candidate)`) passes on its function `entry_point`, in the sandbox."""
 

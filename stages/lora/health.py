@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from stages.errors import MeaninglessError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 

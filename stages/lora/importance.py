@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stages.language.prompts import Row
 
 scorers: Registry = Registry("scorer")
+"""Trait `product`: gradient times value, which is zero everywhere while B = 0."""
 
 
 @dataclass
@@ -39,31 +40,31 @@ class Moments:
     """Σ of the examples' mean answer-token losses."""
 
 
-@scorers.add
+@scorers.add("product")
 def taylor2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|g·φ − ½·F·φ²| with the mean gradient g and the diagonal Fisher F (arXiv 2507.20999, §3)."""
     return (gradient * value - 0.5 * fisher * value * value).abs()
 
 
-@scorers.add
+@scorers.add("product")
 def taylor1(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|g·φ|: the first-order term alone (Molchanov et al. 2019, arXiv 1906.10771)."""
     return (gradient * value).abs()
 
 
-@scorers.add
+@scorers.add()
 def fisher(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """F, the mean of squared per-example gradients: the diagonal of the empirical Fisher information."""
     return fisher
 
 
-@scorers.add
+@scorers.add()
 def grad2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """g², the square of the mean gradient (SPT's sensitivity, arXiv 2303.08566)."""
     return gradient.square()
 
 
-@scorers.add
+@scorers.add()
 def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|φ|: needs no gradients and is the same for both systems."""
     return value.abs()
@@ -123,7 +124,7 @@ def moments(
     """
     import torch
 
-    from stages.language.prompts import answer_losses, collate
+    from stages.models.losses import answer_losses, collate
 
     device = next(model.parameters()).device
     zeros = {

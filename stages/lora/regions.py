@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from stages.config import PartitionSection
 
 NONE, S1_ONLY, S2_ONLY, SHARED = 0, 1, 2, 3
-NEED_NO_SCORES = ("all",)
 
 strategies: Registry = Registry("strategy")
+"""Trait `unscored`: needs no importance."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _fraction(value: float) -> Fraction:
     return Fraction(str(value))  # the decimal as typed: 0.9 is 9/10, not the nearest double
 
 
-@strategies.add
+@strategies.add()
 def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """The paper's: per system the smallest top set reaching θ of the total importance; shared is their intersection.
 
@@ -152,7 +152,7 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     return Split(region, active[1], active[2])
 
 
-@strategies.add
+@strategies.add()
 def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: the regions of `importance`, and what is active in them, permuted over all elements with the seed."""
     import torch
@@ -161,7 +161,7 @@ def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, size
     return _reordered(split, torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed)))
 
 
-@strategies.add
+@strategies.add()
 def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: permuted inside each LoRA weight, which keeps what each layer gets and loses which elements."""
     import torch
@@ -173,13 +173,13 @@ def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: in
     return _reordered(split, torch.cat(pieces))
 
 
-@strategies.add
+@strategies.add()
 def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: SFT trains System 2's elements and RL System 1's."""
     return importance({1: scores[2], 2: scores[1]}, section, seed, sizes)
 
 
-@strategies.add
+@strategies.add()
 def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: each stage trains exactly the elements that `importance` would leave frozen in it."""
     split = importance(scores, section, seed, sizes)
@@ -190,7 +190,7 @@ def _reordered(split: Split, order: Tensor) -> Split:
     return Split(split.region[order], split.sft[order], split.rl[order])
 
 
-@strategies.add
+@strategies.add("unscored")
 def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Plain LoRA: every element is shared and trained in both stages; needs no scores."""
     import torch

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.checkpoints import Checkpoints
 from stages.errors import ArtifactError
 from stages.lora import adapter, baselines
+from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from stages import team
-from stages.checkpoints import Checkpoints
 from stages.config import BaselineSection, LoraSection, TrainSection
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter, baselines, curves
 from stages.lora.masks import Masks
 from stages.lora.packed import PackedLinear
+from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -76,8 +76,9 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         pytest.skip("needs LORAPAR_DATA and the fetched model")
     from stages.engines import Ballot
     from stages.engines.transformers import InProcess
-    from stages.language.prompts import Renderer, load_tokenizer
-    from stages.lora.adapter import load_base
+    from stages.language.prompts import Renderer
+    from stages.models.base import load_base
+    from stages.models.tokenizer import load_tokenizer
 
     # float32: in bfloat16 two letters are often exactly equal, and padding decides.
     model = ModelSection(name=str(model_dir), dtype="float32")

@@ -7,8 +7,8 @@ from stages.config import ModelSection
 from stages.engines import Ballot, Question, Sampling
 from stages.engines.transformers import InProcess, word_tokens
 from stages.errors import ConfigError
-from stages.language.prompts import load_tokenizer
-from stages.lora.adapter import load_base
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from conftest import ROOT
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Question, Sampling, Served
 from stages.errors import ServerError
+from stages.models.base import load_base
 
 pytestmark = [
     pytest.mark.vllm,
@@ -49,7 +50,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
     from stages.lora import adapter
 
     model = ModelSection(name=str(tiny), dtype="float32")
-    adapter.save(adapter.initial(adapter.load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, str(tiny))
+    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, str(tiny))
     questions = [Question([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)]
     words = [Ballot(question.ids, (" a", " b", " c")) for question in questions]
     given, chosen = {}, {}

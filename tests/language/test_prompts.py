@@ -2,7 +2,8 @@ import pytest
 
 from stages.config import DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
-from stages.language.prompts import IGNORED, Renderer, load_tokenizer
+from stages.language.prompts import IGNORED, Renderer
+from stages.models.tokenizer import load_tokenizer
 from stages.records import Example
 
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")

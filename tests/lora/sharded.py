@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stages.config import LoraSection, ModelSection
 from stages.lora import adapter
 from stages.lora.training import pack
+from stages.models.base import load_base
 
 STEPS = 3
 
@@ -65,7 +66,7 @@ def zero2(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
 
 def main(way: str, folder: str, out: Path) -> None:
     dist.init_process_group("gloo")
-    base = adapter.load_base(ModelSection(name=folder, dtype="float32"))
+    base = load_base(ModelSection(name=folder, dtype="float32"))
     model = adapter.initial(base, LoraSection(r=4), seed=0)
     layers = adapter.lora_layers(model)
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}

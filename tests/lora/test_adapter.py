@@ -8,12 +8,13 @@ from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
 from stages.lora import adapter
 from stages.lora.merged import MergedCopy
+from stages.models.base import load_base
 
 INITS = ["normal", "pissa", "olora", "default"]
 
 
 def base(tiny, dtype="float32"):
-    return adapter.load_base(ModelSection(name=str(tiny), dtype=dtype))
+    return load_base(ModelSection(name=str(tiny), dtype=dtype))
 
 
 def logits(model) -> torch.Tensor:
@@ -93,4 +94,4 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
 
 def test_no_model(tmp_path):
     with pytest.raises(MissingInputError, match="cannot load model"):
-        adapter.load_base(ModelSection(name=str(tmp_path)))
+        load_base(ModelSection(name=str(tmp_path)))

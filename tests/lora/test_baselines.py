@@ -7,10 +7,11 @@ import torch
 from conftest import ROOT, make_step
 from safetensors.torch import load_file
 
-from stages.engines import resolved
 from stages.errors import ConfigError
 from stages.lora import adapter, baselines
-from stages.pipeline import plan
+from stages.models.base import load_adapted, load_base
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"]
 COMMON = ["eval.targets=[base,sft,rl]", "baseline.virtual_tokens=4", "baseline.encoder_hidden=16", "sft.epochs=9"]
@@ -41,9 +42,9 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method):
     folder = make_step(config, "sft").path / "adapter"
     ids = torch.arange(5, 25)[None]
     assert config.baseline is not None
-    trained = baselines.attach(adapter.load_base(config.model), config.baseline, 0, folder).eval()
-    plain = adapter.load_adapted(config.model, folder)
-    base = adapter.load_base(config.model)
+    trained = baselines.attach(load_base(config.model), config.baseline, 0, folder).eval()
+    plain = load_adapted(config.model, folder)
+    base = load_base(config.model)
     wanted = trained(ids).logits[:, -20:]
     assert torch.allclose(plain(ids).logits[:, -20:], wanted, atol=1e-6)
     assert float((base(ids).logits - wanted).abs().max()) > 1e-3
@@ -53,10 +54,10 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     """Padding or a shared cache would part the two."""
     from stages.engines import Sampling
     from stages.engines.transformers import InProcess, continuations
-    from stages.language.prompts import load_tokenizer
+    from stages.models.tokenizer import load_tokenizer
 
     config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
-    model = adapter.load_adapted(config.model, make_step(config, "sft").path / "adapter")
+    model = load_adapted(config.model, make_step(config, "sft").path / "adapter")
     prompts, tokenizer = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))], load_tokenizer(config.model)
     usual, widths = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given))

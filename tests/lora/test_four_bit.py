@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from stages import export
 from stages.errors import ConfigError
 from stages.lora import adapter
+from stages.models.base import load_base
 
 FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 
@@ -30,7 +31,7 @@ def test_the_stages_run_and_frozen_elements_stay(begun, how):
 
 def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     four, whole = begun(*FOUR).model, begun("model.dtype=bfloat16").model
-    small, large = adapter.load_base(four), adapter.load_base(whole)
+    small, large = load_base(four), load_base(whole)
     layer = small.model.layers[0].mlp.down_proj
     assert layer.weight.dtype == torch.uint8 and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
     ids = torch.arange(5, 40)[None]
@@ -66,5 +67,5 @@ def test_what_does_not_go_together_is_said(begun, override, said):
 def test_without_bitsandbytes_it_is_refused(begun, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="model.load_in_4bit: bitsandbytes is not installed") as caught:
-        adapter.load_base(begun(*FOUR).model)
+        load_base(begun(*FOUR).model)
     assert caught.value.hint == "pip install 'lorapar[qlora]'"

@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, make_step
 from safetensors.torch import load_file
 
-from stages.artifacts import Store
-from stages.engines import resolved
 from stages.lora import adapter
 from stages.lora.masks import Masks, read_importance
-from stages.pipeline import plan
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
+from stages.store.artifacts import Store
 
 OPTIMIZERS = {
     "AdamW": [],
@@ -194,7 +194,7 @@ def test_what_was_not_tested_is_refused(begun, lorapar, backend):
 
 def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):
     make_step(begun(), "sft")
-    monkeypatch.setattr("stages.launch.run", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("stages.pipeline.launch.run", lambda *_: pytest.fail("launched"))
     overrides = [*begun.home, "sft.launch.backend=ddp"]
     done = lorapar("sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text)), "--json")
     assert done.code == 0 and json.loads(done.out)["made"] is False

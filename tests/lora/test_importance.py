@@ -5,9 +5,11 @@ import torch
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import MeaninglessError
-from stages.language.prompts import IGNORED, Row, answer_losses, collate
+from stages.language.prompts import IGNORED, Row
 from stages.lora import adapter
 from stages.lora.importance import moments, scorers
+from stages.models.base import load_base
+from stages.models.losses import answer_losses, collate
 
 
 def rows(count: int = 7) -> list[Row]:
@@ -21,7 +23,7 @@ def rows(count: int = 7) -> list[Row]:
 
 
 def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
-    base = adapter.load_base(ModelSection(name=str(tiny))).to(dtype)
+    base = load_base(ModelSection(name=str(tiny))).to(dtype)
     return adapter.initial(base, lora, 0).to(dtype).eval()
 
 

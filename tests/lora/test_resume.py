@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import make_step
 
-from stages import checkpoints
-from stages.artifacts import sha256_file
-from stages.checkpoints import Checkpoints
 from stages.lora import adapter, baselines
 from stages.lora.health import Watch
+from stages.store import checkpoints
+from stages.store.checkpoints import Checkpoints
+from stages.store.digests import sha256_file
 
 STEPS = 12
 # 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay.

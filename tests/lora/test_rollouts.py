@@ -16,6 +16,7 @@ from trl.generation import vllm_generation
 from stages.config.training import RolloutsSection
 from stages.errors import ConfigError, ServerError
 from stages.lora import adapter, merged, rollouts
+from stages.models.base import load_base
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
 MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
@@ -91,8 +92,8 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(be
         make_step(config, step)
     bases, engines = [], []
 
-    def load_base(model):
-        base = usual(model)
+    def watched(model):
+        base = load_base(model)
         bases.extend([base, copy.deepcopy(base)])
         return base
 
@@ -100,8 +101,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(be
         engines.append(Engine(bases[1]))
         setattr(generation, "llm" if generation.mode == "colocate" else "vllm_client", engines[0])
 
-    usual = adapter.load_base
-    monkeypatch.setattr(adapter, "load_base", load_base)
+    monkeypatch.setattr("stages.rl.load_base", watched)
     monkeypatch.setattr(rollouts, "prepare", lambda *_: None)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
@@ -123,7 +123,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(be
 def test_merged_weights_are_those_of_peft(begun):
     """In float32, where merging in place is exact enough to compare with."""
     config = begun("lora.init=orthogonal")
-    model = adapter.initial(adapter.load_base(config.model), config.lora, 3)
+    model = adapter.initial(load_base(config.model), config.lora, 3)
     for layer in adapter.lora_layers(model).values():
         torch.nn.init.normal_(layer.weight)
     ours = dict(merged.plain(model))
@@ -135,7 +135,7 @@ def test_merged_weights_are_those_of_peft(begun):
 def test_the_library_s_own_merging_drifts(begun):
     """Why it is not used: if this ever fails, `from_base` may go."""
     config = begun("model.dtype=bfloat16", "lora.std=0.3")
-    model = adapter.initial(adapter.load_base(config.model), config.lora, 0)
+    model = adapter.initial(load_base(config.model), config.lora, 0)
     before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
     for _ in range(3):
         model.merge_adapter()

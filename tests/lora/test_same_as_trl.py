@@ -6,11 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, make_step, paths
 
-from stages import settings
-from stages.artifacts import Store
-from stages.engines import resolved
 from stages.lora import adapter
-from stages.pipeline import plan
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.store.artifacts import Store
 
 
 def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
@@ -73,8 +72,8 @@ def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path
         "model.dtype=float32", "data.subset=null", "data.format=auto", "data.limit=120", "data.max_length=1024", "classify.strategy=random",
         "score.examples=8", "sft.max_steps=2", "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt=1024", "rl.max_completion=8",
     ]  # fmt: skip
-    config = settings.load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
-    whole = settings.load(ROOT / f"configs/paper/{name}.yaml")
+    config = load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
+    whole = load(ROOT / f"configs/paper/{name}.yaml")
     kept = {"lr", "scheduler", "warmup", "weight_decay", "adam_beta2", "max_grad_norm", "kl_beta", "loss", "rewards", "group"}
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):

@@ -7,16 +7,16 @@ import torch
 from conftest import make_step
 from torch import nn
 
-from stages.artifacts import Store
-from stages.checkpoints import Checkpoints
 from stages.config import Config
-from stages.engines import resolved
 from stages.errors import ConfigError
 from stages.lora import adapter, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus
-from stages.pipeline import plan
-from stages.table import order
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
+from stages.pipeline.table import order
+from stages.store.artifacts import Store
+from stages.store.checkpoints import Checkpoints
 
 SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
 

@@ -5,7 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from stages.artifacts import fsync, sha256_file
+from stages.store.digests import fsync, sha256_file
 
 log = logging.getLogger(__name__)
 

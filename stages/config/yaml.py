@@ -1,7 +1,7 @@
 """From a YAML file and `--set` to a Config and back: defaults < YAML < `--set section.key=value`, all mistakes at once."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from stages.config import Config, Section
 from stages.errors import ConfigError, MissingInputError
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Config:
+def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any]) -> Config:
     """Read `path`, over the file it `extends` if it does, and apply `section.key=value` overrides.
 
-    One ConfigError lists every mistake.
+    registries: what names are checked against (`fields.known`). One ConfigError lists every mistake.
     """
     tree = _read(path)
     for override in overrides or []:
         _override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context=registries)
     except ValidationError as error:
         mistakes = [_mistake(e) for e in error.errors()]
         text = mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
@@ -114,17 +114,6 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if below := _sub_section(field):
             yield from _names(below, f"{prefix}{name}.")
-
-
-def identity(value: Any, stage: str = "") -> Any:
-    """The part of a section that determines a stage's results, as plain JSON values."""
-    if isinstance(value, Section):
-        marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
-        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] != (stage or None))]
-        return {name: identity(getattr(value, name), stage) for name in kept}
-    if isinstance(value, list):
-        return [identity(item, stage) for item in value]
-    return value
 
 
 def annotated(section: type[Section] = Config, values: Section | None = None, indent: str = "") -> Iterator[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection
-from stages.engines.votes import Votes
-from stages.language.agreement import SURFACE, kappas, neighbours, surface, with_known
-from stages.language.calibration import POOR_AUC, POOR_MASS, Calibration
-from stages.language.voting import Voice
+from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
+from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
+from stages.labelling.decide import Voice
+from stages.labelling.votes import Votes
 from stages.records import Labelled
 
 CONTESTED = 10

@@ -15,6 +15,7 @@ from stages.records import Example, problems, read_jsonl
 from stages.registry import Registry
 
 personas: Registry = Registry("persona")
+"""Traits. `chat`: for strong models, and with a threshold of 0.5; the others need calibration. `few-shot`: shows worked examples."""
 
 HERE = Path(__file__).parent
 SHOTS = HERE / "shots.jsonl"
@@ -69,14 +70,14 @@ def shots(path: Path, number: int) -> tuple[Judged, ...]:
     return tuple(row for pair in zip(ones, twos, strict=False) for row in pair)[: number - number % 2]
 
 
-@personas.add
+@personas.add("chat")
 def role_play(example: Example, brief: Brief) -> Ballot:
     """The paper's: judge as the named target model would, in a chat, from criteria, question and answer."""
     system = f"You are {brief.target}. Judge each question as you would meet it yourself, briefly."
     return _chat(system, example, brief, f"Which system does {brief.target} need?")
 
 
-@personas.add
+@personas.add("chat")
 def judge(example: Example, brief: Brief) -> Ballot:
     """`role_play` without the role: the paper's ablation."""
     return _chat("You judge how much thought a question needs, briefly.", example, brief, "Which system does it need?")
@@ -93,14 +94,14 @@ def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
     return Ballot([{"role": "system", "content": system}, {"role": "user", "content": user}], words)
 
 
-@personas.add
+@personas.add("few-shot")
 def steps(example: Example, brief: Brief) -> Ballot:
     """Few-shot completion, one or many steps; for small models."""
     one, two = words = brief.words or ("one", "many")
     return _few_shot(f"How many steps does each question need, {one} or {two}?", "Steps:", words, example, brief)
 
 
-@personas.add
+@personas.add("few-shot")
 def effort(example: Example, brief: Brief) -> Ballot:
     """Few-shot completion, easy or hard; for small models."""
     one, two = words = brief.words or ("easy", "hard")
@@ -108,20 +109,11 @@ def effort(example: Example, brief: Brief) -> Ballot:
     return _few_shot(head, "Label:", words, example, brief)
 
 
-@personas.add
+@personas.add()
 def simplicity(example: Example, brief: Brief) -> Ballot:
     """Zero-shot completion, simple or complex; for small models."""
     one, two = brief.words or ("simple", "complex")
     return Ballot(f"{_question(example.prompt, example.response, brief)}\nThis question is", (f" {one}", f" {two}"))
-
-
-def is_chat(persona: str) -> bool:
-    """Personas in a chat are for strong models; the others need a calibrated threshold."""
-    return persona in ("role_play", "judge")
-
-
-def is_few_shot(persona: str) -> bool:
-    return persona in ("steps", "effort")
 
 
 def _question(question: str, answer: str, brief: Brief) -> str:

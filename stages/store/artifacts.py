@@ -16,23 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
+from stages.store.digests import canonical, fsync, key_of, sha256_file
 
 SCHEMA = 1
-KEY_DIGITS = 12
-
-
-def canonical(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def key_of(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical(identity)).hexdigest()[:KEY_DIGITS]
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -170,49 +156,3 @@ class Store:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class DigestCache:
-    """sha256 of large files, remembered by size, modification time and inode so that a model is read once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
-
-    def file(self, path: Path) -> str:
-        state = path.stat()
-        mark = [state.st_size, state.st_mtime_ns, state.st_ino]
-        name = str(path.resolve())
-        if name in self._known and self._known[name][:3] == mark:
-            return str(self._known[name][3])
-        digest = sha256_file(path)
-        self._known[name] = [*mark, digest]
-        self._save()
-        return digest
-
-    def folder(self, path: Path) -> str:
-        """One digest of all files below `path`, by relative name; hidden files and folders are left out."""
-        files = sorted(
-            p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
-        )
-        return hashlib.sha256(canonical([[p.relative_to(path).as_posix(), self.file(p)] for p in files])).hexdigest()
-
-    def _save(self) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._known), encoding="utf-8")
-            os.replace(temporary, self._path)
-        except OSError:
-            pass  # only a cache: the digest is taken again next time

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import exp
 from statistics import fmean, median
 
-from stages.language.agreement import auc
-from stages.language.personas import Judged
-from stages.language.voting import log_odds
+from stages.labelling.agreement import auc
+from stages.labelling.decide import log_odds
+from stages.labelling.personas import Judged
 
 LEAST_EXAMPLES = 24
 POOR_AUC = 0.65

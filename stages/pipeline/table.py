@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.config import Config
+from stages.lora.regions import strategies
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ def _trains(other: str) -> Callable[[Config, str], tuple[str, ...]]:
 
 
 def needs_scores(config: Config) -> bool:
-    from stages.lora.regions import NEED_NO_SCORES
-
-    return config.partition.strategy not in NEED_NO_SCORES
+    return not strategies.has(config.partition.strategy, "unscored")
 
 
 def _score_needs(config: Config, _: str) -> tuple[str, ...]:

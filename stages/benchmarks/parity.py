@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stages.benchmarks.replies import Recorded
 from stages.config import ModelSection
-from stages.engines.journal import Recorded
 from stages.engines.transformers import word_tokens
 from stages.errors import AnswerError
 from stages.language.prompts import Asked
-from stages.lora.adapter import load_adapted, load_base
+from stages.models.base import load_adapted, load_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from stages.config import ClassifySection
 from stages.engines import Ballot
 from stages.errors import DataError
-from stages.language.agreement import auc, kappas, neighbours, surface, with_known
-from stages.language.calibration import calibrate
-from stages.language.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
-from stages.language.voting import Voice, decide
+from stages.labelling.agreement import auc, kappas, neighbours, surface, with_known
+from stages.labelling.calibration import calibrate
+from stages.labelling.decide import Voice, decide
+from stages.labelling.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")

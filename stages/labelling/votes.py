@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import key_of
 from stages.config import Voter
 from stages.engines import Ballot, Choice, Engine, Failure, same_model
 from stages.engines.openai import Client
 from stages.errors import AnswerError
-from stages.language.personas import Brief, is_judged, personas
+from stages.labelling.personas import Brief, is_judged, personas
 from stages.records import Example, Journal
+from stages.store.digests import key_of
 
 
 @dataclass(frozen=True)

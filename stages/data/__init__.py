@@ -1,0 +1,1 @@
+"""Rows: from files and hubs, and the demonstration set."""

@@ -1,0 +1,106 @@
+"""The base model: loaded, with an adapter beside its weights, or merged into them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from stages.config import ModelSection
+from stages.errors import ConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_base(model: ModelSection) -> PreTrainedModel:
+    """The base model in eval mode on this process's device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if device().type == "cpu":
+        _keep_freed_memory()
+    kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    if model.load_in_4bit:
+        kind |= _four_bit(model)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=model.dtype, **kind)
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
+    if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
+        # With `logits_to_keep` the head gets a strided slice, for which torch on CPU copies the vocabulary-sized weight once
+        # per example: 31 % of a training step on SmolLM2.
+        head.register_forward_pre_hook(_contiguous)
+    if not model.load_in_4bit:
+        return loaded.to(device()).eval()
+    for module in loaded.modules():
+        # On CPU bitsandbytes would repack weights at their first use in eval mode, and round their scales as it does.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded.eval()
+
+
+def _four_bit(model: ModelSection) -> dict[str, Any]:
+    """How QLoRA (arXiv 2305.14314) loads a base model."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
+    compute = torch.float32 if model.dtype == "float32" else torch.bfloat16
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return {"quantization_config": nf4, "device_map": {"": device()}}
+
+
+def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
+    """The base model with the adapter of `folder` beside its weights, by plain PEFT, as any user would load it."""
+    return PeftModel.from_pretrained(load_base(model), str(folder)).eval()
+
+
+def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask.
+
+    A trained prompt is no change of weights, and 4 bits have no room for one: these come as the adapted model that they are.
+    """
+    if folder is None:
+        return load_base(model)
+    adapted = load_adapted(model, folder)
+    if model.load_in_4bit or adapted.active_peft_config.is_prompt_learning:
+        return adapted  # type: ignore[return-value]
+    return adapted.merge_and_unload()  # type: ignore[no-any-return, operator]
+
+
+def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
+    """Write the merged model with its tokenizer into `out`, ready to be served; its weights have 16 or 32 bits."""
+    from transformers import AutoTokenizer
+
+    load_merged(model.model_copy(update={"load_in_4bit": False}), folder).save_pretrained(str(out))
+    AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(str(out))
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse large blocks instead of giving each back to the kernel and faulting it in again.
+
+    A third of a GRPO step on CPU went there: logits over a vocabulary are such blocks. glibc only; elsewhere nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**28)
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])

