@@ -29,6 +29,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
     yield Finding("lm-eval", _version("lm-eval") or "not installed (extra lm-eval)")
     yield _device()
+    yield _types()
     yield from _sandboxes()
 
 
@@ -45,7 +46,17 @@ def _device() -> Finding:
     if torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory / 2**30
         return Finding("device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB")
-    return Finding("device", f"CPU, {torch.get_num_threads()} threads")
+    return Finding("device", f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+
+
+def _types() -> Finding:
+    """Both types measured, and which one `model.dtype: auto` takes."""
+    from stages.models.dtype import native_bfloat16, speeds
+
+    found = speeds(1.0)
+    text = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in found.items())
+    rule = "auto keeps a checkpoint's bfloat16" if native_bfloat16() else "auto takes float32"
+    return Finding("model.dtype on CPU", f"{text}: {rule}")
 
 
 def _sandboxes() -> Iterator[Finding]:

@@ -10,7 +10,9 @@ from stages.config.fields import Section, setting
 class ModelSection(Section):
     name: str = setting(..., "Base model: a local folder or a hub id.", identity=False)
     revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Type of the base weights; auto is the checkpoint's.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Type of the base weights; auto: the checkpoint's, or float32 on a CPU that does not multiply it natively."
+    )
     load_in_4bit: bool = setting(False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto", "Attention code; auto is the library's choice, eager is faster for short rows on CPU.", identity=False

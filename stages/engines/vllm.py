@@ -21,6 +21,7 @@ from stages.engines import Ballot, Choice, Served
 from stages.engines.openai import Client
 from stages.errors import BusyError, ServerError
 from stages.models.base import save_merged
+from stages.models.dtype import resolve, warn_if_slow
 
 HOST = "127.0.0.1"
 MODULE = "adapter"
@@ -104,7 +105,10 @@ def _command(
     given: dict[str, Any] = {"max_model_len": server.max_model_len}
     if not Path(model.name).exists():
         given["revision"] = model.revision
-    if model.dtype != "auto":
+    if not _have_gpu():
+        given["dtype"] = resolve(model)  # vLLM's own `auto` knows nothing of what a CPU multiplies
+        warn_if_slow(given["dtype"])
+    elif model.dtype != "auto":
         given["dtype"] = model.dtype
     command += _flags({**given, **server.vllm, **further})
     if module is not None:

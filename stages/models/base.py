@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stages.config import ModelSection
 from stages.errors import ConfigError, MissingInputError
+from stages.models.dtype import resolve, warn_if_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,13 +29,15 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    dtype = resolve(model)
+    warn_if_slow(dtype)
     if device().type == "cpu":
         _keep_freed_memory()
     kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if model.load_in_4bit:
         kind |= _four_bit(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=model.dtype, **kind)
+        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=dtype, **kind)
     except (OSError, ValueError) as error:
         raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):

@@ -1,0 +1,85 @@
+"""In which type a model is loaded on this machine: what `model.dtype: auto` means here, and how fast each type is.
+
+On a CPU without instructions for bfloat16 torch multiplies it a hundred times slower than float32, so there `auto` is float32.
+A type is part of what identifies votes, answers and checkpoints, but of no artifact's key: an artifact made on another machine
+stays current.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import Any
+
+from stages.config import ModelSection
+from stages.errors import MissingInputError
+
+log = logging.getLogger(__name__)
+
+SIZE = 512
+"""Rows and columns of the matrices that `speeds` multiplies: too large for a cache to flatter, too small to keep one waiting."""
+NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions that multiply bfloat16, as torch names them. With AVX-512 alone it is emulated, at 0.4 of float32's speed."""
+
+
+def resolve(model: ModelSection) -> str:
+    """The type of the base weights here: what is set or, for `auto`, the checkpoint's where this machine multiplies it natively.
+
+    `float32`, `bfloat16` or `float16`; `auto` where the checkpoint does not say and there is a GPU.
+    """
+    return model.dtype if model.dtype != "auto" else _auto(model.name, model.revision)
+
+
+@functools.cache
+def _auto(name: str, revision: str) -> str:
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(name, revision=revision).dtype
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"cannot load model {name}: {str(error).splitlines()[0]}") from None
+    stored = "auto" if found is None else str(found).removeprefix("torch.")
+    if torch.cuda.is_available():
+        return stored
+    return "bfloat16" if stored == "bfloat16" and native_bfloat16() else "float32"
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own, and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
+    import torch
+
+    # Two questions: oneDNN also says yes where it emulates, and the CPU knows nothing of a limit set for oneDNN.
+    allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    able: dict[str, Any] = torch.cpu.get_capabilities()
+    return bool(allowed) and any(able.get(name) for name in NATIVE)
+
+
+@functools.cache
+def warn_if_slow(dtype: str) -> None:
+    """Say once how much slower a model in `dtype` is on this CPU than in float32, if it is."""
+    import torch
+
+    if dtype == "bfloat16" and not torch.cuda.is_available() and not native_bfloat16():
+        found = speeds(0.2)
+        log.warning(
+            "model.dtype bfloat16: this CPU multiplies it %.0f times slower than float32; auto takes float32 here",
+            found["float32"] / found["bfloat16"],
+        )
+
+
+def speeds(seconds: float) -> dict[str, float]:
+    """GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, measured for so many seconds in all."""
+    import torch
+
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(SIZE, SIZE, dtype=dtype) for _ in range(2))
+        a @ b
+        begun, number = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begun) < seconds / 2:
+            a @ b
+            number += 1
+        found[str(dtype).removeprefix("torch.")] = 2 * SIZE**3 * number / spent / 1e9
+    return found

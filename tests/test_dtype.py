@@ -1,0 +1,91 @@
+"""What `model.dtype: auto` means on the CPU at hand, and on one that is held to AVX2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.config import ModelSection, ServerSection
+from stages.engines import vllm
+from stages.models import dtype
+from stages.models.base import load_base
+
+HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+ASK = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+from stages.config import ModelSection
+from stages.models.base import load_base
+from stages.models.dtype import native_bfloat16
+print(native_bfloat16(), *(load_base(ModelSection(name=sys.argv[1], dtype=d)).dtype for d in ("auto", "bfloat16", "bfloat16")))
+"""
+
+
+@pytest.fixture(scope="session")
+def sixteen(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a checkpoint in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bfloat16")
+    AutoModelForCausalLM.from_pretrained(tiny, dtype="bfloat16").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch):
+    """A CPU that multiplies bfloat16 natively, or one that does not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def of(native: bool) -> None:
+        dtype._auto.cache_clear()
+        monkeypatch.setattr(dtype, "native_bfloat16", lambda: native)
+
+    yield of
+    dtype._auto.cache_clear()
+
+
+def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Path):
+    command = [sys.executable, "-c", ASK, str(sixteen)]
+    done = subprocess.run(command, env={**os.environ, **HELD_TO_AVX2}, capture_output=True, text=True, check=True)
+    *warnings, answer = done.stdout.strip().splitlines()
+    assert answer == "False torch.float32 torch.bfloat16 torch.bfloat16"
+    warnings = [line for line in warnings if line.startswith("model.dtype")]  # libraries have their own
+    assert len(warnings) == 1  # said once, obeyed twice
+    assert "this CPU multiplies it" in warnings[0]
+    assert warnings[0].endswith(" times slower than float32; auto takes float32 here")
+
+
+@pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(cpu, sixteen: Path, native: bool, taken: str):
+    cpu(native)
+    model = ModelSection(name=str(sixteen))
+    assert dtype.resolve(model) == taken
+    assert str(load_base(model).dtype) == f"torch.{taken}"
+    command = vllm._command(model, ServerSection(), 1, {})
+    assert command[command.index("--dtype") + 1] == taken
+    own = vllm._command(model, ServerSection(), 1, {"dtype": "float16"})
+    assert own[own.index("--dtype") + 1] == "float16"
+
+
+def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM
+
+    cpu(True)
+    assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
+    AutoModelForCausalLM.from_pretrained(tiny, dtype="float16").save_pretrained(tmp_path)
+    assert dtype.resolve(ModelSection(name=str(tmp_path))) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("onednn", "instructions", "native"),
+    [(True, {"avx512_bf16": True}, True), (True, {"avx512_f": True}, False), (False, {"avx512_bf16": True}, False)],
+)
+def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch, onednn: bool, instructions: dict, native: bool):
+    import torch
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert dtype.native_bfloat16() is native
