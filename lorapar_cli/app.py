@@ -1,5 +1,6 @@
 """The `lorapar` command: one command per row of the stage table, and what people need around them."""
 
+import importlib
 import logging
 import os
 import subprocess
@@ -14,12 +15,13 @@ from lorapar_cli.harness import entries
 from stages import team
 from stages.config import Config
 from stages.config.yaml import annotated
+from stages.data.rows import no_path
 from stages.engines import Pool
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline import launch
-from stages.pipeline.plan import Step, plan
+from stages.pipeline.plan import Step, asked_for, plan
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import run_step
+from stages.pipeline.run import Task, Verb, run_step, tasks
 from stages.pipeline.state import current, state
 from stages.pipeline.table import STAGES, Stage, order
 from stages.store.artifacts import Store
@@ -38,6 +40,10 @@ Unsafe = Annotated[
     bool,
     typer.Option("--unsafe-no-sandbox", help="Run code that a model wrote with nothing around it; recorded in the result."),
 ]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="Only this variant: train or a benchmark's labels; masks of sft or of rl."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
 
 
@@ -55,10 +61,15 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
     progress = render.Progress() if team.first() else render.Silence()
     with Pool() as engines:
         for step in steps:
-            artifact, made = run_step(settings, step, force, progress, engines)
+            artifact, made = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
             if team.first():
                 render.artifact(step.name, artifact, made, as_json)
+
+
+def verb(name: str) -> Verb:
+    """The function of a stage; its module, and with it torch, is loaded only now."""
+    return importlib.import_module(f"stages.{name}").run  # type: ignore[no-any-return]
 
 
 def _all_current(settings: Config, steps: list[Step]) -> bool:
@@ -67,13 +78,16 @@ def _all_current(settings: Config, steps: list[Step]) -> bool:
 
 
 def _stage_command(stage: Stage) -> None:
-    def command(config: ConfigPath, set_: Overrides = None, force: Force = False, as_json: Json = False) -> None:
+    def command(
+        config: ConfigPath, set_: Overrides = None, only: Only = None, force: Force = False, as_json: Json = False
+    ) -> None:
         settings, steps = _plan(config, set_)
         mine = [s for s in steps.values() if s.stage is stage]
         if stage not in order(settings):
             raise ConfigError(f"a baseline has no stage {stage.name}", "go on with: lorapar sft CONFIG")
         if not mine:
-            raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+            raise no_path()
+        mine = _chosen(mine, only)
         launching = getattr(getattr(settings, stage.name), "launch", None)
         if launching and launching.several and not team.launched() and (force or not _all_current(settings, mine)):
             launch.run(launching, sys.argv[1:])
@@ -81,6 +95,14 @@ def _stage_command(stage: Stage) -> None:
             _make(settings, mine, force, as_json)
 
     app.command(stage.name, help=stage.help)(command)
+
+
+def _chosen(steps: list[Step], only: list[str] | None) -> list[Step]:
+    """Those of the variants named by --only; all without one."""
+    variants = [step.variant for step in steps]
+    if unknown := set(only or ()) - set(variants):
+        raise ConfigError(f"--only {sorted(unknown)[0]}: there is no such variant", f"choose from: {', '.join(variants)}")
+    return [step for step in steps if not only or step.variant in only]
 
 
 for _stage in STAGES.values():
@@ -133,36 +155,38 @@ def run(
     """Run what is missing or stale, each stage in a process of its own."""
     set_ = [*(set_ or []), *_unsafe(unsafe)]
     settings, steps = _plan(config, set_)
-    store = Store(settings.root)
-    names = [stage.name for stage in order(settings)]
-    for name in (first, last):
-        if name is not None and name not in names:
-            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
-    todo = names[names.index(first or names[0]) : names.index(last or names[-1]) + 1]
-    if not todo:
-        raise ConfigError(f"--from {first} comes after --to {last}")
     ran = shown = False
-    for name in todo:
-        variants = [step for step in steps.values() if step.stage.name == name]
-        states = [state(store, step) for step in variants]
-        force = ["--force"] if first == name else []
-        if all(s.state == "current" for s in states) and not force:
-            render.say(f"{name}: {', '.join(s.why for s in states)} is current")
+    for task in tasks(settings, steps, first, last):
+        shown = task.stage == "eval" and not task.current
+        if task.current:
+            render.say(f"{task.stage}: {task.why} is current")
             continue
-        ran, shown = True, name == "eval"
-        reasons = dict.fromkeys(s.why for s in states if s.state != "current")
-        render.say(f"--- {name}: {'; '.join(reasons) or 'again, as asked'}")
-        arguments = [name, str(config), *(part for text in set_ for part in ("--set", text)), *force]
-        code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
-        if code:
-            if code < 0:
-                render.say(f"{name} was ended by signal {-code}" + (", probably out of memory" if code == -9 else ""))
-            raise typer.Exit(128 - code if code < 0 else code)
+        ran = True
+        render.say(f"--- {task.stage}: {task.why}")
+        _spawn([task.stage, str(config), *_options(set_, task)])
     if not ran:
         render.say("nothing to do: every artifact is current")
-    if todo[-1] == "eval" and not shown:  # the command shows them itself where it runs
-        render.results(store, [s for s in steps.values() if s.stage.name == "eval"])
-    render.places(store, steps)
+    asked = asked_for(steps, last)
+    store = Store(settings.root)
+    if not shown:  # the command shows them itself where it runs
+        render.results(store, [s for s in asked.values() if s.stage.name == "eval"])
+    render.places(store, asked)
+
+
+def _options(overrides: list[str], task: Task) -> list[str]:
+    sets = [part for text in overrides for part in ("--set", text)]
+    only = [part for variant in task.variants for part in ("--only", variant)]
+    return [*sets, *only, *(["--force"] if task.force else [])]
+
+
+def _spawn(arguments: list[str]) -> None:
+    """A stage in a process of its own; its failure ends this one."""
+    code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
+    if code < 0:
+        reason = ", probably out of memory" if code == -9 else ""
+        render.say(f"{arguments[0]} was ended by signal {-code}{reason}")
+    if code:
+        raise typer.Exit(128 - code if code < 0 else code)
 
 
 @app.command()
@@ -229,7 +253,7 @@ def export(
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
     if target not in steps:
-        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
+        raise no_path()
     artifact = current(Store(settings.root), steps[target])
     form: exporting.Form = "merged" if merged else "adapter"
     exporting.write(artifact, settings, folder, form, base_dtype)

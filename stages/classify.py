@@ -1,7 +1,7 @@
 """classify: every voter votes each example System 1 or 2; the votes become labels, and the labels a report.
 
-Votes are journalled per voter outside of the artifact, under `votes/`, and an answer in a journal is never asked for again:
-another voter or sample asks only for its own, and a killed run goes on where it was.
+Votes are journalled per voter outside of the run, under `votes/` of the folder of all runs, and an answer in a journal is
+never asked for again: another voter or sample asks only for its own, and a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
@@ -34,93 +34,76 @@ from stages.labelling.personas import (
     shots,
 )
 from stages.labelling.votes import Votes
+from stages.models.dtype import resolve
+from stages.pipeline.job import Job
 from stages.records import Example, Labelled, write_labels
-
-if TYPE_CHECKING:
-    from stages.progress import Progress
-
 
 PATIENCE = 10
 """Bad answers beyond what is allowed after which the rest need not be asked."""
 
 
 def run(
+    job: Job,
     model: ModelSection,
     classify: ClassifySection,
-    votes_dir: Path,
-    voter_identities: list[str],
-    engines: Pool,
-    out: Path,
-    progress: Progress,
     server: ServerSection,
     data: DataSection | None = None,
     benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
     """Write `labels.jsonl`, every example of `data` (or of `benchmark`) with its label and votes, and `report.json`.
 
-    voter_identities: per voter the digest or name of its model, so that other weights get another journal. Returns the counts.
+    Returns the counts.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     if classify.strategy == "random":
         rng = random.Random(classify.seed)
         rows = [Labelled(e, 2 if rng.random() < (classify.system2_share or 0.5) else 1, {}) for e in examples]
-        write_labels(out / "labels.jsonl", rows)
+        write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
     judged = read_judged(Path(classify.held_out) if classify.held_out else HELD_OUT)
-    boxes = _boxes(model, classify, voter_identities, votes_dir)
-    try:
-        asked = {box.title: [*map(as_example, judged), *_free(box.voter), *examples] for box in boxes}
-        _ask_all(boxes, asked, model, classify, server, engines, progress)
-        voices, found = {}, {}
-        for box in boxes:
-            box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid)
-            found[box.title] = _calibrated(box, judged, progress.say)
-            given = {e.id: box.vote(e) for e in examples}
-            voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
-        rows, held, twos = decide(examples, voices, classify)
-        write_labels(out / "labels.jsonl", rows)
-        return report.report(rows, boxes, held, twos, found, classify, out / "report.json", progress.say)
-    finally:
-        for box in boxes:
-            box.close()
+    boxes = _boxes(model, classify, job)
+    for box in boxes:
+        box.take([*map(as_example, judged), *_free(box.voter), *examples])
+    _ask_all(boxes, model, classify, server, job)
+    voices, found = {}, {}
+    for box in boxes:
+        box.check(classify.max_failed, classify.max_invalid)
+        found[box.title] = _calibrated(box, judged)
+        given = {e.id: box.vote(e) for e in examples}
+        voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
+    rows, held, twos = decide(examples, voices, classify)
+    write_labels(job.out / "labels.jsonl", rows)
+    return report.report(rows, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say)
 
 
-def _boxes(model: ModelSection, classify: ClassifySection, identities: list[str], votes_dir: Path) -> list[Votes]:
+def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Votes]:
     """A ballot box per voter, in the order of the config."""
     boxes: list[Votes] = []
-    for voter, identity in zip(classify.voters, identities, strict=True):
-        title = (ModelSection(name=voter.model) if voter.model else model).title
-        name = voter.name or f"{title}/{voter.persona}"
+    for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
+        asked = voter.asks(model)
+        name = voter.name or f"{asked.title}/{voter.persona}"
         if any(box.title == name for box in boxes):
-            raise ConfigError(f"classify.voters: two voters are {name}", "give each a name of its own")
+            raise ConfigError(f"classify.voters: two voters are {name}", "give each another name")
         if voter.thinking and not personas.has(voter.persona, "chat"):
             raise ConfigError(f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place")
-        worked = (
-            shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots)
-            if personas.has(voter.persona, "few-shot")
-            else ()
-        )
+        few_shot = personas.has(voter.persona, "few-shot")
+        worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if few_shot else ()
         brief = Brief(model.title, classify.show_answer, voter.words, worked)
-        boxes.append(Votes(voter, name, title, identity, brief, classify.seed, votes_dir))
+        # The type in which a model runs here changes its votes; that of a server elsewhere is not known.
+        answering = identity if voter.urls else f"{identity} {resolve(asked)}"
+        boxes.append(Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes"))
     return boxes
 
 
-def _ask_all(
-    boxes: list[Votes],
-    asked: dict[str, list[Example]],
-    model: ModelSection,
-    classify: ClassifySection,
-    server: ServerSection,
-    engines: Pool,
-    progress: Progress,
-) -> None:
+def _ask_all(boxes: list[Votes], model: ModelSection, classify: ClassifySection, server: ServerSection, job: Job) -> None:
     """Have every voter answer what its journal lacks.
 
     Voters in this process and servers started without `devices` follow each other, those of one model next to each other, so
     that it is loaded once. Each group of devices and each remote model has a lane of its own beside them.
     """
-    wanted = {box.title: len(box.missing(asked[box.title])) for box in boxes}
+    progress = job.progress
+    wanted = {box.title: len(box.missing()) for box in boxes}
     lanes: dict[str, list[Votes]] = {}
     for box in boxes:
         if wanted[box.title]:
@@ -133,10 +116,10 @@ def _ask_all(
         for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
             engine = pool.get(_served(box.voter, model), server, progress.say)
             begin()
-            for number, _ in enumerate(box.ask(asked[box.title], engine, progress.say), 1):
+            for number, _ in enumerate(box.ask(engine, progress.say), 1):
                 failed = f", {len(box.failures)} failed" if box.failures else ""
                 progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
-                box.check(len(asked[box.title]), classify.max_failed, classify.max_invalid, PATIENCE)
+                box.check(classify.max_failed, classify.max_invalid, PATIENCE)
                 if stop.is_set():
                     return
 
@@ -152,7 +135,7 @@ def _ask_all(
     with ThreadPoolExecutor(max(1, len(lanes))) as threads:
         running = [threads.submit(beside, found) for found in lanes.values()]
         try:
-            lane(own, engines)
+            lane(own, job.engines)
         except BaseException:
             stop.set()
             raise
@@ -174,11 +157,10 @@ class _Once:
 
 
 def _served(voter: Voter, model: ModelSection) -> Served:
-    own = ModelSection(name=voter.model, revision="main") if voter.model else model
-    return Served(voter.engine, own, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
+    return Served(voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
 
 
-def _calibrated(box: Votes, judged: list[Judged], say: Callable[[str], None]) -> Calibration:
+def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:
     """The threshold of a voter from labelled examples that are not in its prompt."""
     shown = {row.question for row in box.brief.shots}
     apart = [row for row in judged if row.question not in shown]

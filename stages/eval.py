@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import sandbox
+from stages import sandbox as sandboxes
 from stages.benchmarks import benchmarks
 from stages.benchmarks.grading import Context, Grade
 from stages.benchmarks.metrics import brief, measured
 from stages.benchmarks.replies import Recorded, Replies
-from stages.config import BenchmarkSection, EvalSection, ModelSection, PromptSection, ServerSection
-from stages.engines import Pool, Served
+from stages.config import BenchmarkSection, EvalSection, ModelSection, PromptSection, SandboxSection, ServerSection
+from stages.engines import Served
 from stages.language.prompts import Asked, Renderer
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Labelled, Sample, read_labels, write_jsonl
@@ -24,55 +24,48 @@ from stages.store.digests import key_of, sha256_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.pipeline.job import Job
     from stages.progress import Progress
 
 
 def run(
+    job: Job,
     model: ModelSection,
     prompt: PromptSection,
     eval: EvalSection,
     benchmark: BenchmarkSection,
     server: ServerSection,
-    target: str,
-    model_digest: str,
-    answers_dir: Path,
-    again: bool,
-    engines: Pool,
-    out: Path,
-    progress: Progress,
-    classify_dir: Path | None = None,
-    score_dir: Path | None = None,
-    sft_dir: Path | None = None,
-    rl_dir: Path | None = None,
+    sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
     Answers are journalled as they come, by model, adapter, engine, prompt and sampling: a killed run asks for none of them
     again (`again` does), and neither does one with other labels, another limit or another grader.
     """
-    trained = {"sft": sft_dir, "rl": rl_dir}.get(target)
-    adapter = trained / "adapter" if trained else score_dir and score_dir / "init"
+    target, adapter, progress = job.variant.partition("@")[0], job.adapter("score", "sft", "rl"), job.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
-        return module.run(model, adapter, benchmark, server, target, out, progress)  # type: ignore[no-any-return]
+        return module.run(model, adapter, benchmark, server, target, job.out, progress)  # type: ignore[no-any-return]
 
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
-    box = sandbox.of(eval.sandbox, progress.say) if getattr(module, "SANDBOX", False) else None
+    box = sandboxes.of(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
-    labelled = read_labels(classify_dir / "labels.jsonl") if classify_dir else None
-    rows = labelled if labelled is not None else [Labelled(example, None, {}) for example in module.load(benchmark)]
+    if "classify" in job.inputs:
+        rows = read_labels(job.labels)
+    else:
+        rows = [Labelled(example, None, {}) for example in module.load(benchmark)]
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)
-    dtype = f"nf4 {model.dtype}" if model.load_in_4bit else model.dtype
-    identity = {"model": model_digest, "dtype": dtype, "adapter": _digest(adapter), "engine": eval.engine}
-    replies = Replies(asked, benchmark, renderer, identity, answers_dir, again)
-    replies.complete(lambda: engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)
+    dtype = f"nf4 {job.dtype}" if model.load_in_4bit else job.dtype
+    identity = {"model": job.outside["model"], "dtype": dtype, "adapter": _digest(adapter), "engine": eval.engine}
+    replies = Replies(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
+    replies.complete(lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)
     recorded = replies.recorded
 
-    parity = _parity(asked, recorded, benchmark, eval, model, adapter, renderer.tokenizer, engines, progress)
+    parity = _parity(job, asked, recorded, benchmark, eval, model, adapter, renderer.tokenizer)
     samples = _graded(rows, asked, recorded, renderer, context, benchmark, progress)
-    write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
+    write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in samples))
     metrics = measured(samples, module.GROUPS)
     record = {
         "target": target,
@@ -83,7 +76,7 @@ def run(
         "sandbox": context.sandbox and context.sandbox.name,
         **_prompt(asked[0], renderer),
     }
-    (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     return {"kind": benchmark.kind, **({"sandbox": context.sandbox.name} if context.sandbox else {}), **brief(metrics)}
 
 
@@ -106,6 +99,7 @@ def _digest(adapter: Path | None) -> str | None:
 
 
 def _parity(
+    job: Job,
     asked: list[Asked],
     recorded: dict[tuple[int, int], Recorded],
     benchmark: BenchmarkSection,
@@ -113,8 +107,6 @@ def _parity(
     model: ModelSection,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
-    engines: Pool,
-    progress: Progress,
 ) -> dict[str, Any] | None:
     """Check what was served against the unmerged adapter, where it was not that itself."""
     if not eval.parity_items or benchmark.temperature or (adapter is None and eval.engine == "transformers"):
@@ -124,10 +116,10 @@ def _parity(
     from stages.benchmarks import parity
 
     if torch.cuda.is_available():
-        engines.close()  # a server keeps most of the device's memory
+        job.engines.close()  # a server keeps most of the device's memory
     pairs = [(asked[i], recorded[i, 0]) for i in range(min(eval.parity_items, len(asked)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
-    return parity.check(pairs, model, adapter, tokenizer, hint, progress.say)
+    return parity.check(pairs, model, adapter, tokenizer, hint, job.progress.say)
 
 
 def _graded(

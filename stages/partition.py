@@ -1,9 +1,8 @@
-"""partition: from the importance of every element to regions, and the elements each training stage moves."""
+"""partition: from the importance of every element to regions, and the elements that SFT, or RL, moves."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,24 +13,27 @@ from stages.lora.masks import Masks, flat, read_importance
 from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
-    from stages.progress import Progress
+    from stages.pipeline.job import Job
 
 
-def run(partition: PartitionSection, seed: int, score_dir: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Write `masks.safetensors` and return the number of elements of each region and the active shares.
+def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
+    """Write `masks.safetensors`: the regions, and the elements that the variant, sft or rl, trains.
 
-    MeaninglessError if no element is active in both stages.
+    Returns the number of elements of each region and the active share. MeaninglessError if no element is active.
     """
-    shapes = {name: torch.Size(shape) for name, shape in json.loads((score_dir / "shapes.json").read_text()).items()}
+    made = job.inputs["score"].path
+    shapes = {name: torch.Size(shape) for name, shape in json.loads((made / "shapes.json").read_text()).items()}
     if strategies.has(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
-        scores = {system: flat(tensors) for system, tensors in read_importance(score_dir / "importance.safetensors").items()}
-    progress.start("partition")
-    split = strategies.pick(partition.strategy)(scores, partition, seed, [shapes[name].numel() for name in sorted(shapes)])
-    if not bool(split.sft.any()) and not bool(split.rl.any()):
-        raise MeaninglessError("no element is active in any stage", "raise partition.theta, alpha or beta")
-    Masks.cut(split, shapes).write(out / "masks.safetensors")
+        scores = {system: flat(tensors) for system, tensors in read_importance(made / "importance.safetensors").items()}
+    job.progress.start(f"partition for {job.variant}")
+    sizes = [shapes[name].numel() for name in sorted(shapes)]
+    split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
+    active = split.active[job.variant]
+    if not bool(active.any()):
+        raise MeaninglessError(f"no element is active in {job.variant}", "raise partition.theta, alpha or beta")
+    Masks.cut(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
     union = total - counts[NONE]
@@ -42,6 +44,6 @@ def run(partition: PartitionSection, seed: int, score_dir: Path, out: Path, prog
         "shared": counts[SHARED],
         "none": counts[NONE],
         "jaccard": counts[SHARED] / union if union else 0.0,
-        "active_share_sft": int(split.sft.sum()) / total,
-        "active_share_rl": int(split.rl.sum()) / total,
+        "active": int(active.sum()),
+        "active_share": int(active.sum()) / total,
     }

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -84,9 +83,17 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
     Lines end at \\n only, so a U+2028 inside a string splits nothing. DataError names file and line of every bad one.
     """
+    rows = parse_jsonl(_lines(path), path)
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+def parse_jsonl(lines: Iterable[bytes], path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The same for the lines themselves; `path` is named in errors."""
     rows: list[tuple[int, dict[str, Any]]] = []
     bad: list[str] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -100,8 +107,6 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
             bad.append(f"{path}:{number}: {error}")
     if bad:
         raise problems("broken JSON line", bad)
-    if not rows:
-        raise DataError(f"{path} has no rows")
     return rows
 
 
@@ -115,36 +120,6 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file: {error}") from None
-
-
-class Journal:
-    """Append-only JSON Lines that survive a kill: one write per record, a torn last line is cut off when opened."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, Any]] = []
-        """What was there when it was opened."""
-        if path.exists():
-            text = path.read_bytes()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                os.truncate(path, whole)
-            if whole:
-                self.rows = [row for _, row in read_jsonl(path)]
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def write_labels(path: Path, rows: Iterable[Labelled]) -> None:

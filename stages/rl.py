@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import sandbox
-from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection
+from stages import sandbox as sandboxes
+from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
 from stages.errors import DataError
 from stages.language import reward_functions
@@ -27,41 +26,38 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import GRPOConfig
 
+    from stages.pipeline.job import Job
     from stages.progress import Progress
+    from stages.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
 
 def run(
+    job: Job,
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
     baseline: BaselineSection | None,
     rl: RlSection,
     seed: int,
-    classify_dir: Path,
-    checkpoints: Checkpoints,
-    out: Path,
-    progress: Progress,
-    score_dir: Path | None = None,
-    partition_dir: Path | None = None,
-    sft_dir: Path | None = None,
+    sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and the rewards of the first and last quarter."""
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt)
-    labels = read_labels(classify_dir / "labels.jsonl")
+    labels = read_labels(job.labels)
     examples = of_system(labels, 2) if rl.data == "system2" else [row.example for row in labels]
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
     rows, tokens, dropped = _rows(examples, renderer, rl, functions)
-    start = training.Start.of("rl", score_dir, partition_dir, sft_dir)
+    start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
     base = load_base(model)
     base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
-    arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    trainer = _trainer(peft_model, renderer, rows, tokens, rl, _checked(functions, rl, progress), arguments, copy)
+    arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
+    trainer = _trainer(peft_model, renderer, rows, tokens, rl, _checked(functions, rl, sandbox, job.progress), arguments, copy)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
@@ -69,8 +65,8 @@ def run(
     names = row_ids(lambda: {tuple(renderer.prompt_ids(e.prompt)): e.id for e in examples}, "prompt_ids", "prompt_mask")
     trainer.vitals = Vitals(names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}")
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
-    trainer.add_callback(Watch(progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
-    summary = training.train(trainer, peft_model, start, out, model.name, checkpoints)
+    trainer.add_callback(Watch(job.progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
+    summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     history = training.history(trainer)
     earned = [row["reward"] for row in history if "reward" in row]
     quarter = max(1, len(earned) // 4)
@@ -114,9 +110,16 @@ def _rows(
     return Dataset.from_list([{name: row[name] for name in read} for row in kept]), ids, dropped
 
 
-def _checked(functions: dict[str, Callable[..., Any]], rl: RlSection, progress: Progress) -> list[Callable[..., Any]]:
-    fixed = {"sandbox": sandbox.of(rl.sandbox, progress.say)} if "code_tests" in functions else {}
-    return [reward_functions.checked(name, function, **fixed) for name, function in functions.items()]
+def _checked(
+    functions: dict[str, Callable[..., Any]], rl: RlSection, sandbox: SandboxSection | None, progress: Progress
+) -> list[Callable[..., Any]]:
+    """The rewards as GRPOTrainer calls them; those that run code with the sandbox."""
+    box = sandboxes.of(sandbox, progress.say) if sandbox else None
+
+    def fixed(name: str) -> dict[str, Sandbox | None]:
+        return {"sandbox": box} if reward_functions.needs_sandbox(name, rl.rewards_file) else {}
+
+    return [reward_functions.checked(name, function, **fixed(name)) for name, function in functions.items()]
 
 
 def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]) -> GRPOConfig:

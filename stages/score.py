@@ -6,7 +6,6 @@ import json
 import logging
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,24 +25,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from stages.pipeline.job import Job
     from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 def run(
+    job: Job,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
     lora: LoraSection,
     score: ScoreSection,
     seed: int,
-    out: Path,
-    progress: Progress,
-    wanted: bool,
-    classify_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Write `init/` (plain PEFT), `shapes.json` and, if `wanted`, `importance.safetensors`.
+    """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
     Importance is float32 per element of the trainable part of each LoRA weight, under `s1/` and `s2/`. Returns the numbers
     of examples, their mean losses and the share of the formula's second-order term.
@@ -53,13 +50,12 @@ def run(
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
     if team.first():
-        adapter.save(peft_model, out / "init", model.name)
-        (out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+        adapter.save(peft_model, job.out / "init", model.name)
+        (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
-    if not wanted:
+    if "classify" not in job.inputs:
         return summary
-    assert classify_dir is not None
-    labels = read_labels(classify_dir / "labels.jsonl")
+    labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt)
     examples = {system: of_system(labels, system) for system in (1, 2)}
     scores = {}
@@ -67,8 +63,8 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], min(score.examples, len(examples[system])))
         rows, long = renderer.rows(chosen, data)
         mine = rows[team.rank() :: team.size()]
-        progress.start(f"score System {system}", len(mine))
-        sums = _moments(peft_model, mine, score.batch_size, renderer, progress)
+        job.progress.start(f"score System {system}", len(mine))
+        sums = _moments(peft_model, mine, score.batch_size, renderer, job.progress)
         _add_up(sums)
         scores[system] = _importance(peft_model, sums, lora, score.scorer)
         check(flat(scores[system]), system)
@@ -79,7 +75,7 @@ def run(
             "second_order": _second_order(peft_model, sums, lora),
         }
     if team.first():
-        write_importance(out / "importance.safetensors", scores)
+        write_importance(job.out / "importance.safetensors", scores)
     return {**summary, "prompt": renderer.digest()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
@@ -16,13 +15,13 @@ from stages.lora.resume import ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, of_system, read_labels
-from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from stages.progress import Progress
+    from stages.pipeline.job import Job
 
 
 def run(
+    job: Job,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -30,13 +29,6 @@ def run(
     baseline: BaselineSection | None,
     sft: SftSection,
     seed: int,
-    classify_dir: Path,
-    checkpoints: Checkpoints,
-    out: Path,
-    progress: Progress,
-    score_dir: Path | None = None,
-    partition_dir: Path | None = None,
-    rl_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT, loads on the plain base model) and `history.json`; returns what was trained."""
     from datasets import Dataset
@@ -51,15 +43,15 @@ def run(
                 self._total_train_tokens = self.state.log_history[-1]["num_tokens"]  # the one count that is in no checkpoint
 
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
-    examples = _examples(read_labels(classify_dir / "labels.jsonl"), sft, seed)
+    examples = _examples(read_labels(job.labels), sft, seed)
     rows, long = renderer.rows(examples, data)
-    start = training.Start.of("sft", score_dir, partition_dir, rl_dir)
+    start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     peft_model = start.attach(load_base(model), lora, baseline, sft.dropout, seed)
     trainer = Trainer(
         model=peft_model,
         args=SFTConfig(
-            **training.arguments(sft, steps, seed, checkpoints),
+            **training.arguments(sft, steps, seed, job.checkpoints),
             per_device_train_batch_size=sft.micro_batch,
             gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
             max_length=None,  # rows are cut, dropped or refused by the renderer
@@ -71,8 +63,8 @@ def run(
     )
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     trainer.vitals = Vitals(names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
-    trainer.add_callback(Watch(progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
-    summary = training.train(trainer, peft_model, start, out, model.name, checkpoints)
+    trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
+    summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import settings
 
+from lorapar_cli.app import verb
 from stages.config import Config
 from stages.engines import Pool
 from stages.pipeline.plan import plan
@@ -61,10 +62,19 @@ def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
 
 
 def make_step(config: Config, name: str, force: bool = False) -> Artifact:
-    """Run one step, whose inputs are there."""
+    """Run one step, or all of one stage, whose inputs are there; returns the last artifact."""
+    return list(make_steps(config, name, force=force).values())[-1][0]
+
+
+def make_steps(config: Config, *names: str, force: bool = False, progress: object = None) -> dict[str, tuple[Artifact, bool]]:
+    """Run the named steps, or all steps of the named stages (everything by default): each artifact and whether it was made now."""
     config = resolved(config)
+    made = {}
     with Pool() as engines:
-        return run_step(config, plan(config)[name], force, Silent(), engines)[0]
+        for step in plan(config).values():
+            if not names or {step.name, step.stage.name} & set(names):
+                made[step.name] = run_step(config, step, verb(step.stage.name), force, progress or Silent(), engines)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Silent
+from conftest import ROOT, Silent, make_steps
 from mock_server import Mock, serve
 
-from stages.engines import Pool, transport
+from stages.engines import transport
 from stages.errors import AnswerError, ConfigError, ServerError
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import run_step
 from stages.records import read_jsonl, read_labels
 
 ROWS = 120
@@ -52,8 +50,7 @@ def brief_pauses(monkeypatch):
 
 def classify(config, progress=None, force=False):
     config = resolved(config)
-    with Pool() as engines:
-        return run_step(config, plan(config)["classify:train"], force, progress or Silent(), engines)[0]
+    return make_steps(config, "classify:train", force=force, progress=progress)["classify:train"][0]
 
 
 def system_of(artifact) -> list[int | None]:
@@ -62,8 +59,8 @@ def system_of(artifact) -> list[int | None]:
 
 def votes_in(config) -> Counter:
     """How often each ballot is in the journal."""
-    (path,) = (config.root / "classify/votes").glob("*.jsonl")
-    return Counter(row["ballot"] for _, row in read_jsonl(path) if "ballot" in row)
+    (path,) = (Path(config.runs_dir) / "votes").glob("*.jsonl")
+    return Counter(row["question"] for _, row in read_jsonl(path) if "question" in row)
 
 
 def first(kind, detail, number):
@@ -194,7 +191,7 @@ def test_other_weights_under_the_same_name_are_noticed(config):
     assert any(
         "answers unlike before: other weights under the same name; its 82 earlier votes" in said for said in progress.said
     )
-    assert len(list((few.root / "classify/votes").glob("*.old"))) == 1
+    assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
 
 
 def test_voters_at_several_servers_run_side_by_side(config):
@@ -299,8 +296,8 @@ def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_pa
             child.wait()
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         asked = Counter(key for key in mock.log if re.search(r"Question: Question \d", key))
-    (journal,) = (tmp_path / "runs/killed/classify/votes").glob("*.jsonl")
-    ballots = Counter(row["ballot"] for _, row in read_jsonl(journal) if "ballot" in row)
+    (journal,) = (tmp_path / "runs/votes").glob("*.jsonl")
+    ballots = Counter(row["question"] for _, row in read_jsonl(journal) if "question" in row)
     assert set(ballots.values()) == {1} and len(ballots) == 1532
     repeats = sum(asked.values()) - len(asked)
     assert kills >= 5 and repeats <= kills * 9  # eight in flight, and the question that finds out about words

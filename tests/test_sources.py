@@ -6,7 +6,7 @@ import pytest
 from stages.config import SourceSection
 from stages.data import rows as data
 from stages.errors import DataError, MissingInputError
-from stages.records import Journal, read_jsonl
+from stages.records import read_jsonl
 
 
 def written(tmp_path, *rows, name="data.jsonl"):
@@ -104,16 +104,3 @@ def test_a_multi_turn_conversation_is_refused(tmp_path):
 def test_limit_takes_the_first(tmp_path):
     rows = [{"question": str(i), "answer": "A"} for i in range(5)]
     assert [e.prompt for e in read(tmp_path, *rows, limit=2)] == ["0", "1"]
-
-
-def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path):
-    path = tmp_path / "votes/j.jsonl"
-    with Journal(path) as journal:
-        journal.append({"a": 1})
-    with path.open("ab") as file:
-        file.write(b'{"a": 2')
-    with Journal(path) as journal:
-        assert journal.rows == [{"a": 1}]  # what was whole
-        journal.append({"a": 3})
-    with Journal(path) as journal:
-        assert journal.rows == [{"a": 1}, {"a": 3}]

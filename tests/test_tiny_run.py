@@ -8,39 +8,29 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Silent, paths
+from conftest import ROOT, make_steps, paths
 
-from stages.engines import Answer, Pool
+from stages.engines import Answer
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks
 from stages.models.base import load_base
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import run_step
 from stages.pipeline.state import state
 from stages.records import read_jsonl, read_labels
 from stages.store.artifacts import Store
-
-
-def make(config, *names: str, force: bool = False) -> dict:
-    """Run the named steps (all by default) and return their artifacts."""
-    config = resolved(config)
-    steps, made = plan(config), {}
-    with Pool() as engines:
-        for name in names or steps:
-            made[name] = run_step(config, steps[name], force, Silent(), engines)
-    return made
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, demo_data, tmp_path_factory):
     """A finished run: its overrides and its artifacts. Tests that change it copy it first."""
     overrides = paths(tiny, demo_data, tmp_path_factory.mktemp("whole"))
-    return overrides, make(load(ROOT / "configs/smoke.yaml", overrides))
+    return overrides, make_steps(load(ROOT / "configs/smoke.yaml", overrides))
 
 
 @pytest.fixture
@@ -55,7 +45,7 @@ def copied(whole, tmp_path):
 
 def test_every_step_is_made_once(whole, copied):
     assert all(now for _, now in whole[1].values())
-    assert not any(now for _, now in make(copied()).values())
+    assert not any(now for _, now in make_steps(copied()).values())
 
 
 def test_labels_and_importance(whole):
@@ -72,8 +62,7 @@ def test_labels_and_importance(whole):
 def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
     _, made = whole
-    masks = Masks.load(made["partition"][0].path / "masks.safetensors")
-    active = getattr(masks, stage)
+    active = Masks.load(made[f"partition:{stage}"][0].path / "masks.safetensors", stage).active
     start = adapter.read(made[before][0].path / {"score": "init", "sft": "adapter"}[before])
     after = adapter.read(made[stage][0].path / "adapter")
     changed = 0
@@ -102,68 +91,75 @@ def test_theta_reruns_partition_and_what_follows(copied):
     config = copied("partition.theta=0.8")
     store = Store(config.root)
     states = {name: state(store, step) for name, step in plan(resolved(config)).items()}
-    assert states["partition"].why == "partition.theta was 0.9, now 0.8"
-    assert states["sft"].why == "partition is missing (partition.theta was 0.9, now 0.8)"
-    made = make(config)
-    assert {name for name, (_, now) in made.items() if now} == {"partition", "sft", "rl", "eval:sft@demo", "eval:rl@demo"}
+    assert states["partition:sft"].why == "partition.theta was 0.9, now 0.8"
+    assert states["sft"].why == "partition:sft is missing (partition.theta was 0.9, now 0.8)"
+    made = make_steps(config)
+    assert {name for name, (_, now) in made.items() if now} == {
+        "partition:sft",
+        "partition:rl",
+        "sft",
+        "rl",
+        "eval:sft@demo",
+        "eval:rl@demo",
+    }
 
 
 def test_inference_batch_size_changes_nothing(copied):
-    assert not any(now for _, now in make(copied("score.batch_size=2", "server.batch_size=4")).values())
+    assert not any(now for _, now in make_steps(copied("score.batch_size=2", "server.batch_size=4")).values())
 
 
 def test_a_stale_input_is_an_error_with_the_command(copied):
-    with pytest.raises(MissingInputError, match=r"partition is missing \(partition.theta was 0.9, now 0.8\)") as caught:
-        make(copied("partition.theta=0.8"), "sft")
+    with pytest.raises(MissingInputError, match=r"partition:sft is missing \(partition.theta was 0.9, now 0.8\)") as caught:
+        make_steps(copied("partition.theta=0.8"), "sft")
     assert caught.value.hint == "run: lorapar run CONFIG --to partition"
 
 
 def test_a_rebuilt_input_makes_what_follows_stale(copied):
     config = copied()
-    for journal in (config.root / "classify/votes").iterdir():  # votes are not deterministic: these came out otherwise
+    for journal in (Path(config.runs_dir) / "votes").glob("*.jsonl"):  # votes are not deterministic: these came out otherwise
         journal.write_text(
             re.sub(r'"system2": 0\.(\d)', r'"system2": 0.4\1', journal.read_text(encoding="utf-8")), encoding="utf-8"
         )
-    assert make(config, "classify:train", force=True)["classify:train"][1]
+    assert make_steps(config, "classify:train", force=True)["classify:train"][1]
     states = {n: state(Store(config.root), s) for n, s in plan(resolved(config)).items()}
     assert (states["score"].state, states["score"].why) == ("stale", "classify:train was rebuilt")
-    assert (states["partition"].state, states["partition"].why) == ("stale", "classify:train was rebuilt")
+    assert (states["partition:rl"].state, states["partition:rl"].why) == ("stale", "classify:train was rebuilt")
     assert states["eval:base@demo"].state == "current"
 
 
 def test_a_rebuild_with_the_same_content_changes_nothing(copied):
     config = copied()
-    assert make(config, "partition", force=True)["partition"][1]
-    assert not any(now for _, now in make(config).values())
+    assert make_steps(config, "partition", force=True)["partition:rl"][1]
+    assert not any(now for _, now in make_steps(config).values())
 
 
 def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied):
     config = copied()
-    file = next((config.root / "partition").glob("[0-9a-f]*/masks.safetensors"))
+    file = config.root / "partition/latest-sft/masks.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     for name in ("partition", "sft"):
-        with pytest.raises(ArtifactError, match="partition is damaged: sha256 of .*masks.safetensors differs") as caught:
-            make(config, name)
+        with pytest.raises(ArtifactError, match="partition:sft is damaged: sha256 of .*masks.safetensors differs") as caught:
+            make_steps(config, name)
         assert caught.value.hint == "rebuild it: lorapar partition CONFIG --force"
-    assert make(config, "partition", force=True)["partition"][1]
+    assert make_steps(config, "partition", force=True)["partition:rl"][1]
 
 
 def test_votes_are_never_asked_again(copied):
     config = copied("classify.min_agreement=0.7")
-    journals = {p: p.read_bytes() for p in (config.root / "classify/votes").iterdir()}
-    made = make(config, "classify:train")
+    journals = {p: p.read_bytes() for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
+    made = make_steps(config, "classify:train")
     assert made["classify:train"][1]
-    assert {p: p.read_bytes() for p in (config.root / "classify/votes").iterdir()} == journals
+    assert {p: p.read_bytes() for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")} == journals
 
 
 def test_more_samples_ask_only_for_the_new_ones(copied):
     def counted(samples: int) -> int:
         voters = json.dumps([{"engine": "transformers", "persona": "steps", "samples": samples, "temperature": 0.5}])
         config = copied(f"classify.voters={voters}", "data.limit=8")
-        make(config, "classify:train")
-        return sum(len(p.read_bytes().splitlines()) for p in (config.root / "classify/votes").glob("*.jsonl"))
+        make_steps(config, "classify:train")
+        return sum(len(p.read_bytes().splitlines()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl"))
 
     three, five = counted(3), counted(5)
     assert five - three == 2 * (8 + 32)  # the rows, and the examples for calibration
@@ -172,15 +168,17 @@ def test_more_samples_ask_only_for_the_new_ones(copied):
 def test_another_voter_asks_only_for_its_own(copied):
     voters = json.dumps([{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")])
     config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
-    before = {p.name: len(p.read_bytes()) for p in (config.root / "classify/votes").iterdir()}
-    make(config, "classify:train")
-    after = {p.name: len(p.read_bytes()) for p in (config.root / "classify/votes").iterdir()}
+    before = {p.name: len(p.read_bytes()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
+    make_steps(config, "classify:train")
+    after = {p.name: len(p.read_bytes()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
     assert len(after) == len(before) + 1
     assert all(after[name] == size for name, size in before.items())
 
 
 def _journals(config):
-    return {path.name: path.read_bytes().splitlines(keepends=True) for path in (config.root / "eval/answers").iterdir()}
+    return {
+        path.name: path.read_bytes().splitlines(keepends=True) for path in (Path(config.runs_dir) / "answers").glob("*.jsonl")
+    }
 
 
 def test_answers_of_an_evaluation_are_journalled(copied):
@@ -189,9 +187,9 @@ def test_answers_of_an_evaluation_are_journalled(copied):
     before = _journals(config)
     assert len(before) == 4 and all(len(lines) == 16 for lines in before.values())
     shutil.rmtree(Store(config.root).folder("eval", plan(resolved(config))["eval:rl@demo"].key))
-    for path in (config.root / "eval/answers").iterdir():
-        path.write_bytes(b"".join(before[path.name][:10]) + b'{"prompt": "torn')
-    make(config, "eval:rl@demo")
+    for path in (Path(config.runs_dir) / "answers").glob("*.jsonl"):
+        path.write_bytes(b"".join(before[path.name][:10]) + b'{"question": "torn')
+    make_steps(config, "eval:rl@demo")
     after = _journals(config)
     assert all(after[name][:10] == lines[:10] for name, lines in before.items())
     assert sorted(len(lines) for lines in after.values()) == [11, 11, 11, 16]  # the torn ones were not opened
@@ -202,7 +200,7 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
     """Other labels, another limit, another number of checked items: no model is loaded to answer again."""
     config = copied("eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0")
     monkeypatch.setattr("stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded"))
-    made = make(config, "eval:base@demo", "eval:init@demo")
+    made = make_steps(config, "eval:base@demo", "eval:init@demo")
     assert all(now for _, now in made.values())
 
 
@@ -210,7 +208,7 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
 def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
     config = copied(change)
     before = _journals(config)
-    made = make(config, "score", "eval:init@demo")
+    made = make_steps(config, "score", "eval:init@demo")
     assert made["eval:init@demo"][1]
     after = _journals(config)
     assert sum(map(len, after.values())) == sum(map(len, before.values())) + 16
@@ -219,7 +217,7 @@ def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
 def test_force_asks_again(copied, monkeypatch):
     config = copied("eval.parity_items=0")
     monkeypatch.setattr("stages.engines.transformers.continuations", lambda *_: [Answer([65], True)] * 16)
-    assert make(config, "eval:base@demo", force=True)["eval:base@demo"][1]
+    assert make_steps(config, "eval:base@demo", force=True)["eval:base@demo"][1]
     rows = [row for _, row in read_jsonl(config.root / "eval/latest-base@demo/samples.jsonl")]
     assert len({row["output"] for row in rows}) == 1
 
@@ -227,13 +225,13 @@ def test_force_asks_again(copied, monkeypatch):
 def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     """The journal holds answers of another model, as a server that passes over the adapter would give them."""
     config = copied("eval.parity_items=4", "lora.std=0.5")
-    make(config, "score")
+    make_steps(config, "score")
     monkeypatch.setattr(
         "stages.engines.transformers.load_merged",
         lambda model, folder: load_base(model),  # the adapter is not applied
     )
     with pytest.raises(AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"):
-        make(config, "eval:init@demo")
+        make_steps(config, "eval:init@demo")
 
 
 @pytest.mark.parametrize("reference", ["base", "sft"])
@@ -242,7 +240,7 @@ def test_kl_references_and_inits(copied, init, reference):
     config = copied(
         f"lora.init={init}", f"rl.kl_reference={reference}", "rl.max_steps=1", "sft.max_steps=1", "score.examples=2"
     )
-    made = make(config, "score", "partition", "sft", "rl")
+    made = make_steps(config, "score", "partition", "sft", "rl")
     for stage in ("sft", "rl"):
         summary = made[stage][0].manifest["summary"]
         assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
@@ -255,45 +253,45 @@ def test_kl_references_and_inits(copied, init, reference):
 def test_rollouts_by_trl_itself(copied, monkeypatch):
     """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
     monkeypatch.setattr("stages.rl.MergedCopy", lambda base: None)
-    summary = make(copied("rl.max_steps=1"), "rl")["rl"][0].manifest["summary"]
+    summary = make_steps(copied("rl.max_steps=1"), "rl")["rl"][0].manifest["summary"]
     assert summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
 
 
 def test_strategy_all_needs_no_scores(copied):
     config = copied("partition.strategy=all")
-    made = make(config, "score", "partition", "sft")
+    made = make_steps(config, "score", "partition", "sft")
     assert not (made["score"][0].path / "importance.safetensors").exists()
     assert made["sft"][0].manifest["summary"]["active_share"] == 1
 
 
 def test_importance_with_init_default_is_refused_before_anything_loads(copied):
     with pytest.raises(ConfigError, match="lora.init default has B = 0, so every importance is zero"):
-        make(copied("lora.init=default"))
-    assert make(copied("lora.init=default", "score.scorer=magnitude"), "score")["score"][1]
+        make_steps(copied("lora.init=default"))
+    assert make_steps(copied("lora.init=default", "score.scorer=magnitude"), "score")["score"][1]
 
 
 def test_no_example_of_one_system(copied):
     with pytest.raises(DataError, match=r"no example is labelled System 2 \(64 System 1, 0 System 2, 0 undecided\)"):
-        make(copied("classify.system2_share=0.001"), "classify:train", "score")
+        make_steps(copied("classify.system2_share=0.001"), "classify:train", "score")
 
 
 def test_rl_rows_without_gold(copied, tmp_path):
     rows = [{"instruction": f"Say {i}", "output": f"{i}"} for i in range(40)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = copied(f"data.path={tmp_path / 'd.jsonl'}")
-    make(config, "classify:train", "score", "partition", "sft")
+    make_steps(config, "classify:train", "score", "partition", "sft")
     with pytest.raises(DataError, match=r"reward correctness reads gold, and (\d+) of \1 RL rows have none"):
-        make(config, "rl")
+        make_steps(config, "rl")
 
 
 def test_prompts_that_are_too_long_for_rl(copied):
     with pytest.raises(DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than rl.prompts_per_step 4"):
-        make(copied("rl.max_prompt=20"), "rl")
+        make_steps(copied("rl.max_prompt=20"), "rl")
 
 
 def test_rows_that_are_too_long_for_sft(copied):
     with pytest.raises(DataError, match="longer than data.max_length 50"):
-        make(copied("data.max_length=50"), "score")
+        make_steps(copied("data.max_length=50"), "score")
 
 
 def test_samples_and_metrics(whole):

@@ -11,8 +11,8 @@ from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
 from stages.errors import AnswerError
 from stages.language.prompts import Asked
-from stages.records import Journal
 from stages.store.digests import key_of
+from stages.store.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,38 +72,39 @@ class Replies:
         self._sampling = sampling
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
         how = {"longest": sampling.max_new_tokens, "stop": renderer.stop_ids, **(drawn if sampling.temperature else {})}
-        self._path = folder / f"{key_of({**identity, 'sampling': how})}.jsonl"
-        if again:
-            self._path.unlink(missing_ok=True)
+        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl")
+        self._again = again
         self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
         """Ask for what the journal lacks; the engine is only started if there is any."""
-        with Journal(self._path) as journal:
-            have = {(row["prompt"], row["sample"]): _recorded(row) for row in journal.rows}
+        with self._journal.writing(progress.say):
+            if self._again:
+                self._journal.set_aside("again")
             wanted = [(i, n) for i in range(len(self._asked)) for n in range(self._section.samples)]
             first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}  # equal prompts are asked once
-            missing = [at for key, at in first.items() if key not in have][::-1]
+            missing = [at for key, at in first.items() if key not in self._journal][::-1]
             if missing:
                 ready = engine()
                 progress.start(title, len(missing))
-                choices = [(i, n) for i, n in missing if self._asked[i].words]
-                texts = [(i, n) for i, n in missing if not self._asked[i].words]
-                for at, choice in ready.choose([self._ballot(i) for i, _ in choices]) if choices else ():
-                    if isinstance(choice, Failure):
-                        raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
-                    self._keep(journal, have, choices[at], {"shares": choice.shares, "mass": choice.mass})
-                    progress.advance(1)
-                for at, answer in ready.generate([self._question(*w) for w in texts], self._sampling) if texts else ():
-                    self._keep(journal, have, texts[at], {"ids": answer.ids, "complete": answer.complete})
-                    progress.advance(1)
-            self.recorded = {(i, n): have[self._keys[i], n] for i, n in wanted}
+                self._ask(ready, missing, progress)
+            self.recorded = {(i, n): _recorded(self._journal[self._keys[i], n]) for i, n in wanted}
 
-    def _keep(self, journal: Journal, have: dict[Any, Recorded], at: tuple[int, int], what: dict[str, Any]) -> None:
-        row = {"prompt": self._keys[at[0]], "sample": at[1], **what}
-        journal.append(row)
-        have[row["prompt"], row["sample"]] = _recorded(row)
+    def _ask(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
+        choices = [(i, n) for i, n in missing if self._asked[i].words]
+        texts = [(i, n) for i, n in missing if not self._asked[i].words]
+        for at, choice in engine.choose([self._ballot(i) for i, _ in choices]) if choices else ():
+            if isinstance(choice, Failure):
+                raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
+            self._keep(choices[at], {"shares": choice.shares, "mass": choice.mass})
+            progress.advance(1)
+        for at, answer in engine.generate([self._question(*w) for w in texts], self._sampling) if texts else ():
+            self._keep(texts[at], {"ids": answer.ids, "complete": answer.complete})
+            progress.advance(1)
+
+    def _keep(self, at: tuple[int, int], answer: dict[str, Any]) -> None:
+        self._journal.keep((self._keys[at[0]], at[1]), answer)
 
     def _ballot(self, i: int) -> Ballot:
         return Ballot(self._asked[i].ids, self._asked[i].words)

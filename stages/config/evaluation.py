@@ -54,7 +54,7 @@ class EvalSection(Section):
     parity_items: int = setting(
         8, "First items whose answers are checked against the unmerged adapter; 0: none.", identity=False, ge=0
     )
-    sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.")
+    sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.", identity=False)
 
     @field_validator("benchmarks", mode="before")
     @classmethod

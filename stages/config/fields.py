@@ -9,7 +9,7 @@ from stages.errors import LoraparError
 
 
 def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **constraints: Any) -> Any:
-    """A field; `not_for` names the one stage that reads its section and not this field."""
+    """A field; `not_for` names the one stage, or variant of one, that reads its section and not this field."""
     return Field(default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints)
 
 
@@ -41,12 +41,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
-def identity(value: Any, stage: str = "") -> Any:
-    """The part of a section that determines a stage's results, as plain JSON values."""
+def identity(value: Any, *readers: str) -> Any:
+    """The part of a section that determines a result, as plain JSON values.
+
+    readers: names of the stage and of its variant, for fields that are `not_for` them.
+    """
     if isinstance(value, Section):
         marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
-        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] != (stage or None))]
-        return {name: identity(getattr(value, name), stage) for name in kept}
+        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] not in readers)]
+        return {name: identity(getattr(value, name), *readers) for name in kept}
     if isinstance(value, list):
-        return [identity(item, stage) for item in value]
+        return [identity(item, *readers) for item in value]
     return value

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config.fields import Section, named, setting
+from stages.config.sources import ModelSection
 
 Persona = Annotated[str, named("personas")]
 
@@ -16,6 +17,7 @@ class ThinkingSection(Section):
 class Voter(Section):
     name: str | None = setting(None, "Its name in the labels; none: model/persona.")
     model: str | None = setting(None, "Voting model; none is model.name.", identity=False)
+    revision: str = setting("main", "Branch, tag or commit of a hub model of its own.", identity=False)
     engine: Literal["auto", "vllm", "openai", "transformers"] = setting(
         "auto", "auto: openai with base_url, else vllm where it is installed, else transformers."
     )
@@ -48,6 +50,12 @@ class Voter(Section):
     @property
     def urls(self) -> tuple[str, ...]:
         return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
+
+    def asks(self, model: ModelSection) -> ModelSection:
+        """The model that answers: the voter's own, or the one that is trained, in the weights that it is loaded from."""
+        if self.model:
+            return ModelSection(name=self.model, revision=self.revision)
+        return model.model_copy(update={"load_in_4bit": False})
 
     @model_validator(mode="after")
     def _fits(self) -> "Voter":

@@ -59,8 +59,8 @@ class ScoreSection(Section):
 class PartitionSection(Section):
     strategy: Strategy = setting("importance", "How the elements are split.")
     theta: float = setting(0.9, "Share of the total importance that each system's set reaches.", gt=0, le=1)
-    alpha: float = setting(1, "Share of the shared elements that SFT trains.", ge=0, le=1)
-    beta: float = setting(1, "Share of the shared elements that RL trains.", ge=0, le=1)
+    alpha: float = setting(1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1)
+    beta: float = setting(1, "Share of the shared elements that RL trains.", not_for="partition:sft", ge=0, le=1)
 
 
 class TrainSection(Section):
@@ -142,7 +142,7 @@ class RlSection(TrainSection):
     rewards_file: str | None = setting(
         None, "Python file with reward functions of your own, in TRL's signature.", identity=False
     )
-    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.")
+    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", identity=False)
     rollouts: RolloutsSection = setting(RolloutsSection(), "Where completions are sampled.")
     dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
     save_steps: int = setting(

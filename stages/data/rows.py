@@ -57,11 +57,10 @@ def read(source: SourceSection) -> list[Example]:
 
 def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
     """Name of a source and its rows as they are, with their numbers, up to `limit`."""
-    if source.path is None:
-        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
-    path = Path(source.path)
-    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
-        return source.path, read_jsonl(path)[: source.limit]
+    file = local_file(source)
+    if file:
+        return str(source.path), read_jsonl(file)[: source.limit]
+    assert source.path is not None
     import datasets
 
     try:
@@ -71,6 +70,22 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
     return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)][: source.limit]
+
+
+def local_file(source: SourceSection) -> Path | None:
+    """The file that a source names, or None if its path is a hub id; MissingInputError if it is neither."""
+    if source.path is None:
+        raise no_path()
+    path = Path(source.path)
+    if path.is_file():
+        return path
+    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
+        raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}")
+    return None
+
+
+def no_path(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
+    return ConfigError("data.path is not set", hint)
 
 
 def _detect(where: str, row: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extr
 
 def check(name: str, file: str | None) -> None:
     """ConfigError unless there is a reward of that name. Runs nothing: the file is only parsed."""
-    own = _defined(file) if file else []
+    own = _defined(file) if file else {}
     if name in own or name in rewards.names() or name in _trl_names():
         return
     raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *own])}")
@@ -45,6 +45,14 @@ def columns(name: str, function: Reward) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
     return [parameter for parameter in named if parameter not in PASSED]
+
+
+def needs_sandbox(name: str, file: str | None) -> bool:
+    """Whether a reward has a parameter `sandbox`, and so gets one. Runs nothing: the file is only parsed."""
+    if file and (own := _defined(file).get(name)):
+        given = own.args
+        return any(a.arg == "sandbox" for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))
+    return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
 
 
 def checked(name: str, function: Reward, **fixed: Any) -> Reward:
@@ -120,15 +128,16 @@ def _of_trl(name: str) -> Reward:
     return reward
 
 
-def _defined(file: str) -> list[str]:
-    """Names of the public functions at the top level of a person's file."""
+def _defined(file: str) -> dict[str, ast.FunctionDef]:
+    """The public functions at the top level of a person's file, by name."""
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise MissingInputError(f"rl.rewards_file {file}: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"rl.rewards_file {file} is not Python: {error}") from None
-    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {function.name: function for function in functions if not function.name.startswith("_")}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""importance.safetensors and masks.safetensors: per system and stage, keyed by PEFT's parameter names."""
+"""importance.safetensors per system, masks.safetensors per training stage, keyed by PEFT's parameter names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import ArtifactError
-from stages.lora.regions import Split
 
-KINDS = ("region", "active/sft", "active/rl")
+REGION, ACTIVE = "region", "active"
 
 
 def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
@@ -28,29 +27,30 @@ def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Masks:
-    """Per parameter name: region (uint8) and active elements of SFT and RL (bool), of the trainable part's shape."""
+    """Per parameter name: region (uint8) and active elements of one training stage (bool), of the trainable part's shape."""
 
     region: dict[str, Tensor]
-    sft: dict[str, Tensor]
-    rl: dict[str, Tensor]
+    active: dict[str, Tensor]
 
     @classmethod
-    def cut(cls, split: Split, shapes: dict[str, torch.Size]) -> Masks:
-        """A split over concatenated weights, cut back into weights; both go by sorted parameter name."""
+    def cut(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
+        """From masks over concatenated weights, cut back into weights; both go by sorted parameter name."""
         parts: list[dict[str, Tensor]] = []
-        for flat in (split.region, split.sft, split.rl):
+        for flat in (region, active):
             pieces = flat.split([shapes[name].numel() for name in sorted(shapes)])
             parts.append({n: piece.view(shapes[n]).clone() for n, piece in zip(sorted(shapes), pieces, strict=True)})
         return cls(*parts)
 
-    def write(self, path: Path) -> None:
-        groups = zip(KINDS, (self.region, self.sft, self.rl), strict=True)
+    def write(self, path: Path, stage: str) -> None:
+        """As `region/<name>` and `active/<stage>/<name>`."""
+        groups = ((REGION, self.region), (f"{ACTIVE}/{stage}", self.active))
         save_file({f"{kind}/{name}": tensor for kind, part in groups for name, tensor in part.items()}, path)
 
     @classmethod
-    def load(cls, path: Path) -> Masks:
+    def load(cls, path: Path, stage: str) -> Masks:
         tensors = _load(path)
-        return cls(*({n[len(k) + 1 :]: t for n, t in tensors.items() if n.startswith(k + "/")} for k in KINDS))
+        kinds = (f"{REGION}/", f"{ACTIVE}/{stage}/")
+        return cls(*({n.removeprefix(k): t for n, t in tensors.items() if n.startswith(k)} for k in kinds))
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

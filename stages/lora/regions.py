@@ -28,14 +28,12 @@ strategies: Registry = Registry("strategy")
 
 @dataclass(frozen=True)
 class Split:
-    """Per element, all 1-D over the concatenated LoRA weights: its region, and whether SFT and RL train it."""
+    """Per element, 1-D over the concatenated LoRA weights: its region, and whether each training stage moves it."""
 
     region: Tensor
     """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared."""
-    sft: Tensor
-    """bool"""
-    rl: Tensor
-    """bool"""
+    active: dict[str, Tensor]
+    """bool, for `sft` and `rl`."""
 
 
 def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
@@ -145,11 +143,11 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
     shared = (region == SHARED).nonzero().flatten()
     active = {}
-    for system, share, only in ((1, section.alpha, S1_ONLY), (2, section.beta, S2_ONLY)):
+    for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
         number = Fraction(int(_fraction(share) * len(shared)))
-        active[system] = region == only
-        active[system][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
-    return Split(region, active[1], active[2])
+        active[stage] = region == only
+        active[stage][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
+    return Split(region, active)
 
 
 @strategies.add()
@@ -183,11 +181,11 @@ def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, siz
 def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: each stage trains exactly the elements that `importance` would leave frozen in it."""
     split = importance(scores, section, seed, sizes)
-    return Split(SHARED - split.region, ~split.sft, ~split.rl)
+    return Split(SHARED - split.region, {stage: ~mask for stage, mask in split.active.items()})
 
 
 def _reordered(split: Split, order: Tensor) -> Split:
-    return Split(split.region[order], split.sft[order], split.rl[order])
+    return Split(split.region[order], {stage: mask[order] for stage, mask in split.active.items()})
 
 
 @strategies.add("unscored")
@@ -198,4 +196,4 @@ def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: 
     if section.alpha != 1 or section.beta != 1:
         raise ConfigError(f"strategy all trains everything, got alpha {section.alpha}, beta {section.beta}", "set both to 1")
     every = torch.ones_like(scores[1], dtype=torch.bool)
-    return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), every, every.clone())
+    return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), {"sft": every, "rl": every.clone()})

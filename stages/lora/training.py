@@ -115,10 +115,9 @@ class Start:
     """The elements that train, by LoRA weight; none: all that a baseline has."""
 
     @classmethod
-    def of(cls, stage: str, score_dir: Path | None, partition_dir: Path | None, trained_dir: Path | None) -> Start:
-        """From the inputs that the stage table gives to `stage`, sft or rl."""
-        folder = trained_dir / "adapter" if trained_dir else score_dir and score_dir / "init"
-        return cls(folder, getattr(Masks.load(partition_dir / "masks.safetensors"), stage) if partition_dir else None)
+    def of(cls, stage: str, folder: Path | None, partition: Path | None) -> Start:
+        """From an adapter folder and, unless it is a baseline's, the masks in the partition's artifact for `stage`."""
+        return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
     def attach(
         self, base: PreTrainedModel, lora: LoraSection, baseline: BaselineSection | None, dropout: float, seed: int

@@ -7,31 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
-from stages.data.rows import shots_source
-from stages.errors import ConfigError, MissingInputError
+from stages.data.rows import local_file, shots_source
+from stages.errors import MissingInputError
 from stages.store.digests import DigestCache
-
-
-def identities(config: Config, stage: str, variant: str, cache: DigestCache) -> dict[str, Any]:
-    """What a step reads from outside of the run: digests of data and models, resolved hub commits."""
-    if stage == "partition":
-        return {}
-    if stage == "eval":
-        benchmark = config.eval.benchmarks[variant.partition("@")[2]]
-        shots = {"shots": source_identity(shots_source(benchmark), cache)} if benchmark.shots else {}
-        return {"model": model_identity(config.model, cache), "rows": source_identity(benchmark, cache), **shots}
-    if stage == "rl" and config.rl.rewards_file:
-        return {"model": model_identity(config.model, cache), "rewards_file": cache.file(Path(config.rl.rewards_file))}
-    if stage != "classify":
-        return {"model": model_identity(config.model, cache)}
-    rows = {"rows": source_identity(config.data if variant == "train" else config.eval.benchmarks[variant], cache)}
-    if config.classify.strategy == "random":
-        return rows
-    voters = [_voter_identity(voter, config, cache) for voter in config.classify.voters]
-    files = [config.classify.held_out, *(voter.shots_path for voter in config.classify.voters)]
-    judged = {"judged": [name and source_identity(SourceSection(path=name), cache) for name in files]} if any(files) else {}
-    return {**rows, **judged, "voters": voters, "target": config.model.title}
-
 
 SCALE = {
     "tensor_parallel_size",
@@ -48,31 +26,53 @@ SCALE = {
 """Arguments of vLLM that decide where and how fast a model runs, not what it answers."""
 
 
-def _voter_identity(voter: Voter, config: Config, cache: DigestCache) -> str:
-    """What answers: the name it is served under, or the digest of its weights, with the arguments that change them."""
+def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
+    """What answers for each voter, the files that its prompt and threshold come from, and the model it plays."""
+    section = config.classify
+    if section.strategy == "random":
+        return {}
+    files = [section.held_out, *(voter.shots_path for voter in section.voters)]
+    judged = [name and of_source(SourceSection(path=name), cache) for name in files] if any(files) else []
+    return {
+        **({"judged": judged} if judged else {}),
+        "voters": [_of_voter(voter, config, cache) for voter in section.voters],
+        "target": config.model.title,
+    }
+
+
+def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
+    """What answers: the name it is served under, or the digest of its weights, with what changes its answers."""
     if voter.urls:
         assert voter.model is not None
         return voter.model
-    weights = model_identity(ModelSection(name=voter.model) if voter.model else config.model, cache)
+    model = voter.asks(config.model)
     arguments = {**config.server.vllm, **voter.vllm} if voter.engine == "vllm" else {}
     changing = {name: value for name, value in arguments.items() if name not in SCALE}
+    if model.dtype != "auto":
+        changing = {"dtype": model.dtype, **changing}
+    weights = of_model(model, cache)
     return f"{weights} {json.dumps(changing, sort_keys=True)}" if changing else weights
 
 
-def source_identity(source: SourceSection, cache: DigestCache) -> str:
+def of_source(source: SourceSection, cache: DigestCache) -> str:
+    """Digest of a file's content, or the commit of a hub data set."""
     if isinstance(source, BenchmarkSection) and source.tasks:  # data of the evaluation harness: path holds task files
         return cache.folder(Path(source.path)) if source.path else ""
-    if source.path is None:
-        raise ConfigError("data.path is not set", "--set data.path=FILE, or a hub id")
-    path = Path(source.path)
-    if path.is_file():
-        return cache.file(path)
-    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
-        raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}")
-    return _hub_commit("dataset", source.path, source.revision)
+    file = local_file(source)
+    return cache.file(file) if file else _hub_commit("dataset", str(source.path), source.revision)
 
 
-def model_identity(model: ModelSection, cache: DigestCache) -> str:
+def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
+    """Where the worked examples of a benchmark's prompt come from, if there are any."""
+    return {"shots": of_source(shots_source(benchmark), cache)} if benchmark.shots else {}
+
+
+def of_file(name: str, path: str | None, cache: DigestCache) -> dict[str, str]:
+    """Digest of a person's own file, if there is one."""
+    return {name: cache.file(Path(path))} if path else {}
+
+
+def of_model(model: ModelSection, cache: DigestCache) -> str:
     """sha256 over a local folder's files, or the commit that a hub revision stands for."""
     path = Path(model.name)
     if path.is_dir():

@@ -1,13 +1,17 @@
-"""Steps and their keys, from the stage table and a config."""
+"""Steps and their keys, from the stage table and a config.
 
+A step is a stage, or one variant of it: the training rows or a benchmark's for classify, the masks of SFT or of RL for
+partition, one target at one benchmark for eval.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.config import Config
 from stages.config.fields import identity
-from stages.errors import ConfigError
-from stages.pipeline.identity import identities
+from stages.data.rows import no_path
 from stages.pipeline.table import Stage, order, section
 from stages.store.digests import DigestCache, key_of
 
@@ -33,24 +37,40 @@ def plan(config: Config) -> dict[str, Step]:
     Without `data.path` nothing is trained, and only the base can be evaluated.
     """
     if config.data.path is None and set(config.eval.targets) - {"base"}:
-        raise ConfigError("data.path is not set", "a file or a hub id; to evaluate only a base model: eval.targets=[base]")
+        raise no_path("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
     for stage in order(config):
         for variant in stage.variants(config):
             needs = stage.needs(config, variant)
-            if not set(needs) <= set(steps) or (stage.name == "score" and not config.data.path):
-                continue  # without training rows there is only the base to evaluate
-            inputs = {name: steps[name] for name in needs}
-            sections = {path: identity(section(config, path)[1], stage.name) for path in stage.sections(variant)}
-            whole = {
-                "stage": stage.name,
-                "variant": variant,
-                "version": stage.version,
-                "config": sections,
-                "inputs": {name: step.key for name, step in inputs.items()},
-                "outside": identities(config, stage.name, variant, cache),
-            }
-            step = Step(stage, variant, key_of(whole), whole, inputs)
-            steps[step.name] = step
+            if set(needs) <= set(steps):  # without training rows there is only the base to evaluate
+                step = _step(config, stage, variant, {name: steps[name] for name in needs}, cache)
+                steps[step.name] = step
     return steps
+
+
+def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], cache: DigestCache) -> Step:
+    readers = (stage.name, f"{stage.name}:{variant}")
+    whole = {
+        "stage": stage.name,
+        "variant": variant,
+        "version": stage.version,
+        "config": {path: identity(section(config, path)[1], *readers) for path in stage.sections(config, variant)},
+        "inputs": {name: step.key for name, step in inputs.items()},
+        "outside": stage.outside(config, variant, cache),
+    }
+    return Step(stage, variant, key_of(whole), whole, inputs)
+
+
+def asked_for(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
+    """The steps of stage `last` and all that they are made from, in order; none: of eval, or of everything without benchmarks."""
+    last = last or ("eval" if any(step.stage.name == "eval" for step in steps.values()) else None)
+    wanted = [step for step in steps.values() if last in (None, step.stage.name)]
+    names = {step.name for step in _with_inputs(wanted)}
+    return {name: step for name, step in steps.items() if name in names}
+
+
+def _with_inputs(steps: Iterable[Step]) -> Iterable[Step]:
+    for step in steps:
+        yield step
+        yield from _with_inputs(step.inputs.values())

@@ -1,35 +1,34 @@
-"""What follows from the stage table: steps and their keys, why a step is stale, one step's run.
-
-A step is a stage, or one variant of it (classify: the training rows or a benchmark's; eval: one target at one benchmark). A stage function is
-called as `run(**sections, **{stage}_dir for each input, out, progress, …)` and sees only what its row declares.
-"""
+"""One step's run, and what a whole run has to do."""
 
 import datetime
-import importlib
-import logging
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stages import team
 from stages.config import Config
 from stages.engines import Pool
-from stages.errors import ArtifactError
-from stages.pipeline.plan import Step
-from stages.pipeline.state import current, state
-from stages.pipeline.table import needs_scores, section
+from stages.errors import ArtifactError, ConfigError
+from stages.pipeline.job import Job
+from stages.pipeline.plan import Step, asked_for
+from stages.pipeline.state import State, current, rebuild, state
+from stages.pipeline.table import order, section
 from stages.progress import Progress
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import key_of
 
-log = logging.getLogger(__name__)
+Verb = Callable[..., dict[str, Any]]
+"""A stage function: `run(job, **sections)`, which returns its summary."""
 
 
-def run_step(config: Config, step: Step, force: bool, progress: Progress, engines: Pool) -> tuple[Artifact, bool]:
-    """Make the artifact of one step unless it is current; returns it and whether it was made now.
+def run_step(config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: Pool) -> tuple[Artifact, bool]:
+    """Make the artifact of one step by `verb` unless it is current; returns it and whether it was made now.
 
     A stale or missing input is an error, not a silent rerun; a damaged artifact is never overwritten without `force`.
     """
@@ -43,66 +42,61 @@ def run_step(config: Config, step: Step, force: bool, progress: Progress, engine
                 store.point_latest(stage.name, step.variant, step.key)
             return now.artifact, False
         if now.state == "damaged" and not force:
-            raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {stage.name} CONFIG --force")
+            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
         team.wait()  # the others have seen what is there, too
         out = store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
-        extras = _extras(config, step, inputs, force, engines)
+        job = _job(config, step, inputs, out, force, progress, engines)
+        if force and team.first():
+            job.checkpoints.clear()
         team.wait()
         begun = time.monotonic()
-        summary = importlib.import_module(f"stages.{stage.name}").run(
-            **dict(section(config, path) for path in stage.sections(step.variant)),
-            **{f"{name.partition(':')[0]}_dir": artifact.path for name, artifact in inputs.items()},
-            **extras,
-            out=out,
-            progress=progress,
-        )
-        manifest = {
-            "variant": step.variant,
-            "identity": step.identity,
-            "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
-            "summary": summary,
-            "provenance": _provenance(config, time.monotonic() - begun),
-        }
+        reads = (*stage.sections(config, step.variant), *stage.given)
+        summary = verb(job, **dict(section(config, path) for path in reads))
         team.wait()
         if team.first():
+            manifest = {
+                "variant": step.variant,
+                "identity": step.identity,
+                "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
+                "summary": summary,
+                "provenance": _provenance(config, job, time.monotonic() - begun),
+            }
             store.commit(stage.name, step.key, manifest)
             store.point_latest(stage.name, step.variant, step.key)
-            if "checkpoints" in extras:
-                extras["checkpoints"].clear()
+            job.checkpoints.clear()
         team.wait()
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
 
 
-def _extras(config: Config, step: Step, inputs: dict[str, Artifact], force: bool, engines: Pool) -> dict[str, Any]:
-    """What a stage gets beside sections and inputs: its variant, where its journals or checkpoints are, and the engines."""
-    outside = step.identity["outside"]
-    if step.stage.name == "classify":
-        home = config.root / "classify" / "votes"
-        model = config.model.model_copy(update={"load_in_4bit": False})  # the voters are asked as they are
-        return {"votes_dir": home, "model": model, "voter_identities": outside.get("voters", []), "engines": engines}
-    if step.stage.name == "score":
-        return {"wanted": needs_scores(config)}
-    if step.stage.name in ("sft", "rl"):
-        checkpoints = _checkpoints(config, step, inputs)
-        if force and team.first():
-            checkpoints.clear()
-        return {"checkpoints": checkpoints}
-    if step.stage.name == "eval":
-        home = config.root / "eval" / "answers"
-        target = step.variant.partition("@")[0]
-        return {"target": target, "answers_dir": home, "model_digest": outside["model"], "again": force, "engines": engines}
-    return {}
+def _job(
+    config: Config, step: Step, inputs: dict[str, Artifact], out: Path, again: bool, progress: Progress, engines: Pool
+) -> Job:
+    from stages.models.dtype import resolve
+
+    dtype = resolve(config.model) if "model" in step.stage.sections(config, step.variant) else ""
+    made_from = {name: artifact.digest for name, artifact in inputs.items()}
+    checkpoints = Checkpoints(
+        config.root / step.stage.name / "checkpoints" / step.key,
+        key_of({"inputs": made_from, "processes": team.size(), "dtype": dtype}),
+    )
+    by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
+    return Job(
+        variant=step.variant,
+        out=out,
+        inputs=by_stage,
+        outside=step.identity["outside"],
+        journals=Path(config.runs_dir),
+        checkpoints=checkpoints,
+        dtype=dtype,
+        again=again,
+        engines=engines,
+        progress=progress,
+    )
 
 
-def _checkpoints(config: Config, step: Step, inputs: dict[str, Artifact]) -> Checkpoints:
-    folder = config.root / step.stage.name / "checkpoints" / step.key
-    of = {"inputs": {name: artifact.digest for name, artifact in inputs.items()}, "processes": team.size()}
-    return Checkpoints(folder, key_of(of))
-
-
-def _provenance(config: Config, seconds: float) -> dict[str, Any]:
+def _provenance(config: Config, job: Job, seconds: float) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -117,7 +111,52 @@ def _provenance(config: Config, seconds: float) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        **({"dtype": job.dtype} if job.dtype else {}),
         "processes": team.size(),
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a whole run has to do for one stage."""
+
+    stage: str
+    variants: list[str]
+    """Which of the stage's steps are asked for; empty: all there are."""
+    states: list[State]
+    force: bool
+
+    @property
+    def current(self) -> bool:
+        return not self.force and all(now.state == "current" for now in self.states)
+
+    @property
+    def why(self) -> str:
+        """Why it has to be done, or what there is already."""
+        wanted = [now.why for now in self.states if self.current or now.state != "current"]
+        return ("; " if not self.current else ", ").join(dict.fromkeys(wanted)) or "again, as asked"
+
+
+def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str | None) -> Iterator[Task]:
+    """Stage by stage what a run from `first` to `last` does: the ancestors of what is asked for and nothing else.
+
+    Each task is looked at when its turn comes, after those before it are done. `first` is built again. ConfigError for a
+    stage that there is not.
+    """
+    names = [stage.name for stage in order(config)]
+    for name in (first, last):
+        if name is not None and name not in names:
+            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
+    todo = names[names.index(first or names[0]) : names.index(last or names[-1]) + 1]
+    if not todo:
+        raise ConfigError(f"--from {first} comes after --to {last}")
+    wanted = asked_for(steps, last)
+    for name in todo:
+        mine = [step for step in wanted.values() if step.stage.name == name]
+        every = [step for step in steps.values() if step.stage.name == name]
+        if mine:
+            store = Store(config.root)  # a new one: it remembers what it has verified
+            variants = [step.variant for step in mine] if len(mine) < len(every) else []
+            yield Task(name, variants, [state(store, step) for step in mine], force=first == name)

@@ -69,5 +69,10 @@ def current(store: Store, step: Step) -> Artifact:
         assert now.artifact is not None
         return now.artifact
     if now.state == "damaged":
-        raise ArtifactError(f"{step.name} is damaged: {now.why}", f"rebuild it: lorapar {step.stage.name} CONFIG --force")
+        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
     raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
+
+
+def rebuild(step: Step) -> str:
+    """The hint for a damaged artifact."""
+    return f"rebuild it: lorapar {step.stage.name} CONFIG --force"

@@ -1,11 +1,15 @@
-"""The stage table: what each stage is called, reads and needs, and the order that follows from it."""
+"""The stage table: all that there is to say of each stage, and the order that follows from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stages.benchmarks import benchmarks
 from stages.config import Config
+from stages.language import reward_functions
 from stages.lora.regions import strategies
+from stages.pipeline import identity
+from stages.store.digests import DigestCache
 
 
 @dataclass(frozen=True)
@@ -16,31 +20,15 @@ class Stage:
     help: str
     needs: Callable[[Config, str], tuple[str, ...]]
     """Steps whose artifacts it reads."""
-    sections: Callable[[str], tuple[str, ...]]
+    sections: Callable[[Config, str], tuple[str, ...]]
     """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
+    outside: Callable[[Config, str, DigestCache], dict[str, Any]]
+    """Identities of what it reads from outside of the run."""
     variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
+    given: tuple[str, ...] = ()
+    """Sections it reads that are no part of its key, because `outside` says what of them counts."""
     version: int = 1
     """Raised when the meaning of the output changes; a refactor does not raise it."""
-
-
-def _trains(other: str) -> Callable[[Config, str], tuple[str, ...]]:
-    """What a training stage needs, of which `other` is the other one."""
-
-    def needs(config: Config, _: str) -> tuple[str, ...]:
-        start = (config.sft if other == "rl" else config.rl).start_from
-        if config.baseline is None:
-            return ("classify:train", "partition", "score" if start == "init" else other)
-        return ("classify:train",) if start == "init" else ("classify:train", other)
-
-    return needs
-
-
-def needs_scores(config: Config) -> bool:
-    return not strategies.has(config.partition.strategy, "unscored")
-
-
-def _score_needs(config: Config, _: str) -> tuple[str, ...]:
-    return ("classify:train",) if needs_scores(config) else ()
 
 
 def order(config: Config) -> list[Stage]:
@@ -52,70 +40,139 @@ def order(config: Config) -> list[Stage]:
     return [STAGES[name] for name in names]
 
 
+def section(config: Config, path: str) -> tuple[str, Any]:
+    """The name under which a stage function takes the section at a dotted path, and the section."""
+    if path.startswith(_BENCHMARKS):
+        return "benchmark", config.eval.benchmarks[path.removeprefix(_BENCHMARKS)]
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return path.rpartition(".")[2], value
+
+
+_BENCHMARKS = "eval.benchmarks."
+
+
+def _classify_sections(config: Config, rows: str) -> tuple[str, ...]:
+    return ("data" if rows == "train" else f"{_BENCHMARKS}{rows}", "classify", "server")
+
+
+def _classify_outside(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
+    source = config.data if rows == "train" else config.eval.benchmarks[rows]
+    return {"rows": identity.of_source(source, cache), **identity.of_voters(config, cache)}
+
+
+def _classify_variants(config: Config) -> tuple[str, ...]:
+    labelled = (name for name, benchmark in config.eval.benchmarks.items() if benchmark.label)
+    return (*(["train"] if config.data.path else []), *labelled)
+
+
+def _score_needs(config: Config, _: str) -> tuple[str, ...]:
+    return () if strategies.has(config.partition.strategy, "unscored") else ("classify:train",)
+
+
+def _model(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
+    return {"model": identity.of_model(config.model, cache)}
+
+
+def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
+    """What a training stage needs, of which `other` is the other one."""
+
+    def needs(config: Config, _: str) -> tuple[str, ...]:
+        start = (config.sft if stage == "sft" else config.rl).start_from
+        if config.baseline is None:
+            return ("classify:train", f"partition:{stage}", "score" if start == "init" else other)
+        return ("classify:train",) if start == "init" else ("classify:train", other)
+
+    return needs
+
+
+def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
+    runs_code = any(reward_functions.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards)
+    return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
+
+
+def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
+    return {**_model(config, variant, cache), **identity.of_file("rewards_file", config.rl.rewards_file, cache)}
+
+
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
     return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
 
 
-def _classify_variants(config: Config) -> tuple[str, ...]:
-    return (
-        *(["train"] if config.data.path else []),
-        *(name for name, benchmark in config.eval.benchmarks.items() if benchmark.label),
-    )
+def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
+    name = variant.partition("@")[2]
+    runs_code = getattr(benchmarks.pick(config.eval.benchmarks[name].kind), "SANDBOX", False)
+    code = ("eval.sandbox",) if runs_code else ()
+    return ("model", "prompt", "eval", f"{_BENCHMARKS}{name}", "server", *code)
 
 
-def section(config: Config, path: str) -> tuple[str, Any]:
-    """The section at a dotted path, and the name under which a stage function takes it."""
-    if path.startswith(_BENCHMARKS):
-        return "benchmark", config.eval.benchmarks[path.removeprefix(_BENCHMARKS)]
-    return path, getattr(config, path)
+def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
+    benchmark = config.eval.benchmarks[variant.partition("@")[2]]
+    return {
+        **_model(config, variant, cache),
+        "rows": identity.of_source(benchmark, cache),
+        **identity.of_shots(benchmark, cache),
+    }
 
 
-_BENCHMARKS = "eval.benchmarks."
+def _eval_variants(config: Config) -> tuple[str, ...]:
+    return tuple(f"{target}@{name}" for target in config.eval.targets for name in config.eval.benchmarks)
 
 
 STAGES = {
     stage.name: stage
     for stage in [
         Stage(
-            "classify",
-            "Label every example System 1 or 2 by votes.",
-            needs=lambda config, split: (),
-            sections=lambda rows: ("data" if rows == "train" else f"{_BENCHMARKS}{rows}", "classify", "server"),
+            name="classify",
+            help="Label every example System 1 or 2 by votes.",
+            needs=lambda config, rows: (),
+            sections=_classify_sections,
+            outside=_classify_outside,
             variants=_classify_variants,
+            given=("model",),
             version=2,
         ),
         Stage(
-            "score",
-            "Make the initial adapter and score every LoRA element for each system.",
+            name="score",
+            help="Make the initial adapter and score every LoRA element for each system.",
             needs=_score_needs,
-            sections=lambda _: ("model", "data", "prompt", "lora", "score", "seed"),
+            sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
+            outside=_model,
+            variants=lambda config: ("",) if config.data.path else (),
         ),
         Stage(
-            "partition",
-            "Split the elements into S1-only, S2-only and shared, and write the masks.",
-            needs=lambda config, _: ("score",),
-            sections=lambda _: ("partition", "seed"),
+            name="partition",
+            help="Split the elements into S1-only, S2-only and shared, and write the masks of SFT and of RL.",
+            needs=lambda config, trained: ("score",),
+            sections=lambda config, trained: ("partition", "seed"),
+            outside=lambda config, trained, cache: {},
+            variants=lambda config: ("sft", "rl"),
+            version=2,
         ),
         Stage(
-            "sft",
-            "Train the System 1 part on System 1 rows.",
-            needs=_trains("rl"),
-            sections=lambda _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+            name="sft",
+            help="Train the System 1 part on System 1 rows.",
+            needs=_trains("sft", other="rl"),
+            sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+            outside=_model,
         ),
         Stage(
-            "rl",
-            "Train the System 2 part on System 2 rows with GRPO.",
-            needs=_trains("sft"),
-            sections=lambda _: ("model", "prompt", "lora", "baseline", "rl", "seed"),
+            name="rl",
+            help="Train the System 2 part on System 2 rows with GRPO.",
+            needs=_trains("rl", other="sft"),
+            sections=_rl_sections,
+            outside=_rl_outside,
         ),
         Stage(
-            "eval",
-            "Grade base, init, sft or rl on the benchmarks.",
+            name="eval",
+            help="Grade base, init, sft or rl on the benchmarks.",
             needs=_eval_needs,
-            sections=lambda variant: ("model", "prompt", "eval", f"{_BENCHMARKS}{variant.partition('@')[2]}", "server"),
-            variants=lambda config: tuple(f"{t}@{name}" for t in config.eval.targets for name in config.eval.benchmarks),
+            sections=_eval_sections,
+            outside=_eval_outside,
+            variants=_eval_variants,
         ),
     ]
 }

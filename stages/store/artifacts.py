@@ -33,6 +33,11 @@ class Artifact:
         """sha256 over the names and digests of all files: two builds under one key differ here if their content does."""
         return hashlib.sha256(canonical(self.manifest["files"])).hexdigest()
 
+    @property
+    def adapter(self) -> Path:
+        """Its adapter folder: the initial adapter of score, else the trained one."""
+        return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
+
     def damage(self) -> str | None:
         """What is wrong with the files, or None; reads every byte (safetensors alone accepts flipped payload bits)."""
         for name, entry in self.manifest["files"].items():

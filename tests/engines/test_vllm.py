@@ -110,7 +110,7 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     }
     (tmp_path / "c.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
-    journals = tmp_path / "runs/killed/classify/votes"
+    journals = tmp_path / "runs/votes"
 
     def lines() -> list[bytes]:
         found = list(journals.glob("*.jsonl"))

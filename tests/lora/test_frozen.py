@@ -63,7 +63,7 @@ def files(config, stage: str):
     store = Store(config.root)
     path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
     start = path["score"] / "init" if "score" in path else path["sft"] / "adapter"
-    masks = getattr(Masks.load(path["partition"] / "masks.safetensors"), stage)
+    masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 

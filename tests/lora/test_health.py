@@ -8,14 +8,21 @@ from trl import GRPOTrainer, SFTTrainer
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.language.rewards import rewards
 from stages.lora.health import equal_rewards
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
 from stages.records import read_labels
+from stages.store.artifacts import Store
 
 SFT = ["sft.max_steps=6", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
 
+def labels(config):
+    step = plan(resolved(config))["classify:train"]
+    return read_labels(Store(config.root).folder("classify", step.key) / "labels.jsonl")
+
+
 def ids(config, system: int) -> set[str]:
-    labels = next((config.root / "classify").glob("latest-train/labels.jsonl"))
-    return {row.example.id for row in read_labels(labels) if row.system == system}
+    return {row.example.id for row in labels(config) if row.system == system}
 
 
 def spoilt_in_step(trainer, step: int, monkeypatch, spoil) -> None:
@@ -102,8 +109,7 @@ def test_a_reward_that_raises_is_named_with_its_sample(begun, monkeypatch):
 
     config = begun(*SFT, "rl.max_steps=2", "rl.epochs=9", "rl.rewards={'correctness': 1.0}")
     make_step(config, "sft")
-    labels = read_labels(next((config.root / "classify").glob("latest-train/labels.jsonl")))
-    chosen = [row.example.gold for row in labels if row.system == 2][0]
+    chosen = [row.example.gold for row in labels(config) if row.system == 2][0]
     monkeypatch.setitem(rewards._functions, "correctness", picky)
     with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):
         make_step(begun(*SFT, "rl.max_steps=9", "rl.epochs=9", "rl.rewards={'correctness': 1.0}"), "rl")

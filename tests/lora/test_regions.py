@@ -82,7 +82,7 @@ def test_active_elements(pairs, theta, alpha, beta):
     one, two = map(list, zip(*pairs, strict=True))
     s = split(one, two, theta=theta, alpha=alpha, beta=beta)
     shared = s.region == SHARED
-    for active, only, other, share in ((s.sft, S1_ONLY, S2_ONLY, alpha), (s.rl, S2_ONLY, S1_ONLY, beta)):
+    for active, only, other, share in ((s.active["sft"], S1_ONLY, S2_ONLY, alpha), (s.active["rl"], S2_ONLY, S1_ONLY, beta)):
         assert active[s.region == only].all()
         assert not active[s.region == other].any() and not active[s.region == NONE].any()
         assert int(active[shared].sum()) == math.floor(Fraction(str(share)) * int(shared.sum()))
@@ -90,15 +90,15 @@ def test_active_elements(pairs, theta, alpha, beta):
 
 def test_shared_elements_go_by_their_own_system_s_score():
     s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=1, alpha=0.5, beta=0.5)
-    assert s.sft.tolist() == [True, True, False, False]
-    assert s.rl.tolist() == [False, False, True, True]
+    assert s.active["sft"].tolist() == [True, True, False, False]
+    assert s.active["rl"].tolist() == [False, False, True, True]
 
 
 def test_random_is_a_seeded_permutation_of_importance():
     one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
     real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="random")
     assert torch.equal(torch.bincount(real.region, minlength=4), torch.bincount(control.region, minlength=4))
-    assert (int(control.sft.sum()), int(control.rl.sum())) == (int(real.sft.sum()), int(real.rl.sum()))
+    assert {k: int(m.sum()) for k, m in control.active.items()} == {k: int(m.sum()) for k, m in real.active.items()}
     assert not torch.equal(real.region, control.region)
     assert torch.equal(control.region, split(one, two, theta=0.5, strategy="random").region)
 
@@ -108,25 +108,25 @@ def test_random_within_keeps_what_each_weight_gets():
     real, control = split(one, two, theta=0.5), split(one, two, [50, 150], theta=0.5, strategy="random_within")
     for part in (slice(0, 50), slice(50, 200)):
         assert torch.equal(torch.bincount(real.region[part], minlength=4), torch.bincount(control.region[part], minlength=4))
-        assert int(control.sft[part].sum()) == int(real.sft[part].sum())
+        assert int(control.active["sft"][part].sum()) == int(real.active["sft"][part].sum())
         assert not torch.equal(real.region[part], control.region[part])
 
 
 def test_swapped_exchanges_the_systems():
     one, two = [5.0, 4.0, 1.0], [1.0, 1.0, 8.0]
-    assert torch.equal(split(one, two, strategy="swapped").sft, split(one, two).rl)
-    assert torch.equal(split(one, two, strategy="swapped").rl, split(one, two).sft)
+    assert torch.equal(split(one, two, strategy="swapped").active["sft"], split(one, two).active["rl"])
+    assert torch.equal(split(one, two, strategy="swapped").active["rl"], split(one, two).active["sft"])
 
 
 def test_complement_trains_what_importance_leaves_frozen():
     one, two = [5.0, 4.0, 1.0, 0.1], [1.0, 1.0, 8.0, 0.1]
     real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="complement")
-    assert torch.equal(control.sft, ~real.sft) and torch.equal(control.rl, ~real.rl)
+    assert torch.equal(control.active["sft"], ~real.active["sft"]) and torch.equal(control.active["rl"], ~real.active["rl"])
     assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 
 def test_all_trains_everything_and_refuses_alpha():
-    assert split([0.0, 0.0], [0.0, 0.0], strategy="all").rl.all()
+    assert split([0.0, 0.0], [0.0, 0.0], strategy="all").active["rl"].all()
     with pytest.raises(ConfigError, match="strategy all trains everything, got alpha 0.5"):
         split([1.0], [1.0], strategy="all", alpha=0.5)
 
@@ -151,8 +151,9 @@ def test_minus_zero_is_zero():
 
 def test_masks_come_back_as_written(tmp_path):
     s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=0.6)
-    masks = Masks.cut(s, {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
-    masks.write(tmp_path / "m.safetensors")
-    back = Masks.load(tmp_path / "m.safetensors")
+    masks = Masks.cut(s.region, s.active["rl"], {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
+    masks.write(tmp_path / "m.safetensors", "rl")
+    back = Masks.load(tmp_path / "m.safetensors", "rl")
     assert torch.equal(flat(back.region), s.region)
-    assert back.sft["a"].shape == (2, 1) and back.sft["a"].dtype == torch.bool
+    assert torch.equal(flat(back.active), s.active["rl"])
+    assert back.active["a"].shape == (2, 1) and back.active["a"].dtype == torch.bool

@@ -88,7 +88,7 @@ def weights_of(engine: Engine, weights):
 @pytest.mark.parametrize("engine", MODES)
 def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(begun, monkeypatch, engine):
     config = begun("model.dtype=bfloat16", f"rl.rollouts.engine={engine}", *MODES[engine])
-    for step in ("score", "partition", "sft"):
+    for step in ("classify", "score", "partition", "sft"):
         make_step(config, step)
     bases, engines = [], []
 

@@ -27,7 +27,7 @@ def inputs(config: Config, stage: str):
     store = Store(config.root)
     path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
     start = next(path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl"))
-    masks = getattr(Masks.load(path["partition"] / "masks.safetensors"), stage)
+    masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 
@@ -86,8 +86,8 @@ def test_the_reversed_order(begun):
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
     assert [stage.name for stage in order(config)] == ["classify", "score", "partition", "rl", "sft", "eval"]
     steps = plan(resolved(config))
-    assert set(steps["rl"].inputs) == {"classify:train", "partition", "score"}
-    assert set(steps["sft"].inputs) == {"classify:train", "partition", "rl"}
+    assert set(steps["rl"].inputs) == {"classify:train", "partition:rl", "score"}
+    assert set(steps["sft"].inputs) == {"classify:train", "partition:sft", "rl"}
     for stage in ("rl", "sft"):
         make_step(config, stage)
         before, after, masks = inputs(config, stage)

@@ -1,0 +1,121 @@
+"""The stage table, keys, and what a whole run does."""
+
+import importlib
+import inspect
+import itertools
+
+import pytest
+from conftest import ROOT, make_steps
+
+from stages.config import ModelSection
+from stages.pipeline.plan import asked_for, plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.run import tasks
+from stages.pipeline.table import STAGES, section
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Data and models that are not here have a name and no digest."""
+    monkeypatch.setattr("stages.pipeline.identity.of_model", lambda model, cache: f"{model.name} {model.revision}")
+    monkeypatch.setattr("stages.pipeline.identity.of_source", lambda source, cache: f"{source.path} {source.revision}")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_row_binds_to_its_function(path):
+    """A stage function takes the job and exactly the sections of its row, and no more than eight parameters."""
+    config = load(path)
+    for stage in STAGES.values():
+        for variant in stage.variants(config):
+            run = inspect.signature(importlib.import_module(f"stages.{stage.name}").run)
+            names = [section(config, p)[0] for p in (*stage.sections(config, variant), *stage.given)]
+            run.bind(None, **dict.fromkeys(names))
+            assert len(run.parameters) <= 8
+
+
+def test_table_2_shares_what_its_cells_have_in_common(smoke):
+    """Nine cells of α × β: three times SFT, nine times RL, one set of labels and scores."""
+    keys: dict[str, set[str]] = {}
+    for alpha, beta in itertools.product((0, 0.5, 1), repeat=2):
+        for name, step in plan(resolved(smoke(f"partition.alpha={alpha}", f"partition.beta={beta}"))).items():
+            keys.setdefault(name, set()).add(step.key)
+    counts = {name: len(found) for name, found in keys.items()}
+    assert counts == {
+        "classify:train": 1,
+        "classify:demo": 1,
+        "score": 1,
+        "partition:sft": 3,
+        "partition:rl": 3,
+        "sft": 3,
+        "rl": 9,
+        "eval:base@demo": 1,
+        "eval:init@demo": 1,
+        "eval:sft@demo": 3,
+        "eval:rl@demo": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "unchanged"),
+    [
+        ("partition.beta=0.5", {"partition:sft", "sft", "eval:sft@demo"}),
+        ("rl.sandbox.seconds=9", {"rl", "eval:rl@demo"}),
+        ("eval.sandbox.seconds=9", {"eval:base@demo", "eval:rl@demo"}),
+        ("sft.lr=0.5", {"classify:demo", "classify:train", "score", "partition:rl"}),
+    ],
+)
+def test_a_setting_changes_the_keys_of_what_reads_it_alone(smoke, change, unchanged):
+    one, two = (plan(resolved(smoke(*more))) for more in ((), (change,)))
+    assert all(one[name].key == two[name].key for name in unchanged)
+
+
+def test_the_sandbox_counts_where_code_is_run(smoke):
+    benchmark = "eval.benchmarks={humaneval: {path: x.jsonl}}"
+    reward = "rl.rewards={code_tests: 1}"
+    one, two = (
+        plan(resolved(smoke(benchmark, reward, *more))) for more in ((), ("eval.sandbox.seconds=9", "rl.sandbox.seconds=9"))
+    )
+    assert one["eval:base@humaneval"].key != two["eval:base@humaneval"].key
+    assert one["rl"].key != two["rl"].key
+    assert one["sft"].key == two["sft"].key
+
+
+def test_the_type_of_a_voter_counts_and_that_of_the_machine_does_not(smoke, monkeypatch):
+    def keys(*more):
+        return plan(resolved(smoke(*more)))["classify:train"].key
+
+    auto = keys("model.dtype=auto")
+    monkeypatch.setattr("stages.models.dtype.native_bfloat16", lambda: False)
+    assert keys("model.dtype=auto") == auto
+    assert len({auto, keys("model.dtype=float32"), keys("model.dtype=bfloat16")}) == 3
+
+
+def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
+    config = resolved(smoke("eval.targets=[sft]"))
+    steps = plan(config)
+    assert "rl" in steps
+    assert set(asked_for(steps, None)) == {
+        "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
+    }  # fmt: skip
+    todo = {task.stage: task.variants for task in tasks(config, steps, None, None)}
+    assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
+    assert set(asked_for(steps, "rl")) == {
+        "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
+    }  # fmt: skip
+
+
+def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):
+    small = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base]", "score.examples=4")
+    make_steps(smoke(*small), "classify", "eval")
+    monkeypatch.setattr("stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded"))
+    made = make_steps(smoke(*small, "run=another"), "classify", "eval")
+    assert all(now for _, now in made.values())
+
+
+def test_a_voter_of_its_own_model_is_asked_in_the_revision_it_names(smoke):
+    found = smoke("classify.voters=[{model: a/b, revision: abc}, {persona: judge}]")
+    own, trained = (voter.asks(found.model) for voter in found.classify.voters)
+    assert own == ModelSection(name="a/b", revision="abc")
+    assert trained.name == found.model.name
