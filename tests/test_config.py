@@ -107,6 +107,17 @@ def test_names_that_a_benchmark_cannot_have(tmp_path, name):
     assert message(path) == f"eval.benchmarks: {name!r} cannot be the name of a benchmark"
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_init_that_would_break_the_base_needs_compensation(tmp_path, init):
+    path = written(tmp_path, f"model: {{name: x}}\nlora: {{init: {init}}}\n")
+    assert message(path, "lora.compensate=false") == (
+        f"lora: init {init} without compensation adds B₀A₀ to the base and starts from a broken model; "
+        "use compensate: auto or true"
+    )
+    assert load(path, ["lora.compensate=true"]).lora.compensated
+    assert not load(path, ["lora.init=orthogonal", "lora.compensate=false"]).lora.compensated
+
+
 def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     path = written(tmp_path, "model: {name: x}\npartition: {thta: 0.9}\nsft: {lr: fast}\nscore: {scorer: taylr}\n")
     text = message(path)

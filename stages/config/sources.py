@@ -66,6 +66,16 @@ class LoraSection(Section):
             raise ValueError(f"init orthogonal needs an even r, got {self.r}")
         return self
 
+    @model_validator(mode="after")
+    def _starts_as_the_base(self) -> "LoraSection":
+        # PEFT takes their B₀A₀ out of the base weight, which here never changes; that of orthogonal is 0.
+        if self.init in ("pissa", "olora") and not self.compensated:
+            raise ValueError(
+                f"init {self.init} without compensation adds B₀A₀ to the base and starts from a broken model; "
+                "use compensate: auto or true"
+            )
+        return self
+
     @property
     def compensated(self) -> bool:
         return self.init in ("pissa", "olora", "orthogonal") if self.compensate == "auto" else self.compensate

@@ -24,8 +24,10 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("compensate", ["auto", True, False])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(
+    ("init", "compensate"),
+    [*((i, how) for i in INITS for how in ("auto", True)), *((i, False) for i in ("normal", "default", "orthogonal"))],
+)
 def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
     lora = LoraSection(r=4, alpha=8, init=init, compensate=compensate, rslora=rslora)
     model = adapter.initial(base(tiny), lora, 0)
