@@ -108,6 +108,20 @@ def test_a_file_of_own_rewards(file):
     assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
 
 
+def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
+    """Found without running the file."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "raise SystemExit\n"
+        "def mine(completions, sandbox, **_): ...\n"
+        "def optional(completions, *, sandbox=None): ...\n"
+        "def code_tests(completions, **given): ...\n"
+    )
+    named = ("mine", "optional", "code_tests", "correctness", "trl.think_format_reward")
+    assert [reward_functions.needs_sandbox(name, str(path)) for name in named] == [True, True, False, False, False]
+    assert reward_functions.needs_sandbox("code_tests", None)
+
+
 def test_a_raising_reward_stops_with_its_name_and_sample(file):
     reward = reward_functions.checked("broken", reward_functions.load("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
