@@ -19,7 +19,7 @@ from stages.lora.optimizers import LoraPlus
 from stages.lora.resume import ExactRollouts
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.records import Example, of_system, read_labels
+from stages.records import Example, of_system, problems, read_labels
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(
     labels = read_labels(job.labels)
     examples = of_system(labels, 2) if rl.data == "system2" else [row.example for row in labels]
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
-    rows, tokens, dropped = _rows(examples, renderer, rl, functions)
+    rows, tokens, known, long = _rows(examples, renderer, rl, functions)
     start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)
     steps = training.steps_of(len(rows) // rl.prompts_per_step, rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
@@ -62,7 +62,7 @@ def run(
         rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then takes the model without adapter
-    names = row_ids(lambda: {tuple(renderer.prompt_ids(e.prompt)): e.id for e in examples}, "prompt_ids", "prompt_mask")
+    names = row_ids(lambda: known, "prompt_ids", "prompt_mask")
     trainer.vitals = Vitals(names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}")
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(Watch(job.progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
@@ -72,7 +72,7 @@ def run(
     quarter = max(1, len(earned) // 4)
     return {
         "prompts": len(rows),
-        "dropped_prompts": dropped,
+        "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": long,
         "prompt": renderer.digest(),
         "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
         "reward_first_quarter": sum(earned[:quarter]) / quarter,
@@ -83,8 +83,11 @@ def run(
 
 def _rows(
     examples: list[Example], renderer: Renderer, rl: RlSection, functions: dict[str, Callable[..., Any]]
-) -> tuple[Dataset, dict[str, list[int]], int]:
-    """TRL's rows: the rendered prompt and the columns that rewards read; the token ids of each prompt; how many were too long."""
+) -> tuple[Dataset, dict[str, list[int]], dict[tuple[int, ...], str], int]:
+    """TRL's rows: the rendered prompt and the columns that rewards read.
+
+    With them the token ids of each prompt, the row id for each of these, and how many prompts were too long.
+    """
     from datasets import Dataset
 
     style = renderer.section.answer_format
@@ -96,18 +99,39 @@ def _rows(
     reward_functions.require(needed, rows)
     for row in rows:
         row["prompt"] = renderer.prompt(row["question"])
-    ids = {row["prompt"]: renderer.ids(row["prompt"]) for row in rows}
-    kept = [row for row in rows if len(ids[row["prompt"]]) <= rl.max_prompt]
-    dropped = len(rows) - len(kept)
-    if dropped:
-        log.warning("%d of %d prompts are longer than rl.max_prompt %d", dropped, len(rows), rl.max_prompt)
+    tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in rows}
+    kept, long = _fitting(rows, tokens, rl)
+    known = {tuple(tokens[row["prompt"]]): row["id"] for row in kept}
+    read = {"prompt", "question", *(column for columns in needed.values() for column in columns)}
+    return Dataset.from_list([{name: row[name] for name in read} for row in kept]), tokens, known, long
+
+
+def _fitting(
+    rows: list[dict[str, Any]],
+    tokens: dict[str, list[int]],
+    rl: RlSection,
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows to train on, and how many were too long: dropped or, in `tokens`, cut (`rl.too_long`)."""
+    kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt]
+    long = len(rows) - len(kept)
+    if long and rl.too_long == "error":
+        lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
+        raise problems(
+            f"longer than rl.max_prompt {rl.max_prompt}",
+            [f"{name} has {length} tokens" for name, length in lengths.items() if length > rl.max_prompt],
+            "raise it, or --set rl.too_long=drop (or truncate_left)",
+        )
+    if long:
+        log.warning("%d of %d prompts are longer than rl.max_prompt %d", long, len(rows), rl.max_prompt)
+    if rl.too_long == "truncate_left":
+        kept = rows
+        tokens.update({prompt: ids[-rl.max_prompt :] for prompt, ids in tokens.items()})
     if len(kept) < rl.prompts_per_step:
         raise DataError(
-            f"{len(kept)} RL prompts ({dropped} too long) are fewer than rl.prompts_per_step {rl.prompts_per_step}",
+            f"{len(kept)} RL prompts ({long} too long) are fewer than rl.prompts_per_step {rl.prompts_per_step}",
             "lower it, raise rl.max_prompt, or bring more System 2 rows",
         )
-    read = {"prompt", "question", *(column for columns in needed.values() for column in columns)}
-    return Dataset.from_list([{name: row[name] for name in read} for row in kept]), ids, dropped
+    return kept, long
 
 
 def _checked(
@@ -135,7 +159,7 @@ def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, s
         max_completion_length=rl.max_completion,
         temperature=rl.temperature,
         top_p=rl.top_p,
-        top_k=0,
+        top_k=rl.top_k,
         beta=rl.kl_beta,
         loss_type=rl.loss,
         scale_rewards=rl.scale_rewards,
@@ -180,7 +204,7 @@ def _trainer(  # type: ignore[no-untyped-def]
             made = continuations(copy.model, renderer.tokenizer, prompt_ids, sampling)
             return [answer.ids for answer in made], None
 
-    sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p)
+    sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
     return Trainer(
         model=peft_model,
         reward_funcs=functions,

@@ -111,7 +111,7 @@ def test_names_that_a_benchmark_cannot_have(tmp_path, name):
 def test_an_init_that_would_break_the_base_needs_compensation(tmp_path, init):
     path = written(tmp_path, f"model: {{name: x}}\nlora: {{init: {init}}}\n")
     assert message(path, "lora.compensate=false") == (
-        f"lora: init {init} without compensation adds B₀A₀ to the base and starts from a broken model; "
+        f"lora: init {init} without compensation adds B₀A₀ to the base, a broken model to start from; "
         "use compensate: auto or true"
     )
     assert load(path, ["lora.compensate=true"]).lora.compensated

@@ -66,8 +66,8 @@ def by_prompt(examples: list[Example], section: BenchmarkSection, renderer: Rend
         if len(rows) < section.shots:
             raise DataError(f"{section.shots_path or section.path} has {len(rows)} rows for {section.shots} shots")
         shots = [(row.prompt, rewrite(row.response, row.gold, renderer.section.answer_format)) for row in rows]
-    # A completion goes on with a question of its own where a chat would end.
-    stop = () if renderer.section.template == "chat" else ("\nQuestion:",)
+    # A completion in this form goes on with a question of its own where the others end.
+    stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
     return [Asked(renderer.prompt(e.prompt, shots), renderer.prompt_ids(e.prompt, shots), stop) for e in examples]
 
 

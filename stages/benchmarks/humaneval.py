@@ -1,6 +1,6 @@
 """HumanEval: 164 Python functions with unit tests (Chen et al. 2021, arXiv 2107.03374); programs run in a sandbox only.
 
-prompt.template plain asks for a completion of the function; chat asks for the whole function in a code block. The strict
+prompt.template chat asks for the whole function in a code block, any other for its completion. The strict
 verdict takes results of built-in types only; the flexible one is the benchmark's own, program and tests in one process, which
 believes an object that claims to equal everything.
 """

@@ -43,8 +43,16 @@ class DataSection(SourceSection):
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none leaves it to the chat template.")
-    template: Literal["chat", "plain"] = setting("chat", "The tokenizer's chat template, or `Question: … Answer:`.")
+    template: Literal["chat", "plain", "bare"] = setting(
+        "chat", "The tokenizer's chat template; `Question: … Answer:`; or the question and EOS alone."
+    )
     answer_format: Literal["hash", "xml"] = setting("hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>.")
+
+    @model_validator(mode="after")
+    def _bare(self) -> "PromptSection":
+        if self.system and self.template == "bare":
+            raise ValueError("template bare has no system message; leave out system, or choose chat or plain")
+        return self
 
 
 class LoraSection(Section):
@@ -71,7 +79,7 @@ class LoraSection(Section):
         # PEFT takes their B₀A₀ out of the base weight, which here never changes; that of orthogonal is 0.
         if self.init in ("pissa", "olora") and not self.compensated:
             raise ValueError(
-                f"init {self.init} without compensation adds B₀A₀ to the base and starts from a broken model; "
+                f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "
                 "use compensate: auto or true"
             )
         return self

@@ -128,7 +128,11 @@ class RlSection(TrainSection):
     iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
-    max_prompt: int = setting(128, "Longest prompt in tokens; longer ones are dropped and counted.", gt=0)
+    top_k: int = setting(0, "Sample among the K likeliest tokens only; 0: among all.", ge=0)
+    max_prompt: int = setting(128, "Longest prompt in tokens.", gt=0)
+    too_long: Literal["error", "drop", "truncate_left"] = setting(
+        "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt tokens."
+    )
     max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
     kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
     kl_reference: Literal["base", "sft"] = setting("base", "Model the KL term holds on to.")

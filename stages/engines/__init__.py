@@ -87,6 +87,8 @@ class Sampling:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    top_k: int = 0
+    """0 is all tokens."""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ class Client:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,  # left out, vLLM takes that of the model's generation_config
             "seed": question.seed,
             "stop": list(question.stop) or None,
             "stop_token_ids": list(sampling.stop_ids),

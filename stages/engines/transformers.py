@@ -178,7 +178,8 @@ def continuations(
         ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
-        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        how = {"do_sample": True, **drawn}
     if stops:
         how["stopping_criteria"] = [_AtText(tokenizer, stops, width)]
     written = model.generate(

@@ -78,9 +78,16 @@ class Renderer:
         return [*system, *turns, {"role": "user", "content": question}]
 
     def prompt(self, question: str, shots: Shots = ()) -> str:
-        """The text a model continues, after worked examples (question, answer) if there are any."""
+        """The text a model continues, after worked examples (question, answer) if there are any.
+
+        template bare is the form of the reference script of arXiv 2507.20999: the question and EOS, then the
+        answer and EOS. Our scoring rows have that last EOS too, the script's do not. Worked examples stand
+        before the question in the same form.
+        """
         if self.section.template == "chat":
             return chat(self.tokenizer, self._messages(question, shots))
+        if self.section.template == "bare":
+            return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
         system = f"{self.section.system}\n\n" if self.section.system else ""
         worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
         return f"{system}{worked}Question: {question}\nAnswer:\n"
@@ -89,7 +96,7 @@ class Renderer:
         return self.ids(self.prompt(question, shots))
 
     def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
-        """Text and token ids of a benchmark's own prompt: `head`, the shots and `last` as they are, or as turns of a chat."""
+        """Text and token ids of a benchmark's own prompt: `head`, shots and `last` as they are, or as a chat."""
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
@@ -100,9 +107,13 @@ class Renderer:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a rendered prompt."""
-        # A chat template writes BOS itself; a plain prompt gets whatever the tokenizer adds in front.
-        ids = self.tokenizer(prompt, add_special_tokens=self.section.template == "plain")["input_ids"]
-        return list(ids[:-1] if self.section.template == "plain" and ids[-1] == self.tokenizer.eos_token_id else ids)
+        # A chat template writes BOS itself; other prompts get what the tokenizer adds in front, not behind.
+        if self.section.template == "chat":
+            return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        while ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
 
     def row(self, example: Example) -> Row:
         """Prompt and reference response, rewritten into the answer format and closed."""
@@ -137,7 +148,7 @@ class Renderer:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _end(self) -> str:
-        if self.section.template == "plain":
+        if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
         turns = [*self._messages("?"), {"role": "assistant", "content": "@@"}]
         tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]

@@ -8,7 +8,7 @@ import pytest
 from mock_server import Mock, probability, serve
 
 from stages.config import ServerSection
-from stages.engines import Ballot, Choice, Failure, transport
+from stages.engines import Ballot, Choice, Failure, Question, Sampling, transport
 from stages.engines.openai import Client, word_of
 from stages.errors import ConfigError, ServerError
 
@@ -55,6 +55,17 @@ def test_it_learns_how_many_tokens_it_needs():
     assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
     assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
     assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
+
+
+@pytest.mark.parametrize(("top_k", "asked"), [(0, -1), (50, 50)])
+def test_top_k_is_always_said(top_k, asked):
+    """vLLM would take the one of the model's generation_config."""
+    bodies = []
+    answer = ("body", {"choices": [{"token_ids": [5], "finish_reason": "stop"}]})
+    with serve(Mock(lambda n, path, body: bodies.append(body) or answer)) as mock:
+        client = Client((mock.url,), None, "", QUICK)
+        list(client.generate([Question([1])], Sampling(4, (), 1.0, top_k=top_k)))
+    assert [body["top_k"] for body in bodies] == [asked]
 
 
 def test_a_server_that_cannot_constrain_is_read():

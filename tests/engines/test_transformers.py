@@ -68,6 +68,12 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
     assert text in engine.tokenizer.decode(stopped[1].ids)
 
 
+def test_the_likeliest_of_one_token_is_greedy(engine):
+    questions = [Question([40 + i, 9, 60 + i]) for i in range(4)]
+    hot = dict(engine.generate(questions, Sampling(8, (), temperature=5.0, top_k=1)))
+    assert hot == dict(engine.generate(questions, Sampling(8, ())))
+
+
 def test_a_thought_comes_before_the_choice(engine):
     """The choice is that after prompt, thought and its end; the same thought gives the same choice."""
     ids = [40, 9, 60, 70]

@@ -1,6 +1,8 @@
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from stages.config import DataSection, ModelSection, PromptSection
+from stages.benchmarks.grading import by_prompt
+from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
 from stages.language.prompts import IGNORED, Renderer
 from stages.models.tokenizer import load_tokenizer
@@ -27,6 +29,34 @@ def test_plain_row(tokenizer):
     row = Renderer(tokenizer, PromptSection(template="plain", answer_format="xml")).row(EXAMPLE)
     assert tokenizer.decode(row.input_ids).startswith("Question: 2 + 2?\nAnswer:\n<reasoning>\nIt is 4.\n</reasoning>")
     assert row.input_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("added", ["$A", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
+def test_bare_row(tokenizer, added):
+    """The question, one EOS, the answer, one EOS, whatever the tokenizer adds; BOS only where it adds one."""
+    used = [mark for mark in ("<|im_start|>", "<|im_end|>") if mark in added]
+    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in used]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=marks)
+    renderer = Renderer(tokenizer, PromptSection(template="bare"))
+    row = renderer.row(EXAMPLE)
+    bos = "<|im_start|>" if marks else ""
+    assert tokenizer.decode(row.input_ids) == f"{bos}2 + 2?<|im_end|>It is 4.\n#### 4<|im_end|>"
+    assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
+    assert renderer.stop_ids == [tokenizer.eos_token_id]
+    assert renderer.prompt("b", [("a", "1")]) == "a<|im_end|>1<|im_end|>b<|im_end|>"
+    assert tokenizer.decode(renderer.few_shot("", [], "def f():")[1]) == f"{bos}def f():"
+
+
+@pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])
+def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
+    renderer = Renderer(tokenizer, PromptSection(template=template))
+    (asked,) = by_prompt([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
+    assert (asked.stop, asked.ids) == (stop, renderer.prompt_ids("2 + 2?"))
+
+
+def test_bare_has_no_system_message():
+    with pytest.raises(ValueError, match="template bare has no system message"):
+        PromptSection(template="bare", system="Be brief.")
 
 
 def test_no_chat_template(tokenizer):

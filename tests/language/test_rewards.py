@@ -117,8 +117,9 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
         "def optional(completions, *, sandbox=None): ...\n"
         "def code_tests(completions, **given): ...\n"
     )
-    named = ("mine", "optional", "code_tests", "correctness", "trl.think_format_reward")
-    assert [reward_functions.needs_sandbox(name, str(path)) for name in named] == [True, True, False, False, False]
+    wanted = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
+    for name, needed in {**wanted, "trl.think_format_reward": False}.items():
+        assert reward_functions.needs_sandbox(name, str(path)) is needed
     assert reward_functions.needs_sandbox("code_tests", None)
 
 

@@ -1,5 +1,7 @@
 """One adapter for every init: plain PEFT on the plain base model gives the same logits, and the base is never changed."""
 
+from itertools import product
+
 import pytest
 import torch
 from peft import PeftModel
@@ -26,7 +28,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(
     ("init", "compensate"),
-    [*((i, how) for i in INITS for how in ("auto", True)), *((i, False) for i in ("normal", "default", "orthogonal"))],
+    [*product(INITS, ("auto", True)), *product(("normal", "default", "orthogonal"), (False,))],
 )
 def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
     lora = LoraSection(r=4, alpha=8, init=init, compensate=compensate, rslora=rslora)

@@ -4,6 +4,13 @@ import json
 
 import pytest
 from conftest import make_step
+from trl import GRPOTrainer
+
+from stages.engines.transformers import continuations
+from stages.errors import DataError, MeaninglessError
+from stages.language.prompts import Renderer
+from stages.models.tokenizer import load_tokenizer
+from stages.records import read_labels
 
 
 @pytest.fixture
@@ -12,16 +19,61 @@ def ready(begun):
     return lambda *more: begun("rl.start_from=init", "rl.max_steps=1", *more)
 
 
-def test_a_person_s_reward_gets_the_sandbox(ready, tmp_path):
+@pytest.fixture
+def odd(tmp_path):
+    """Settings of rewards that differ between any two completions."""
     path = tmp_path / "mine.py"
     path.write_text(
-        "def mine(completions, sandbox, **_):\n"
+        "def odd(completions, sandbox, **_):\n"
         "    assert sandbox.name == 'unsafe-no-sandbox'\n"
-        "    return [float(sum(map(ord, text)) % 7) for text in completions]\n"
-        "def other(completions, **given):\n"
+        "    return [float(sum(map(ord, text)) % 97) for text in completions]\n"
+        "def given(completions, **given):\n"
         "    return [float('sandbox' in given)] * len(completions)\n"
     )
-    rewards = [f"rl.rewards_file={path}", "rl.rewards={mine: 1, other: 1}"]
-    made = make_step(ready(*rewards, "rl.sandbox.backend=unsafe-no-sandbox"), "rl")
+    unsafe = "rl.sandbox.backend=unsafe-no-sandbox"
+    return [f"rl.rewards_file={path}", "rl.rewards={odd: 1, given: 1}", unsafe]
+
+
+def test_a_person_s_reward_gets_the_sandbox(ready, odd):
+    made = make_step(ready(*odd), "rl")
     (step,) = json.loads((made.path / "history.json").read_text())
-    assert step["rewards/mine/std"] > 0 and step["rewards/other/mean"] == 0
+    assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 0
+
+
+def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, monkeypatch):
+    """First the longest are a token too long, then all are. An error names the rows of cut prompts too."""
+    renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
+    labels = read_labels(next((ready().root / "classify").glob("latest-train/labels.jsonl")))
+    ids = {row.example.id: renderer.prompt_ids(row.example.prompt) for row in labels if row.system == 2}
+    most = max(map(len, ids.values())) - 1
+    long = [name for name, found in ids.items() if len(found) > most]
+    limit = f"rl.max_prompt={most}"
+    with pytest.raises(DataError, match=f"longer than rl.max_prompt {most}: {long[0]} has {most + 1} tokens"):
+        make_step(ready(limit, "rl.too_long=error"), "rl")
+    summary = make_step(ready(limit), "rl").manifest["summary"]
+    assert (summary["prompts"], summary["dropped_prompts"]) == (len(ids) - len(long), len(long))
+
+    seen, usual = [], GRPOTrainer.compute_loss
+
+    def watched(model, tokenizer, prompts, sampling):
+        seen.extend(prompts)
+        return continuations(model, tokenizer, prompts, sampling)
+
+    monkeypatch.setattr("stages.engines.transformers.continuations", watched)
+    endless = float("inf")
+    monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
+    cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left")
+    with pytest.raises(MeaninglessError, match=r"loss is inf in step 1, rows \w+") as caught:
+        make_step(cut, "rl")
+    assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
+    assert set(str(caught.value).partition("rows ")[2].split(", ")) <= set(ids)
+    monkeypatch.undo()
+    summary = make_step(cut, "rl").manifest["summary"]
+    assert (summary["prompts"], summary["cut_prompts"]) == (len(ids), len(ids))
+
+
+def test_top_k_reaches_the_sampling(ready, odd):
+    """With the likeliest token alone the completions of a group are equal, and so are their rewards."""
+    for top_k, equal_steps in ((0, 0), (1, 1)):
+        summary = make_step(ready(*odd, f"rl.top_k={top_k}"), "rl").manifest["summary"]
+        assert summary["equal_reward_steps"] == equal_steps
