@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_paper_configs_pin_every_value(path):
         assert not unpinned, f"{section}: {unpinned}"
 
 
+PRESETS = sorted((ROOT / "configs/paper").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_paper_configs_pin_every_model_and_data_set_to_a_commit(path):
+    config = load(path)
+    pinned = [config.model, config.data, *config.eval.benchmarks.values()]
+    pinned += config.classify.voters if config.classify.strategy == "vote" else []
+    assert all(re.fullmatch("[0-9a-f]{40}", source.revision) for source in pinned)
+
+
 def test_a_config_over_another(tmp_path):
     """Sections merge, lists are replaced, the file's own settings win, and `--set` over both."""
     (tmp_path / "sub").mkdir()
@@ -72,6 +84,7 @@ def test_table1_has_a_config_for_every_row():
         ("{engine: openai}", "classify.voters.0: engine openai needs base_url"),
         ("{engine: vllm, model: m, base_url: 'http://a/v1'}", "classify.voters.0: base_url is for engine openai, not vllm"),
         ("{samples: 3}", "classify.voters.0: 3 samples of a greedy voter are all the same; set temperature"),
+        ("{revision: v1}", "classify.voters.0: revision v1 needs model, and goes with no base_url"),
         ("{person: judge}", "unknown setting classify.voters.0.person (did you mean classify.voters.0.persona?)"),
     ],
 )

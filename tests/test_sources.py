@@ -2,11 +2,15 @@ import gzip
 import json
 
 import pytest
+from conftest import make_step
 
 from stages.config import SourceSection
 from stages.data import rows as data
-from stages.errors import DataError, MissingInputError
+from stages.engines import Pool
+from stages.errors import ConfigError, DataError, MissingInputError
+from stages.pipeline.identity import of_voters
 from stages.records import read_jsonl
+from stages.store.digests import DigestCache
 
 
 def written(tmp_path, *rows, name="data.jsonl"):
@@ -79,6 +83,23 @@ def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
         data.read(SourceSection(path=str(path)))
     text = refused(tmp_path, '{"question": "\\ud83d", "answer": "A"}')
     assert text == "bad row: /data.jsonl:1: field question has half of a surrogate pair"
+
+
+def test_a_voter_is_the_commit_that_it_names(smoke, monkeypatch):
+    """In its journal's name, and in what is loaded."""
+    commit = "0123456789" * 4
+    voter = f"{{model: org/judge, revision: {commit}, engine: transformers, persona: steps}}"
+    config = smoke(f"classify.voters=[{voter}]")
+    cache = DigestCache(config.root / "digests.json")
+    assert of_voters(config, cache)["voters"] == [commit]
+
+    def seen(pool, served, *_):
+        raise ConfigError(f"{served.model.name} at {served.model.revision}")
+
+    monkeypatch.setattr("stages.classify.resolve", lambda model: "float32")
+    monkeypatch.setattr(Pool, "get", seen)
+    with pytest.raises(ConfigError, match=f"org/judge at {commit}"):
+        make_step(config, "classify:train")
 
 
 def test_duplicates(tmp_path):

@@ -65,6 +65,8 @@ class Voter(Section):
             raise ValueError(f"base_url is for engine openai, not {self.engine}")
         if self.base_url and not self.model:
             raise ValueError("base_url needs model, the name it is served under")
+        if self.revision != "main" and (self.base_url or not self.model):
+            raise ValueError(f"revision {self.revision} needs model, and goes with no base_url")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} samples of a greedy voter are all the same; set temperature")
         return self
