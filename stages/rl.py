@@ -161,6 +161,7 @@ def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, s
         top_p=rl.top_p,
         top_k=rl.top_k,
         beta=rl.kl_beta,
+        use_bias_correction_kl=rl.kl_bias_correction,
         loss_type=rl.loss,
         scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),

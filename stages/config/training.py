@@ -136,6 +136,9 @@ class RlSection(TrainSection):
     max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
     kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
     kl_reference: Literal["base", "sft"] = setting("base", "Model the KL term holds on to.")
+    kl_bias_correction: bool = setting(
+        False, "Multiply the KL term by the importance ratio (DeepSeek-V3.2); GRPO's own term has none."
+    )
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "Divide advantages by a standard deviation.")
     rewards: dict[str, float] = setting(

@@ -165,6 +165,7 @@ STAGES = {
             needs=_trains("rl", other="sft"),
             sections=_rl_sections,
             outside=_rl_outside,
+            version=2,
         ),
         Stage(
             name="eval",

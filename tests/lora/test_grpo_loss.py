@@ -1,0 +1,90 @@
+"""GRPO's objective, in float64 and by hand, against the gradient that the trainer takes."""
+
+import pytest
+import torch
+from conftest import make_step
+from torch import Tensor
+
+from stages.lora import adapter, training
+from stages.models.base import load_base
+
+BETA = 0.04
+
+
+class Built(Exception):
+    """Carries what the stage was about to train."""
+
+
+def trainer_of(config, monkeypatch):
+    """The trainer and its packed model, and how both began, as `rl` makes them."""
+
+    def stop(trainer, model, start, *_):
+        start.put_back(model)
+        training.pack(model, start.active)
+        raise Built(trainer, model, start)
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(Built) as caught:
+        make_step(config, "rl")
+    return caught.value.args
+
+
+def completions_of(base) -> dict[str, Tensor]:
+    """Four completions of unequal length, their advantages, and what the base model gives their tokens."""
+    prompts, completions = torch.randint(3, 200, (4, 6)), torch.randint(3, 200, (4, 8))
+    lengths = torch.tensor([8, 5, 7, 3])
+    inputs = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": completions,
+        "completion_mask": (torch.arange(8) < lengths[:, None]).long(),
+        "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1]),
+    }
+    with torch.no_grad():
+        return {**inputs, "ref_per_token_logps": log_probs(base, inputs).float()}
+
+
+def log_probs(model, inputs: dict[str, Tensor]) -> Tensor:
+    """(completions, tokens)"""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, inputs["prompt_ids"].shape[1] - 1 : -1]
+    return logits.log_softmax(-1).gather(2, inputs["completion_ids"][:, :, None]).squeeze(2)
+
+
+def objective(model, inputs: dict[str, Tensor]) -> Tensor:
+    """Equations 3 and 4 of DeepSeekMath (arXiv 2402.03300) in the first pass over a batch, where no ratio is clipped."""
+    policy, mask = log_probs(model, inputs), inputs["completion_mask"]
+    ratio = torch.exp(policy - policy.detach())
+    gap = inputs["ref_per_token_logps"] - policy
+    losses = BETA * (gap.exp() - gap - 1) - ratio * inputs["advantages"][:, None]
+    return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+
+def gradient(model, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().double() for _, p in sorted(adapter.trained(model).items())])
+
+
+def test_the_kl_term_is_grpo_s(begun, monkeypatch):
+    """TRL's correction changes the gradient and not the loss: where it is on, the oracle must see it."""
+    config = begun(f"rl.kl_beta={BETA}", "rl.loss=grpo", "sft.lr=0.1")
+    make_step(config, "sft")
+    trainer, model, start = trainer_of(config, monkeypatch)
+    exact = start.attach(load_base(config.model).double(), config.lora, None, 0.0, 0)
+    training.pack(exact, start.active)
+    exact.double()
+    with exact.disable_adapter():
+        inputs = completions_of(exact)
+    wanted = objective(exact, inputs)
+    oracle = gradient(exact, wanted)
+    trainer.current_gradient_accumulation_steps = 1
+    apart = {}
+    for corrected in (trainer.args.use_bias_correction_kl, True):
+        trainer.args.use_bias_correction_kl = corrected
+        loss = trainer._compute_loss(model, inputs)
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)  # a small difference of terms near 1
+        apart[corrected] = float((gradient(model, loss) - oracle).norm() / oracle.norm())
+    assert apart.keys() == {False, True}, "the correction is on by default"
+    assert apart[False] < 1e-5 and apart[True] > 1e-3
