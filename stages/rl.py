@@ -32,6 +32,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PINNED: dict[str, Any] = {
+    "remove_unused_columns": False,  # rewards read them
+    "shuffle_dataset": True,
+    "disable_dropout": False,
+    "cast_lm_head_to_fp32": False,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "cache_implementation": None,
+    "use_transformers_continuous_batching": False,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "importance_sampling_level": "token",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "mask_truncated_completions": False,
+    "off_policy_mask_threshold": None,
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "sync_ref_model": False,
+}
+"""What GRPOTrainer takes beside our settings and a number may depend on, as in `training.PINNED`."""
+
 
 def run(
     job: Job,
@@ -149,11 +172,13 @@ def _checked(
 def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]) -> GRPOConfig:
     from trl import GRPOConfig
 
-    samples = rl.prompts_per_step * rl.group
+    accumulation = training.accumulation(rl.prompts_per_step * rl.group, rl.micro_batch)
     return GRPOConfig(
         **training.arguments(rl, steps, seed, checkpoints, rl.iterations),
+        **PINNED,
         per_device_train_batch_size=rl.micro_batch,
-        gradient_accumulation_steps=training.accumulation(samples, rl.micro_batch),
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=accumulation,
         num_generations=rl.group,
         num_iterations=rl.iterations,
         max_completion_length=rl.max_completion,
@@ -165,8 +190,6 @@ def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, s
         loss_type=rl.loss,
         scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),
-        epsilon=0.2,
-        mask_truncated_completions=False,
         **rollouts.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
         log_completions=False,
     )

@@ -17,7 +17,23 @@ from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, of_system, read_labels
 
 if TYPE_CHECKING:
+    from trl import SFTConfig
+
     from stages.pipeline.job import Job
+
+PINNED: dict[str, Any] = {
+    "remove_unused_columns": True,
+    "shuffle_dataset": False,
+    "loss_type": "nll",
+    "completion_only_loss": None,  # the labels say it
+    "assistant_only_loss": False,
+    "max_length": None,  # rows are cut, dropped or refused by the renderer
+    "packing": False,
+    "padding_free": False,
+    "dataset_kwargs": None,
+    "eos_token": None,
+}
+"""What SFTTrainer takes beside our settings and a number may depend on, as in `training.PINNED`."""
 
 
 def run(
@@ -32,7 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT, loads on the plain base model) and `history.json`; returns what was trained."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     class Trainer(Healthy, ExactResume, LoraPlus, SFTTrainer):
         ratio = sft.loraplus_ratio
@@ -50,14 +66,7 @@ def run(
     peft_model = start.attach(load_base(model), lora, baseline, sft.dropout, seed)
     trainer = Trainer(
         model=peft_model,
-        args=SFTConfig(
-            **training.arguments(sft, steps, seed, job.checkpoints),
-            per_device_train_batch_size=sft.micro_batch,
-            gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
-            max_length=None,  # rows are cut, dropped or refused by the renderer
-            packing=False,
-            loss_type="nll",
-        ),
+        args=_arguments(sft, steps, seed, job.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
@@ -66,6 +75,17 @@ def run(
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
+
+
+def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:
+    from trl import SFTConfig
+
+    return SFTConfig(
+        **training.arguments(sft, steps, seed, checkpoints),
+        **PINNED,
+        per_device_train_batch_size=sft.micro_batch,
+        gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
+    )
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:

@@ -76,10 +76,12 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
     longest: tokens of prompt and completion together; stops: the ids that end a completion.
     """
     if rollouts.engine == "transformers":
-        return {"use_vllm": False}
+        return {"use_vllm": False, "generation_kwargs": None}
     return {
         "use_vllm": True,
         "vllm_mode": rollouts.engine.removeprefix("vllm_"),
+        "vllm_model_impl": "vllm",
+        "vllm_structured_outputs_regex": None,
         "vllm_server_base_url": rollouts.base_url,
         "vllm_gpu_memory_utilization": rollouts.gpu_memory,
         "vllm_tensor_parallel_size": rollouts.tensor_parallel,
@@ -87,6 +89,7 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_max_model_length": longest,
         "vllm_importance_sampling_correction": rollouts.correction != "none",
         "vllm_importance_sampling_mode": "sequence_mask" if rollouts.correction == "none" else rollouts.correction,
+        "vllm_importance_sampling_clip_min": None,
         "vllm_importance_sampling_clip_max": rollouts.correction_max,
         "generation_kwargs": {"stop_token_ids": stops},
     }

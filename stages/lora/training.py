@@ -31,9 +31,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PINNED: dict[str, Any] = {
+    "lr_scheduler_kwargs": None,
+    "optim_args": None,
+    "optim_target_modules": None,
+    "adam_epsilon": 1e-8,
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "router_aux_loss_coef": None,
+    "average_tokens_across_devices": True,
+    "bf16": False,
+    "fp16": False,
+    "tf32": None,
+    "torch_compile": False,
+    "use_liger_kernel": False,
+    "auto_find_batch_size": False,
+    "full_determinism": False,
+    "pad_to_multiple_of": None,
+    "train_sampling_strategy": "random",
+    "dataloader_drop_last": False,
+    "dataloader_num_workers": 0,
+    "ignore_data_skip": False,
+    "accelerator_config": {
+        "split_batches": False,
+        "dispatch_batches": None,
+        "even_batches": True,
+        "use_seedable_sampler": True,
+    },
+}
+"""What both trainers take beside our settings and a number may depend on: no default of theirs may move it."""
+
 
 def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1) -> dict[str, Any]:
-    """The arguments of TRL's configs that both trainers take; every one that TRL's own defaults have moved is pinned.
+    """The arguments of TRL's configs that both trainers take.
 
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
     """
@@ -45,7 +75,7 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         )
     # The library's `constant` passes over the warm-up without a word.
     scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
-    return {
+    return PINNED | {
         "output_dir": str(checkpoints.folder),
         "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
@@ -60,7 +90,6 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         "data_seed": seed,
         "gradient_checkpointing": section.gradient_checkpointing,
         "use_cpu": cpu,
-        "bf16": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,

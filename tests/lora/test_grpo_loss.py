@@ -53,7 +53,7 @@ def log_probs(model, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def objective(model, inputs: dict[str, Tensor]) -> Tensor:
-    """Equations 3 and 4 of DeepSeekMath (arXiv 2402.03300) in the first pass over a batch, where no ratio is clipped."""
+    """Equations 3 and 4 of DeepSeekMath (arXiv 2402.03300), first pass over a batch: no ratio is clipped."""
     policy, mask = log_probs(model, inputs), inputs["completion_mask"]
     ratio = torch.exp(policy - policy.detach())
     gap = inputs["ref_per_token_logps"] - policy

@@ -1,0 +1,113 @@
+"""Every default of TRL's configs is set by lorapar or was judged harmless, so none moves without a word.
+
+`trl_defaults.json` has the harmless ones by the reason. With another TRL or transformers, this writes it anew:
+
+    PYTHONPATH=. python tests/lora/test_trl_defaults.py
+
+Known fields keep their reason. New ones come under `NEW`, to be judged: pinned, where a number of the training
+may depend on them, or moved to a reason.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import trl
+
+from stages import rl, sft
+from stages.config import RlSection, SftSection
+from stages.config.training import RolloutsSection
+from stages.store.checkpoints import Checkpoints
+
+REVIEWED = Path(__file__).with_name("trl_defaults.json")
+NEW = "not judged yet"
+
+
+def given() -> dict[str, set[str]]:
+    """The fields that lorapar sets, by config; those of vLLM count where only a vLLM engine sets them."""
+    fields: dict[str, set[str]] = {}
+
+    def keep(name):
+        return lambda **arguments: fields.setdefault(name, set()).update(arguments)
+
+    checkpoints = Checkpoints(Path("run/stage/checkpoints/key"), "")
+    with patch.multiple(trl, **{name: keep(name) for name in ("GRPOConfig", "SFTConfig")}):
+        sft._arguments(SftSection(), 1, 0, checkpoints)
+        rl._arguments(RlSection(), 1, 0, checkpoints, [])
+        alone = set(fields["GRPOConfig"])
+        rl._arguments(RlSection(rollouts=RolloutsSection(engine="vllm_colocate")), 1, 0, checkpoints, [])
+    assert all(name.startswith("vllm_") for name in fields["GRPOConfig"] - alone)
+    return fields
+
+
+def default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def unpinned() -> dict[str, dict[str, Any]]:
+    """Field → default of what lorapar leaves alone, by config."""
+    found = {}
+    for config, names in given().items():
+        fields = [field for field in dataclasses.fields(getattr(trl, config)) if field.init]
+        found[config] = {field.name: default(field) for field in fields if field.name not in names}
+    return found
+
+
+def reviewed() -> dict[str, dict[str, Any]]:
+    return json.loads(REVIEWED.read_text(encoding="utf-8"))
+
+
+def changes(reasons: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs between the defaults that were judged and those found, a sentence each."""
+    known = {name: value for fields in reasons.values() for name, value in fields.items()}
+    present = {name for fields in found.values() for name in fields}
+    said = [f"{name} is gone; strike it out" for name in known if name not in present]
+    for config, fields in found.items():
+        for name, value in fields.items():
+            if name not in known:
+                said.append(f"{config}.{name} = {value!r} is new; pin it, or judge it harmless")
+            elif known[name] != value:
+                change = f"was {known[name]!r} and is {value!r}"
+                said.append(f"{config}.{name} {change}; pin it, or judge it harmless")
+    return said
+
+
+def test_no_default_has_moved_and_none_is_new():
+    moved = changes(reviewed(), unpinned())
+    assert not moved, "\n".join(moved)
+
+
+def test_every_harmless_default_has_one_reason():
+    reasons = reviewed()
+    assert NEW not in reasons
+    names = [name for fields in reasons.values() for name in fields]
+    assert len(names) == len(set(names))
+
+
+def test_each_kind_of_change_is_named():
+    found = {"GRPOConfig": {"a": 1, "b": 2}, "SFTConfig": {"a": 1, "c": 3}}
+    assert changes({"memory": {"a": 1, "b": 2, "c": 3}}, found) == []
+    assert changes({"memory": {"a": 1, "b": 1, "d": 4}}, found) == [
+        "d is gone; strike it out",
+        "GRPOConfig.b was 1 and is 2; pin it, or judge it harmless",
+        "SFTConfig.c = 3 is new; pin it, or judge it harmless",
+    ]
+
+
+def test_what_is_pinned_is_a_field():
+    for config, names in given().items():
+        assert names <= {field.name for field in dataclasses.fields(getattr(trl, config))}
+
+
+def write() -> None:
+    found = {name: value for fields in unpinned().values() for name, value in fields.items()}
+    reasons = reviewed() if REVIEWED.exists() else {}
+    kept = {reason: {n: found.pop(n) for n in fields if n in found} for reason, fields in reasons.items()}
+    kept |= {NEW: found} if found else {}
+    REVIEWED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
