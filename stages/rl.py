@@ -15,7 +15,7 @@ from stages.language.prompts import Renderer
 from stages.lora import packed, rollouts, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.merged import MergedCopy
-from stages.lora.optimizers import LoraPlus
+from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactRollouts
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -211,7 +211,7 @@ def _trainer(  # type: ignore[no-untyped-def]
     """
     from trl import GRPOTrainer
 
-    class Trainer(Healthy, ExactRollouts, LoraPlus, GRPOTrainer):
+    class Trainer(Healthy, ExactRollouts, LoraPlus, WarmUp, GRPOTrainer):
         ratio = rl.loraplus_ratio
 
         def _tokenize_prompts(self, prompts: list[str]):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from stages.config import BaselineSection, DataSection, LoraSection, ModelSectio
 from stages.language.prompts import Renderer
 from stages.lora import training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.optimizers import LoraPlus
+from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from stages.pipeline.job import Job
+    from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
     "remove_unused_columns": True,
@@ -50,7 +51,7 @@ def run(
     from datasets import Dataset
     from trl import SFTTrainer
 
-    class Trainer(Healthy, ExactResume, LoraPlus, SFTTrainer):
+    class Trainer(Healthy, ExactResume, LoraPlus, WarmUp, SFTTrainer):
         ratio = sft.loraplus_ratio
 
         def _load_rng_state(self, checkpoint: str | None) -> None:

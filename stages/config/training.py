@@ -68,7 +68,7 @@ class TrainSection(Section):
     optimizer: Optimizer = setting("adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).")
     loraplus_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
-    warmup: float = setting(0.03, "Share of the steps that warm up.", ge=0, lt=1)
+    warmup: float = setting(0.03, "Share of the steps that warm up; the last of them has the peak rate.", ge=0, lt=1)
     weight_decay: float = setting(0.0, "Weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)

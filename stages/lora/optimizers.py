@@ -1,4 +1,4 @@
-"""Learning rates of A and B apart, by our names: PEFT's own helper takes every packed, one-dimensional parameter for a B."""
+"""Learning rates: of A and B apart, and of the first steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 
 class LoraPlus:
-    """Stands before a Trainer among the bases of a class: B learns `ratio` times as fast as A (LoRA+, arXiv 2402.12354)."""
+    """Stands before a Trainer among the bases of a class: B learns `ratio` times as fast as A.
+
+    LoRA+, arXiv 2402.12354. By our names: PEFT's own helper takes every packed, one-dimensional parameter for a B.
+    """
 
     ratio: float | None = None
     model: Any
@@ -25,3 +28,28 @@ class LoraPlus:
             groups += [{**group, "params": half, "lr": rate} for half, rate in zip(halves, rates, strict=True) if half]
         optimizer.param_groups[:] = groups
         return optimizer
+
+
+class WarmUp:
+    """Stands before a Trainer among the bases of a class: step i of w warm-up steps has i/w of the peak rate.
+
+    The library's schedules have (i - 1)/w there, so that their first step does nothing. All later steps are
+    theirs.
+    """
+
+    args: Any
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if self.lr_scheduler is None:
+            usual = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+            factor = usual.lr_lambdas[0]  # the same for every group
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def of_peak(done: int) -> float:
+                return (done + 1) / warmup if done < warmup else factor(done)
+
+            self.lr_scheduler = LambdaLR(usual.optimizer, of_peak)
+        return self.lr_scheduler

@@ -80,7 +80,7 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": min(math.ceil(section.warmup * steps), steps - 1),  # the first warm-up step has a rate of 0
+        "warmup_steps": math.ceil(section.warmup * steps),
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,

@@ -158,6 +158,7 @@ STAGES = {
             needs=_trains("sft", other="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             outside=_model,
+            version=2,
         ),
         Stage(
             name="rl",

@@ -17,9 +17,12 @@ from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file
 
 STEPS = 12
-# 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay.
-SFT = ["sft.max_steps=12", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1"]
-RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1"]
+# 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay; six steps warm up.
+SFT = [
+    "sft.max_steps=12", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1",
+    "sft.warmup=0.5",
+]  # fmt: skip
+RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1", "rl.warmup=0.5"]
 
 
 @pytest.fixture(scope="module", autouse=True)

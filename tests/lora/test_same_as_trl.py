@@ -23,7 +23,9 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     from stages.language.prompts import Renderer
     from stages.records import of_system, read_labels
 
-    config = begun("partition.strategy=all", "sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.dropout=0.1")
+    # No warm-up: there lorapar's rates are not the library's, as test_training says.
+    settings = ["sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.dropout=0.1", "sft.warmup=0"]
+    config = begun("partition.strategy=all", *settings)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
     folder = {name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()}
@@ -42,7 +44,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
         gradient_accumulation_steps=2,
         learning_rate=0.01,
         lr_scheduler_type="cosine",
-        warmup_steps=1,
+        warmup_steps=0,
         weight_decay=0.1,
         max_grad_norm=1.0,
         seed=0,

@@ -1,17 +1,20 @@
 """What SFT and RL can be told: optimizers, learning rates, where to start; and that strategy `all` is plain LoRA."""
 
+import json
 import os
 
 import pytest
 import torch
+import transformers
 from conftest import make_step
 from torch import nn
 
-from stages.config import Config
+from stages import sft
+from stages.config import Config, SftSection
 from stages.errors import ConfigError
 from stages.lora import adapter, training
 from stages.lora.masks import Masks
-from stages.lora.optimizers import LoraPlus
+from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.table import order
@@ -73,6 +76,42 @@ def test_lora_plus_moves_b_further(begun):
 
 
 @pytest.mark.parametrize(
+    ("scheduler", "warmup", "wanted"),
+    [
+        ("linear", 0.25, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("linear", 0.5, [0.25, 0.5, 0.75, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("linear", 0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", 0.5, [0.25, 0.5, 0.75, 1, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
+        ("constant", 0.5, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("constant", 0, [1] * 8),
+        ("linear", 0.99, [i / 8 for i in range(1, 9)]),
+    ],
+)
+def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
+    class Trainer(WarmUp, transformers.Trainer): ...
+
+    section = SftSection(lr=0.3, scheduler=scheduler, warmup=warmup)
+    trainer = Trainer(nn.Linear(2, 2), sft._arguments(section, 8, 0, Checkpoints(tmp_path, "")))
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(trainer.model.parameters(), (0.3, 1.2), strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    made = trainer.create_scheduler(8, optimizer)
+    assert trainer.create_scheduler(8, optimizer) is made is trainer.lr_scheduler
+    rates = []
+    for _ in wanted:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        made.step()
+    assert rates == [pytest.approx([0.3 * share, 1.2 * share]) for share in wanted]
+
+
+def test_the_first_step_of_a_warm_up_trains(begun):
+    config = begun(*SFT, "sft.warmup=0.6", "rl.max_steps=2", "rl.warmup=0.9")
+    for stage in ("sft", "rl"):
+        history = json.loads((make_step(config, stage).path / "history.json").read_text())
+        assert [row["learning_rate"] for row in history][:2] == pytest.approx([0.005, 0.01])
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [("muon", "muon works on whole matrices, and lorapar trains single elements"), ("sgdm", "unknown optimizer 'sgdm'")],
 )
@@ -111,8 +150,6 @@ def test_orthogonal_starts_at_the_base_and_has_importance(begun):
 
 
 def test_history_has_every_step(begun):
-    import json
-
     artifact = make_step(begun(*SFT), "sft")
     history = json.loads((artifact.path / "history.json").read_text())
     assert [row["step"] for row in history] == [1, 2, 3]
