@@ -12,7 +12,7 @@ from stages import team
 from stages.config import BaselineSection, ModelSection
 from stages.config.training import RolloutsSection
 from stages.engines.vllm import ON_CPU
-from stages.errors import ConfigError, ServerError
+from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged
 
 if TYPE_CHECKING:
@@ -104,8 +104,16 @@ def copy_of(
 
 
 def from_base(trainer: Any, adapted: PeftModel) -> None:
-    """Let the trainer's vLLM take its weights from `adapted` without touching them; ConfigError where they are sharded."""
+    """Let the trainer's vLLM take its weights from `adapted` without touching them.
+
+    ConfigError where they are sharded; LoraparError where TRL has no such way in, and would merge into the base.
+    """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError("vLLM rollouts from sharded weights were not tested", "use launch.backend=ddp")
+    if not hasattr(trainer.vllm_generation, "_iter_named_params"):
+        raise LoraparError(
+            "this TRL has no VLLMGeneration._iter_named_params",
+            "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
+        )
     # The library's generator merges into the base and out again: a base in bfloat16 drifts a little at each step.
     trainer.vllm_generation._iter_named_params = lambda: merged.plain(adapted)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.generation import vllm_generation
 
 from stages.config.training import RolloutsSection
-from stages.errors import ConfigError, ServerError
+from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import adapter, merged, rollouts
 from stages.models.base import load_base
 
@@ -141,6 +141,14 @@ def test_the_library_s_own_merging_drifts(begun):
         model.merge_adapter()
         model.unmerge_adapter()
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters() if name in before)
+
+
+def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False, vllm_generation=SimpleNamespace())
+    with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
+        rollouts.from_base(trainer, None)
+    assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
+    assert not vars(trainer.vllm_generation)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):

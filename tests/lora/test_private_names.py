@@ -1,0 +1,106 @@
+"""The private names of others on which lorapar builds are there, with the parameters it gives or takes.
+
+A method that is overridden under a name that has gone is never called, and an attribute that is set under
+one is never read: both without a word. Each table is by owner; parameters are by name and in order.
+"""
+
+import inspect
+import re
+
+import pytest
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import RepeatSampler
+
+from stages.lora.health import Healthy
+from stages.lora.optimizers import LoraPlus, WarmUp
+from stages.lora.packed import PackedLinear
+from stages.lora.resume import ExactResume, ExactRollouts
+
+TRAINER = {
+    "_save_checkpoint": "model trial",
+    "_save": "output_dir state_dict",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
+    "_save_optimizer_and_scheduler": "output_dir",
+    "_load_optimizer_and_scheduler": "checkpoint",
+    "_save_rng_state": "output_dir",
+    "_load_rng_state": "checkpoint",
+    "_clip_grad_norm": "model",
+}
+METHODS = {
+    SFTTrainer: TRAINER | {"_prepare_inputs": "inputs"},
+    GRPOTrainer: TRAINER
+    | {
+        "_prepare_inputs": "generation_batch",
+        "_get_train_sampler": "dataset",
+        "_tokenize_prompts": "prompts",
+        "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+    },
+    VLLMGeneration: {"_iter_named_params": ""},
+    nn.Linear: {
+        "_apply": "fn recurse",
+        "_save_to_state_dict": "destination prefix keep_vars",
+        "_load_from_state_dict": "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
+    },
+}
+ATTRIBUTES = {
+    SFTTrainer: ["_total_train_tokens"],
+    GRPOTrainer: ["_step", "_buffered_inputs", "vllm_generation"],
+    PreTrainedModel: ["hf_quantizer", "is_quantized"],
+}
+OWN = {"_memory", "_unsound"}
+"""Private methods of the mixins that override nothing."""
+
+
+def source(owner: type) -> str:
+    """Of a class and what it inherits from."""
+    return "\n".join(inspect.getsource(base) for base in inspect.getmro(owner) if base is not object)
+
+
+@pytest.mark.parametrize("owner", METHODS, ids=lambda owner: owner.__name__)
+def test_methods_take_what_they_took_and_are_called(owner):
+    text = source(owner)
+    for name, parameters in METHODS[owner].items():
+        method = getattr(owner, name, None)
+        assert method is not None, f"{owner.__name__}.{name} is gone"
+        taken = " ".join(inspect.signature(method).parameters).removeprefix("self").strip()
+        assert taken == parameters, f"{owner.__name__}.{name} takes {taken}"
+        assert re.search(rf"\.{name}\b", text), f"{owner.__name__}.{name} is called no more"
+
+
+@pytest.mark.parametrize("owner", ATTRIBUTES, ids=lambda owner: owner.__name__)
+def test_attributes_are_set_or_read(owner):
+    text = source(owner)
+    for name in ATTRIBUTES[owner]:
+        assert re.search(rf'self\.{name}\b|getattr\(self, "{name}"', text), f"{owner.__name__}.{name} is gone"
+
+
+def test_trl_s_sampler_keeps_what_it_is_given():
+    parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
+    assert list(inspect.signature(RepeatSampler).parameters) == parameters
+    made = RepeatSampler(range(4), 2, 3, 4, True, 5)
+    assert [getattr(made, name) for name in parameters] == [range(4), 2, 3, 4, True, 5]
+    assert made.generator.initial_seed() == 5
+
+
+def test_no_private_override_is_missing_here():
+    known = set().union(*METHODS.values()) | OWN
+    for mixin in (Healthy, ExactResume, ExactRollouts, LoraPlus, WarmUp, PackedLinear):
+        methods = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
+        assert not {name for name in methods - known if re.match("_[a-z]", name)}, mixin.__name__
+
+
+def test_bitsandbytes_repacks_where_it_is_told_not_to():
+    modules = pytest.importorskip("bitsandbytes.nn")
+    assert "self.support_avx512bf16_for_cpu" in inspect.getsource(modules.Linear4bit)
+
+
+def test_vllm_asks_whether_there_is_onednn():
+    pytest.importorskip("vllm")
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    assert isinstance(_custom_ops._supports_onednn, bool)
+    assert "ops._supports_onednn" in inspect.getsource(utils)
