@@ -32,8 +32,7 @@ def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
 def merge(layer: Any) -> Tensor:
     """W + scaling · B A of one of PEFT's layers, in W's type."""
     weight = layer.base_layer.weight
-    a, b = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
-    return (weight.float() + layer.scaling["default"] * (b @ a)).to(weight.dtype)
+    return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
 
 def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
