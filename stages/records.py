@@ -61,7 +61,7 @@ class Sample:
     correct_flexible: bool
     """By the benchmark's second, more lenient reading."""
     outcome: str
-    """One of OUTCOMES; `refused` is an answer that could not be graded and counts neither way."""
+    """One of OUTCOMES; `refused` is an answer that could not be graded: its item counts neither way."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,6 +129,10 @@ def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
 def read_labels(path: Path) -> list[Labelled]:
     names = [f.name for f in fields(Example)]
     return [Labelled(Example(**{n: row[n] for n in names}), row["system"], row["votes"]) for _, row in read_jsonl(path)]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    return [Sample(**row) for _, row in read_jsonl(path)]
 
 
 def of_system(rows: list[Labelled], system: int) -> list[Example]:

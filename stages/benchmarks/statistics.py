@@ -1,24 +1,33 @@
 """Intervals, paired tests and pass@k."""
 
 from collections.abc import Sequence
-from math import comb
+from math import comb, sqrt
+from statistics import NormalDist
+
+Z = NormalDist().inv_cdf(0.975)
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a proportion."""
-    from scipy.stats import binomtest
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a proportion; `correct` of `n` may be a sum of shares."""
 
-    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    def least(rate: float) -> float:
+        # The lower root by way of the upper one: exactly 0 at rate 0, where a difference leaves a rounding.
+        return rate * rate / (rate + Z * Z / 2 / n + Z * sqrt(rate * (1 - rate) / n + Z * Z / 4 / n / n))
+
+    rate = correct / n
+    return least(rate), 1 - least(1 - rate)
 
 
 def interval(shares: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean share of correct answers per item.
 
-    Wilson's where every item is simply right or wrong; else Student's, as answers to one item are not independent.
+    Student's over items where shares differ and some lie between 0 and 1: answers to one item are not
+    independent. Wilson's, with items as trials, where every item is all right or all wrong, however often it
+    was answered, and where all shares are equal or there is but one, so that Student's has no variance to go
+    by. There it errs on the wide side: a mean of shares varies no more than one of right and wrong items.
     """
-    if all(share in (0, 1) for share in shares):
-        return wilson(sum(map(round, shares)), len(shares))
+    if len(set(shares)) == 1 or all(share in (0, 1) for share in shares):
+        return wilson(sum(shares), len(shares))
     from scipy.stats import sem, t
 
     mean = sum(shares) / len(shares)

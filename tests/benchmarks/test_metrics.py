@@ -1,0 +1,72 @@
+"""Intervals at their edges, and refused answers, which drop their item from metrics and tables alike."""
+
+import math
+
+import pytest
+from scipy.stats import binomtest, sem, t
+
+from lorapar_cli.comparison import compared
+from stages.benchmarks.metrics import measured
+from stages.benchmarks.statistics import interval, wilson
+from stages.records import Sample
+
+
+def answers(outcomes: dict[str, list[str]]) -> list[Sample]:
+    """Per item the outcomes of its answers."""
+    return [
+        Sample(item, n, None, "", "", None, None, None, outcome == "correct", outcome == "correct", outcome)
+        for item, given in outcomes.items()
+        for n, outcome in enumerate(given)
+    ]
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (7, 40), (3, 5)])
+def test_wilson_is_scipy_s(correct, n):
+    expected = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.5] * 8, [0.25] * 30, [0.5], [0.0], [1.0], [0.0] * 20, [1.0] * 20, [1 / 3] * 9, [0.1] * 7]
+)
+def test_without_variance_the_interval_is_wilson_s_over_items(shares):
+    mean = sum(shares) / len(shares)
+    low, high = interval(shares)
+    assert (low, high) == pytest.approx(wilson(mean * len(shares), len(shares)))
+    assert math.isfinite(low) and math.isfinite(high)
+    assert 0 <= low <= mean <= high <= 1 and high - low < 1
+    assert (low == 0) == (mean == 0) and (high == 1) == (mean == 1)
+
+
+def test_items_that_are_simply_right_or_wrong_have_wilson_s_interval_and_others_student_s():
+    assert interval([1.0, 0.0, 1.0, 1.0]) == pytest.approx(wilson(3, 4))
+    shares = [0.25, 0.5, 0.75, 0.5, 0.25]
+    mean = sum(shares) / 5
+    assert interval(shares) == pytest.approx(t.interval(0.95, 4, mean, sem(shares)))
+    assert interval([0.0, 0.5]) == (0, 1)
+
+
+def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables():
+    samples = answers({"a": ["correct", "refused"], "b": ["correct", "wrong"], "c": ["wrong", "wrong"]})
+    whole = measured(samples, ())["all"]
+    assert (whole["n"], whole["answers"], whole["refused"], whole["accuracy"]) == (2, 6, 1, 0.25)
+    assert whole["pass@1"] == pytest.approx(0.25)
+    (row,) = compared({"base": {"all": samples}})
+    assert (row["n"], row["accuracy"], row["refused"]) == (2, 0.25, 1)
+    assert [row["low"], row["high"]] == list(whole["interval"])
+
+
+def test_pairs_are_of_the_items_that_both_targets_could_be_graded_on():
+    base = answers({"a": ["refused"], "b": ["wrong"], "c": ["wrong"], "d": ["correct"]})
+    sft = answers({"a": ["wrong"], "b": ["correct"], "c": ["refused"], "d": ["correct"]})
+    before, after = compared({"base": {"all": base}, "sft": {"all": sft}})
+    assert before["p"] is None and after["against"] == "base"
+    assert after["p"] == 1 and after["n"] == 3  # b gained, d stayed: one discordant pair
+
+
+def test_without_a_graded_item_there_is_no_accuracy():
+    samples = answers({"a": ["refused"]})
+    whole = measured(samples, ())["all"]
+    assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
+    (row,) = compared({"base": {"all": samples}})
+    assert (row["accuracy"], row["low"], row["high"], row["p"]) == (None, None, None, None)
