@@ -145,3 +145,14 @@ def of_system(rows: list[Labelled], system: int) -> list[Example]:
             "other voters, or a known share: --set classify.system2_share=0.5",
         )
     return found
+
+
+def decided(rows: list[Labelled]) -> list[Example]:
+    """The examples with a label; DataError if there is none."""
+    found = [row.example for row in rows if row.system is not None]
+    if not found:
+        raise DataError(
+            f"all {len(rows)} examples are undecided",
+            "other voters, or lower classify.min_agreement and classify.quorum",
+        )
+    return found

@@ -19,7 +19,7 @@ from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactRollouts
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.records import Example, of_system, problems, read_labels
+from stages.records import Example, decided, of_system, problems, read_labels
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(
     """Write `adapter/` and `history.json`; returns what was trained and the rewards of the first and last quarter."""
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt)
     labels = read_labels(job.labels)
-    examples = of_system(labels, 2) if rl.data == "system2" else [row.example for row in labels]
+    examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
     rows, tokens, known, long = _rows(examples, renderer, rl, functions)
     start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)

@@ -14,7 +14,7 @@ from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.records import Example, Labelled, of_system, read_labels
+from stages.records import Example, Labelled, decided, of_system, read_labels
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -90,9 +90,9 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
-    """System 1 examples and the cold start's share of System 2 ones, or all, in file order."""
+    """System 1 examples and the cold start's share of System 2 ones, or all with a label, in file order."""
     if sft.data == "all":
-        return [row.example for row in labels]
+        return decided(labels)
     fast = of_system(labels, 1)
     wanted = round(sft.system2_share * len(fast))
     slow = of_system(labels, 2) if wanted else []

@@ -86,7 +86,7 @@ class TrainSection(Section):
 
 class SftSection(TrainSection):
     start_from: Literal["init", "rl"] = setting("init", "Adapter to start from; rl is the paper's reversed order.")
-    data: Literal["system1", "all"] = setting("system1", "Rows to train on.")
+    data: Literal["system1", "all"] = setting("system1", "Rows to train on; undecided ones never.")
     system2_share: float = setting(0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1)
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
@@ -121,7 +121,7 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
-    data: Literal["system2", "all"] = setting("system2", "Rows to train on.")
+    data: Literal["system2", "all"] = setting("system2", "Rows to train on; undecided ones never.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     group: int = setting(8, "Completions per prompt.", gt=1)
     micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)

@@ -11,13 +11,14 @@ from torch import nn
 
 from stages import sft
 from stages.config import Config, SftSection
-from stages.errors import ConfigError
+from stages.errors import ConfigError, DataError
 from stages.lora import adapter, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.table import order
+from stages.records import Example, Labelled, decided, read_labels
 from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints
 
@@ -171,3 +172,22 @@ def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
     made = training.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
     assert made["report_to"] == ["tensorboard"]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
+
+
+def test_undecided_rows_are_trained_by_neither_stage(begun):
+    config = begun("classify.min_agreement=1", "sft.data=all", "rl.data=all", "sft.max_steps=1", "rl.max_steps=1")
+    for name in ("classify:train", "score", "partition"):
+        made = make_step(config, name)
+        if name == "classify:train":
+            labels = read_labels(made.path / "labels.jsonl")
+    whole = sum(row.system is not None for row in labels)
+    assert 0 < whole < len(labels)
+    assert make_step(config, "sft").manifest["summary"]["rows"] == whole
+    assert make_step(config, "rl").manifest["summary"]["prompts"] == whole
+
+
+def test_all_rows_undecided_is_an_error():
+    rows = [Labelled(Example(str(i), "", "", None), None, {}) for i in range(3)]
+    with pytest.raises(DataError, match="all 3 examples are undecided") as caught:
+        decided(rows)
+    assert caught.value.hint == "other voters, or lower classify.min_agreement and classify.quorum"
