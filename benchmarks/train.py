@@ -2,9 +2,17 @@
 
     python benchmarks/train.py MODEL [--share 0.4] [--batch 4] [--tokens 128] [--pairs 30]
 
-Time: forward and backward, then a whole step (clipping, AdamW, and for packed weights the refresh), each measured in turns on one
-base model; medians of paired ratios to plain LoRA with a bootstrap interval. Memory: bytes of everything the adapter's training
-holds, counted tensor by tensor, and the peak of a process (of the device, on a GPU) that trains only this way.
+Time: forward and backward, then a whole step (clipping, AdamW, and for packed weights the refresh), each
+measured in turns on one base model; medians of paired ratios to plain LoRA with a bootstrap interval. Memory:
+bytes of everything that the adapter's training holds, counted tensor by tensor, after a step and at its peak;
+and the peak of a process (of the device, on a GPU) that trains only this way.
+
+The peak of the adapter's own bytes is the end of a forward pass while gradients of an earlier micro batch are
+held: what is there after a step, and what the LoRA layers save for the backward, which then frees it layer by
+layer. Counted is each storage that autograd saves inside these layers, once, but for the layer's input, which
+every way saves, and for what is held anyway. A plain layer saves its weight, which is held; a packed one the
+dense weight that it made and its indices in 64 bits. Activations and the temporaries of one layer are in the
+peak of a process only.
 """
 
 import argparse
@@ -16,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -72,6 +82,43 @@ class Way:
             "gradients": size([p.grad for p in self.parameters]),
             "optimizer": size(states),
         }
+
+    def saved(self, ids: Tensor) -> int:
+        """Bytes that the LoRA layers save for the backward, beside their input and what is held anyway."""
+        layers = adapter.lora_layers(self.model).values()
+        held = {p.untyped_storage().data_ptr() for p in self.parameters}
+        for layer in layers:
+            held |= {t.untyped_storage().data_ptr() for t in vars(layer).values() if isinstance(t, Tensor)}
+        kept: dict[int, Tensor] = {}  # by storage; the tensors live on, so no address comes twice
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(watched(layer, held, kept))
+            self.gradients(ids)
+        self.optimizer.zero_grad()
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@contextmanager
+def watched(layer: nn.Module, held: set[int], kept: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, what the layer saves for the backward beside its input and `held` comes into `kept`."""
+    forward = layer.forward
+
+    def call(input: Tensor) -> Tensor:
+        known = {*held, input.untyped_storage().data_ptr()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in known:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return forward(input)
+
+    layer.forward = call
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def size(tensors: list[Tensor]) -> int:
@@ -136,12 +183,14 @@ def main() -> None:
     print(f"{given.model}, {given.dtype}, {given.batch} × {given.tokens} tokens, {active:,} of {total:,} elements active "
           f"({active / total:.4f}), {torch.get_num_threads()} threads, device {base.device}")  # fmt: skip
     held: dict[str, dict[str, int]] = {}
+    saved: dict[str, int] = {}
     for name, way in ways.items():  # warm up; the bytes are counted while gradients exist
         way.gradients(ids)
         way.step()
         way.gradients(ids)
         held[name] = way.bytes()
         way.step()
+        saved[name] = way.saved(ids)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for _ in range(given.pairs):
         for name in random.sample(WAYS, len(WAYS)):
@@ -156,7 +205,11 @@ def main() -> None:
               f"fastest {min(both):.3f} s")  # fmt: skip
     for name in WAYS:
         parts = ", ".join(f"{what} {number:,}" for what, number in held[name].items() if number)
-        print(f"{name:<7} {sum(held[name].values()):>12,} bytes: {parts}; peak of a process {peak(given, name):,.0f} MiB")
+        after, most = (sum(held[name].values()) + more for more in (0, saved[name]))
+        of_plain = [n / sum(held["plain"].values()) for n in (after, most)]
+        print(f"{name:<7} after a step {after:,} bytes ({of_plain[0]:.3f} of plain): {parts}")
+        print(f"{name:<7} at the peak {most:,} bytes ({of_plain[1]:.3f} of plain), {saved[name]:,} of them "
+              f"saved; peak of a process {peak(given, name):,.0f} MiB")  # fmt: skip
     share = sum(held["packed"][k] for k in ("gradients", "optimizer")) / sum(
         held["plain"][k] for k in ("gradients", "optimizer")
     )
