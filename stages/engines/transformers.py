@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 BATCH = 16
 END = "</think>"
 """What ends a thought; added where the thought did not end by itself."""
+HEAD_ROWS = 2048
+"""Rows of a head in float32 at once. They stay in the cache: for 16 prompts and SmolLM2's 49,152 rows 20 ms
+on one core, with a copy of the whole made each time 88, with one that is kept (113 MB) 27."""
 WORTH_KEEPING = 32
 """Tokens of a common prompt beginning from which it pays to compute it once."""
 
@@ -56,7 +61,9 @@ class InProcess:
         prepared = [item for item in prepared if len(item[0]) <= longest]
         for at in range(0, len(prepared), BATCH):
             part = prepared[at : at + BATCH]
-            rows = self._last_logits([ids for ids, _, _ in part]).float().softmax(-1)  # (batch, vocabulary)
+            with float32_head(self.model):
+                logits = self._last_logits([ids for ids, _, _ in part])  # (batch, vocabulary)
+            rows = logits.float().softmax(-1)
             for row, (_, words, i) in zip(rows, part, strict=True):
                 found = row[torch.tensor(words, device=row.device)]
                 mass = float(found.sum())
@@ -130,6 +137,30 @@ class InProcess:
                 "the voter's tokenizer has no chat template", "choose a persona without chat: lorapar list personas"
             )
         return list(self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+@contextmanager
+def float32_head(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a head of 16 bits gives float32 logits; a head of another kind gives its own.
+
+    bfloat16 resolves a logit between 16 and 32 to 1/8 only, so that most prompts would tie. The hidden state
+    stays as it is, and what the architecture does to its logits (a scale, a cap) comes after, in float32.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def forward(_: nn.Module, inputs: tuple[torch.Tensor], __: torch.Tensor) -> torch.Tensor:
+        hidden = inputs[0].float()
+        return torch.cat([F.linear(hidden, rows.float()) for rows in head.weight.split(HEAD_ROWS)], -1) + bias
+
+    bias = 0.0 if head.bias is None else head.bias.float()
+    hook = head.register_forward_hook(forward)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection
 from stages.engines import Ballot, Question, Sampling
-from stages.engines.transformers import InProcess, word_tokens
+from stages.engines.transformers import BATCH, InProcess, word_tokens
 from stages.errors import ConfigError
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -101,3 +102,52 @@ def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):
     longest = engine.model.config.max_position_embeddings
     found = dict(engine.choose([Ballot([40] * (longest + 1), ("A", "B")), Ballot([40, 9], ("A", "B"))]))
     assert found[0].reason == "too_long" and len(found[1].shares) == 2
+
+
+def sixteen_bits(tiny, **config):
+    """An engine over a bfloat16 model, with what its head was given at each call."""
+    if config:
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(Gemma2Config(**config)).to(torch.bfloat16).eval()
+    else:
+        model = load_base(ModelSection(name=str(tiny), dtype="bfloat16"))
+    given = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    return InProcess(model, load_tokenizer(ModelSection(name=str(tiny))), 4), given
+
+
+GEMMA = {
+    "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.5,
+    "attn_implementation": "eager",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [{}, GEMMA], ids=["llama", "capped"])
+def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
+    """Of the hidden state as the model has it; a cap on its logits is kept."""
+    engine, given = sixteen_bits(tiny, **config)
+    prompts = [[40 + i, 9, 60 + i] for i in range(BATCH)]
+    found = dict(engine.choose([Ballot(ids, ("A", "B")) for ids in prompts]))
+    weight = engine.model.get_output_embeddings().weight
+    assert given[-1].dtype == weight.dtype == torch.bfloat16
+    logits = given[-1][:, -1].double() @ weight.double().T
+    if config:
+        logits = 0.5 * torch.tanh(logits / 0.5)
+    _, words = word_tokens(engine.tokenizer, ("A", "B"))
+    expected = logits.softmax(-1)[:, words]
+    for i, row in enumerate(expected):
+        assert found[i].mass == pytest.approx(float(row.sum()), rel=1e-6)
+        assert found[i].shares == pytest.approx((row / row.sum()).tolist(), abs=1e-6)
+
+
+def test_prompts_that_differ_have_probabilities_that_differ_in_16_bits(tiny):
+    engine, _ = sixteen_bits(tiny)
+    found = dict(engine.choose([Ballot([40 + i % 80, 9, 60 + i // 80], ("A", "B")) for i in range(240)]))
+    assert len({choice.shares[1] for choice in found.values()}) == 240
+
+
+def test_the_head_is_the_model_s_own_again_after_choices(tiny):
+    engine, _ = sixteen_bits(tiny)
+    list(engine.choose([Ballot([40, 9], ("A", "B"))]))
+    assert engine.model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
