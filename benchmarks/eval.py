@@ -52,7 +52,9 @@ def main() -> None:
                   f"{len(questions) / took:5.2f} answers/s, {tokens / took:6.1f} tokens/s")  # fmt: skip
     ratio = statistics.median(rates["vllm"]) / statistics.median(rates["transformers"])
     same = sum(answers["vllm"][i].ids == answers["transformers"][i].ids for i in range(len(questions)))
-    print(f"vllm / transformers: {ratio:.2f} in tokens per second; {same} of {len(questions)} answers are equal in all tokens")
+    print(
+        f"vllm / transformers: {ratio:.2f} in tokens per second; {same} of {len(questions)} answers are equal in all tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -29,16 +29,24 @@ def holders(rng: random.Random) -> Pair:
 
 def opening(rng: random.Random) -> Pair:
     start, end, n = rng.randint(6, 10), rng.randint(16, 21), rng.randint(2, 3)
-    one = f"A shop opens at {start}, sells {n} hats before noon and closes at {end}. When does the shop close?"
+    one = (
+        f"A shop opens at {start}, sells {n} hats before noon and closes at {end}. When does the shop close?"
+    )
     two = f"A shop opens at {start}, rests {n} hours at noon and closes at {end}. How long is it open?"
-    return (one, f"It closes at {end}."), (two, f"{end} - {start} = {end - start}. {end - start} - {n} = {end - start - n}.")
+    return (one, f"It closes at {end}."), (
+        two,
+        f"{end} - {start} = {end - start}. {end - start} - {n} = {end - start - n}.",
+    )
 
 
 def boxes(rng: random.Random) -> Pair:
     a, b, c = rng.randint(3, 9), rng.randint(3, 9), rng.randint(12, 50)
     one = f"Does a box of {c} eggs, which costs {a} coins, hold more than {b} eggs?"
     two = f"Do {a} boxes of {b} eggs hold more than {c} eggs if put together then?"
-    return (one, f"{c} is more than {b}. Yes."), (two, f"{a} * {b} = {a * b}. {'Yes' if a * b > c else 'No'}.")
+    return (one, f"{c} is more than {b}. Yes."), (
+        two,
+        f"{a} * {b} = {a * b}. {'Yes' if a * b > c else 'No'}.",
+    )
 
 
 def ages(rng: random.Random) -> Pair:
@@ -52,7 +60,9 @@ def bags(rng: random.Random) -> Pair:
     name, t = rng.choice(NAMES), rng.choice(THINGS)
     x, y, z = rng.randint(8, 20), rng.randint(5, 9), rng.randint(2, 7)
     one = f"{name} buys {x} {t}. The bus leaves at {y}. {name} gives {z} {t} away. How many {t} are left?"
-    two = f"{name} buys {x} {t}. Then {name} finds {y} more. {name} gives {z} {t} away. How many {t} are left?"
+    two = (
+        f"{name} buys {x} {t}. Then {name} finds {y} more. {name} gives {z} {t} away. How many {t} are left?"
+    )
     return (one, f"{x} - {z} = {x - z}."), (two, f"{x} + {y} = {x + y}. {x + y} - {z} = {x + y - z}.")
 
 
@@ -77,7 +87,10 @@ def rows(pairs: int, seed: int) -> list[dict]:
         pair = kind(rng)
         if not seen & {question for question, _ in pair}:
             seen |= {question for question, _ in pair}
-            found += [{"question": q, "answer": a, "system": k, "kind": kind.__name__} for k, (q, a) in enumerate(pair, 1)]
+            found += [
+                {"question": q, "answer": a, "system": k, "kind": kind.__name__}
+                for k, (q, a) in enumerate(pair, 1)
+            ]
     return found
 
 
@@ -87,4 +100,6 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    given.file.write_text("".join(json.dumps(row) + "\n" for row in rows(given.pairs, given.seed)), encoding="utf-8")
+    given.file.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows(given.pairs, given.seed)), encoding="utf-8"
+    )

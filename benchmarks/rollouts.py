@@ -55,7 +55,10 @@ def main() -> None:
 
     rates: dict[str, list[float]] = {"vllm": [], "copy": []}
     for number in range(given.rounds + 1):
-        texts = [f"Tom has {number + i} apples and buys {3 * i + 2} more. How many has he now?\n" for i in range(given.prompts)]
+        texts = [
+            f"Tom has {number + i} apples and buys {3 * i + 2} more. How many has he now?\n"
+            for i in range(given.prompts)
+        ]
         prompts = [ids for ids in tokenizer(texts)["input_ids"] for _ in range(given.group)]
         for name, way in random.sample([("vllm", by_vllm), ("copy", by_copy)], 2):
             begun = time.perf_counter()
@@ -65,7 +68,9 @@ def main() -> None:
     ratios = [a / b for a, b in zip(rates["vllm"], rates["copy"], strict=True)]
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.0f} tokens/s, {min(values):.0f} to {max(values):.0f}")
-    print(f"vllm / copy: {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds")
+    print(
+        f"vllm / copy: {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,14 @@ class Way:
         self.model = adapter.initial(base, lora, seed=0)
         layers = adapter.lora_layers(self.model)
         generator = torch.Generator().manual_seed(1)
-        masks = {name: torch.rand(layer.weight.shape, generator=generator) < share for name, layer in layers.items()}
-        self.numbers = sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
+        masks = {
+            name: torch.rand(layer.weight.shape, generator=generator) < share
+            for name, layer in layers.items()
+        }
+        self.numbers = (
+            sum(mask.numel() for mask in masks.values()),
+            sum(int(mask.sum()) for mask in masks.values()),
+        )
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         self.masks: list[Tensor] = []
@@ -74,7 +80,12 @@ class Way:
     def bytes(self) -> dict[str, int]:
         """Every tensor that exists because of the adapter, after a step, by what it is for."""
         packed = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
-        states = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.numel() > 1]
+        states = [
+            t
+            for s in self.optimizer.state.values()
+            for t in s.values()
+            if isinstance(t, Tensor) and t.numel() > 1
+        ]
         return {
             "weights": size([m._dense for m in packed] if packed else self.parameters),
             "values": size(self.parameters) if packed else 0,
@@ -152,7 +163,9 @@ def high_water() -> int:
 def peak(given: argparse.Namespace, way: str) -> float:
     """MiB at the highest point of a process of its own that does two steps."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.split()[-1])
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.split()[-1]
+    )
 
 
 def main() -> None:

@@ -34,15 +34,24 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
 Unsafe = Annotated[
     bool,
-    typer.Option("--unsafe-no-sandbox", help="Run code that a model wrote with nothing around it; recorded in the result."),
+    typer.Option(
+        "--unsafe-no-sandbox",
+        help="Run code that a model wrote with nothing around it; recorded in the result.",
+    ),
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="NAME", help="Only this variant: train or a benchmark's labels; masks of sft or of rl."),
+    typer.Option(
+        "--only",
+        metavar="NAME",
+        help="Only this variant: train or a benchmark's labels; masks of sft or of rl.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
 
@@ -79,7 +88,11 @@ def _all_current(settings: Config, steps: list[Step]) -> bool:
 
 def _stage_command(stage: Stage) -> None:
     def command(
-        config: ConfigPath, set_: Overrides = None, only: Only = None, force: Force = False, as_json: Json = False
+        config: ConfigPath,
+        set_: Overrides = None,
+        only: Only = None,
+        force: Force = False,
+        as_json: Json = False,
     ) -> None:
         settings, steps = _plan(config, set_)
         mine = [s for s in steps.values() if s.stage is stage]
@@ -89,7 +102,12 @@ def _stage_command(stage: Stage) -> None:
             raise no_path()
         mine = _chosen(mine, only)
         launching = getattr(getattr(settings, stage.name), "launch", None)
-        if launching and launching.several and not team.launched() and (force or not _all_current(settings, mine)):
+        if (
+            launching
+            and launching.several
+            and not team.launched()
+            and (force or not _all_current(settings, mine))
+        ):
             launch.run(launching, sys.argv[1:])
         else:
             _make(settings, mine, force, as_json)
@@ -101,7 +119,9 @@ def _chosen(steps: list[Step], only: list[str] | None) -> list[Step]:
     """Those of the variants named by --only; all without one."""
     variants = [step.variant for step in steps]
     if unknown := set(only or ()) - set(variants):
-        raise ConfigError(f"--only {sorted(unknown)[0]}: there is no such variant", f"choose from: {', '.join(variants)}")
+        raise ConfigError(
+            f"--only {sorted(unknown)[0]}: there is no such variant", f"choose from: {', '.join(variants)}"
+        )
     return [step for step in steps if not only or step.variant in only]
 
 
@@ -115,7 +135,9 @@ def eval_(
     config: ConfigPath,
     set_: Overrides = None,
     only: Annotated[list[str] | None, typer.Option("--benchmark", help="Only this one; repeatable.")] = None,
-    harness: Annotated[str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness instead.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness instead.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Its tasks, separated by commas.")] = None,
     task_files: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First N items of each of its tasks.")] = None,
@@ -135,10 +157,15 @@ def eval_(
     settings, steps = _plan(config, overrides)
     wanted = only or list(settings.eval.benchmarks)
     if unknown := set(wanted) - set(settings.eval.benchmarks):
-        raise ConfigError(f"no benchmark {sorted(unknown)[0]}", f"choose from: {', '.join(settings.eval.benchmarks)}")
+        raise ConfigError(
+            f"no benchmark {sorted(unknown)[0]}", f"choose from: {', '.join(settings.eval.benchmarks)}"
+        )
     mine = [s for s in steps.values() if s.stage.name == "eval" and s.variant.partition("@")[2] in wanted]
     if not mine:
-        raise ConfigError("nothing to evaluate", "name benchmarks in eval.benchmarks; without data.path, eval.targets=[base]")
+        raise ConfigError(
+            "nothing to evaluate",
+            "name benchmarks in eval.benchmarks; without data.path, eval.targets=[base]",
+        )
     _make(settings, mine, force, as_json)
     if not as_json:
         render.results(Store(settings.root), mine)
@@ -206,7 +233,9 @@ def show(
     set_: Overrides = None,
     samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
-    by: Annotated[str, typer.Option("--by", help="Split the results by this field of the test rows.")] = "system",
+    by: Annotated[
+        str, typer.Option("--by", help="Split the results by this field of the test rows.")
+    ] = "system",
     limit: Annotated[int, typer.Option("--limit", help="How many samples.")] = 5,
     as_json: Json = False,
 ) -> None:
@@ -237,8 +266,12 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; must not exist.")],
     target: Annotated[str, typer.Option(help="sft or rl.")] = "rl",
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
-    base_dtype: Annotated[bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")] = False,
-    prompts: Annotated[int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")] = 0,
+    base_dtype: Annotated[
+        bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")
+    ] = False,
+    prompts: Annotated[
+        int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")
+    ] = 0,
     repository: Annotated[
         str | None, typer.Option("--push", metavar="NAME", help="Then upload it: a private hub repository.")
     ] = None,
@@ -319,7 +352,9 @@ def main() -> None:
     """Run the command; a LoraparError becomes two lines and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPU it recommends another package at each start
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on CPU it recommends another package at each start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -32,7 +32,9 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
 
 def compared(found: Answers) -> Iterator[dict[str, Any]]:
     """Accuracies with intervals; p-values against the target before where both were asked the same items."""
-    groups = sorted({name for target in found.values() for name in target}, key=lambda name: (name != "all", name))
+    groups = sorted(
+        {name for target in found.values() for name in target}, key=lambda name: (name != "all", name)
+    )
     against: str | None = None
     for target, answers in found.items():
         for group in groups:

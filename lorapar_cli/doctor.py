@@ -20,7 +20,9 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """One finding after the other; the slow ones (torch, the sandbox's self-test) come last."""
     yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
-    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores")
+    yield Finding(
+        "system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"
+    )
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "peft", "trl"):
         found = _version(package)
@@ -45,8 +47,12 @@ def _device() -> Finding:
 
     if torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return Finding("device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB")
-    return Finding("device", f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        return Finding(
+            "device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB"
+        )
+    return Finding(
+        "device", f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def _types() -> Finding:

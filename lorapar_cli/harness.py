@@ -11,5 +11,7 @@ def entries(tasks: str, task_files: Path | None, limit: int | None) -> dict[str,
     for task in tasks.split(","):
         name = f"lm-eval-{re.sub(r'[^0-9A-Za-z_-]', '-', task)}"
         entry = {"kind": "lm_eval", "tasks": [task], "limit": limit, "path": task_files and str(task_files)}
-        found[name] = f"eval.benchmarks.{name}={json.dumps({k: v for k, v in entry.items() if v is not None})}"
+        found[name] = (
+            f"eval.benchmarks.{name}={json.dumps({k: v for k, v in entry.items() if v is not None})}"
+        )
     return found

@@ -33,7 +33,9 @@ def _voters(voters: dict[str, Any]) -> None:
         area = _area(voter["held_out_auc"] and (voter["held_out_auc"], voter["held_out_interval"]))
         weight = "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}"
         bad = (str(voter["invalid"]), str(sum(voter["failed"].values())))
-        rows.add_row(title, f"{percent(voter['system2_share'])}%", *bad, f"{voter['threshold']:.3f}", area, weight)
+        rows.add_row(
+            title, f"{percent(voter['system2_share'])}%", *bad, f"{voter['threshold']:.3f}", area, weight
+        )
     show(rows)
     print("weight: what of the voter's probability falls on its two words")
 
@@ -42,7 +44,9 @@ def _pairs(agreement: dict[str, Any]) -> None:
     rows = table("pair of voters", "equal", "Cohen's kappa")
     for pair, found in agreement["pairs"].items():
         kappa = (
-            "–" if found["kappa"] is None else f"{found['kappa']:.2f} [{found['interval'][0]:.2f}–{found['interval'][1]:.2f}]"
+            "–"
+            if found["kappa"] is None
+            else f"{found['kappa']:.2f} [{found['interval'][0]:.2f}–{found['interval'][1]:.2f}]"
         )
         rows.add_row(pair, f"{percent(found['equal'])}%", kappa)
     if agreement["fleiss_kappa"] is not None and len(agreement["pairs"]) > 1:

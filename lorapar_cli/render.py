@@ -108,9 +108,16 @@ class Silence:
 
 def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"step": name, "path": str(made.path), "made": now, "summary": made.manifest["summary"]}))
+        print(
+            json.dumps(
+                {"step": name, "path": str(made.path), "made": now, "summary": made.manifest["summary"]}
+            )
+        )
         return
-    say(f"{name}: {made.path}" + (f" in {made.manifest['provenance']['seconds']:.0f} s" if now else " is current"))
+    say(
+        f"{name}: {made.path}"
+        + (f" in {made.manifest['provenance']['seconds']:.0f} s" if now else " is current")
+    )
     if now:
         for line in _facts(made.manifest["summary"]):
             say(f"  {line}")
@@ -202,13 +209,21 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         show(drawn)
         print()
     if tables:
-        print("accuracy in % [95 % interval]; p: paired test on the same items against the target to the left")
+        print(
+            "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left"
+        )
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["accuracy"] is None:
         return "–"
-    p = "" if row["p"] is None else "\np < .001" if row["p"] < 0.001 else f"\np = {row['p']:.2g}".replace("= 0.", "= .")
+    p = (
+        ""
+        if row["p"] is None
+        else "\np < .001"
+        if row["p"] < 0.001
+        else f"\np = {row['p']:.2g}".replace("= 0.", "= .")
+    )
     return f"{percent(row['accuracy'])} [{percent(row['low'])}–{percent(row['high'])}]{p}"
 
 

@@ -86,7 +86,9 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
         if any(box.title == name for box in boxes):
             raise ConfigError(f"classify.voters: two voters are {name}", "give each another name")
         if voter.thinking and not personas.has(voter.persona, "chat"):
-            raise ConfigError(f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place")
+            raise ConfigError(
+                f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place"
+            )
         few_shot = personas.has(voter.persona, "few-shot")
         worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if few_shot else ()
         brief = Brief(model.title, classify.show_answer, voter.words, worked)
@@ -96,7 +98,9 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
     return boxes
 
 
-def _ask_all(boxes: list[Votes], model: ModelSection, classify: ClassifySection, server: ServerSection, job: Job) -> None:
+def _ask_all(
+    boxes: list[Votes], model: ModelSection, classify: ClassifySection, server: ServerSection, job: Job
+) -> None:
     """Have every voter answer what its journal lacks.
 
     Voters in this process and servers started without `devices` follow each other, those of one model next to each other, so
@@ -157,7 +161,12 @@ class _Once:
 
 
 def _served(voter: Voter, model: ModelSection) -> Served:
-    return Served(voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
+    # In 16 bits the logits of unlike questions tie. A voter that thinks would pay for the wider head with every token.
+    exact = {} if voter.thinking else {"hf_overrides": {"head_dtype": "float32"}}
+    arguments = {**exact, **voter.vllm}
+    return Served(
+        voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, arguments, voter.devices
+    )
 
 
 def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:

@@ -14,7 +14,14 @@ from stages.benchmarks import benchmarks
 from stages.benchmarks.grading import Context, Grade
 from stages.benchmarks.metrics import brief, measured
 from stages.benchmarks.replies import Recorded, Replies
-from stages.config import BenchmarkSection, EvalSection, ModelSection, PromptSection, SandboxSection, ServerSection
+from stages.config import (
+    BenchmarkSection,
+    EvalSection,
+    ModelSection,
+    PromptSection,
+    SandboxSection,
+    ServerSection,
+)
 from stages.engines import Served
 from stages.language.prompts import Asked, Renderer
 from stages.models.tokenizer import load_tokenizer
@@ -58,9 +65,16 @@ def run(
 
     served = Served(eval.engine, model, adapter)
     dtype = f"nf4 {job.dtype}" if model.load_in_4bit else job.dtype
-    identity = {"model": job.outside["model"], "dtype": dtype, "adapter": _digest(adapter), "engine": eval.engine}
+    identity = {
+        "model": job.outside["model"],
+        "dtype": dtype,
+        "adapter": _digest(adapter),
+        "engine": eval.engine,
+    }
     replies = Replies(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
-    replies.complete(lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress)
+    replies.complete(
+        lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress
+    )
     recorded = replies.recorded
 
     parity = _parity(job, asked, recorded, benchmark, eval, model, adapter, renderer.tokenizer)
@@ -77,7 +91,11 @@ def run(
         **_prompt(asked[0], renderer),
     }
     (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    return {"kind": benchmark.kind, **({"sandbox": context.sandbox.name} if context.sandbox else {}), **brief(metrics)}
+    return {
+        "kind": benchmark.kind,
+        **({"sandbox": context.sandbox.name} if context.sandbox else {}),
+        **brief(metrics),
+    }
 
 
 def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
@@ -95,7 +113,9 @@ def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
 def _digest(adapter: Path | None) -> str | None:
     if adapter is None:
         return None
-    return key_of({name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")})
+    return key_of(
+        {name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    )
 
 
 def _parity(

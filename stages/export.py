@@ -32,7 +32,9 @@ def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype:
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
     if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
-        raise ConfigError(f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out")
+        raise ConfigError(
+            f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
+        )
     from stages.lora import adapter, baselines
 
     partial = out.with_name(f".{out.name}.partial")
@@ -58,7 +60,9 @@ def _cast(file: Path, model: ModelSection) -> None:
     from stages.models.base import load_base
 
     dtype = load_base(model).dtype
-    save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
 
 
 def card(artifact: Artifact, form: Form) -> str:
@@ -114,7 +118,9 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(repo_id=where.repo_id, folder_path=folder)
     except (httpx.HTTPError, OSError, ValueError) as error:  # bases of all that the library raises
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ServerError(f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login") from None
+        raise ServerError(
+            f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login"
+        ) from None
     return str(where)
 
 
@@ -146,6 +152,11 @@ def check(
     for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
-            made = dict(pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling))
+            made = dict(
+                pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling)
+            )
         pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
-        yield {"engine": engine, **parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say)}
+        yield {
+            "engine": engine,
+            **parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say),
+        }

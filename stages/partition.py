@@ -22,17 +22,24 @@ def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
     Returns the number of elements of each region and the active share. MeaninglessError if no element is active.
     """
     made = job.inputs["score"].path
-    shapes = {name: torch.Size(shape) for name, shape in json.loads((made / "shapes.json").read_text()).items()}
+    shapes = {
+        name: torch.Size(shape) for name, shape in json.loads((made / "shapes.json").read_text()).items()
+    }
     if strategies.has(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
-        scores = {system: flat(tensors) for system, tensors in read_importance(made / "importance.safetensors").items()}
+        scores = {
+            system: flat(tensors)
+            for system, tensors in read_importance(made / "importance.safetensors").items()
+        }
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
     active = split.active[job.variant]
     if not bool(active.any()):
-        raise MeaninglessError(f"no element is active in {job.variant}", "raise partition.theta, alpha or beta")
+        raise MeaninglessError(
+            f"no element is active in {job.variant}", "raise partition.theta, alpha or beta"
+        )
     Masks.cut(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)

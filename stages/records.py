@@ -69,7 +69,9 @@ def problems(kind: str, found: list[str], hint: str | None = None) -> DataError:
     """One error for many bad lines: all counted, the first ones shown."""
     shown = "\n  ".join(found[:SHOWN_PROBLEMS])
     rest = f"\n  … and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
-    return DataError(f"{kind}: {found[0]}" if len(found) == 1 else f"{len(found)} × {kind}:\n  {shown}{rest}", hint)
+    return DataError(
+        f"{kind}: {found[0]}" if len(found) == 1 else f"{len(found)} × {kind}:\n  {shown}{rest}", hint
+    )
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -128,7 +130,10 @@ def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
 
 def read_labels(path: Path) -> list[Labelled]:
     names = [f.name for f in fields(Example)]
-    return [Labelled(Example(**{n: row[n] for n in names}), row["system"], row["votes"]) for _, row in read_jsonl(path)]
+    return [
+        Labelled(Example(**{n: row[n] for n in names}), row["system"], row["votes"])
+        for _, row in read_jsonl(path)
+    ]
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -69,9 +69,13 @@ class Files(_Named):
         self.kind = kind
         self._package = package
         marked = re.compile(rf"^(?:async )?(?:def )?{mark}\b\s*[:=(]", re.MULTILINE)
-        files = {module.name: Path(folder[0]) / f"{module.name}.py" for module in pkgutil.iter_modules(folder)}
+        files = {
+            module.name: Path(folder[0]) / f"{module.name}.py" for module in pkgutil.iter_modules(folder)
+        }
         # Read as text: importing an engine would load torch for every command.
-        self._names = sorted(name for name, file in files.items() if marked.search(file.read_text(encoding="utf-8")))
+        self._names = sorted(
+            name for name, file in files.items() if marked.search(file.read_text(encoding="utf-8"))
+        )
 
     def names(self) -> list[str]:
         return list(self._names)

@@ -80,13 +80,24 @@ def run(
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
-    trainer = _trainer(peft_model, renderer, rows, tokens, rl, _checked(functions, rl, sandbox, job.progress), arguments, copy)
+    trainer = _trainer(
+        peft_model,
+        renderer,
+        rows,
+        tokens,
+        rl,
+        _checked(functions, rl, sandbox, job.progress),
+        arguments,
+        copy,
+    )
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then takes the model without adapter
     names = row_ids(lambda: known, "prompt_ids", "prompt_mask")
-    trainer.vitals = Vitals(names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}")
+    trainer.vitals = Vitals(
+        names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
+    )
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(Watch(job.progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
@@ -115,7 +126,14 @@ def _rows(
 
     style = renderer.section.answer_format
     rows = [
-        {**e.extra, "id": e.id, "question": e.prompt, "gold": e.gold, "response": e.response, "answer_format": style}
+        {
+            **e.extra,
+            "id": e.id,
+            "question": e.prompt,
+            "gold": e.gold,
+            "response": e.response,
+            "answer_format": style,
+        }
         for e in examples
     ]
     needed = {name: reward_functions.columns(name, function) for name, function in functions.items()}
@@ -158,7 +176,10 @@ def _fitting(
 
 
 def _checked(
-    functions: dict[str, Callable[..., Any]], rl: RlSection, sandbox: SandboxSection | None, progress: Progress
+    functions: dict[str, Callable[..., Any]],
+    rl: RlSection,
+    sandbox: SandboxSection | None,
+    progress: Progress,
 ) -> list[Callable[..., Any]]:
     """The rewards as GRPOTrainer calls them; those that run code with the sandbox."""
     box = sandboxes.of(sandbox, progress.say) if sandbox else None
@@ -169,7 +190,9 @@ def _checked(
     return [reward_functions.checked(name, function, **fixed(name)) for name, function in functions.items()]
 
 
-def _arguments(rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]) -> GRPOConfig:
+def _arguments(
+    rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]
+) -> GRPOConfig:
     from trl import GRPOConfig
 
     accumulation = training.accumulation(rl.prompts_per_step * rl.group, rl.micro_batch)

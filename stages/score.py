@@ -60,7 +60,9 @@ def run(
     examples = {system: of_system(labels, system) for system in (1, 2)}
     scores = {}
     for system in (1, 2):
-        chosen = random.Random(f"{seed} score {system}").sample(examples[system], min(score.examples, len(examples[system])))
+        chosen = random.Random(f"{seed} score {system}").sample(
+            examples[system], min(score.examples, len(examples[system]))
+        )
         rows, long = renderer.rows(chosen, data)
         mine = rows[team.rank() :: team.size()]
         job.progress.start(f"score System {system}", len(mine))
@@ -79,7 +81,9 @@ def run(
     return {**summary, "prompt": renderer.digest()}
 
 
-def _moments(model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress) -> Moments:
+def _moments(
+    model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress
+) -> Moments:
     """Sorted by length, so that a batch pads little."""
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     model.requires_grad_(False)
@@ -89,12 +93,16 @@ def _moments(model: PeftModel, rows: list[Row], batch_size: int, renderer: Rende
         for i in range(0, len(rows), batch_size):
             yield rows[i : i + batch_size]
 
-    return moments(model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    return moments(
+        model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id
+    )  # type: ignore[arg-type]
 
 
 def _add_up(sums: Moments) -> None:
     """The sums of all processes, in each of them."""
-    counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=next(iter(sums.gradient.values())).device)
+    counts = torch.tensor(
+        [sums.examples, sums.loss], dtype=torch.float64, device=next(iter(sums.gradient.values())).device
+    )
     team.add([counts, *sums.gradient.values(), *sums.square.values()])
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 

@@ -57,7 +57,9 @@ def run(
         def _load_rng_state(self, checkpoint: str | None) -> None:
             super()._load_rng_state(checkpoint)
             if checkpoint is not None:
-                self._total_train_tokens = self.state.log_history[-1]["num_tokens"]  # the one count that is in no checkpoint
+                self._total_train_tokens = self.state.log_history[-1][
+                    "num_tokens"
+                ]  # the one count that is in no checkpoint
 
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
     examples = _examples(read_labels(job.labels), sft, seed)
@@ -72,7 +74,9 @@ def run(
         processing_class=renderer.tokenizer,
     )
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
-    trainer.vitals = Vitals(names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing")
+    trainer.vitals = Vitals(
+        names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
+    )
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
@@ -96,5 +100,7 @@ def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Exampl
     fast = of_system(labels, 1)
     wanted = round(sft.system2_share * len(fast))
     slow = of_system(labels, 2) if wanted else []
-    chosen = {e.id for e in fast} | {e.id for e in random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))}
+    chosen = {e.id for e in fast} | {
+        e.id for e in random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))
+    }
     return [row.example for row in labels if row.example.id in chosen]

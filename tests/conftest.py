@@ -18,7 +18,8 @@ from stages.engines import Pool
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import run_step
-from stages.store.artifacts import Artifact
+from stages.records import Labelled, read_labels
+from stages.store.artifacts import Artifact, Store
 
 settings.register_profile("lorapar", deadline=None)  # these machines are shared: a slow call is no failure
 settings.load_profile("lorapar")
@@ -66,15 +67,25 @@ def make_step(config: Config, name: str, force: bool = False) -> Artifact:
     return list(make_steps(config, name, force=force).values())[-1][0]
 
 
-def make_steps(config: Config, *names: str, force: bool = False, progress: object = None) -> dict[str, tuple[Artifact, bool]]:
+def make_steps(
+    config: Config, *names: str, force: bool = False, progress: object = None
+) -> dict[str, tuple[Artifact, bool]]:
     """Run the named steps, or all steps of the named stages (everything by default): each artifact and whether it was made now."""
     config = resolved(config)
     made = {}
     with Pool() as engines:
         for step in plan(config).values():
             if not names or {step.name, step.stage.name} & set(names):
-                made[step.name] = run_step(config, step, verb(step.stage.name), force, progress or Silent(), engines)
+                made[step.name] = run_step(
+                    config, step, verb(step.stage.name), force, progress or Silent(), engines
+                )
     return made
+
+
+def labels_of(config: Config) -> list[Labelled]:
+    """The labels of the training rows that were made under this config."""
+    step = plan(resolved(config))["classify:train"]
+    return read_labels(Store(config.root).folder("classify", step.key) / "labels.jsonl")
 
 
 @pytest.fixture(scope="session")

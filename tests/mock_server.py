@@ -26,7 +26,9 @@ def probability(text: str, weights: str = "") -> float:
 class Mock:
     """A model served under a name. `log` has every question that reached it; `answered` those whose reply was sent whole."""
 
-    def __init__(self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None) -> None:
+    def __init__(
+        self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None
+    ) -> None:
         self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
         self.models = [{"id": "judge", "max_model_len": 4096}]
         self.log: list[str] = []
@@ -64,8 +66,14 @@ class Mock:
         steps.append((rest[two > 0.5], {rest[0]: math.log(1 - two), rest[1]: math.log(two)}))
         steps = steps[: body["max_tokens"]]
         if not chat:
-            return {"choices": [{"logprobs": {"tokens": [t for t, _ in steps], "top_logprobs": [a for _, a in steps]}}]}
-        content = [{"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps]
+            return {
+                "choices": [
+                    {"logprobs": {"tokens": [t for t, _ in steps], "top_logprobs": [a for _, a in steps]}}
+                ]
+            }
+        content = [
+            {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps
+        ]
         return {"choices": [{"logprobs": {"content": content}}]}
 
 
@@ -128,7 +136,13 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             return True
 
         def _send(self, code: int, body: Any, headers: dict[str, Any] | None = None) -> None:
-            data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            data = (
+                body
+                if isinstance(body, bytes)
+                else body.encode()
+                if isinstance(body, str)
+                else json.dumps(body).encode()
+            )
             self.send_response(code)
             for name, value in {"Content-Length": len(data), **(headers or {})}.items():
                 self.send_header(name, str(value))

@@ -47,7 +47,9 @@ def upward(room: str, text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_arrows_point_down(path: Path):
     room = path.relative_to(ROOT / "stages").parts[0].removesuffix(".py")
     if room != "__init__":

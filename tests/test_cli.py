@@ -26,7 +26,10 @@ def test_quick_commands(lorapar, command):
 
 @pytest.fixture
 def config(tiny, demo_data, tmp_path):
-    return [ROOT / "configs/smoke.yaml", *(part for p in paths(tiny, demo_data, tmp_path) for part in ("--set", p))]
+    return [
+        ROOT / "configs/smoke.yaml",
+        *(part for p in paths(tiny, demo_data, tmp_path) for part in ("--set", p)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,11 @@ def config(tiny, demo_data, tmp_path):
         ("data.path=/tmp", 66, "error: /tmp is a folder, not a file\n"),
         ("data.path=null", 78, "error: data.path is not set\n"),
         ("lora.target_modules=[]", 78, "error: lora.target_modules: list should have at least 1 item"),
-        ("lora.init=default", 78, "error: lora.init default has B = 0, so every importance is zero; choose normal"),
+        (
+            "lora.init=default",
+            78,
+            "error: lora.init default has B = 0, so every importance is zero; choose normal",
+        ),
     ],
 )
 def test_mistakes_have_one_sentence_and_a_code(lorapar, config, override, code, text):
@@ -78,10 +85,20 @@ def test_bad_data(lorapar, config, tmp_path, content, code, text):
 
 @pytest.mark.parametrize("modules", ["[q_prj]", "[q_prj, k_proj]"])
 def test_target_modules_that_are_not_there(lorapar, config, modules):
-    override = ["--set", f"lora.target_modules={modules}", "--set", "partition.strategy=all", "--set", "data.limit=8"]
+    override = [
+        "--set",
+        f"lora.target_modules={modules}",
+        "--set",
+        "partition.strategy=all",
+        "--set",
+        "data.limit=8",
+    ]
     done = lorapar("score", *config, *override)
     assert done.code == 78
-    assert "error: lora.target_modules: no q_prj in LlamaForCausalLM\n  hint: choose from: down_proj, gate_proj" in done.err
+    assert (
+        "error: lora.target_modules: no q_prj in LlamaForCausalLM\n  hint: choose from: down_proj, gate_proj"
+        in done.err
+    )
 
 
 def test_a_stage_before_its_inputs(lorapar, config):
@@ -95,8 +112,14 @@ def test_a_stage_before_its_inputs(lorapar, config):
 
 def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):
     base_only = [*config, "--set", "data.path=null", "--set", "eval.targets=[base]"]
-    assert json.loads(lorapar("status", *base_only, "--json").out).keys() == {"classify:demo", "eval:base@demo"}
-    assert lorapar("sft", *base_only).err == "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
+    assert json.loads(lorapar("status", *base_only, "--json").out).keys() == {
+        "classify:demo",
+        "eval:base@demo",
+    }
+    assert (
+        lorapar("sft", *base_only).err
+        == "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
+    )
 
 
 def test_a_port_in_use(lorapar, config):
@@ -114,15 +137,21 @@ def test_a_port_in_use(lorapar, config):
 
 
 def test_unknown_names(lorapar, config):
-    assert lorapar("list", "things").err.startswith("error: nothing to list under 'things'\n  hint: choose from: scorers")
+    assert lorapar("list", "things").err.startswith(
+        "error: nothing to list under 'things'\n  hint: choose from: scorers"
+    )
     assert lorapar("show", *config[:1], "sleep", *config[1:]).err.startswith("error: no stage 'sleep'")
     assert lorapar("run", *config, "--to", "sleep").err.startswith("error: unknown stage 'sleep'")
-    assert lorapar("run", *config, "--from", "rl", "--to", "sft").err.startswith("error: --from rl comes after --to sft")
+    assert lorapar("run", *config, "--from", "rl", "--to", "sft").err.startswith(
+        "error: --from rl comes after --to sft"
+    )
     assert lorapar("fetch", "gpt").err.startswith("error: unknown model 'gpt'")
 
 
 def test_status_show_and_json(lorapar, config):
-    one = lorapar("classify", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
+    one = lorapar(
+        "classify", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
+    )
     rows = [json.loads(line) for line in one.out.splitlines()]
     assert [(r["step"], r["made"], r["summary"]["examples"]) for r in rows] == [
         ("classify:train", True, 8),
@@ -130,11 +159,15 @@ def test_status_show_and_json(lorapar, config):
     ]
     again = lorapar("classify", *config, "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     assert again.err.count("is current") == 2
-    status = lorapar("status", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
+    status = lorapar(
+        "status", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
+    )
     states = json.loads(status.out)
     assert states["classify:train"]["state"] == "current"
     assert states["score"] == {"state": "missing", "why": "not run yet"}
-    shown = lorapar("show", *config, "classify:demo", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
+    shown = lorapar(
+        "show", *config, "classify:demo", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
+    )
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out
 
 

@@ -36,7 +36,9 @@ def test_paper_configs_pin_every_value(path):
     for section in ("lora", "score", "partition", "sft", "rl", "eval", "prompt"):
         field = Config.model_fields[section].annotation
         missing = set(field.model_fields) - set(tree[section])
-        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]} - {"sandbox"}
+        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]} - {
+            "sandbox"
+        }
         assert not unpinned, f"{section}: {unpinned}"
 
 
@@ -54,7 +56,10 @@ def test_paper_configs_pin_every_model_and_data_set_to_a_commit(path):
 def test_a_config_over_another(tmp_path):
     """Sections merge, lists are replaced, the file's own settings win, and `--set` over both."""
     (tmp_path / "sub").mkdir()
-    written(tmp_path, "model: {name: x}\nsft: {lr: 1, epochs: 3}\nclassify: {voters: [{persona: judge}, {persona: steps}]}\n")
+    written(
+        tmp_path,
+        "model: {name: x}\nsft: {lr: 1, epochs: 3}\nclassify: {voters: [{persona: judge}, {persona: steps}]}\n",
+    )
     above = tmp_path / "sub/above.yaml"
     above.write_text("extends: ../config.yaml\nsft: {lr: 2}\nclassify: {voters: [{persona: effort}]}\n")
     found = load(above, ["sft.epochs=5"])
@@ -65,7 +70,12 @@ def test_a_config_over_another(tmp_path):
 
 def test_table6_has_a_config_for_every_method():
     found = [load(path) for path in sorted((ROOT / "configs/paper/table6").glob("*.yaml"))]
-    assert [c.baseline.method for c in found if c.baseline] == ["ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
+    assert [c.baseline.method for c in found if c.baseline] == [
+        "ia3",
+        "p_tuning",
+        "prefix_tuning",
+        "prompt_tuning",
+    ]
     assert len({c.run for c in found}) == 4
     for config in found:  # two epochs of SFT on all rows; RL is not evaluated
         assert (config.sft.data, config.sft.epochs, config.sft.start_from) == ("all", 2, "init")
@@ -85,22 +95,36 @@ def test_table1_has_a_config_for_every_row():
     [
         ("{base_url: 'http://a/v1'}", "classify.voters.0: base_url needs model, the name it is served under"),
         ("{engine: openai}", "classify.voters.0: engine openai needs base_url"),
-        ("{engine: vllm, model: m, base_url: 'http://a/v1'}", "classify.voters.0: base_url is for engine openai, not vllm"),
+        (
+            "{engine: vllm, model: m, base_url: 'http://a/v1'}",
+            "classify.voters.0: base_url is for engine openai, not vllm",
+        ),
         ("{samples: 3}", "classify.voters.0: 3 samples of a greedy voter are all the same; set temperature"),
         ("{revision: v1}", "classify.voters.0: revision v1 needs model, and goes with no base_url"),
-        ("{person: judge}", "unknown setting classify.voters.0.person (did you mean classify.voters.0.persona?)"),
+        (
+            "{person: judge}",
+            "unknown setting classify.voters.0.person (did you mean classify.voters.0.persona?)",
+        ),
     ],
 )
 def test_mistakes_of_voters(tmp_path, voter, text):
-    assert message(written(tmp_path, f"model: {{name: x}}\nclassify: {{voters: [{voter}]}}\n")).startswith(text)
+    assert message(written(tmp_path, f"model: {{name: x}}\nclassify: {{voters: [{voter}]}}\n")).startswith(
+        text
+    )
 
 
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
         ("limt: 3", "unknown setting eval.benchmarks.gsm8k.limt (did you mean eval.benchmarks.gsm8k.limit?)"),
-        ("kind: gsm9k", "eval.benchmarks.gsm8k.kind: unknown benchmark 'gsm9k'; choose from: demo, gsm8k, humaneval, jsonl,"),
-        ("samples: 4", "eval.benchmarks.gsm8k: samples 4 of a greedy answer are all the same; set temperature"),
+        (
+            "kind: gsm9k",
+            "eval.benchmarks.gsm8k.kind: unknown benchmark 'gsm9k'; choose from: demo, gsm8k, humaneval, jsonl,",
+        ),
+        (
+            "samples: 4",
+            "eval.benchmarks.gsm8k: samples 4 of a greedy answer are all the same; set temperature",
+        ),
     ],
 )
 def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
@@ -109,12 +133,25 @@ def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
 
 
 def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
-    path = written(tmp_path, "model: {name: x}\neval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n")
+    path = written(
+        tmp_path,
+        "model: {name: x}\neval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n",
+    )
     benchmarks = load(path).eval.benchmarks
-    assert (benchmarks["mmlu"].path, benchmarks["mmlu"].subset, benchmarks["mmlu"].limit) == ("cais/mmlu", "all", 5)
+    assert (benchmarks["mmlu"].path, benchmarks["mmlu"].subset, benchmarks["mmlu"].limit) == (
+        "cais/mmlu",
+        "all",
+        5,
+    )
     assert len(benchmarks["mmlu"].revision) == 40
     own = benchmarks["own"]
-    assert (own.path, own.subset, own.revision, own.shots, own.mode) == ("mine.jsonl", None, "main", 5, "likelihood")
+    assert (own.path, own.subset, own.revision, own.shots, own.mode) == (
+        "mine.jsonl",
+        None,
+        "main",
+        5,
+        "likelihood",
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "a.b", "a@b", "a/b", ""])
@@ -135,12 +172,17 @@ def test_an_init_that_would_break_the_base_needs_compensation(tmp_path, init):
 
 
 def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
-    path = written(tmp_path, "model: {name: x}\npartition: {thta: 0.9}\nsft: {lr: fast}\nscore: {scorer: taylr}\n")
+    path = written(
+        tmp_path, "model: {name: x}\npartition: {thta: 0.9}\nsft: {lr: fast}\nscore: {scorer: taylr}\n"
+    )
     text = message(path)
     assert "3 mistakes" in text
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
     assert "sft.lr: input should be a valid number, unable to parse string as a number, got 'fast'" in text
-    assert "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, taylor1, taylor2" in text
+    assert (
+        "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, taylor1, taylor2"
+        in text
+    )
 
 
 def test_unknown_strategy(tmp_path):

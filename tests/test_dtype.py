@@ -49,7 +49,9 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
 
 def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Path):
     command = [sys.executable, "-c", ASK, str(sixteen)]
-    done = subprocess.run(command, env={**os.environ, **HELD_TO_AVX2}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, **HELD_TO_AVX2}, capture_output=True, text=True, check=True
+    )
     *warnings, answer = done.stdout.strip().splitlines()
     assert answer == "False torch.float32 torch.bfloat16 torch.bfloat16"
     warnings = [line for line in warnings if line.startswith("model.dtype")]  # libraries have their own
@@ -59,7 +61,9 @@ def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Pat
 
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(cpu, sixteen: Path, native: bool, taken: str):
+def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
+    cpu, sixteen: Path, native: bool, taken: str
+):
     cpu(native)
     model = ModelSection(name=str(sixteen))
     assert dtype.resolve(model) == taken
@@ -81,7 +85,11 @@ def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, 
 
 @pytest.mark.parametrize(
     ("onednn", "instructions", "native"),
-    [(True, {"avx512_bf16": True}, True), (True, {"avx512_f": True}, False), (False, {"avx512_bf16": True}, False)],
+    [
+        (True, {"avx512_bf16": True}, True),
+        (True, {"avx512_f": True}, False),
+        (False, {"avx512_bf16": True}, False),
+    ],
 )
 def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch, onednn: bool, instructions: dict, native: bool):
     import torch

@@ -28,7 +28,11 @@ def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (artifact.path / "adapter" / name).read_bytes()
     text = (tmp_path / "a/README.md").read_text()
-    assert f"`{artifact.manifest['key']}`" in text and "| lr | 0.1 |" in text and f"base_model: {config.model.name}" in text
+    assert (
+        f"`{artifact.manifest['key']}`" in text
+        and "| lr | 0.1 |" in text
+        and f"base_model: {config.model.name}" in text
+    )
     with pytest.raises(OutputError, match="a exists"):
         export.write(artifact, config, tmp_path / "a", "adapter")
 
@@ -61,7 +65,9 @@ def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, m
     rows = list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
     assert [(row["engine"], row["agree"], row["items"]) for row in rows] == [("transformers", 1.0, 3)]
     assert rows[0]["differ_from_base"] > 0
-    name, part = ("adapter_model.safetensors", "lora_B") if form == "adapter" else ("model.safetensors", "down_proj")
+    name, part = (
+        ("adapter_model.safetensors", "lora_B") if form == "adapter" else ("model.safetensors", "down_proj")
+    )
     weights = load_file(tmp_path / "x" / name)
     spoilt = {key: weight * (-100 if part in key else 1) for key, weight in weights.items()}
     save_file(spoilt, tmp_path / "x" / name, metadata={"format": "pt"})
@@ -96,15 +102,28 @@ def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, mon
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
     settings = [*begun.home, "sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
     overrides = [part for text in settings for part in ("--set", text)]
-    export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft", "--push", "mine")
+    export = (
+        "export",
+        ROOT / "configs/smoke.yaml",
+        tmp_path / "x",
+        *overrides,
+        "--target",
+        "sft",
+        "--push",
+        "mine",
+    )
     done = lorapar(*export)
     assert done.code == 0 and "pushed to https://huggingface.co/me/mine" in done.out + done.err
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "x", tmp_path / "hub/me/mine")]
+    names = [
+        sorted(path.name for path in folder.iterdir())
+        for folder in (tmp_path / "x", tmp_path / "hub/me/mine")
+    ]
     assert names[0] == names[1] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(
-    "error", [LocalTokenNotFoundError("no token"), HFValidationError("bad name"), OfflineModeIsEnabled("offline")]
+    "error",
+    [LocalTokenNotFoundError("no token"), HFValidationError("bad name"), OfflineModeIsEnabled("offline")],
 )
 def test_a_push_that_fails_says_so(tmp_path, monkeypatch, error):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(error=error))

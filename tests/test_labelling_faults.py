@@ -29,9 +29,18 @@ def config(tiny, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(*urls: str, server=QUICK, **classify):
-        voter = {"model": "judge", "base_url": list(urls), "persona": "role_play", **classify.pop("voter", {})}
+        voter = {
+            "model": "judge",
+            "base_url": list(urls),
+            "persona": "role_play",
+            **classify.pop("voter", {}),
+        }
         tree = {"classify": {"voters": [voter], **classify}, "server": server, "eval": {"targets": ["base"]}}
-        overrides = [f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / 'runs'}"]
+        overrides = [
+            f"model.name={tiny}",
+            f"data.path={tmp_path / 'rows.jsonl'}",
+            f"runs_dir={tmp_path / 'runs'}",
+        ]
         overrides += [f"{name}={json.dumps(value)}" for name, value in tree.items()]
         path = tmp_path / "config.yaml"
         path.write_text("run: faults\n")
@@ -95,14 +104,19 @@ def test_no_vote_is_lost_and_labels_are_as_without_faults(config, capsys, name):
     assert report["valid"] == ROWS and not report["failed"]
     with capsys.disabled():
         once = ROWS + 34  # two find out what the server can
-        print(f"\n  {name:<22} asked {asked}, answered {sum(v for k, v in mock.answered.items() if 'Question' in k)}, ", end="")
+        print(
+            f"\n  {name:<22} asked {asked}, answered {sum(v for k, v in mock.answered.items() if 'Question' in k)}, ",
+            end="",
+        )
         print(f"retried {asked - once}, lost in flight 0", end="")
 
 
 def test_one_question_that_always_fails_stops_no_other(config):
     always = lambda n, path, body: ("status", (500, {}, "boom")) if "Question 7?" in str(body) else None  # noqa: E731
     with serve(Mock(always)) as mock:
-        with pytest.raises(AnswerError, match=r"could not answer 1 of 152 questions; first \w+: server_error: 500 boom"):
+        with pytest.raises(
+            AnswerError, match=r"could not answer 1 of 152 questions; first \w+: server_error: 500 boom"
+        ):
             classify(config(mock.url, max_failed=0.0))
         before = len(mock.log)
         artifact = classify(config(mock.url))
@@ -115,15 +129,25 @@ def test_one_question_that_always_fails_stops_no_other(config):
 
 
 def test_many_bad_answers_end_it_early(config):
-    broken = lambda n, path, body: ("status", (500, {}, "boom")) if "Question" in str(body) and n > 30 else None  # noqa: E731
-    with serve(Mock(broken)) as mock, pytest.raises(AnswerError, match="could not answer 1[1-9] of 152 questions"):
+    def broken(n, path, body):
+        return ("status", (500, {}, "boom")) if "Question" in str(body) and n > 30 else None
+
+    with (
+        serve(Mock(broken)) as mock,
+        pytest.raises(AnswerError, match="could not answer 1[1-9] of 152 questions"),
+    ):
         classify(config(mock.url))
     assert len(votes_in(config(mock.url))) > 10
 
 
 @pytest.mark.parametrize(
     ("say", "error"),
-    [("I would rather not say.", "16 of 152 answers are none of its words|2[0-9] of 152 answers are none of its words")],
+    [
+        (
+            "I would rather not say.",
+            "16 of 152 answers are none of its words|2[0-9] of 152 answers are none of its words",
+        )
+    ],
 )
 def test_answers_that_are_no_label_are_a_class_of_their_own(config, say, error):
     with serve(Mock(constrains=False, say=say)) as mock:
@@ -132,7 +156,10 @@ def test_answers_that_are_no_label_are_a_class_of_their_own(config, say, error):
         assert "'I would rather not say.'" in str(caught.value)
         artifact = classify(config(mock.url, max_invalid=1.0))
     assert set(system_of(artifact)) == {None}
-    assert json.loads((artifact.path / "report.json").read_text())["voters"]["judge/role_play"]["invalid"] == ROWS
+    assert (
+        json.loads((artifact.path / "report.json").read_text())["voters"]["judge/role_play"]["invalid"]
+        == ROWS
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,10 @@ def test_a_voter_that_would_say_something_else_is_warned_about(config):
         "warning: judge/role_play puts 0.40% of its probability on the label words: it would say something else"
         in progress.said
     )
-    assert any(said.startswith("warning: judge/role_play hardly tells the systems apart: AUC 0.") for said in progress.said)
+    assert any(
+        said.startswith("warning: judge/role_play hardly tells the systems apart: AUC 0.")
+        for said in progress.said
+    )
 
 
 def test_a_wrong_name(config):
@@ -189,7 +219,8 @@ def test_other_weights_under_the_same_name_are_noticed(config):
         alone = system_of(classify(config(mock.url).model_copy(update={"run": "alone"})))
     assert changed == alone
     assert any(
-        "answers unlike before: other weights under the same name; its 82 earlier votes" in said for said in progress.said
+        "answers unlike before: other weights under the same name; its 82 earlier votes" in said
+        for said in progress.said
     )
     assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
 
@@ -197,7 +228,10 @@ def test_other_weights_under_the_same_name_are_noticed(config):
 def test_voters_at_several_servers_run_side_by_side(config):
     slow = lambda n, path, body: time.sleep(0.05)  # noqa: E731
     with serve(Mock(slow)) as one, serve(Mock(slow, weights="b")) as two:
-        voters = [{"model": "judge", "base_url": m.url, "persona": "judge", "name": n} for n, m in (("a", one), ("b", two))]
+        voters = [
+            {"model": "judge", "base_url": m.url, "persona": "judge", "name": n}
+            for n, m in (("a", one), ("b", two))
+        ]
         given = config(one.url)
         given = settings_with(given, voters)
         begun = time.monotonic()
@@ -235,13 +269,17 @@ def test_an_answer_of_a_reference_that_gives_orders_changes_nothing_else(config,
 def test_memory_does_not_grow_with_the_rows(tiny, tmp_path, capsys):
     """5,000 rows through the mock server: peak memory beside that of 500, and votes per second."""
     peaks = {}
-    mock = subprocess.Popen([sys.executable, "tests/mock_server.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    mock = subprocess.Popen(
+        [sys.executable, "tests/mock_server.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         url = mock.stdout.readline().strip()
         for rows in (500, 5000):
             data = tmp_path / f"{rows}.jsonl"
             text = "It is a long day and many things happen on it. " * 5
-            data.write_text("".join(json.dumps({"question": f"{text}{i}?", "answer": f"{i}"}) + "\n" for i in range(rows)))
+            data.write_text(
+                "".join(json.dumps({"question": f"{text}{i}?", "answer": f"{i}"}) + "\n" for i in range(rows))
+            )
             config = {
                 "run": f"rows{rows}",
                 "runs_dir": str(tmp_path / "runs"),
@@ -253,17 +291,24 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path, capsys):
             (tmp_path / "c.json").write_text(json.dumps(config))
             begun = time.monotonic()
             child = subprocess.Popen(
-                [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")], cwd=ROOT, stderr=subprocess.DEVNULL
+                [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")],
+                cwd=ROOT,
+                stderr=subprocess.DEVNULL,
             )
             # Not ru_maxrss: it begins with what this process held when it forked.
             while child.poll() is None:
                 status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
-                peaks[rows] = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, 0])[1]) / 1024 or peaks.get(rows, 0)
+                peaks[rows] = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, 0])[1]) / 1024 or peaks.get(
+                    rows, 0
+                )
                 time.sleep(0.02)
             assert child.returncode == 0
             rate = rows / (time.monotonic() - begun)
             with capsys.disabled():
-                print(f"\n  {rows} rows: peak {peaks[rows]:.0f} MiB, {rate:.0f} votes per second with start and end", end="")
+                print(
+                    f"\n  {rows} rows: peak {peaks[rows]:.0f} MiB, {rate:.0f} votes per second with start and end",
+                    end="",
+                )
     finally:
         mock.kill()
     size = (tmp_path / "5000.jsonl").stat().st_size / 2**20

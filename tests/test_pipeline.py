@@ -19,8 +19,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     """Data and models that are not here have a name and no digest."""
-    monkeypatch.setattr("stages.pipeline.identity.of_model", lambda model, cache: f"{model.name} {model.revision}")
-    monkeypatch.setattr("stages.pipeline.identity.of_source", lambda source, cache: f"{source.path} {source.revision}")
+    monkeypatch.setattr(
+        "stages.pipeline.identity.of_model", lambda model, cache: f"{model.name} {model.revision}"
+    )
+    monkeypatch.setattr(
+        "stages.pipeline.identity.of_source", lambda source, cache: f"{source.path} {source.revision}"
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -75,7 +79,8 @@ def test_the_sandbox_counts_where_code_is_run(smoke):
     benchmark = "eval.benchmarks={humaneval: {path: x.jsonl}}"
     reward = "rl.rewards={code_tests: 1}"
     one, two = (
-        plan(resolved(smoke(benchmark, reward, *more))) for more in ((), ("eval.sandbox.seconds=9", "rl.sandbox.seconds=9"))
+        plan(resolved(smoke(benchmark, reward, *more)))
+        for more in ((), ("eval.sandbox.seconds=9", "rl.sandbox.seconds=9"))
     )
     assert one["eval:base@humaneval"].key != two["eval:base@humaneval"].key
     assert one["rl"].key != two["rl"].key
@@ -109,7 +114,9 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
 def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):
     small = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base]", "score.examples=4")
     make_steps(smoke(*small), "classify", "eval")
-    monkeypatch.setattr("stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded")
+    )
     made = make_steps(smoke(*small, "run=another"), "classify", "eval")
     assert all(now for _, now in made.values())
 

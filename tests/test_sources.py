@@ -36,7 +36,12 @@ def refused(tmp_path, *rows, error=DataError):
         ({"question": "Q", "answer": "2+2=4\n#### 4"}, "Q", "2+2=4\n#### 4", "4"),
         ({"instruction": "I", "input": "X", "output": "O"}, "I\n\nX", "O", None),
         ({"instruction": "I", "context": "", "response": "O", "category": "c"}, "I", "O", None),
-        ({"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}, "U", "A", None),
+        (
+            {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]},
+            "U",
+            "A",
+            None,
+        ),
         ({"prompt": "P", "completion": "C", "gold": 7}, "P", "C", "7"),
     ],
 )
@@ -71,7 +76,10 @@ def test_bad_fields_are_named(tmp_path):
     assert refused(tmp_path, good, {"question": "Q2", "answer": 4}) == (
         "bad row: /data.jsonl:2: field answer must be text, got int"
     )
-    assert refused(tmp_path, good, {"question": " ", "answer": "A"}) == "bad row: /data.jsonl:2: prompt or response is empty"
+    assert (
+        refused(tmp_path, good, {"question": " ", "answer": "A"})
+        == "bad row: /data.jsonl:2: prompt or response is empty"
+    )
 
 
 def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):

@@ -82,7 +82,9 @@ def test_the_adapter_is_plain_peft(whole, tiny):
 
     folder = whole[1]["rl"][0].path / "adapter"
     plain = PeftModel.from_pretrained(load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
-    ours = adapter.attach(load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder)
+    ours = adapter.attach(
+        load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder
+    )
     ids = torch.arange(5, 60).view(1, -1)
     assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
 
@@ -109,21 +111,29 @@ def test_inference_batch_size_changes_nothing(copied):
 
 
 def test_a_stale_input_is_an_error_with_the_command(copied):
-    with pytest.raises(MissingInputError, match=r"partition:sft is missing \(partition.theta was 0.9, now 0.8\)") as caught:
+    with pytest.raises(
+        MissingInputError, match=r"partition:sft is missing \(partition.theta was 0.9, now 0.8\)"
+    ) as caught:
         make_steps(copied("partition.theta=0.8"), "sft")
     assert caught.value.hint == "run: lorapar run CONFIG --to partition"
 
 
 def test_a_rebuilt_input_makes_what_follows_stale(copied):
     config = copied()
-    for journal in (Path(config.runs_dir) / "votes").glob("*.jsonl"):  # votes are not deterministic: these came out otherwise
+    for journal in (Path(config.runs_dir) / "votes").glob(
+        "*.jsonl"
+    ):  # votes are not deterministic: these came out otherwise
         journal.write_text(
-            re.sub(r'"system2": 0\.(\d)', r'"system2": 0.4\1', journal.read_text(encoding="utf-8")), encoding="utf-8"
+            re.sub(r'"system2": 0\.(\d)', r'"system2": 0.4\1', journal.read_text(encoding="utf-8")),
+            encoding="utf-8",
         )
     assert make_steps(config, "classify:train", force=True)["classify:train"][1]
     states = {n: state(Store(config.root), s) for n, s in plan(resolved(config)).items()}
     assert (states["score"].state, states["score"].why) == ("stale", "classify:train was rebuilt")
-    assert (states["partition:rl"].state, states["partition:rl"].why) == ("stale", "classify:train was rebuilt")
+    assert (states["partition:rl"].state, states["partition:rl"].why) == (
+        "stale",
+        "classify:train was rebuilt",
+    )
     assert states["eval:base@demo"].state == "current"
 
 
@@ -140,7 +150,9 @@ def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied):
     data[-1] ^= 1
     file.write_bytes(data)
     for name in ("partition", "sft"):
-        with pytest.raises(ArtifactError, match="partition:sft is damaged: sha256 of .*masks.safetensors differs") as caught:
+        with pytest.raises(
+            ArtifactError, match="partition:sft is damaged: sha256 of .*masks.safetensors differs"
+        ) as caught:
             make_steps(config, name)
         assert caught.value.hint == "rebuild it: lorapar partition CONFIG --force"
     assert make_steps(config, "partition", force=True)["partition:rl"][1]
@@ -156,17 +168,23 @@ def test_votes_are_never_asked_again(copied):
 
 def test_more_samples_ask_only_for_the_new_ones(copied):
     def counted(samples: int) -> int:
-        voters = json.dumps([{"engine": "transformers", "persona": "steps", "samples": samples, "temperature": 0.5}])
+        voters = json.dumps(
+            [{"engine": "transformers", "persona": "steps", "samples": samples, "temperature": 0.5}]
+        )
         config = copied(f"classify.voters={voters}", "data.limit=8")
         make_steps(config, "classify:train")
-        return sum(len(p.read_bytes().splitlines()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl"))
+        return sum(
+            len(p.read_bytes().splitlines()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")
+        )
 
     three, five = counted(3), counted(5)
     assert five - three == 2 * (8 + 32)  # the rows, and the examples for calibration
 
 
 def test_another_voter_asks_only_for_its_own(copied):
-    voters = json.dumps([{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")])
+    voters = json.dumps(
+        [{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")]
+    )
     config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
     before = {p.name: len(p.read_bytes()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
     make_steps(config, "classify:train")
@@ -177,7 +195,8 @@ def test_another_voter_asks_only_for_its_own(copied):
 
 def _journals(config):
     return {
-        path.name: path.read_bytes().splitlines(keepends=True) for path in (Path(config.runs_dir) / "answers").glob("*.jsonl")
+        path.name: path.read_bytes().splitlines(keepends=True)
+        for path in (Path(config.runs_dir) / "answers").glob("*.jsonl")
     }
 
 
@@ -198,13 +217,19 @@ def test_answers_of_an_evaluation_are_journalled(copied):
 
 def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatch):
     """Other labels, another limit, another number of checked items: no model is loaded to answer again."""
-    config = copied("eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0")
-    monkeypatch.setattr("stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded"))
+    config = copied(
+        "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0"
+    )
+    monkeypatch.setattr(
+        "stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded")
+    )
     made = make_steps(config, "eval:base@demo", "eval:init@demo")
     assert all(now for _, now in made.values())
 
 
-@pytest.mark.parametrize("change", ["lora.std=0.02", "eval.benchmarks.demo.max_new_tokens=9", "prompt.system=Think."])
+@pytest.mark.parametrize(
+    "change", ["lora.std=0.02", "eval.benchmarks.demo.max_new_tokens=9", "prompt.system=Think."]
+)
 def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
     config = copied(change)
     before = _journals(config)
@@ -230,7 +255,9 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
         "stages.engines.transformers.load_merged",
         lambda model, folder: load_base(model),  # the adapter is not applied
     )
-    with pytest.raises(AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"):
+    with pytest.raises(
+        AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"
+    ):
         make_steps(config, "eval:init@demo")
 
 
@@ -238,7 +265,11 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
 @pytest.mark.parametrize("init", ["pissa", "normal"])
 def test_kl_references_and_inits(copied, init, reference):
     config = copied(
-        f"lora.init={init}", f"rl.kl_reference={reference}", "rl.max_steps=1", "sft.max_steps=1", "score.examples=2"
+        f"lora.init={init}",
+        f"rl.kl_reference={reference}",
+        "rl.max_steps=1",
+        "sft.max_steps=1",
+        "score.examples=2",
     )
     made = make_steps(config, "score", "partition", "sft", "rl")
     for stage in ("sft", "rl"):
@@ -254,7 +285,9 @@ def test_rollouts_by_trl_itself(copied, monkeypatch):
     """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
     monkeypatch.setattr("stages.rl.MergedCopy", lambda base: None)
     summary = make_steps(copied("rl.max_steps=1"), "rl")["rl"][0].manifest["summary"]
-    assert summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
+    assert (
+        summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
+    )
 
 
 def test_strategy_all_needs_no_scores(copied):
@@ -271,7 +304,9 @@ def test_importance_with_init_default_is_refused_before_anything_loads(copied):
 
 
 def test_no_example_of_one_system(copied):
-    with pytest.raises(DataError, match=r"no example is labelled System 2 \(64 System 1, 0 System 2, 0 undecided\)"):
+    with pytest.raises(
+        DataError, match=r"no example is labelled System 2 \(64 System 1, 0 System 2, 0 undecided\)"
+    ):
         make_steps(copied("classify.system2_share=0.001"), "classify:train", "score")
 
 
@@ -285,7 +320,9 @@ def test_rl_rows_without_gold(copied, tmp_path):
 
 
 def test_prompts_that_are_too_long_for_rl(copied):
-    with pytest.raises(DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than rl.prompts_per_step 4"):
+    with pytest.raises(
+        DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than rl.prompts_per_step 4"
+    ):
         make_steps(copied("rl.max_prompt=20"), "rl")
 
 
@@ -301,7 +338,9 @@ def test_samples_and_metrics(whole):
     assert metrics["all"]["n"] == len(rows) == 16
     assert metrics["system1"]["n"] + metrics["system2"]["n"] == 16
     assert metrics["first_prompt"].startswith("<|im_start|>system\nWork it out")
-    assert metrics["stop"] == ["<|im_end|>"] and metrics["bos_tokens_in_it"] == metrics["first_prompt"].count("<|im_start|>")
+    assert metrics["stop"] == ["<|im_end|>"] and metrics["bos_tokens_in_it"] == metrics["first_prompt"].count(
+        "<|im_start|>"
+    )
     outcomes = ("correct", "wrong", "unparsed", "truncated", "refused")
     assert sum(metrics["all"][name] for name in outcomes) == 16
     assert metrics["parity"]["agree"] == 1 and metrics["parity"]["items"] == 8
@@ -321,12 +360,18 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
         last = before[before.index(stage) - 1]
         subprocess.run([*command, "run", str(path), "--to", last], check=True, cwd=ROOT, capture_output=True)
     for seconds in (2, 5, 8):
-        child = subprocess.Popen([*command, stage, str(path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+        child = subprocess.Popen(
+            [*command, stage, str(path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         time.sleep(seconds)
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            assert not any(state(Store(config.root), s).state == "damaged" for s in plan(resolved(config)).values())
+            assert not any(
+                state(Store(config.root), s).state == "damaged" for s in plan(resolved(config)).values()
+            )
     subprocess.run([*command, stage, str(path)], check=True, cwd=ROOT, capture_output=True)
-    states = [state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage]
+    states = [
+        state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage
+    ]
     assert set(states) == {"current"}

@@ -42,7 +42,9 @@ def by_answer(example: Example, output: str, context: Context) -> Grade:
     """Compare the extracted final answer with gold; the reward `correctness` reads answers the same way."""
     assert example.gold is not None
     found = extract(output, context.answer_format)
-    return Grade(found.strict, found.flexible, same(found.strict, example.gold), same(found.flexible, example.gold))
+    return Grade(
+        found.strict, found.flexible, same(found.strict, example.gold), same(found.flexible, example.gold)
+    )
 
 
 def with_gold(examples: list[Example]) -> list[Example]:
@@ -64,11 +66,17 @@ def by_prompt(examples: list[Example], section: BenchmarkSection, renderer: Rend
 
         rows = read(shots_source(section).model_copy(update={"limit": section.shots}))
         if len(rows) < section.shots:
-            raise DataError(f"{section.shots_path or section.path} has {len(rows)} rows for {section.shots} shots")
-        shots = [(row.prompt, rewrite(row.response, row.gold, renderer.section.answer_format)) for row in rows]
+            raise DataError(
+                f"{section.shots_path or section.path} has {len(rows)} rows for {section.shots} shots"
+            )
+        shots = [
+            (row.prompt, rewrite(row.response, row.gold, renderer.section.answer_format)) for row in rows
+        ]
     # A completion in this form goes on with a question of its own where the others end.
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
-    return [Asked(renderer.prompt(e.prompt, shots), renderer.prompt_ids(e.prompt, shots), stop) for e in examples]
+    return [
+        Asked(renderer.prompt(e.prompt, shots), renderer.prompt_ids(e.prompt, shots), stop) for e in examples
+    ]
 
 
 def bad_rows(where: str, bad: list[str], needed: str) -> None:

@@ -38,7 +38,8 @@ def load(section: BenchmarkSection) -> list[Example]:
     for number, row in rows:
         try:
             prompt, solution, tests, entry, task = (
-                text_field(row, name) for name in ("prompt", "canonical_solution", "test", "entry_point", "task_id")
+                text_field(row, name)
+                for name in ("prompt", "canonical_solution", "test", "entry_point", "task_id")
             )
             examples.append(Example(task, prompt, solution, None, {"test": tests, "entry_point": entry}))
         except ValueError as error:
@@ -70,6 +71,8 @@ def grade(example: Example, output: str, context: Context) -> Grade:
         doubtful = verdict.status in ("failed", "suspicious", "crashed", "flooded")
         standard = verdict.passed or (doubtful and context.sandbox.plain(program, tests, entry))
     except SandboxFailure as failure:
-        return Grade(program, program, False, False, refused=True, extra={"verdict": "refused", "why": str(failure)})
+        return Grade(
+            program, program, False, False, refused=True, extra={"verdict": "refused", "why": str(failure)}
+        )
     extra = {"verdict": verdict.status, "why": verdict.why, "printed": verdict.output[-500:]}
     return Grade(program, program, verdict.passed, standard, extra=extra)

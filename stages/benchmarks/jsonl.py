@@ -28,7 +28,9 @@ def load(section: BenchmarkSection) -> list[Example]:
             kind = row.get("grade") or _kind(answer)
             if kind not in ("number", "letter", "text"):
                 raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
-            if (kind == "number" and number(answer) is None) or (kind == "letter" and not _LETTER.fullmatch(answer)):
+            if (kind == "number" and number(answer) is None) or (
+                kind == "letter" and not _LETTER.fullmatch(answer)
+            ):
                 raise ValueError(f"answer {answer!r} is no {kind}")
         except (KeyError, ValueError) as error:
             missing = "field answer is missing" if isinstance(error, KeyError) else str(error)

@@ -39,21 +39,32 @@ def run(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise MissingInputError("lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'") from None
+        raise MissingInputError(
+            "lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'"
+        ) from None
     from stages.benchmarks.metrics import brief, measured
     from stages.models.base import load_merged
     from stages.models.tokenizer import load_tokenizer
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task file leaves out
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of every default that a task file leaves out
     if not section.tasks:
-        raise ConfigError("kind lm_eval needs tasks", "--tasks gsm8k, or tasks: [gsm8k] in the benchmark's entry")
+        raise ConfigError(
+            "kind lm_eval needs tasks", "--tasks gsm8k, or tasks: [gsm8k] in the benchmark's entry"
+        )
     tasks = TaskManager(include_path=section.path)
     known = set(tasks.all_tasks)
     if unknown := [name for name in section.tasks if name not in known]:
-        raise ConfigError(f"the harness has no task {', '.join(unknown)}", "its own list: lm-eval ls tasks; your own: path")
+        raise ConfigError(
+            f"the harness has no task {', '.join(unknown)}", "its own list: lm-eval ls tasks; your own: path"
+        )
     progress.start(f"eval {target}: {', '.join(section.tasks)}")
     served = HFLM(
-        pretrained=load_merged(model, adapter), tokenizer=load_tokenizer(model), batch_size=server.batch_size, backend="causal"
+        pretrained=load_merged(model, adapter),
+        tokenizer=load_tokenizer(model),
+        batch_size=server.batch_size,
+        backend="causal",
     )
     found = lm_eval.simple_evaluate(
         model=served,

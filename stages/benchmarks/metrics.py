@@ -25,7 +25,10 @@ def measured(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
 def brief(metrics: dict[str, Any]) -> dict[str, Any]:
     """What of the metrics a person sees at once."""
     whole = {name: value for name, value in metrics["all"].items() if value or name in ("n", "accuracy")}
-    return {"all": whole, **{name: metrics[name]["accuracy"] for name in ("system1", "system2") if name in metrics}}
+    return {
+        "all": whole,
+        **{name: metrics[name]["accuracy"] for name in ("system1", "system2") if name in metrics},
+    }
 
 
 def figures(samples: list[Sample]) -> dict[str, Any]:

@@ -66,7 +66,11 @@ def load(section: BenchmarkSection) -> list[Example]:
 
 
 def _example(row: dict[str, Any], number: int) -> Example:
-    subject, question, choices = text_field(row, "subject"), text_field(row, "question").strip(), row["choices"]
+    subject, question, choices = (
+        text_field(row, "subject"),
+        text_field(row, "question").strip(),
+        row["choices"],
+    )
     if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
     if row["answer"] not in range(len(LETTERS)):
@@ -84,11 +88,16 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
     shots = _shots(section) if section.shots else {}
     missing = {subject for e in examples if len(shots.get(subject := e.extra["subject"], [])) < section.shots}
     if missing:
-        raise DataError(f"fewer than {section.shots} shots for {', '.join(sorted(missing))}", "lower shots, or give shots_path")
+        raise DataError(
+            f"fewer than {section.shots} shots for {', '.join(sorted(missing))}",
+            "lower shots, or give shots_path",
+        )
     words = LETTERS if renderer.section.template == "chat" else tuple(f" {name}" for name in LETTERS)
     asked = []
     for example in examples:
-        turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(example.extra["subject"], [])]
+        turns = [
+            (f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(example.extra["subject"], [])
+        ]
         subject = example.extra["subject"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:")

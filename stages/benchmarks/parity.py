@@ -79,7 +79,9 @@ def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, reply: R
     before, words = word_tokens(tokenizer, asked.words) if reply.shares else ([], [])
     ids = reply.ids[:LONGEST]
     row = torch.tensor([asked.ids + before + ids], device=model.device)
-    logits: Tensor = model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0].float()  # (answer + 1, vocabulary)
+    logits: Tensor = (
+        model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0].float()
+    )  # (answer + 1, vocabulary)
     if reply.shares:
         of_words = logits[-1, words]
         return [float(of_words.max() - of_words[reply.best])]

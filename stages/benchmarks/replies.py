@@ -46,10 +46,14 @@ class Recorded:
     def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Given:
         """The answer without special tokens, up to the first stop text, or the likeliest word."""
         if self.shares:
-            return Given(asked.words[self.best].strip(), True, {"shares": [round(share, 6) for share in self.shares]})
+            return Given(
+                asked.words[self.best].strip(), True, {"shares": [round(share, 6) for share in self.shares]}
+            )
         text = tokenizer.decode(self.ids, skip_special_tokens=True)
         ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
-        return Given(text[: min(ends)] if ends else text, self.complete or bool(ends), {"tokens": len(self.ids)})
+        return Given(
+            text[: min(ends)] if ends else text, self.complete or bool(ends), {"tokens": len(self.ids)}
+        )
 
 
 class Replies:
@@ -68,10 +72,16 @@ class Replies:
         again: bool,
     ) -> None:
         self._asked, self._section = asked, benchmark
-        sampling = Sampling(benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p)
+        sampling = Sampling(
+            benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p
+        )
         self._sampling = sampling
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
-        how = {"longest": sampling.max_new_tokens, "stop": renderer.stop_ids, **(drawn if sampling.temperature else {})}
+        how = {
+            "longest": sampling.max_new_tokens,
+            "stop": renderer.stop_ids,
+            **(drawn if sampling.temperature else {}),
+        }
         self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl")
         self._again = again
         self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
@@ -99,7 +109,9 @@ class Replies:
                 raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
             self._keep(choices[at], {"shares": choice.shares, "mass": choice.mass})
             progress.advance(1)
-        for at, answer in engine.generate([self._question(*w) for w in texts], self._sampling) if texts else ():
+        for at, answer in (
+            engine.generate([self._question(*w) for w in texts], self._sampling) if texts else ()
+        ):
             self._keep(texts[at], {"ids": answer.ids, "complete": answer.complete})
             progress.advance(1)
 
@@ -110,7 +122,9 @@ class Replies:
         return Ballot(self._asked[i].ids, self._asked[i].words)
 
     def _question(self, i: int, n: int) -> Question:
-        return Question(self._asked[i].ids, self._asked[i].stop, int(self._keys[i], 16) % 2**31 + self._section.seed + n)
+        return Question(
+            self._asked[i].ids, self._asked[i].stop, int(self._keys[i], 16) % 2**31 + self._section.seed + n
+        )
 
 
 def _recorded(row: dict[str, Any]) -> Recorded:

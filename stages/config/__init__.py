@@ -48,12 +48,16 @@ __all__ = [
 
 
 class Config(Section):
-    run: str = setting("default", "Name of the run: a folder below runs_dir.", identity=False, pattern=r"^[\w][\w.-]*$")
+    run: str = setting(
+        "default", "Name of the run: a folder below runs_dir.", identity=False, pattern=r"^[\w][\w.-]*$"
+    )
     runs_dir: str = setting("runs", "Where runs are kept.", identity=False)
     seed: int = setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
     model: ModelSection = setting(..., "The base model.")
     data: DataSection = setting(DataSection(), "Training rows.")
-    prompt: PromptSection = setting(PromptSection(), "What the model is shown, in score, sft, rl and eval alike.")
+    prompt: PromptSection = setting(
+        PromptSection(), "What the model is shown, in score, sft, rl and eval alike."
+    )
     lora: LoraSection = setting(LoraSection(), "The adapter.")
     baseline: BaselineSection | None = setting(
         None, "Another method in place of LoRA, trained whole: there is then no score and no partition."
@@ -96,11 +100,15 @@ class Config(Section):
             raise ValueError(f"vllm cannot serve {here}; use engine transformers")
         if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
             raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
-        if self.baseline.method == "prefix_tuning" and (self.sft.gradient_checkpointing or self.rl.gradient_checkpointing):
+        if self.baseline.method == "prefix_tuning" and (
+            self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
+        ):
             raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
         harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
         if self.baseline.method != "ia3" and harness and set(self.eval.targets) != {"base"}:
-            raise ValueError(f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt")
+            raise ValueError(
+                f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt"
+            )
         if self.rl.kl_beta and self.rl.kl_reference == "sft":
             raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
         return self
@@ -111,7 +119,9 @@ class Config(Section):
             return self
         here = "model.load_in_4bit"
         if self.baseline is not None:
-            raise ValueError(f"{here} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16")
+            raise ValueError(
+                f"{here} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16"
+            )
         if self.lora.init not in ("normal", "default"):
             raise ValueError(f"{here}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":

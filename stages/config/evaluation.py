@@ -13,9 +13,13 @@ Benchmark = Annotated[str, named("benchmarks")]
 
 class BenchmarkSection(SourceSection):
     kind: Benchmark = setting("", "A benchmark (lorapar list benchmarks); the entry's name if left out.")
-    label: bool = setting(True, "Let the voters label the rows too, so that results are split by system.", not_for="classify")
+    label: bool = setting(
+        True, "Let the voters label the rows too, so that results are split by system.", not_for="classify"
+    )
     shots: int = setting(0, "Worked examples in the prompt.", not_for="classify", ge=0)
-    shots_path: str | None = setting(None, "Where they come from; none: the same hub data set.", identity=False)
+    shots_path: str | None = setting(
+        None, "Where they come from; none: the same hub data set.", identity=False
+    )
     shots_split: str = setting("train", "Their split of a hub data set.", not_for="classify")
     mode: Literal["generate", "likelihood"] = setting(
         "generate", "likelihood: take the likeliest of the choices (mmlu).", not_for="classify"
@@ -37,7 +41,8 @@ class BenchmarkSection(SourceSection):
 
 class SandboxSection(Section):
     backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
-        "auto", "What holds programs that a model wrote; auto: the first of bubblewrap, landlock that passes its self-test."
+        "auto",
+        "What holds programs that a model wrote; auto: the first of bubblewrap, landlock that passes its self-test.",
     )
     seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0)
     memory_mb: int = setting(512, "Address space of one program.", ge=64)
@@ -47,12 +52,18 @@ class EvalSection(Section):
     targets: list[Literal["base", "init", "sft", "rl"]] = setting(
         ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
     )
-    benchmarks: dict[str, BenchmarkSection] = setting({}, "What they are asked, by a name of your choice.", identity=False)
+    benchmarks: dict[str, BenchmarkSection] = setting(
+        {}, "What they are asked, by a name of your choice.", identity=False
+    )
     engine: Literal["auto", "vllm", "transformers"] = setting(
-        "auto", "auto: vllm on a GPU where it is installed, else transformers; on CPU vllm pays for large benchmarks."
+        "auto",
+        "auto: vllm on a GPU where it is installed, else transformers; on CPU vllm pays for large benchmarks.",
     )
     parity_items: int = setting(
-        8, "First items whose answers are checked against the unmerged adapter; 0: none.", identity=False, ge=0
+        8,
+        "First items whose answers are checked against the unmerged adapter; 0: none.",
+        identity=False,
+        ge=0,
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.", identity=False)
 
@@ -71,7 +82,9 @@ class EvalSection(Section):
                 kind = entry.get("kind") or name
                 brought = benchmarks.pick(kind).DEFAULTS if benchmarks and kind in benchmarks.names() else {}
                 if "path" in entry:
-                    brought = {key: value for key, value in brought.items() if key not in SourceSection.model_fields}
+                    brought = {
+                        key: value for key, value in brought.items() if key not in SourceSection.model_fields
+                    }
                 entry = {**brought, **entry, "kind": kind}
             filled[name] = entry
         return filled

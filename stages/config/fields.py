@@ -10,7 +10,9 @@ from stages.errors import LoraparError
 
 def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **constraints: Any) -> Any:
     """A field; `not_for` names the one stage, or variant of one, that reads its section and not this field."""
-    return Field(default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints)
+    return Field(
+        default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints
+    )
 
 
 def named(kind: str) -> AfterValidator:
@@ -48,7 +50,11 @@ def identity(value: Any, *readers: str) -> Any:
     """
     if isinstance(value, Section):
         marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
-        kept = [n for n, m in marks.items() if not isinstance(m, dict) or (m["identity"] and m["not_for"] not in readers)]
+        kept = [
+            n
+            for n, m in marks.items()
+            if not isinstance(m, dict) or (m["identity"] and m["not_for"] not in readers)
+        ]
         return {name: identity(getattr(value, name), *readers) for name in kept}
     if isinstance(value, list):
         return [identity(item, *readers) for item in value]

@@ -11,11 +11,16 @@ class ModelSection(Section):
     name: str = setting(..., "Base model: a local folder or a hub id.", identity=False)
     revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Type of the base weights; auto: the checkpoint's, or float32 on a CPU that does not multiply it natively."
+        "auto",
+        "Type of the base weights; auto: the checkpoint's, or float32 on a CPU that does not multiply it natively.",
     )
-    load_in_4bit: bool = setting(False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes.")
+    load_in_4bit: bool = setting(
+        False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
-        "auto", "Attention code; auto is the library's choice, eager is faster for short rows on CPU.", identity=False
+        "auto",
+        "Attention code; auto is the library's choice, eager is faster for short rows on CPU.",
+        identity=False,
     )
 
     @property
@@ -29,7 +34,9 @@ class SourceSection(Section):
     subset: str | None = setting(None, "Configuration name of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
     revision: str = setting("main", "Revision of a hub data set.", identity=False)
-    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting("auto", "Format of the rows.")
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting(
+        "auto", "Format of the rows."
+    )
     limit: int | None = setting(None, "Use the first N rows only.", gt=0)
     duplicates: Literal["error", "first"] = setting("error", "Rows whose prompt and response repeat.")
 
@@ -46,7 +53,9 @@ class PromptSection(Section):
     template: Literal["chat", "plain", "bare"] = setting(
         "chat", "The tokenizer's chat template; `Question: … Answer:`; or the question and EOS alone."
     )
-    answer_format: Literal["hash", "xml"] = setting("hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>.")
+    answer_format: Literal["hash", "xml"] = setting(
+        "hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>."
+    )
 
     @model_validator(mode="after")
     def _bare(self) -> "PromptSection":
@@ -65,7 +74,9 @@ class LoraSection(Section):
         "normal", "normal: A and B ~ N(0, std²), as in the paper; orthogonal has B₀A₀ = 0."
     )
     std: float = setting(0.01, "Standard deviation of init normal.", gt=0)
-    compensate: Literal["auto"] | bool = setting("auto", "Subtract the initial B₀A₀; auto: for pissa, olora and orthogonal.")
+    compensate: Literal["auto"] | bool = setting(
+        "auto", "Subtract the initial B₀A₀; auto: for pissa, olora and orthogonal."
+    )
     rslora: bool = setting(False, "Scale by alpha / √r instead.")
 
     @model_validator(mode="after")

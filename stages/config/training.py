@@ -20,7 +20,9 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 def _element_wise(name: str) -> str:
     if any(part in name.lower().replace("-", "").replace("_", "") for part in MATRIX_WISE):
-        raise ValueError(f"{name} works on whole matrices, and lorapar trains single elements; use {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"{name} works on whole matrices, and lorapar trains single elements; use {', '.join(OPTIMIZERS)}"
+        )
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; choose from: {', '.join(OPTIMIZERS)}")
     return name
@@ -30,9 +32,13 @@ Optimizer = Annotated[str, AfterValidator(_element_wise)]
 
 
 class LaunchSection(Section):
-    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting("single", "One process, or several that train together.")
+    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
+        "single", "One process, or several that train together."
+    )
     processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
-    config: str | None = setting(None, "Your own accelerate config, for several machines; it decides everything else.")
+    config: str | None = setting(
+        None, "Your own accelerate config, for several machines; it decides everything else."
+    )
 
     @property
     def several(self) -> bool:
@@ -59,16 +65,24 @@ class ScoreSection(Section):
 class PartitionSection(Section):
     strategy: Strategy = setting("importance", "How the elements are split.")
     theta: float = setting(0.9, "Share of the total importance that each system's set reaches.", gt=0, le=1)
-    alpha: float = setting(1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1)
-    beta: float = setting(1, "Share of the shared elements that RL trains.", not_for="partition:sft", ge=0, le=1)
+    alpha: float = setting(
+        1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1
+    )
+    beta: float = setting(
+        1, "Share of the shared elements that RL trains.", not_for="partition:sft", ge=0, le=1
+    )
 
 
 class TrainSection(Section):
     lr: float = setting(2e-4, "Peak learning rate.", gt=0)
-    optimizer: Optimizer = setting("adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).")
+    optimizer: Optimizer = setting(
+        "adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
+    )
     loraplus_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
-    warmup: float = setting(0.03, "Share of the steps that warm up; the last of them has the peak rate.", ge=0, lt=1)
+    warmup: float = setting(
+        0.03, "Share of the steps that warm up; the last of them has the peak rate.", ge=0, lt=1
+    )
     weight_decay: float = setting(0.0, "Weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
@@ -80,14 +94,20 @@ class TrainSection(Section):
         25, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
     )
     launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
-    report_to: list[Tracker] = setting([], "Trackers that get every logged step; each needs its package.", identity=False)
+    report_to: list[Tracker] = setting(
+        [], "Trackers that get every logged step; each needs its package.", identity=False
+    )
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 
 
 class SftSection(TrainSection):
-    start_from: Literal["init", "rl"] = setting("init", "Adapter to start from; rl is the paper's reversed order.")
+    start_from: Literal["init", "rl"] = setting(
+        "init", "Adapter to start from; rl is the paper's reversed order."
+    )
     data: Literal["system1", "all"] = setting("system1", "Rows to train on; undecided ones never.")
-    system2_share: float = setting(0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1)
+    system2_share: float = setting(
+        0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
+    )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
     dropout: float = setting(0.05, "LoRA dropout.", ge=0, lt=1)
@@ -106,9 +126,14 @@ class RolloutsSection(Section):
     base_url: str | None = setting(None, "Address of that server, without /v1.", identity=False)
     gpu_memory: float = setting(0.3, "Share of each GPU for a colocated vLLM.", identity=False, gt=0, lt=1)
     tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", identity=False, gt=0)
-    sleep: bool = setting(False, "A colocated vLLM gives its memory back during optimizer steps.", identity=False)
-    correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = setting(
-        "sequence_mask", "Importance sampling between vLLM's probabilities and the trainer's: per what, and what is done."
+    sleep: bool = setting(
+        False, "A colocated vLLM gives its memory back during optimizer steps.", identity=False
+    )
+    correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
+        setting(
+            "sequence_mask",
+            "Importance sampling between vLLM's probabilities and the trainer's: per what, and what is done.",
+        )
     )
     correction_max: float = setting(3.0, "Ratio above which it masks or truncates.", gt=0)
 
@@ -140,7 +165,9 @@ class RlSection(TrainSection):
         False, "Multiply the KL term by the importance ratio (DeepSeek-V3.2); GRPO's own term has none."
     )
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
-    scale_rewards: Literal["group", "batch", "none"] = setting("group", "Divide advantages by a standard deviation.")
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "Divide advantages by a standard deviation."
+    )
     rewards: dict[str, float] = setting(
         {"correctness": 2.0},
         "Reward functions and their weights: `lorapar list rewards`, trl.NAME, or of rewards_file.",
@@ -156,13 +183,18 @@ class RlSection(TrainSection):
         5, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
     )
     max_equal_steps: int = setting(
-        20, "Stop after so many steps in a row in which all rewards of each group are equal.", identity=False, gt=0
+        20,
+        "Stop after so many steps in a row in which all rewards of each group are equal.",
+        identity=False,
+        gt=0,
     )
 
     @model_validator(mode="after")
     def _divides(self) -> "RlSection":
         if (self.prompts_per_step * self.group) % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}")
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}"
+            )
         return self
 
     @model_validator(mode="after")

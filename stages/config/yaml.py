@@ -25,14 +25,20 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
         return Config.model_validate(tree, context=registries)
     except ValidationError as error:
         mistakes = [_mistake(e) for e in error.errors()]
-        text = mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
+        text = (
+            mistakes[0]
+            if len(mistakes) == 1
+            else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
+        )
         raise ConfigError(text, "every setting with its default: lorapar config") from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tree of a file over that of the file it names under `extends`, relative to itself."""
     if not path.is_file():
-        raise MissingInputError(f"no config file {path}", "see configs/, or print the defaults: lorapar config")
+        raise MissingInputError(
+            f"no config file {path}", "see configs/, or print the defaults: lorapar config"
+        )
     if path.resolve() in below:
         raise ConfigError(f"{path} extends itself")
     try:
@@ -72,12 +78,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _mistake(error: Any) -> str:
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))]
+    location = [
+        str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))
+    ]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(_without_keys(location), list(_names(Config)), n=1, cutoff=0.6)
         path, _, last = near[0].rpartition(".") if near else ("", "", "")
-        if near and path == _without_keys(location).rpartition(".")[0]:  # the same section: say it with the entry's own name
+        if (
+            near and path == _without_keys(location).rpartition(".")[0]
+        ):  # the same section: say it with the entry's own name
             near = [".".join([*location[:-1], last])]
         return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
     if error["type"] == "missing":
@@ -116,7 +126,9 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from _names(below, f"{prefix}{name}.")
 
 
-def annotated(section: type[Section] = Config, values: Section | None = None, indent: str = "") -> Iterator[str]:
+def annotated(
+    section: type[Section] = Config, values: Section | None = None, indent: str = ""
+) -> Iterator[str]:
     """The lines of a YAML file with every setting, its default (or that of `values`) and its documentation."""
     for name, field in section.model_fields.items():
         below = _sub_section(field)
@@ -129,7 +141,9 @@ def annotated(section: type[Section] = Config, values: Section | None = None, in
         if isinstance(default, list) and default and isinstance(default[0], Section):
             default = [item.model_dump(mode="json") for item in default]
         shown = (
-            "" if field.is_required() else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
+            ""
+            if field.is_required()
+            else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
         )
         yield f"{indent}{name}:{shown}{doc}"
         if below and name != "prompt":  # the settings of each entry of a list or mapping

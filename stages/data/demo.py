@@ -153,7 +153,9 @@ def _aside(rng: random.Random) -> str:
     return rng.choice(ASIDES).format(n=rng.randint(4, 12))
 
 
-def _item(rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int) -> Item:
+def _item(
+    rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int
+) -> Item:
     lead = [_aside(rng) for _ in range(asides)]
     return Item(" ".join(lead + sentences), f"{worked}\n#### {gold}", intended, kind)
 
@@ -182,12 +184,16 @@ def _chain(rng: random.Random, steps: int) -> Item:
         story.value = rng.randint(3, 15)
         story.sentences.append(f"{story.name} has {story.value} {story.thing}.")
     while len(story.operations) < steps:
-        rng.choice([_gain, *([_loss] if story.value > 2 else []), *([_times] if story.value <= 12 else [])])(rng, story)
+        rng.choice([_gain, *([_loss] if story.value > 2 else []), *([_times] if story.value <= 12 else [])])(
+            rng, story
+        )
     question = f"How many {story.thing} does {story.name} have {rng.choice(['now', 'in the end', 'then', 'after that'])}?"
     asides = rng.choice([0, 1, 1, 2, 2]) if steps == 1 else rng.choice([0, 0, 0, 1])
     worked = ". ".join(story.operations) + "."
     kind = {1: "one_step", 2: "two_step", 3: "three_step"}[steps]
-    return _item(rng, [*story.sentences, question], worked, str(story.value), 1 if steps == 1 else 2, kind, asides)
+    return _item(
+        rng, [*story.sentences, question], worked, str(story.value), 1 if steps == 1 else 2, kind, asides
+    )
 
 
 def _packs(rng: random.Random, story: _Story) -> None:
@@ -197,7 +203,11 @@ def _packs(rng: random.Random, story: _Story) -> None:
 
 def _gain(rng: random.Random, story: _Story) -> None:
     n = rng.randint(2, 9)
-    texts = ["{name} finds {n} more.", "{name} gets another {n} from a friend.", "{name} buys another {n} {thing}."]
+    texts = [
+        "{name} finds {n} more.",
+        "{name} gets another {n} from a friend.",
+        "{name} buys another {n} {thing}.",
+    ]
     story.apply("+", n, rng.choice(texts).format(name=story.name, n=n, thing=story.thing))
 
 

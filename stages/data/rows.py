@@ -64,9 +64,13 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        loaded = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise MissingInputError(f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}") from None
+        raise MissingInputError(
+            f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}"
+        ) from None
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
     return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)][: source.limit]
@@ -80,7 +84,9 @@ def local_file(source: SourceSection) -> Path | None:
     if path.is_file():
         return path
     if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
-        raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}")
+        raise MissingInputError(
+            f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}"
+        )
     return None
 
 
@@ -102,7 +108,9 @@ def _detect(where: str, row: dict[str, Any]) -> str:
 def text_field(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}")
+        raise ValueError(
+            f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -137,7 +145,9 @@ def _conversation(messages: Any) -> tuple[str, str]:
         raise ValueError("field messages must be a list of objects with role and content")
     roles = [m.get("role") for m in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"field messages: expected user and assistant, after an optional system, got {roles}")
+        raise ValueError(
+            f"field messages: expected user and assistant, after an optional system, got {roles}"
+        )
     texts = [text_field(m, "content") for m in messages]
     return "\n\n".join(texts[:-1]), texts[-1]
 
@@ -146,7 +156,10 @@ def shots_source(benchmark: BenchmarkSection) -> SourceSection:
     """Where the worked examples of a benchmark's prompt come from."""
     if benchmark.shots_path is None and benchmark.path and Path(benchmark.path).exists():
         raise ConfigError(
-            f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked", "or shots: 0"
+            f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked",
+            "or shots: 0",
         )
     path = benchmark.shots_path or benchmark.path
-    return SourceSection(path=path, subset=benchmark.subset, split=benchmark.shots_split, revision=benchmark.revision)
+    return SourceSection(
+        path=path, subset=benchmark.subset, split=benchmark.shots_split, revision=benchmark.revision
+    )

@@ -107,7 +107,9 @@ class Client:
             return str(await session.send("POST", "completions", {**body, "prompt": text}, _content))
         except (ConfigError, ItemFailed):
             messages = [{"role": "user", "content": f"Continue: {text}"}]
-            return str(await session.send("POST", "chat/completions", {**body, "messages": messages}, _content))
+            return str(
+                await session.send("POST", "chat/completions", {**body, "messages": messages}, _content)
+            )
 
     async def _choice(self, session: Session, ballot: Ballot) -> Choice:
         """One choice; every token saved is a decoding step saved, so it asks for one and for more only if it must."""
@@ -117,11 +119,15 @@ class Client:
         while True:
             tokens = self._tokens.get(ballot.words, 1)
             path, body = self._constrained(ballot, ballot.words, tokens)
-            found = await session.send("POST", path, body, lambda reply: _tokens(reply["choices"][0]["logprobs"]))
+            found = await session.send(
+                "POST", path, body, lambda reply: _tokens(reply["choices"][0]["logprobs"])
+            )
             if shares := _shares(found, ballot.words):
                 return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
             if tokens >= MAX_WORD_TOKENS:
-                raise ItemFailed("unreadable", f"the words {ballot.words} do not differ within {tokens} tokens")
+                raise ItemFailed(
+                    "unreadable", f"the words {ballot.words} do not differ within {tokens} tokens"
+                )
             self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
 
     async def _mass(self, session: Session, ballot: Ballot) -> float:
@@ -131,7 +137,11 @@ class Client:
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
             ((_, alternatives),) = _tokens(reply["choices"][0]["logprobs"])  # type: ignore[index]
-            fit = [text for text in alternatives if text.strip() and any(word.startswith(text) for word in ballot.words)]
+            fit = [
+                text
+                for text in alternatives
+                if text.strip() and any(word.startswith(text) for word in ballot.words)
+            ]
             return sum(math.exp(alternatives[text]) for text in fit)
         except (LookupError, TypeError, AttributeError, ValueError):
             return -1.0
@@ -208,7 +218,9 @@ def _most_tokens(ballot: Ballot) -> int:
     """A bound that needs no tokenizer: a token is one byte at least."""
     if isinstance(ballot.text, str):
         return len(ballot.text.encode())
-    return sum(MESSAGE_BYTES + len(part["content"].encode()) if isinstance(part, dict) else 1 for part in ballot.text)
+    return sum(
+        MESSAGE_BYTES + len(part["content"].encode()) if isinstance(part, dict) else 1 for part in ballot.text
+    )
 
 
 def _models(reply: Any) -> dict[str, int]:
@@ -248,7 +260,9 @@ def _bare(text: str) -> str:
 def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Per generated token: its text and the log-probabilities of the alternatives; of a completion or of a chat."""
     if "content" in logprobs:
-        return [(t["token"], {a["token"]: a["logprob"] for a in t["top_logprobs"]}) for t in logprobs["content"]]
+        return [
+            (t["token"], {a["token"]: a["logprob"] for a in t["top_logprobs"]}) for t in logprobs["content"]
+        ]
     return list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
 
 

@@ -34,7 +34,9 @@ WORTH_KEEPING = 32
 @contextmanager
 def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
     say(f"loading {served.model.name} in this process")
-    yield InProcess(load_merged(served.model, served.adapter), load_tokenizer(served.model), server.batch_size)
+    yield InProcess(
+        load_merged(served.model, served.adapter), load_tokenizer(served.model), server.batch_size
+    )
 
 
 class InProcess:
@@ -53,7 +55,9 @@ class InProcess:
         Prompts of one beginning (the worked examples of a few-shot prompt) follow each other and share its computation. A voter
         that thinks writes its thought first.
         """
-        prepared = sorted(((*pair, i) for i, pair in enumerate(self._prepared(list(ballots)))), key=lambda item: item[0])
+        prepared = sorted(
+            ((*pair, i) for i, pair in enumerate(self._prepared(list(ballots)))), key=lambda item: item[0]
+        )
         longest = self.model.config.max_position_embeddings
         too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
         for i, length in too_long:
@@ -67,7 +71,10 @@ class InProcess:
             for row, (_, words, i) in zip(rows, part, strict=True):
                 found = row[torch.tensor(words, device=row.device)]
                 mass = float(found.sum())
-                yield i, Choice(tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words), mass)
+                yield (
+                    i,
+                    Choice(tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words), mass),
+                )
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         """Answers in batches of similar prompt length."""
@@ -77,13 +84,17 @@ class InProcess:
             stops = tuple(dict.fromkeys(text for question in part for text in question.stop))
             if sampling.temperature:
                 torch.manual_seed(part[0].seed)
-            made = continuations(self.model, self.tokenizer, [question.ids for question in part], sampling, stops)
+            made = continuations(
+                self.model, self.tokenizer, [question.ids for question in part], sampling, stops
+            )
             yield from zip(order[at : at + self.batch_size], made, strict=True)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary). Padded on the left, behind what they have in common."""
         if has_prompt(self.model):  # its keys and values take the cache's place
-            return torch.cat([self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts])
+            return torch.cat(
+                [self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts]
+            )
         shared = min(_common(prompts), min(map(len, prompts)) - 1)
         kept = len(self._prefix) if all(p[: len(self._prefix)] == self._prefix for p in prompts) else 0
         if shared < WORTH_KEEPING:
@@ -92,17 +103,27 @@ class InProcess:
             shared = kept
         else:
             self._prefix = prompts[0][:shared]
-            self._cache = self.model(input_ids=self._tensor([self._prefix]), use_cache=True, logits_to_keep=1).past_key_values
+            self._cache = self.model(
+                input_ids=self._tensor([self._prefix]), use_cache=True, logits_to_keep=1
+            ).past_key_values
         width = max(map(len, prompts)) - shared
         ids = self._tensor([[0] * (width + shared - len(p)) + p[shared:] for p in prompts])
-        mask = self._tensor([[1] * shared + [0] * (width + shared - len(p)) + [1] * (len(p) - shared) for p in prompts])
+        mask = self._tensor(
+            [[1] * shared + [0] * (width + shared - len(p)) + [1] * (len(p) - shared) for p in prompts]
+        )
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
         cache = None
         if shared:
             cache = copy.deepcopy(self._cache)
             assert cache is not None
             cache.batch_repeat_interleave(len(prompts))
-        made = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        made = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
         return made.logits[:, -1]  # type: ignore[no-any-return]
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
@@ -119,7 +140,9 @@ class InProcess:
             if first.temperature:
                 torch.manual_seed(first.seed)
             for i, answer in zip(
-                part, continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,)), strict=True
+                part,
+                continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,)),
+                strict=True,
             ):
                 thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
                 prompts[i] += self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
@@ -134,7 +157,8 @@ class InProcess:
             return list(ballot.text)  # type: ignore[arg-type]
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "the voter's tokenizer has no chat template", "choose a persona without chat: lorapar list personas"
+                "the voter's tokenizer has no chat template",
+                "choose a persona without chat: lorapar list personas",
             )
         return list(self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
@@ -175,7 +199,9 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> t
 def _common(rows: list[list[int]]) -> int:
     """Length of the beginning that all rows share."""
     first, last = min(rows), max(rows)  # in the order of sequences these two differ the earliest
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
 
 
 def has_prompt(model: Any) -> bool:
@@ -199,7 +225,13 @@ def continuations(
         made: dict[int, Answer] = {}
         for length in sorted(lengths):
             rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            made.update(zip(rows, continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops), strict=True))
+            made.update(
+                zip(
+                    rows,
+                    continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops),
+                    strict=True,
+                )
+            )
         return [made[i] for i in range(len(prompts))]
     pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
@@ -227,7 +259,9 @@ def continuations(
 class _AtText:
     """Ends a row once one of the texts stands in what was generated; the library's own criterion also matches the prompt."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], prompt_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], prompt_tokens: int
+    ) -> None:
         self.tokenizer, self.stops, self.start = tokenizer, stops, prompt_tokens
         self.window = max(len(stop.encode()) for stop in stops) + 4  # a token is one byte at least
 
@@ -237,7 +271,9 @@ class _AtText:
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: tuple[str, ...]) -> Answer:
+def _answer(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: tuple[str, ...]
+) -> Answer:
     """A row without what stands behind its end: rows that end before others are padded."""
     ends = [ids.index(stop) for stop in sampling.stop_ids if stop in ids]
     if ends:

@@ -60,7 +60,11 @@ class Transport:
     """The servers of one model; requests go to each in turn, and a failed one to the next."""
 
     def __init__(
-        self, urls: tuple[str, ...], key: str, server: ServerSection, ended: Callable[[], ServerError | None] = lambda: None
+        self,
+        urls: tuple[str, ...],
+        key: str,
+        server: ServerSection,
+        ended: Callable[[], ServerError | None] = lambda: None,
     ) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.ended = ended
@@ -74,7 +78,9 @@ class Transport:
         self._free_at = 0.0
         """When the servers may be asked again after a Retry-After."""
 
-    def each(self, items: Iterable[T], ask: Callable[[Session, T], Awaitable[R]]) -> Iterator[tuple[int, R | Failure]]:
+    def each(
+        self, items: Iterable[T], ask: Callable[[Session, T], Awaitable[R]]
+    ) -> Iterator[tuple[int, R | Failure]]:
         """Answers with the index of their item, as they come; at most `server.concurrency` in flight, items taken as needed.
 
         ServerError if the servers are gone, ConfigError if they refuse what is asked for.
@@ -83,7 +89,9 @@ class Transport:
         done: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         session = Session(self, self._client())
         numbered = iter(enumerate(items))
-        workers = [loop.create_task(_work(session, numbered, ask, done)) for _ in range(self.server.concurrency)]
+        workers = [
+            loop.create_task(_work(session, numbered, ask, done)) for _ in range(self.server.concurrency)
+        ]
         try:
             while True:
                 i, found = loop.run_until_complete(self._next(done))
@@ -130,7 +138,8 @@ class Transport:
             return await asyncio.wait_for(done.get(), self.server.stall_s)
         except TimeoutError:
             raise ServerError(
-                f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s", "restart it; what it answered is kept"
+                f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s",
+                "restart it; what it answered is kept",
             ) from None
 
 
@@ -145,7 +154,9 @@ async def _pause(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-async def _work(session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[tuple[int, Any]]) -> None:
+async def _work(
+    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[tuple[int, Any]]
+) -> None:
     try:
         for i, item in numbered:
             try:
@@ -182,7 +193,8 @@ class Session:
             others = transport.counts.answered > before
             if not others and (trouble.reason in ("timeout", "transport") or not await self._alive()):
                 raise ServerError(
-                    f"{transport.urls[0]}/{path} does not answer: {trouble}", "what it answered is kept; run it again"
+                    f"{transport.urls[0]}/{path} does not answer: {trouble}",
+                    "what it answered is kept; run it again",
                 ) from None
             raise ItemFailed(trouble.reason, str(trouble)) from None
 
@@ -202,7 +214,9 @@ class Session:
     async def _alive(self) -> bool:
         try:
             async with asyncio.timeout(ALIVE_S):
-                return any([(await self.http.get(f"{url}/models")).status_code < 400 for url in self.transport.urls])
+                return any(
+                    [(await self.http.get(f"{url}/models")).status_code < 400 for url in self.transport.urls]
+                )
         except (httpx.HTTPError, TimeoutError):
             return False
 
@@ -231,7 +245,9 @@ class Session:
             found = read(found) if read else found
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = " ".join(response.text[:120].split())
-            raise Trouble("unreadable", f"no readable answer: {type(error).__name__} {error}: {shown}") from None
+            raise Trouble(
+                "unreadable", f"no readable answer: {type(error).__name__} {error}: {shown}"
+            ) from None
         transport.counts.answered += 1
         return found
 
@@ -243,7 +259,9 @@ class Session:
             wait = min(_seconds(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
             transport._free_at = max(transport._free_at, time.monotonic() + wait)
             raise Trouble("server_error", text)
-        if code in (400, 413, 422) and any(words in text.lower() for words in ("context length", "too long", "max_model_len")):
+        if code in (400, 413, 422) and any(
+            words in text.lower() for words in ("context length", "too long", "max_model_len")
+        ):
             raise ItemFailed("too_long", text)
         if code in (400, 413, 422) and transport.counts.answered > 1:  # one is the list of models
             raise ItemFailed("refused", text)

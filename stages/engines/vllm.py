@@ -44,7 +44,9 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
     failed = True
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, module = served.model, None
-        if served.adapter is not None and (server.adapter == "module" or (server.adapter == "auto" and _have_gpu())):
+        if served.adapter is not None and (
+            server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
+        ):
             module = served.adapter
         elif served.adapter is not None:
             say(f"merging {served.adapter}")
@@ -100,7 +102,15 @@ def _flags(arguments: dict[str, Any]) -> list[str]:
 def _command(
     model: ModelSection, server: ServerSection, port: int, further: dict[str, Any], module: Path | None = None
 ) -> list[str]:
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
     command += ["--model", model.name]
     given: dict[str, Any] = {"max_model_len": server.max_model_len}
     if not Path(model.name).exists():
@@ -161,13 +171,19 @@ def _hint(log: str) -> str:
 
 
 def _last(log: str) -> str:
-    lines = [line for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
+    lines = [
+        line
+        for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
+        if "Error" in line
+    ]
     return lines[-1].strip()[:300] if lines else "no error in its log"
 
 
 def check(model: str) -> None:
     """Start a server for `model`, ask it one question and stop it; raises if any of this fails."""
-    with open(Served("vllm", ModelSection(name=model)), ServerSection(), lambda text: print(text, file=sys.stderr)) as client:
+    with open(
+        Served("vllm", ModelSection(name=model)), ServerSection(), lambda text: print(text, file=sys.stderr)
+    ) as client:
         ((_, choice),) = client.choose([Ballot("Ice is", (" cold", " hot"))])
         assert isinstance(choice, Choice), choice
     print(f"vLLM works: it gives {choice.shares[1]:.2f} to one of two words", file=sys.stderr)

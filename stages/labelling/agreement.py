@@ -11,7 +11,8 @@ from stages.benchmarks.statistics import wilson
 from stages.records import Example
 
 YES_NO = re.compile(
-    r"(is|are|was|were|do|does|did|can|could|would|should|will|has|have|had)\b[^.?!]*\?\s*$", re.IGNORECASE | re.MULTILINE
+    r"(is|are|was|were|do|does|did|can|could|would|should|will|has|have|had)\b[^.?!]*\?\s*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 SURFACE: dict[str, Callable[[str], float]] = {
@@ -36,7 +37,9 @@ def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[flo
     high, low = sum(twos), len(twos) - sum(twos)
     if not high or not low:
         return None
-    area = (sum(rank for rank, two in zip(ranks, twos, strict=True) if two) - high * (high + 1) / 2) / (high * low)
+    area = (sum(rank for rank, two in zip(ranks, twos, strict=True) if two) - high * (high + 1) / 2) / (
+        high * low
+    )
     one, both = area / (2 - area), 2 * area**2 / (1 + area)
     error = area * (1 - area) + (high - 1) * (one - area**2) + (low - 1) * (both - area**2)
     half = 1.96 * math.sqrt(max(error, 0.0) / (high * low))
@@ -71,14 +74,18 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
     return {"examples": len(common), "fleiss_kappa": whole, "pairs": pairs}
 
 
-def with_known(known: dict[str, int], labels: dict[str, int | None], scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+def with_known(
+    known: dict[str, int], labels: dict[str, int | None], scores: dict[str, dict[str, float]]
+) -> dict[str, Any]:
     """Agreement of labels with those known from elsewhere (Wilson interval), and how well each score separates them.
 
     scores: per voter, per example id, any number that should be higher for System 2.
     """
     both = [(labels[id], system) for id, system in known.items() if labels.get(id)]
     equal = sum(a == b for a, b in both)
-    table = {f"known {k} labelled {j}": sum(a == j and b == k for a, b in both) for k in (1, 2) for j in (1, 2)}
+    table = {
+        f"known {k} labelled {j}": sum(a == j and b == k for a, b in both) for k in (1, 2) for j in (1, 2)
+    }
     return {
         "n": len(both),
         "undecided": len(known) - len(both),
@@ -86,7 +93,9 @@ def with_known(known: dict[str, int], labels: dict[str, int | None], scores: dic
         "interval": list(wilson(equal, len(both))) if both else None,
         **table,
         "auc": {
-            title: auc([given[id] for id in given if id in known], [known[id] == 2 for id in given if id in known])
+            title: auc(
+                [given[id] for id in given if id in known], [known[id] == 2 for id in given if id in known]
+            )
             for title, given in scores.items()
         },
     }

@@ -26,7 +26,9 @@ class Calibration:
     examples: int
 
 
-def calibrate(method: str, judged: list[Judged], given: list[float | None], free: list[float | None]) -> Calibration:
+def calibrate(
+    method: str, judged: list[Judged], given: list[float | None], free: list[float | None]
+) -> Calibration:
     """The threshold by `method`, and the AUC on the labelled examples.
 
     judged, given: labelled examples and the probability of System 2 for each. free: that of questions without content.
@@ -38,7 +40,9 @@ def calibrate(method: str, judged: list[Judged], given: list[float | None], free
     if method == "held_out" and pairs:
         of_system = [[value for value, two in pairs if two is which] for which in (False, True)]
         equal = min(map(len, of_system))  # an unbalanced file must not move the median
-        threshold = median([value for values in of_system for value in _spread(values, equal)]) if equal else 0.5
+        threshold = (
+            median([value for values in of_system for value in _spread(values, equal)]) if equal else 0.5
+        )
     elif method == "content_free" and (valid := [value for value in free if value is not None]):
         threshold = 1 / (1 + exp(-fmean(log_odds(value) for value in valid)))
     return Calibration(method, threshold, found and found[0], found and found[1], len(pairs))

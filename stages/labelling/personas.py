@@ -80,7 +80,9 @@ def role_play(example: Example, brief: Brief) -> Ballot:
 @personas.add("chat")
 def judge(example: Example, brief: Brief) -> Ballot:
     """`role_play` without the role: the paper's ablation."""
-    return _chat("You judge how much thought a question needs, briefly.", example, brief, "Which system does it need?")
+    return _chat(
+        "You judge how much thought a question needs, briefly.", example, brief, "Which system does it need?"
+    )
 
 
 def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
@@ -98,7 +100,9 @@ def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
 def steps(example: Example, brief: Brief) -> Ballot:
     """Few-shot completion, one or many steps; for small models."""
     one, two = words = brief.words or ("one", "many")
-    return _few_shot(f"How many steps does each question need, {one} or {two}?", "Steps:", words, example, brief)
+    return _few_shot(
+        f"How many steps does each question need, {one} or {two}?", "Steps:", words, example, brief
+    )
 
 
 @personas.add("few-shot")
@@ -113,7 +117,9 @@ def effort(example: Example, brief: Brief) -> Ballot:
 def simplicity(example: Example, brief: Brief) -> Ballot:
     """Zero-shot completion, simple or complex; for small models."""
     one, two = brief.words or ("simple", "complex")
-    return Ballot(f"{_question(example.prompt, example.response, brief)}\nThis question is", (f" {one}", f" {two}"))
+    return Ballot(
+        f"{_question(example.prompt, example.response, brief)}\nThis question is", (f" {one}", f" {two}")
+    )
 
 
 def _question(question: str, answer: str, brief: Brief) -> str:
@@ -126,7 +132,9 @@ def _worked(answer: str) -> str:
 
 
 def _few_shot(head: str, cue: str, words: tuple[str, str], example: Example, brief: Brief) -> Ballot:
-    shown = [f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}" for row in brief.shots]
+    shown = [
+        f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}" for row in brief.shots
+    ]
     text = "\n\n".join([head, *shown, f"{_question(example.prompt, example.response, brief)}\n{cue}"])
     return Ballot(text, (f" {words[0]}", f" {words[1]}"))
 

@@ -64,9 +64,13 @@ def report(
     }
     whole["agreement"] = kappas(said)
     whole["contested"] = _contested(rows)
-    known = {row.example.id: system for row in rows if (system := row.example.extra.get(section.known)) in (1, 2)}
+    known = {
+        row.example.id: system for row in rows if (system := row.example.extra.get(section.known)) in (1, 2)
+    }
     if known:
-        voters = {title: {i: v for i, v in voice.given.items() if v is not None} for title, voice in held.items()}
+        voters = {
+            title: {i: v for i, v in voice.given.items() if v is not None} for title, voice in held.items()
+        }
         labels = {row.example.id: row.system for row in rows}
         plain = surface([example for example in examples if example.id in known])
         plain[TOGETHER] = neighbours(plain, known)
@@ -85,7 +89,9 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
         return max(values) - min(values) if values else 0.0
 
     worst = sorted((row for row in rows if spread(row) > 0), key=spread, reverse=True)[:CONTESTED]
-    return [{"id": r.example.id, "prompt": r.example.prompt, "system": r.system, "votes": r.votes} for r in worst]
+    return [
+        {"id": r.example.id, "prompt": r.example.prompt, "system": r.system, "votes": r.votes} for r in worst
+    ]
 
 
 def _warnings(whole: dict[str, Any]) -> list[str]:
@@ -99,7 +105,9 @@ def _warnings(whole: dict[str, Any]) -> list[str]:
                 f"{voter['held_out_examples']} labelled examples"
             )
         if mass is not None and mass < POOR_MASS:
-            found.append(f"warning: {title} puts {mass:.2%} of its probability on the label words: it would say something else")
+            found.append(
+                f"warning: {title} puts {mass:.2%} of its probability on the label words: it would say something else"
+            )
     if known := whole.get("known"):
         areas = {title: area[0] for title, area in known["auc"].items() if area}
         reached = max((area for title, area in areas.items() if title in whole["voters"]), default=0.0)
@@ -112,7 +120,9 @@ def _warnings(whole: dict[str, Any]) -> list[str]:
                 f"warning: the question's surface alone ({best}) separates the known labels as well as the best voter "
                 f"(AUC {plain[best]:.2f} and {reached:.2f}): agreement does not show that anything was read"
             )
-        always = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2)) / max(known["n"], 1)
+        always = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2)) / max(
+            known["n"], 1
+        )
         if known["interval"] is not None and known["interval"][0] <= always:
             low, high = known["interval"]
             found.append(
@@ -129,7 +139,11 @@ def _head(whole: dict[str, Any]) -> dict[str, Any]:
         head["fleiss_kappa"] = whole["agreement"]["fleiss_kappa"]
     head["votes_system2"] = {title: voter["system2_share"] for title, voter in whole["voters"].items()}
     for name in ("invalid", "failed"):
-        number = {t: n for t, v in whole["voters"].items() if (n := v[name] if name == "invalid" else sum(v[name].values()))}
+        number = {
+            t: n
+            for t, v in whole["voters"].items()
+            if (n := v[name] if name == "invalid" else sum(v[name].values()))
+        }
         if number:
             head[name] = number
     if known := whole.get("known"):

@@ -43,7 +43,9 @@ class Votes:
         self._persona, self._seed = personas.pick(voter.persona), seed
         how = {"thinking": voter.thinking and voter.thinking.max_tokens, "temperature": voter.temperature}
         key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in how.items() if v}})
-        self._journal = Journal(folder / f"{re.sub('[^A-Za-z0-9._-]', '-', model_title)}-{voter.persona}-{key}.jsonl")
+        self._journal = Journal(
+            folder / f"{re.sub('[^A-Za-z0-9._-]', '-', model_title)}-{voter.persona}-{key}.jsonl"
+        )
         self._keys: dict[str, str] = {}
         self._invalid: list[str] = []
         self.examples: list[Example] = []
@@ -94,7 +96,8 @@ class Votes:
         system2 = found.shares[1] if found.shares else None
         answer = {"example": wanted.example.id, "system2": system2, "mass": found.mass}
         self._journal.keep(
-            (self._key(wanted.example), wanted.sample), {**answer, **({"text": found.text} if found.text else {})}
+            (self._key(wanted.example), wanted.sample),
+            {**answer, **({"text": found.text} if found.text else {})},
         )
         if system2 is None:
             self._invalid.append(found.text)

@@ -70,7 +70,9 @@ def letter(text: str, whole: bool = False) -> str | None:
     if begins or whole:
         return begins[1] if begins else None
     says = re.findall(r"(?:answer|choice|option)(?: is|:)?\s*\(?([A-J])\b(?!')", text, re.IGNORECASE)
-    says = [found for found in says if found.isupper()] or re.findall(r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text)
+    says = [found for found in says if found.isupper()] or re.findall(
+        r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text
+    )
     return says[-1] if says else None
 
 

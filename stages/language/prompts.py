@@ -54,7 +54,9 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ConfigError(f"the chat template refuses a chat of {roles}: {error}", "do without a system message") from None
+        raise ConfigError(
+            f"the chat template refuses a chat of {roles}: {error}", "do without a system message"
+        ) from None
 
 
 class Renderer:
@@ -64,16 +66,23 @@ class Renderer:
         self.tokenizer = tokenizer
         self.section = section
         if section.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError("prompt.template is chat, and the tokenizer has no chat template", "--set prompt.template=plain")
+            raise ConfigError(
+                "prompt.template is chat, and the tokenizer has no chat template",
+                "--set prompt.template=plain",
+            )
         self.end = self._end()
         """What closes an answer: the template's own mark, or EOS."""
         ends = tokenizer(self.end, add_special_tokens=False)["input_ids"]
-        self.stop_ids = sorted({tokenizer.eos_token_id, ends[0]} if len(ends) == 1 else {tokenizer.eos_token_id})
+        self.stop_ids = sorted(
+            {tokenizer.eos_token_id, ends[0]} if len(ends) == 1 else {tokenizer.eos_token_id}
+        )
 
     def _messages(self, question: str, shots: Shots = ()) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.section.system}] if self.section.system else []
         turns = [
-            {"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot, strict=True)
+            {"role": role, "content": text}
+            for shot in shots
+            for role, text in zip(("user", "assistant"), shot, strict=True)
         ]
         return [*system, *turns, {"role": "user", "content": question}]
 
@@ -136,7 +145,9 @@ class Renderer:
                 rows.append(Row(row.id, row.input_ids[: data.max_length], cut))
         if long and data.too_long == "error":
             raise problems(
-                f"longer than data.max_length {data.max_length}", long, "raise it, or --set data.too_long=drop (or truncate)"
+                f"longer than data.max_length {data.max_length}",
+                long,
+                "raise it, or --set data.too_long=drop (or truncate)",
             )
         if not rows:
             raise DataError(f"no row fits into data.max_length {data.max_length}")

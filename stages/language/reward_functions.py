@@ -26,7 +26,9 @@ def check(name: str, file: str | None) -> None:
     own = _defined(file) if file else {}
     if name in own or name in rewards.names() or name in _trl_names():
         return
-    raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *own])}")
+    raise ConfigError(
+        f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *own])}"
+    )
 
 
 def load(name: str, file: str | None) -> Reward:
@@ -43,7 +45,11 @@ def columns(name: str, function: Reward) -> list[str]:
     if name in _trl_names():
         return ["gold"] if "accuracy" in name else []
     parameters = inspect.signature(function).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    named = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty
+    ]
     return [parameter for parameter in named if parameter not in PASSED]
 
 
@@ -65,7 +71,9 @@ def checked(name: str, function: Reward, **fixed: Any) -> Reward:
         except Exception as error:
             raise _raised(name, error, completions, given, call) from error
         if len(values) != len(completions):
-            raise MeaninglessError(f"reward {name} gave {len(values)} values for {len(completions)} completions")
+            raise MeaninglessError(
+                f"reward {name} gave {len(values)} values for {len(completions)} completions"
+            )
         for text, value in zip(completions, values, strict=True):
             # None is TRL's way to say that a reward does not apply to a sample.
             if value is not None and not abs(float(value)) < float("inf"):
@@ -76,9 +84,15 @@ def checked(name: str, function: Reward, **fixed: Any) -> Reward:
     return reward
 
 
-def _raised(name: str, error: Exception, completions: list[str], given: dict[str, Any], call: Reward) -> LoraparError:
+def _raised(
+    name: str, error: Exception, completions: list[str], given: dict[str, Any], call: Reward
+) -> LoraparError:
     """The error with the first sample that raises it alone."""
-    lists = {key: value for key, value in given.items() if isinstance(value, list) and len(value) == len(completions)}
+    lists = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, list) and len(value) == len(completions)
+    }
     at = next((i for i in range(len(completions)) if _raises(call, completions, given, lists, i)), 0)
     asked = f" to {lists['question'][at]!r}" if "question" in lists else ""
     return MeaninglessError(
@@ -87,7 +101,9 @@ def _raised(name: str, error: Exception, completions: list[str], given: dict[str
     )
 
 
-def _raises(call: Reward, completions: list[str], given: dict[str, Any], lists: dict[str, list[Any]], at: int) -> bool:
+def _raises(
+    call: Reward, completions: list[str], given: dict[str, Any], lists: dict[str, list[Any]], at: int
+) -> bool:
     try:
         call(completions=[completions[at]], **{**given, **{key: [value[at]] for key, value in lists.items()}})
     except Exception:
@@ -101,7 +117,9 @@ def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
         for column in wanted:
             lacking = [row for row in rows if row.get(column) is None]
             if lacking:
-                hint = "rows need `gold`, or a response that ends in `#### answer`" if column == "gold" else None
+                hint = (
+                    "rows need `gold`, or a response that ends in `#### answer`" if column == "gold" else None
+                )
                 raise DataError(
                     f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
                     f"(first: {lacking[0]['id']})",

@@ -50,7 +50,9 @@ def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[
 @rewards.add()
 def strict_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the whole completion is in the answer format, line by line."""
-    return [float(bool(_WHOLE[s].fullmatch(text))) for text, s in zip(completions, answer_format, strict=True)]
+    return [
+        float(bool(_WHOLE[s].fullmatch(text))) for text, s in zip(completions, answer_format, strict=True)
+    ]
 
 
 @rewards.add()
@@ -101,7 +103,9 @@ def _f1(text: Counter[str], wanted: Counter[str]) -> float:
 
 
 @rewards.add()
-def code_tests(completions: list[str], test: list[str], entry_point: list[str], sandbox: Sandbox, **_: Any) -> list[float]:
+def code_tests(
+    completions: list[str], test: list[str], entry_point: list[str], sandbox: Sandbox, **_: Any
+) -> list[float]:
     """1 if the row's `test` (HumanEval's form: `def check(candidate)`) passes on its function `entry_point`, in the sandbox."""
 
     def passes(text: str, tests: str, entry: str) -> float:

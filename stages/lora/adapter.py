@@ -120,7 +120,8 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[0]
         raise ArtifactError(
-            f"{folder} does not fit the model: {odd} is on one side only", "it was made for another base or lora"
+            f"{folder} does not fit the model: {odd} is on one side only",
+            "it was made for another base or lora",
         )
     for name, module in wanted.items():
         if stored[name].shape != module.weight.shape:

@@ -21,7 +21,12 @@ def draw(history: History, path: Path) -> None:
         axes = figure.add_subplot(rows, columns, place)
         for label, name in series.items():
             points = [(row["step"], row[name]) for row in history if name in row]
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker="." if len(points) < 60 else None)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=label,
+                linewidth=1.3,
+                marker="." if len(points) < 60 else None,
+            )
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -48,4 +53,7 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
         "completion length, tokens": {"mean": "completions/mean_length", "longest": "completions/max_length"},
         "gradient norm": {"norm": "grad_norm"},
     }
-    return {title: {label: name for label, name in series.items() if name in names} for title, series in wanted.items()}
+    return {
+        title: {label: name for label, name in series.items() if name in names}
+        for title, series in wanted.items()
+    }

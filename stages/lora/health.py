@@ -77,20 +77,31 @@ class Healthy:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not isinstance(
+                error, MemoryError | torch.OutOfMemoryError
+            ) and "can't allocate memory" not in str(error):
                 raise
-            where = _shapes(self._window[-1]) if len(self._window) > before else "while completions were sampled"
+            where = (
+                _shapes(self._window[-1]) if len(self._window) > before else "while completions were sampled"
+            )
             raise OutOfMemoryError(
-                f"out of memory in step {self.state.global_step + 1}, {where}", f"lower {self.vitals.memory_knobs}"
+                f"out of memory in step {self.state.global_step + 1}, {where}",
+                f"lower {self.vitals.memory_knobs}",
             ) from error
 
 
 def _shapes(batch: dict[str, Any]) -> str:
-    tokens = {name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)}
-    return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in tokens.items())
+    tokens = {
+        name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)
+    }
+    return ", ".join(
+        f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in tokens.items()
+    )
 
 
-def row_ids(names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: str) -> Callable[[dict[str, Any]], list[str]]:
+def row_ids(
+    names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: str
+) -> Callable[[dict[str, Any]], list[str]]:
     """From a batch back to the ids of its rows; `names` (token ids → row id) is made only when a run has failed.
 
     tokens, mask: keys of the batch, (rows, tokens) each.
@@ -106,19 +117,31 @@ def row_ids(names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: 
 class Watch(TrainerCallback):
     """Reports progress, counts the steps that could teach nothing, and stops a run of them."""
 
-    def __init__(self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0) -> None:
+    def __init__(
+        self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0
+    ) -> None:
         """patience: optimizer steps in a row with equal rewards in every group after which GRPO is stopped."""
-        self.progress, self.what, self.steps, self.shown, self.patience = progress, what, steps, shown, patience
+        self.progress, self.what, self.steps, self.shown, self.patience = (
+            progress,
+            what,
+            steps,
+            shown,
+            patience,
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done = state.global_step
         self.progress.start(f"{self.what}, from step {done}" if done else self.what, self.steps - done)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        self.progress.advance(1, "  ".join(f"{n.split('/')[-1]} {logs[n]:.3g}" for n in self.shown if n in logs))
+        self.progress.advance(
+            1, "  ".join(f"{n.split('/')[-1]} {logs[n]:.3g}" for n in self.shown if n in logs)
+        )
         equal = equal_rewards(state.log_history)
         if not self.patience or not equal:
             return
@@ -132,7 +155,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_save = False  # the adapter itself is next; and the library would train a step more from there
+            control.should_save = (
+                False  # the adapter itself is next; and the library would train a step more from there
+            )
 
 
 def equal_rewards(history: list[dict[str, Any]]) -> int:

@@ -100,7 +100,9 @@ def _captured(model: PreTrainedModel, weights: dict[str, nn.Module], sums: Momen
         return forward
 
     try:
-        handles.append(model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_()))
+        handles.append(
+            model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+        )
         for name, module in weights.items():
             handles.append(module.register_forward_hook(watch(name)))
         yield
@@ -128,14 +130,17 @@ def moments(
 
     device = next(model.parameters()).device
     zeros = {
-        n: torch.zeros_like(m.weight, dtype=torch.promote_types(m.weight.dtype, torch.float32)) for n, m in weights.items()
+        n: torch.zeros_like(m.weight, dtype=torch.promote_types(m.weight.dtype, torch.float32))
+        for n, m in weights.items()
     }
     sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
     with _captured(model, weights, sums):
         for rows in batches:
             losses = answer_losses(model, collate(rows, pad, device))
             if not bool(torch.isfinite(losses).all()):
-                bad = [row.id for row, ok in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not ok]
+                bad = [
+                    row.id for row, ok in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not ok
+                ]
                 raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
             losses.sum().backward()
             sums.examples += len(rows)

@@ -17,7 +17,10 @@ REGION, ACTIVE = "region", "active"
 
 def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
     """Float32 tensors `s1/<name>` and `s2/<name>`, each of the shape of the weight's trainable part."""
-    save_file({f"s{k}/{n}": t.float().contiguous().cpu() for k, part in scores.items() for n, t in part.items()}, path)
+    save_file(
+        {f"s{k}/{n}": t.float().contiguous().cpu() for k, part in scores.items() for n, t in part.items()},
+        path,
+    )
 
 
 def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
@@ -38,7 +41,9 @@ class Masks:
         parts: list[dict[str, Tensor]] = []
         for flat in (region, active):
             pieces = flat.split([shapes[name].numel() for name in sorted(shapes)])
-            parts.append({n: piece.view(shapes[n]).clone() for n, piece in zip(sorted(shapes), pieces, strict=True)})
+            parts.append(
+                {n: piece.view(shapes[n]).clone() for n, piece in zip(sorted(shapes), pieces, strict=True)}
+            )
         return cls(*parts)
 
     def write(self, path: Path, stage: str) -> None:

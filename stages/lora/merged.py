@@ -24,7 +24,11 @@ ADAPTED = "base_model.model."
 
 def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
     """Name in the plain model → PEFT's layer around it, of each weight that has an adapter."""
-    paths = [name.removesuffix(".lora_A.weight") for name in lora_layers(adapted) if name.endswith(".lora_A.weight")]
+    paths = [
+        name.removesuffix(".lora_A.weight")
+        for name in lora_layers(adapted)
+        if name.endswith(".lora_A.weight")
+    ]
     return {f"{path.removeprefix(ADAPTED)}.weight": adapted.get_submodule(path) for path in paths}
 
 

@@ -25,7 +25,11 @@ class LoraPlus:
             for parameter in group["params"]:
                 halves[id(parameter) in second].append(parameter)
             rates = (group["lr"], group["lr"] * self.ratio)
-            groups += [{**group, "params": half, "lr": rate} for half, rate in zip(halves, rates, strict=True) if half]
+            groups += [
+                {**group, "params": half, "lr": rate}
+                for half, rate in zip(halves, rates, strict=True)
+                if half
+            ]
         optimizer.param_groups[:] = groups
         return optimizer
 

@@ -27,7 +27,9 @@ class PackedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
         nn.Module.__init__(self)  # Linear's own would register a `weight` parameter
         if linear.bias is not None or mask.shape != linear.weight.shape:
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit weight {tuple(linear.weight.shape)} without bias")
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit weight {tuple(linear.weight.shape)} without bias"
+            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", None)
         # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
@@ -39,7 +41,9 @@ class PackedLinear(nn.Linear):
         if len(values):
             self.values = nn.Parameter(values)
         else:
-            self.register_buffer("values", values, persistent=False)  # TRL's set_adapter turns every parameter trainable
+            self.register_buffer(
+                "values", values, persistent=False
+            )  # TRL's set_adapter turns every parameter trainable
         self._fixed = not len(values)  # `_dense` is the weight as it stands
 
     @property
@@ -71,7 +75,9 @@ class PackedLinear(nn.Linear):
             missing_keys.append(prefix + "weight")
             return
         if weight.shape != self._dense.shape:
-            error_msgs.append(f"{prefix}weight has shape {tuple(weight.shape)}, expected {tuple(self._dense.shape)}")
+            error_msgs.append(
+                f"{prefix}weight has shape {tuple(weight.shape)}, expected {tuple(self._dense.shape)}"
+            )
             return
         weight = weight.to(self._dense)
         frozen = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)

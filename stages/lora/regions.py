@@ -109,7 +109,9 @@ def check(scores: Tensor, system: int) -> None:
     import torch
 
     if not bool(torch.isfinite(scores).all()):
-        raise MeaninglessError(f"importance of System {system} has {int((~torch.isfinite(scores)).sum())} non-finite values")
+        raise MeaninglessError(
+            f"importance of System {system} has {int((~torch.isfinite(scores)).sum())} non-finite values"
+        )
     if bool((scores < 0).any()):
         raise MeaninglessError(f"importance of System {system} is negative somewhere")
     if not bool(scores.any()):
@@ -138,7 +140,9 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
         check(values, system)
         every = theta == 1
         sets[system] = (
-            torch.ones(len(values), dtype=torch.bool) if every else top_set(values, theta * exact_total(values), "sum")
+            torch.ones(len(values), dtype=torch.bool)
+            if every
+            else top_set(values, theta * exact_total(values), "sum")
         )
     region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
     shared = (region == SHARED).nonzero().flatten()
@@ -194,6 +198,8 @@ def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: 
     import torch
 
     if section.alpha != 1 or section.beta != 1:
-        raise ConfigError(f"strategy all trains everything, got alpha {section.alpha}, beta {section.beta}", "set both to 1")
+        raise ConfigError(
+            f"strategy all trains everything, got alpha {section.alpha}, beta {section.beta}", "set both to 1"
+        )
     every = torch.ones_like(scores[1], dtype=torch.bool)
     return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), {"sft": every, "rl": every.clone()})

@@ -112,7 +112,9 @@ class ExactResume:
 
         if checkpoint is None:
             return
-        state = json.loads((Path(checkpoint) / f"random-{self.args.process_index}.json").read_text(encoding="utf-8"))
+        state = json.loads(
+            (Path(checkpoint) / f"random-{self.args.process_index}.json").read_text(encoding="utf-8")
+        )
         torch.random.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.random.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
@@ -141,7 +143,12 @@ class ExactRollouts(ExactResume):
                 return super().__iter__()
 
         return OfEpoch(
-            usual.data_source, usual.mini_repeat_count, usual.batch_size, usual.repeat_count, usual.shuffle, usual.seed
+            usual.data_source,
+            usual.mini_repeat_count,
+            usual.batch_size,
+            usual.repeat_count,
+            usual.shuffle,
+            usual.seed,
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-FLAGS = """--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs -1"""
+FLAGS = (
+    """--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs -1"""
+)
 
 
 def prepare(rollouts: RolloutsSection, model: str) -> None:
@@ -29,14 +31,21 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
     cpu = not torch.cuda.is_available()
     here = f"rl.rollouts.engine {rollouts.engine}"
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"{here}: vllm is not installed", "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers")
+        raise ConfigError(
+            f"{here}: vllm is not installed",
+            "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers",
+        )
     if rollouts.engine == "vllm_server":
         if cpu:
-            raise ConfigError(f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers")
+            raise ConfigError(
+                f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers"
+            )
         _check_server(rollouts, model)
         return
     if team.size() % rollouts.tensor_parallel:
-        raise ConfigError(f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {team.size()} processes")
+        raise ConfigError(
+            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {team.size()} processes"
+        )
     if cpu and rollouts.sleep:
         raise ConfigError("rl.rollouts.sleep needs a GPU", "leave it out")
     if cpu:
@@ -62,12 +71,16 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
         reply = httpx.get(url, params={"config_format": "json"}, timeout=30)
         config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
-        raise ServerError(f"rl.rollouts.base_url {rollouts.base_url}: {type(error).__name__}", start) from None
+        raise ServerError(
+            f"rl.rollouts.base_url {rollouts.base_url}: {type(error).__name__}", start
+        ) from None
     if not isinstance(config, dict) or not config.get("weight_transfer_config"):
         raise ServerError(f"the vLLM server at {rollouts.base_url} takes no new weights", start)
     mode = config.get("model_config", {}).get("logprobs_mode")
     if rollouts.correction != "none" and mode != "processed_logprobs":
-        raise ServerError(f"the vLLM server at {rollouts.base_url} reports {mode}, which would bias the correction", start)
+        raise ServerError(
+            f"the vLLM server at {rollouts.base_url} reports {mode}, which would bias the correction", start
+        )
 
 
 def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict[str, Any]:
@@ -88,7 +101,9 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_enable_sleep_mode": rollouts.sleep,
         "vllm_max_model_length": longest,
         "vllm_importance_sampling_correction": rollouts.correction != "none",
-        "vllm_importance_sampling_mode": "sequence_mask" if rollouts.correction == "none" else rollouts.correction,
+        "vllm_importance_sampling_mode": "sequence_mask"
+        if rollouts.correction == "none"
+        else rollouts.correction,
         "vllm_importance_sampling_clip_min": None,
         "vllm_importance_sampling_clip_max": rollouts.correction_max,
         "generation_kwargs": {"stop_token_ids": stops},

@@ -62,7 +62,9 @@ PINNED: dict[str, Any] = {
 """What both trainers take beside our settings and a number may depend on: no default of theirs may move it."""
 
 
-def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1) -> dict[str, Any]:
+def arguments(
+    section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1
+) -> dict[str, Any]:
     """The arguments of TRL's configs that both trainers take.
 
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
@@ -108,7 +110,9 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
             raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}")
     if "tensorboard" in section.report_to:
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / f"{stage}-{checkpoints.name}"))
+        os.environ.setdefault(
+            "TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / f"{stage}-{checkpoints.name}")
+        )
     return list(section.report_to) or "none"
 
 
@@ -149,7 +153,12 @@ class Start:
         return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
     def attach(
-        self, base: PreTrainedModel, lora: LoraSection, baseline: BaselineSection | None, dropout: float, seed: int
+        self,
+        base: PreTrainedModel,
+        lora: LoraSection,
+        baseline: BaselineSection | None,
+        dropout: float,
+        seed: int,
     ) -> PeftModel:
         if baseline is not None:
             return baselines.attach(base, baseline, seed, self.folder)
@@ -165,7 +174,9 @@ class Start:
                 layer.weight.data = stored[name].to(layer.weight.device)
 
 
-def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints) -> dict[str, Any]:
+def train(
+    trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints
+) -> dict[str, Any]:
     """Pack, train from the newest checkpoint or from `start`, and write `adapter/`, `history.json` and `curves.png` below `out`.
 
     Of several processes only the first writes, and the others return nothing; that all hold the same adapter is asserted.
@@ -175,7 +186,11 @@ def train(trainer: Any, model: PeftModel, start: Start, out: Path, name: str, ch
     if start.active is not None:
         start.put_back(model)
         pack(model, start.active)
-    drawn = None if start.active is not None else {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
+    drawn = (
+        None
+        if start.active is not None
+        else {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
+    )
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
@@ -227,7 +242,13 @@ def proof(start: Start, end: Path) -> dict[str, Any]:
     assert drift == 0.0, f"frozen elements moved by up to {drift}"
     total = sum(mask.numel() for mask in start.active.values())
     number = sum(int(mask.sum()) for mask in start.active.values())
-    return {"elements": total, "active": number, "active_share": number / total, "moved": moved, "frozen_drift": drift}
+    return {
+        "elements": total,
+        "active": number,
+        "active_share": number / total,
+        "moved": moved,
+        "frozen_drift": drift,
+    }
 
 
 def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def load_base(model: ModelSection) -> PreTrainedModel:
@@ -37,7 +41,9 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     if model.load_in_4bit:
         kind |= _four_bit(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=dtype, **kind)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.name, revision=model.revision, dtype=dtype, **kind
+        )
     except (OSError, ValueError) as error:
         raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
@@ -61,7 +67,10 @@ def _four_bit(model: ModelSection) -> dict[str, Any]:
         raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
     compute = torch.float32 if model.dtype == "float32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
     )
     return {"quantization_config": nf4, "device_map": {"": device()}}
 

@@ -29,7 +29,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def fetch(name: str, models: Path) -> tuple[Path, bool]:
     """Put the model called `name` into `models/name` as a plain checkpoint; returns it and whether it was made now."""
     if name not in MAKERS:
-        raise ConfigError(f"unknown model {name!r}", f"choose from: {', '.join(MAKERS)}; hub ids need no fetch")
+        raise ConfigError(
+            f"unknown model {name!r}", f"choose from: {', '.join(MAKERS)}; hub ids need no fetch"
+        )
     final = models / name
     if (final / "config.json").exists():
         return final, False
@@ -60,7 +62,9 @@ def _tiny(work: Path) -> None:
     raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *letters])}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=special[0], eos_token=special[2], bos_token=special[1])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=special[0], eos_token=special[2], bos_token=special[1]
+    )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(work / "model")
     torch.manual_seed(0)

@@ -41,7 +41,9 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     first = int((batch.labels != IGNORED).any(0).nonzero()[0])
     keep = batch.input_ids.shape[1] - first + 1  # logits of the prompt are never needed
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits[:, :-1]
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
+    ).logits[:, :-1]
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
     targets = batch.labels[:, first:]  # (batch, answer tokens)
     losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")

@@ -20,7 +20,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
     except (OSError, ValueError) as error:
-        raise MissingInputError(f"cannot load the tokenizer of {model.name}: {str(error).splitlines()[0]}") from None
+        raise MissingInputError(
+            f"cannot load the tokenizer of {model.name}: {str(error).splitlines()[0]}"
+        ) from None
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token

@@ -56,7 +56,9 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
 
 def of_source(source: SourceSection, cache: DigestCache) -> str:
     """Digest of a file's content, or the commit of a hub data set."""
-    if isinstance(source, BenchmarkSection) and source.tasks:  # data of the evaluation harness: path holds task files
+    if (
+        isinstance(source, BenchmarkSection) and source.tasks
+    ):  # data of the evaluation harness: path holds task files
         return cache.folder(Path(source.path)) if source.path else ""
     file = local_file(source)
     return cache.file(file) if file else _hub_commit("dataset", str(source.path), source.revision)
@@ -80,7 +82,9 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
             raise MissingInputError(f"{path} is not a model folder: no config.json")
         return cache.folder(path)
     if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
-        raise MissingInputError(f"no model folder {model.name}", "fetch the demo's: lorapar fetch smollm2-135m-q4")
+        raise MissingInputError(
+            f"no model folder {model.name}", "fetch the demo's: lorapar fetch smollm2-135m-q4"
+        )
     return _hub_commit("model", model.name, model.revision)
 
 
@@ -91,7 +95,9 @@ def _hub_commit(kind: str, name: str, revision: str) -> str:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
-    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
+    reference = (
+        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
+    )
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
     except Exception as error:  # offline, unknown, gated: each its own class, one meaning here

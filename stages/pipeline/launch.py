@@ -22,7 +22,9 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment = {"OMP_NUM_THREADS": str(_threads(launch)), **os.environ, team.FAILURE: str(failure)}
-        code = subprocess.run([*_command(launch), "-m", "lorapar_cli", *arguments], env=environment).returncode
+        code = subprocess.run(
+            [*_command(launch), "-m", "lorapar_cli", *arguments], env=environment
+        ).returncode
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
             error = LoraparError(message, hint)
@@ -38,13 +40,17 @@ def _command(launch: LaunchSection) -> list[str]:
     gpus = torch.cuda.device_count()
     if launch.config is not None:
         if not Path(launch.config).is_file():
-            raise MissingInputError(f"launch.config {launch.config} is not a file", "write it with: accelerate config")
+            raise MissingInputError(
+                f"launch.config {launch.config} is not a file", "write it with: accelerate config"
+            )
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend in NOT_RUN:
         raise ConfigError(f"launch.backend: {NOT_RUN[launch.backend]}", "use ddp")
     processes = launch.processes or gpus
     if not processes:
-        raise ConfigError("launch.processes is not set, and there is no GPU to count", "--set STAGE.launch.processes=2")
+        raise ConfigError(
+            "launch.processes is not set, and there is no GPU to count", "--set STAGE.launch.processes=2"
+        )
     if gpus and processes > gpus:
         raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

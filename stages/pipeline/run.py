@@ -27,7 +27,9 @@ Verb = Callable[..., dict[str, Any]]
 """A stage function: `run(job, **sections)`, which returns its summary."""
 
 
-def run_step(config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: Pool) -> tuple[Artifact, bool]:
+def run_step(
+    config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: Pool
+) -> tuple[Artifact, bool]:
     """Make the artifact of one step by `verb` unless it is current; returns it and whether it was made now.
 
     A stale or missing input is an error, not a silent rerun; a damaged artifact is never overwritten without `force`.
@@ -44,7 +46,9 @@ def run_step(config: Config, step: Step, verb: Verb, force: bool, progress: Prog
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
         team.wait()  # the others have seen what is there, too
-        out = store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
+        out = (
+            store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
+        )
         job = _job(config, step, inputs, out, force, progress, engines)
         if force and team.first():
             job.checkpoints.clear()
@@ -57,7 +61,9 @@ def run_step(config: Config, step: Step, verb: Verb, force: bool, progress: Prog
             manifest = {
                 "variant": step.variant,
                 "identity": step.identity,
-                "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
+                "inputs": {
+                    name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()
+                },
                 "summary": summary,
                 "provenance": _provenance(config, job, time.monotonic() - begun),
             }
@@ -71,7 +77,13 @@ def run_step(config: Config, step: Step, verb: Verb, force: bool, progress: Prog
 
 
 def _job(
-    config: Config, step: Step, inputs: dict[str, Artifact], out: Path, again: bool, progress: Progress, engines: Pool
+    config: Config,
+    step: Step,
+    inputs: dict[str, Artifact],
+    out: Path,
+    again: bool,
+    progress: Progress,
+    engines: Pool,
 ) -> Job:
     from stages.models.dtype import resolve
 

@@ -28,7 +28,11 @@ def state(store: Store, step: Step) -> State:
         if above.state != "current":
             first = above.why if above.state == "stale" else f"{name} is {above.state} ({above.why})"
             return State("stale", first, artifact)
-        if artifact and above.artifact and artifact.manifest["inputs"][name]["content"] != above.artifact.digest:
+        if (
+            artifact
+            and above.artifact
+            and artifact.manifest["inputs"][name]["content"] != above.artifact.digest
+        ):
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
         return State("missing", _why_missing(store, step))
@@ -70,7 +74,9 @@ def current(store: Store, step: Step) -> Artifact:
         return now.artifact
     if now.state == "damaged":
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
-    raise MissingInputError(f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}")
+    raise MissingInputError(
+        f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}"
+    )
 
 
 def rebuild(step: Step) -> str:

@@ -88,12 +88,17 @@ def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
 
 
 def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
-    runs_code = any(reward_functions.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards)
+    runs_code = any(
+        reward_functions.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards
+    )
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 
 def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
-    return {**_model(config, variant, cache), **identity.of_file("rewards_file", config.rl.rewards_file, cache)}
+    return {
+        **_model(config, variant, cache),
+        **identity.of_file("rewards_file", config.rl.rewards_file, cache),
+    }
 
 
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
@@ -133,7 +138,7 @@ STAGES = {
             outside=_classify_outside,
             variants=_classify_variants,
             given=("model",),
-            version=2,
+            version=3,
         ),
         Stage(
             name="score",
@@ -175,6 +180,7 @@ STAGES = {
             sections=_eval_sections,
             outside=_eval_outside,
             variants=_eval_variants,
+            version=2,
         ),
     ]
 }

@@ -67,7 +67,9 @@ def of(section: Section, say: Callable[[str], None]) -> Sandbox:
 def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
     """The sandbox called `name`; `auto` is the first safe one whose self-test passes here. SandboxError if there is none."""
     if name == "refuse":
-        raise SandboxError("code that a model wrote would run here, and sandbox.backend is refuse", "choose auto")
+        raise SandboxError(
+            "code that a model wrote would run here, and sandbox.backend is refuse", "choose auto"
+        )
     if name == "unsafe-no-sandbox":
         say("warning: code that a model wrote runs WITHOUT a sandbox: it can do whatever you can")
         return Sandbox(name, limits)

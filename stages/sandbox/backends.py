@@ -31,7 +31,14 @@ class Limits:
     def of_process(self) -> dict[str, int]:
         mb = 2**20
         cpu = int(self.seconds) + 1
-        return {"CPU": cpu, "AS": self.memory_mb * mb, "FSIZE": 8 * mb, "NOFILE": 64, "CORE": 0, "STACK": 8 * mb}
+        return {
+            "CPU": cpu,
+            "AS": self.memory_mb * mb,
+            "FSIZE": 8 * mb,
+            "NOFILE": 64,
+            "CORE": 0,
+            "STACK": 8 * mb,
+        }
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,27 @@ def bubblewrap(role: str, limits: Limits) -> Iterator[Start]:
     if found is None:
         raise OSError("bwrap is not installed (package bubblewrap)")
     python, folders = _python()
-    command = [found, "--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent"]
+    command = [
+        found,
+        "--unshare-user",
+        "--unshare-all",
+        "--disable-userns",
+        "--cap-drop",
+        "ALL",
+        "--die-with-parent",
+    ]
     command += ["--new-session", "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "LANG", "C.UTF-8"]
-    command += ["--setenv", "HOME", "/tmp", "--setenv", "PYTHONDONTWRITEBYTECODE", "1", "--ro-bind", "/usr", "/usr"]
+    command += [
+        "--setenv",
+        "HOME",
+        "/tmp",
+        "--setenv",
+        "PYTHONDONTWRITEBYTECODE",
+        "1",
+        "--ro-bind",
+        "/usr",
+        "/usr",
+    ]
     for path in ("/lib", "/lib64", "/bin"):
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
@@ -98,7 +123,11 @@ def bubblewrap(role: str, limits: Limits) -> Iterator[Start]:
     command += ["--chdir", "/tmp", "--hostname", "sandbox", "--remount-ro", "/", "--remount-ro", "/dev"]
     with _filter("namespaces").open("rb") as rules:
         number = rules.fileno()
-        command += ["--seccomp", str(number), *_inside(python, "/inside.py", role, {**limits.of_process(), "NPROC": 64})]
+        command += [
+            "--seccomp",
+            str(number),
+            *_inside(python, "/inside.py", role, {**limits.of_process(), "NPROC": 64}),
+        ]
         yield Start(command, {"PATH": "/usr/bin:/bin"}, (number,))
 
 
@@ -110,14 +139,23 @@ def landlock(role: str, limits: Limits) -> Iterator[Start]:
     python, folders = _python()
     script = str(HERE / "inside.py")
     readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
-    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_filter("landlock")), json.dumps(limits.of_process())]
+    launch = [
+        python,
+        "-I",
+        "-S",
+        str(HERE / "landlock.py"),
+        str(_filter("landlock")),
+        json.dumps(limits.of_process()),
+    ]
     yield Start([*launch, *readable, "--", *_inside(python, script, role, {})], {"PATH": "/usr/bin:/bin"})
 
 
 @contextmanager
 def none(role: str, limits: Limits) -> Iterator[Start]:
     """Limits of the process only: the program can read, write, connect and start whatever its user can."""
-    yield Start(_inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process()), {"PATH": "/usr/bin:/bin"})
+    yield Start(
+        _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process()), {"PATH": "/usr/bin:/bin"}
+    )
 
 
 BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

@@ -29,7 +29,16 @@ class Strange(Exception):
 
 _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
-_ITERATORS: tuple[type, ...] = (types.GeneratorType, map, filter, zip, enumerate, reversed, type(iter([])), type(iter(())))
+_ITERATORS: tuple[type, ...] = (
+    types.GeneratorType,
+    map,
+    filter,
+    zip,
+    enumerate,
+    reversed,
+    type(iter([])),
+    type(iter(())),
+)
 
 
 def encode(value: Any, depth: int = 0) -> Any:

@@ -181,7 +181,13 @@ def check(back: Backend, program: str, tests: str, entry: str, setup: str, limit
 
 
 def _converse(
-    candidate: _Sandboxed, judge: _Sandboxed, program: str, tests: str, entry: str, setup: str, deadline: float
+    candidate: _Sandboxed,
+    judge: _Sandboxed,
+    program: str,
+    tests: str,
+    entry: str,
+    setup: str,
+    deadline: float,
 ) -> tuple[str, str]:
     candidate.send(_job(program=program, entry=entry), deadline)
     loaded = candidate.receive(deadline)

@@ -71,11 +71,22 @@ class Store:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             schema = manifest["schema"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", "move it away and run the stage again") from None
+            raise ArtifactError(
+                f"{path} is not a lorapar artifact: {error}", "move it away and run the stage again"
+            ) from None
         if schema != SCHEMA:
-            raise ArtifactError(f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar")
-        whole = all(isinstance(manifest.get(part), dict) for part in ("files", "identity", "inputs", "summary", "provenance"))
-        if not whole or manifest.get("key") != path.name.split(".")[0] or key_of(manifest["identity"]) != manifest["key"]:
+            raise ArtifactError(
+                f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
+            )
+        whole = all(
+            isinstance(manifest.get(part), dict)
+            for part in ("files", "identity", "inputs", "summary", "provenance")
+        )
+        if (
+            not whole
+            or manifest.get("key") != path.name.split(".")[0]
+            or key_of(manifest["identity"]) != manifest["key"]
+        ):
             raise ArtifactError(f"{path} is a foreign artifact: its manifest is not that of key {path.name}")
         return Artifact(path, manifest)
 
@@ -117,7 +128,9 @@ class Store:
         except Timeout:
             owner = folder / f".{key}.owner"
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-            raise BusyError(f"{stage} {key} is being built by {who}", "wait for it, then run the same command") from None
+            raise BusyError(
+                f"{stage} {key} is being built by {who}", "wait for it, then run the same command"
+            ) from None
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise OutputError(
                 f"cannot write to {folder}: {error.strerror}", "set `runs_dir` to a folder you can write"
@@ -137,7 +150,10 @@ class Store:
         entries = {}
         for file in files:
             fsync(file)
-            entries[file.relative_to(partial).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+            entries[file.relative_to(partial).as_posix()] = {
+                "size": file.stat().st_size,
+                "sha256": sha256_file(file),
+            }
         full = {"schema": SCHEMA, "stage": stage, "key": key, **manifest, "files": entries}
         text = json.dumps(full, indent=1, ensure_ascii=False, allow_nan=False)
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")

@@ -34,10 +34,14 @@ class Checkpoints:
 
     def seal(self, path: Path) -> None:
         """Make a finished checkpoint count, and drop all but the newest KEPT."""
-        files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+        files = {
+            file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()
+        }
         for file in files.values():
             fsync(file)
-        text = json.dumps({"of": self._of, "files": {name: sha256_file(file) for name, file in files.items()}})
+        text = json.dumps(
+            {"of": self._of, "files": {name: sha256_file(file) for name, file in files.items()}}
+        )
         (path / SEAL).write_text(text, encoding="utf-8")
         for part in (path / SEAL, path, path.parent):
             fsync(part)
@@ -50,7 +54,9 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         """Newest first."""
         numbers = {path: path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")}
-        return sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True)
+        return sorted(
+            (p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True
+        )
 
     def _fault(self, path: Path) -> str | None:
         try:

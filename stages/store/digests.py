@@ -11,7 +11,9 @@ KEY_DIGITS = 12
 
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -55,9 +57,13 @@ class DigestCache:
     def folder(self, path: Path) -> str:
         """One digest of all files below `path`, by relative name; hidden files and folders are left out."""
         files = sorted(
-            p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
         )
-        return hashlib.sha256(canonical([[p.relative_to(path).as_posix(), self.file(p)] for p in files])).hexdigest()
+        return hashlib.sha256(
+            canonical([[p.relative_to(path).as_posix(), self.file(p)] for p in files])
+        ).hexdigest()
 
     def _save(self) -> None:
         try:

@@ -12,7 +12,9 @@ from stages.benchmarks import mmlu
 from stages.config import EvalSection, ModelSection
 from stages.records import read_jsonl
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
 
 CHOICE = """
 task: {name}
@@ -41,7 +43,12 @@ def task(folder: Path, name: str, subject: str, test: list[dict], dev: list[dict
 
 def rows_of(subject: str, n: int) -> list[dict]:
     return [
-        {"subject": subject, "question": f"What is {i} + 1?", "choices": [str(i + k) for k in range(4)], "answer": 1}
+        {
+            "subject": subject,
+            "question": f"What is {i} + 1?",
+            "choices": [str(i + k) for k in range(4)],
+            "answer": 1,
+        }
         for i in range(n)
     ]
 
@@ -50,9 +57,23 @@ def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     task(tasks, "sums", "sums", rows_of("sums", 6), rows_of("sums", 2), 2)
-    config = [ROOT / "configs/smoke.yaml", *(p for o in paths(tiny, demo_data, tmp_path) for p in ("--set", o))]
+    config = [
+        ROOT / "configs/smoke.yaml",
+        *(p for o in paths(tiny, demo_data, tmp_path) for p in ("--set", o)),
+    ]
     config += ["--set", "eval.targets=[base]"]
-    command = ["eval", *config, "--harness", "lm-eval", "--tasks", "sums", "--task-files", tasks, "--limit", "4"]
+    command = [
+        "eval",
+        *config,
+        "--harness",
+        "lm-eval",
+        "--tasks",
+        "sums",
+        "--task-files",
+        tasks,
+        "--limit",
+        "4",
+    ]
     done = lorapar(*command)
     assert done.code == 0, done.err
     folder = next((tmp_path / "runs/smoke/eval").glob("latest-base@lm-eval-sums")).resolve()
@@ -60,10 +81,14 @@ def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(samples) == 4 and metrics["all"]["n"] == 4 and metrics["harness"].startswith("lm-eval 0.4.13")
     assert metrics["own"]["sums"]["acc,none"] == metrics["all"]["accuracy"]
-    assert metrics["first_prompt"].startswith("The following are multiple choice questions (with answers) about sums.")
+    assert metrics["first_prompt"].startswith(
+        "The following are multiple choice questions (with answers) about sums."
+    )
     assert "lm-eval-sums" in done.out
     assert "is current" in lorapar(*command).err
-    assert lorapar(*command[:-5], "nothing", *command[-4:]).err.startswith("error: the harness has no task nothing")
+    assert lorapar(*command[:-5], "nothing", *command[-4:]).err.startswith(
+        "error: the harness has no task nothing"
+    )
     assert lorapar("eval", *config, "--harness", "lm-eval").code == 78
     assert lorapar("eval", *config, "--tasks", "sums").code == 78
 

@@ -27,7 +27,11 @@ def section(kind: str, **settings):
 
 @pytest.fixture(scope="module")
 def problems():
-    return [e for f in ("train.jsonl.gz", "test.jsonl") for e in gsm8k.load(section("gsm8k", path=str(DATA / "gsm8k" / f)))]
+    return [
+        e
+        for f in ("train.jsonl.gz", "test.jsonl")
+        for e in gsm8k.load(section("gsm8k", path=str(DATA / "gsm8k" / f)))
+    ]
 
 
 def test_every_gsm8k_answer_is_a_number_and_its_own_text_is_right(problems):

@@ -77,7 +77,9 @@ def test_a_server_that_cannot_constrain_is_read():
 
 @pytest.mark.parametrize("code", [400, 422])
 def test_a_server_that_refuses_to_constrain_is_read(code):
-    with serve(Mock(lambda n, p, b: ("status", (code, {}, "unknown")) if "structured_outputs" in b else None, False)) as mock:
+    with serve(
+        Mock(lambda n, p, b: ("status", (code, {}, "unknown")) if "structured_outputs" in b else None, False)
+    ) as mock:
         assert ask(mock, CHAT)[0].shares in ((0.0, 1.0), (1.0, 0.0))
 
 
@@ -123,7 +125,14 @@ def test_a_word_is_read_strictly(text, found):
 
 
 def test_failures_of_a_while_are_tried_again():
-    faults = iter([("status", (503, {"Retry-After": "0"}, "busy")), ("reset", None), ("truncated", None), ("body", "<html>")])
+    faults = iter(
+        [
+            ("status", (503, {"Retry-After": "0"}, "busy")),
+            ("reset", None),
+            ("truncated", None),
+            ("body", "<html>"),
+        ]
+    )
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = Client((mock.url,), None, "", QUICK)
         assert isinstance(dict(client.choose([TEXT]))[0], Choice)
@@ -137,7 +146,10 @@ def test_failures_of_a_while_are_tried_again():
         (("body", "<html>"), "unreadable"),
         (("body", {"choices": []}), "unreadable"),
         (("body", {"choices": [{"logprobs": None}]}), "unreadable"),
-        (("body", {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": 0.0}]}}]}), "unreadable"),
+        (
+            ("body", {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": 0.0}]}}]}),
+            "unreadable",
+        ),
         (("status", (400, {}, "This model's maximum context length is 10 tokens")), "too_long"),
         (("status", (400, {}, "filtered")), "refused"),
         (("hang", 2), "timeout"),
@@ -179,7 +191,10 @@ def test_faults_of_a_server_are_named(fault, error, text):
 
 
 def test_a_server_that_only_looks_healthy():
-    with serve(Mock(lambda n, p, b: ("hang", 3))) as mock, pytest.raises(ServerError, match="gave no answer in 0.6 s"):
+    with (
+        serve(Mock(lambda n, p, b: ("hang", 3))) as mock,
+        pytest.raises(ServerError, match="gave no answer in 0.6 s"),
+    ):
         ask(mock, TEXT, server=ServerSection(timeout_s=60, stall_s=0.6))
 
 
@@ -200,7 +215,9 @@ def test_retry_after_is_waited_for(no_waiting):
     assert no_waiting[1] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)]
+)
 def test_retry_after_in_all_its_forms(text, seconds):
     assert transport._seconds(text) == seconds
 

@@ -64,7 +64,9 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
     ids = whole[1].ids
     at = next(i for i in range(19) if all(35 < token < 128 for token in ids[i : i + 2]))  # whole characters
     text = engine.tokenizer.decode(ids[at : at + 2])
-    stopped = dict(engine.generate([Question(questions[0].ids), Question(questions[1].ids, (text,))], Sampling(20, ())))
+    stopped = dict(
+        engine.generate([Question(questions[0].ids), Question(questions[1].ids, (text,))], Sampling(20, ()))
+    )
     assert stopped[1].complete and len(stopped[1].ids) < 20 and ids[: len(stopped[1].ids)] == stopped[1].ids
     assert text in engine.tokenizer.decode(stopped[1].ids)
 

@@ -97,7 +97,9 @@ MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
 @pytest.mark.parametrize("whom", ["lorapar", "server"])
 def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     """kill -9 when the journal has so many votes; the same command goes on from there, and no server stays behind."""
-    rows = [{"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)]
+    rows = [
+        {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "run": "killed",
@@ -142,5 +144,8 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     assert lines()[: len(kept) - 1] == kept[:-1]
     ballots = [json.loads(line)["ballot"] for line in lines()]
     assert len(ballots) == len(set(ballots)) == 1200 + 32
-    assert f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr or f"/{1233 - len(kept)}" in done.stderr
+    assert (
+        f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
+        or f"/{1233 - len(kept)}" in done.stderr
+    )
     assert servers() == []

@@ -54,18 +54,26 @@ def test_labelled_examples():
     assert len(shots(SHOTS, 5)) == 4
 
 
-@pytest.mark.parametrize("row", ['{"question": "q", "answer": "a", "system": 3}', '{"answer": "a", "system": 1}'])
+@pytest.mark.parametrize(
+    "row", ['{"question": "q", "answer": "a", "system": 3}', '{"answer": "a", "system": 1}']
+)
 def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
     (tmp_path / "h.jsonl").write_text(row + "\n")
-    with pytest.raises(DataError, match="a labelled example needs question, answer and system 1 or 2: .*h.jsonl:1"):
+    with pytest.raises(
+        DataError, match="a labelled example needs question, answer and system 1 or 2: .*h.jsonl:1"
+    ):
         read_judged(tmp_path / "h.jsonl")
 
 
-def labels(votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings) -> list[int | None]:
+def labels(
+    votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings
+) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
     voices = {
         voter: Voice(
-            {str(i): v for i, v in enumerate(values)}, (thresholds or {}).get(voter, 0.5), (weights or {}).get(voter, 1.0)
+            {str(i): v for i, v in enumerate(values)},
+            (thresholds or {}).get(voter, 0.5),
+            (weights or {}).get(voter, 1.0),
         )
         for voter, values in votes.items()
     }
@@ -101,7 +109,9 @@ def test_agreement_below_the_minimum_is_undecided():
     assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
 
 
-@pytest.mark.parametrize(("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])])
+@pytest.mark.parametrize(
+    ("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])]
+)
 def test_without_a_quorum_of_valid_votes_an_example_is_undecided(quorum, expected):
     votes = {"a": [0.9, 0.9, None], "b": [0.9, None, None], "c": [None, None, None]}
     assert labels(votes, quorum=quorum) == expected
@@ -168,7 +178,9 @@ def test_kappas_against_worked_tables():
 
 def test_agreement_with_known_labels():
     found = with_known(
-        {"1": 1, "2": 2, "3": 2, "4": 1}, {"1": 1, "2": 2, "3": 1, "4": None}, {"a": {"1": 0.1, "2": 0.9, "3": 0.4}}
+        {"1": 1, "2": 2, "3": 2, "4": 1},
+        {"1": 1, "2": 2, "3": 1, "4": None},
+        {"a": {"1": 0.1, "2": 0.9, "3": 0.4}},
     )
     assert (found["n"], found["undecided"], found["agreement"]) == (3, 1, pytest.approx(2 / 3))
     assert found["known 2 labelled 1"] == 1 and found["auc"]["a"][0] == 1
@@ -209,6 +221,11 @@ def test_the_matched_set_gives_nothing_away():
     found = rows(60, 0)
     scores = surface([Example(row["question"], row["question"], "", None) for row in found])
     for name, values in scores.items():
-        assert auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5, name
+        assert (
+            auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5
+        ), name
     for one, two in zip(found[::2], found[1::2], strict=True):
-        assert all(values[one["question"]] == values[two["question"]] for values in scores.values()), (one, two)
+        assert all(values[one["question"]] == values[two["question"]] for values in scores.values()), (
+            one,
+            two,
+        )

@@ -19,7 +19,9 @@ def tokenizer(tiny):
 def test_chat_row(tokenizer):
     renderer = Renderer(tokenizer, PromptSection(system="Be brief."))
     row = renderer.row(EXAMPLE)
-    prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.decode(row.input_ids) == prompt + "It is 4.\n#### 4<|im_end|>"
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
     assert renderer.stop_ids == [tokenizer.eos_token_id]
@@ -27,7 +29,9 @@ def test_chat_row(tokenizer):
 
 def test_plain_row(tokenizer):
     row = Renderer(tokenizer, PromptSection(template="plain", answer_format="xml")).row(EXAMPLE)
-    assert tokenizer.decode(row.input_ids).startswith("Question: 2 + 2?\nAnswer:\n<reasoning>\nIt is 4.\n</reasoning>")
+    assert tokenizer.decode(row.input_ids).startswith(
+        "Question: 2 + 2?\nAnswer:\n<reasoning>\nIt is 4.\n</reasoning>"
+    )
     assert row.input_ids[-1] == tokenizer.eos_token_id
 
 

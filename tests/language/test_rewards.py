@@ -19,7 +19,9 @@ def test_the_ideal_answer_earns_one_of_each(name, text, style):
 @pytest.mark.parametrize("name", [*PAPER, "number_match"])
 @pytest.mark.parametrize("style", ["xml", "hash"])
 def test_empty_text_earns_nothing(name, style):
-    assert rewards.pick(name)(completions=["", "I do not know"], gold=["7"] * 2, answer_format=[style] * 2) == [0.0, 0.0]
+    assert rewards.pick(name)(
+        completions=["", "I do not know"], gold=["7"] * 2, answer_format=[style] * 2
+    ) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -37,17 +39,27 @@ def test_partial_answers(name, text, value):
     assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=["xml"]) == pytest.approx([value])
 
 
-@pytest.mark.parametrize(("text", "value"), [("B", 1.0), ("I think the answer is (B).", 1.0), ("C", 0.0), ("Because", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("B", 1.0), ("I think the answer is (B).", 1.0), ("C", 0.0), ("Because", 0.0)]
+)
 def test_letters(text, value):
     assert rewards.pick("letter_match")(completions=[text], gold=["B"]) == [value]
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("The cat sat.", 1.0), ("the cat", 0.8), ("a dog", 0.0), ("", 0.0), ("the the the the the cat sat", 0.6)],
+    [
+        ("The cat sat.", 1.0),
+        ("the cat", 0.8),
+        ("a dog", 0.0),
+        ("", 0.0),
+        ("the the the the the cat sat", 0.6),
+    ],
 )
 def test_overlap_is_the_f1_of_words(text, value):
-    assert rewards.pick("text_overlap")(completions=[text], response=["the cat sat"]) == pytest.approx([value])
+    assert rewards.pick("text_overlap")(completions=[text], response=["the cat sat"]) == pytest.approx(
+        [value]
+    )
 
 
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
@@ -74,7 +86,9 @@ def test_columns_are_what_a_reward_must_be_given():
     assert needs("code_tests") == ["test", "entry_point"]
     assert needs("text_overlap") == ["response"]
     assert needs("trl.think_format_reward") == []
-    with pytest.raises(DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"):
+    with pytest.raises(
+        DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
+    ):
         reward_functions.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
 
 
@@ -128,7 +142,10 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(MeaninglessError) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
-    assert str(caught.value) == "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
+    assert (
+        str(caught.value)
+        == "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

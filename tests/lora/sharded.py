@@ -38,7 +38,9 @@ def fsdp2(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
     for layer in model.get_submodule("base_model.model.model.layers"):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     for ids in batches(vocabulary):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -50,7 +52,9 @@ def zero2(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
     """DeepSpeed's ZeRO stage 2."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": 2},

@@ -14,7 +14,12 @@ from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"]
-COMMON = ["eval.targets=[base,sft,rl]", "baseline.virtual_tokens=4", "baseline.encoder_hidden=16", "sft.epochs=9"]
+COMMON = [
+    "eval.targets=[base,sft,rl]",
+    "baseline.virtual_tokens=4",
+    "baseline.encoder_hidden=16",
+    "sft.epochs=9",
+]
 
 
 def chosen(begun, method: str, *more: str):
@@ -58,9 +63,14 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
 
     config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
     model = load_adapted(config.model, make_step(config, "sft").path / "adapter")
-    prompts, tokenizer = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))], load_tokenizer(config.model)
+    prompts, tokenizer = (
+        [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))],
+        load_tokenizer(config.model),
+    )
     usual, widths = model.generate, []
-    monkeypatch.setattr(model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given))
+    monkeypatch.setattr(
+        model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given)
+    )
     made = continuations(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,)))
     assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(answer.ids) == 4 for answer in made)
     with torch.no_grad():
@@ -72,13 +82,19 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
 def test_reversed_order_and_no_start(begun):
     config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
     steps = plan(resolved(config))
-    assert list(steps["rl"].inputs) == ["classify:train"] and list(steps["sft"].inputs) == ["classify:train", "rl"]
+    assert list(steps["rl"].inputs) == ["classify:train"] and list(steps["sft"].inputs) == [
+        "classify:train",
+        "rl",
+    ]
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["eval.targets=[init]"], "baseline ia3 has no scored initial adapter; take init out of eval.targets"),
+        (
+            ["eval.targets=[init]"],
+            "baseline ia3 has no scored initial adapter; take init out of eval.targets",
+        ),
         (["eval.engine=vllm"], "vllm cannot serve baseline ia3; use engine transformers"),
         (["sft.loraplus_ratio=4"], "baseline ia3 has no LoRA factors; leave out loraplus_ratio"),
         (["rl.kl_reference=sft"], "baseline ia3 can hold on to the base alone; use rl.kl_reference=base"),
@@ -90,9 +106,13 @@ def test_what_does_not_go_together_is_said(begun, overrides, said):
 
 
 def test_a_trained_prompt_has_limits(begun):
-    with pytest.raises(ConfigError, match="prefix_tuning does not train under gradient_checkpointing, which drops the prefix"):
+    with pytest.raises(
+        ConfigError, match="prefix_tuning does not train under gradient_checkpointing, which drops the prefix"
+    ):
         chosen(begun, "prefix_tuning", "sft.gradient_checkpointing=true")
-    with pytest.raises(ConfigError, match="eval.benchmarks.x: the harness cannot read the logits after a trained prompt"):
+    with pytest.raises(
+        ConfigError, match="eval.benchmarks.x: the harness cannot read the logits after a trained prompt"
+    ):
         chosen(begun, "p_tuning", "eval.benchmarks.x={kind: lm_eval, tasks: [t]}")
 
 
@@ -108,11 +128,17 @@ def test_stages_that_a_baseline_does_not_have(begun, lorapar):
 def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     config = chosen(begun, "prompt_tuning")
     make_step(config, "sft")
-    settings = [p for text in (*begun.home, "baseline.method=prompt_tuning", *COMMON) for p in ("--set", text)]
+    settings = [
+        p for text in (*begun.home, "baseline.method=prompt_tuning", *COMMON) for p in ("--set", text)
+    ]
     export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out", "--target", "sft")
     done = lorapar(*export, *settings, "--merged")
     assert done.code == 78 and "prompt_tuning trains a prompt, which no weight can hold" in done.err
     done = lorapar(*export, *settings, "--check", "2")
     assert done.code == 0, done.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", adapter.ADAPTER, "adapter_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        adapter.ADAPTER,
+        "adapter_config.json",
+    }
     assert "after prompt_tuning sft" in (tmp_path / "out/README.md").read_text()

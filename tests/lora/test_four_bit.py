@@ -16,7 +16,9 @@ from stages.models.base import load_base
 FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 
 
-@pytest.mark.parametrize("how", [[], ["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]])
+@pytest.mark.parametrize(
+    "how", [[], ["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]]
+)
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
     config = begun(*FOUR, *how, "sft.lr=0.01", "sft.epochs=9")
@@ -25,7 +27,9 @@ def test_the_stages_run_and_frozen_elements_stay(begun, how):
         if step in ("sft", "rl"):
             summary = made.manifest["summary"]
             assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
-            assert {weight.dtype for weight in adapter.read(made.path / "adapter").values()} == {torch.float32}
+            assert {weight.dtype for weight in adapter.read(made.path / "adapter").values()} == {
+                torch.float32
+            }
     assert json.loads((made.path / "metrics.json").read_text())["parity"]["agree"] == 1
 
 
@@ -33,7 +37,10 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     four, whole = begun(*FOUR).model, begun("model.dtype=bfloat16").model
     small, large = load_base(four), load_base(whole)
     layer = small.model.layers[0].mlp.down_proj
-    assert layer.weight.dtype == torch.uint8 and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
+    assert (
+        layer.weight.dtype == torch.uint8
+        and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
+    )
     ids = torch.arange(5, 40)[None]
     gap = (small(ids).logits - large(ids).logits).float().norm() / large(ids).logits.float().norm()
     assert 0 < gap < 0.3
@@ -45,7 +52,9 @@ def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_pa
         make_step(config, step)
     artifact = make_step(config, "sft")
     export.write(artifact, config, tmp_path / "out", "merged")
-    assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {
+        torch.bfloat16
+    }
     (row,) = export.check(artifact, config, tmp_path / "out", "merged", 2, silent.say)
     assert row["engine"] == "transformers" and row["agree"] == 1
 
@@ -56,7 +65,10 @@ def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_pa
         ("lora.init=pissa", "model.load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
         ("baseline.method=ia3", "model.load_in_4bit is for LoRA: TRL would round baseline ia3 to bfloat16"),
         ("eval.engine=vllm", "what vllm would serve has other base weights; use engine transformers"),
-        ("rl.rollouts.engine=vllm_colocate", "what vllm would serve has other base weights; use engine transformers"),
+        (
+            "rl.rollouts.engine=vllm_colocate",
+            "what vllm would serve has other base weights; use engine transformers",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(begun, override, said):

@@ -24,7 +24,11 @@ OPTIMIZERS = {
     "Adafactor": ["{}.optimizer=adafactor"],
     "LoRA+": ["{}.loraplus_ratio=8"],
 }
-STAGES = {"sft": ("sft", []), "rl, beta 0": ("rl", ["rl.kl_beta=0"]), "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"])}
+STAGES = {
+    "sft": ("sft", []),
+    "rl, beta 0": ("rl", ["rl.kl_beta=0"]),
+    "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"]),
+}
 COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
 
 
@@ -38,7 +42,9 @@ def settings(stage: str, *more: str) -> list[str]:
 
 def command(home: list[str], overrides: list[str], stage: str, processes: int) -> subprocess.CompletedProcess:
     """The stage as a person runs it, under the launcher where there are several processes."""
-    several = [f"{stage}.launch.backend=ddp", f"{stage}.launch.processes={processes}"] if processes > 1 else []
+    several = (
+        [f"{stage}.launch.backend=ddp", f"{stage}.launch.processes={processes}"] if processes > 1 else []
+    )
     arguments = [part for text in (*home, *overrides, *several) for part in ("--set", text)]
     return subprocess.run(
         [sys.executable, "-m", "lorapar_cli", stage, str(ROOT / "configs/smoke.yaml"), *arguments, "--force"],
@@ -109,7 +115,10 @@ def sharded(way: str, model: str, out: Path) -> str:
         "DS_ACCELERATOR": "cpu",
     }
     subprocess.run(
-        [*launcher, str(ROOT / "tests/lora/sharded.py"), way, model, str(out)], check=True, env=environment, capture_output=True
+        [*launcher, str(ROOT / "tests/lora/sharded.py"), way, model, str(out)],
+        check=True,
+        env=environment,
+        capture_output=True,
     )
     before, masks = load_file(out / "before.safetensors"), load_file(out / "masks.safetensors")
     ends = [load_file(out / f"after-{rank}.safetensors") for rank in (0, 1)]
@@ -131,7 +140,9 @@ def test_two_processes_train_what_one_does(begun, capsys):
                 make_step(config, "partition")
             made_by(begun, changes, stage, processes)
         step = plan(resolved(config))["score"]
-        scores.append(read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors"))
+        scores.append(
+            read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors")
+        )
         before, after, _ = files(config, "sft")
         ends.append({name: after[name] - before[name] for name in before})
     one, two = (torch.cat([x.flatten() for x in end.values()]) for end in ends)
@@ -162,8 +173,18 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
             f"distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\nrdzv_backend: static\n"
             f"main_process_ip: 127.0.0.1\nmain_process_port: {port}\nmixed_precision: 'no'\nuse_cpu: false\n"
         )
-        arguments = [part for text in (*begun.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)]
-        command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments, "--force"]
+        arguments = [
+            part for text in (*begun.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "lorapar_cli",
+            "sft",
+            str(ROOT / "configs/smoke.yaml"),
+            *arguments,
+            "--force",
+        ]
         running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, said = process.communicate(timeout=240)
@@ -187,7 +208,9 @@ def test_an_error_of_one_process_is_the_command_s(begun):
 @pytest.mark.parametrize("backend", ["fsdp2", "zero2"])
 def test_what_was_not_tested_is_refused(begun, lorapar, backend):
     overrides = [*begun.home, "sft.lr=0.5", f"sft.launch.backend={backend}"]
-    done = lorapar("sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text)))
+    done = lorapar(
+        "sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text))
+    )
     assert done.code == 78
     assert f"error: launch.backend: {backend} was tested as" in done.err
 
@@ -196,5 +219,10 @@ def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):
     make_step(begun(), "sft")
     monkeypatch.setattr("stages.pipeline.launch.run", lambda *_: pytest.fail("launched"))
     overrides = [*begun.home, "sft.launch.backend=ddp"]
-    done = lorapar("sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text)), "--json")
+    done = lorapar(
+        "sft",
+        ROOT / "configs/smoke.yaml",
+        *(part for text in overrides for part in ("--set", text)),
+        "--json",
+    )
     assert done.code == 0 and json.loads(done.out)["made"] is False

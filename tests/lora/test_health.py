@@ -2,27 +2,18 @@
 
 import pytest
 import torch
-from conftest import make_step
+from conftest import labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.language.rewards import rewards
 from stages.lora.health import equal_rewards
-from stages.pipeline.plan import plan
-from stages.pipeline.resolve import resolved
-from stages.records import read_labels
-from stages.store.artifacts import Store
 
 SFT = ["sft.max_steps=6", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
 
-def labels(config):
-    step = plan(resolved(config))["classify:train"]
-    return read_labels(Store(config.root).folder("classify", step.key) / "labels.jsonl")
-
-
 def ids(config, system: int) -> set[str]:
-    return {row.example.id for row in labels(config) if row.system == system}
+    return {row.example.id for row in labels_of(config) if row.system == system}
 
 
 def spoilt_in_step(trainer, step: int, monkeypatch, spoil) -> None:
@@ -64,13 +55,17 @@ def test_a_non_finite_number_stops_before_the_step_and_names_rows(begun, monkeyp
     assert make_step(config, stage).manifest["summary"]["steps"] in (3, 6)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
 def test_out_of_memory_names_step_lengths_and_knob(begun, monkeypatch, error):
     def compute_loss(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
-    with pytest.raises(OutOfMemoryError, match=r"out of memory in step 1, input_ids of 4 × \d+ tokens") as caught:
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of memory in step 1, input_ids of 4 × \d+ tokens"
+    ) as caught:
         make_step(begun("sft.lr=0.02"), "sft")
     assert caught.value.exit_code == 74
     assert caught.value.hint == "lower sft.micro_batch from 4, or set sft.gradient_checkpointing"
@@ -109,7 +104,7 @@ def test_a_reward_that_raises_is_named_with_its_sample(begun, monkeypatch):
 
     config = begun(*SFT, "rl.max_steps=2", "rl.epochs=9", "rl.rewards={'correctness': 1.0}")
     make_step(config, "sft")
-    chosen = [row.example.gold for row in labels(config) if row.system == 2][0]
+    chosen = [row.example.gold for row in labels_of(config) if row.system == 2][0]
     monkeypatch.setitem(rewards._functions, "correctness", picky)
     with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):
         make_step(begun(*SFT, "rl.max_steps=9", "rl.epochs=9", "rl.rewards={'correctness': 1.0}"), "rl")

@@ -45,7 +45,9 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
     return sums, squares
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("compensate", [False, True])
 def test_batched_moments_equal_single_ones(tiny, dtype, bound, compensate):
     model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)

@@ -59,7 +59,9 @@ def test_top_count(values, number):
 
 def split(one, two, sizes=None, **settings):
     section = PartitionSection(**settings)
-    return strategies.pick(section.strategy)({1: tensor(one), 2: tensor(two)}, section, 0, sizes or [len(one)])
+    return strategies.pick(section.strategy)(
+        {1: tensor(one), 2: tensor(two)}, section, 0, sizes or [len(one)]
+    )
 
 
 def test_the_element_that_crosses_theta_is_kept():
@@ -73,7 +75,9 @@ def test_theta_one_is_every_element_even_a_zero():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.015625, 8, width=32), st.floats(0.015625, 8, width=32)), min_size=2, max_size=40),
+    st.lists(
+        st.tuples(st.floats(0.015625, 8, width=32), st.floats(0.015625, 8, width=32)), min_size=2, max_size=40
+    ),
     shares,
     shares,
     shares,
@@ -82,7 +86,10 @@ def test_active_elements(pairs, theta, alpha, beta):
     one, two = map(list, zip(*pairs, strict=True))
     s = split(one, two, theta=theta, alpha=alpha, beta=beta)
     shared = s.region == SHARED
-    for active, only, other, share in ((s.active["sft"], S1_ONLY, S2_ONLY, alpha), (s.active["rl"], S2_ONLY, S1_ONLY, beta)):
+    for active, only, other, share in (
+        (s.active["sft"], S1_ONLY, S2_ONLY, alpha),
+        (s.active["rl"], S2_ONLY, S1_ONLY, beta),
+    ):
         assert active[s.region == only].all()
         assert not active[s.region == other].any() and not active[s.region == NONE].any()
         assert int(active[shared].sum()) == math.floor(Fraction(str(share)) * int(shared.sum()))
@@ -98,16 +105,23 @@ def test_random_is_a_seeded_permutation_of_importance():
     one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
     real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="random")
     assert torch.equal(torch.bincount(real.region, minlength=4), torch.bincount(control.region, minlength=4))
-    assert {k: int(m.sum()) for k, m in control.active.items()} == {k: int(m.sum()) for k, m in real.active.items()}
+    assert {k: int(m.sum()) for k, m in control.active.items()} == {
+        k: int(m.sum()) for k, m in real.active.items()
+    }
     assert not torch.equal(real.region, control.region)
     assert torch.equal(control.region, split(one, two, theta=0.5, strategy="random").region)
 
 
 def test_random_within_keeps_what_each_weight_gets():
     one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
-    real, control = split(one, two, theta=0.5), split(one, two, [50, 150], theta=0.5, strategy="random_within")
+    real, control = (
+        split(one, two, theta=0.5),
+        split(one, two, [50, 150], theta=0.5, strategy="random_within"),
+    )
     for part in (slice(0, 50), slice(50, 200)):
-        assert torch.equal(torch.bincount(real.region[part], minlength=4), torch.bincount(control.region[part], minlength=4))
+        assert torch.equal(
+            torch.bincount(real.region[part], minlength=4), torch.bincount(control.region[part], minlength=4)
+        )
         assert int(control.active["sft"][part].sum()) == int(real.active["sft"][part].sum())
         assert not torch.equal(real.region[part], control.region[part])
 
@@ -121,7 +135,9 @@ def test_swapped_exchanges_the_systems():
 def test_complement_trains_what_importance_leaves_frozen():
     one, two = [5.0, 4.0, 1.0, 0.1], [1.0, 1.0, 8.0, 0.1]
     real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="complement")
-    assert torch.equal(control.active["sft"], ~real.active["sft"]) and torch.equal(control.active["rl"], ~real.active["rl"])
+    assert torch.equal(control.active["sft"], ~real.active["sft"]) and torch.equal(
+        control.active["rl"], ~real.active["rl"]
+    )
     assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 

@@ -79,7 +79,9 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     artifact = (home / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
     passed = {sha256_file(path) for path in home.glob(f"checkpoints/*/checkpoint-*/{file}")}
-    assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, "training moved nothing"
+    assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, (
+        "training moved nothing"
+    )
     same = 0
     for step in steps:
         shutil.rmtree(home)

@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from conftest import make_step
+from conftest import labels_of, make_step
 from trl import GRPOTrainer
 
 from stages.engines.transformers import continuations
 from stages.errors import DataError, MeaninglessError
 from stages.language.prompts import Renderer
 from stages.models.tokenizer import load_tokenizer
-from stages.records import read_labels
 
 
 @pytest.fixture
@@ -43,8 +42,8 @@ def test_a_person_s_reward_gets_the_sandbox(ready, odd):
 def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, monkeypatch):
     """First the longest are a token too long, then all are. An error names the rows of cut prompts too."""
     renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
-    labels = read_labels(next((ready().root / "classify").glob("latest-train/labels.jsonl")))
-    ids = {row.example.id: renderer.prompt_ids(row.example.prompt) for row in labels if row.system == 2}
+    slow = [row.example for row in labels_of(ready()) if row.system == 2]
+    ids = {example.id: renderer.prompt_ids(example.prompt) for example in slow}
     most = max(map(len, ids.values())) - 1
     long = [name for name, found in ids.items() if len(found) > most]
     limit = f"rl.max_prompt={most}"

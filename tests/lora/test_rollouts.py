@@ -33,7 +33,9 @@ class Engine:
     @property
     def llm_engine(self):
         runner = SimpleNamespace(model=self)
-        return SimpleNamespace(model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner)))
+        return SimpleNamespace(
+            model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+        )
 
     def load_weights(self, weights):
         for name, value in weights:
@@ -47,7 +49,10 @@ class Engine:
 
     # the client of a server
     def update_named_params(self, metadata, weights):
-        seen = [(name, str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in weights_of(self, weights)]
+        seen = [
+            (name, str(value.dtype).removeprefix("torch."), list(value.shape))
+            for name, value in weights_of(self, weights)
+        ]
         assert seen == metadata
 
     def get_server_info(self):
@@ -56,7 +61,9 @@ class Engine:
     def generate(self, prompts, sampling_params=None, n=1, max_tokens=None, **given):
         self.given = {**given, **(vars(sampling_params) if sampling_params else {})}
         prompts = [p["prompt_token_ids"] if isinstance(p, dict) else p for p in prompts]
-        made = [self._sample(ids, max_tokens or sampling_params.max_tokens) for ids in prompts for _ in range(n)]
+        made = [
+            self._sample(ids, max_tokens or sampling_params.max_tokens) for ids in prompts for _ in range(n)
+        ]
         if sampling_params is None:
             return {
                 "prompt_ids": prompts,
@@ -144,7 +151,9 @@ def test_the_library_s_own_merging_drifts(begun):
 
 
 def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
-    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False, vllm_generation=SimpleNamespace())
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False, is_deepspeed_enabled=False, vllm_generation=SimpleNamespace()
+    )
     with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
         rollouts.from_base(trainer, None)
     assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
@@ -156,7 +165,10 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(rollouts.importlib.util, "find_spec", lambda name: object())
     for section, said in (
         (SERVER, "rl.rollouts.engine vllm_server needs a GPU"),
-        (RolloutsSection(engine="vllm_colocate", tensor_parallel=2), "tensor_parallel 2 does not divide 1 processes"),
+        (
+            RolloutsSection(engine="vllm_colocate", tensor_parallel=2),
+            "tensor_parallel 2 does not divide 1 processes",
+        ),
         (RolloutsSection(engine="vllm_colocate", sleep=True), "rl.rollouts.sleep needs a GPU"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -172,7 +184,10 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
         (None, r"base_url http://gpu:8000: ConnectError"),
         ({}, "takes no new weights"),
         (
-            {"weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "raw_logprobs"}},
+            {
+                "weight_transfer_config": {"backend": "nccl"},
+                "model_config": {"logprobs_mode": "raw_logprobs"},
+            },
             "reports raw_logprobs",
         ),
     ],

@@ -28,15 +28,24 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     config = begun("partition.strategy=all", *settings)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
-    folder = {name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()}
-    ours, start = (load_file(folder[s] / f"{n}/adapter_model.safetensors") for s, n in (("sft", "adapter"), ("score", "init")))
+    folder = {
+        name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()
+    }
+    ours, start = (
+        load_file(folder[s] / f"{n}/adapter_model.safetensors")
+        for s, n in (("sft", "adapter"), ("score", "init"))
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     labels = read_labels(folder["classify:train"] / "labels.jsonl")
     rows = [Renderer(tokenizer, config.prompt).row(example) for example in of_system(labels, 1)]
-    lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4, lora_alpha=32, lora_dropout=0.1, target_modules=config.lora.target_modules, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32), lora)
-    model.load_state_dict({n.replace(".weight", ".default.weight"): w for n, w in start.items()}, strict=False)
+    model.load_state_dict(
+        {n.replace(".weight", ".default.weight"): w for n, w in start.items()}, strict=False
+    )
     arguments = SFTConfig(
         output_dir=str(tmp_path),
         max_steps=4,
@@ -59,7 +68,11 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     )
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
-    plain = {n.replace(".default.weight", ".weight"): p.detach() for n, p in model.named_parameters() if ".default." in n}
+    plain = {
+        n.replace(".default.weight", ".weight"): p.detach()
+        for n, p in model.named_parameters()
+        if ".default." in n
+    }
     assert plain.keys() == ours.keys()
     for name, weight in plain.items():
         assert (weight - start[name]).abs().max() > 1e-3, name
@@ -76,7 +89,18 @@ def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path
     ]  # fmt: skip
     config = load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
     whole = load(ROOT / f"configs/paper/{name}.yaml")
-    kept = {"lr", "scheduler", "warmup", "weight_decay", "adam_beta2", "max_grad_norm", "kl_beta", "loss", "rewards", "group"}
+    kept = {
+        "lr",
+        "scheduler",
+        "warmup",
+        "weight_decay",
+        "adam_beta2",
+        "max_grad_norm",
+        "kl_beta",
+        "loss",
+        "rewards",
+        "group",
+    }
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):
         artifact = make_step(config, stage)

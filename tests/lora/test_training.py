@@ -30,7 +30,9 @@ def inputs(config: Config, stage: str):
     step = plan(resolved(config))[stage]
     store = Store(config.root)
     path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
-    start = next(path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl"))
+    start = next(
+        path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl")
+    )
     masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
@@ -114,7 +116,10 @@ def test_the_first_step_of_a_warm_up_trains(begun):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("muon", "muon works on whole matrices, and lorapar trains single elements"), ("sgdm", "unknown optimizer 'sgdm'")],
+    [
+        ("muon", "muon works on whole matrices, and lorapar trains single elements"),
+        ("sgdm", "unknown optimizer 'sgdm'"),
+    ],
 )
 def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
     with pytest.raises(ConfigError, match=said):
@@ -175,7 +180,9 @@ def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
 
 
 def test_undecided_rows_are_trained_by_neither_stage(begun):
-    config = begun("classify.min_agreement=1", "sft.data=all", "rl.data=all", "sft.max_steps=1", "rl.max_steps=1")
+    config = begun(
+        "classify.min_agreement=1", "sft.data=all", "rl.data=all", "sft.max_steps=1", "rl.max_steps=1"
+    )
     for name in ("classify:train", "score", "partition"):
         made = make_step(config, name)
         if name == "classify:train":

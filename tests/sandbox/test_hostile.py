@@ -53,7 +53,11 @@ def victim(tmp_path, monkeypatch):
     drop.mkdir()
     canary.chmod(0o644)
     os.utime(canary, (10**9, 10**9))
-    tcp, udp, local = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    tcp, udp, local = (
+        socket.socket(),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        socket.socket(socket.AF_UNIX),
+    )
     tcp.bind(("127.0.0.1", 0))
     udp.bind(tcp.getsockname())
     local.bind(f"\0lorapar-{os.getpid()}")
@@ -62,7 +66,9 @@ def victim(tmp_path, monkeypatch):
     for listener in (tcp, udp, local):
         listener.setblocking(False)
     # Something other than the tests themselves takes the signals.
-    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10**5)"], env={"LORAPAR_SECRET": MARK})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(10**5)"], env={"LORAPAR_SECRET": MARK}
+    )
     names = {"CANARY": canary, "SECRET": secret, "DROP": drop, "PORT": tcp.getsockname()[1]}
     names |= {"SOCKET": f"lorapar-{os.getpid()}", "PARENT": parent.pid}
     state = _state(canary)
@@ -78,7 +84,10 @@ def victim(tmp_path, monkeypatch):
                 broken.append(f"connection {listener.recv(1) if listener is udp else listener.accept()}")
         if parent.poll() is not None:
             broken.append("parent killed")
-        if os.sched_getaffinity(parent.pid) != os.sched_getaffinity(0) or os.getpriority(os.PRIO_PROCESS, parent.pid) != 0:
+        if (
+            os.sched_getaffinity(parent.pid) != os.sched_getaffinity(0)
+            or os.getpriority(os.PRIO_PROCESS, parent.pid) != 0
+        ):
             broken.append("parent slowed")
         return broken
 
@@ -112,7 +121,9 @@ def test_hostile_programs_are_contained(name, victim, capsys):
     for family, programs in CONTAINED.items():
         for title, code in programs.items():
             begun = time.monotonic()
-            verdict = check(BACKENDS[name], _fill(f"{PREAMBLE}\n{code}\n{GOOD}", names), TESTS, "f", "", LIMITS)
+            verdict = check(
+                BACKENDS[name], _fill(f"{PREAMBLE}\n{code}\n{GOOD}", names), TESTS, "f", "", LIMITS
+            )
             took = time.monotonic() - begun
             slowest, count = max(slowest, took), count + 1
             statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
@@ -130,7 +141,9 @@ def test_hostile_programs_are_contained(name, victim, capsys):
     assert check(BACKENDS[name], GOOD, TESTS, "f", "", LIMITS).passed
     with capsys.disabled():
         user = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
-        print(f"\n{name} as {user}: {count} hostile programs, {len(escapes)} escapes, slowest {slowest:.1f} s; {statuses}")
+        print(
+            f"\n{name} as {user}: {count} hostile programs, {len(escapes)} escapes, slowest {slowest:.1f} s; {statuses}"
+        )
     assert not escapes, "\n".join(escapes)
 
 
@@ -139,7 +152,9 @@ def test_hostile_programs_are_contained(name, victim, capsys):
 def test_no_verdict_is_forged(name, capsys):
     if not _usable(name):
         pytest.skip(f"{name} does not work here")
-    verdicts = {t: check(BACKENDS[name], f"{PREAMBLE}\n{code}", TESTS, "f", "", LIMITS) for t, code in FORGED.items()}
+    verdicts = {
+        t: check(BACKENDS[name], f"{PREAMBLE}\n{code}", TESTS, "f", "", LIMITS) for t, code in FORGED.items()
+    }
     passed = [title for title, verdict in verdicts.items() if verdict.passed]
     with capsys.disabled():
         suspicious = sum(verdict.status == "suspicious" for verdict in verdicts.values())

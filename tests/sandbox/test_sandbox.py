@@ -49,7 +49,9 @@ def test_verdicts(safe, program, status):
 
 
 def test_tests_may_use_what_the_prompt_defines(safe):
-    assert safe.check(ADD, "def check(f):\n    assert f(1, 1) == two()", "add", setup="def two(): return 2").passed
+    assert safe.check(
+        ADD, "def check(f):\n    assert f(1, 1) == two()", "add", setup="def two(): return 2"
+    ).passed
 
 
 def test_a_suspicious_result_that_the_tests_swallow_stays_suspicious(safe):
@@ -112,7 +114,11 @@ keys = st.none() | st.booleans() | st.integers() | st.text() | st.tuples(st.inte
 values = st.recursive(
     simple,
     lambda below: (
-        st.lists(below) | st.tuples(below, below) | st.dictionaries(keys, below) | st.sets(keys) | st.frozensets(keys)
+        st.lists(below)
+        | st.tuples(below, below)
+        | st.dictionaries(keys, below)
+        | st.sets(keys)
+        | st.frozensets(keys)
     ),
     max_leaves=20,
 )
@@ -132,7 +138,9 @@ def test_special_values_cross():
     assert inside.decode(inside.encode(collections.Counter("aab"))) == {"a": 2, "b": 1}
 
 
-@pytest.mark.parametrize("value", [object(), type("I", (int,), {})(3), [type("L", (list,), {})()], {"a": {1: object}}, print])
+@pytest.mark.parametrize(
+    "value", [object(), type("I", (int,), {})(3), [type("L", (list,), {})()], {"a": {1: object}}, print]
+)
 def test_other_types_do_not_cross(value):
     with pytest.raises(inside.Strange):
         inside.encode(value)
@@ -153,10 +161,17 @@ def _action(program, arch, call, arguments=()):
         elif code == 0x05:  # jump
             at += k
         elif code in (0x15, 0x25, 0x35, 0x45):  # jump if ==, >, >=, &
-            met = {0x15: accumulator == k, 0x25: accumulator > k, 0x35: accumulator >= k, 0x45: accumulator & k}[code]
+            met = {
+                0x15: accumulator == k,
+                0x25: accumulator > k,
+                0x35: accumulator >= k,
+                0x45: accumulator & k,
+            }[code]
             at += yes if met else no
         elif code == 0x06:  # return
-            return {0x7FFF0000: "allow", 0x00050001: "EPERM", 0x00050026: "ENOSYS"}.get(k, "kill" if k < 0x30000 else hex(k))
+            return {0x7FFF0000: "allow", 0x00050001: "EPERM", 0x00050026: "ENOSYS"}.get(
+                k, "kill" if k < 0x30000 else hex(k)
+            )
         else:
             raise AssertionError(f"instruction {code:#x}")
 
@@ -167,8 +182,18 @@ X86, ARM = 0xC000003E, 0xC00000B7
 @pytest.mark.parametrize(
     ("arch", "machine", "names"),
     [
-        (X86, "x86_64", dict(read=0, fork=57, clone=56, clone3=435, ptrace=101, socket=41, kill=62, chmod=90, prlimit64=302)),
-        (ARM, "aarch64", dict(read=63, clone=220, clone3=435, ptrace=117, socket=198, kill=129, fchmod=52, prlimit64=261)),
+        (
+            X86,
+            "x86_64",
+            dict(
+                read=0, fork=57, clone=56, clone3=435, ptrace=101, socket=41, kill=62, chmod=90, prlimit64=302
+            ),
+        ),
+        (
+            ARM,
+            "aarch64",
+            dict(read=63, clone=220, clone3=435, ptrace=117, socket=198, kill=129, fchmod=52, prlimit64=261),
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["namespaces", "landlock"])
