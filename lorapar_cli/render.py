@@ -153,6 +153,32 @@ def status(states: dict[str, State], as_json: bool) -> None:
     show(drawn)
 
 
+def planned(states: dict[str, State], seconds: dict[str, float | None], as_json: bool) -> None:
+    """What a run would do, with the time of each step and of all that can be told."""
+    if as_json:
+        print(
+            json.dumps({name: {"state": s.state, "seconds": seconds.get(name)} for name, s in states.items()})
+        )
+        return
+    drawn = table("step", "state", "takes about")
+    drawn.columns[1].justify = "left"
+    for name, now in states.items():
+        told = seconds.get(name)
+        drawn.add_row(
+            name, now.state, "" if name not in seconds else "not known" if told is None else _time(told)
+        )
+    show(drawn)
+    if seconds:
+        whole = _time(sum(told or 0 for told in seconds.values()))
+        print(f"together about {whole}; half as much or twice as much would be no surprise")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def manifest(made: Artifact, as_json: bool) -> None:
     if as_json:
         print(json.dumps(made.manifest))

@@ -1,5 +1,6 @@
 """What can be chosen by name: functions that register themselves, and files that are there."""
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -69,20 +70,19 @@ class Files(_Named):
         self.kind = kind
         self._package = package
         marked = re.compile(rf"^(?:async )?(?:def )?{mark}\b\s*[:=(]", re.MULTILINE)
-        files = {
-            module.name: Path(folder[0]) / f"{module.name}.py" for module in pkgutil.iter_modules(folder)
-        }
         # Read as text: importing an engine would load torch for every command.
-        self._names = sorted(
-            name for name, file in files.items() if marked.search(file.read_text(encoding="utf-8"))
-        )
+        texts = {
+            module.name: (Path(folder[0]) / f"{module.name}.py").read_text(encoding="utf-8")
+            for module in pkgutil.iter_modules(folder)
+        }
+        self._texts = {name: text for name, text in texts.items() if marked.search(text)}
 
     def names(self) -> list[str]:
-        return list(self._names)
+        return sorted(self._texts)
 
     def describe(self) -> dict[str, str]:
         """Each name with the first line of its module's docstring."""
-        return {name: _first_line(self.pick(name).__doc__) for name in self.names()}
+        return {name: _first_line(ast.get_docstring(ast.parse(self._texts[name]))) for name in self.names()}
 
     def pick(self, name: str) -> Any:
         """The module called `name`; ConfigError with the choices if there is none."""

@@ -95,7 +95,7 @@ class InProcess:
             return torch.cat(
                 [self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts]
             )
-        shared = min(_common(prompts), min(map(len, prompts)) - 1)
+        shared = min(common(prompts), min(map(len, prompts)) - 1)
         kept = len(self._prefix) if all(p[: len(self._prefix)] == self._prefix for p in prompts) else 0
         if shared < WORTH_KEEPING:
             shared = 0
@@ -190,13 +190,13 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """The tokens that all words begin with, and of each word the one after; ConfigError if these are not all different."""
     tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    same = _common(tokens)
+    same = common(tokens)
     if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
         raise ConfigError(f"the words {words} do not differ in one token")
     return tokens[0][:same], [ids[same] for ids in tokens]
 
 
-def _common(rows: list[list[int]]) -> int:
+def common(rows: list[list[int]]) -> int:
     """Length of the beginning that all rows share."""
     first, last = min(rows), max(rows)  # in the order of sequences these two differ the earliest
     return next(

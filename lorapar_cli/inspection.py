@@ -1,0 +1,90 @@
+"""Commands that look and change nothing."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lorapar_cli import render
+from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of
+from stages.config.yaml import annotated
+from stages.errors import ConfigError, MissingInputError
+from stages.pipeline.plan import asked_for
+from stages.pipeline.state import state
+from stages.store.artifacts import Store
+
+
+def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
+    """Say which artifacts are current, and of the others why they are not."""
+    settings, steps = plan_of(config, set_)
+    store = Store(settings.root)
+    render.status({name: state(store, step) for name, step in steps.items()}, as_json)
+
+
+def plan_(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
+    """Say what a run would do, and about how long each step takes on this machine, measured in a few seconds."""
+    from stages.pipeline.estimate import estimate
+
+    settings, steps = plan_of(config, set_)
+    store = Store(settings.root)
+    asked = asked_for(steps, None)
+    states = {name: state(store, step) for name, step in asked.items()}
+    todo = [step for name, step in asked.items() if states[name].state != "current"]
+    render.planned(states, estimate(settings, todo) if todo else {}, as_json)
+
+
+def show(
+    config: ConfigPath,
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
+    ] = None,
+    set_: Overrides = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
+    by: Annotated[
+        str, typer.Option("--by", help="Split the results by this field of the test rows.")
+    ] = "system",
+    limit: Annotated[int, typer.Option("--limit", help="How many samples.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show an artifact's manifest, graded samples, or the table of results."""
+    settings, steps = plan_of(config, set_)
+    store = Store(settings.root)
+    if stage is None:
+        render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
+        return
+    found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
+    if not found:
+        raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
+    for step in found:
+        now = state(store, step)
+        if now.artifact is None:
+            raise MissingInputError(
+                f"{step.name} is {now.state} ({now.why})", f"run: lorapar run {config} --to {step.stage.name}"
+            )
+        if samples:
+            render.samples(now.artifact, wrong, limit)
+        else:
+            render.manifest(now.artifact, as_json)
+
+
+def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
+    """List what can be chosen by name."""
+    from lorapar_cli.listing import kinds
+
+    found = kinds()
+    if kind is not None and kind not in found:
+        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(found)}")
+    render.choices({kind: found[kind]} if kind else found)
+
+
+def config_() -> None:
+    """Print every setting with its default and what it means."""
+    sys.stdout.write("\n".join(annotated()) + "\n")
+
+
+def doctor() -> None:
+    """Say what works on this machine: versions, device, engines, and whether the sandbox holds hostile programs."""
+    from lorapar_cli.doctor import examine
+
+    raise typer.Exit(0 if render.findings(examine()) else 1)

@@ -1,0 +1,37 @@
+"""Options that several commands take, and what they make of them: a config and its steps."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.config import Config
+from stages.pipeline.plan import Step, plan
+from stages.pipeline.resolve import load, resolved
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
+Unsafe = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-no-sandbox",
+        help="Run code that a model wrote with nothing around it; recorded in the result.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="NAME",
+        help="Only this variant: train or a benchmark's labels; masks of sft or of rl.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
+
+
+def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
+    config = resolved(load(path, overrides))
+    return config, plan(config)

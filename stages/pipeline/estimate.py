@@ -1,0 +1,181 @@
+"""How long each step will take on this machine: tokens counted from the config and the rows, speeds measured on the model.
+
+A forward pass, a training step and a step of generation are timed for about a second each. What cannot be known before is
+assumed and named: half of the rows are System 1, completions are as long as they may be, servers start in no time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from stages.benchmarks import benchmarks
+from stages.config import Config, Voter
+from stages.data.rows import read
+from stages.labelling.personas import SHOTS, Brief, personas, shots
+from stages.language.prompts import Renderer
+from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.plan import Step
+from stages.records import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 32
+"""Rows from which lengths are taken."""
+ROWS, NEW = 16, 8
+"""Rows of a probe, and the tokens it generates."""
+SYSTEM1 = 0.5
+"""Share of System 1 among the rows, before anybody has voted."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds, on this machine and for this model."""
+
+    forward: float
+    """Per token of a forward pass."""
+    train: float
+    """Per token of a forward and backward pass through an adapter."""
+    token: float
+    """Per token generated, in a batch of ROWS."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean numbers of tokens."""
+
+    prompt: float
+    row: float
+    """Prompt and reference response."""
+
+
+def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
+    """Seconds for each step; None where it is done elsewhere or by code that is not ours."""
+    tokenizer = load_tokenizer(config.model)
+    renderer = Renderer(tokenizer, config.prompt)
+    examples = read(config.data) if config.data.path else []
+    sample = (examples or _items(config, next(iter(config.eval.benchmarks))))[:SAMPLE]
+    lengths = Lengths(
+        fmean(len(renderer.prompt_ids(example.prompt)) for example in sample),
+        fmean(len(renderer.row(example).input_ids) for example in sample),
+    )
+    measured = _measure(config, lengths)
+    tasks: dict[str, Callable[[str], float | None]] = {
+        "classify": lambda variant: _votes(
+            config, examples if variant == "train" else _items(config, variant), tokenizer, measured
+        ),
+        "score": lambda _: 2 * min(config.score.examples, len(examples) / 2) * lengths.row * measured.train,
+        "partition": lambda _: 0.0,
+        "sft": lambda _: _sft(config, len(examples), lengths, measured),
+        "rl": lambda _: _rl(config, len(examples), lengths, measured),
+        "eval": lambda variant: _answers(config, variant.partition("@")[2], lengths, measured),
+    }
+    return {step.name: tasks[step.stage.name](step.variant) for step in steps}
+
+
+def _items(config: Config, name: str) -> list[Example]:
+    section = config.eval.benchmarks[name]
+    module = benchmarks.pick(section.kind)
+    return list(module.load(section)) if hasattr(module, "load") else []
+
+
+def _votes(
+    config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase, measured: Speeds
+) -> float | None:
+    section = config.classify
+    if section.strategy == "random" or not examples:
+        return 0.0
+    if any(voter.model or voter.urls for voter in section.voters):
+        return None
+    tokens = sum(
+        _ballot(config, voter, examples[:SAMPLE], tokenizer) * voter.samples for voter in section.voters
+    )
+    return tokens * len(examples) * measured.forward
+
+
+def _ballot(config: Config, voter: Voter, sample: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Mean tokens of a voter's question, without the beginning that all its questions share."""
+    from stages.engines.transformers import common
+
+    worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+    brief = Brief(config.model.title, config.classify.show_answer, voter.words, worked)
+    rows = []
+    for example in sample:
+        text = personas.pick(voter.persona)(example, brief).text
+        plain = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+        rows.append(list(tokenizer(plain)["input_ids"]))
+    return fmean(map(len, rows)) - (common(rows) if len(rows) > 1 else 0)
+
+
+def _sft(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
+    from stages.lora.training import steps_of
+
+    sft = config.sft
+    used = rows if sft.data == "all" else rows * SYSTEM1 * (1 + sft.system2_share)
+    return steps_of(math.ceil(used / sft.batch_size), sft) * sft.batch_size * lengths.row * measured.train
+
+
+def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
+    from stages.lora.training import steps_of
+
+    rl = config.rl
+    used = rows if rl.data == "all" else rows * (1 - SYSTEM1)
+    samples = rl.prompts_per_step * rl.group
+    learned = samples * (lengths.prompt + rl.max_completion) * measured.train * rl.iterations
+    return steps_of(int(used // rl.prompts_per_step), rl) * (
+        samples * rl.max_completion * measured.token + learned
+    )
+
+
+def _answers(config: Config, name: str, lengths: Lengths, measured: Speeds) -> float | None:
+    section = config.eval.benchmarks[name]
+    items = len(_items(config, name)) * section.samples
+    if not items:
+        return None
+    written = 0 if section.mode == "likelihood" else section.max_new_tokens
+    return items * (lengths.prompt * (1 + section.shots) * measured.forward + written * measured.token)
+
+
+def _measure(config: Config, lengths: Lengths) -> Speeds:
+    import torch
+
+    from stages.lora.adapter import initial
+    from stages.models.base import load_base
+
+    base = load_base(config.model)
+    tokens = max(2, round(lengths.row))
+    ids = torch.randint(10, base.config.vocab_size, (ROWS, tokens), device=base.device)
+
+    @torch.no_grad()
+    def forward() -> None:
+        base(input_ids=ids, logits_to_keep=1)
+
+    def generate(number: int) -> Callable[[], Any]:
+        same = {"min_new_tokens": number, "max_new_tokens": number, "do_sample": False}
+        return lambda: base.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **same
+        )
+
+    once = _seconds(forward)
+    written = (_seconds(generate(NEW + 1)) - _seconds(generate(1))) / NEW
+    adapted = initial(base, config.lora, config.seed).train()
+
+    def train() -> None:
+        adapted(input_ids=ids, labels=ids).loss.backward()
+
+    return Speeds(once / ids.numel(), _seconds(train) / ids.numel(), max(written, 0.0) / ROWS)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Time of one call, the mean over about a second, after one that does not count."""
+    call()
+    begun, number = time.perf_counter(), 0
+    while number == 0 or time.perf_counter() - begun < 1:
+        call()
+        number += 1
+    return (time.perf_counter() - begun) / number
