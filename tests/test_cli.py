@@ -183,3 +183,31 @@ def test_progress_counts_a_batch_that_comes_at_once(capsys, monkeypatch):
     progress.advance(1)
     progress.done()
     assert capsys.readouterr().err.splitlines() == ["eval base  64/164  0 s, 0 s left"]
+
+
+def test_engines_and_benchmarks_are_found_by_file(lorapar):
+    found = lorapar("list").out
+    kinds = {line: [] for line in found.splitlines() if not line.startswith(" ")}
+    kind = ""
+    for line in found.splitlines():
+        kind = line if line in kinds else kind
+        kinds[kind] += line.split()[:1] if line not in kinds else []
+    assert kinds["engines"] == ["openai", "transformers", "vllm"]
+    assert kinds["benchmarks"] == ["demo", "gsm8k", "humaneval", "jsonl", "lm_eval", "mmlu"]
+
+
+def test_a_variant_that_there_is_not(lorapar, config):
+    done = lorapar("partition", *config, "--only", "both")
+    assert (done.code, done.err) == (
+        78,
+        "error: --only both: there is no such variant\n  hint: choose from: sft, rl\n",
+    )
+
+
+def test_make_knows_every_stage():
+    import subprocess
+
+    from stages.pipeline.table import STAGES
+
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(STAGES) <= {line.split()[0] for line in shown.splitlines()}

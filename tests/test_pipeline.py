@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_steps
@@ -126,3 +128,40 @@ def test_a_voter_of_its_own_model_is_asked_in_the_revision_it_names(smoke):
     own, trained = (voter.asks(found.model) for voter in found.classify.voters)
     assert own == ModelSection(name="a/b", revision="abc")
     assert trained.name == found.model.name
+
+
+@pytest.mark.parametrize("stage", ["votes", "answers"])
+def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage):
+    """The same checkpoint under `auto`, on a CPU that multiplies bfloat16 and on one that does not."""
+    small = ("data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]", "eval.parity_items=0")
+    steps = ("classify:demo", "eval:base@demo")
+    found = []
+    for run, dtype in (("one", "float32"), ("two", "bfloat16")):
+        for place in ("classify", "models.base", "models.dtype"):
+            monkeypatch.setattr(f"stages.{place}.resolve", lambda model, dtype=dtype: dtype)
+        config = smoke(*small, "model.dtype=auto", f"run={run}")
+        made = make_steps(config, *steps)
+        found.append({path.name for path in (Path(config.runs_dir) / stage).glob("*.jsonl")})
+        assert made["eval:base@demo"][0].manifest["provenance"]["dtype"] == dtype
+    assert len(found[1]) == 2 * len(found[0]) > 0
+
+
+def test_the_time_of_each_step_is_told(smoke, lorapar):
+    config = smoke("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft]")
+    settings = [
+        f"{path}={value}"
+        for path, value in {
+            "model.name": config.model.name,
+            "data.path": config.data.path,
+            "data.limit": 16,
+            "eval.targets": "[sft]",
+            "eval.benchmarks.demo.path": config.eval.benchmarks["demo"].path,
+            "runs_dir": config.runs_dir,
+        }.items()
+    ]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    told = json.loads(lorapar("plan", ROOT / "configs/smoke.yaml", *sets, "--json").out)
+    assert "rl" not in told and {row["state"] for row in told.values()} == {"missing", "stale"}
+    assert all(told[name]["seconds"] > 0 for name in ("classify:train", "score", "sft", "eval:sft@demo"))
+    done = lorapar("plan", ROOT / "configs/smoke.yaml", *sets)
+    assert done.out.startswith("step") and "together about" in done.out

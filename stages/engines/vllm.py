@@ -112,7 +112,8 @@ def _command(
         str(port),
     ]
     command += ["--model", model.name]
-    given: dict[str, Any] = {"max_model_len": server.max_model_len}
+    # Without it a model's own generation settings (a repetition penalty, say) would change what is asked for.
+    given: dict[str, Any] = {"max_model_len": server.max_model_len, "generation_config": "vllm"}
     if not Path(model.name).exists():
         given["revision"] = model.revision
     if not _have_gpu():

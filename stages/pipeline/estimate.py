@@ -75,7 +75,11 @@ def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
         "rl": lambda _: _rl(config, len(examples), lengths, measured),
         "eval": lambda variant: _answers(config, variant.partition("@")[2], lengths, measured),
     }
-    return {step.name: tasks[step.stage.name](step.variant) for step in steps}
+    known = [step for step in steps if step.stage.name in tasks]
+    return {
+        **dict.fromkeys(step.name for step in steps),
+        **{s.name: tasks[s.stage.name](s.variant) for s in known},
+    }
 
 
 def _items(config: Config, name: str) -> list[Example]:
