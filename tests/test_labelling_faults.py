@@ -94,13 +94,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_no_vote_is_lost_and_labels_are_as_without_faults(config, capsys, name):
+def test_no_vote_is_lost_and_labels_are_as_without_faults(config, capsys, tmp_path, name):
     with serve(Mock()) as healthy:
-        undisturbed = system_of(classify(config(healthy.url).model_copy(update={"run": "healthy"})))
+        apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
+        undisturbed = system_of(classify(config(healthy.url).model_copy(update=apart)))
     with serve(Mock(FAULTS[name])) as mock:
         given = config(mock.url)
         artifact = classify(given)
         asked = sum(1 for key in mock.log if "Question" in key)
+    assert asked >= ROWS
     assert system_of(artifact) == undisturbed and set(undisturbed) == {1, 2}
     assert set(votes_in(given).values()) == {1} and len(votes_in(given)) == ROWS + 32
     report = json.loads((artifact.path / "report.json").read_text())["voters"]["judge/role_play"]
