@@ -208,7 +208,7 @@ def test_a_wrong_name(config):
             classify(config(mock.url))
 
 
-def test_other_weights_under_the_same_name_are_noticed(config):
+def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
     progress = Silent()
     with serve(Mock(weights="a")) as mock:
         few = config(mock.url)
@@ -217,7 +217,9 @@ def test_other_weights_under_the_same_name_are_noticed(config):
         mock.weights = "b"
         changed = system_of(classify(config(mock.url), progress))
     with serve(Mock(weights="b")) as mock:
-        alone = system_of(classify(config(mock.url).model_copy(update={"run": "alone"})))
+        apart = {"runs_dir": str(tmp_path / "alone")}
+        alone = system_of(classify(config(mock.url).model_copy(update=apart)))
+        assert any("Question" in key for key in mock.log)
     assert changed == alone
     assert any(
         "answers unlike before: other weights under the same name; its 82 earlier votes" in said
@@ -282,8 +284,7 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path, capsys):
                 "".join(json.dumps({"question": f"{text}{i}?", "answer": f"{i}"}) + "\n" for i in range(rows))
             )
             config = {
-                "run": f"rows{rows}",
-                "runs_dir": str(tmp_path / "runs"),
+                "runs_dir": str(tmp_path / f"runs{rows}"),
                 "model": {"name": str(tiny)},
                 "data": {"path": str(data)},
                 "eval": {"targets": ["base"]},
