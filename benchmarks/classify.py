@@ -1,10 +1,11 @@
-"""Labelling side by side, in one run: a plain loop that generates and parses, and the engines of the classify stage.
+"""Labelling side by side, in one run: a plain loop that generates and parses, and the engines of classify.
 
     python benchmarks/classify.py MODEL QUESTIONS.jsonl [--rows 256] [--persona steps] [--rounds 2]
 
-QUESTIONS has `question` in each row. The plain loop gives each prompt to `transformers.generate` and reads a word from what
-comes, in batches of 1, 4, 16 and 64 (fewer rows for the small ones); the engines get the same prompts. The start of a server
-is timed apart. How many votes are equal (side of the two words) is printed too.
+QUESTIONS has `question` in each row. The plain loop gives each prompt to `transformers.generate` and reads a
+word from what comes, in batches of 1, 4, 16 and 64 (fewer rows for the small ones); the engines get the same
+prompts. The start of a server is timed apart. How many votes are equal (side of the two words) is printed
+too.
 """
 
 import argparse
@@ -85,8 +86,8 @@ def main() -> None:
         equal = sum(votes[name][i] == vote for i, vote in votes["plain"].items())
         print(
             f"engine {name}: {best[f'engine {name}'] / naive:.1f} × the best plain loop, "
-            f"{best[f'engine {name}'] / best['plain loop, batch 1']:.1f} × batch 1; start {starts[name]:.0f} s; "
-            f"{equal} of {len(votes['plain'])} votes equal"
+            f"{best[f'engine {name}'] / best['plain loop, batch 1']:.1f} × batch 1; "
+            f"start {starts[name]:.0f} s; {equal} of {len(votes['plain'])} votes equal"
         )
 
 

@@ -1,9 +1,10 @@
-"""Engines of evaluation side by side: answers per second of transformers and of vLLM on the same prompts, in one run.
+"""Engines of evaluation side by side: answers per second of transformers and of vLLM on the same prompts.
 
     python benchmarks/eval.py MODEL QUESTIONS.jsonl [--limit 64] [--max-new-tokens 128] [--rounds 2]
 
-QUESTIONS has `question` or `prompt` in each row. Greedy, rendered as eval renders them. Rounds alternate between the engines;
-the start of a server is timed apart. How many answers agree in all tokens is printed too.
+QUESTIONS has `question` or `prompt` in each row. Greedy, rendered as eval renders them. Rounds alternate
+between the engines, in one run; the start of a server is timed apart. How many answers agree in all tokens is
+printed too.
 """
 
 import argparse
@@ -48,12 +49,16 @@ def main() -> None:
                 took = time.monotonic() - ready
             tokens = sum(len(answer.ids) for answer in answers[name].values())
             found.append(tokens / took)
-            print(f"{name:<13} start {ready - begun:5.1f} s, {len(questions)} answers, {tokens} tokens in {took:5.1f} s, "
-                  f"{len(questions) / took:5.2f} answers/s, {tokens / took:6.1f} tokens/s")  # fmt: skip
+            print(
+                f"{name:<13} start {ready - begun:5.1f} s, {len(questions)} answers, "
+                f"{tokens} tokens in {took:5.1f} s, "
+                f"{len(questions) / took:5.2f} answers/s, {tokens / took:6.1f} tokens/s"
+            )
     ratio = statistics.median(rates["vllm"]) / statistics.median(rates["transformers"])
     same = sum(answers["vllm"][i].ids == answers["transformers"][i].ids for i in range(len(questions)))
     print(
-        f"vllm / transformers: {ratio:.2f} in tokens per second; {same} of {len(questions)} answers are equal in all tokens"
+        f"vllm / transformers: {ratio:.2f} in tokens per second; "
+        f"{same} of {len(questions)} answers are equal in all tokens"
     )
 
 

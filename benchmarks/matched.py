@@ -1,9 +1,10 @@
-"""A set that surface cannot label: pairs of a System 1 and a System 2 question of equal length, form and count of numbers.
+"""A set that surface cannot label: pairs of questions, one of each system, alike in all that can be counted.
 
     python benchmarks/matched.py FILE.jsonl [--pairs 60] [--seed 0]
 
-Rows have question, answer, system and kind. Word count, count of numbers and yes/no form each separate it with AUC .5 exactly, so
-whatever a voter reaches on it comes from reading.
+Rows have question, answer, system and kind. The two of a pair have equal length, form and count of numbers:
+word count, count of numbers and yes/no form each separate the set with AUC .5 exactly, so whatever a voter
+reaches on it comes from reading.
 """
 
 import argparse
@@ -29,24 +30,19 @@ def holders(rng: random.Random) -> Pair:
 
 def opening(rng: random.Random) -> Pair:
     start, end, n = rng.randint(6, 10), rng.randint(16, 21), rng.randint(2, 3)
-    one = (
-        f"A shop opens at {start}, sells {n} hats before noon and closes at {end}. When does the shop close?"
-    )
+    sells = f"sells {n} hats before noon"
+    one = f"A shop opens at {start}, {sells} and closes at {end}. When does the shop close?"
     two = f"A shop opens at {start}, rests {n} hours at noon and closes at {end}. How long is it open?"
-    return (one, f"It closes at {end}."), (
-        two,
-        f"{end} - {start} = {end - start}. {end - start} - {n} = {end - start - n}.",
-    )
+    worked = f"{end} - {start} = {end - start}. {end - start} - {n} = {end - start - n}."
+    return (one, f"It closes at {end}."), (two, worked)
 
 
 def boxes(rng: random.Random) -> Pair:
     a, b, c = rng.randint(3, 9), rng.randint(3, 9), rng.randint(12, 50)
     one = f"Does a box of {c} eggs, which costs {a} coins, hold more than {b} eggs?"
     two = f"Do {a} boxes of {b} eggs hold more than {c} eggs if put together then?"
-    return (one, f"{c} is more than {b}. Yes."), (
-        two,
-        f"{a} * {b} = {a * b}. {'Yes' if a * b > c else 'No'}.",
-    )
+    worked = f"{a} * {b} = {a * b}. {'Yes' if a * b > c else 'No'}."
+    return (one, f"{c} is more than {b}. Yes."), (two, worked)
 
 
 def ages(rng: random.Random) -> Pair:

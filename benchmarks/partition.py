@@ -1,4 +1,6 @@
-"""Exact selection against a stable sort of the same scores, side by side in one process; prints times and the ratio.
+"""Exact selection against a stable sort of the same scores, side by side in one process.
+
+Prints times and the ratio.
 
 python benchmarks/partition.py [ELEMENTS]
 """

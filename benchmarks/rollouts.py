@@ -1,8 +1,9 @@
-"""How fast completions are sampled in the trainer's process: vLLM, its weights renewed each time, against a merged copy.
+"""How fast completions are sampled in the trainer's process: vLLM against a merged copy.
 
     python benchmarks/rollouts.py MODEL [--prompts 4] [--group 8] [--tokens 64] [--rounds 5]
 
-Each round samples by both, in turns, from the same prompts; tokens per second, and the median of the paired ratios.
+Each round samples by both, in turns, from the same prompts, vLLM with its weights renewed; tokens per second,
+and the median of the paired ratios.
 """
 
 import argparse
@@ -39,9 +40,14 @@ def main() -> None:
     sampling = Sampling(given.tokens, (tokenizer.eos_token_id,), 1.0, 1.0)
     begun = time.perf_counter()
     engine = VLLMGeneration(
-        model, Accelerator(), tokenizer, max_model_length=256 + given.tokens, max_num_seqs=given.prompts * given.group,
-        max_completion_length=given.tokens, gpu_memory_utilization=0.3,
-    )  # fmt: skip
+        model,
+        Accelerator(),
+        tokenizer,
+        max_model_length=256 + given.tokens,
+        max_num_seqs=given.prompts * given.group,
+        max_completion_length=given.tokens,
+        gpu_memory_utilization=0.3,
+    )
     engine._iter_named_params = lambda: merged.plain(model)
     print(f"vLLM ready after {time.perf_counter() - begun:.0f} s")
 
@@ -68,9 +74,8 @@ def main() -> None:
     ratios = [a / b for a, b in zip(rates["vllm"], rates["copy"], strict=True)]
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.0f} tokens/s, {min(values):.0f} to {max(values):.0f}")
-    print(
-        f"vllm / copy: {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
-    )
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
+    print(f"vllm / copy: {statistics.median(ratios):.2f}, {spread}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What training single elements costs: plain LoRA, masking by a gradient hook, and packed weights, side by side in one run.
+"""What training single elements costs: plain LoRA, masking by a gradient hook, packed weights, side by side.
 
     python benchmarks/train.py MODEL [--share 0.4] [--batch 4] [--tokens 128] [--pairs 30]
 
@@ -156,8 +156,9 @@ def interval(ratios: list[float]) -> str:
 
 
 def high_water() -> int:
-    """Bytes at the highest point of this process; ru_maxrss would begin with those of the process that forked it."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024  # type: ignore[index]
+    """Bytes at the highest point of this process; ru_maxrss would begin with those of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
 def peak(given: argparse.Namespace, way: str) -> float:
@@ -193,8 +194,11 @@ def main() -> None:
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}
     total, active = ways["packed"].numbers
-    print(f"{given.model}, {given.dtype}, {given.batch} × {given.tokens} tokens, {active:,} of {total:,} elements active "
-          f"({active / total:.4f}), {torch.get_num_threads()} threads, device {base.device}")  # fmt: skip
+    print(
+        f"{given.model}, {given.dtype}, {given.batch} × {given.tokens} tokens, "
+        f"{active:,} of {total:,} elements active ({active / total:.4f}), "
+        f"{torch.get_num_threads()} threads, device {base.device}"
+    )
     held: dict[str, dict[str, int]] = {}
     saved: dict[str, int] = {}
     for name, way in ways.items():  # warm up; the bytes are counted while gradients exist
@@ -214,20 +218,24 @@ def main() -> None:
         both = [sum(pair) for pair in seconds[name]]
         first = interval([a[0] / b[0] for a, b in zip(seconds[name], seconds["plain"], strict=True)])
         whole = interval([sum(a) / sum(b) for a, b in zip(seconds[name], seconds["plain"], strict=True)])
-        print(f"{name:<7} forward+backward {first} of plain, whole step {whole}, median step {statistics.median(both):.3f} s, "
-              f"fastest {min(both):.3f} s")  # fmt: skip
+        print(
+            f"{name:<7} forward+backward {first} of plain, whole step {whole}, "
+            f"median step {statistics.median(both):.3f} s, fastest {min(both):.3f} s"
+        )
     for name in WAYS:
         parts = ", ".join(f"{what} {number:,}" for what, number in held[name].items() if number)
         after, most = (sum(held[name].values()) + more for more in (0, saved[name]))
         of_plain = [n / sum(held["plain"].values()) for n in (after, most)]
         print(f"{name:<7} after a step {after:,} bytes ({of_plain[0]:.3f} of plain): {parts}")
-        print(f"{name:<7} at the peak {most:,} bytes ({of_plain[1]:.3f} of plain), {saved[name]:,} of them "
-              f"saved; peak of a process {peak(given, name):,.0f} MiB")  # fmt: skip
-    share = sum(held["packed"][k] for k in ("gradients", "optimizer")) / sum(
-        held["plain"][k] for k in ("gradients", "optimizer")
-    )
+        print(
+            f"{name:<7} at the peak {most:,} bytes ({of_plain[1]:.3f} of plain), {saved[name]:,} of them "
+            f"saved; peak of a process {peak(given, name):,.0f} MiB"
+        )
+    packed, plain = (held[name]["gradients"] + held[name]["optimizer"] for name in ("packed", "plain"))
+    share, wanted = packed / plain, active / total
     print(
-        f"gradients + optimizer: packed / plain {share:.4f}, active share {active / total:.4f}, ratio {share / (active / total):.4f}"
+        f"gradients + optimizer: packed / plain {share:.4f}, active share {wanted:.4f}, "
+        f"ratio {share / wanted:.4f}"
     )
 
 

@@ -1,4 +1,7 @@
-"""Fixtures: a random two-layer model and a byte tokenizer made on the spot, the demonstration set, commands as a person runs them."""
+"""Fixtures: a random two-layer model and a byte tokenizer made on the spot, the demonstration set, commands.
+
+Commands run as a person runs them.
+"""
 
 import os
 import sys
@@ -45,7 +48,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Config]:
-    """The smoke config on the session's model and data, with runs below tmp_path and the given settings changed."""
+    """The smoke config on the session's model and data, runs below tmp_path, and the given settings."""
 
     def make(*overrides: str) -> Config:
         return load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, tmp_path), *overrides])
@@ -70,7 +73,10 @@ def make_step(config: Config, name: str, force: bool = False) -> Artifact:
 def make_steps(
     config: Config, *names: str, force: bool = False, progress: object = None
 ) -> dict[str, tuple[Artifact, bool]]:
-    """Run the named steps, or all steps of the named stages (everything by default): each artifact and whether it was made now."""
+    """Run the named steps, or all steps of the named stages; everything by default.
+
+    Returns each artifact and whether it was made now.
+    """
     config = resolved(config)
     made = {}
     with Pool() as engines:

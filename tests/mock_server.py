@@ -1,4 +1,7 @@
-"""An OpenAI-compatible server for tests, whose faults follow a script; also `python tests/mock_server.py` for a run from a shell."""
+"""An OpenAI-compatible server for tests, whose faults follow a script.
+
+`python tests/mock_server.py` starts one for a run from a shell.
+"""
 
 import hashlib
 import json
@@ -24,7 +27,10 @@ def probability(text: str, weights: str = "") -> float:
 
 
 class Mock:
-    """A model served under a name. `log` has every question that reached it; `answered` those whose reply was sent whole."""
+    """A model served under a name.
+
+    `log` has every question that reached it, `answered` those whose reply was sent whole.
+    """
 
     def __init__(
         self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None
@@ -136,13 +142,8 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             return True
 
         def _send(self, code: int, body: Any, headers: dict[str, Any] | None = None) -> None:
-            data = (
-                body
-                if isinstance(body, bytes)
-                else body.encode()
-                if isinstance(body, str)
-                else json.dumps(body).encode()
-            )
+            text = body if isinstance(body, bytes | str) else json.dumps(body)
+            data = text.encode() if isinstance(text, str) else text
             self.send_response(code)
             for name, value in {"Content-Length": len(data), **(headers or {})}.items():
                 self.send_header(name, str(value))

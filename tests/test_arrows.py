@@ -1,4 +1,4 @@
-"""The plan of the house: every import points down, TYPE_CHECKING ones and module names in strings included."""
+"""The plan of the house: every import points down, TYPE_CHECKING ones and names of modules in strings too."""
 
 import ast
 import re

@@ -12,7 +12,11 @@ HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "s
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; sys.argv = ['lorapar', '--help']\ntry:\n from lorapar_cli.app import main; main()\nexcept SystemExit: pass\nprint('\\n', *sys.modules)"
+    code = (
+        "import sys; sys.argv = ['lorapar', '--help']\n"
+        "try:\n from lorapar_cli.app import main; main()\nexcept SystemExit: pass\n"
+        "print('\\n', *sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "partition" in done.stdout
     assert not HEAVY & set(done.stdout.splitlines()[-1].split())
@@ -44,7 +48,8 @@ def config(tiny, demo_data, tmp_path):
         (
             "partition.strategy=best",
             78,
-            "error: partition.strategy: unknown strategy 'best'; choose from: all, complement, importance, random, random_within, swapped\n",
+            "error: partition.strategy: unknown strategy 'best'; "
+            "choose from: all, complement, importance, random, random_within, swapped\n",
         ),
         (
             "model.name=/nowhere/m",
@@ -85,14 +90,8 @@ def test_bad_data(lorapar, config, tmp_path, content, code, text):
 
 @pytest.mark.parametrize("modules", ["[q_prj]", "[q_prj, k_proj]"])
 def test_target_modules_that_are_not_there(lorapar, config, modules):
-    override = [
-        "--set",
-        f"lora.target_modules={modules}",
-        "--set",
-        "partition.strategy=all",
-        "--set",
-        "data.limit=8",
-    ]
+    changes = [f"lora.target_modules={modules}", "partition.strategy=all", "data.limit=8"]
+    override = [part for change in changes for part in ("--set", change)]
     done = lorapar("score", *config, *override)
     assert done.code == 78
     assert (
@@ -104,9 +103,9 @@ def test_target_modules_that_are_not_there(lorapar, config, modules):
 def test_a_stage_before_its_inputs(lorapar, config):
     done = lorapar("partition", *config)
     assert done.code == 66
-    assert (
-        done.err
-        == "error: score is stale (classify:train is missing (not run yet))\n  hint: run: lorapar run CONFIG --to score\n"
+    assert done.err == (
+        "error: score is stale (classify:train is missing (not run yet))\n"
+        "  hint: run: lorapar run CONFIG --to score\n"
     )
 
 
@@ -116,10 +115,8 @@ def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):
         "classify:demo",
         "eval:base@demo",
     }
-    assert (
-        lorapar("sft", *base_only).err
-        == "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
-    )
+    refused = "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
+    assert lorapar("sft", *base_only).err == refused
 
 
 def test_a_port_in_use(lorapar, config):
@@ -149,9 +146,8 @@ def test_unknown_names(lorapar, config):
 
 
 def test_status_show_and_json(lorapar, config):
-    one = lorapar(
-        "classify", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
-    )
+    small = ["--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"]
+    one = lorapar("classify", *config, "--json", *small)
     rows = [json.loads(line) for line in one.out.splitlines()]
     assert [(r["step"], r["made"], r["summary"]["examples"]) for r in rows] == [
         ("classify:train", True, 8),
@@ -159,15 +155,11 @@ def test_status_show_and_json(lorapar, config):
     ]
     again = lorapar("classify", *config, "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4")
     assert again.err.count("is current") == 2
-    status = lorapar(
-        "status", *config, "--json", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
-    )
+    status = lorapar("status", *config, "--json", *small)
     states = json.loads(status.out)
     assert states["classify:train"]["state"] == "current"
     assert states["score"] == {"state": "missing", "why": "not run yet"}
-    shown = lorapar(
-        "show", *config, "classify:demo", "--set", "data.limit=8", "--set", "eval.benchmarks.demo.limit=4"
-    )
+    shown = lorapar("show", *config, "classify:demo", *small)
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out
 
 

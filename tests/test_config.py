@@ -36,9 +36,8 @@ def test_paper_configs_pin_every_value(path):
     for section in ("lora", "score", "partition", "sft", "rl", "eval", "prompt"):
         field = Config.model_fields[section].annotation
         missing = set(field.model_fields) - set(tree[section])
-        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]} - {
-            "sandbox"
-        }
+        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]}
+        unpinned -= {"sandbox"}
         assert not unpinned, f"{section}: {unpinned}"
 
 
@@ -58,7 +57,8 @@ def test_a_config_over_another(tmp_path):
     (tmp_path / "sub").mkdir()
     written(
         tmp_path,
-        "model: {name: x}\nsft: {lr: 1, epochs: 3}\nclassify: {voters: [{persona: judge}, {persona: steps}]}\n",
+        "model: {name: x}\nsft: {lr: 1, epochs: 3}\n"
+        "classify: {voters: [{persona: judge}, {persona: steps}]}\n",
     )
     above = tmp_path / "sub/above.yaml"
     above.write_text("extends: ../config.yaml\nsft: {lr: 2}\nclassify: {voters: [{persona: effort}]}\n")
@@ -70,12 +70,8 @@ def test_a_config_over_another(tmp_path):
 
 def test_table6_has_a_config_for_every_method():
     found = [load(path) for path in sorted((ROOT / "configs/paper/table6").glob("*.yaml"))]
-    assert [c.baseline.method for c in found if c.baseline] == [
-        "ia3",
-        "p_tuning",
-        "prefix_tuning",
-        "prompt_tuning",
-    ]
+    methods = [c.baseline.method for c in found if c.baseline]
+    assert methods == ["ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
     assert len({c.run for c in found}) == 4
     for config in found:  # two epochs of SFT on all rows; RL is not evaluated
         assert (config.sft.data, config.sft.epochs, config.sft.start_from) == ("all", 2, "init")
@@ -119,7 +115,8 @@ def test_mistakes_of_voters(tmp_path, voter, text):
         ("limt: 3", "unknown setting eval.benchmarks.gsm8k.limt (did you mean eval.benchmarks.gsm8k.limit?)"),
         (
             "kind: gsm9k",
-            "eval.benchmarks.gsm8k.kind: unknown benchmark 'gsm9k'; choose from: demo, gsm8k, humaneval, jsonl,",
+            "eval.benchmarks.gsm8k.kind: unknown benchmark 'gsm9k'; "
+            "choose from: demo, gsm8k, humaneval, jsonl,",
         ),
         (
             "samples: 4",
@@ -138,20 +135,12 @@ def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
         "model: {name: x}\neval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n",
     )
     benchmarks = load(path).eval.benchmarks
-    assert (benchmarks["mmlu"].path, benchmarks["mmlu"].subset, benchmarks["mmlu"].limit) == (
-        "cais/mmlu",
-        "all",
-        5,
-    )
+    mmlu = benchmarks["mmlu"]
+    assert (mmlu.path, mmlu.subset, mmlu.limit) == ("cais/mmlu", "all", 5)
     assert len(benchmarks["mmlu"].revision) == 40
     own = benchmarks["own"]
-    assert (own.path, own.subset, own.revision, own.shots, own.mode) == (
-        "mine.jsonl",
-        None,
-        "main",
-        5,
-        "likelihood",
-    )
+    assert (own.path, own.subset, own.revision) == ("mine.jsonl", None, "main")
+    assert (own.shots, own.mode) == (5, "likelihood")
 
 
 @pytest.mark.parametrize("name", ["train", "a.b", "a@b", "a/b", ""])
@@ -187,9 +176,9 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
 
 def test_unknown_strategy(tmp_path):
     text = message(written(tmp_path, "model: {name: x}\n"), "partition.strategy=best")
-    assert (
-        text
-        == "partition.strategy: unknown strategy 'best'; choose from: all, complement, importance, random, random_within, swapped"
+    assert text == (
+        "partition.strategy: unknown strategy 'best'; "
+        "choose from: all, complement, importance, random, random_within, swapped"
     )
 
 

@@ -1,4 +1,7 @@
-"""The demonstration set is what it says: answers are right, splits are apart, and no surface feature tells the systems apart."""
+"""The demonstration set is what it says.
+
+Answers are right, splits are apart, and no surface feature tells the systems apart.
+"""
 
 import re
 

@@ -19,7 +19,8 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdo
 from stages.config import ModelSection
 from stages.models.base import load_base
 from stages.models.dtype import native_bfloat16
-print(native_bfloat16(), *(load_base(ModelSection(name=sys.argv[1], dtype=d)).dtype for d in ("auto", "bfloat16", "bfloat16")))
+loaded = (load_base(ModelSection(name=sys.argv[1], dtype=d)) for d in ("auto", "bfloat16", "bfloat16"))
+print(native_bfloat16(), *(model.dtype for model in loaded))
 """
 
 

@@ -65,9 +65,9 @@ def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, m
     rows = list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
     assert [(row["engine"], row["agree"], row["items"]) for row in rows] == [("transformers", 1.0, 3)]
     assert rows[0]["differ_from_base"] > 0
-    name, part = (
-        ("adapter_model.safetensors", "lora_B") if form == "adapter" else ("model.safetensors", "down_proj")
-    )
+    name, part = "model.safetensors", "down_proj"
+    if form == "adapter":
+        name, part = "adapter_model.safetensors", "lora_B"
     weights = load_file(tmp_path / "x" / name)
     spoilt = {key: weight * (-100 if part in key else 1) for key, weight in weights.items()}
     save_file(spoilt, tmp_path / "x" / name, metadata={"format": "pt"})
@@ -102,16 +102,8 @@ def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, mon
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
     settings = [*begun.home, "sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
     overrides = [part for text in settings for part in ("--set", text)]
-    export = (
-        "export",
-        ROOT / "configs/smoke.yaml",
-        tmp_path / "x",
-        *overrides,
-        "--target",
-        "sft",
-        "--push",
-        "mine",
-    )
+    where = (ROOT / "configs/smoke.yaml", tmp_path / "x")
+    export = ("export", *where, *overrides, "--target", "sft", "--push", "mine")
     done = lorapar(*export)
     assert done.code == 0 and "pushed to https://huggingface.co/me/mine" in done.out + done.err
     names = [

@@ -31,7 +31,7 @@ def no_hub(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_row_binds_to_its_function(path):
-    """A stage function takes the job and exactly the sections of its row, and no more than eight parameters."""
+    """A stage function takes the job and exactly its row's sections, and no more than eight parameters."""
     config = load(path)
     for stage in STAGES.values():
         for variant in stage.variants(config):

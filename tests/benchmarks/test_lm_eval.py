@@ -26,7 +26,8 @@ fewshot_config: {{sampler: first_n}}
 num_fewshot: {shots}
 description: "The following are multiple choice questions (with answers) about {subject}.\\n\\n"
 output_type: multiple_choice
-doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
+doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\n\
+C. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
 doc_to_choice: [A, B, C, D]
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
@@ -63,17 +64,8 @@ def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp
     ]
     config += ["--set", "eval.targets=[base]"]
     command = [
-        "eval",
-        *config,
-        "--harness",
-        "lm-eval",
-        "--tasks",
-        "sums",
-        "--task-files",
-        tasks,
-        "--limit",
-        "4",
-    ]
+        "eval", *config, "--harness", "lm-eval", "--tasks", "sums", "--task-files", tasks, "--limit", "4",
+    ]  # fmt: skip
     done = lorapar(*command)
     assert done.code == 0, done.err
     folder = next((tmp_path / "runs/smoke/eval").glob("latest-base@lm-eval-sums")).resolve()
@@ -95,7 +87,7 @@ def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp
 
 @pytest.mark.slow
 def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
-    """SmolLM2-135M, five shots, 200 test items of two subjects: the same prompts and, item by item, the same choice."""
+    """SmolLM2-135M, five shots, 200 items of two subjects: the same prompts and, item by item, choices."""
     data, model_dir = Path(os.environ.get("LORAPAR_DATA", "nowhere")), ROOT / "models/smollm2-135m-q4"
     if not data.is_dir() or not model_dir.is_dir():
         pytest.skip("needs LORAPAR_DATA and the fetched model")

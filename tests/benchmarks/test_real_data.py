@@ -1,4 +1,7 @@
-"""On the real data sets, where a copy is at hand: LORAPAR_DATA=folder with gsm8k/, mmlu/, humaneval/ (JSON Lines)."""
+"""On the real data sets, where a copy is at hand.
+
+LORAPAR_DATA=folder with gsm8k/, mmlu/ and humaneval/ (JSON Lines).
+"""
 
 import os
 import random
@@ -78,7 +81,7 @@ EQUAL = """
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bubblewrap", "landlock"])
 def test_humaneval_s_solutions(name, capsys):
-    """All canonical solutions pass, as completion and as chat answer; nothing and always-equal objects do not."""
+    """All canonical solutions pass, as completion and as chat answer; nothing, and equal-to-all, do not."""
     if problems := selftest(backends.BACKENDS[name]):
         pytest.skip(f"{name}: {problems[0]}")
     sandbox = Sandbox(name, Limits(seconds=10))

@@ -14,7 +14,8 @@ import stages.engines.guard
 PARENT = """
 import subprocess, sys, time
 guard = subprocess.Popen([sys.executable, sys.argv[1], sys.executable, "-c",
-    "import subprocess,sys,time; c=subprocess.Popen(['sleep','300']); print(c.pid, flush=True); time.sleep(300)"],
+    "import subprocess,sys,time; c=subprocess.Popen(['sleep','300']); "
+    "print(c.pid, flush=True); time.sleep(300)"],
     stdin=subprocess.PIPE)
 time.sleep(300)
 """

@@ -1,4 +1,7 @@
-"""A real vLLM server on a tiny model: it votes as the model in this process does, and nothing of it is left behind."""
+"""A real vLLM server on a tiny model.
+
+It votes as the model in this process does, and nothing of it is left behind.
+"""
 
 import importlib.util
 import json
@@ -46,7 +49,7 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
 
 @pytest.mark.parametrize("how", ["merged", "module"])
 def test_an_adapter_is_served(tiny, tmp_path, how):
-    """Greedy tokens and choices of a merged adapter and of a LoRA module are those of the merged model in this process."""
+    """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
     from stages.lora import adapter
 
     model = ModelSection(name=str(tiny), dtype="float32")
@@ -69,7 +72,8 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
 def test_a_killed_parent_leaves_no_server(tiny):
     code = (
         "import sys\nfrom stages.engines import Served, vllm\nfrom stages.config import *\n"
-        "with vllm.open(Served('vllm', ModelSection(name=sys.argv[1])), ServerSection(), lambda t: print(t, flush=True)) as c:\n"
+        "served = Served('vllm', ModelSection(name=sys.argv[1]))\n"
+        "with vllm.open(served, ServerSection(), lambda t: print(t, flush=True)) as c:\n"
         "    import time; time.sleep(100)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny)], stdout=subprocess.PIPE, text=True)
@@ -96,7 +100,7 @@ MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["lorapar", "server"])
 def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
-    """kill -9 when the journal has so many votes; the same command goes on from there, and no server stays behind."""
+    """kill -9 when the journal has so many votes: the same command goes on there, no server stays behind."""
     rows = [
         {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
     ]

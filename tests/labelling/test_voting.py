@@ -163,7 +163,10 @@ def test_auc_is_the_share_of_pairs_in_order(pairs):
 
 
 def test_kappas_against_worked_tables():
-    """Cohen: 20 agreeing yes, 15 agreeing no, 5 and 10 apart: kappa 0.4 (a textbook's table). Fleiss of two equals Scott's pi."""
+    """Cohen's kappa is 0.4 for 20 agreeing yes, 15 agreeing no, 5 and 10 apart (a textbook's table).
+
+    Fleiss' kappa of two equals Scott's pi.
+    """
     pairs = [(1, 1)] * 20 + [(1, 2)] * 5 + [(2, 1)] * 10 + [(2, 2)] * 15
     votes = {name: {str(i): pair[k] for i, pair in enumerate(pairs)} for k, name in enumerate("ab")}
     found = kappas(votes)
@@ -225,7 +228,5 @@ def test_the_matched_set_gives_nothing_away():
             auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5
         ), name
     for one, two in zip(found[::2], found[1::2], strict=True):
-        assert all(values[one["question"]] == values[two["question"]] for values in scores.values()), (
-            one,
-            two,
-        )
+        alike = [values[one["question"]] == values[two["question"]] for values in scores.values()]
+        assert all(alike), (one, two)

@@ -6,8 +6,9 @@ from stages.language.answers import extract, gold_of, number, rewrite, same
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12), ("7.", 7),
-        (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None), ("1 2", None), ("2 + 2", None),
+        ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12),
+        ("7.", 7), (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None),
+        ("1 2", None), ("2 + 2", None),
     ],
 )  # fmt: skip
 def test_numbers(text, value):
@@ -37,8 +38,8 @@ def test_extraction(text, style, strict, flexible):
 @pytest.mark.parametrize(
     ("answer", "gold", "right"),
     [
-        ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False), ("paris.", "Paris", True),
-        ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
+        ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False),
+        ("paris.", "Paris", True), ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):

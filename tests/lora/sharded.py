@@ -1,8 +1,11 @@
-"""Trains packed weights under a sharding wrapper, in the processes of a launcher; test_frozen.py starts it and reads its files.
+"""Trains packed weights under a sharding wrapper, in the processes of a launcher.
+
+test_frozen.py starts it and reads its files:
 
     torchrun --nproc-per-node 2 tests/lora/sharded.py fsdp2|zero2 MODEL OUT
 
-Writes `before.safetensors`, and from each process `after-RANK.safetensors` with whole weights, and `masks.safetensors`.
+Writes `before.safetensors` and `masks.safetensors`, and from each process `after-RANK.safetensors` with whole
+weights.
 """
 
 import os

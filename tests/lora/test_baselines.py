@@ -63,10 +63,8 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
 
     config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
     model = load_adapted(config.model, make_step(config, "sft").path / "adapter")
-    prompts, tokenizer = (
-        [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))],
-        load_tokenizer(config.model),
-    )
+    prompts = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))]
+    tokenizer = load_tokenizer(config.model)
     usual, widths = model.generate, []
     monkeypatch.setattr(
         model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given)
@@ -82,10 +80,8 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
 def test_reversed_order_and_no_start(begun):
     config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
     steps = plan(resolved(config))
-    assert list(steps["rl"].inputs) == ["classify:train"] and list(steps["sft"].inputs) == [
-        "classify:train",
-        "rl",
-    ]
+    assert list(steps["rl"].inputs) == ["classify:train"]
+    assert list(steps["sft"].inputs) == ["classify:train", "rl"]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +132,6 @@ def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     assert done.code == 78 and "prompt_tuning trains a prompt, which no weight can hold" in done.err
     done = lorapar(*export, *settings, "--check", "2")
     assert done.code == 0, done.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md",
-        adapter.ADAPTER,
-        "adapter_config.json",
-    }
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", adapter.ADAPTER, "adapter_config.json"}
     assert "after prompt_tuning sft" in (tmp_path / "out/README.md").read_text()

@@ -1,4 +1,7 @@
-"""Frozen elements, read back from the files: every launcher, optimizer and objective; and what several processes agree on."""
+"""Frozen elements, read back from the files: every launcher, optimizer and objective.
+
+And what several processes agree on.
+"""
 
 import importlib.util
 import json
@@ -94,7 +97,8 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, tmp_path, capsys
                 assert frozen == 0 and active > 0.95 * of, (what, optimizer, processes, frozen, active, of)
                 name = "single" if processes == 1 else f"DDP×{processes}, ranks equal"
                 lines.append(
-                    f"{what:<14} {optimizer:<10} {name:<20} frozen that moved {frozen}, active that moved {active} of {of}"
+                    f"{what:<14} {optimizer:<10} {name:<20} "
+                    f"frozen that moved {frozen}, active that moved {active} of {of}"
                 )
     for way in ("fsdp2", "zero2"):
         lines.append(sharded(way, begun().model.name, tmp_path))
@@ -125,12 +129,15 @@ def sharded(way: str, model: str, out: Path) -> str:
     frozen, active, of = moved(before, ends[0], masks)
     assert frozen == 0 and active == of
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in before)
-    return f"plain loop     AdamW      {name}, ranks equal: frozen that moved {frozen}, active that moved {active} of {of}"
+    return (
+        f"plain loop     AdamW      {name}, ranks equal: "
+        f"frozen that moved {frozen}, active that moved {active} of {of}"
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(begun, capsys):
-    """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; scores likewise."""
+    """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; and scores."""
     changes = settings("sft", "sft.dropout=0", "sft.lr=0.001")
     config = begun(*changes)
     ends, scores = [], []
@@ -151,7 +158,8 @@ def test_two_processes_train_what_one_does(begun, capsys):
     apart_scores = float((s1 - s2).norm() / s1.norm())
     with capsys.disabled():
         print(
-            f"\n  DDP×2 against one process: the update differs by {apart:.1e}, the importance by {apart_scores:.1e} (relative norm)"
+            f"\n  DDP×2 against one process, relative norm: "
+            f"the update differs by {apart:.1e}, the importance by {apart_scores:.1e}"
         )
     assert float(one.norm()) > 0 and apart < 1e-3 and apart_scores < 1e-5
 
@@ -170,8 +178,9 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
     for rank in (0, 1):
         file = tmp_path / f"{rank}.yaml"
         file.write_text(
-            f"distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\nrdzv_backend: static\n"
-            f"main_process_ip: 127.0.0.1\nmain_process_port: {port}\nmixed_precision: 'no'\nuse_cpu: false\n"
+            f"distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\n"
+            f"rdzv_backend: static\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\n"
+            "mixed_precision: 'no'\nuse_cpu: false\n"
         )
         arguments = [
             part for text in (*begun.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)

@@ -1,4 +1,7 @@
-"""Batched per-example gradients against one example at a time in plain autograd, and the formula against its definition."""
+"""Batched per-example gradients against one example at a time in plain autograd.
+
+And the formula against its definition.
+"""
 
 import pytest
 import torch

@@ -42,7 +42,9 @@ METHODS = {
     nn.Linear: {
         "_apply": "fn recurse",
         "_save_to_state_dict": "destination prefix keep_vars",
-        "_load_from_state_dict": "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
+        "_load_from_state_dict": (
+            "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
+        ),
     },
 }
 ATTRIBUTES = {

@@ -114,10 +114,8 @@ def test_random_is_a_seeded_permutation_of_importance():
 
 def test_random_within_keeps_what_each_weight_gets():
     one, two = torch.rand(200, generator=torch.Generator().manual_seed(1)).tolist(), torch.rand(200).tolist()
-    real, control = (
-        split(one, two, theta=0.5),
-        split(one, two, [50, 150], theta=0.5, strategy="random_within"),
-    )
+    real = split(one, two, theta=0.5)
+    control = split(one, two, [50, 150], theta=0.5, strategy="random_within")
     for part in (slice(0, 50), slice(50, 200)):
         assert torch.equal(
             torch.bincount(real.region[part], minlength=4), torch.bincount(control.region[part], minlength=4)
@@ -135,9 +133,8 @@ def test_swapped_exchanges_the_systems():
 def test_complement_trains_what_importance_leaves_frozen():
     one, two = [5.0, 4.0, 1.0, 0.1], [1.0, 1.0, 8.0, 0.1]
     real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="complement")
-    assert torch.equal(control.active["sft"], ~real.active["sft"]) and torch.equal(
-        control.active["rl"], ~real.active["rl"]
-    )
+    for stage in ("sft", "rl"):
+        assert torch.equal(control.active[stage], ~real.active[stage])
     assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 

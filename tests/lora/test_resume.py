@@ -34,7 +34,7 @@ def one_thread():
 
 
 def in_a_child(config, stage: str, kill_at: int | None) -> int:
-    """Run the stage in a forked process that is killed at the end of optimizer step `kill_at`; the wait status."""
+    """Run the stage in a forked process, killed at the end of optimizer step `kill_at`; the wait status."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -67,7 +67,10 @@ def untimed(folder: Path) -> list[dict]:
 
 
 def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = adapter.ADAPTER) -> str:
-    """Undisturbed once, then killed at each of the steps and run again; asserts equal bytes of `file` and equal losses."""
+    """Undisturbed once, then killed at each of the steps and run again.
+
+    Asserts equal bytes of `file` and equal losses.
+    """
     home = config.root / stage
     shutil.rmtree(home, ignore_errors=True)
     if stage == "rl":

@@ -23,7 +23,7 @@ MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8
 
 
 class Engine:
-    """What vLLM is to TRL in both modes: a plain model that takes weights by name and samples from what it was given."""
+    """What vLLM is to TRL in both modes: a plain model that takes weights by name, and samples from them."""
 
     def __init__(self, base: torch.nn.Module) -> None:
         self.model = copy.deepcopy(base)

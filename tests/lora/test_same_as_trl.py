@@ -13,7 +13,7 @@ from stages.store.artifacts import Store
 
 
 def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
-    """Written with the libraries alone, from the rows as the stage renders them; the same seed, dropout included."""
+    """Written with the libraries alone, from the rows as the stage renders them; same seed, with dropout."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
@@ -31,10 +31,8 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     folder = {
         name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()
     }
-    ours, start = (
-        load_file(folder[s] / f"{n}/adapter_model.safetensors")
-        for s, n in (("sft", "adapter"), ("score", "init"))
-    )
+    ours = load_file(folder["sft"] / "adapter/adapter_model.safetensors")
+    start = load_file(folder["score"] / "init/adapter_model.safetensors")
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     labels = read_labels(folder["classify:train"] / "labels.jsonl")
@@ -81,26 +79,22 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
 
 @pytest.mark.parametrize("name", ["gsm8k-llama2-7b", "gsm8k-qwen2.5-7b"])
 def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path):
-    """Every setting of the paper but the model, the data, the votes and what fits a byte tokenizer; one step of each stage."""
+    """One step of each stage.
+
+    Every setting is the paper's but the model, the data, the votes and what fits a byte tokenizer.
+    """
     home = [path for path in paths(tiny, demo_data, tmp_path) if not path.startswith("eval.")]
     smaller = [
-        "model.dtype=float32", "data.subset=null", "data.format=auto", "data.limit=120", "data.max_length=1024", "classify.strategy=random",
-        "score.examples=8", "sft.max_steps=2", "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt=1024", "rl.max_completion=8",
+        "model.dtype=float32", "data.subset=null", "data.format=auto", "data.limit=120",
+        "data.max_length=1024", "classify.strategy=random", "score.examples=8", "sft.max_steps=2",
+        "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt=1024", "rl.max_completion=8",
     ]  # fmt: skip
     config = load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
     whole = load(ROOT / f"configs/paper/{name}.yaml")
     kept = {
-        "lr",
-        "scheduler",
-        "warmup",
-        "weight_decay",
-        "adam_beta2",
-        "max_grad_norm",
-        "kl_beta",
-        "loss",
-        "rewards",
-        "group",
-    }
+        "lr", "scheduler", "warmup", "weight_decay", "adam_beta2", "max_grad_norm", "kl_beta", "loss",
+        "rewards", "group",
+    }  # fmt: skip
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):
         artifact = make_step(config, stage)

@@ -1,4 +1,4 @@
-"""What SFT and RL can be told: optimizers, learning rates, where to start; and that strategy `all` is plain LoRA."""
+"""What SFT and RL can be told: optimizers, learning rates, where to start, which rows to train on."""
 
 import json
 import os

@@ -1,11 +1,12 @@
 """Every default of TRL's configs is set by lorapar or was judged harmless, so none moves without a word.
 
-`trl_defaults.json` has the harmless ones by the reason. With another TRL or transformers, this writes it anew:
+`trl_defaults.json` has the harmless ones by the reason. With another TRL or transformers, this writes it
+anew:
 
     PYTHONPATH=. python tests/lora/test_trl_defaults.py
 
-Known fields keep their reason. New ones come under `NEW`, to be judged: pinned, where a number of the training
-may depend on them, or moved to a reason.
+Known fields keep their reason. New ones come under `NEW`, to be judged: pinned, where a number of the
+training may depend on them, or moved to a reason.
 """
 
 import dataclasses

@@ -1,12 +1,14 @@
 """Programs that try to harm the machine, read what is not theirs, outlive their time or forge a verdict.
 
-Each runs when it is loaded. `$CANARY` is a file of the user that must stay as it is, `$SECRET` one whose content must not be
-seen (it is in the environment of the caller too), `$DROP` a folder of the user that must stay empty, `$PORT` a listening
-port on 127.0.0.1, `$SOCKET` a listening abstract socket, `$PARENT` the caller's process. What a program finds it prints.
+Each runs when it is loaded. `$CANARY` is a file of the user that must stay as it is, `$SECRET` one whose
+content must not be seen (it is in the environment of the caller too), `$DROP` a folder of the user that must
+stay empty, `$PORT` a listening port on 127.0.0.1, `$SOCKET` a listening abstract socket, `$PARENT` the
+caller's process. What a program finds it prints.
 """
 
 PREAMBLE = """
-import os, sys, time, ctypes, socket, signal, struct, subprocess, threading, itertools, re, gc, resource, tempfile
+import os, sys, time, ctypes, socket, signal, struct, subprocess, threading
+import itertools, re, gc, resource, tempfile
 libc = ctypes.CDLL(None, use_errno=True)
 def show(what):
     sys.stderr.write(repr(what) + "\\n"); sys.stderr.flush()
@@ -50,7 +52,9 @@ FILES = {
     "through /proc/self/root": 'open("/proc/self/root$CANARY", "w").write("x")',
     "through /proc/1/root": 'open("/proc/1/root$CANARY", "w").write("x")',
     "through the parent's folder": 'open("/proc/$PARENT/cwd/../$CANARY", "w").write("x")',
-    "inherited descriptors": 'for n in range(3, 256):\n    try: os.pwrite(n, b"x", 0)\n    except OSError: pass',
+    "inherited descriptors": (
+        'for n in range(3, 256):\n    try: os.pwrite(n, b"x", 0)\n    except OSError: pass'
+    ),
     "python site": 'open(os.path.join(sys.prefix, "lib", "evil.pth"), "w").write("x")',
     "bytecode cache": 'os.makedirs(os.path.dirname(os.__file__) + "/__pycache__evil")',
 }
@@ -58,7 +62,9 @@ FILES = {
 SECRETS = {
     "read the file": 'show(open("$SECRET").read())',
     "os.open to read": 'show(os.read(os.open("$SECRET", 0), 100))',
-    "libc read": 'b = ctypes.create_string_buffer(99); libc.read(libc.open(b"$SECRET", 0), b, 99); show(b.value)',
+    "libc read": (
+        'b = ctypes.create_string_buffer(99); libc.read(libc.open(b"$SECRET", 0), b, 99); show(b.value)'
+    ),
     "shadow": 'show("root:" in open("/etc/shadow").read() and "secret-shadow")',
     "environment": "show(dict(os.environ))",
     "own /proc environment": 'show(open("/proc/self/environ").read())',
@@ -68,12 +74,18 @@ SECRETS = {
     "command lines": 'import glob\nfor p in glob.glob("/proc/[0-9]*/cmdline"):\n    show(open(p).read())',
     "list the folder": 'show(os.listdir("$DROP/.."))',
     "home": 'show(os.listdir(os.path.expanduser("~root")))',
-    "garbage hunt": "show([o for o in gc.get_objects() if isinstance(o, dict) and 'SECRET' in str(o.keys())][:3])",
-    "frames": 'f = sys._getframe()\nwhile f: show([k for k in f.f_locals if "secret" in k.lower()]); f = f.f_back',
+    "garbage hunt": (
+        "show([o for o in gc.get_objects() if isinstance(o, dict) and 'SECRET' in str(o.keys())][:3])"
+    ),
+    "frames": (
+        'f = sys._getframe()\nwhile f: show([k for k in f.f_locals if "secret" in k.lower()]); f = f.f_back'
+    ),
     "libc getenv": 'libc.getenv.restype = ctypes.c_char_p; show(libc.getenv(b"LORAPAR_SECRET"))',
     "read by a shell": 'os.system("cat $SECRET 1>&2")',
     "keyring": 'show(libc.syscall(250, 0, -3, 0)); show(libc.syscall(248, b"user", b"x", b"y", 1, -3))',
-    "file handle": 'libc.open_by_handle_at(-100, ctypes.create_string_buffer(64), 0); show(open("$SECRET").read())',
+    "file handle": (
+        'libc.open_by_handle_at(-100, ctypes.create_string_buffer(64), 0); show(open("$SECRET").read())'
+    ),
     "copy to stdout": 'import shutil; shutil.copyfileobj(open("$SECRET"), sys.stderr)',
     "symlink to it": 'os.symlink("$SECRET", "/tmp/s"); show(open("/tmp/s").read())',
 }
@@ -89,8 +101,11 @@ NETWORK = {
     "raw": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 1))",
     "http": 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:$PORT/", timeout=1)',
-    "asyncio": "import asyncio\n"
-    "async def go(): r, w = await asyncio.open_connection('127.0.0.1', $PORT); w.write(b'x')\nasyncio.run(go())",
+    "asyncio": (
+        "import asyncio\n"
+        "async def go(): r, w = await asyncio.open_connection('127.0.0.1', $PORT); w.write(b'x')\n"
+        "asyncio.run(go())"
+    ),
 }
 
 PROCESSES = {
@@ -101,8 +116,15 @@ PROCESSES = {
     "raw clone3": "while True: libc.syscall(435, (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17), 88)",
     "vfork": "libc.vfork()",
     "forkpty": "import pty; pty.fork()",
-    "multiprocessing": "import multiprocessing as m; [m.Process(target=time.sleep, args=(60,)).start() for _ in range(9)]",
-    "daemon": 'if not os.fork():\n    os.setsid()\n    if not os.fork():\n        time.sleep(2); open("$DROP/late", "w")',
+    "multiprocessing": (
+        "import multiprocessing as m; [m.Process(target=time.sleep, args=(60,)).start() for _ in range(9)]"
+    ),
+    "daemon": (
+        "if not os.fork():\n"
+        "    os.setsid()\n"
+        "    if not os.fork():\n"
+        '        time.sleep(2); open("$DROP/late", "w")'
+    ),
     "late write by a thread": 'threading.Timer(1.5, lambda: open("$DROP/late", "w")).start()',
     "kill the parent": "os.kill($PARENT, 9)",
     "kill the parent by libc": "libc.kill($PARENT, 9)",
@@ -112,23 +134,34 @@ PROCESSES = {
     "tgkill": "libc.syscall(234, $PARENT, $PARENT, 9)",
     "pidfd": "libc.syscall(424, libc.syscall(434, $PARENT, 0), 9, 0, 0)",
     "stop oneself": "os.kill(os.getpid(), signal.SIGSTOP)",
-    "ignore signals": "for n in range(1, 64):\n    try: signal.signal(n, signal.SIG_IGN)\n    except Exception: pass\nwhile True: pass",
+    "ignore signals": (
+        "for n in range(1, 64):\n"
+        "    try: signal.signal(n, signal.SIG_IGN)\n"
+        "    except Exception: pass\n"
+        "while True: pass"
+    ),
     "trace the parent": "show(libc.ptrace(16, $PARENT, 0, 0))",
     "trace pid 1": "show(libc.ptrace(16, 1, 0, 0))",
     "memory of pid 1": 'open("/proc/1/mem", "r+b").write(b"x")',
     "memory of the parent": 'open("/proc/$PARENT/mem", "r+b").write(b"x")',
     "process_vm_writev": "libc.process_vm_writev($PARENT, 0, 0, 0, 0, 0)",
-    "raise limits": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))",
+    "raise limits": (
+        "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))"
+    ),
     "limits of the parent": "resource.prlimit($PARENT, resource.RLIMIT_CPU, (1, 1))",
     "slow the user's processes": "os.setpriority(os.PRIO_USER, 0, 19)",
     "pin the parent": "os.sched_setaffinity($PARENT, {0})",
-    "type into the terminal": 'import fcntl, termios\nfor n in range(3): fcntl.ioctl(n, termios.TIOCSTI, b"x")',
+    "type into the terminal": (
+        'import fcntl, termios\nfor n in range(3): fcntl.ioctl(n, termios.TIOCSTI, b"x")'
+    ),
     "setuid program": 'subprocess.run(["su", "-c", "id"])',
     "become root": "os.setuid(0); os.setgid(0)",
 }
 
 KERNEL = {
-    "new user namespace": "os.unshare(0x10000000) if hasattr(os, 'unshare') else libc.unshare(0x10000000); show(1)",
+    "new user namespace": (
+        "os.unshare(0x10000000) if hasattr(os, 'unshare') else libc.unshare(0x10000000); show(1)"
+    ),
     "mount": 'show(libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0))',
     "remount writable": 'libc.mount(0, b"/", 0, 32, 0); open("/x", "w")',
     "pivot_root": 'libc.syscall(155, b"/tmp", b"/tmp")',
@@ -171,8 +204,18 @@ RESOURCES = {
     "fill the root": "f = open('/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
     "endless output": "while True: sys.stdout.write('x' * 65536)",
     "endless errors": "while True: os.write(2, b'x' * 65536)",
-    "endless channel": "for n in range(3, 20):\n    try:\n        while True: os.write(n, b'x' * 65536)\n    except OSError: pass",
-    "endless channel lines": "for n in range(3, 20):\n    try:\n        while True: os.write(n, b'1\\n' * 999)\n    except OSError: pass",
+    "endless channel": (
+        "for n in range(3, 20):\n"
+        "    try:\n"
+        "        while True: os.write(n, b'x' * 65536)\n"
+        "    except OSError: pass"
+    ),
+    "endless channel lines": (
+        "for n in range(3, 20):\n"
+        "    try:\n"
+        "        while True: os.write(n, b'1\\n' * 999)\n"
+        "    except OSError: pass"
+    ),
     "invalid text": "os.write(2, bytes(range(256)) * 50)",
     "recursion": "sys.setrecursionlimit(10**9)\ndef g(): g()\ng()",
     "segmentation fault": "ctypes.string_at(0)",
@@ -185,7 +228,10 @@ RESOURCES = {
     "deep data": "x = []\nfor _ in range(10**6): x = [x]\nraise ValueError(x)",
     "timer storm": "signal.signal(14, lambda *a: None); signal.setitimer(0, 1e-6, 1e-6)\nwhile True: pass",
     "deep source": "eval('(' * 10**5 + ')' * 10**5)",
-    "zip bomb": "import zlib; d = zlib.decompressobj(); x = zlib.compress(bytes(2**27)); y = [zlib.decompress(x) for _ in range(99)]",
+    "zip bomb": (
+        "import zlib; d = zlib.decompressobj(); x = zlib.compress(bytes(2**27)); "
+        "y = [zlib.decompress(x) for _ in range(99)]"
+    ),
 }
 
 CONTAINED = {
@@ -222,25 +268,74 @@ FORGED = {
     "equal inside a list": _EQUAL.format(base="") + "def f(): return [E(), E(), E()]",
     "equal inside a dict": _EQUAL.format(base="") + "def f(): return {'a': (E(),)}",
     "mock": "from unittest.mock import ANY\ndef f(): return ANY",
-    "own class says int": "class E:\n    __class__ = int\n    def __eq__(s, o): return True\ndef f(): return E()",
+    "own class says int": (
+        "class E:\n    __class__ = int\n    def __eq__(s, o): return True\ndef f(): return E()"
+    ),
     "function is an object": _EQUAL.format(base="") + "    def __call__(s): return E()\nf = E()",
     "exit with success": "def f(): os._exit(0)",
     "sys.exit": "def f(): sys.exit(0)",
     "exit while loading": "os._exit(0)\ndef f(): return 1",
-    "forged verdict": "import json\nfor n in range(3, 20):\n    try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n"
-    "    except OSError: pass\ndef f(): return 0",
-    "forged verdict while called": "import json\ndef f():\n    for n in range(1, 20):\n"
-    "        try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n        except OSError: pass\n    os._exit(0)",
-    "ready again": 'def f():\n    for n in range(1, 20):\n        try: os.write(n, b\'"ready"\\n"loaded"\\n\')\n        except OSError: pass\n    return 0',
-    "patched tests": "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\nbuiltins.isinstance = lambda *a: True\ndef f(): return 0",
-    "patched frames": "def f():\n    g = sys._getframe()\n    while g:\n        g.f_globals['encode'] = lambda v, d=0: ['int', '2a']\n        g = g.f_back\n    return None",
+    "forged verdict": (
+        "import json\n"
+        "for n in range(3, 20):\n"
+        "    try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n"
+        "    except OSError: pass\n"
+        "def f(): return 0"
+    ),
+    "forged verdict while called": (
+        "import json\n"
+        "def f():\n"
+        "    for n in range(1, 20):\n"
+        "        try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n"
+        "        except OSError: pass\n"
+        "    os._exit(0)"
+    ),
+    "ready again": (
+        "def f():\n"
+        "    for n in range(1, 20):\n"
+        '        try: os.write(n, b\'"ready"\\n"loaded"\\n\')\n'
+        "        except OSError: pass\n"
+        "    return 0"
+    ),
+    "patched tests": (
+        "import builtins\n"
+        "builtins.AssertionError = type('A', (Exception,), {})\n"
+        "builtins.isinstance = lambda *a: True\n"
+        "def f(): return 0"
+    ),
+    "patched frames": (
+        "def f():\n"
+        "    g = sys._getframe()\n"
+        "    while g:\n"
+        "        g.f_globals['encode'] = lambda v, d=0: ['int', '2a']\n"
+        "        g = g.f_back\n"
+        "    return None"
+    ),
     "trace function": "sys.settrace(lambda *a: None)\ndef f(): raise SystemExit(0)",
     "raises the assertion": "def f(): raise AssertionError('passed')",
     "keyboard interrupt": "def f(): raise KeyboardInterrupt",
     "code of the tests": "def f(): return [o for o in gc.get_objects() if 'check' in str(type(o))]",
-    "not json": "def f():\n    for n in range(3, 20):\n        try: os.write(n, b'[' * 10**5 + b'\\n')\n        except OSError: pass\n    return 0",
-    "huge number": "def f():\n    for n in range(3, 20):\n        try: os.write(n, b'1' * 10**6 + b'\\n')\n        except OSError: pass\n    return 0",
-    "unknown kind": 'def f():\n    for n in range(3, 20):\n        try: os.write(n, b\'{"value": ["__import__", "os"]}\\n\')\n        except OSError: pass\n    return 0',
+    "not json": (
+        "def f():\n"
+        "    for n in range(3, 20):\n"
+        "        try: os.write(n, b'[' * 10**5 + b'\\n')\n"
+        "        except OSError: pass\n"
+        "    return 0"
+    ),
+    "huge number": (
+        "def f():\n"
+        "    for n in range(3, 20):\n"
+        "        try: os.write(n, b'1' * 10**6 + b'\\n')\n"
+        "        except OSError: pass\n"
+        "    return 0"
+    ),
+    "unknown kind": (
+        "def f():\n"
+        "    for n in range(3, 20):\n"
+        '        try: os.write(n, b\'{"value": ["__import__", "os"]}\\n\')\n'
+        "        except OSError: pass\n"
+        "    return 0"
+    ),
     "nan": "def f(): return float('nan')",
     "endless iterator": "def f(): return iter(int, 1)",
     "endless generator": "def f():\n    while True: yield 42",

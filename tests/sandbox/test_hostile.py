@@ -1,4 +1,7 @@
-"""Every hostile program on every back end: nothing of the user's changes, nothing leaks, nothing stays, none outlives its time."""
+"""Every hostile program on every back end.
+
+Nothing of the user's changes, nothing leaks, nothing stays, and none outlives its time.
+"""
 
 import contextlib
 import os
@@ -53,11 +56,8 @@ def victim(tmp_path, monkeypatch):
     drop.mkdir()
     canary.chmod(0o644)
     os.utime(canary, (10**9, 10**9))
-    tcp, udp, local = (
-        socket.socket(),
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-        socket.socket(socket.AF_UNIX),
-    )
+    tcp, local = socket.socket(), socket.socket(socket.AF_UNIX)
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     tcp.bind(("127.0.0.1", 0))
     udp.bind(tcp.getsockname())
     local.bind(f"\0lorapar-{os.getpid()}")
@@ -142,7 +142,8 @@ def test_hostile_programs_are_contained(name, victim, capsys):
     with capsys.disabled():
         user = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
         print(
-            f"\n{name} as {user}: {count} hostile programs, {len(escapes)} escapes, slowest {slowest:.1f} s; {statuses}"
+            f"\n{name} as {user}: {count} hostile programs, {len(escapes)} escapes, "
+            f"slowest {slowest:.1f} s; {statuses}"
         )
     assert not escapes, "\n".join(escapes)
 

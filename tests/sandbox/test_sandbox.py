@@ -39,7 +39,8 @@ def safe(request):
         ("from unittest.mock import ANY\ndef add(a, b):\n    return ANY\n", "suspicious"),
         ("class I(int): pass\ndef add(a, b):\n    return I(3)\n", "suspicious"),
         (
-            "import collections\ndef add(a, b):\n    print('fine')\n    return a + b\nif __name__ == '__main__':\n    1 / 0\n",
+            "import collections\ndef add(a, b):\n    print('fine')\n    return a + b\n"
+            "if __name__ == '__main__':\n    1 / 0\n",
             "passed",
         ),
     ],
@@ -217,7 +218,10 @@ def test_filters(arch, machine, names, kind):
 
 
 def test_nothing_of_the_sandbox_outlives_a_killed_caller(safe, tmp_path):
-    code = f"from stages.sandbox import *; Sandbox({safe.name!r}, Limits(seconds=60)).check('while True: pass', '', 'f')"
+    code = (
+        "from stages.sandbox import *; "
+        f"Sandbox({safe.name!r}, Limits(seconds=60)).check('while True: pass', '', 'f')"
+    )
     caller = subprocess.Popen([inside.sys.executable, "-c", code])
     assert _wait(lambda: len(_children()) > 0)
     caller.kill()
