@@ -104,7 +104,7 @@ class Renderer:
         return self.ids(self.prompt(question, shots))
 
     def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
-        """Text and token ids of a benchmark's own prompt: `head`, shots and `last`, unchanged or as a chat."""
+        """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat."""
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])

@@ -104,8 +104,8 @@ def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
 def _keep_freed_memory() -> None:
     """Let the C library reuse large blocks: by default it returns each to the kernel and faults it in again.
 
-    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are such large blocks. For
-    glibc only; elsewhere nothing happens.
+    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are such large blocks.
+    Only glibc has these settings; elsewhere nothing happens.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
