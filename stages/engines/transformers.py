@@ -162,7 +162,7 @@ class InProcess:
 
 @contextmanager
 def float32_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a head of 16 bits gives float32 logits; a head of another kind gives its own.
+    """Inside, a head of 16 bits gives float32 logits; any other head gives what it always gives.
 
     bfloat16 resolves a logit between 16 and 32 only to 1/8, so most prompts would tie. The hidden state stays
     as it is; what the architecture then does to its logits (a scale, a cap) is computed in float32.

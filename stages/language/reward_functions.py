@@ -95,7 +95,7 @@ def _raised(
     return MeaninglessError(
         f"reward {name} raised {type(error).__name__}: {error}; "
         f"sample {at + 1} of {number}: {completions[at]!r}{asked}",
-        "mend the reward and run the same command: training goes on from its last checkpoint",
+        "mend the reward and run the same command: training resumes from its last checkpoint",
     )
 
 

@@ -104,7 +104,7 @@ def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
 def _keep_freed_memory() -> None:
     """Let the C library reuse large blocks: by default it returns each to the kernel and faults it in again.
 
-    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are such large blocks.
+    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are large blocks.
     Only glibc has these settings; elsewhere nothing happens.
     """
     libc = ctypes.CDLL(None)
