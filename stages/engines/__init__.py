@@ -1,4 +1,4 @@
-"""Engines answer prompts. Each file has `open(served, server, say) -> context manager`; what it gives is an `Engine`."""
+"""Engines answer prompts. Each file has `open(served, server, say)`, a context manager of an `Engine`."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ class Served:
 
     engine: str
     model: ModelSection
-    """For engine openai its name is the one it is served under."""
+    """For engine openai, its name is the name under which the server serves it."""
     adapter: Path | None = None
     urls: tuple[str, ...] = ()
-    """Base URLs of servers that run already."""
+    """Base URLs of servers that are already running."""
     api_key_env: str = ""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of its vLLM server, over `server.vllm`."""
+    """Further arguments of its vLLM server; they override `server.vllm`."""
     devices: str | None = None
-    """The devices it may see, as in CUDA_VISIBLE_DEVICES."""
+    """The devices that the engine may see, as in CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """A choice to make: which of some words comes next."""
+    """A choice to make: which of the given words comes next."""
 
     text: str | list[dict[str, str]] | list[int]
     """A prompt to be continued, the messages of a chat, or token ids."""
     words: tuple[str, ...]
-    """The words, as they continue the text; of a vote those for System 1 and System 2."""
+    """The words as they continue the text; for a vote, the words for System 1 and System 2."""
     thought: int = 0
-    """Longest thought in tokens before the choice."""
+    """Longest thought before the choice, in tokens."""
     temperature: float = 0.0
     seed: int = 0
     weigh: bool = False
-    """Find out the mass of the words too, where that takes a question of its own."""
+    """Find out the mass of the words too, even if that takes a separate request."""
 
 
 @dataclass(frozen=True)
 class Choice:
     shares: tuple[float, ...]
-    """Probability of each word among the words; empty if the reply was none of them."""
+    """Probability of each word relative to the other words; empty if the reply was none of them."""
     mass: float
-    """Probability of the words among all; -1 where the engine cannot tell."""
+    """Probability that any of the words comes next; -1 if the engine cannot tell."""
     text: str = ""
-    """The reply, where it had to be read."""
+    """The reply, if it had to be read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Question:
 
     ids: list[int]
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, beside the renderer's stop tokens."""
+    """Texts that end the answer, in addition to the renderer's stop tokens."""
     seed: int = 0
 
 
@@ -85,32 +85,35 @@ class Sampling:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 means greedy."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 is all tokens."""
+    """0 means all tokens."""
 
 
 @dataclass(frozen=True)
 class Answer:
     ids: list[int]
-    """The tokens, with the stop token if there was one."""
+    """The tokens, including the stop token if there was one."""
     complete: bool
-    """Ended by a stop token or text, not by the longest length."""
+    """Ended by a stop token or text, not by the length limit."""
 
 
 class Engine(Protocol):
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
-        """The choice for each ballot with its index, in any order, as they come."""
+        """Yield each ballot's index and choice as soon as it is made, in any order."""
         ...
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
-        """The answer to each question with its index, in any order, as they come."""
+        """Yield each question's index and answer as soon as it is made, in any order."""
         ...
 
 
 SAME_PROBES = 0.8
-"""Share of equal greedy answers from which two fingerprints are of one model: batching and hardware move single tokens."""
+"""Two fingerprints with at least this share of equal greedy answers are of one model.
+
+It is below 1 because batching and hardware change single tokens.
+"""
 
 
 def same_model(probes: list[str], others: list[str]) -> bool:
@@ -127,7 +130,7 @@ class Pool:
         self._engine: Engine | None = None
 
     def get(self, served: Served, server: ServerSection, say: Callable[[str], None]) -> Engine:
-        """The engine for a model; who asks for the same one shares it."""
+        """The engine for a model; callers that ask for the same model share it."""
         if served != self._served or self._engine is None:
             self.close()
             self._context = engines.pick(served.engine).open(served, server, say)
@@ -135,7 +138,7 @@ class Pool:
         return self._engine  # type: ignore[return-value]
 
     def close(self, *error: Any) -> None:
-        """Stop what was started; an engine that is closed by an error keeps its log."""
+        """Stop what was started; an engine that is closed because of an error keeps its log."""
         context, self._context, self._engine, self._served = self._context, None, None, None
         if context is not None:
             context.__exit__(*(error or (None, None, None)))

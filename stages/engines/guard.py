@@ -1,6 +1,7 @@
-"""Runs a command in its own process group and ends the group when standard input closes: so also when the parent is killed.
+"""Runs a command in its own process group and ends the group when standard input closes.
 
-Used as `python guard.py COMMAND…`; imports nothing of lorapar, to start at once.
+Standard input also closes when the parent is killed. Used as `python guard.py COMMAND…`; it imports nothing
+of lorapar, so that it starts at once.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes our input
     threading.Thread(target=watch, daemon=True).start()
     code = child.wait()
-    end(signal.SIGKILL)  # workers of a server that crashed
+    end(signal.SIGKILL)  # a server that crashed may leave workers behind
     return code
 
 

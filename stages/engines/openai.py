@@ -1,8 +1,9 @@
 """Answers and choices from running OpenAI-compatible servers.
 
-Choices are made by constrained decoding with log-probabilities: the server masks all but the words before it takes them (vLLM:
-`structured_outputs.choice`), so their shares are read at the first token where they differ and nothing needs parsing. A server
-that cannot constrain is asked for one word, and its reply is read strictly; so is that of a model that thinks first.
+Choices are made by constrained decoding with log-probabilities. The server masks everything but the words
+before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' shares are read at
+the first token in which they differ, and nothing needs parsing. A server that cannot constrain its output is
+asked for one word, and its reply is read strictly; so is the reply of a model that thinks first.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from stages.errors import AnswerError, ConfigError, ServerError
 
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
-"""Room for a word and what a model puts around it."""
+"""Room for a word and for what a model writes around it."""
 MESSAGE_BYTES = 64
 """More than a chat template puts around a message."""
 TOP = 20
-"""Alternatives that a vLLM server gives at most."""
+"""The most alternatives that a vLLM server gives per token."""
 KEPT_TEXT = 200
 """Characters kept of a reply that had to be read; a thought is long."""
 UNLIKELY = ("zebra", "quartz")
-"""A server that answers with one of these kept to them."""
+"""Words to choose from that no model would say: a server that answers with one of them can constrain."""
 PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My favorite theorem", "def load(")
-"""Beginnings whose greedy continuations tell one model from another."""
+"""Beginnings of texts; their greedy continuations tell one model from another."""
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
 
 
 class Client:
-    """One model of one server, or of several alike. ServerError if they do not answer, ConfigError if they refuse."""
+    """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
 
     def __init__(
         self,
@@ -54,13 +55,13 @@ class Client:
     ) -> None:
         self.transport = Transport(urls, key, server, ended)
         self._tokens: dict[tuple[str, ...], int] = {}
-        """Tokens it takes until the words of a ballot differ, as learned from the first answers."""
+        """For the words of a ballot: the tokens it takes until they differ, learned from earlier answers."""
         self._constrains: dict[str, bool] = {}
-        """Per endpoint, whether the server keeps to given words."""
+        """For each endpoint: whether the server keeps to given words."""
         self.model, self.max_model_len = self._look(model)
 
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
-        """The first ballot goes alone: what all prompts begin with is then computed once, and mistakes show at once."""
+        """The first ballot goes alone: a shared beginning is computed once, and mistakes show early."""
         rest = iter(ballots)
         for first in rest:
             yield from self.transport.each([first], self._choice)
@@ -69,7 +70,7 @@ class Client:
             yield i + 1, found
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
-        """Answers by token ids; vLLM gives them (`return_token_ids`), other servers do not."""
+        """Answers as token ids, which vLLM gives (`return_token_ids`) and other servers do not."""
 
         async def ask(session: Session, question: Question) -> Any:
             return await session.send("POST", "completions", self._request(question, sampling), _answer)
@@ -80,7 +81,7 @@ class Client:
             yield i, found
 
     def fingerprint(self) -> list[str]:
-        """Greedy continuations of PROBES; ConfigError if servers of one model answer unlike each other."""
+        """Greedy continuations of PROBES; ConfigError if the servers do not answer alike."""
         found = [[one.one(self._continuation, text) for text in PROBES] for one in self.transport.singly()]
         for url, probes in zip(self.transport.urls, found, strict=True):
             if not same_model(probes, found[0]):
@@ -88,7 +89,7 @@ class Client:
         return found[0]
 
     def _look(self, wanted: str | None) -> tuple[str, int]:
-        """Name and longest context of the model (0 if unknown); each of the servers must serve it."""
+        """Name and longest context of the model (0 if unknown); ConfigError unless every server serves it."""
         names, lengths = [], []
         for one in self.transport.singly():
             served = one.one(lambda session, _: session.send("GET", "models", None, _models), None)
@@ -101,7 +102,7 @@ class Client:
         return names[0], min(lengths)
 
     async def _continuation(self, session: Session, text: str) -> str:
-        """A few greedy tokens, in a chat where the server knows no completions."""
+        """A few greedy tokens, from a chat if the server knows no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
             return str(await session.send("POST", "completions", {**body, "prompt": text}, _content))
@@ -112,7 +113,7 @@ class Client:
             )
 
     async def _choice(self, session: Session, ballot: Ballot) -> Choice:
-        """One choice; every token saved is a decoding step saved, so it asks for one and for more only if it must."""
+        """One choice. A token costs a decoding step, so more than one is asked for only if needed."""
         await self._fits(session, ballot)
         if ballot.thought or not await self._keeps_to_words(session, ballot):
             return await self._word(session, ballot)
@@ -131,23 +132,22 @@ class Client:
             self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
 
     async def _mass(self, session: Session, ballot: Ballot) -> float:
-        """What of the unconstrained next token falls on beginnings of the words, among the TOP likeliest; -1 if not told."""
+        """Probability that the unconstrained next token begins one of the words; -1 if not told.
+
+        Only the TOP likeliest tokens count.
+        """
         path, body = self._asked(ballot, 1)
         body |= {"logprobs": TOP} if path == "completions" else {"logprobs": True, "top_logprobs": TOP}
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
             ((_, alternatives),) = _tokens(reply["choices"][0]["logprobs"])  # type: ignore[index]
-            fit = [
-                text
-                for text in alternatives
-                if text.strip() and any(word.startswith(text) for word in ballot.words)
-            ]
-            return sum(math.exp(alternatives[text]) for text in fit)
+            fit = [text for text in alternatives if any(word.startswith(text) for word in ballot.words)]
+            return sum(math.exp(alternatives[text]) for text in fit if text.strip())
         except (LookupError, TypeError, AttributeError, ValueError):
             return -1.0
 
     async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
-        """Whether the server keeps to given words and gives their log-probabilities; found out once per endpoint."""
+        """Whether the server keeps to given words and gives log-probabilities; tried once per endpoint."""
         path, body = self._constrained(ballot, UNLIKELY, 1)
         if path not in self._constrains:
             try:
@@ -171,7 +171,7 @@ class Client:
         return "completions", {**body, "prompt": ballot.text}
 
     async def _word(self, session: Session, ballot: Ballot) -> Choice:
-        """The word in the model's own reply, after its thought if it thinks."""
+        """The word in the model's reply, after its thought if it thinks."""
         path, body = self._asked(ballot, ballot.thought + REPLY_TOKENS)
         body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
         text = await session.send("POST", path, body, _content)
@@ -180,7 +180,7 @@ class Client:
         return Choice(shares, -1.0, text[-KEPT_TEXT:])
 
     async def _fits(self, session: Session, ballot: Ballot) -> None:
-        """Find out before sending that a prompt is too long; the server counts the tokens of those that may be."""
+        """ItemFailed if a prompt is too long; the server counts the tokens of prompts that may be."""
         room = self.max_model_len - (ballot.thought + REPLY_TOKENS if ballot.thought else MAX_WORD_TOKENS)
         if not self.max_model_len or _most_tokens(ballot) <= room:
             return
@@ -201,7 +201,7 @@ class Client:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,  # left out, vLLM takes that of the model's generation_config
+            "top_k": sampling.top_k or -1,  # without it vLLM takes the one in generation_config
             "seed": question.seed,
             "stop": list(question.stop) or None,
             "stop_token_ids": list(sampling.stop_ids),
@@ -215,7 +215,7 @@ def _is_chat(ballot: Ballot) -> bool:
 
 
 def _most_tokens(ballot: Ballot) -> int:
-    """A bound that needs no tokenizer: a token is one byte at least."""
+    """An upper bound that needs no tokenizer: a token is at least one byte."""
     if isinstance(ballot.text, str):
         return len(ballot.text.encode())
     return sum(
@@ -233,15 +233,16 @@ def _answer(reply: Any) -> Answer:
 
 
 def _content(reply: Any) -> str:
-    """The text of a chat or a completion; empty where a thought used up all tokens."""
+    """The text of a chat or a completion; empty if a thought used up all tokens."""
     choice = reply["choices"][0]
     return str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
 
 
 def word_of(text: str, words: tuple[str, ...]) -> int | None:
-    """Index of the word that a reply gives, strictly: its first or last line after the thought is that word and nothing else.
+    """Index of the word that a reply gives, or None if it gives no word or different ones.
 
-    Case, spaces, punctuation and markup do not count, nor does "the answer is". None if it gives none, or different ones.
+    Reading is strict: the first or last line after the thought must be the word and nothing else. Case,
+    spaces, punctuation, markup and a leading "the answer is" are ignored.
     """
     _, ended, after = text.rpartition("</think>")
     if not ended and "<think>" in after:
@@ -258,7 +259,7 @@ def _bare(text: str) -> str:
 
 
 def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Per generated token: its text and the log-probabilities of the alternatives; of a completion or of a chat."""
+    """For each token of a completion or a chat: its text and the log-probabilities of the alternatives."""
     if "content" in logprobs:
         return [
             (t["token"], {a["token"]: a["logprob"] for a in t["top_logprobs"]}) for t in logprobs["content"]
@@ -267,7 +268,7 @@ def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 def _shares(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Each word's share at the first token with alternatives that fit exactly one word; None if there is none yet."""
+    """Each word's share at the first token whose alternatives fit exactly one word; None if there is none."""
     before = ""
     for token, alternatives in tokens:
         mass = [0.0] * len(words)

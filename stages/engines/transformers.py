@@ -1,4 +1,4 @@
-"""Models in this process: choices and batched generation, for small models, for evaluation and for rollouts on CPU."""
+"""Models in this process: choices and batched generation, for small models, evaluation and CPU rollouts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 BATCH = 16
 END = "</think>"
-"""What ends a thought; added where the thought did not end by itself."""
+"""The end of a thought; added if the thought did not end by itself."""
 HEAD_ROWS = 2048
-"""Rows of a head in float32 at once. They stay in the cache: for 16 prompts and SmolLM2's 49,152 rows 20 ms
-on one core, with a copy of the whole made each time 88, with one that is kept (113 MB) 27."""
+"""Rows of a head that are converted to float32 at a time, few enough to stay in the processor's cache.
+
+For 16 prompts and SmolLM2's 49,152 rows this takes 20 ms on one core. Converting the whole head each time
+takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
+"""
 WORTH_KEEPING = 32
-"""Tokens of a common prompt beginning from which it pays to compute it once."""
+"""Length in tokens from which it pays to compute a common beginning of prompts only once."""
 
 
 @contextmanager
@@ -50,14 +53,13 @@ class InProcess:
 
     @torch.no_grad()
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
-        """One forward pass per batch; the words' probabilities are read at the first token in which they differ.
+        """One forward pass per batch; the words' probabilities are read at the first token that differs.
 
-        Prompts of one beginning (the worked examples of a few-shot prompt) follow each other and share its computation. A voter
-        that thinks writes its thought first.
+        Prompts with the same beginning (such as worked examples) follow each other, and the beginning is
+        computed once. A voter that thinks writes its thought first.
         """
-        prepared = sorted(
-            ((*pair, i) for i, pair in enumerate(self._prepared(list(ballots)))), key=lambda item: item[0]
-        )
+        pairs = enumerate(self._prepared(list(ballots)))
+        prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
         longest = self.model.config.max_position_embeddings
         too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
         for i, length in too_long:
@@ -71,10 +73,8 @@ class InProcess:
             for row, (_, words, i) in zip(rows, part, strict=True):
                 found = row[torch.tensor(words, device=row.device)]
                 mass = float(found.sum())
-                yield (
-                    i,
-                    Choice(tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words), mass),
-                )
+                shares = tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words)
+                yield i, Choice(shares, mass)
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         """Answers in batches of similar prompt length."""
@@ -84,13 +84,12 @@ class InProcess:
             stops = tuple(dict.fromkeys(text for question in part for text in question.stop))
             if sampling.temperature:
                 torch.manual_seed(part[0].seed)
-            made = continuations(
-                self.model, self.tokenizer, [question.ids for question in part], sampling, stops
-            )
+            prompts = [question.ids for question in part]
+            made = continuations(self.model, self.tokenizer, prompts, sampling, stops)
             yield from zip(order[at : at + self.batch_size], made, strict=True)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Logits after each prompt: (prompts, vocabulary). Padded on the left, behind what they have in common."""
+        """Logits after each prompt: (prompts, vocabulary). Padding stands behind their common beginning."""
         if has_prompt(self.model):  # its keys and values take the cache's place
             return torch.cat(
                 [self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts]
@@ -130,7 +129,7 @@ class InProcess:
         return torch.tensor(rows, device=self.model.device)
 
     def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
-        """Of each ballot: token ids up to where the words differ, and the words' ids there."""
+        """For each ballot: the token ids up to where the words differ, and the words' ids there."""
         prompts = [self._ids(ballot) for ballot in ballots]
         thinking = [i for i, ballot in enumerate(ballots) if ballot.thought]
         for at in range(0, len(thinking), self.batch_size):
@@ -139,11 +138,8 @@ class InProcess:
             sampling = Sampling(first.thought, (self.tokenizer.eos_token_id,), first.temperature)
             if first.temperature:
                 torch.manual_seed(first.seed)
-            for i, answer in zip(
-                part,
-                continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,)),
-                strict=True,
-            ):
+            answers = continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,))
+            for i, answer in zip(part, answers, strict=True):
                 thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
                 prompts[i] += self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
         for ballot, ids in zip(ballots, prompts, strict=True):
@@ -160,15 +156,16 @@ class InProcess:
                 "the voter's tokenizer has no chat template",
                 "choose a persona without chat: lorapar list personas",
             )
-        return list(self.tokenizer(chat(self.tokenizer, ballot.text), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        text = chat(self.tokenizer, ballot.text)  # type: ignore[arg-type]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @contextmanager
 def float32_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a head of 16 bits gives float32 logits; a head of another kind gives its own.
+    """Inside, a head of 16 bits gives float32 logits; any other head gives what it always gives.
 
-    bfloat16 resolves a logit between 16 and 32 to 1/8 only, so that most prompts would tie. The hidden state
-    stays as it is, and what the architecture does to its logits (a scale, a cap) comes after, in float32.
+    bfloat16 resolves a logit between 16 and 32 only to 1/8, so most prompts would tie. The hidden state stays
+    as it is; what the architecture then does to its logits (a scale, a cap) is computed in float32.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -188,7 +185,10 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """The tokens that all words begin with, and of each word the one after; ConfigError if these are not all different."""
+    """The tokens that all words begin with, and for each word the next token.
+
+    ConfigError unless these next tokens are all different.
+    """
     tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     same = common(tokens)
     if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
@@ -198,14 +198,17 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> t
 
 def common(rows: list[list[int]]) -> int:
     """Length of the beginning that all rows share."""
-    first, last = min(rows), max(rows)  # in the order of sequences these two differ the earliest
+    first, last = min(rows), max(rows)  # in sorted order, these two differ the earliest
     return next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
     )
 
 
 def has_prompt(model: Any) -> bool:
-    """Whether a trained prompt stands before every text: PEFT then ignores position ids, so padding would part the two."""
+    """Whether a trained prompt stands before every text.
+
+    PEFT then ignores position ids, so padding would stand between the prompt and the text.
+    """
     return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
 
 
@@ -217,21 +220,16 @@ def continuations(
     sampling: Sampling,
     stops: tuple[str, ...] = (),
 ) -> list[Answer]:
-    """What the model writes after each prompt, up to and with the first stop token or text.
+    """What the model writes after each prompt, up to the first stop token or text, which is included.
 
-    All prompts run as one batch, padded on the left; those of a model with a trained prompt in one for each length.
+    All prompts run as one batch, padded on the left. With a trained prompt, each length is a separate batch.
     """
     if has_prompt(model) and len(lengths := {len(prompt) for prompt in prompts}) > 1:
         made: dict[int, Answer] = {}
         for length in sorted(lengths):
             rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            made.update(
-                zip(
-                    rows,
-                    continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops),
-                    strict=True,
-                )
-            )
+            answers = continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops)
+            made.update(zip(rows, answers, strict=True))
         return [made[i] for i in range(len(prompts))]
     pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
@@ -257,13 +255,13 @@ def continuations(
 
 
 class _AtText:
-    """Ends a row once one of the texts stands in what was generated; the library's own criterion also matches the prompt."""
+    """Ends a row once it has generated one of the texts; the library's criterion also matches the prompt."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
         self.tokenizer, self.stops, self.start = tokenizer, stops, prompt_tokens
-        self.window = max(len(stop.encode()) for stop in stops) + 4  # a token is one byte at least
+        self.window = max(len(stop.encode()) for stop in stops) + 4  # a token is at least one byte
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         new = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
@@ -274,7 +272,7 @@ class _AtText:
 def _answer(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: tuple[str, ...]
 ) -> Answer:
-    """A row without what stands behind its end: rows that end before others are padded."""
+    """The answer in a row, up to its end: rows that end before others are padded."""
     ends = [ids.index(stop) for stop in sampling.stop_ids if stop in ids]
     if ends:
         return Answer(ids[: min(ends) + 1], True)

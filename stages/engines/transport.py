@@ -1,7 +1,8 @@
-"""Many HTTP requests to one model's servers: retries, deadlines, and a server that is gone told from a request that is bad.
+"""Many HTTP requests to the servers of one model, with retries and deadlines.
 
-A request that fails all its tries is the item's own fault if others were answered meanwhile, or if the server still lists its
-models; else the server is gone. A server that lists its models and answers nothing is gone too: `server.stall_s`.
+It tells a bad request from a dead server. If a request fails all its tries, the fault is the item's if others
+were answered meanwhile or if the server still lists its models; else the server is dead. A server that lists
+its models but gives no answer for `server.stall_s` seconds is dead too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6
 LONGEST_WAIT_S = 60
-"""Cap of what a server may ask for by Retry-After."""
+"""Longest wait that a server may ask for by Retry-After."""
 ALIVE_S = 5
 REST_S = 15
 
@@ -32,7 +33,7 @@ R = TypeVar("R")
 
 
 class Trouble(Exception):
-    """What may pass: worth another try."""
+    """A failure that may pass: worth another try."""
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0) -> None:
         super().__init__(detail)
@@ -49,7 +50,7 @@ class ItemFailed(Exception):
 
 @dataclass
 class Counts:
-    """What went over the wire."""
+    """Numbers of requests."""
 
     asked: int = 0
     answered: int = 0
@@ -57,7 +58,7 @@ class Counts:
 
 
 class Transport:
-    """The servers of one model; requests go to each in turn, and a failed one to the next."""
+    """The servers of one model. They take requests in turn; a failed request goes to the next server."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Transport:
     ) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.ended = ended
-        """Of a server that this process started: what to say if it has ended."""
+        """For a server that this process started: the error if it has ended, else None."""
         self.counts = Counts()
         self.server = server
         self._key = key
@@ -81,9 +82,10 @@ class Transport:
     def each(
         self, items: Iterable[T], ask: Callable[[Session, T], Awaitable[R]]
     ) -> Iterator[tuple[int, R | Failure]]:
-        """Answers with the index of their item, as they come; at most `server.concurrency` in flight, items taken as needed.
+        """Yield the index of each item and its answer, as soon as it is there.
 
-        ServerError if the servers are gone, ConfigError if they refuse what is asked for.
+        At most `server.concurrency` requests are in flight, and items are taken only as needed. ServerError
+        if the servers are dead, ConfigError if they refuse what is asked for.
         """
         loop = asyncio.new_event_loop()
         done: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
@@ -119,7 +121,7 @@ class Transport:
         return [Transport((url,), self._key, self.server, self.ended) for url in self.urls]
 
     def pick(self) -> str:
-        """The next server in turn that does not rest, or the next one if all do."""
+        """The next server in turn that is not resting, or the next one if all are resting."""
         at, now = next(self._turn) % len(self.urls), time.monotonic()
         turns = self.urls[at:] + self.urls[:at]
         return next((url for url in turns if self._rests_until.get(url, 0.0) <= now), turns[0])
@@ -128,7 +130,7 @@ class Transport:
         self._rests_until[url] = time.monotonic() + REST_S
 
     def _client(self) -> httpx.AsyncClient:
-        # A connection for each request: on one that is kept, a reply that a server sends twice answers the next question.
+        # One connection per request: on a kept one, a reply that is sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return httpx.AsyncClient(headers=headers, timeout=self.server.timeout_s, limits=limits)
@@ -139,7 +141,7 @@ class Transport:
         except TimeoutError:
             raise ServerError(
                 f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s",
-                "restart it; what it answered is kept",
+                "restart the server; the answers so far are kept",
             ) from None
 
 
@@ -176,7 +178,7 @@ class Session:
         self.transport, self.http = transport, http
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
-        """The JSON of a reply, read by `read` if given; what that cannot read (ValueError) is asked for again."""
+        """The JSON of a reply, passed through `read` if given; if `read` fails, the request is sent again."""
         transport = self.transport
         before = transport.counts.answered
         tries = tenacity.AsyncRetrying(
@@ -194,12 +196,12 @@ class Session:
             if not others and (trouble.reason in ("timeout", "transport") or not await self._alive()):
                 raise ServerError(
                     f"{transport.urls[0]}/{path} does not answer: {trouble}",
-                    "what it answered is kept; run it again",
+                    "run the same command again; the answers so far are kept",
                 ) from None
             raise ItemFailed(trouble.reason, str(trouble)) from None
 
     async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The reply to a question that a server need not understand."""
+        """The reply to a request that a server need not understand; None if there is none."""
         try:
             async with asyncio.timeout(self.transport.server.timeout_s):
                 response = await self.http.post(url, json=body)
@@ -214,9 +216,8 @@ class Session:
     async def _alive(self) -> bool:
         try:
             async with asyncio.timeout(ALIVE_S):
-                return any(
-                    [(await self.http.get(f"{url}/models")).status_code < 400 for url in self.transport.urls]
-                )
+                replies = [await self.http.get(f"{url}/models") for url in self.transport.urls]
+                return any(reply.status_code < 400 for reply in replies)
         except (httpx.HTTPError, TimeoutError):
             return False
 
@@ -245,25 +246,23 @@ class Session:
             found = read(found) if read else found
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = " ".join(response.text[:120].split())
-            raise Trouble(
-                "unreadable", f"no readable answer: {type(error).__name__} {error}: {shown}"
-            ) from None
+            detail = f"no readable answer: {type(error).__name__} {error}: {shown}"
+            raise Trouble("unreadable", detail) from None
         transport.counts.answered += 1
         return found
 
     def _refusal(self, url: str, response: httpx.Response) -> None:
-        """Raise what a status of 400 and above means."""
+        """Raise the error that a status of 400 or above stands for."""
         transport, code = self.transport, response.status_code
         text = f"{code} {' '.join(response.text[:200].split())}"
         if code in (408, 425, 429) or code >= 500:
             wait = min(_seconds(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
             transport._free_at = max(transport._free_at, time.monotonic() + wait)
             raise Trouble("server_error", text)
-        if code in (400, 413, 422) and any(
-            words in text.lower() for words in ("context length", "too long", "max_model_len")
-        ):
+        signs = ("context length", "too long", "max_model_len")
+        if code in (400, 413, 422) and any(words in text.lower() for words in signs):
             raise ItemFailed("too_long", text)
-        if code in (400, 413, 422) and transport.counts.answered > 1:  # one is the list of models
+        if code in (400, 413, 422) and transport.counts.answered > 1:  # one of them is the list of models
             raise ItemFailed("refused", text)
         raise ConfigError(f"{url} refused: {text}")
 

@@ -26,27 +26,29 @@ from stages.models.dtype import resolve, warn_if_slow
 HOST = "127.0.0.1"
 MODULE = "adapter"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The LoRA ranks that vLLM can be set to; its default of 16 refuses larger adapters."""
+"""The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
 
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-"""Environment there: vLLM would reserve a core for itself and 4 GB of cache; a small machine has neither to spare."""
+"""Environment of vLLM on CPU.
+
+By default vLLM reserves a core for itself and 4 GB of cache; a small machine has neither to spare.
+"""
 
 
 @contextmanager
 def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
-    """Start a server, wait until it is healthy, give a client, and stop it; also if this process is killed.
+    """Start a server, wait until it is healthy, give a client, and stop it, even if this process is killed.
 
-    An adapter is merged into a copy of the model where that is faster (on CPU a LoRA module makes vLLM 4 times slower), or
-    served as a module.
+    `server.adapter` says whether an adapter is merged into a copy of the model or served as a LoRA module.
+    `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
     """
     port = _port(server.port)
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, module = served.model, None
-        if served.adapter is not None and (
-            server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
-        ):
+        as_module = server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
+        if served.adapter is not None and as_module:
             module = served.adapter
         elif served.adapter is not None:
             say(f"merging {served.adapter}")
@@ -88,7 +90,7 @@ def _port(wanted: int | None) -> int:
 
 
 def _flags(arguments: dict[str, Any]) -> list[str]:
-    """vLLM's arguments from their names: {tensor_parallel_size: 2} is --tensor-parallel-size 2."""
+    """vLLM's command-line arguments: {tensor_parallel_size: 2} becomes --tensor-parallel-size 2."""
     flags = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")
@@ -102,22 +104,14 @@ def _flags(arguments: dict[str, Any]) -> list[str]:
 def _command(
     model: ModelSection, server: ServerSection, port: int, further: dict[str, Any], module: Path | None = None
 ) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-    ]
-    command += ["--model", model.name]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # Without it a model's own generation settings (a repetition penalty, say) would change what is asked for.
     given: dict[str, Any] = {"max_model_len": server.max_model_len, "generation_config": "vllm"}
     if not Path(model.name).exists():
         given["revision"] = model.revision
     if not _have_gpu():
-        given["dtype"] = resolve(model)  # vLLM's own `auto` knows nothing of what a CPU multiplies
+        given["dtype"] = resolve(model)  # vLLM's `auto` ignores what the CPU can multiply
         warn_if_slow(given["dtype"])
     elif model.dtype != "auto":
         given["dtype"] = model.dtype
@@ -130,7 +124,7 @@ def _command(
 
 
 def _environment(devices: str | None) -> dict[str, str]:
-    """vLLM refuses more than a few stop texts; a benchmark may have ten (HumanEval)."""
+    """The server's environment. By default vLLM refuses more than a few stop texts; HumanEval has ten."""
     visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
     return {
         **({} if _have_gpu() else ON_CPU),
@@ -168,23 +162,19 @@ def _ended(guard: subprocess.Popen[bytes], log: str) -> ServerError | None:
 
 
 def _hint(log: str) -> str:
-    return f"its log is {log}; without vLLM: engine: transformers"
+    return f"its log is {log}; to do without vLLM, set engine: transformers"
 
 
 def _last(log: str) -> str:
-    lines = [
-        line
-        for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-        if "Error" in line
-    ]
-    return lines[-1].strip()[:300] if lines else "no error in its log"
+    lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return errors[-1].strip()[:300] if errors else "no error in its log"
 
 
 def check(model: str) -> None:
     """Start a server for `model`, ask it one question and stop it; raises if any of this fails."""
-    with open(
-        Served("vllm", ModelSection(name=model)), ServerSection(), lambda text: print(text, file=sys.stderr)
-    ) as client:
+    served = Served("vllm", ModelSection(name=model))
+    with open(served, ServerSection(), lambda text: print(text, file=sys.stderr)) as client:
         ((_, choice),) = client.choose([Ballot("Ice is", (" cold", " hot"))])
         assert isinstance(choice, Choice), choice
     print(f"vLLM works: it gives {choice.shares[1]:.2f} to one of two words", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Extract and compare final answers; the rewards and the benchmarks both use it, so SFT, RL and eval agree.
+"""Extracts and compares final answers. Rewards and benchmarks both use it, so SFT, RL and eval agree.
 
-An answer is a number where it can be read as one (commas, currency, units, `%`, decimals, fractions, mixed numbers, a unicode
-minus, bold type), else text.
+An answer is a number if it can be read as one (commas, currency, units, `%`, decimals, fractions, mixed
+numbers, a Unicode minus, bold type), else text.
 """
 
 import re
@@ -13,10 +13,12 @@ _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*\d[\d,]*)?)"
+    rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
+    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*\d[\d,]*)?)"
 )
 _ONE_NUMBER = re.compile(
-    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
+    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?"
+    rf"(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
     r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
 )
 _STRICT = {
@@ -41,15 +43,15 @@ def extract(text: str, answer_format: str) -> Extracted:
     strict = found[-1].strip() if found else None
     if strict is not None:
         return Extracted(strict, strict)
-    numbers = _NUMBER.findall(text)
-    words = re.findall(r"\w+", text)
-    return Extracted(None, numbers[-1] if numbers else words[-1] if words else None)
+    candidates = _NUMBER.findall(text) or re.findall(r"\w+", text)
+    return Extracted(None, candidates[-1] if candidates else None)
 
 
 def number(text: str) -> Fraction | None:
-    """The one number a text is, exactly, or None: `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 apples a day`.
+    """The exact value of a text that is one number, else None.
 
-    Behind it may stand words, but no other number and no operator: `2 + 2` and `3 hours 20 minutes` are not one number.
+    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.` and `5 apples a day`. Words may follow the
+    number, but no other number and no operator: `2 + 2` and `3 hours 20 minutes` are not one number.
     """
     match = _ONE_NUMBER.fullmatch(text.strip())
     if not match or (match["sign"] and match["inner"]) or (match["whole"] and not match["below"]):
@@ -62,9 +64,9 @@ def number(text: str) -> Fraction | None:
 
 
 def letter(text: str, whole: bool = False) -> str | None:
-    """The choice A to J that a text names: the one it begins with; without `whole` also the one it says is the answer.
+    """The choice, A to J, that a text names: its first letter or, unless `whole`, the one it says is right.
 
-    `B`, `(B)`, `B.` and `B) because` begin with a letter, `Because` and `A dog` do not.
+    `B`, `(B)`, `B.` and `B) because` begin with a letter; `Because` and `A dog` do not.
     """
     begins = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
     if begins or whole:
@@ -77,7 +79,10 @@ def letter(text: str, whole: bool = False) -> str | None:
 
 
 def same(answer: str | None, gold: str) -> bool:
-    """Whether an answer equals the gold answer: as numbers if gold is one, else as text without case and edge marks."""
+    """Whether an answer equals the gold answer: as numbers if gold is one, else as text.
+
+    Texts are compared without case and without punctuation at their edges.
+    """
     if answer is None:
         return False
     wanted = number(gold)
@@ -91,7 +96,7 @@ def _plain(text: str) -> str:
 
 
 def gold_of(response: str) -> str | None:
-    """The verifiable answer of a reference response: what stands after its last `####`."""
+    """The verifiable answer of a reference response: the text after its last `####`."""
     return extract(response, "hash").strict
 
 

@@ -1,17 +1,18 @@
-"""What counts as code in a model's text: the one place that decides it, for HumanEval and for the reward `code_tests`."""
+"""Decides what counts as code in a model's text, for HumanEval and for the reward `code_tests`."""
 
 import ast
 import re
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
-"""What begins after the function: those of the paper and four more, which cannot be part of a function's body either."""
+"""Texts that end a function: the paper's and four more, which cannot be part of a function's body either."""
 
 
 def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
-    """The program in an answer to a function's beginning, or None if there is nothing to run.
+    """The program in a model's answer to the beginning of a function, or None if there is nothing to run.
 
-    A completion continues the prompt up to the first STOP text. From a chat the code block with the function is taken; if
-    there is none, it continues the prompt. Indentation is left as it is: a wrong one is the model's mistake.
+    A completion continues the prompt up to the first STOP text. An answer in a chat is cut to its code block;
+    if the block does not define the function, it continues the prompt. Indentation is left as it is: wrong
+    indentation is the model's mistake.
     """
     if not chat:
         ends = [at for stop in STOP if (at := output.find(stop)) >= 0]
@@ -20,7 +21,7 @@ def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
     code = code_block(output, entry)
     if not code.strip():
         return None
-    # What the prompt defines or imports stays available to a function written anew.
+    # The prompt goes first, so that a rewritten function can use what the prompt defines or imports.
     return f"{prompt}    pass\n\n{code}\n" if _defines(code, entry) else f"{prompt}{code}\n"
 
 

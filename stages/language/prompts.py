@@ -1,4 +1,4 @@
-"""The one renderer: what a model is shown in score, sft, rl and eval, and the token rows that training reads."""
+"""The only renderer: makes the prompts of score, sft, rl and eval, and the token rows of training."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Asked:
-    """One item as the model meets it."""
+    """One item as the model receives it."""
 
     text: str
     """The rendered prompt."""
     ids: list[int]
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, beside the renderer's stop tokens."""
+    """Texts that end the answer, in addition to the renderer's stop tokens."""
     words: tuple[str, ...] = ()
-    """Not empty: the likeliest of these words is the answer, nothing is generated."""
+    """If not empty, the likeliest of these words is the answer, and nothing is generated."""
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
@@ -60,7 +60,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
 
 
 class Renderer:
-    """Turns questions into prompts and examples into rows, as one PromptSection says."""
+    """Turns questions into prompts and examples into rows, as a PromptSection says."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> None:
         self.tokenizer = tokenizer
@@ -73,25 +73,24 @@ class Renderer:
         self.end = self._end()
         """What closes an answer: the template's own mark, or EOS."""
         ends = tokenizer(self.end, add_special_tokens=False)["input_ids"]
-        self.stop_ids = sorted(
-            {tokenizer.eos_token_id, ends[0]} if len(ends) == 1 else {tokenizer.eos_token_id}
-        )
+        stops = {tokenizer.eos_token_id}
+        if len(ends) == 1:
+            stops.add(ends[0])
+        self.stop_ids = sorted(stops)
 
     def _messages(self, question: str, shots: Shots = ()) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.section.system}] if self.section.system else []
-        turns = [
-            {"role": role, "content": text}
-            for shot in shots
-            for role, text in zip(("user", "assistant"), shot, strict=True)
-        ]
-        return [*system, *turns, {"role": "user", "content": question}]
+        messages = [{"role": "system", "content": self.section.system}] if self.section.system else []
+        for asked, answer in shots:
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": answer})
+        return [*messages, {"role": "user", "content": question}]
 
     def prompt(self, question: str, shots: Shots = ()) -> str:
-        """The text a model continues, after worked examples (question, answer) if there are any.
+        """The text that a model continues, with worked examples (question, answer) before the question.
 
-        template bare is the form of the reference script of arXiv 2507.20999: the question and EOS, then the
-        answer and EOS. Our scoring rows have that last EOS too, the script's do not. Worked examples stand
-        before the question in the same form.
+        The template `bare` has the form of the reference script of arXiv 2507.20999: the question and EOS,
+        then the answer and EOS. Our scoring rows have that last EOS too, but the script's do not. Worked
+        examples have the same form.
         """
         if self.section.template == "chat":
             return chat(self.tokenizer, self._messages(question, shots))
@@ -105,7 +104,7 @@ class Renderer:
         return self.ids(self.prompt(question, shots))
 
     def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
-        """Text and token ids of a benchmark's own prompt: `head`, shots and `last` as they are, or as a chat."""
+        """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat."""
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
@@ -116,7 +115,7 @@ class Renderer:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a rendered prompt."""
-        # A chat template writes BOS itself; other prompts get what the tokenizer adds in front, not behind.
+        # A chat template writes BOS itself. Other prompts keep what the tokenizer adds in front, not behind.
         if self.section.template == "chat":
             return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = list(self.tokenizer(prompt)["input_ids"])
@@ -125,7 +124,7 @@ class Renderer:
         return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
 
     def row(self, example: Example) -> Row:
-        """Prompt and reference response, rewritten into the answer format and closed."""
+        """The prompt and the reference response, which is rewritten into the answer format and closed."""
         prompt = self.prompt_ids(example.prompt)
         response = rewrite(example.response, example.gold, self.section.answer_format)
         answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]

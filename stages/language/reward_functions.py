@@ -1,4 +1,4 @@
-"""From the names in `rl.rewards` to functions that GRPOTrainer can call: registered ones, TRL's own, a person's file."""
+"""Finds the functions that `rl.rewards` names: registered ones, TRL's own, and those of a person's file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stages.language.rewards import rewards
 Reward = Callable[..., list[float | None]]
 
 TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-"""TRL's rewards that need no arguments, as `trl.NAME`; for the others write three lines into a rewards_file."""
+"""TRL's rewards that need no arguments, as `trl.NAME`; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
-"""What a reward may ask for and no row has to bring."""
+"""Parameters that a reward may have and that no row has to supply."""
 
 
 def check(name: str, file: str | None) -> None:
@@ -32,7 +32,7 @@ def check(name: str, file: str | None) -> None:
 
 
 def load(name: str, file: str | None) -> Reward:
-    """The function itself; one of the file goes before a registered one."""
+    """The function called `name`; one in the file takes precedence over a registered one."""
     if file and name in _defined(file):
         return getattr(_module(file), name)  # type: ignore[no-any-return]
     if name in _trl_names():
@@ -41,20 +41,17 @@ def load(name: str, file: str | None) -> Reward:
 
 
 def columns(name: str, function: Reward) -> list[str]:
-    """The row fields a reward must be given."""
+    """The row fields that a reward needs."""
     if name in _trl_names():
         return ["gold"] if "accuracy" in name else []
     parameters = inspect.signature(function).parameters.values()
-    named = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty
-    ]
-    return [parameter for parameter in named if parameter not in PASSED]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    return [name for name in needed if name not in PASSED]
 
 
 def needs_sandbox(name: str, file: str | None) -> bool:
-    """Whether a reward has a parameter `sandbox`, and so gets one. Runs nothing: the file is only parsed."""
+    """Whether a reward has a parameter `sandbox` to be filled. Runs nothing: the file is only parsed."""
     if file and (own := _defined(file).get(name)):
         given = own.args
         return any(a.arg == "sandbox" for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))
@@ -62,7 +59,10 @@ def needs_sandbox(name: str, file: str | None) -> bool:
 
 
 def checked(name: str, function: Reward, **fixed: Any) -> Reward:
-    """`function` with `fixed` arguments; if it raises or returns no finite number, the run stops with its name and sample."""
+    """`function` with the arguments `fixed`, and with checks.
+
+    If it raises or returns a value that is not finite, the run stops with the reward's name and the sample.
+    """
 
     def reward(completions: list[str], **given: Any) -> list[float | None]:
         call = functools.partial(function, **fixed)
@@ -87,17 +87,15 @@ def checked(name: str, function: Reward, **fixed: Any) -> Reward:
 def _raised(
     name: str, error: Exception, completions: list[str], given: dict[str, Any], call: Reward
 ) -> LoraparError:
-    """The error with the first sample that raises it alone."""
-    lists = {
-        key: value
-        for key, value in given.items()
-        if isinstance(value, list) and len(value) == len(completions)
-    }
-    at = next((i for i in range(len(completions)) if _raises(call, completions, given, lists, i)), 0)
+    """The error to raise, with the first sample for which the reward also raises on its own."""
+    number = len(completions)
+    lists = {key: value for key, value in given.items() if isinstance(value, list) and len(value) == number}
+    at = next((i for i in range(number) if _raises(call, completions, given, lists, i)), 0)
     asked = f" to {lists['question'][at]!r}" if "question" in lists else ""
     return MeaninglessError(
-        f"reward {name} raised {type(error).__name__}: {error}; sample {at + 1} of {len(completions)}: {completions[at]!r}{asked}",
-        "mend the reward and run the same command: training goes on from its last checkpoint",
+        f"reward {name} raised {type(error).__name__}: {error}; "
+        f"sample {at + 1} of {number}: {completions[at]!r}{asked}",
+        "mend the reward and run the same command: training resumes from its last checkpoint",
     )
 
 
@@ -116,15 +114,16 @@ def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
     for name, wanted in needed.items():
         for column in wanted:
             lacking = [row for row in rows if row.get(column) is None]
-            if lacking:
-                hint = (
-                    "rows need `gold`, or a response that ends in `#### answer`" if column == "gold" else None
-                )
-                raise DataError(
-                    f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
-                    f"(first: {lacking[0]['id']})",
-                    hint or f"add the field {column} to the rows, or leave the reward out of rl.rewards",
-                )
+            if not lacking:
+                continue
+            hint = f"add the field {column} to the rows, or leave the reward out of rl.rewards"
+            if column == "gold":
+                hint = "rows need `gold`, or a response that ends in `#### answer`"
+            raise DataError(
+                f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
+                f"(first: {lacking[0]['id']})",
+                hint,
+            )
 
 
 def _trl_names() -> list[str]:
@@ -132,7 +131,7 @@ def _trl_names() -> list[str]:
 
 
 def _of_trl(name: str) -> Reward:
-    """TRL's function on plain text: its own take conversations, and call the gold answer `solution`."""
+    """TRL's function for plain texts: itself it takes conversations, with gold answers as `solution`."""
     from trl import rewards as module
 
     function = getattr(module, name.removeprefix("trl."))
@@ -141,7 +140,8 @@ def _of_trl(name: str) -> Reward:
 
     def reward(completions: list[str], gold: list[str] | None = None, **given: Any) -> list[float | None]:
         said = [[{"role": "assistant", "content": text}] for text in completions]
-        return function(completions=said, **({"solution": gold} if gold else {}), **given)  # type: ignore[no-any-return]
+        solution = {"solution": gold} if gold else {}
+        return function(completions=said, **solution, **given)  # type: ignore[no-any-return]
 
     return reward
 

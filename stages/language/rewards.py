@@ -1,7 +1,8 @@
 """GRPO rewards, one function each, in TRL's signature: texts of completions in, one float per completion out.
 
-TRL passes the columns of the rows by name: `question`, `gold`, `response`, `answer_format`, and every further field that all
-rows have. The paper's five (arXiv 2507.20999, §2 of the settings) are read for the answer format in use.
+TRL passes the columns of the rows by name: `question`, `gold`, `response`, `answer_format`, and every further
+field that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the settings) are adapted to the
+answer format in use.
 """
 
 from __future__ import annotations
@@ -50,20 +51,20 @@ def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[
 @rewards.add()
 def strict_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the whole completion is in the answer format, line by line."""
-    return [
-        float(bool(_WHOLE[s].fullmatch(text))) for text, s in zip(completions, answer_format, strict=True)
-    ]
+    pairs = zip(completions, answer_format, strict=True)
+    return [float(bool(_WHOLE[style].fullmatch(text))) for text, style in pairs]
 
 
 @rewards.add()
 def soft_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the completion begins in the answer format, whatever its white space."""
-    return [float(bool(_LOOSE[s].match(text))) for text, s in zip(completions, answer_format, strict=True)]
+    pairs = zip(completions, answer_format, strict=True)
+    return [float(bool(_LOOSE[style].match(text))) for text, style in pairs]
 
 
 @rewards.add()
 def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """The share of the format's tags that stand exactly once, less 0.002 for each character after the last one (xml)."""
+    """The share of the format's tags that occur exactly once, less 0.002 per character behind them (xml)."""
     scores = []
     for text, style in zip(completions, answer_format, strict=True):
         tags = _TAGS[style]
@@ -90,7 +91,7 @@ def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[floa
 
 @rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
-    """F1 of the words that text and reference response share (ROUGE-1), for answers that nothing can verify."""
+    """F1 of the words that text and response share (ROUGE-1), for answers that nothing can verify."""
     return [_f1(_words(text), _words(wanted)) for text, wanted in zip(completions, response, strict=True)]
 
 
@@ -106,7 +107,10 @@ def _f1(text: Counter[str], wanted: Counter[str]) -> float:
 def code_tests(
     completions: list[str], test: list[str], entry_point: list[str], sandbox: Sandbox, **_: Any
 ) -> list[float]:
-    """1 if the row's `test` (HumanEval's form: `def check(candidate)`) passes on its function `entry_point`, in the sandbox."""
+    """1 if the row's `test` (`def check(candidate)` as in HumanEval) passes on its function `entry_point`.
+
+    The test runs in the sandbox.
+    """
 
     def passes(text: str, tests: str, entry: str) -> float:
         return float(sandbox.check(code_block(text, entry), tests, entry).passed)

@@ -1,7 +1,9 @@
-"""Base model and LoRA adapter: load, attach, name, save. PEFT does the work; what it lets pass silently is checked here.
+"""Base model and LoRA adapter: load, attach, name, save.
 
-A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀] with twice the alpha (√2 times under
-rslora), whose second half is frozen: the model starts as the base, and the base weight is never changed.
+PEFT does the work; mistakes that it ignores silently are checked here.
+
+A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀], with twice the alpha (√2
+times with rslora). Its second half is frozen. The model starts as the base, whose weights never change.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def check_targets(base: nn.Module, lora: LoraSection) -> None:
-    """ConfigError unless every target module is there: PEFT passes over those that are not as long as one is."""
+    """ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists."""
     linear = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     missing = [name for name in lora.target_modules if name not in linear]
     if missing:
@@ -42,7 +44,7 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r * (2 if doubled else 1),
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT multiplies with it; √2 of rslora is no integer
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only multiplies with it, and √2 is no integer
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
         use_rslora=lora.rslora,
@@ -51,7 +53,7 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
 
 
 def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
-    """`base` with the initial adapter A₀, B₀ that `lora.init` and the seed give, compensated where asked."""
+    """`base` with the initial adapter A₀, B₀ that `lora` and the seed give, compensated if `lora` says so."""
     check_targets(base, lora)
     start = None if lora.init == "normal" else _peft_start(base, lora, seed)
     model = get_peft_model(base, _lora_config(lora, 0.0, lora.compensated, False))
@@ -69,7 +71,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
 
 
 def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
-    """A₀ and B₀ as PEFT initialises them; on a copy where PEFT would subtract B₀A₀ from the base weight."""
+    """A₀ and B₀ as PEFT initialises them, on a copy where PEFT would subtract B₀A₀ from the base weight."""
     torch.manual_seed(seed)
     init = True if lora.init == "default" else lora.init
     subtracts = lora.init in ("pissa", "olora")
@@ -84,13 +86,13 @@ def _is_a(name: str) -> bool:
 
 
 def scored_shape(name: str, weight: Tensor, lora: LoraSection) -> tuple[int, int]:
-    """Shape of the trainable part of a LoRA weight: all of it, or the first half of a compensated one's rank."""
+    """Shape of a LoRA weight's trainable part: all of it or, if compensated, the first half of its rank."""
     out, into = weight.shape
     return (lora.r, into) if _is_a(name) else (out, lora.r)
 
 
 def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
-    """That part as a view."""
+    """The trainable part of a LoRA weight, as a view."""
     rows, columns = scored_shape(name, weight, lora)
     return weight[:rows, :columns]
 
@@ -103,7 +105,7 @@ def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Linear]:
-    """The lora_A and lora_B layers by PEFT's parameter name without the adapter's, as in an adapter file."""
+    """The lora_A and lora_B layers, by parameter name as in an adapter file: without the adapter's name."""
     suffixes = (f".lora_A.{adapter}", f".lora_B.{adapter}")
     return {
         f"{name.removesuffix('.' + adapter)}.weight": module  # type: ignore[misc]
@@ -121,13 +123,12 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
         odd = sorted(stored.keys() ^ wanted.keys())[0]
         raise ArtifactError(
             f"{folder} does not fit the model: {odd} is on one side only",
-            "it was made for another base or lora",
+            "it was made for another base model or other lora settings",
         )
     for name, module in wanted.items():
         if stored[name].shape != module.weight.shape:
-            raise ArtifactError(
-                f"{folder} does not fit the model: {name} is {tuple(stored[name].shape)}, expected {tuple(module.weight.shape)}"
-            )
+            found, expected = tuple(stored[name].shape), tuple(module.weight.shape)
+            raise ArtifactError(f"{folder} does not fit the model: {name} is {found}, expected {expected}")
     set_peft_model_state_dict(model, stored)
     for module in wanted.values():
         module.weight.requires_grad_(True)
@@ -148,7 +149,7 @@ def read(folder: Path, file: str = ADAPTER) -> dict[str, Tensor]:
 
 
 def save(model: PeftModel, folder: Path, name: str) -> None:
-    """Write the `default` adapter as plain PEFT files into `folder`, made for the base model called `name`."""
+    """Write the `default` adapter into `folder` as plain PEFT files, with `name` as their base model."""
     model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(str(folder), selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template has nothing but placeholders

@@ -1,4 +1,7 @@
-"""The other PEFT methods of the paper's comparison, by PEFT, trained whole: nothing is scored, masked or frozen in part."""
+"""The other PEFT methods of the paper's comparison, as PEFT implements them.
+
+They are trained whole: nothing is scored, masked or frozen in part.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATE = "trained.safetensors"
-"""Every trained parameter. PEFT's own file has the prompt that an encoder makes, from which nothing can be trained further."""
+"""File with every trained parameter.
+
+For a prompt encoder, PEFT's own file has only the prompt that the encoder computes, and training cannot
+continue from that.
+"""
 
 
 def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: Path | None) -> PeftModel:
@@ -45,9 +52,10 @@ def _config(baseline: BaselineSection) -> PeftConfig:
         return IA3Config(task_type="CAUSAL_LM")
     tokens = baseline.virtual_tokens
     if baseline.method == "p_tuning":
+        # An encoder_hidden of None stands for the width of the model.
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=baseline.encoder_hidden
-        )  # type: ignore[arg-type]  # none: the width of the model
+        )  # type: ignore[arg-type]
     kind = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 

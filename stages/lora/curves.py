@@ -1,4 +1,4 @@
-"""Curves of a training run as one PNG: loss, rewards, lengths by optimizer step."""
+"""Curves of a training run as one PNG: loss, rewards and lengths by optimizer step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ History = list[dict[str, float]]
 
 
 def draw(history: History, path: Path) -> None:
-    """Write the panels for which the history has figures. Nothing in the file tells when or where it was made."""
+    """Write the panels for which the history has values. The file does not tell when or where it was made."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -21,12 +21,8 @@ def draw(history: History, path: Path) -> None:
         axes = figure.add_subplot(rows, columns, place)
         for label, name in series.items():
             points = [(row["step"], row[name]) for row in history if name in row]
-            axes.plot(
-                *zip(*points, strict=True),
-                label=label,
-                linewidth=1.3,
-                marker="." if len(points) < 60 else None,
-            )
+            marker = "." if len(points) < 60 else None
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker=marker)
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -38,14 +34,16 @@ def draw(history: History, path: Path) -> None:
 
 
 def _panels(history: History) -> dict[str, dict[str, str]]:
-    """Title of a panel → label of a curve → its name in the history."""
+    """Title of a panel → label of a curve → name of its values in the history."""
     names = {name for row in history for name in row}
     parts = {
         name.removeprefix("rewards/").removesuffix("/mean"): name
         for name in sorted(names)
         if name.startswith("rewards/") and name.endswith("/mean")
     }
-    rewards = {"all, weighted": "reward", **(parts if len(parts) > 1 else {})} if "reward" in names else {}
+    rewards = {"all, weighted": "reward"} if "reward" in names else {}
+    if rewards and len(parts) > 1:
+        rewards |= parts
     wanted = {
         "loss": {"loss": "loss"},
         "reward": rewards,

@@ -1,4 +1,4 @@
-"""What watches a training run: progress and history, and the reasons to stop it."""
+"""Watches a training run: reports its progress, and stops it when it has gone wrong."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ SHOWN_ROWS = 8
 
 @dataclass(frozen=True)
 class Vitals:
-    """What an error of the run names: ids of the rows in a batch as the trainer prepared it, and the knobs for memory."""
+    """What an error message of the run names."""
 
     rows: Callable[[dict[str, Any]], list[str]]
+    """Ids of the rows in a batch as the trainer prepared it."""
     memory_knobs: str
+    """The settings that lower the use of memory."""
 
 
 class Healthy:
-    """Stands before a Trainer among the bases of a class; set `vitals` before `train`.
+    """Mixin, to stand before a Trainer among the base classes; set `vitals` before `train`.
 
-    A loss or gradient that is not finite stops the run before the optimizer steps, so the adapter and the last checkpoint stay
-    sound.
+    A loss or gradient that is not finite stops the run before the optimizer's step, so the adapter and the
+    last checkpoint stay sound.
     """
 
     vitals: Vitals
@@ -65,10 +67,11 @@ class Healthy:
 
     def _unsound(self, what: str, value: float, batches: list[dict[str, Any]]) -> MeaninglessError:
         rows = list(dict.fromkeys(row for batch in batches for row in self.vitals.rows(batch)))
+        shown = ", ".join(rows[:SHOWN_ROWS])
         more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
         return MeaninglessError(
-            f"{what} is {value} in step {self.state.global_step + 1}, rows {', '.join(rows[:SHOWN_ROWS])}{more}",
-            "nothing of this step was applied; look at these rows, or lower the learning rate",
+            f"{what} is {value} in step {self.state.global_step + 1}, rows {shown}{more}",
+            "this step was not applied; look at these rows, or lower the learning rate",
         )
 
     @contextmanager
@@ -77,13 +80,11 @@ class Healthy:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(
-                error, MemoryError | torch.OutOfMemoryError
-            ) and "can't allocate memory" not in str(error):
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and "can't allocate memory" not in str(error):
                 raise
-            where = (
-                _shapes(self._window[-1]) if len(self._window) > before else "while completions were sampled"
-            )
+            prepared = len(self._window) > before
+            where = _shapes(self._window[-1]) if prepared else "while completions were sampled"
             raise OutOfMemoryError(
                 f"out of memory in step {self.state.global_step + 1}, {where}",
                 f"lower {self.vitals.memory_knobs}",
@@ -91,43 +92,39 @@ class Healthy:
 
 
 def _shapes(batch: dict[str, Any]) -> str:
-    tokens = {
-        name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)
-    }
-    return ", ".join(
-        f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in tokens.items()
-    )
+    found = []
+    for name, value in batch.items():
+        if name.endswith("_ids") and isinstance(value, Tensor):
+            found.append(f"{name} of {' × '.join(map(str, value.shape))} tokens")
+    return ", ".join(found)
 
 
 def row_ids(
     names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: str
 ) -> Callable[[dict[str, Any]], list[str]]:
-    """From a batch back to the ids of its rows; `names` (token ids → row id) is made only when a run has failed.
+    """A function that finds the ids of the rows in a batch.
 
-    tokens, mask: keys of the batch, (rows, tokens) each.
+    names: makes the table of token ids → row id; it is called only when a run has failed. tokens, mask: keys
+    of the batch, (rows, tokens) each.
     """
 
     def ids(batch: dict[str, Any]) -> list[str]:
-        known, pairs = names(), zip(batch[tokens], batch[mask], strict=True)
+        known = names()
+        pairs = zip(batch[tokens], batch[mask], strict=True)
         return [known.get(tuple(row[kept.bool()].tolist()), "unknown") for row, kept in pairs]
 
     return ids
 
 
 class Watch(TrainerCallback):
-    """Reports progress, counts the steps that could teach nothing, and stops a run of them."""
+    """Reports progress, and stops GRPO after too many steps in a row that could teach nothing."""
 
     def __init__(
         self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0
     ) -> None:
-        """patience: optimizer steps in a row with equal rewards in every group after which GRPO is stopped."""
-        self.progress, self.what, self.steps, self.shown, self.patience = (
-            progress,
-            what,
-            steps,
-            shown,
-            patience,
-        )
+        """patience: GRPO stops after this many optimizer steps in a row with equal rewards in every group."""
+        self.progress, self.what, self.steps = progress, what, steps
+        self.shown, self.patience = shown, patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done = state.global_step
@@ -139,25 +136,25 @@ class Watch(TrainerCallback):
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        self.progress.advance(
-            1, "  ".join(f"{n.split('/')[-1]} {logs[n]:.3g}" for n in self.shown if n in logs)
-        )
+        values = [f"{name.split('/')[-1]} {logs[name]:.3g}" for name in self.shown if name in logs]
+        self.progress.advance(1, "  ".join(values))
         equal = equal_rewards(state.log_history)
         if not self.patience or not equal:
             return
         if equal == 1:
-            log.warning("all rewards were equal in step %d: it taught nothing", state.global_step)
+            log.warning("all rewards were equal in step %d: the step taught nothing", state.global_step)
         if equal >= self.patience:
             raise MeaninglessError(
-                f"all rewards were equal in {equal} steps in a row, up to step {state.global_step}: nothing is learned",
-                "look at `lorapar show` of the SFT adapter's answers; raise rl.group or sft.system2_share, or rl.max_equal_steps",
+                f"all rewards were equal in {equal} steps in a row, up to step {state.global_step}: "
+                "nothing is learned",
+                "look at the SFT adapter's answers with `lorapar show`; "
+                "raise rl.group or sft.system2_share, or rl.max_equal_steps",
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_save = (
-                False  # the adapter itself is next; and the library would train a step more from there
-            )
+            # The adapter itself is saved next. From a checkpoint here the library would train one step more.
+            control.should_save = False
 
 
 def equal_rewards(history: list[dict[str, Any]]) -> int:

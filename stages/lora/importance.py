@@ -1,8 +1,9 @@
-"""Importance of every single LoRA element for one system, from per-example gradients of a batch.
+"""Importance of every single LoRA element for one system, from the per-example gradients of a batch.
 
-The gradient of one example's loss with respect to a LoRA weight W (out, in) is Σ_t δ_t x_tᵀ with the layer's input x and the
-gradient δ of its output, so one forward and backward of a batch holds them all. The loss is the sum over examples of each
-example's mean answer-token loss, so that each gradient is the example's own.
+The gradient of one example's loss with respect to a LoRA weight W (out, in) is Σ_t δ_t x_tᵀ, with the layer's
+input x and the gradient δ of its output. One forward and backward pass of a batch therefore gives the
+gradients of all its examples. The loss is the sum over examples of each example's mean answer-token loss, so
+that each gradient depends on one example only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from stages.language.prompts import Row
 
 scorers: Registry = Registry("scorer")
-"""Trait `product`: gradient times value, which is zero everywhere while B = 0."""
+"""Trait `product`: the score is gradient times value, which is zero everywhere while B = 0."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 
 @contextmanager
 def _captured(model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments) -> Iterator[None]:
-    """While open, each backward adds the per-example gradients of every LoRA layer to `sums`."""
+    """Inside, each backward pass adds the per-example gradients of every LoRA layer to `sums`."""
     import torch
 
     handles, pending = [], dict.fromkeys(weights, 0)
@@ -120,27 +121,27 @@ def moments(
 ) -> Moments:
     """Σ g and Σ g² over the examples of all batches.
 
-    weights: LoRA layers by parameter name. The model must be in eval mode (no dropout), without gradient checkpointing, and
-    no parameter of it may require a gradient: the graph starts at the embedded input instead, so autograd forms none of the
-    weight gradients that the hooks form per example. Raises MeaninglessError on a loss that is not finite.
+    weights: LoRA layers by parameter name. The model must be in eval mode (no dropout) and without gradient
+    checkpointing, and none of its parameters may require a gradient: the graph starts at the embedded input
+    instead, so autograd computes none of the weight gradients that the hooks compute per example.
+    MeaninglessError if a loss is not finite.
     """
     import torch
 
     from stages.models.losses import answer_losses, collate
 
     device = next(model.parameters()).device
-    zeros = {
-        n: torch.zeros_like(m.weight, dtype=torch.promote_types(m.weight.dtype, torch.float32))
-        for n, m in weights.items()
-    }
+    zeros = {}
+    for name, module in weights.items():
+        wide = torch.promote_types(module.weight.dtype, torch.float32)
+        zeros[name] = torch.zeros_like(module.weight, dtype=wide)
     sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
     with _captured(model, weights, sums):
         for rows in batches:
             losses = answer_losses(model, collate(rows, pad, device))
-            if not bool(torch.isfinite(losses).all()):
-                bad = [
-                    row.id for row, ok in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not ok
-                ]
+            finite = torch.isfinite(losses)
+            if not bool(finite.all()):
+                bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
                 raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
             losses.sum().backward()
             sums.examples += len(rows)

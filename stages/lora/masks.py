@@ -1,4 +1,4 @@
-"""importance.safetensors per system, masks.safetensors per training stage, keyed by PEFT's parameter names."""
+"""Files of importance per system and of masks per training stage, keyed by PEFT's parameter names."""
 
 from __future__ import annotations
 
@@ -16,51 +16,61 @@ REGION, ACTIVE = "region", "active"
 
 
 def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
-    """Float32 tensors `s1/<name>` and `s2/<name>`, each of the shape of the weight's trainable part."""
-    save_file(
-        {f"s{k}/{n}": t.float().contiguous().cpu() for k, part in scores.items() for n, t in part.items()},
-        path,
-    )
+    """Write float32 tensors `s1/<name>` and `s2/<name>`, each in the shape of the weight's trainable part."""
+    tensors = {}
+    for system, part in scores.items():
+        for name, tensor in part.items():
+            tensors[f"s{system}/{name}"] = tensor.float().contiguous().cpu()
+    save_file(tensors, path)
 
 
 def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
     tensors = _load(path)
-    return {k: {n[3:]: t for n, t in tensors.items() if n.startswith(f"s{k}/")} for k in (1, 2)}
+    return {system: _below(f"s{system}/", tensors) for system in (1, 2)}
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Per parameter name: region (uint8) and active elements of one training stage (bool), of the trainable part's shape."""
+    """Regions (uint8) and active elements of one training stage (bool), by parameter name.
+
+    Every tensor has the shape of the weight's trainable part.
+    """
 
     region: dict[str, Tensor]
     active: dict[str, Tensor]
 
     @classmethod
     def cut(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
-        """From masks over concatenated weights, cut back into weights; both go by sorted parameter name."""
-        parts: list[dict[str, Tensor]] = []
-        for flat in (region, active):
-            pieces = flat.split([shapes[name].numel() for name in sorted(shapes)])
-            parts.append(
-                {n: piece.view(shapes[n]).clone() for n, piece in zip(sorted(shapes), pieces, strict=True)}
-            )
-        return cls(*parts)
+        """Cut masks over the concatenated weights (see `flat`) back into one mask per weight."""
+        names = sorted(shapes)
+        sizes = [shapes[name].numel() for name in names]
+
+        def pieces(mask: Tensor) -> dict[str, Tensor]:
+            found = zip(names, mask.split(sizes), strict=True)
+            return {name: piece.view(shapes[name]).clone() for name, piece in found}
+
+        return cls(pieces(region), pieces(active))
 
     def write(self, path: Path, stage: str) -> None:
-        """As `region/<name>` and `active/<stage>/<name>`."""
-        groups = ((REGION, self.region), (f"{ACTIVE}/{stage}", self.active))
-        save_file({f"{kind}/{name}": tensor for kind, part in groups for name, tensor in part.items()}, path)
+        """Write the tensors as `region/<name>` and `active/<stage>/<name>`."""
+        tensors = {f"{REGION}/{name}": tensor for name, tensor in self.region.items()}
+        tensors |= {f"{ACTIVE}/{stage}/{name}": tensor for name, tensor in self.active.items()}
+        save_file(tensors, path)
 
     @classmethod
     def load(cls, path: Path, stage: str) -> Masks:
         tensors = _load(path)
-        kinds = (f"{REGION}/", f"{ACTIVE}/{stage}/")
-        return cls(*({n.removeprefix(k): t for n, t in tensors.items() if n.startswith(k)} for k in kinds))
+        return cls(_below(f"{REGION}/", tensors), _below(f"{ACTIVE}/{stage}/", tensors))
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
-    """All weights in one 1-D tensor, by sorted parameter name."""
+    """All weights concatenated into one 1-D tensor, in the order of their sorted parameter names."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose key begins with `prefix`, by the rest of their key."""
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 
 def _load(path: Path) -> dict[str, Tensor]:

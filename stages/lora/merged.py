@@ -1,6 +1,7 @@
-"""Weights with the adapter merged in, for sampling: a plain model is several times faster than LoRA layers on CPU.
+"""Weights with the adapter merged in, for sampling: on CPU they are several times faster than LoRA layers.
 
-Each is computed from the untouched base weight. Merging into the base and out again, as the library does for vLLM, drifts.
+Each merged weight is computed from the untouched base weight. For vLLM the library merges into the base
+weight and subtracts the adapter again, and the base weight drifts.
 """
 
 from __future__ import annotations
@@ -23,26 +24,23 @@ ADAPTED = "base_model.model."
 
 
 def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
-    """Name in the plain model → PEFT's layer around it, of each weight that has an adapter."""
-    paths = [
-        name.removesuffix(".lora_A.weight")
-        for name in lora_layers(adapted)
-        if name.endswith(".lora_A.weight")
-    ]
+    """For each weight with an adapter: its name in the plain model → PEFT's layer around it."""
+    a = ".lora_A.weight"
+    paths = [name.removesuffix(a) for name in lora_layers(adapted) if name.endswith(a)]
     return {f"{path.removeprefix(ADAPTED)}.weight": adapted.get_submodule(path) for path in paths}
 
 
 @torch.no_grad()
 def merge(layer: Any) -> Tensor:
-    """W + scaling · B A of one of PEFT's layers, in W's type."""
+    """W + scaling · B A for one of PEFT's layers, in the type of W."""
     weight = layer.base_layer.weight
     return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
 
 def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter of the plain model that answers like the adapted one; tied ones come once.
+    """Name and value of every parameter of the plain model that answers like the adapted one.
 
-    One merged weight is made at a time: all of them would be a second model.
+    Tied parameters come once. Only one merged weight exists at a time: all of them would be a second model.
     """
     layers = adapted_weights(adapted)
     for name, parameter in adapted.named_parameters():
@@ -53,17 +51,17 @@ def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
 
 
 class MergedCopy:
-    """`copy.model` answers like the adapted model did at the last `refresh`, to the rounding of its type."""
+    """`model` answers like the adapted model did at the last `refresh`, up to the rounding of its type."""
 
     def __init__(self, base: PreTrainedModel) -> None:
-        """Copy `base`, before PEFT wraps it."""
+        """Copy `base`; to be called before PEFT wraps it."""
         self.model = copy.deepcopy(base).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self, adapted: PeftModel) -> PreTrainedModel:
-        """Take over the adapter's present values."""
+        """Merge the present values of the adapter into the copy."""
         for name, layer in adapted_weights(adapted).items():
             self.model.get_parameter(name).copy_(merge(layer))
         return self.model

@@ -1,4 +1,4 @@
-"""Learning rates: of A and B apart, and of the first steps."""
+"""Learning rates: separate ones for A and B, and those of the warm-up steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 
 class LoraPlus:
-    """Stands before a Trainer among the bases of a class: B learns `ratio` times as fast as A.
+    """Mixin, to stand before a Trainer among the base classes: B learns `ratio` times as fast as A.
 
-    LoRA+, arXiv 2402.12354. By our names: PEFT's own helper takes every packed, one-dimensional parameter for a B.
+    LoRA+, arXiv 2402.12354. A and B are told apart by parameter name, because PEFT's own helper takes every
+    one-dimensional parameter for a B, and packed weights are one-dimensional.
     """
 
     ratio: float | None = None
@@ -25,20 +26,18 @@ class LoraPlus:
             for parameter in group["params"]:
                 halves[id(parameter) in second].append(parameter)
             rates = (group["lr"], group["lr"] * self.ratio)
-            groups += [
-                {**group, "params": half, "lr": rate}
-                for half, rate in zip(halves, rates, strict=True)
-                if half
-            ]
+            for half, rate in zip(halves, rates, strict=True):
+                if half:
+                    groups.append({**group, "params": half, "lr": rate})
         optimizer.param_groups[:] = groups
         return optimizer
 
 
 class WarmUp:
-    """Stands before a Trainer among the bases of a class: step i of w warm-up steps has i/w of the peak rate.
+    """Mixin, to stand before a Trainer among the base classes: warm-up step i of w has i/w of the peak rate.
 
-    The library's schedules have (i - 1)/w there, so that their first step does nothing. All later steps are
-    theirs.
+    The library's schedules have (i - 1)/w there, so that their first step does nothing. After the warm-up,
+    the library's schedule applies unchanged.
     """
 
     args: Any

@@ -1,7 +1,7 @@
-"""Element-wise frozen LoRA weights: the active elements are the parameter, the dense weight is made from them.
+"""LoRA weights frozen by element: a parameter holds the active elements; the dense weight is built from it.
 
-A frozen element is no part of any parameter, so weight decay, momentum, clipping or a distributed wrapper cannot move it.
-A gradient mask would not do: AdamW's weight decay moves elements whose gradient is zero.
+A frozen element is not part of any parameter, so weight decay, momentum, clipping or a distributed wrapper
+cannot move it. A gradient mask would not be enough: AdamW's weight decay moves elements of zero gradient.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 class PackedLinear(nn.Linear):
     """A bias-free linear layer of which only the elements under `mask` train.
 
-    `values` is 1-D, the active elements in flat order; without any it is a frozen, empty tensor. State dicts hold the dense
-    `weight` under its plain name, so PEFT and Trainer save and load as ever; loading other frozen elements is refused.
+    `values` is 1-D and holds the active elements in flat order; if there are none, it is a frozen, empty
+    tensor. State dicts hold the dense `weight` under its plain name, so PEFT and Trainer save and load as
+    usual. Loading a weight with other frozen elements is refused.
     """
 
     values: Tensor
 
     def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
-        nn.Module.__init__(self)  # Linear's own would register a `weight` parameter
+        nn.Module.__init__(self)  # Linear's __init__ would register a `weight` parameter
         if linear.bias is not None or mask.shape != linear.weight.shape:
             raise ValueError(
                 f"mask {tuple(mask.shape)} does not fit weight {tuple(linear.weight.shape)} without bias"
@@ -35,23 +36,22 @@ class PackedLinear(nn.Linear):
         # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
         self._dense = linear.weight.detach().clone()
         index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)
-        # Half the bytes: an index is as much memory as a value, and there is one for each.
+        # int32 takes half the bytes of int64, and there is one index for each value.
         self._index = index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
         values = self._dense.view(-1)[index].clone()
         if len(values):
             self.values = nn.Parameter(values)
         else:
-            self.register_buffer(
-                "values", values, persistent=False
-            )  # TRL's set_adapter turns every parameter trainable
-        self._fixed = not len(values)  # `_dense` is the weight as it stands
+            # Not a parameter: TRL's set_adapter makes every parameter trainable.
+            self.register_buffer("values", values, persistent=False)
+        self._fixed = not len(values)  # fixed: `_dense` is the whole weight and is not rebuilt
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         if self._fixed:
             return self._dense
-        # Made anew at each reading, because fused optimizers do not bump `_version`; and out of place, by torch's own
-        # operators: an autograd.Function over one buffer costs twice as much time in a small layer.
+        # Rebuilt at each read, because fused optimizers do not bump `_version`. Built out of place by torch's
+        # own operators, because an autograd.Function over one buffer takes twice as long in a small layer.
         values = self.values.to(self._dense.dtype)
         return self._dense.view(-1).index_copy(0, self._index.long(), values).view_as(self._dense)
 
@@ -91,7 +91,7 @@ class PackedLinear(nn.Linear):
 
 @contextmanager
 def fixed(model: nn.Module) -> Iterator[None]:
-    """Inside, packed weights do not change and are made only once: for sampling, which reads each of them for every token."""
+    """Inside, packed weights do not change and are built once: sampling reads all of them for every token."""
     layers = [m for m in model.modules() if isinstance(m, PackedLinear) and not m._fixed]
     for layer in layers:
         layer._dense = layer.weight.detach()

@@ -1,8 +1,9 @@
-"""Partition strategies: which elements are S1-only, S2-only, shared, and which of them each training stage moves.
+"""Partition strategies: which elements are S1-only, S2-only or shared, and which of them each stage trains.
 
-Selection is exact and machine-independent: a float32 is an integer times a power of two, so sums are exact integers and
-neither order, threads nor device matter. It takes linear time: one histogram over the high 16 bits of the scores finds the
-bucket in which the cut lies, one over the low 16 bits finds the cut.
+Selection is exact and independent of the machine: a float32 is an integer times a power of two, so sums are
+exact integers, and the order, the threads and the device do not matter. It takes linear time: a histogram
+over the high 16 bits of the scores finds the bucket in which the cut lies, and a histogram over the low 16
+bits finds the cut.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ if TYPE_CHECKING:
 NONE, S1_ONLY, S2_ONLY, SHARED = 0, 1, 2, 3
 
 strategies: Registry = Registry("strategy")
-"""Trait `unscored`: needs no importance."""
+"""Trait `unscored`: the strategy needs no importance."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Per element, 1-D over the concatenated LoRA weights: its region, and whether each training stage moves it."""
+    """Region and activity of each element; every mask is 1-D over the concatenated LoRA weights."""
 
     region: Tensor
     """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared."""
     active: dict[str, Tensor]
-    """bool, for `sft` and `rl`."""
+    """bool: the elements that `sft` trains, and those that `rl` trains."""
 
 
 def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
     """The smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
 
-    scores: float32, 1-D, finite and not negative. Equal scores are taken in order of their index. A goal of 0 gives the
-    empty set; a goal above what there is gives every element. For `sum`, goal is in units of 2^-149 (`exact_total`).
+    scores: float32, 1-D, finite and not negative. Equal scores are taken in the order of their index. A goal
+    of 0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is in units of
+    2^-149, like `exact_total`.
     """
     import torch
 
@@ -87,7 +89,8 @@ def exact_total(scores: Tensor) -> int:
 def _histogram(high: Tensor, bits: Tensor, by: str):  # type: ignore[no-untyped-def]
     """Counts per bucket, and a function from a bucket to its exact sum (or count).
 
-    A bucket fixes the exponent, so its sum is that of its mantissas (24 bits: exact in float64 below 2^29 elements).
+    A bucket fixes the exponent, so its sum is the sum of its mantissas times a power of two. Mantissas have
+    24 bits, so their sum is exact in float64 below 2^29 elements.
     """
     import torch
 
@@ -108,16 +111,15 @@ def check(scores: Tensor, system: int) -> None:
     """MeaninglessError unless the importance of a system is finite, not negative and somewhere above zero."""
     import torch
 
-    if not bool(torch.isfinite(scores).all()):
-        raise MeaninglessError(
-            f"importance of System {system} has {int((~torch.isfinite(scores)).sum())} non-finite values"
-        )
+    wrong = int((~torch.isfinite(scores)).sum())
+    if wrong:
+        raise MeaninglessError(f"importance of System {system} has {wrong} non-finite values")
     if bool((scores < 0).any()):
         raise MeaninglessError(f"importance of System {system} is negative somewhere")
     if not bool(scores.any()):
         raise MeaninglessError(
             f"importance of System {system} is zero for every element",
-            "with B = 0 it always is: choose lora.init normal, pissa or olora",
+            "with B = 0 it is always zero: choose lora.init normal, pissa or olora",
         )
 
 
@@ -127,7 +129,7 @@ def _fraction(value: float) -> Fraction:
 
 @strategies.add()
 def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """The paper's: per system the smallest top set reaching θ of the total importance; shared is their intersection.
+    """The paper's: per system the smallest top set that reaches θ of the importance; shared is their overlap.
 
     Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
     """
@@ -138,12 +140,10 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     for system, values in scores.items():
         values = values + 0.0  # -0.0 would sort as the largest bit pattern
         check(values, system)
-        every = theta == 1
-        sets[system] = (
-            torch.ones(len(values), dtype=torch.bool)
-            if every
-            else top_set(values, theta * exact_total(values), "sum")
-        )
+        if theta == 1:
+            sets[system] = torch.ones(len(values), dtype=torch.bool)
+        else:
+            sets[system] = top_set(values, theta * exact_total(values), "sum")
     region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
     shared = (region == SHARED).nonzero().flatten()
     active = {}
@@ -156,7 +156,7 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
 
 @strategies.add()
 def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: the regions of `importance`, and what is active in them, permuted over all elements with the seed."""
+    """Control: regions and active elements of `importance`, permuted over all elements with the seed."""
     import torch
 
     split = importance(scores, section, seed, sizes)
@@ -165,7 +165,7 @@ def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, size
 
 @strategies.add()
 def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: permuted inside each LoRA weight, which keeps what each layer gets and loses which elements."""
+    """Control: like `random`, but inside each LoRA weight, so every layer keeps its number of elements."""
     import torch
 
     split = importance(scores, section, seed, sizes)
@@ -177,13 +177,13 @@ def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: in
 
 @strategies.add()
 def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: SFT trains System 2's elements and RL System 1's."""
+    """Control: SFT trains System 2's elements and RL trains System 1's."""
     return importance({1: scores[2], 2: scores[1]}, section, seed, sizes)
 
 
 @strategies.add()
 def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: each stage trains exactly the elements that `importance` would leave frozen in it."""
+    """Control: each stage trains exactly the elements that `importance` would freeze in it."""
     split = importance(scores, section, seed, sizes)
     return Split(SHARED - split.region, {stage: ~mask for stage, mask in split.active.items()})
 
@@ -194,7 +194,7 @@ def _reordered(split: Split, order: Tensor) -> Split:
 
 @strategies.add("unscored")
 def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Plain LoRA: every element is shared and trained in both stages; needs no scores."""
+    """Plain LoRA: every element is shared and trained in both stages; no scores are needed."""
     import torch
 
     if section.alpha != 1 or section.beta != 1:

@@ -1,7 +1,8 @@
-"""Exact resume: everything a trainer knows, put back to the last bit.
+"""Exact resume: the whole state of a trainer, restored to the last bit.
 
-Nothing is unpickled: weights and optimizer state are safetensors, the rest is JSON. The library's own resume reads pickles,
-passes over the `default` adapter where there is a second one, and lets GRPO's sampler begin with the first epoch again.
+Nothing is unpickled: weights and optimizer state are safetensors, the rest is JSON. The library's own resume
+reads pickles, skips the `default` adapter if there is a second one, and lets GRPO's sampler start again with
+the first epoch.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class ExactResume:
-    """Stands before a Trainer among the bases of a class; set `checkpoints` before `train`.
+    """Mixin, to stand before a Trainer among the base classes; set `checkpoints` before `train`.
 
-    For plain optimizers, on one process or on several with the whole state on each.
+    For plain optimizers, on one process, or on several that each hold the whole state.
     """
 
     checkpoints: Checkpoints
@@ -43,7 +44,7 @@ class ExactResume:
             self.checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The trained adapter alone: no reference adapter, no tokenizer, no pickled arguments."""
+        """Save only the trained adapter: no reference adapter, no tokenizer, no pickled arguments."""
         if adapter.lora_layers(self.model):
             self.model.save_pretrained(output_dir, selected_adapters=["default"])
         else:
@@ -60,7 +61,7 @@ class ExactResume:
         for name, layer in layers.items():
             layer.load_state_dict({"weight": stored[name]})
             if not torch.equal(layer.weight.detach().cpu(), stored[name]):
-                raise ArtifactError(f"{resume_from_checkpoint}: {name} did not come back as it was saved")
+                raise ArtifactError(f"{resume_from_checkpoint}: {name} was not restored to its saved values")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         from safetensors.torch import save_file
@@ -104,7 +105,7 @@ class ExactResume:
             "numpy": [kind, np.asarray(words).tolist(), *rest],
         }
         path = Path(output_dir) / f"random-{self.args.process_index}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)  # another process may be first
+        path.parent.mkdir(parents=True, exist_ok=True)  # the first process to come here makes it
         path.write_text(json.dumps(state), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -112,9 +113,8 @@ class ExactResume:
 
         if checkpoint is None:
             return
-        state = json.loads(
-            (Path(checkpoint) / f"random-{self.args.process_index}.json").read_text(encoding="utf-8")
-        )
+        path = Path(checkpoint) / f"random-{self.args.process_index}.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
         torch.random.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.random.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
@@ -125,13 +125,16 @@ class ExactResume:
 
 
 class ExactRollouts(ExactResume):
-    """The same for GRPO, whose checkpoints must fall between two generations: no completion is then in use."""
+    """The same for GRPO. Its checkpoints must fall between two generations, when no completion is in use."""
 
     _step: int
     _buffered_inputs: Any
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        """TRL's sampler, with an order that follows from seed and epoch alone: its generator's state is in no checkpoint."""
+        """TRL's sampler, but with an order that follows from the seed and the epoch alone.
+
+        Checkpoints do not hold the state of the sampler's generator.
+        """
         from trl.trainer.utils import RepeatSampler
 
         trainer, usual = self, super()._get_train_sampler(dataset)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Rollouts of GRPO from vLLM, in TRL's two ways, with weights that are merged beside the base and not into it."""
+"""Rollouts for GRPO from vLLM in both of TRL's modes, with weights merged beside the base, not into it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLAGS = (
-    """--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs -1"""
+    """--weight-transfer-config '{"backend": "nccl"}' """
+    "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
 
 
 def prepare(rollouts: RolloutsSection, model: str) -> None:
-    """Before anything is loaded: ConfigError or ServerError if vLLM cannot be what `rollouts` says."""
+    """To be called first: ConfigError or ServerError if vLLM cannot do what `rollouts` asks for."""
     if rollouts.engine == "transformers":
         return
     cpu = not torch.cuda.is_available()
@@ -53,12 +54,12 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
 
 
 def _on_cpu() -> None:
-    # The trainer's threads are to stay where they are; vLLM would bind those of its process to cores.
+    # vLLM would bind the threads of its process to cores, and here that is the trainer's process.
     for name, value in {**ON_CPU, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         os.environ.setdefault(name, value)
     from vllm import _custom_ops
 
-    # With oneDNN vLLM repacks its weights once and drops the originals, so that new ones have no place to go.
+    # With oneDNN vLLM repacks its weights once and drops the originals, so new weights could not be loaded.
     _custom_ops._supports_onednn = False
 
 
@@ -84,12 +85,13 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
 
 
 def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict[str, Any]:
-    """The settings of TRL's GRPOConfig.
+    """The rollout settings of TRL's GRPOConfig.
 
-    longest: tokens of prompt and completion together; stops: the ids that end a completion.
+    longest: tokens of prompt and completion together. stops: the token ids that end a completion.
     """
     if rollouts.engine == "transformers":
         return {"use_vllm": False, "generation_kwargs": None}
+    corrected = rollouts.correction != "none"
     return {
         "use_vllm": True,
         "vllm_mode": rollouts.engine.removeprefix("vllm_"),
@@ -100,10 +102,8 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_tensor_parallel_size": rollouts.tensor_parallel,
         "vllm_enable_sleep_mode": rollouts.sleep,
         "vllm_max_model_length": longest,
-        "vllm_importance_sampling_correction": rollouts.correction != "none",
-        "vllm_importance_sampling_mode": "sequence_mask"
-        if rollouts.correction == "none"
-        else rollouts.correction,
+        "vllm_importance_sampling_correction": corrected,
+        "vllm_importance_sampling_mode": rollouts.correction if corrected else "sequence_mask",
         "vllm_importance_sampling_clip_min": None,
         "vllm_importance_sampling_clip_max": rollouts.correction_max,
         "generation_kwargs": {"stop_token_ids": stops},
@@ -113,15 +113,20 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
 def copy_of(
     base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection, baseline: BaselineSection | None
 ) -> merged.MergedCopy | None:
-    """On CPU, where the trainer samples itself, a copy to merge LoRA into: several times faster than through its layers."""
+    """On CPU, if the trainer samples itself, a copy of the base to merge LoRA into; else None.
+
+    Sampling from merged weights is several times faster there than through LoRA layers.
+    """
     here = base.device.type == "cpu" and rollouts.engine == "transformers"
-    return merged.MergedCopy(base) if here and baseline is None and not model.load_in_4bit else None
+    mergeable = baseline is None and not model.load_in_4bit
+    return merged.MergedCopy(base) if here and mergeable else None
 
 
 def from_base(trainer: Any, adapted: PeftModel) -> None:
     """Let the trainer's vLLM take its weights from `adapted` without touching them.
 
-    ConfigError where they are sharded; LoraparError where TRL has no such way in, and would merge into the base.
+    ConfigError if the weights are sharded. LoraparError if this TRL lacks the method that is replaced here:
+    it would merge into the base.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError("vLLM rollouts from sharded weights were not tested", "use launch.backend=ddp")
@@ -130,5 +135,5 @@ def from_base(trainer: Any, adapted: PeftModel) -> None:
             "this TRL has no VLLMGeneration._iter_named_params",
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
-    # The library's generator merges into the base and out again: a base in bfloat16 drifts a little at each step.
+    # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
     trainer.vllm_generation._iter_named_params = lambda: merged.plain(adapted)

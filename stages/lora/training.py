@@ -1,4 +1,4 @@
-"""What SFT and RL truly share: trainer arguments, packing, the run itself, and the proof that frozen elements stayed."""
+"""What SFT and RL share: trainer arguments, packing, the run, and the proof that frozen elements stayed."""
 
 from __future__ import annotations
 
@@ -59,13 +59,16 @@ PINNED: dict[str, Any] = {
         "use_seedable_sampler": True,
     },
 }
-"""What both trainers take beside our settings and a number may depend on: no default of theirs may move it."""
+"""Arguments of both trainers that are not settings of ours and on which a number may depend.
+
+They are pinned, so that no default of the library can change a result.
+"""
 
 
 def arguments(
     section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1
 ) -> dict[str, Any]:
-    """The arguments of TRL's configs that both trainers take.
+    """The arguments that the TRL configs of both trainers take.
 
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
     """
@@ -75,7 +78,7 @@ def arguments(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
         )
-    # The library's `constant` passes over the warm-up without a word.
+    # The library's `constant` ignores the warm-up without a warning.
     scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
     return PINNED | {
         "output_dir": str(checkpoints.folder),
@@ -104,23 +107,25 @@ def arguments(
 
 
 def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
-    """ConfigError unless each is installed; tensorboard's files go beside the stages, as checkpoints do not stay."""
+    """What `report_to` asks for; ConfigError unless each tracker is installed.
+
+    TensorBoard's files go beside the stages, because the folder of the checkpoints does not stay.
+    """
     for name in section.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}")
     if "tensorboard" in section.report_to:
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
-        os.environ.setdefault(
-            "TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / f"{stage}-{checkpoints.name}")
-        )
+        folder = run / "tensorboard" / f"{stage}-{checkpoints.name}"
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
     return list(section.report_to) or "none"
 
 
 def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
-    """Replace every LoRA layer by one whose active elements alone are parameters.
+    """Replace every LoRA layer by one in which only the active elements are parameters.
 
-    Call it when the trainer is built and before it trains: TRL copies `default` to `ref` by plain parameter names.
-    ArtifactError unless the masks are for exactly these weights.
+    Call it after building the trainer and before training: while the trainer is built, TRL copies `default`
+    to `ref` by plain parameter names. ArtifactError unless the masks are for exactly these weights.
     """
     layers = adapter.lora_layers(model)
     if layers.keys() != active.keys():
@@ -143,13 +148,13 @@ class Start:
     """What a training stage starts from."""
 
     folder: Path | None
-    """The adapter: the other stage's, or the initial one; none: a baseline's, drawn from the seed."""
+    """The other stage's adapter or the initial one; None for a new baseline, which is drawn from the seed."""
     active: dict[str, Tensor] | None
-    """The elements that train, by LoRA weight; none: all that a baseline has."""
+    """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
 
     @classmethod
     def of(cls, stage: str, folder: Path | None, partition: Path | None) -> Start:
-        """From an adapter folder and, unless it is a baseline's, the masks in the partition's artifact for `stage`."""
+        """The adapter in `folder` and the masks for `stage` in `partition`; a baseline has no partition."""
         return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
     def attach(
@@ -166,7 +171,7 @@ class Start:
         return adapter.attach(base, lora, self.folder, dropout)
 
     def put_back(self, model: PeftModel) -> None:
-        """Every LoRA weight as its file has it: TRL rounds the adapters of a base in 4 bits to bfloat16."""
+        """Restore every LoRA weight from the file: TRL rounds the adapters of a 4-bit base to bfloat16."""
         assert self.folder is not None
         stored = adapter.read(self.folder)
         for copy in ("default", "ref"):
@@ -177,25 +182,25 @@ class Start:
 def train(
     trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints
 ) -> dict[str, Any]:
-    """Pack, train from the newest checkpoint or from `start`, and write `adapter/`, `history.json` and `curves.png` below `out`.
+    """Pack, train from the newest checkpoint or else from `start`, and write the results below `out`.
 
-    Of several processes only the first writes, and the others return nothing; that all hold the same adapter is asserted.
-    Returns steps, numbers of elements and `frozen_drift`, the largest difference of an inactive element between the file
-    written and the one in `start`: 0, or an AssertionError, for then a promise of the code is broken.
+    Writes `adapter/`, `history.json` and `curves.png`. Of several processes only the first writes, and the
+    others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, the
+    numbers of elements and `frozen_drift`: the largest difference of an inactive element between the file
+    written and the one in `start`. It is 0; any other value breaks a promise of the code and is an
+    AssertionError.
     """
+    drawn = None
     if start.active is not None:
         start.put_back(model)
         pack(model, start.active)
-    drawn = (
-        None
-        if start.active is not None
-        else {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
-    )
+    else:
+        drawn = {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
     if resumed:
-        log.info("going on from %s", resumed.name)
+        log.info("resuming from %s", resumed.name)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
@@ -216,7 +221,7 @@ def train(
 
 
 def _digest(model: PeftModel) -> str:
-    """sha256 over what trains."""
+    """sha256 over the trained parameters."""
     digest = hashlib.sha256()
     for _, weight in sorted(adapter.trained(model).items()):
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -224,13 +229,13 @@ def _digest(model: PeftModel) -> str:
 
 
 def history(trainer: Any) -> list[dict[str, float]]:
-    """What was logged in each step, those before a resume among them."""
+    """What was logged in each step, including the steps before a resume."""
     steps = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
 def proof(start: Start, end: Path) -> dict[str, Any]:
-    """Read both adapter files back: how many active elements moved, and that no other did."""
+    """Read both adapter files back, count the active elements that moved, and assert that no other did."""
     assert start.folder is not None and start.active is not None
     before, after = adapter.read(start.folder), adapter.read(end)
     drift, moved = 0.0, 0
@@ -252,7 +257,7 @@ def proof(start: Start, end: Path) -> dict[str, Any]:
 
 
 def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:
-    """The same count for a baseline, of which everything trains."""
+    """The same counts for a baseline, of which everything trains."""
     after = adapter.read(end, baselines.STATE)
     number = sum(old.numel() for old in before.values())
     moved = sum(int((after[name] != old).sum()) for name, old in before.items())
@@ -260,16 +265,17 @@ def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:
 
 
 def accumulation(samples: int, micro_batch: int) -> int:
-    """Forward passes per process and optimizer step; ConfigError unless the processes can share the samples evenly."""
+    """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly."""
     if samples % (micro_batch * team.size()):
         raise ConfigError(
-            f"{team.size()} processes with micro batches of {micro_batch} cannot share {samples} samples a step evenly",
+            f"{team.size()} processes with micro batches of {micro_batch} "
+            f"cannot share {samples} samples a step evenly",
             "lower micro_batch or the number of processes",
         )
     return samples // (micro_batch * team.size())
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
-    """Optimizer steps for `epochs` passes over so many batches, each used `passes` times; at most `max_steps`."""
+    """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
     steps = math.ceil(batches * section.epochs * passes)
     return min(steps, section.max_steps or steps)

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """This process's GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def load_base(model: ModelSection) -> PreTrainedModel:
@@ -47,13 +46,13 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
-        # With `logits_to_keep` the head gets a strided slice, for which torch on CPU copies the vocabulary-sized weight once
-        # per example: 31 % of a training step on SmolLM2.
+        # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
+        # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
         return loaded.to(device()).eval()
     for module in loaded.modules():
-        # On CPU bitsandbytes would repack weights at their first use in eval mode, and round their scales as it does.
+        # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return loaded.eval()
@@ -76,14 +75,15 @@ def _four_bit(model: ModelSection) -> dict[str, Any]:
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
-    """The base model with the adapter of `folder` beside its weights, by plain PEFT, as any user would load it."""
+    """The base model with the adapter of `folder` beside its weights, loaded by plain PEFT."""
     return PeftModel.from_pretrained(load_base(model), str(folder)).eval()
 
 
 def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
-    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to ask.
+    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to run.
 
-    A trained prompt is no change of weights, and 4 bits have no room for one: these come as the adapted model that they are.
+    A trained prompt does not change weights, and 4-bit weights are too coarse to take a change. In both cases
+    the adapter stays beside the weights.
     """
     if folder is None:
         return load_base(model)
@@ -94,7 +94,7 @@ def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
 
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
-    """Write the merged model with its tokenizer into `out`, ready to be served; its weights have 16 or 32 bits."""
+    """Write the merged model, in 16 or 32 bits, with its tokenizer into `out`, ready to be served."""
     from transformers import AutoTokenizer
 
     load_merged(model.model_copy(update={"load_in_4bit": False}), folder).save_pretrained(str(out))
@@ -102,9 +102,10 @@ def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library reuse large blocks instead of giving each back to the kernel and faulting it in again.
+    """Let the C library reuse large blocks: by default it returns each to the kernel and faults it in again.
 
-    A third of a GRPO step on CPU went there: logits over a vocabulary are such blocks. glibc only; elsewhere nothing happens.
+    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are large blocks.
+    Only glibc has these settings; elsewhere nothing happens.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

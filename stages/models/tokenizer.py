@@ -26,6 +26,6 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token
-        log.info("the tokenizer of %s has no pad token: EOS pads", model.name)
+        log.info("the tokenizer of %s has no pad token: padding uses EOS", model.name)
     tokenizer.padding_side = "left"
     return tokenizer
