@@ -1,4 +1,4 @@
-"""What can be chosen by name: functions that register themselves, and files that are there."""
+"""What can be chosen by name: functions that register themselves, and the modules of a package."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ Function = Callable[..., Any]
 
 
 class _Named:
-    """Names of one kind, and the one error for all others."""
+    """Names of one kind, and the one error for every other name."""
 
     kind: str
 
@@ -21,7 +21,7 @@ class _Named:
         raise NotImplementedError
 
     def check(self, name: str) -> None:
-        """ConfigError with the choices unless there is one called `name`."""
+        """ConfigError with the choices if nothing is called `name`."""
         if name not in self.names():
             raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
 
@@ -35,7 +35,7 @@ class Registry(_Named):
         self._traits: dict[str, set[str]] = {}
 
     def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function, with what others must know of it without calling it."""
+        """Decorator that registers a function with its traits: what others must know without calling it."""
 
         def register(function: Function) -> Function:
             self._functions[function.__name__] = function
@@ -63,19 +63,19 @@ class Registry(_Named):
 
 
 class Files(_Named):
-    """The modules of one package that define `mark` at their top level, found by file name; the others are their helpers."""
+    """The modules of a package that define `mark` at top level, found by file name; the rest are helpers."""
 
     def __init__(self, kind: str, package: str, folder: list[str], mark: str) -> None:
         self.kind = kind
         self._package = package
         marked = re.compile(rf"^(?:async )?(?:def )?{mark}\b\s*[:=(]", re.MULTILINE)
-        files = {
-            module.name: Path(folder[0]) / f"{module.name}.py" for module in pkgutil.iter_modules(folder)
-        }
-        # Read as text: importing an engine would load torch for every command.
-        self._names = sorted(
-            name for name, file in files.items() if marked.search(file.read_text(encoding="utf-8"))
-        )
+        self._names = []
+        for module in pkgutil.iter_modules(folder):
+            # Read as text: importing an engine would load torch for every command.
+            text = (Path(folder[0]) / f"{module.name}.py").read_text(encoding="utf-8")
+            if marked.search(text):
+                self._names.append(module.name)
+        self._names.sort()
 
     def names(self) -> list[str]:
         return list(self._names)
