@@ -1,1 +1,1 @@
-"""The lorapar library: six stages, their plumbing and the concepts they share. Nothing here talks to a terminal."""
+"""The lorapar library: six stages, what runs them, and what they share. Nothing here talks to a terminal."""

@@ -1,7 +1,8 @@
-"""classify: every voter votes each example System 1 or 2; the votes become labels, and the labels a report.
+"""classify: each voter votes System 1 or 2 on each example; votes become labels, and a report describes them.
 
-Votes are journalled per voter outside of the run, under `votes/` of the folder of all runs, and an answer in a journal is
-never asked for again: another voter or sample asks only for its own, and a killed run goes on where it was.
+Votes are journalled per voter in `votes/`, below the folder of all runs rather than in one of them. No
+question with an answer in its journal is asked again. So a new voter or sample adds only its own questions,
+and a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from stages.pipeline.job import Job
 from stages.records import Example, Labelled, write_labels
 
 PATIENCE = 10
-"""Bad answers beyond what is allowed after which the rest need not be asked."""
+"""A voter with this many bad answers more than allowed is not asked further questions."""
 
 
 def run(
@@ -50,14 +51,15 @@ def run(
     data: DataSection | None = None,
     benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
-    """Write `labels.jsonl`, every example of `data` (or of `benchmark`) with its label and votes, and `report.json`.
+    """Write `labels.jsonl` and `report.json`; returns the counts.
 
-    Returns the counts.
+    labels.jsonl has every example of `data`, or of `benchmark`, with its label and votes. Strategy random
+    writes no report.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     if classify.strategy == "random":
-        rng = random.Random(classify.seed)
-        rows = [Labelled(e, 2 if rng.random() < (classify.system2_share or 0.5) else 1, {}) for e in examples]
+        rng, share = random.Random(classify.seed), classify.system2_share or 0.5
+        rows = [Labelled(example, 2 if rng.random() < share else 1, {}) for example in examples]
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
@@ -78,7 +80,7 @@ def run(
 
 
 def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Votes]:
-    """A ballot box per voter, in the order of the config."""
+    """The Votes of each voter, in the order of the config."""
     boxes: list[Votes] = []
     for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
         asked = voter.asks(model)
@@ -92,7 +94,7 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
         few_shot = personas.has(voter.persona, "few-shot")
         worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if few_shot else ()
         brief = Brief(model.title, classify.show_answer, voter.words, worked)
-        # The type in which a model runs here changes its votes; that of a server elsewhere is not known.
+        # A model's data type changes its votes. It is known for models that run here, not for remote servers.
         answering = identity if voter.urls else f"{identity} {resolve(asked)}"
         boxes.append(Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes"))
     return boxes
@@ -101,10 +103,11 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
 def _ask_all(
     boxes: list[Votes], model: ModelSection, classify: ClassifySection, server: ServerSection, job: Job
 ) -> None:
-    """Have every voter answer what its journal lacks.
+    """Have every voter answer the questions that its journal lacks.
 
-    Voters in this process and servers started without `devices` follow each other, those of one model next to each other, so
-    that it is loaded once. Each group of devices and each remote model has a lane of its own beside them.
+    Voters in this process and voters whose server has no `devices` are asked one after another. Voters of one
+    model follow each other, so that the model is loaded once. Each group of devices and each remote server
+    has a separate lane, a thread, and all lanes run side by side.
     """
     progress = job.progress
     wanted = {box.title: len(box.missing()) for box in boxes}
@@ -148,7 +151,7 @@ def _ask_all(
 
 
 class _Once:
-    """Calls a function the first time only, from whichever thread."""
+    """Calls a function once, however many threads ask for it."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call, self._lock, self._done = call, threading.Lock(), False
@@ -161,16 +164,16 @@ class _Once:
 
 
 def _served(voter: Voter, model: ModelSection) -> Served:
-    # In 16 bits the logits of unlike questions tie. A voter that thinks would pay for the wider head with every token.
+    # In 16 bits the logits of different questions tie, so the head computes in float32. A voter that thinks
+    # would pay for that with every token of its thought.
     exact = {} if voter.thinking else {"hf_overrides": {"head_dtype": "float32"}}
     arguments = {**exact, **voter.vllm}
-    return Served(
-        voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, arguments, voter.devices
-    )
+    asked = voter.asks(model)
+    return Served(voter.engine, asked, None, voter.urls, voter.api_key_env, arguments, voter.devices)
 
 
 def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:
-    """The threshold of a voter from labelled examples that are not in its prompt."""
+    """The calibration of a voter, from the labelled examples that are not in its prompt."""
     shown = {row.question for row in box.brief.shots}
     apart = [row for row in judged if row.question not in shown]
     method = box.voter.calibration
@@ -178,7 +181,8 @@ def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:
         method = "none" if personas.has(box.voter.persona, "chat") else "held_out"
     if method == "held_out" and len(apart) < LEAST_EXAMPLES:
         raise DataError(
-            f"{box.title}: {len(apart)} labelled examples outside of its prompt, and calibration needs {LEAST_EXAMPLES}",
+            f"{box.title}: {len(apart)} labelled examples outside of its prompt, "
+            f"and calibration needs {LEAST_EXAMPLES}",
             "more of them in classify.held_out, or calibration: none",
         )
     given = [box.vote(as_example(row)) for row in apart]

@@ -1,8 +1,8 @@
 """The errors a person can cause or meet, each with its exit code.
 
-Message style: lower case, no full stop, the setting as typed and the value seen; `hint` is one line with the next command
-or the choices. Exit codes follow sysexits.h; 79 is ours. Anything that is not a `LoraparError` is a bug and keeps its
-traceback.
+Messages are lower case, have no full stop, and name the setting as typed and the value seen. `hint` is one
+line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
+own. An exception that is not a `LoraparError` is a bug and keeps its traceback.
 """
 
 
@@ -17,19 +17,19 @@ class LoraparError(Exception):
 
 
 class DataError(LoraparError):
-    """The data is there and wrong: broken line, missing field, duplicate id, too long."""
+    """The data exists but is wrong: a broken line, a missing field, a duplicate id, a row too long."""
 
     exit_code = 65
 
 
 class MissingInputError(LoraparError):
-    """A file, a folder or an earlier stage's artifact is not there."""
+    """A file, a folder or the artifact of an earlier stage does not exist."""
 
     exit_code = 66
 
 
 class ServerError(LoraparError):
-    """A model server does not come up or does not answer; the same command resumes."""
+    """A model server does not start or does not answer. The same command resumes."""
 
     exit_code = 69
 
@@ -41,7 +41,7 @@ class OutputError(LoraparError):
 
 
 class OutOfMemoryError(LoraparError):
-    """Memory of the device or the machine ran out; the same command resumes."""
+    """The memory of the device or the machine ran out. The same command resumes."""
 
     exit_code = 74
 
@@ -53,13 +53,13 @@ class BusyError(LoraparError):
 
 
 class AnswerError(LoraparError):
-    """A server answers, but with something that cannot be used."""
+    """A model or a server answers, but the answers cannot be used."""
 
     exit_code = 76
 
 
 class SandboxError(LoraparError):
-    """No sandbox works here, so code that a model wrote is not run."""
+    """No sandbox works on this machine, so code that a model wrote is not run."""
 
     exit_code = 77
 
@@ -71,12 +71,12 @@ class ConfigError(LoraparError):
 
 
 class ArtifactError(LoraparError):
-    """An artifact is damaged, foreign or does not fit the others."""
+    """An artifact is damaged, is not what its key says, or does not fit the others."""
 
     exit_code = 78
 
 
 class MeaninglessError(LoraparError):
-    """The numbers say that going on is pointless: all-zero importance, no active element, no training step."""
+    """The numbers show that going on is pointless: importance all zero, no active element, no step."""
 
     exit_code = 79

@@ -46,31 +46,23 @@ def run(
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
-    Answers are journalled as they come, by model, adapter, engine, prompt and sampling: a killed run asks for none of them
-    again (`again` does), and neither does one with other labels, another limit or another grader.
+    Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So a
+    killed run does not ask for it again, and neither does a run with other labels, another limit or another
+    grader. Only `job.again` sets earlier answers aside.
     """
     target, adapter, progress = job.variant.partition("@")[0], job.adapter("score", "sft", "rl"), job.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
-        return module.run(model, adapter, benchmark, server, target, job.out, progress)  # type: ignore[no-any-return]
-
+        found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
+        return found
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
     box = sandboxes.of(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
-    if "classify" in job.inputs:
-        rows = read_labels(job.labels)
-    else:
-        rows = [Labelled(example, None, {}) for example in module.load(benchmark)]
+    rows = _rows(job, benchmark)
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)
-    dtype = f"nf4 {job.dtype}" if model.load_in_4bit else job.dtype
-    identity = {
-        "model": job.outside["model"],
-        "dtype": dtype,
-        "adapter": _digest(adapter),
-        "engine": eval.engine,
-    }
+    identity = _identity(job, served)
     replies = Replies(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
     replies.complete(
         lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress
@@ -91,15 +83,29 @@ def run(
         **_prompt(asked[0], renderer),
     }
     (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    held_by = {"sandbox": context.sandbox.name} if context.sandbox else {}
+    return {"kind": benchmark.kind, **held_by, **brief(metrics)}
+
+
+def _rows(job: Job, benchmark: BenchmarkSection) -> list[Labelled]:
+    """The benchmark's items with their labels, or undecided where the voters do not label this benchmark."""
+    if "classify" in job.inputs:
+        return read_labels(job.labels)
+    return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
+
+
+def _identity(job: Job, served: Served) -> dict[str, Any]:
+    """What determines the answers, beside the prompts and the sampling."""
     return {
-        "kind": benchmark.kind,
-        **({"sandbox": context.sandbox.name} if context.sandbox else {}),
-        **brief(metrics),
+        "model": job.outside["model"],
+        "dtype": f"nf4 {job.dtype}" if served.model.load_in_4bit else job.dtype,
+        "adapter": _digest(served.adapter),
+        "engine": served.engine,
     }
 
 
 def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
-    """What a reader needs to see of the prompts."""
+    """The part of metrics.json that shows a reader what the prompts look like."""
     bos = renderer.tokenizer.bos_token_id
     return {
         "first_prompt": first.text,
@@ -113,9 +119,8 @@ def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
 def _digest(adapter: Path | None) -> str | None:
     if adapter is None:
         return None
-    return key_of(
-        {name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")}
-    )
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    return key_of({name: sha256_file(adapter / name) for name in files})
 
 
 def _parity(
@@ -128,7 +133,10 @@ def _parity(
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any] | None:
-    """Check what was served against the unmerged adapter, where it was not that itself."""
+    """Check the first answers with the unmerged adapter in plain PEFT.
+
+    None if `eval.parity_items` is 0, answers were sampled, or engine transformers served the base model.
+    """
     if not eval.parity_items or benchmark.temperature or (adapter is None and eval.engine == "transformers"):
         return None
     import torch
@@ -136,7 +144,7 @@ def _parity(
     from stages.benchmarks import parity
 
     if torch.cuda.is_available():
-        job.engines.close()  # a server keeps most of the device's memory
+        job.engines.close()  # a running server holds most of the device's memory
     pairs = [(asked[i], recorded[i, 0]) for i in range(min(eval.parity_items, len(asked)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
     return parity.check(pairs, model, adapter, tokenizer, hint, job.progress.say)
@@ -151,7 +159,7 @@ def _graded(
     benchmark: BenchmarkSection,
     progress: Progress,
 ) -> list[Sample]:
-    """Every answer, graded; programs side by side on all cores."""
+    """Every answer, graded. Programs run side by side on all cores."""
     grade = benchmarks.pick(benchmark.kind).grade
     which = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
     if context.sandbox:

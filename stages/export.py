@@ -1,4 +1,4 @@
-"""Export: a trained adapter as plain PEFT files, or merged into its base model, with a card; and a check that it still answers."""
+"""Export a trained adapter as plain PEFT files, or merged into its base model, with a card; and check it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 Form = Literal["adapter", "merged"]
 LONGEST = 32
-"""Tokens of each answer that a check generates."""
+"""How many tokens of each answer a check generates."""
 
 
 def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype: bool = False) -> None:
-    """Write the adapter of a committed sft or rl artifact, or the merged model with its tokenizer, and README.md into `out`.
+    """Write the adapter of a committed sft or rl artifact into `out`, or the merged model with its tokenizer.
 
-    base_dtype: cast the adapter's float32 weights to the type of the base model. OutputError if `out` exists, ConfigError for a
-    merged model of a trained prompt.
+    Either comes with a README.md. base_dtype: cast the adapter's float32 weights to the type of the base
+    model. OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
     """
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
@@ -60,30 +60,32 @@ def _cast(file: Path, model: ModelSection) -> None:
     from stages.models.base import load_base
 
     dtype = load_base(model).dtype
-    save_file(
-        {name: weight.to(dtype) for name, weight in load_file(file).items()}, file, metadata={"format": "pt"}
-    )
+    weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def card(artifact: Artifact, form: Form) -> str:
-    """A model card from the manifest alone."""
+    """A model card, made from the manifest alone."""
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
     base = manifest["provenance"]["config"]["model"]["name"]
-    load = (
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "this folder")'
-        if form == "adapter"
-        else 'model = AutoModelForCausalLM.from_pretrained("this folder")'
-    )
+    if form == "adapter":
+        library = "peft"
+        load = (
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            'model = PeftModel.from_pretrained(model, "this folder")'
+        )
+    else:
+        library = "transformers"
+        load = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
     baseline = identity["baseline"]
     method = baseline["method"] if baseline else "lora"
     rest = "all that the method has" if baseline else "the others are those that it started from, to the bit"
-    settings = {
-        **(baseline or identity["lora"]),
-        **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)},
-    }
+    plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
+    settings = {**(baseline or identity["lora"]), **plain}
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
-    library = "peft" if form == "adapter" else "transformers"
+    what = "The adapter" if form == "adapter" else "The merged model"
+    trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
 base_model: {base}
 library_name: {library}
@@ -92,9 +94,9 @@ tags: [lorapar, {method}]
 
 # {base.rstrip("/").split("/")[-1]} after {f"{method} {stage}" if baseline else f"LoRA-PAR {stage}"}
 
-{"The adapter" if form == "adapter" else "The merged model"} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+{what} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
-{summary["active"]:,} of {summary["elements"]:,} elements ({summary["active_share"]:.1%}) were trained in this stage, in
+{trained} were trained in this stage, in
 {summary["steps"]} steps; {rest}.
 
 ```python
@@ -108,7 +110,10 @@ tags: [lorapar, {method}]
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload what `write` wrote into a hub repository, made private if it is new; returns its address. ServerError if not."""
+    """Upload what `write` wrote into a hub repository; returns its address.
+
+    A new repository is private. ServerError if the hub cannot be reached or refuses the upload.
+    """
     import httpx
     from huggingface_hub import HfApi
 
@@ -116,7 +121,7 @@ def push(folder: Path, repository: str) -> str:
     try:
         where = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=where.repo_id, folder_path=folder)
-    except (httpx.HTTPError, OSError, ValueError) as error:  # bases of all that the library raises
+    except (httpx.HTTPError, OSError, ValueError) as error:  # base classes of the library's own errors
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ServerError(
             f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login"
@@ -125,17 +130,19 @@ def push(folder: Path, repository: str) -> str:
 
 
 def engines(config: Config) -> list[str]:
-    """What can be asked here."""
-    return ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") and config.served_by_vllm else [])]
+    """The engines that can serve the export on this machine."""
+    vllm = importlib.util.find_spec("vllm") and config.served_by_vllm
+    return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
 def check(
     artifact: Artifact, config: Config, out: Path, form: Form, prompts: int, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Ask what was exported the first training prompts, by every engine there is, and follow each answer by the trained adapter.
+    """Ask the export the first `prompts` training prompts and check its answers with the trained adapter.
 
-    Yields a row per engine: tokens, the share within the tolerance of the adapter's own choice, the largest gap in logits.
-    AnswerError if that is not what was trained.
+    Each available engine serves the export once. Yields one row per engine: the number of tokens, the share
+    of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
+    the export is not what was trained.
     """
     from stages.benchmarks import parity
     from stages.benchmarks.replies import Recorded
@@ -152,11 +159,8 @@ def check(
     for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
-            made = dict(
-                pool.get(served, config.server, say).generate([Question(one.ids) for one in asked], sampling)
-            )
+            ready = pool.get(served, config.server, say)
+            made = dict(ready.generate([Question(one.ids) for one in asked], sampling))
         pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
-        yield {
-            "engine": engine,
-            **parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say),
-        }
+        found = parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say)
+        yield {"engine": engine, **found}

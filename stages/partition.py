@@ -1,4 +1,4 @@
-"""partition: from the importance of every element to regions, and the elements that SFT, or RL, moves."""
+"""partition: give every element a region by its importance, and choose the elements that SFT or RL trains."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ if TYPE_CHECKING:
 
 
 def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
-    """Write `masks.safetensors`: the regions, and the elements that the variant, sft or rl, trains.
+    """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
-    Returns the number of elements of each region and the active share. MeaninglessError if no element is active.
+    Returns the size of each region and the active share. MeaninglessError if no element is active.
     """
     made = job.inputs["score"].path
-    shapes = {
-        name: torch.Size(shape) for name, shape in json.loads((made / "shapes.json").read_text()).items()
-    }
+    written = json.loads((made / "shapes.json").read_text())
+    shapes = {name: torch.Size(shape) for name, shape in written.items()}
     if strategies.has(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
-        scores = {
-            system: flat(tensors)
-            for system, tensors in read_importance(made / "importance.safetensors").items()
-        }
+        importance = read_importance(made / "importance.safetensors")
+        scores = {system: flat(tensors) for system, tensors in importance.items()}
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)

@@ -1,10 +1,13 @@
-"""Where a stage reports how far it is; a terminal or a silence stands behind it."""
+"""How a stage reports its progress, without knowing who listens."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where a stage reports how far it is."""
+    """Receives the reports of a stage; it may show them in a terminal or ignore them.
+
+    `start` begins a piece of work of `total` units, `advance` counts units done, `say` passes on a sentence.
+    """
 
     def start(self, what: str, total: int | None = None) -> None: ...
     def advance(self, n: int = 1, note: str = "") -> None: ...

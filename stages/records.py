@@ -1,4 +1,4 @@
-"""Example, Vote and Sample, and their JSON Lines on disk."""
+"""Example, Labelled and Sample, and their JSON Lines on disk."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ class Example:
     gold: str | None
     """The verifiable final answer, if the response has one."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields of the row that lorapar keeps and does not read."""
+    """The other fields of the row, kept as they are."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Labelled:
     system: int | None
     """1 or 2; None is undecided."""
     votes: dict[str, float | None]
-    """Calibrated probability of System 2 per voter; None where its answer was invalid or failed."""
+    """Calibrated probability of System 2 per voter; None where the voter's answer was invalid or failed."""
 
 
 OUTCOMES = ("correct", "wrong", "unparsed", "truncated", "refused")
@@ -47,31 +47,31 @@ class Sample:
 
     id: str
     sample: int
-    """Number of the answer, where an item is answered several times."""
+    """Number of the answer, counted from 0, where an item is answered several times."""
     system: int | None
     prompt: str
-    """As rendered, so that it can be read and replayed."""
+    """The prompt as rendered, so that it can be read and replayed."""
     output: str
     gold: str | None
     strict: str | None
-    """What was read from the output in the format asked for; None is unparsed."""
+    """The answer, read in the requested format; None if the output does not have that format."""
     flexible: str | None
     correct: bool
     """By the strict reading."""
     correct_flexible: bool
     """By the benchmark's second, more lenient reading."""
     outcome: str
-    """One of OUTCOMES; `refused` is an answer that could not be graded: its item counts neither way."""
+    """One of OUTCOMES. An answer is `refused` if it could not be graded; its item then counts neither way."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def problems(kind: str, found: list[str], hint: str | None = None) -> DataError:
-    """One error for many bad lines: all counted, the first ones shown."""
+    """One error for many bad lines: it counts all of them and shows the first ones."""
+    if len(found) == 1:
+        return DataError(f"{kind}: {found[0]}", hint)
     shown = "\n  ".join(found[:SHOWN_PROBLEMS])
     rest = f"\n  … and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
-    return DataError(
-        f"{kind}: {found[0]}" if len(found) == 1 else f"{len(found)} × {kind}:\n  {shown}{rest}", hint
-    )
+    return DataError(f"{len(found)} × {kind}:\n  {shown}{rest}", hint)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -83,7 +83,8 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a .jsonl or .jsonl.gz file with their line numbers; blank lines are skipped.
 
-    Lines end at \\n only, so a U+2028 inside a string splits nothing. DataError names file and line of every bad one.
+    Lines end at \\n only, so a U+2028 inside a string does not split a line. DataError names the file and the
+    number of every bad line.
     """
     rows = parse_jsonl(_lines(path), path)
     if not rows:
@@ -92,7 +93,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def parse_jsonl(lines: Iterable[bytes], path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The same for the lines themselves; `path` is named in errors."""
+    """The same for lines that are already read, which may be none; errors name `path`."""
     rows: list[tuple[int, dict[str, Any]]] = []
     bad: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -146,7 +147,8 @@ def of_system(rows: list[Labelled], system: int) -> list[Example]:
     if not found:
         counts = {k: sum(row.system == k for row in rows) for k in (1, 2, None)}
         raise DataError(
-            f"no example is labelled System {system} ({counts[1]} System 1, {counts[2]} System 2, {counts[None]} undecided)",
+            f"no example is labelled System {system} "
+            f"({counts[1]} System 1, {counts[2]} System 2, {counts[None]} undecided)",
             "other voters, or a known share: --set classify.system2_share=0.5",
         )
     return found

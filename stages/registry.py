@@ -1,4 +1,4 @@
-"""What can be chosen by name: functions that register themselves, and files that are there."""
+"""What can be chosen by name: functions that register themselves, and the modules of a package."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ Function = Callable[..., Any]
 
 
 class _Named:
-    """Names of one kind, and the one error for all others."""
+    """Names of one kind, and the one error for every other name."""
 
     kind: str
 
@@ -22,7 +22,7 @@ class _Named:
         raise NotImplementedError
 
     def check(self, name: str) -> None:
-        """ConfigError with the choices unless there is one called `name`."""
+        """ConfigError with the choices if nothing is called `name`."""
         if name not in self.names():
             raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
 
@@ -36,7 +36,7 @@ class Registry(_Named):
         self._traits: dict[str, set[str]] = {}
 
     def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function, with what others must know of it without calling it."""
+        """Decorator that registers a function with its traits: what others must know without calling it."""
 
         def register(function: Function) -> Function:
             self._functions[function.__name__] = function
@@ -64,7 +64,7 @@ class Registry(_Named):
 
 
 class Files(_Named):
-    """The modules of one package that define `mark` at their top level, found by file name; the others are their helpers."""
+    """The modules of a package that define `mark` at top level, found by file name; the rest are helpers."""
 
     def __init__(self, kind: str, package: str, folder: list[str], mark: str) -> None:
         self.kind = kind

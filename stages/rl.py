@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PINNED: dict[str, Any] = {
-    "remove_unused_columns": False,  # rewards read them
+    "remove_unused_columns": False,  # rewards read these columns
     "shuffle_dataset": True,
     "disable_dropout": False,
     "cast_lm_head_to_fp32": False,
@@ -53,7 +53,7 @@ PINNED: dict[str, Any] = {
     "use_adaptive_entropy": False,
     "sync_ref_model": False,
 }
-"""What GRPOTrainer takes beside our settings and a number may depend on, as in `training.PINNED`."""
+"""The other arguments of GRPOTrainer on which a result may depend; see `training.PINNED`."""
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
     seed: int,
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
-    """Write `adapter/` and `history.json`; returns what was trained and the rewards of the first and last quarter."""
+    """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt)
     labels = read_labels(job.labels)
     examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
@@ -80,47 +80,45 @@ def run(
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
-    trainer = _trainer(
-        peft_model,
-        renderer,
-        rows,
-        tokens,
-        rl,
-        _checked(functions, rl, sandbox, job.progress),
-        arguments,
-        copy,
-    )
+    rewards = _checked(functions, rl, sandbox, job.progress)
+    trainer = _trainer(peft_model, renderer, rows, tokens, rl, rewards, arguments, copy)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
     if rl.kl_beta and rl.kl_reference == "base":
-        peft_model.delete_adapter("ref")  # TRL then takes the model without adapter
+        peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     names = row_ids(lambda: known, "prompt_ids", "prompt_mask")
-    trainer.vitals = Vitals(
-        names, f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
-    )
+    knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
+    trainer.vitals = Vitals(names, knobs)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(Watch(job.progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
-    history = training.history(trainer)
-    earned = [row["reward"] for row in history if "reward" in row]
-    quarter = max(1, len(earned) // 4)
     return {
         "prompts": len(rows),
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": long,
         "prompt": renderer.digest(),
+        **_earned(training.history(trainer)),
+        **summary,
+    }
+
+
+def _earned(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean reward in the first and last quarter of the steps, and how many steps had only equal rewards."""
+    earned = [row["reward"] for row in history if "reward" in row]
+    quarter = max(1, len(earned) // 4)
+    return {
         "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
         "reward_first_quarter": sum(earned[:quarter]) / quarter,
         "reward_last_quarter": sum(earned[-quarter:]) / quarter,
-        **summary,
     }
 
 
 def _rows(
     examples: list[Example], renderer: Renderer, rl: RlSection, functions: dict[str, Callable[..., Any]]
 ) -> tuple[Dataset, dict[str, list[int]], dict[tuple[int, ...], str], int]:
-    """TRL's rows: the rendered prompt and the columns that rewards read.
+    """The rows for TRL: the rendered prompts and the columns that rewards read.
 
-    With them the token ids of each prompt, the row id for each of these, and how many prompts were too long.
+    Also returns the token ids of each prompt, the row id that belongs to each list of token ids, and the
+    number of prompts that are too long.
     """
     from datasets import Dataset
 
@@ -152,7 +150,10 @@ def _fitting(
     tokens: dict[str, list[int]],
     rl: RlSection,
 ) -> tuple[list[dict[str, Any]], int]:
-    """The rows to train on, and how many were too long: dropped or, in `tokens`, cut (`rl.too_long`)."""
+    """The rows to train on, and the number of rows whose prompt is too long.
+
+    `rl.too_long` says whether those are an error, are left out, or are cut, which changes `tokens`.
+    """
     kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt]
     long = len(rows) - len(kept)
     if long and rl.too_long == "error":
@@ -169,7 +170,8 @@ def _fitting(
         tokens.update({prompt: ids[-rl.max_prompt :] for prompt, ids in tokens.items()})
     if len(kept) < rl.prompts_per_step:
         raise DataError(
-            f"{len(kept)} RL prompts ({long} too long) are fewer than rl.prompts_per_step {rl.prompts_per_step}",
+            f"{len(kept)} RL prompts ({long} too long) are fewer than "
+            f"rl.prompts_per_step {rl.prompts_per_step}",
             "lower it, raise rl.max_prompt, or bring more System 2 rows",
         )
     return kept, long
@@ -181,7 +183,7 @@ def _checked(
     sandbox: SandboxSection | None,
     progress: Progress,
 ) -> list[Callable[..., Any]]:
-    """The rewards as GRPOTrainer calls them; those that run code with the sandbox."""
+    """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
     box = sandboxes.of(sandbox, progress.say) if sandbox else None
 
     def fixed(name: str) -> dict[str, Sandbox | None]:
@@ -218,8 +220,8 @@ def _arguments(
     )
 
 
-def _trainer(  # type: ignore[no-untyped-def]
-    peft_model,
+def _trainer(
+    peft_model: Any,
     renderer: Renderer,
     rows: Dataset,
     tokens: dict[str, list[int]],
@@ -227,21 +229,21 @@ def _trainer(  # type: ignore[no-untyped-def]
     functions: list[Callable[..., Any]],
     arguments: GRPOConfig,
     copy: MergedCopy | None,
-):  # type: ignore[no-untyped-def]
-    """GRPOTrainer with our token ids (`tokens`, by prompt) and, where there is a merged copy, completions sampled from it.
+) -> Any:
+    """GRPOTrainer that takes the token ids of each prompt from `tokens` and samples from the merged `copy`.
 
-    TRL's own way is vLLM, or to generate through the adapter.
+    Without a copy it samples as TRL does: by vLLM, or by generating through the adapter.
     """
     from trl import GRPOTrainer
 
     class Trainer(Healthy, ExactRollouts, LoraPlus, WarmUp, GRPOTrainer):
         ratio = rl.loraplus_ratio
 
-        def _tokenize_prompts(self, prompts: list[str]):  # type: ignore[no-untyped-def]
-            # The renderer's ids: TRL would let the tokenizer add its special tokens to a rendered chat a second time.
+        def _tokenize_prompts(self, prompts: list[str]) -> Any:
+            # TRL would have the tokenizer add its special tokens to a rendered chat a second time.
             return [tokens[prompt] for prompt in prompts], None, {}
 
-        def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
             if copy is None:
                 with packed.fixed(peft_model):
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""score: the initial adapter A₀, B₀ and, per system, the importance of every element of it."""
+"""score: the initial adapter A₀, B₀ and, for each system, the importance of every one of its elements."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def run(
 ) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
-    Importance is float32 per element of the trainable part of each LoRA weight, under `s1/` and `s2/`. Returns the numbers
-    of examples, their mean losses and the share of the formula's second-order term.
+    Importance is one float32 per element of the trainable part of each LoRA weight, stored under `s1/` and
+    `s2/`. Returns for each system the number of examples, their mean loss, and the weight of the formula's
+    second-order term.
     """
     base = load_base(model)
     peft_model = adapter.initial(base, lora, seed)
@@ -60,9 +61,8 @@ def run(
     examples = {system: of_system(labels, system) for system in (1, 2)}
     scores = {}
     for system in (1, 2):
-        chosen = random.Random(f"{seed} score {system}").sample(
-            examples[system], min(score.examples, len(examples[system]))
-        )
+        number = min(score.examples, len(examples[system]))
+        chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
         mine = rows[team.rank() :: team.size()]
         job.progress.start(f"score System {system}", len(mine))
@@ -84,7 +84,7 @@ def run(
 def _moments(
     model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress
 ) -> Moments:
-    """Sorted by length, so that a batch pads little."""
+    """The sums over these rows, in batches of similar length, so that little padding is needed."""
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     model.requires_grad_(False)
     model.eval()
@@ -95,34 +95,30 @@ def _moments(
 
     return moments(
         model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id
-    )  # type: ignore[arg-type]
+    )
 
 
 def _add_up(sums: Moments) -> None:
-    """The sums of all processes, in each of them."""
-    counts = torch.tensor(
-        [sums.examples, sums.loss], dtype=torch.float64, device=next(iter(sums.gradient.values())).device
-    )
+    """Replace the sums in every process by their totals over all processes."""
+    device = next(iter(sums.gradient.values())).device
+    counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=device)
     team.add([counts, *sums.gradient.values(), *sums.square.values()])
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 
 def _importance(model: PeftModel, sums: Moments, lora: LoraSection, scorer: str) -> dict[str, Tensor]:
     formula = scorers.pick(scorer)
-    return {
-        name: formula(
-            *(
-                adapter.trainable_part(name, t, lora).detach().float()
-                for t in (layer.weight, sums.gradient[name] / sums.examples)
-            ),
-            adapter.trainable_part(name, sums.square[name] / sums.examples, lora),
-        )
-        for name, layer in adapter.lora_layers(model).items()
-    }
+    scores = {}
+    for name, layer in adapter.lora_layers(model).items():
+        value = adapter.trainable_part(name, layer.weight, lora).detach().float()
+        gradient = adapter.trainable_part(name, sums.gradient[name] / sums.examples, lora).detach().float()
+        fisher = adapter.trainable_part(name, sums.square[name] / sums.examples, lora)
+        scores[name] = formula(value, gradient, fisher)
+    return scores
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:
-    """Σ ½Fφ² as a share of Σ |gφ| + Σ ½Fφ²: how much the second-order term weighs."""
+    """The weight of the second-order term: Σ ½Fφ² as a share of Σ |gφ| + Σ ½Fφ²."""
     first = second = 0.0
     for name, layer in adapter.lora_layers(model).items():
         value, gradient, square = (

@@ -1,4 +1,4 @@
-"""sft: supervised training of the active System 1 elements, by TRL's SFTTrainer, from the initial adapter or RL's."""
+"""sft: train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PINNED: dict[str, Any] = {
     "remove_unused_columns": True,
     "shuffle_dataset": False,
     "loss_type": "nll",
-    "completion_only_loss": None,  # the labels say it
+    "completion_only_loss": None,  # the labels already leave out the prompt
     "assistant_only_loss": False,
     "max_length": None,  # rows are cut, dropped or refused by the renderer
     "packing": False,
@@ -34,7 +34,7 @@ PINNED: dict[str, Any] = {
     "dataset_kwargs": None,
     "eos_token": None,
 }
-"""What SFTTrainer takes beside our settings and a number may depend on, as in `training.PINNED`."""
+"""The other arguments of SFTTrainer on which a result may depend; see `training.PINNED`."""
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     sft: SftSection,
     seed: int,
 ) -> dict[str, Any]:
-    """Write `adapter/` (plain PEFT, loads on the plain base model) and `history.json`; returns what was trained."""
+    """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -57,9 +57,8 @@ def run(
         def _load_rng_state(self, checkpoint: str | None) -> None:
             super()._load_rng_state(checkpoint)
             if checkpoint is not None:
-                self._total_train_tokens = self.state.log_history[-1][
-                    "num_tokens"
-                ]  # the one count that is in no checkpoint
+                # No checkpoint holds this count, but the log does.
+                self._total_train_tokens = self.state.log_history[-1]["num_tokens"]
 
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
     examples = _examples(read_labels(job.labels), sft, seed)
@@ -74,9 +73,8 @@ def run(
         processing_class=renderer.tokenizer,
     )
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
-    trainer.vitals = Vitals(
-        names, f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
-    )
+    knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
+    trainer.vitals = Vitals(names, knobs)
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
@@ -94,13 +92,12 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
-    """System 1 examples and the cold start's share of System 2 ones, or all with a label, in file order."""
+    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order."""
     if sft.data == "all":
         return decided(labels)
     fast = of_system(labels, 1)
     wanted = round(sft.system2_share * len(fast))
     slow = of_system(labels, 2) if wanted else []
-    chosen = {e.id for e in fast} | {
-        e.id for e in random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))
-    }
+    cold = random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))
+    chosen = {example.id for example in [*fast, *cold]}
     return [row.example for row in labels if row.example.id in chosen]

@@ -1,4 +1,4 @@
-"""The processes of one stage under a launcher: who comes first, and what they do together. Alone, all of it is free."""
+"""The processes of one stage under a launcher: ranks and common operations, free for one process alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAILURE = "LORAPAR_FAILURE"
-"""Environment variable with the file through which a launched process tells its parent why it ended."""
+"""Environment variable that names the file in which a launched process leaves its error for the parent."""
 
 
 def launched() -> bool:
@@ -34,13 +34,13 @@ def first() -> bool:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process has come to this point."""
     if size() > 1:
         _state().wait_for_everyone()
 
 
 def agree(value: Any) -> bool:
-    """Whether all processes bring the same value."""
+    """Whether `value` is the same in all processes."""
     if size() == 1:
         return True
     from accelerate.utils import gather_object
@@ -67,7 +67,7 @@ def _state() -> Any:
 
 
 def tell(error: LoraparError) -> bool:
-    """Leave the error for the parent; False if there is none that waits for it. The first of the processes is heard."""
+    """Leave the error for the parent; False if no parent waits for it. Only the first error is kept."""
     if not launched() or FAILURE not in os.environ:
         return False
     try:

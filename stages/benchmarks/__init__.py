@@ -1,8 +1,15 @@
 """Benchmarks, one file each, found by file name.
 
-`DEFAULTS`: settings of its entry under `eval.benchmarks`. `load(section)`: its items as Examples. `ask(examples, section,
-renderer)`: one Asked per item. `grade(example, output, context)`: a Grade. `GROUPS`: fields of the items by which results are
-split too. `SANDBOX`: it runs code. A benchmark that is run by someone else's harness has `run` instead of all but DEFAULTS.
+A file defines these names at its top level:
+
+- `DEFAULTS`: the default settings of its entry under `eval.benchmarks`.
+- `load(section)`: the items as Examples.
+- `ask(examples, section, renderer)`: one Asked per item.
+- `grade(example, output, context)`: a Grade.
+- `GROUPS`: the fields of an item by which the results are also split.
+- `SANDBOX`, if grading runs code that a model wrote.
+
+A benchmark that another project's harness runs defines `DEFAULTS` and `run` only.
 """
 
 from stages.registry import Files

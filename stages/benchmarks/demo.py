@@ -1,4 +1,4 @@
-"""The demonstration set: numbers and single words, compared after extraction."""
+"""The demonstration set: answers are numbers or single words, extracted and then compared."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What grading gives and is given, and what benchmarks share: prompts of the renderer, grading by the final answer."""
+"""Input and output of grading, and what benchmarks share: rendered prompts, grading by the final answer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Grade:
     strict: str | None
-    """The answer in the format asked for; None is unparsed."""
+    """The answer, read in the requested format; None if the output does not have that format."""
     flexible: str | None
-    """The strict answer, or the best guess where there is none."""
+    """The strict answer, or a best guess where there is none."""
     correct: bool
     correct_flexible: bool
     refused: bool = False
-    """It could not be graded, through no fault of the answer."""
+    """Grading failed for a reason that says nothing about the answer."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What grading may need."""
+    """What grading may need beside the item and the answer."""
 
     answer_format: str
     chat: bool
@@ -39,12 +39,11 @@ class Context:
 
 
 def by_answer(example: Example, output: str, context: Context) -> Grade:
-    """Compare the extracted final answer with gold; the reward `correctness` reads answers the same way."""
+    """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way."""
     assert example.gold is not None
     found = extract(output, context.answer_format)
-    return Grade(
-        found.strict, found.flexible, same(found.strict, example.gold), same(found.flexible, example.gold)
-    )
+    correct, correct_flexible = same(found.strict, example.gold), same(found.flexible, example.gold)
+    return Grade(found.strict, found.flexible, correct, correct_flexible)
 
 
 def with_gold(examples: list[Example]) -> list[Example]:
@@ -66,20 +65,20 @@ def by_prompt(examples: list[Example], section: BenchmarkSection, renderer: Rend
 
         rows = read(shots_source(section).model_copy(update={"limit": section.shots}))
         if len(rows) < section.shots:
-            raise DataError(
-                f"{section.shots_path or section.path} has {len(rows)} rows for {section.shots} shots"
-            )
-        shots = [
-            (row.prompt, rewrite(row.response, row.gold, renderer.section.answer_format)) for row in rows
-        ]
-    # A completion in this form goes on with a question of its own where the others end.
+            where = section.shots_path or section.path
+            raise DataError(f"{where} has {len(rows)} rows for {section.shots} shots")
+        style = renderer.section.answer_format
+        shots = [(row.prompt, rewrite(row.response, row.gold, style)) for row in rows]
+    # In the plain template a model that has answered goes on and writes the next question.
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
-    return [
-        Asked(renderer.prompt(e.prompt, shots), renderer.prompt_ids(e.prompt, shots), stop) for e in examples
-    ]
+    asked = []
+    for example in examples:
+        text, ids = renderer.prompt(example.prompt, shots), renderer.prompt_ids(example.prompt, shots)
+        asked.append(Asked(text, ids, stop))
+    return asked
 
 
 def bad_rows(where: str, bad: list[str], needed: str) -> None:
-    """DataError that lists every bad row, if there is one."""
+    """Raise a DataError that lists every bad row, unless there is none."""
     if bad:
         raise problems("bad row", bad, f"{where} needs {needed}")

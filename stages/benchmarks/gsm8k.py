@@ -22,10 +22,8 @@ def load(section: BenchmarkSection) -> list[Example]:
     examples = with_gold(rows.read(section))
     for example in examples:
         if number(str(example.gold)) is None:
-            raise DataError(
-                f"GSM8K answers are numbers, got {example.gold!r} ({example.id})",
-                "kind: jsonl compares words too",
-            )
+            message = f"GSM8K answers are numbers, got {example.gold!r} ({example.id})"
+            raise DataError(message, "kind: jsonl compares words too")
     return examples
 
 

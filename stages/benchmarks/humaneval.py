@@ -1,8 +1,8 @@
-"""HumanEval: 164 Python functions with unit tests (Chen et al. 2021, arXiv 2107.03374); programs run in a sandbox only.
+"""HumanEval: 164 Python functions with unit tests (Chen et al. 2021, arXiv 2107.03374), run in a sandbox.
 
-prompt.template chat asks for the whole function in a code block, any other for its completion. The strict
-verdict takes results of built-in types only; the flexible one is the benchmark's own, program and tests in one process, which
-believes an object that claims to equal everything.
+With the template `chat` the prompt asks for the whole function in a code block; with any other, the model
+completes the function. The strict verdict accepts only results of built-in types. The flexible verdict is the
+benchmark's own: program and tests run in one process, where an object that claims to equal everything passes.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def load(section: BenchmarkSection) -> list[Example]:
     examples, bad = [], []
     for number, row in rows:
         try:
-            prompt, solution, tests, entry, task = (
-                text_field(row, name)
-                for name in ("prompt", "canonical_solution", "test", "entry_point", "task_id")
-            )
+            prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
             examples.append(Example(task, prompt, solution, None, {"test": tests, "entry_point": entry}))
         except ValueError as error:
             bad.append(f"{where}:{number}: {error}")
@@ -48,14 +45,15 @@ def load(section: BenchmarkSection) -> list[Example]:
     return examples
 
 
+_FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")
+
+
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
     if renderer.section.template == "chat":
-        texts = [
-            f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{e.prompt}```"
-            for e in examples
-        ]
+        request = "Complete this Python function. Answer with the whole function in one code block."
+        texts = [f"{request}\n\n```python\n{e.prompt}```" for e in examples]
         return [Asked(renderer.prompt(text), renderer.prompt_ids(text)) for text in texts]
-    # Without its last line break, which most tokenizers merge with the indentation that follows it.
+    # The last line break is left out: most tokenizers merge it with the indentation that follows.
     return [Asked(*renderer.few_shot("", [], e.prompt.rstrip()), STOP) for e in examples]
 
 
@@ -67,12 +65,11 @@ def grade(example: Example, output: str, context: Context) -> Grade:
         return Grade(None, None, False, False, extra={"verdict": "no code"})
     try:
         verdict = context.sandbox.check(program, tests, entry, setup=example.prompt)
-        # Only where program and tests ran at all can the benchmark's own verdict differ.
+        # The benchmark's own verdict can differ only where program and tests ran at all.
         doubtful = verdict.status in ("failed", "suspicious", "crashed", "flooded")
         standard = verdict.passed or (doubtful and context.sandbox.plain(program, tests, entry))
     except SandboxFailure as failure:
-        return Grade(
-            program, program, False, False, refused=True, extra={"verdict": "refused", "why": str(failure)}
-        )
+        extra = {"verdict": "refused", "why": str(failure)}
+        return Grade(program, program, False, False, refused=True, extra=extra)
     extra = {"verdict": verdict.status, "why": verdict.why, "printed": verdict.output[-500:]}
     return Grade(program, program, verdict.passed, standard, extra=extra)

@@ -1,7 +1,7 @@
 """Your own file: `prompt` and `answer`, and optionally `grade`: number, letter or text.
 
-Without `grade` an answer that is one number is compared as one, a single letter A to J as a letter, anything else as text
-without case and edge marks.
+Without `grade`, an answer that is a number is compared as a number, a single letter from A to J as a letter,
+and anything else as text, ignoring case and punctuation at its ends.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ def load(section: BenchmarkSection) -> list[Example]:
             kind = row.get("grade") or _kind(answer)
             if kind not in ("number", "letter", "text"):
                 raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
-            if (kind == "number" and number(answer) is None) or (
-                kind == "letter" and not _LETTER.fullmatch(answer)
-            ):
+            no_number = kind == "number" and number(answer) is None
+            no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
+            if no_number or no_letter:
                 raise ValueError(f"answer {answer!r} is no {kind}")
         except (KeyError, ValueError) as error:
             missing = "field answer is missing" if isinstance(error, KeyError) else str(error)
@@ -47,7 +47,9 @@ _LETTER = re.compile("[A-J]")
 
 
 def _kind(answer: str) -> str:
-    return "number" if number(answer) is not None else "letter" if _LETTER.fullmatch(answer) else "text"
+    if number(answer) is not None:
+        return "number"
+    return "letter" if _LETTER.fullmatch(answer) else "text"
 
 
 ask = by_prompt

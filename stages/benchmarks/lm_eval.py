@@ -1,7 +1,7 @@
-"""Any task of lm-evaluation-harness (`tasks`), through its Python API, as a second opinion; extra lm-eval.
+"""Any tasks of lm-evaluation-harness, through its Python API, as a second opinion; needs the extra `lm-eval`.
 
-`path` is a folder with task files of your own, which may read local data. The harness renders its own prompts and grades its
-own answers; what comes back is filed like every other evaluation.
+`tasks` names them; `path` may be a folder with your own task files, which may read local data. The harness
+renders the prompts and grades the answers. The results are written like those of every other benchmark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {"label": False}
 METRICS = ("exact_match", "acc", "pass@1", "pass_at_1")
-"""Metrics that say right or wrong for one item; the first that a task has is taken."""
+"""Metrics that say right or wrong for one item. Of these, the first that a task reports is used."""
 
 
 def run(
@@ -37,28 +37,16 @@ def run(
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingInputError(
             "lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'"
         ) from None
-    from stages.benchmarks.metrics import brief, measured
     from stages.models.base import load_merged
     from stages.models.tokenizer import load_tokenizer
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns of every default that a task file leaves out
-    if not section.tasks:
-        raise ConfigError(
-            "kind lm_eval needs tasks", "--tasks gsm8k, or tasks: [gsm8k] in the benchmark's entry"
-        )
-    tasks = TaskManager(include_path=section.path)
-    known = set(tasks.all_tasks)
-    if unknown := [name for name in section.tasks if name not in known]:
-        raise ConfigError(
-            f"the harness has no task {', '.join(unknown)}", "its own list: lm-eval ls tasks; your own: path"
-        )
+    # The harness warns about every default that a task file leaves out.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = _task_manager(section)
     progress.start(f"eval {target}: {', '.join(section.tasks)}")
     served = HFLM(
         pretrained=load_merged(model, adapter),
@@ -77,6 +65,33 @@ def run(
         bootstrap_iters=0,
         confirm_run_unsafe_code=False,
     )
+    return _write(found, f"lm-eval {lm_eval.__version__}", section, target, out)
+
+
+def _task_manager(section: BenchmarkSection) -> Any:
+    """The harness' tasks and those below `section.path`; ConfigError if they lack one of `section.tasks`."""
+    from lm_eval.tasks import TaskManager
+
+    if not section.tasks:
+        raise ConfigError(
+            "kind lm_eval needs tasks", "--tasks gsm8k, or tasks: [gsm8k] in the benchmark's entry"
+        )
+    tasks = TaskManager(include_path=section.path)
+    known = set(tasks.all_tasks)
+    if unknown := [name for name in section.tasks if name not in known]:
+        raise ConfigError(
+            f"the harness has no task {', '.join(unknown)}",
+            "its own tasks: lm-eval ls tasks; a folder with yours: path",
+        )
+    return tasks
+
+
+def _write(
+    found: dict[str, Any], harness: str, section: BenchmarkSection, target: str, out: Path
+) -> dict[str, Any]:
+    """Write what `simple_evaluate` returned in the files of an evaluation; returns the accuracies."""
+    from stages.benchmarks.metrics import brief, measured
+
     samples = [s for name, rows in found["samples"].items() for s in _samples(name, rows)]
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
     own = {"results": found["results"], "versions": found.get("versions"), "n-shot": found.get("n-shot")}
@@ -85,7 +100,7 @@ def run(
     record = {
         "target": target,
         "benchmark": section.model_dump(mode="json"),
-        "harness": f"lm-eval {lm_eval.__version__}",
+        "harness": harness,
         **metrics,
         "first_prompt": samples[0].prompt if samples else None,
         "own": own["results"],
@@ -95,7 +110,7 @@ def run(
 
 
 def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
-    """The harness' graded answers as ours; of several filters the first is the strict reading, the second the flexible one."""
+    """Graded answers as Samples; the task's first filter is the strict reading, its last the flexible one."""
     by_item: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         by_item.setdefault(row["doc_id"], []).append(row)

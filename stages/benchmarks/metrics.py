@@ -8,7 +8,7 @@ from stages.records import OUTCOMES, Sample
 
 
 def measured(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics of all samples, per system where labels exist, and per value of each of the fields `groups`."""
+    """Metrics of all samples, per system if there are labels, and per value of each field in `groups`."""
     found = {"all": figures(samples)}
     found |= {f"system{k}": figures(part) for k in (1, 2) if (part := [s for s in samples if s.system == k])}
     for name in groups:
@@ -23,7 +23,7 @@ def measured(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
 
 
 def brief(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of the metrics a person sees at once."""
+    """The few metrics that are shown at the end of an evaluation."""
     whole = {name: value for name, value in metrics["all"].items() if value or name in ("n", "accuracy")}
     return {
         "all": whole,
@@ -32,9 +32,9 @@ def brief(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def figures(samples: list[Sample]) -> dict[str, Any]:
-    """Accuracy by both readings with 95 % intervals over items, outcomes, and pass@k of several answers.
+    """Accuracy by both readings with 95 % intervals over items, outcome counts, and pass@k where it exists.
 
-    `n` and what follows from it are of the items that `graded` keeps, outcomes of all answers.
+    `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers.
     """
     outcomes = Counter(sample.outcome for sample in samples)
     items = graded(samples)
@@ -46,15 +46,17 @@ def figures(samples: list[Sample]) -> dict[str, Any]:
         result[f"interval{name}"] = interval(of_items) if of_items else None
     counts = [(len(part), sum(s.correct for s in part)) for part in items.values()]
     fewest = min((n for n, _ in counts), default=1)
-    for k in (k for k in (1, 5, 10, 100) if fewest > 1 and k <= fewest):
-        result[f"pass@{k}"] = sum(pass_at(k, n, c) for n, c in counts) / len(counts)
+    for k in (1, 5, 10, 100):
+        if fewest > 1 and k <= fewest:
+            result[f"pass@{k}"] = sum(pass_at(k, n, c) for n, c in counts) / len(counts)
     return result
 
 
 def graded(samples: list[Sample]) -> dict[str, list[Sample]]:
-    """The answers to each item, without the items that have a refused one: these count neither way.
+    """The answers to each item, without the items that have a refused answer: those count neither way.
 
-    To drop the answer alone would let the item's others stand for it, and pass@k be of too few.
+    If only the refused answer were dropped, the item's other answers would stand for it, and pass@k would
+    rest on too few.
     """
     items: dict[str, list[Sample]] = {}
     for sample in samples:

@@ -1,7 +1,8 @@
-"""MMLU: four choices, 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300); 5 shots, by likelihood or generated.
+"""MMLU: four choices, 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300); 5 shots; likelihood or text.
 
-Likelihood: the letter that is likeliest after `Answer:`, of ` A`, ` B`, ` C`, ` D`; the same prompts as lm-evaluation-harness'
-task `mmlu`. Results are split by subject and by category; the macro average is over subjects.
+In mode `likelihood` the answer is the likeliest of ` A`, ` B`, ` C` and ` D` after `Answer:`. The prompts are
+those of lm-evaluation-harness' task `mmlu`. Results are split by subject and by category. Macro averages
+are over either.
 """
 
 from __future__ import annotations
@@ -37,23 +38,24 @@ LETTERS = ("A", "B", "C", "D")
 
 _OF_CATEGORY = {
     "STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
-    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics "
-    "high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics high_school_physics "
-    "high_school_statistics machine_learning",
-    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
-    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law "
-    "world_religions",
-    "social sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
-    "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
-    "security_studies sociology us_foreign_policy",
-    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
-    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+    "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+    "high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history "
+    "high_school_world_history international_law jurisprudence logical_fallacies moral_disputes "
+    "moral_scenarios philosophy prehistory professional_law world_religions",
+    "social sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management "
+    "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine "
+    "virology",
 }
 CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for subject in subjects.split()}
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    """The rows with `subject`, `question`, `choices` and `answer`, an index into the choices. Repeated rows all count."""
+    """Rows have `subject`, `question`, `choices` and `answer` (an index). Repeated rows all count."""
     where, rows = table(section)
     examples, bad = [], []
     for number, row in rows:
@@ -66,27 +68,25 @@ def load(section: BenchmarkSection) -> list[Example]:
 
 
 def _example(row: dict[str, Any], number: int) -> Example:
-    subject, question, choices = (
-        text_field(row, "subject"),
-        text_field(row, "question").strip(),
-        row["choices"],
-    )
+    subject, question = text_field(row, "subject"), text_field(row, "question").strip()
+    choices = row["choices"]
     if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
     if row["answer"] not in range(len(LETTERS)):
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
     prompt = "\n".join([question, *(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))])
     gold = LETTERS[row["answer"]]
-    # The row's number too: some questions of the set are there twice.
+    # The id includes the row's number because some questions occur twice.
     digest = hashlib.sha256(canonical([subject, prompt, gold, number])).hexdigest()[:16]
     extra = {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
     return Example(digest, prompt, f"{gold}. {choices[row['answer']]}", gold, extra)
 
 
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
-    """Each question after the first `shots` questions of its own subject."""
+    """Each question after the first `shots` worked questions of the same subject."""
     shots = _shots(section) if section.shots else {}
-    missing = {subject for e in examples if len(shots.get(subject := e.extra["subject"], [])) < section.shots}
+    subjects = {example.extra["subject"] for example in examples}
+    missing = {subject for subject in subjects if len(shots.get(subject, [])) < section.shots}
     if missing:
         raise DataError(
             f"fewer than {section.shots} shots for {', '.join(sorted(missing))}",
@@ -95,11 +95,10 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
     words = LETTERS if renderer.section.template == "chat" else tuple(f" {name}" for name in LETTERS)
     asked = []
     for example in examples:
-        turns = [
-            (f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(example.extra["subject"], [])
-        ]
-        subject = example.extra["subject"].replace("_", " ")
-        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        subject = example.extra["subject"]
+        turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
+        topic = subject.replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
         text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:")
         likelihood = section.mode == "likelihood"
         asked.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
@@ -117,7 +116,7 @@ def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
-    """The output is a letter, or begins with one, or is in the answer format; leniently, the first letter of it."""
+    """Strict: the output begins with a letter or has the answer format. Flexible: it names a letter."""
     strict = letter(extract(output, context.answer_format).strict or output, whole=True)
     flexible = strict or letter(output)
     return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

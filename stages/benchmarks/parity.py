@@ -1,8 +1,9 @@
-"""Was the adapter served? Answers are followed, token by token, by the base model with the unmerged adapter in plain PEFT.
+"""Was the adapter served? Answers are checked, token by token, by the unmerged adapter in plain PEFT.
 
-A merged copy, a LoRA module of a server and the adapter itself compute the same function in other roundings, so a token is
-accepted where its logit is within TOLERANCE of the best one. Where too few are, something else was served: others have scored
-the base model unnoticed (lm-evaluation-harness issue 2432).
+A merged copy, a server's LoRA module and the adapter itself compute the same function with different
+rounding, so a token is accepted if its logit is within TOLERANCE of the best one. If too few tokens are
+accepted, something else was served. This happens: others have evaluated the base model without noticing it
+(lm-evaluation-harness issue 2432).
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOLERANCE = 0.5
-"""Logits; bfloat16 resolves 0.125 at the usual size of a logit, and merging rounds every weight once more."""
+"""Logits. At their usual size bfloat16 resolves 0.125, and merging rounds every weight once more."""
 LEAST = 0.9
 """Share of tokens that must be accepted."""
 LONGEST = 64
-"""Tokens of an answer that are followed."""
+"""How many tokens of an answer are checked."""
 
 
 @torch.no_grad()
@@ -42,9 +43,10 @@ def check(
     hint: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """How well the answers agree with the reference, and how many the base would have given too.
+    """How well the answers agree with the reference, and how many differ from the base model's answers.
 
-    AnswerError with `hint` if fewer than LEAST of their tokens are the reference's.
+    AnswerError with `hint` if less than LEAST of their tokens are accepted. Without an adapter the base model
+    is the reference.
     """
     reference: Any = load_adapted(model, adapter) if adapter else load_base(model)
     off = reference.disable_adapter if adapter else nullcontext
@@ -63,10 +65,8 @@ def check(
         "tolerance": TOLERANCE,
     }
     if agree < LEAST:
-        raise AnswerError(
-            f"what was served is not this adapter: {agree:.0%} of {len(gaps)} tokens agree with it, {LEAST:.0%} expected",
-            hint,
-        )
+        counted = f"{agree:.0%} of {len(gaps)} tokens agree with it, {LEAST:.0%} expected"
+        raise AnswerError(f"what was served is not this adapter: {counted}", hint)
     if adapter is not None:
         found["differ_from_base"] = differing
         if not differing:
@@ -75,13 +75,12 @@ def check(
 
 
 def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, reply: Recorded) -> list[float]:
-    """Per token of the reply, how far its logit is below the best one; of a choice, how far below the best word's."""
+    """How far the logit of each token of the reply, or of the word chosen, is below the best one."""
     before, words = word_tokens(tokenizer, asked.words) if reply.shares else ([], [])
     ids = reply.ids[:LONGEST]
     row = torch.tensor([asked.ids + before + ids], device=model.device)
-    logits: Tensor = (
-        model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0].float()
-    )  # (answer + 1, vocabulary)
+    output = model(input_ids=row, logits_to_keep=len(ids) + 1)
+    logits: Tensor = output.logits[0].float()  # (answer + 1, vocabulary)
     if reply.shares:
         of_words = logits[-1, words]
         return [float(of_words.max() - of_words[reply.best])]

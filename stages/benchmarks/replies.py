@@ -1,4 +1,4 @@
-"""The answers of one evaluation: what the journal has, what is still to be asked, and how an answer reads as text."""
+"""The answers of one evaluation: those in the journal, those still to be asked for, and each one as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Given:
-    """An answer as it is graded."""
+    """The text of an answer, as it is graded."""
 
     text: str
     complete: bool
@@ -32,7 +32,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One answer of the journal: tokens, or the shares of the words of a choice."""
+    """One answer in the journal: token ids, or for a choice the probability of each word."""
 
     ids: list[int]
     complete: bool
@@ -44,22 +44,21 @@ class Recorded:
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
     def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Given:
-        """The answer without special tokens, up to the first stop text, or the likeliest word."""
+        """The likeliest word, or the text without special tokens, up to the first stop text."""
         if self.shares:
-            return Given(
-                asked.words[self.best].strip(), True, {"shares": [round(share, 6) for share in self.shares]}
-            )
+            shown = [round(share, 6) for share in self.shares]
+            return Given(asked.words[self.best].strip(), True, {"shares": shown})
         text = tokenizer.decode(self.ids, skip_special_tokens=True)
         ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
-        return Given(
-            text[: min(ends)] if ends else text, self.complete or bool(ends), {"tokens": len(self.ids)}
-        )
+        length = {"tokens": len(self.ids)}
+        return Given(text[: min(ends)], True, length) if ends else Given(text, self.complete, length)
 
 
 class Replies:
-    """The replies to all questions of a benchmark, from a journal and, for what it lacks, from an engine.
+    """The answers to all questions of a benchmark, from a journal and, where it lacks one, from an engine.
 
-    A journal belongs to one identity (model, adapter, engine) and sampling; a line, to one prompt and number of the answer.
+    Each journal belongs to one identity (model, adapter, engine) and one way of sampling. Each of its lines
+    belongs to one prompt and the number of the answer.
     """
 
     def __init__(
@@ -88,12 +87,13 @@ class Replies:
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
-        """Ask for what the journal lacks; the engine is only started if there is any."""
+        """Ask for the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
             if self._again:
                 self._journal.set_aside("again")
             wanted = [(i, n) for i in range(len(self._asked)) for n in range(self._section.samples)]
-            first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}  # equal prompts are asked once
+            # Equal prompts are asked once. Going backwards, the first of them is the one that stays.
+            first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}
             missing = [at for key, at in first.items() if key not in self._journal][::-1]
             if missing:
                 ready = engine()
@@ -104,16 +104,17 @@ class Replies:
     def _ask(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
         choices = [(i, n) for i, n in missing if self._asked[i].words]
         texts = [(i, n) for i, n in missing if not self._asked[i].words]
-        for at, choice in engine.choose([self._ballot(i) for i, _ in choices]) if choices else ():
-            if isinstance(choice, Failure):
-                raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
-            self._keep(choices[at], {"shares": choice.shares, "mass": choice.mass})
-            progress.advance(1)
-        for at, answer in (
-            engine.generate([self._question(*w) for w in texts], self._sampling) if texts else ()
-        ):
-            self._keep(texts[at], {"ids": answer.ids, "complete": answer.complete})
-            progress.advance(1)
+        if choices:
+            for at, choice in engine.choose([self._ballot(i) for i, _ in choices]):
+                if isinstance(choice, Failure):
+                    raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
+                self._keep(choices[at], {"shares": choice.shares, "mass": choice.mass})
+                progress.advance(1)
+        if texts:
+            questions = [self._question(i, n) for i, n in texts]
+            for at, answer in engine.generate(questions, self._sampling):
+                self._keep(texts[at], {"ids": answer.ids, "complete": answer.complete})
+                progress.advance(1)
 
     def _keep(self, at: tuple[int, int], answer: dict[str, Any]) -> None:
         self._journal.keep((self._keys[at[0]], at[1]), answer)
@@ -122,9 +123,8 @@ class Replies:
         return Ballot(self._asked[i].ids, self._asked[i].words)
 
     def _question(self, i: int, n: int) -> Question:
-        return Question(
-            self._asked[i].ids, self._asked[i].stop, int(self._keys[i], 16) % 2**31 + self._section.seed + n
-        )
+        seed = int(self._keys[i], 16) % 2**31 + self._section.seed + n
+        return Question(self._asked[i].ids, self._asked[i].stop, seed)
 
 
 def _recorded(row: dict[str, Any]) -> Recorded:

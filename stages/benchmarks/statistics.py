@@ -11,7 +11,7 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a proportion; `correct` of `n` may be a sum of shares."""
 
     def least(rate: float) -> float:
-        # The lower root by way of the upper one: exactly 0 at rate 0, where a difference leaves a rounding.
+        # The lower root, computed from the upper one: at rate 0 it is exactly 0, without a rounding error.
         return rate * rate / (rate + Z * Z / 2 / n + Z * sqrt(rate * (1 - rate) / n + Z * Z / 4 / n / n))
 
     rate = correct / n
@@ -21,10 +21,11 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 def interval(shares: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean share of correct answers per item.
 
-    Student's over items where shares differ and some lie between 0 and 1: answers to one item are not
-    independent. Wilson's, with items as trials, where every item is all right or all wrong, however often it
-    was answered, and where all shares are equal or there is but one, so that Student's has no variance to go
-    by. There it errs on the wide side: a mean of shares varies no more than one of right and wrong items.
+    Student's t interval over items where shares differ and some lie between 0 and 1, because answers to one
+    item are not independent. Wilson's interval, with items as trials, in two other cases: where every item is
+    all right or all wrong, however often it was answered; and where all shares are equal or there is only
+    one, so that there is no variance to estimate. In the second case the interval errs on the wide side: a
+    mean of shares varies no more than a mean of items that are right or wrong.
     """
     if len(set(shares)) == 1 or all(share in (0, 1) for share in shares):
         return wilson(sum(shares), len(shares))
@@ -36,9 +37,10 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
-    """Two-sided p-value that two targets do equally well on the same items, from each item's share of correct answers.
+    """Two-sided p-value of the hypothesis that two targets do equally well on the same items.
 
-    Exact McNemar test where every item is simply right or wrong, else Wilcoxon's signed-rank test.
+    before, after: each item's share of correct answers. Exact McNemar test where every difference is -1, 0 or
+    1, else Wilcoxon's signed-rank test.
     """
     differences = [b - a for a, b in zip(before, after, strict=True)]
     if not any(differences):
@@ -52,5 +54,8 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
-    """Unbiased estimate that one of k answers is correct, from n answers (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    """Unbiased estimate of the probability that one of k answers is correct, from n answers.
+
+    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    """
     return 1 - comb(n - correct, k) / comb(n, k)

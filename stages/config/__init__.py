@@ -1,7 +1,7 @@
 """Every setting, as pydantic models, one per section. A field's description is its only documentation.
 
-A field marked `identity=False` does not change a result (or a digest stands for it) and stays out of the artifact keys.
-`settings.py` reads the YAML into these models.
+A field marked `identity=False` stays out of the artifact keys: it does not change a result, or a digest of
+what it names is in the key. `yaml.py` reads YAML into these models.
 """
 
 from pathlib import Path
@@ -56,19 +56,19 @@ class Config(Section):
     model: ModelSection = setting(..., "The base model.")
     data: DataSection = setting(DataSection(), "Training rows.")
     prompt: PromptSection = setting(
-        PromptSection(), "What the model is shown, in score, sft, rl and eval alike."
+        PromptSection(), "How questions are put to the model, in score, sft, rl and eval alike."
     )
     lora: LoraSection = setting(LoraSection(), "The adapter.")
     baseline: BaselineSection | None = setting(
-        None, "Another method in place of LoRA, trained whole: there is then no score and no partition."
+        None, "Another method in place of LoRA. It is trained whole, without score and partition."
     )
-    server: ServerSection = setting(ServerSection(), "Servers that voters and evaluation ask.")
+    server: ServerSection = setting(ServerSection(), "Servers for voters and evaluation.")
     classify: ClassifySection = setting(ClassifySection(), "Label examples System 1 or 2.")
     score: ScoreSection = setting(ScoreSection(), "Importance of every LoRA element.")
-    partition: PartitionSection = setting(PartitionSection(), "Split the elements.")
+    partition: PartitionSection = setting(PartitionSection(), "Split of the elements between the systems.")
     sft: SftSection = setting(SftSection(), "Supervised training of the System 1 part.")
     rl: RlSection = setting(RlSection(), "GRPO on the System 2 part.")
-    eval: EvalSection = setting(EvalSection(), "What base, init, sft or rl can do.")
+    eval: EvalSection = setting(EvalSection(), "Evaluation of base, init, sft and rl.")
 
     @model_validator(mode="after")
     def _importance(self, info: ValidationInfo) -> "Config":
@@ -77,7 +77,8 @@ class Config(Section):
             return self
         if self.lora.init == "default" and registries["scorers"].has(self.score.scorer, "product"):
             raise ValueError(
-                "lora.init default has B = 0, so every importance is zero; choose normal, pissa, olora or orthogonal"
+                "lora.init default has B = 0, so every importance is zero; "
+                "choose normal, pissa, olora or orthogonal"
             )
         return self
 
@@ -85,7 +86,8 @@ class Config(Section):
     def _order(self) -> "Config":
         if self.sft.start_from == "rl" and self.rl.start_from == "sft":
             raise ValueError(
-                "sft and rl start from each other; the reversed order is sft.start_from=rl with rl.start_from=init"
+                "sft and rl start from each other; "
+                "the reversed order is sft.start_from=rl with rl.start_from=init"
             )
         return self
 
@@ -100,9 +102,8 @@ class Config(Section):
             raise ValueError(f"vllm cannot serve {here}; use engine transformers")
         if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
             raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
-        if self.baseline.method == "prefix_tuning" and (
-            self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
-        ):
+        checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
+        if self.baseline.method == "prefix_tuning" and checkpointing:
             raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
         harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
         if self.baseline.method != "ia3" and harness and set(self.eval.targets) != {"base"}:
@@ -130,7 +131,7 @@ class Config(Section):
 
     @property
     def served_by_vllm(self) -> bool:
-        """Whether vLLM could answer for what is trained."""
+        """Whether vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
 
     @property

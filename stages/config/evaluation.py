@@ -18,11 +18,13 @@ class BenchmarkSection(SourceSection):
     )
     shots: int = setting(0, "Worked examples in the prompt.", not_for="classify", ge=0)
     shots_path: str | None = setting(
-        None, "Where they come from; none: the same hub data set.", identity=False
+        None, "File with the worked examples; none: the same hub data set.", identity=False
     )
-    shots_split: str = setting("train", "Their split of a hub data set.", not_for="classify")
+    shots_split: str = setting(
+        "train", "Split with the worked examples, in a hub data set.", not_for="classify"
+    )
     mode: Literal["generate", "likelihood"] = setting(
-        "generate", "likelihood: take the likeliest of the choices (mmlu).", not_for="classify"
+        "generate", "likelihood (mmlu only): the answer is the likeliest choice.", not_for="classify"
     )
     max_new_tokens: int = setting(256, "Longest answer in tokens.", not_for="classify", gt=0)
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", not_for="classify", ge=0)
@@ -42,10 +44,10 @@ class BenchmarkSection(SourceSection):
 class SandboxSection(Section):
     backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
         "auto",
-        "What holds programs that a model wrote; auto: the first of bubblewrap, landlock that passes its self-test.",
+        "Sandbox for programs that a model wrote; auto: bubblewrap, or landlock if that fails its self-test.",
     )
     seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0)
-    memory_mb: int = setting(512, "Address space of one program.", ge=64)
+    memory_mb: int = setting(512, "Address space of one program, in MiB.", ge=64)
 
 
 class EvalSection(Section):
@@ -53,15 +55,15 @@ class EvalSection(Section):
         ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
     )
     benchmarks: dict[str, BenchmarkSection] = setting(
-        {}, "What they are asked, by a name of your choice.", identity=False
+        {}, "Benchmarks, each under a name of your choice.", identity=False
     )
     engine: Literal["auto", "vllm", "transformers"] = setting(
         "auto",
-        "auto: vllm on a GPU where it is installed, else transformers; on CPU vllm pays for large benchmarks.",
+        "auto: vllm if installed and on a GPU, else transformers. On CPU vllm pays off for large benchmarks.",
     )
     parity_items: int = setting(
         8,
-        "First items whose answers are checked against the unmerged adapter; 0: none.",
+        "How many of the first answers are checked against the unmerged adapter; 0: none.",
         identity=False,
         ge=0,
     )
@@ -70,7 +72,10 @@ class EvalSection(Section):
     @field_validator("benchmarks", mode="before")
     @classmethod
     def _defaults(cls, entries: Any, info: ValidationInfo) -> Any:
-        """Fill in what each kind of benchmark brings along; an own `path` is not read with another data set's settings."""
+        """Fill in the DEFAULTS of each kind of benchmark.
+
+        An entry with its own `path` gets no defaults for reading rows, which belong to another data set.
+        """
         benchmarks = known(info).get("benchmarks")
         if not isinstance(entries, dict):
             return entries
@@ -82,9 +87,8 @@ class EvalSection(Section):
                 kind = entry.get("kind") or name
                 brought = benchmarks.pick(kind).DEFAULTS if benchmarks and kind in benchmarks.names() else {}
                 if "path" in entry:
-                    brought = {
-                        key: value for key, value in brought.items() if key not in SourceSection.model_fields
-                    }
+                    source = SourceSection.model_fields
+                    brought = {key: value for key, value in brought.items() if key not in source}
                 entry = {**brought, **entry, "kind": kind}
             filled[name] = entry
         return filled

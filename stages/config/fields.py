@@ -1,4 +1,4 @@
-"""What a field of a section is: its default, its documentation, its constraints, and whether it is part of an identity."""
+"""The fields of a section: default, documentation, constraints, and whether they are part of an identity."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,14 +9,13 @@ from stages.errors import LoraparError
 
 
 def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **constraints: Any) -> Any:
-    """A field; `not_for` names the one stage, or variant of one, that reads its section and not this field."""
-    return Field(
-        default, description=doc, json_schema_extra={"identity": identity, "not_for": not_for}, **constraints
-    )
+    """A field. `not_for` names the stage, or variant of one, that reads its section but not this field."""
+    marks: dict[str, Any] = {"identity": identity, "not_for": not_for}
+    return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
 def named(kind: str) -> AfterValidator:
-    """A name that the registry of this kind must know; the registries come with the validation, by `known`."""
+    """Validator: the name must be in the registry of this kind, if there is one (see `known`)."""
 
     def check(name: str, info: ValidationInfo) -> str:
         if registries := known(info):
@@ -27,12 +26,15 @@ def named(kind: str) -> AfterValidator:
 
 
 def known(info: ValidationInfo) -> Mapping[str, Any]:
-    """Registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `rewards`. Empty where a section is made in code."""
+    """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `rewards`.
+
+    There are none where a section is made in code rather than read from YAML.
+    """
     return info.context or {}
 
 
 def refuse(check: Callable[[], Any]) -> None:
-    """Turn what `check` raises for a person into what pydantic collects."""
+    """Run `check`, and turn its LoraparError into a ValueError, which pydantic collects."""
     try:
         check()
     except LoraparError as error:
@@ -46,16 +48,15 @@ class Section(BaseModel):
 def identity(value: Any, *readers: str) -> Any:
     """The part of a section that determines a result, as plain JSON values.
 
-    readers: names of the stage and of its variant, for fields that are `not_for` them.
+    readers: the names of the stage and of its variant. Fields that are `not_for` one of them are left out.
     """
     if isinstance(value, Section):
-        marks = {name: field.json_schema_extra for name, field in type(value).model_fields.items()}
-        kept = [
-            n
-            for n, m in marks.items()
-            if not isinstance(m, dict) or (m["identity"] and m["not_for"] not in readers)
-        ]
-        return {name: identity(getattr(value, name), *readers) for name in kept}
+        kept = {}
+        for name, field in type(value).model_fields.items():
+            marks = field.json_schema_extra
+            if not isinstance(marks, dict) or (marks["identity"] and marks["not_for"] not in readers):
+                kept[name] = identity(getattr(value, name), *readers)
+        return kept
     if isinstance(value, list):
         return [identity(item, *readers) for item in value]
     return value

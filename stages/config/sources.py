@@ -12,20 +12,20 @@ class ModelSection(Section):
     revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "Type of the base weights; auto: the checkpoint's, or float32 on a CPU that does not multiply it natively.",
+        "Type of the base weights; auto: that of the checkpoint, or float32 on a CPU without native support.",
     )
     load_in_4bit: bool = setting(
         False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto",
-        "Attention code; auto is the library's choice, eager is faster for short rows on CPU.",
+        "Attention implementation; auto: the library's choice. On CPU eager is faster for short rows.",
         identity=False,
     )
 
     @property
     def title(self) -> str:
-        """The name a role-playing voter is told: the last part of a path or hub id."""
+        """The last part of a path or hub id; role-playing voters are told this name."""
         return self.name.rstrip("/").split("/")[-1]
 
 
@@ -35,10 +35,12 @@ class SourceSection(Section):
     split: str = setting("train", "Split of a hub data set.")
     revision: str = setting("main", "Revision of a hub data set.", identity=False)
     format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting(
-        "auto", "Format of the rows."
+        "auto", "Format of the rows; auto: told by their fields."
     )
     limit: int | None = setting(None, "Use the first N rows only.", gt=0)
-    duplicates: Literal["error", "first"] = setting("error", "Rows whose prompt and response repeat.")
+    duplicates: Literal["error", "first"] = setting(
+        "error", "Rows with the same prompt and response are an error, or only the first of them is used."
+    )
 
 
 class DataSection(SourceSection):
@@ -49,12 +51,13 @@ class DataSection(SourceSection):
 
 
 class PromptSection(Section):
-    system: str | None = setting(None, "System message; none leaves it to the chat template.")
+    system: str | None = setting(None, "System message; none: that of the chat template.")
     template: Literal["chat", "plain", "bare"] = setting(
-        "chat", "The tokenizer's chat template; `Question: … Answer:`; or the question and EOS alone."
+        "chat",
+        "chat: the tokenizer's chat template; plain: `Question: … Answer:`; bare: only the question and EOS.",
     )
     answer_format: Literal["hash", "xml"] = setting(
-        "hash", "`#### answer`, or <reasoning>…</reasoning><answer>…</answer>."
+        "hash", "hash: `#### answer`; xml: <reasoning>…</reasoning><answer>…</answer>."
     )
 
     @model_validator(mode="after")
@@ -68,16 +71,19 @@ class LoraSection(Section):
     r: int = setting(8, "Rank.", gt=0)
     alpha: float = setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
     target_modules: list[str] = setting(
-        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], "Modules.", min_length=1
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        "Modules of the base model that get an adapter.",
+        min_length=1,
     )
     init: Literal["normal", "pissa", "olora", "orthogonal", "default"] = setting(
         "normal", "normal: A and B ~ N(0, std²), as in the paper; orthogonal has B₀A₀ = 0."
     )
     std: float = setting(0.01, "Standard deviation of init normal.", gt=0)
     compensate: Literal["auto"] | bool = setting(
-        "auto", "Subtract the initial B₀A₀; auto: for pissa, olora and orthogonal."
+        "auto",
+        "Subtract the initial B₀A₀, to start from the base model; auto: for pissa, olora and orthogonal.",
     )
-    rslora: bool = setting(False, "Scale by alpha / √r instead.")
+    rslora: bool = setting(False, "Scale the update by alpha / √r instead of alpha / r.")
 
     @model_validator(mode="after")
     def _even(self) -> "LoraSection":
@@ -87,7 +93,7 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _starts_as_the_base(self) -> "LoraSection":
-        # PEFT takes their B₀A₀ out of the base weight, which here never changes; that of orthogonal is 0.
+        # PEFT subtracts their B₀A₀ from the base weights, which never change here. That of orthogonal is 0.
         if self.init in ("pissa", "olora") and not self.compensated:
             raise ValueError(
                 f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "

@@ -1,4 +1,4 @@
-"""Scores, masks, SFT and RL."""
+"""Score, partition, SFT and RL, and baselines."""
 
 from functools import partial
 from typing import Annotated, Literal
@@ -13,7 +13,8 @@ Scorer = Annotated[str, named("scorers")]
 Strategy = Annotated[str, named("strategies")]
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
-"""Ours → the library's name. Each treats every element by itself, or can: active elements are packed into one dimension."""
+"""Our names and those of transformers. Each can update every element by itself, as it must, because active
+elements are packed into one-dimensional parameters."""
 MATRIX_WISE = ("muon", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion")
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
@@ -33,11 +34,11 @@ Optimizer = Annotated[str, AfterValidator(_element_wise)]
 
 class LaunchSection(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
-        "single", "One process, or several that train together."
+        "single", "single: one process; the others: several processes that work together."
     )
     processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
     config: str | None = setting(
-        None, "Your own accelerate config, for several machines; it decides everything else."
+        None, "Your own accelerate config file, e.g. for several machines; it decides everything else."
     )
 
     @property
@@ -49,8 +50,10 @@ LAUNCH = "How many processes run the stage."
 
 
 class BaselineSection(Section):
-    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(..., "A method of PEFT.")
-    virtual_tokens: int = setting(20, "Tokens of the trained prompt or prefix (not for ia3).", gt=0)
+    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(..., "Method, by PEFT.")
+    virtual_tokens: int = setting(
+        20, "Length of the trained prompt or prefix, in tokens (not for ia3).", gt=0
+    )
     encoder_hidden: int | None = setting(None, "Width of p_tuning's encoder; none: that of the model.", gt=0)
 
 
@@ -64,7 +67,9 @@ class ScoreSection(Section):
 
 class PartitionSection(Section):
     strategy: Strategy = setting("importance", "How the elements are split.")
-    theta: float = setting(0.9, "Share of the total importance that each system's set reaches.", gt=0, le=1)
+    theta: float = setting(
+        0.9, "Share of a system's total importance that its most important elements must reach.", gt=0, le=1
+    )
     alpha: float = setting(
         1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1
     )
@@ -81,17 +86,22 @@ class TrainSection(Section):
     loraplus_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
     warmup: float = setting(
-        0.03, "Share of the steps that warm up; the last of them has the peak rate.", ge=0, lt=1
+        0.03, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
     )
     weight_decay: float = setting(0.0, "Weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
-    max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
     epochs: float = setting(1, "Passes over the data.", gt=0)
-    max_steps: int | None = setting(None, "Stop after N optimizer steps.", gt=0)
-    gradient_checkpointing: bool = setting(False, "Trade time for memory.", identity=False)
+    max_steps: int | None = setting(None, "Stop after this many optimizer steps; none: after epochs.", gt=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, more time.", identity=False
+    )
     save_steps: int = setting(
-        25, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
+        25,
+        "Optimizer steps between checkpoints; a killed run continues from the last one.",
+        identity=False,
+        gt=0,
     )
     launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
     report_to: list[Tracker] = setting(
@@ -104,9 +114,9 @@ class SftSection(TrainSection):
     start_from: Literal["init", "rl"] = setting(
         "init", "Adapter to start from; rl is the paper's reversed order."
     )
-    data: Literal["system1", "all"] = setting("system1", "Rows to train on; undecided ones never.")
+    data: Literal["system1", "all"] = setting("system1", "Rows to train on. Undecided rows are never used.")
     system2_share: float = setting(
-        0.0, "Cold start for RL: System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
+        0.0, "Cold start for RL: number of System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
     )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
@@ -121,21 +131,23 @@ class SftSection(TrainSection):
 
 class RolloutsSection(Section):
     engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting(
-        "transformers", "Who samples: the trainer, vLLM on the trainer's GPUs, or a vLLM server on others."
+        "transformers",
+        "Sampling by the trainer, by vLLM on the trainer's GPUs, or by a vLLM server on other GPUs.",
     )
-    base_url: str | None = setting(None, "Address of that server, without /v1.", identity=False)
+    base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", identity=False)
     gpu_memory: float = setting(0.3, "Share of each GPU for a colocated vLLM.", identity=False, gt=0, lt=1)
     tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", identity=False, gt=0)
     sleep: bool = setting(
-        False, "A colocated vLLM gives its memory back during optimizer steps.", identity=False
+        False, "Free the memory of a colocated vLLM during optimizer steps.", identity=False
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         setting(
             "sequence_mask",
-            "Importance sampling between vLLM's probabilities and the trainer's: per what, and what is done.",
+            "Importance sampling between vLLM's probabilities and the trainer's: ratios of sequences or of "
+            "tokens are masked or truncated.",
         )
     )
-    correction_max: float = setting(3.0, "Ratio above which it masks or truncates.", gt=0)
+    correction_max: float = setting(3.0, "Ratio above which the correction masks or truncates.", gt=0)
 
     @model_validator(mode="after")
     def _server(self) -> "RolloutsSection":
@@ -146,45 +158,51 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
-    data: Literal["system2", "all"] = setting("system2", "Rows to train on; undecided ones never.")
+    data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     group: int = setting(8, "Completions per prompt.", gt=1)
     micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
     iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
-    top_k: int = setting(0, "Sample among the K likeliest tokens only; 0: among all.", ge=0)
+    top_k: int = setting(0, "Sample only among this many likeliest tokens; 0: among all.", ge=0)
     max_prompt: int = setting(128, "Longest prompt in tokens.", gt=0)
     too_long: Literal["error", "drop", "truncate_left"] = setting(
         "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt tokens."
     )
     max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
     kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
-    kl_reference: Literal["base", "sft"] = setting("base", "Model the KL term holds on to.")
+    kl_reference: Literal["base", "sft"] = setting("base", "Reference model of the KL term.")
     kl_bias_correction: bool = setting(
-        False, "Multiply the KL term by the importance ratio (DeepSeek-V3.2); GRPO's own term has none."
+        False, "Multiply the KL term by the importance ratio, as DeepSeek-V3.2 does and GRPO does not."
     )
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
     scale_rewards: Literal["group", "batch", "none"] = setting(
-        "group", "Divide advantages by a standard deviation."
+        "group",
+        "Divide advantages by the standard deviation of the rewards in the group or batch, or not at all.",
     )
     rewards: dict[str, float] = setting(
         {"correctness": 2.0},
-        "Reward functions and their weights: `lorapar list rewards`, trl.NAME, or of rewards_file.",
+        "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or trl.NAME.",
         min_length=1,
     )
     rewards_file: str | None = setting(
-        None, "Python file with reward functions of your own, in TRL's signature.", identity=False
+        None,
+        "Python file with your own reward functions, with the signature that TRL expects.",
+        identity=False,
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", identity=False)
-    rollouts: RolloutsSection = setting(RolloutsSection(), "Where completions are sampled.")
+    rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
     save_steps: int = setting(
-        5, "Optimizer steps between checkpoints; a killed run goes on from the last.", identity=False, gt=0
+        5,
+        "Optimizer steps between checkpoints; a killed run continues from the last one.",
+        identity=False,
+        gt=0,
     )
     max_equal_steps: int = setting(
         20,
-        "Stop after so many steps in a row in which all rewards of each group are equal.",
+        "Stop after this many steps in a row in which all rewards of each group are equal.",
         identity=False,
         gt=0,
     )

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` to a Config and back: defaults < YAML < `--set section.key=value`, all mistakes at once."""
+"""Reads a Config from YAML and `--set section.key=value`, which takes precedence, and writes one as YAML."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ from stages.errors import ConfigError, MissingInputError
 
 
 def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any]) -> Config:
-    """Read `path`, over the file it `extends` if it does, and apply `section.key=value` overrides.
+    """Read `path`, which may extend another file, and apply `section.key=value` overrides.
 
-    registries: what names are checked against (`fields.known`). One ConfigError lists every mistake.
+    registries: the names that a config may use, as in `fields.known`. One ConfigError lists all mistakes.
     """
     tree = _read(path)
     for override in overrides or []:
@@ -25,16 +25,14 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
         return Config.model_validate(tree, context=registries)
     except ValidationError as error:
         mistakes = [_mistake(e) for e in error.errors()]
-        text = (
-            mistakes[0]
-            if len(mistakes) == 1
-            else f"{len(mistakes)} mistakes in {path}\n  " + "\n  ".join(mistakes)
-        )
+        text = mistakes[0]
+        if len(mistakes) > 1:
+            text = "\n  ".join([f"{len(mistakes)} mistakes in {path}", *mistakes])
         raise ConfigError(text, "every setting with its default: lorapar config") from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree of a file over that of the file it names under `extends`, relative to itself."""
+    """The tree of a file, merged into that of the file which it `extends` (a path relative to its folder)."""
     if not path.is_file():
         raise MissingInputError(
             f"no config file {path}", "see configs/, or print the defaults: lorapar config"
@@ -54,7 +52,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(under: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Sections merge setting by setting; lists and values are replaced."""
+    """`under` with the settings of `tree`: sections merge setting by setting, lists and values do not."""
     merged = dict(under)
     for name, value in tree.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -85,9 +83,8 @@ def _mistake(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(_without_keys(location), list(_names(Config)), n=1, cutoff=0.6)
         path, _, last = near[0].rpartition(".") if near else ("", "", "")
-        if (
-            near and path == _without_keys(location).rpartition(".")[0]
-        ):  # the same section: say it with the entry's own name
+        # In the same section, show the path with the names of entries that the person typed.
+        if near and path == _without_keys(location).rpartition(".")[0]:
             near = [".".join([*location[:-1], last])]
         return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
     if error["type"] == "missing":
@@ -95,11 +92,9 @@ def _mistake(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
-    return (
-        f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-        if error["type"] != "value_error"
-        else f"{name}: {message}"
-    )
+    if error["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
 def _sub_section(field: FieldInfo) -> type[Section] | None:
@@ -108,7 +103,10 @@ def _sub_section(field: FieldInfo) -> type[Section] | None:
 
 
 def _without_keys(location: list[str]) -> str:
-    """A setting's path without the names and numbers of entries: eval.benchmarks.gsm8k.limit is eval.benchmarks.limit."""
+    """A setting's path without names and numbers of entries.
+
+    For example, eval.benchmarks.gsm8k.limit becomes eval.benchmarks.limit.
+    """
     section: type[Section] | None = Config
     kept = []
     for i, part in enumerate(location):
@@ -129,10 +127,11 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
 def annotated(
     section: type[Section] = Config, values: Section | None = None, indent: str = ""
 ) -> Iterator[str]:
-    """The lines of a YAML file with every setting, its default (or that of `values`) and its documentation."""
+    """The lines of a YAML file with every setting, its default (or its value in `values`) and its meaning."""
     for name, field in section.model_fields.items():
         below = _sub_section(field)
-        default = getattr(values, name) if values else None if field.is_required() else field.default
+        fallback = None if field.is_required() else field.default
+        default = getattr(values, name) if values else fallback
         doc = f"  # {field.description}"
         if below and (isinstance(default, Section) or field.is_required()):
             yield f"{indent}{name}:{doc}"
@@ -140,11 +139,9 @@ def annotated(
             continue
         if isinstance(default, list) and default and isinstance(default[0], Section):
             default = [item.model_dump(mode="json") for item in default]
-        shown = (
-            ""
-            if field.is_required()
-            else " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
-        )
+        shown = ""
+        if not field.is_required():
+            shown = " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
         yield f"{indent}{name}:{shown}{doc}"
         if below and name != "prompt":  # the settings of each entry of a list or mapping
             yield from (f"{indent}  # {line}" for line in annotated(below))

@@ -1,1 +1,1 @@
-"""Rows: from files and hubs, and the demonstration set."""
+"""Rows from files and from the hub, and the demonstration set."""

@@ -1,9 +1,9 @@
-"""The demonstration set: questions whose intended system is known, written from a seed.
+"""The demonstration set: questions whose intended system is known, generated from a seed.
 
-System 1 items are answered by recall, by reading one number off the text, or by a single operation; System 2 items need
-two or three operations, chained. Every item is built from the same sentences, and System 1 items carry more asides, so
-that neither length nor a single word tells the systems apart (a test asserts it). The intended system is written to the
-field `intended`, which no stage reads.
+System 1 items are answered by recall, by reading one number off the text, or by a single operation. System 2
+items need a chain of two or three operations. All items are built from the same sentences, and System 1 items
+have more asides, so that neither length nor any single word tells the systems apart (a test asserts this).
+The intended system is written to the field `intended`, which no stage reads by default.
 """
 
 import random
@@ -34,7 +34,7 @@ ASIDES = [
     "The radio plays song number {n} again.",
 ]
 
-# (question, sentence that answers it, answer): facts a small pretrained model may have seen.
+# (question, sentence that answers it, answer): facts that a small pretrained model may have seen.
 FACTS = [
     ("How many days are in a week?", "A week has 7 days.", "7"),
     ("How many months are in a year?", "A year has 12 months.", "12"),
@@ -82,7 +82,7 @@ FACTS = [
     ("What is the opposite of day?", "The opposite of day is night.", "night"),
 ]
 TEST_FACT_EVERY = 3
-"""Every third fact is kept for the test split, so that no recall item of the test was trained on."""
+"""Every third fact is kept for the test split, so that no recall item of the test split was trained on."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Story:
 def write(folder: Path, seed: int) -> dict[str, int]:
     """Write `train.jsonl` and `test.jsonl` into `folder` and return their numbers of items.
 
-    The same seed gives the same bytes. No question of the test split, and none of its recall facts, is in the train split.
+    The same seed gives the same bytes. The splits share no question and no recall fact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -125,7 +125,8 @@ def write(folder: Path, seed: int) -> dict[str, int]:
         rng.shuffle(items)
         write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
-    for split in ("test", "train"):  # whole files only, and train last: `make` takes it for both
+    # Files are renamed when they are complete, train last: its existence tells `make` that both are there.
+    for split in ("test", "train"):
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 
@@ -184,16 +185,19 @@ def _chain(rng: random.Random, steps: int) -> Item:
         story.value = rng.randint(3, 15)
         story.sentences.append(f"{story.name} has {story.value} {story.thing}.")
     while len(story.operations) < steps:
-        rng.choice([_gain, *([_loss] if story.value > 2 else []), *([_times] if story.value <= 12 else [])])(
-            rng, story
-        )
-    question = f"How many {story.thing} does {story.name} have {rng.choice(['now', 'in the end', 'then', 'after that'])}?"
+        choices = [_gain]
+        if story.value > 2:
+            choices.append(_loss)
+        if story.value <= 12:
+            choices.append(_times)
+        rng.choice(choices)(rng, story)
+    when = rng.choice(["now", "in the end", "then", "after that"])
+    question = f"How many {story.thing} does {story.name} have {when}?"
     asides = rng.choice([0, 1, 1, 2, 2]) if steps == 1 else rng.choice([0, 0, 0, 1])
     worked = ". ".join(story.operations) + "."
+    intended = 1 if steps == 1 else 2
     kind = {1: "one_step", 2: "two_step", 3: "three_step"}[steps]
-    return _item(
-        rng, [*story.sentences, question], worked, str(story.value), 1 if steps == 1 else 2, kind, asides
-    )
+    return _item(rng, [*story.sentences, question], worked, str(story.value), intended, kind, asides)
 
 
 def _packs(rng: random.Random, story: _Story) -> None:

@@ -1,7 +1,8 @@
-"""Where rows and models come from: reading a source into Examples, and the identity of data and models.
+"""Where rows come from: a source, which is a file or a hub data set, is read into Examples.
 
-Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` or `context`, `output` or `response`),
-`messages`, `prompt`/`completion`. Any row may carry `gold`, its verifiable answer; else it is read from `#### answer`.
+Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` or `context`, `output` or
+`response`), `messages`, and `prompt` with `completion`. Any row may have a field `gold`, its verifiable
+answer. If it has none, the answer is read from `#### answer` in the response.
 """
 
 import hashlib
@@ -23,11 +24,11 @@ FIELDS = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
 }
-SYNONYMS = {"context": "input", "response": "output"}  # Dolly's own names for alpaca's fields
+SYNONYMS = {"context": "input", "response": "output"}  # Dolly's names for the fields of alpaca
 
 
 def read(source: SourceSection) -> list[Example]:
-    """All examples of a source in order, with ids from their content; DataError lists every bad row."""
+    """All examples of a source in order, with ids made from their content; DataError lists every bad row."""
     where, rows = table(source)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
@@ -56,7 +57,7 @@ def read(source: SourceSection) -> list[Example]:
 
 
 def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """Name of a source and its rows as they are, with their numbers, up to `limit`."""
+    """The name of a source and its first `limit` rows, unchanged, each with its number."""
     file = local_file(source)
     if file:
         return str(source.path), read_jsonl(file)[: source.limit]
@@ -77,7 +78,7 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
 
 
 def local_file(source: SourceSection) -> Path | None:
-    """The file that a source names, or None if its path is a hub id; MissingInputError if it is neither."""
+    """The file that a source names, or None if its path can only be a hub id; else MissingInputError."""
     if source.path is None:
         raise no_path()
     path = Path(source.path)
@@ -108,9 +109,8 @@ def _detect(where: str, row: dict[str, Any]) -> str:
 def text_field(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(
-            f"field {name} must be text, got {'nothing' if value is None else type(value).__name__}"
-        )
+        got = "nothing" if value is None else type(value).__name__
+        raise ValueError(f"field {name} must be text, got {got}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -140,7 +140,7 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
 
 
 def _conversation(messages: Any) -> tuple[str, str]:
-    """One question and one answer; a system message goes before the question."""
+    """The question and the answer of a conversation; a system message is put before the question."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("field messages must be a list of objects with role and content")
     roles = [m.get("role") for m in messages]
@@ -153,7 +153,7 @@ def _conversation(messages: Any) -> tuple[str, str]:
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:
-    """Where the worked examples of a benchmark's prompt come from."""
+    """The source of the worked examples in a benchmark's prompts."""
     if benchmark.shots_path is None and benchmark.path and Path(benchmark.path).exists():
         raise ConfigError(
             f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked",

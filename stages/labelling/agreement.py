@@ -1,4 +1,4 @@
-"""The quality of labels: agreement between voters, with labels from elsewhere, and with what needs no model at all."""
+"""The quality of labels: agreement between voters, with known labels, and with scores that need no model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ SURFACE: dict[str, Callable[[str], float]] = {
     "numbers": lambda text: len(re.findall(r"\d+(?:[.,]\d+)*", text)),
     "yes/no form": lambda text: bool(YES_NO.match(text.strip())),
 }
-"""What tells long from short and form from form without reading: a voter that does no better has read nothing."""
-
+"""Scores of a question's length and form, made without reading it: a voter should do better than these."""
 
 NEAREST, MOST = 5, 2000
 
 
 def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
-    """Probability that a System 2 item has the higher score, ties half, with its 95 % interval; None with one class only.
+    """Area under the ROC curve with its 95 % interval (Hanley and McNeil 1982); None with one class only.
 
-    Interval: Hanley and McNeil 1982.
+    It is the probability that a System 2 item has a higher score than a System 1 item; a tie counts half.
     """
     from scipy.stats import rankdata
 
@@ -37,9 +36,8 @@ def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[flo
     high, low = sum(twos), len(twos) - sum(twos)
     if not high or not low:
         return None
-    area = (sum(rank for rank, two in zip(ranks, twos, strict=True) if two) - high * (high + 1) / 2) / (
-        high * low
-    )
+    ranks_of_twos = sum(rank for rank, two in zip(ranks, twos, strict=True) if two)
+    area = (ranks_of_twos - high * (high + 1) / 2) / (high * low)
     one, both = area / (2 - area), 2 * area**2 / (1 + area)
     error = area * (1 - area) + (high - 1) * (one - area**2) + (low - 1) * (both - area**2)
     half = 1.96 * math.sqrt(max(error, 0.0) / (high * low))
@@ -47,9 +45,10 @@ def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[flo
 
 
 def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Fleiss' kappa over all voters and Cohen's of each pair with its 95 % interval, on the examples where all voted.
+    """Fleiss' kappa of all voters and Cohen's kappa of each pair, on the examples for which all voted.
 
-    votes: per voter, per example id, 1 or 2. Kappa is None where it does not exist: all votes equal.
+    votes: for each voter, 1 or 2 per example id. Cohen's kappa has a 95 % interval. A kappa is None where it
+    does not exist because all votes are equal.
     """
     import numpy as np
     from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
@@ -77,39 +76,40 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
 def with_known(
     known: dict[str, int], labels: dict[str, int | None], scores: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Agreement of labels with those known from elsewhere (Wilson interval), and how well each score separates them.
+    """Agreement of labels with known ones (Wilson interval), and how well each score separates the latter.
 
-    scores: per voter, per example id, any number that should be higher for System 2.
+    scores: for each voter, a number per example id that should be higher for System 2.
     """
     both = [(labels[id], system) for id, system in known.items() if labels.get(id)]
     equal = sum(a == b for a, b in both)
-    table = {
-        f"known {k} labelled {j}": sum(a == j and b == k for a, b in both) for k in (1, 2) for j in (1, 2)
-    }
+    table = {}
+    for k in (1, 2):
+        for j in (1, 2):
+            table[f"known {k} labelled {j}"] = sum(a == j and b == k for a, b in both)
+    areas = {}
+    for title, given in scores.items():
+        shared = [id for id in given if id in known]
+        areas[title] = auc([given[id] for id in shared], [known[id] == 2 for id in shared])
     return {
         "n": len(both),
         "undecided": len(known) - len(both),
         "agreement": equal / len(both) if both else None,
         "interval": list(wilson(equal, len(both))) if both else None,
         **table,
-        "auc": {
-            title: auc(
-                [given[id] for id in given if id in known], [known[id] == 2 for id in given if id in known]
-            )
-            for title, given in scores.items()
-        },
+        "auc": areas,
     }
 
 
 def surface(examples: list[Example]) -> dict[str, dict[str, float]]:
-    """The scores of SURFACE per example id."""
+    """Each score of SURFACE, per example id."""
     return {name: {e.id: float(read(e.prompt)) for e in examples} for name, read in SURFACE.items()}
 
 
 def neighbours(scores: dict[str, dict[str, float]], known: dict[str, int]) -> dict[str, float]:
-    """Share of System 2 among the NEAREST other examples by these scores: what surface and others' labels tell together.
+    """For each example, the share of System 2 among the NEAREST other examples by these scores.
 
-    For the first MOST examples; each pair is looked at.
+    It shows what the surface of a question and the labels of the others tell together. Only the first MOST
+    examples are compared, because every pair is.
     """
     import numpy as np
 

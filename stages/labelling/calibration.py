@@ -13,7 +13,7 @@ from stages.labelling.personas import Judged
 LEAST_EXAMPLES = 24
 POOR_AUC = 0.65
 POOR_MASS = 0.01
-"""Share of all probability that falls on the label words: below it a constrained choice says little."""
+"""A constrained choice says little if the label words have less than this share of the probability."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ def calibrate(
 ) -> Calibration:
     """The threshold by `method`, and the AUC on the labelled examples.
 
-    judged, given: labelled examples and the probability of System 2 for each. free: that of questions without content.
-    `held_out` is the median of the given: it has no slope to go wrong, but holds for examples that are half of each system.
+    judged, given: labelled examples and the probability of System 2 for each. free: the same probability for
+    questions without content. Method `held_out` takes the median of `given`. A median has no slope that could
+    be fitted wrongly, but it is a fair threshold only for examples that are half System 1, half System 2.
     """
     pairs = [(value, row.system == 2) for row, value in zip(judged, given, strict=True) if value is not None]
     found = auc([value for value, _ in pairs], [two for _, two in pairs])
@@ -40,15 +41,15 @@ def calibrate(
     if method == "held_out" and pairs:
         of_system = [[value for value, two in pairs if two is which] for which in (False, True)]
         equal = min(map(len, of_system))  # an unbalanced file must not move the median
-        threshold = (
-            median([value for values in of_system for value in _spread(values, equal)]) if equal else 0.5
-        )
+        if equal:
+            low, high = (_spread(values, equal) for values in of_system)
+            threshold = median([*low, *high])
     elif method == "content_free" and (valid := [value for value in free if value is not None]):
         threshold = 1 / (1 + exp(-fmean(log_odds(value) for value in valid)))
     return Calibration(method, threshold, found and found[0], found and found[1], len(pairs))
 
 
 def _spread(values: list[float], number: int) -> list[float]:
-    """`number` of the values, evenly over their order."""
+    """`number` of the values, taken at equal steps from the sorted list."""
     ordered = sorted(values)
     return [ordered[i * len(ordered) // number] for i in range(number)]

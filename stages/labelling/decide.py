@@ -10,7 +10,7 @@ from stages.config import ClassifySection
 from stages.records import Example, Labelled
 
 EDGE = 1e-6
-"""A probability of 0 or 1 counts as this far from it, so that its log-odds exist."""
+"""Probabilities of 0 and 1 are moved inwards by this much, so that their log-odds exist."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Voice:
     """What one voter said."""
 
     given: Mapping[str, float | None]
-    """Probability of System 2 per example id; None where it gave no valid answer."""
+    """Probability of System 2 per example id; None where the voter gave no valid answer."""
     threshold: float = 0.5
     weight: float = 1.0
 
     def calibrated(self, id: str) -> float | None:
-        """The probability with the threshold moved to 0.5, in log-odds."""
+        """The probability, shifted in log-odds so that the threshold becomes 0.5."""
         value = self.given[id]
         return None if value is None else 1 / (1 + math.exp(log_odds(self.threshold) - log_odds(value)))
 
     def at_share(self, share: float) -> tuple[Voice, set[str]]:
-        """The voice whose threshold is met by `share` of the valid examples, and these; equal ones go by the id."""
+        """The voice with the threshold that `share` of the valid examples reach, and those; ties go by id."""
         valid = {id: value for id, value in self.given.items() if value is not None}
         above = sorted(valid, key=lambda id: (-valid[id], id))[: round(share * len(valid))]
         threshold = min((valid[id] for id in above), default=1.0)
@@ -47,13 +47,16 @@ def log_odds(probability: float) -> float:
 def decide(
     examples: list[Example], voices: Mapping[str, Voice], section: ClassifySection
 ) -> tuple[list[Labelled], dict[str, Voice], dict[str, set[str]]]:
-    """Labels by `section.rule`; the voices with the thresholds that held; and per voter the examples it votes 2.
+    """Labels by `section.rule`, the voices with the thresholds used, and per voter the examples it votes 2.
 
-    - A voter votes 2 above its threshold or, where the share of System 2 is known, for that share of the examples about which
-      it is surest. Voters without a valid answer are left out; below `quorum` valid ones an example is undecided (None).
-    - majority and weighted: the side with more voters or weight. A tie goes by the mean calibrated probability, and to 2
-      where that is 0.5 too. mean_probability: 2 above a mean of 0.5. unanimous: undecided unless all agree.
-    - Below `min_agreement` (share of voters, or weight, on the larger side) an example is undecided.
+    - A voter votes 2 above its threshold. Where the share of System 2 is known, it instead votes 2 for that
+      share of the examples, those with the highest probability of System 2.
+    - Voters without a valid answer for an example are left out. If the share of valid voters is below
+      `quorum`, the example is undecided (None).
+    - Rules majority and weighted: the side with more voters, or more weight. A tie is decided by the mean
+      calibrated probability, and if that is 0.5 too, for 2.
+    - Rule mean_probability: 2 if the mean is above 0.5. Rule unanimous: undecided unless all agree.
+    - If the larger side has less than `min_agreement` of the voters (or weight), the example is undecided.
     """
     held, twos = {}, {}
     for title, voice in voices.items():

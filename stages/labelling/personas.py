@@ -1,7 +1,7 @@
-"""What voters are asked. A persona turns an example into a Ballot: a prompt and the two words between which the voter chooses.
+"""What voters are asked. A persona turns an example into a Ballot: a prompt and two words to choose from.
 
-`role_play` is the paper's and is for strong models; the few-shot ones are for small models, for which the label words decide
-more than anything else.
+`role_play` is the persona of the paper and is for strong models. The few-shot personas are for small models,
+whose votes depend on the label words more than on anything else.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from stages.records import Example, problems, read_jsonl
 from stages.registry import Registry
 
 personas: Registry = Registry("persona")
-"""Traits. `chat`: for strong models, and with a threshold of 0.5; the others need calibration. `few-shot`: shows worked examples."""
+"""Traits: `chat`, for strong models, with a threshold of 0.5 (all others need calibration); `few-shot`, which
+shows worked examples."""
 
 HERE = Path(__file__).parent
 SHOTS = HERE / "shots.jsonl"
-"""Worked examples: recall, reading, one step and yes/no questions of System 1; terse and wordy chains and yes/no questions of
-System 2. None is in the demonstration set, and none in HELD_OUT."""
+"""Worked examples. System 1: recall, reading, one step, yes/no questions. System 2: terse chains, wordy
+chains, yes/no questions. None of them is in the demonstration set or in HELD_OUT."""
 HELD_OUT = HERE / "held_out.jsonl"
-"""Labelled examples for calibration, 16 of each system, of the same kinds."""
+"""Labelled examples for calibration, 16 of each system, of the same kinds as in SHOTS."""
 CONTENT_FREE = ("N/A", "[MASK]", "...", "Lorem ipsum.")
 """Questions without content, after Zhao et al. 2021 (arXiv 2102.09690)."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A question with its answer and a label that is not in doubt."""
+    """A question with its answer and a label that is beyond doubt."""
 
     question: str
     answer: str
@@ -38,18 +39,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Brief:
-    """What a persona is told beside the example."""
+    """What a persona needs beside the example."""
 
     target: str
-    """The model that a role-playing voter plays."""
+    """Name of the model that a role-playing voter plays."""
     show_answer: bool
     words: tuple[str, str] | None = None
-    """Label words; none: the persona's own."""
+    """Label words for System 1 and 2; None: the persona's own."""
     shots: tuple[Judged, ...] = ()
 
 
 def read_judged(path: Path) -> list[Judged]:
-    """Rows with question, answer and system (1 or 2); DataError lists every other one."""
+    """Rows with question, answer and system (1 or 2); DataError lists all that lack one of them."""
     found, bad = [], []
     for number, row in read_jsonl(path):
         if row.get("system") in (1, 2) and isinstance(row.get("question"), str):
@@ -64,7 +65,7 @@ def read_judged(path: Path) -> list[Judged]:
 
 
 def shots(path: Path, number: int) -> tuple[Judged, ...]:
-    """The first `number` examples of a file, System 1 and 2 by turns."""
+    """The first `number` examples of a file, System 1 and System 2 in turn."""
     rows = read_judged(path)
     ones, twos = ([row for row in rows if row.system == k] for k in (1, 2))
     return tuple(row for pair in zip(ones, twos, strict=False) for row in pair)[: number - number % 2]
@@ -72,7 +73,7 @@ def shots(path: Path, number: int) -> tuple[Judged, ...]:
 
 @personas.add("chat")
 def role_play(example: Example, brief: Brief) -> Ballot:
-    """The paper's: judge as the named target model would, in a chat, from criteria, question and answer."""
+    """The paper's persona: in a chat, judge as the named model would, from criteria, question and answer."""
     system = f"You are {brief.target}. Judge each question as you would meet it yourself, briefly."
     return _chat(system, example, brief, f"Which system does {brief.target} need?")
 
@@ -80,9 +81,8 @@ def role_play(example: Example, brief: Brief) -> Ballot:
 @personas.add("chat")
 def judge(example: Example, brief: Brief) -> Ballot:
     """`role_play` without the role: the paper's ablation."""
-    return _chat(
-        "You judge how much thought a question needs, briefly.", example, brief, "Which system does it need?"
-    )
+    system = "You judge how much thought a question needs, briefly."
+    return _chat(system, example, brief, "Which system does it need?")
 
 
 def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
@@ -98,28 +98,29 @@ def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
 
 @personas.add("few-shot")
 def steps(example: Example, brief: Brief) -> Ballot:
-    """Few-shot completion, one or many steps; for small models."""
+    """Few-shot completion: does the question need one step or many? For small models."""
     one, two = words = brief.words or ("one", "many")
-    return _few_shot(
-        f"How many steps does each question need, {one} or {two}?", "Steps:", words, example, brief
-    )
+    head = f"How many steps does each question need, {one} or {two}?"
+    return _few_shot(head, "Steps:", words, example, brief)
 
 
 @personas.add("few-shot")
 def effort(example: Example, brief: Brief) -> Ballot:
-    """Few-shot completion, easy or hard; for small models."""
+    """Few-shot completion: is the question easy or hard? For small models."""
     one, two = words = brief.words or ("easy", "hard")
-    head = f"Label each question. {one} = it needs only recall or one simple step; {two} = it needs several steps of reasoning."
+    head = (
+        f"Label each question. {one} = it needs only recall or one simple step; "
+        f"{two} = it needs several steps of reasoning."
+    )
     return _few_shot(head, "Label:", words, example, brief)
 
 
 @personas.add()
 def simplicity(example: Example, brief: Brief) -> Ballot:
-    """Zero-shot completion, simple or complex; for small models."""
+    """Zero-shot completion: is the question simple or complex? For small models."""
     one, two = brief.words or ("simple", "complex")
-    return Ballot(
-        f"{_question(example.prompt, example.response, brief)}\nThis question is", (f" {one}", f" {two}")
-    )
+    asked = _question(example.prompt, example.response, brief)
+    return Ballot(f"{asked}\nThis question is", (f" {one}", f" {two}"))
 
 
 def _question(question: str, answer: str, brief: Brief) -> str:
@@ -127,20 +128,20 @@ def _question(question: str, answer: str, brief: Brief) -> str:
 
 
 def _worked(answer: str) -> str:
-    """The reasoning of a reference answer on one line, without the final answer that follows it."""
+    """The reasoning of a reference answer on one line, without the final answer."""
     return " ".join(answer.partition("####")[0].split())
 
 
 def _few_shot(head: str, cue: str, words: tuple[str, str], example: Example, brief: Brief) -> Ballot:
-    shown = [
-        f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}" for row in brief.shots
-    ]
-    text = "\n\n".join([head, *shown, f"{_question(example.prompt, example.response, brief)}\n{cue}"])
-    return Ballot(text, (f" {words[0]}", f" {words[1]}"))
+    parts = [head]
+    for row in brief.shots:
+        parts.append(f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}")
+    parts.append(f"{_question(example.prompt, example.response, brief)}\n{cue}")
+    return Ballot("\n\n".join(parts), (f" {words[0]}", f" {words[1]}"))
 
 
 def as_example(row: Judged) -> Example:
-    """A labelled example as a voter meets it."""
+    """A labelled example in the form in which voters are asked about it."""
     return Example(f"held_out/{row.question}", row.question, row.answer, None)
 
 

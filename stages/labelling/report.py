@@ -1,4 +1,4 @@
-"""The report of the labels: counts, agreement, what each voter did, the most contested examples, labels known from elsewhere."""
+"""The report of the labels: counts, each voter, agreement, the most contested examples, and known labels."""
 
 from __future__ import annotations
 
@@ -38,51 +38,60 @@ def report(
     path: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the report and say what a person should know; returns its head for the manifest."""
-    whole: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
+    """Write the report to `path` and say its warnings; returns its most important figures, for the manifest.
+
+    held, twos, found: per voter, its voice, the examples it votes 2, and its calibration.
+    """
+    valid = {
+        title: {id: value for id, value in voice.given.items() if value is not None}
+        for title, voice in held.items()
+    }
     examples = [row.example for row in rows]
+    whole: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
     for box in boxes:
-        voice, calibration = held[box.title], found[box.title]
-        valid = [id for id, value in voice.given.items() if value is not None]
+        calibration, given = found[box.title], valid[box.title]
         whole["voters"][box.title] = {
             "engine": box.voter.engine,
             "asked_now": box.asked,
-            "valid": len(valid),
+            "valid": len(given),
             "invalid": box.invalid(examples),
             "failed": dict(Counter(failure.reason for _, failure in box.failures)),
-            "system2_share": len(twos[box.title]) / len(valid) if valid else None,
-            "threshold": voice.threshold,
+            "system2_share": len(twos[box.title]) / len(given) if given else None,
+            "threshold": held[box.title].threshold,
             "calibration": "system2_share" if section.system2_share else calibration.method,
             "mass_on_words": box.mass(),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
         }
-    said = {
-        title: {id: 2 if id in twos[title] else 1 for id, value in voice.given.items() if value is not None}
-        for title, voice in held.items()
-    }
+    said = {title: {id: 2 if id in twos[title] else 1 for id in given} for title, given in valid.items()}
     whole["agreement"] = kappas(said)
     whole["contested"] = _contested(rows)
-    known = {
-        row.example.id: system for row in rows if (system := row.example.extra.get(section.known)) in (1, 2)
-    }
-    if known:
-        voters = {
-            title: {i: v for i, v in voice.given.items() if v is not None} for title, voice in held.items()
-        }
-        labels = {row.example.id: row.system for row in rows}
-        plain = surface([example for example in examples if example.id in known])
-        plain[TOGETHER] = neighbours(plain, known)
-        whole["known"] = {"field": section.known, **with_known(known, labels, {**voters, **plain})}
+    if known := _known(rows, section.known, valid):
+        whole["known"] = known
     path.write_text(json.dumps(whole, indent=1, ensure_ascii=False), encoding="utf-8")
     for warning in _warnings(whole):
         say(warning)
     return _head(whole)
 
 
+def _known(rows: list[Labelled], field: str, votes: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+    """Comparison of labels, votes and surface scores with the labels in `field`; None if no row has one."""
+    known: dict[str, int] = {}
+    for row in rows:
+        system = row.example.extra.get(field)
+        if system in (1, 2):
+            known[row.example.id] = system
+    if not known:
+        return None
+    labels = {row.example.id: row.system for row in rows}
+    plain = surface([row.example for row in rows if row.example.id in known])
+    plain[TOGETHER] = neighbours(plain, known)
+    return {"field": field, **with_known(known, labels, {**votes, **plain})}
+
+
 def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
-    """The examples about which voters differ most, by the spread of their probabilities."""
+    """The examples on which voters differ most, by the range of their probabilities."""
 
     def spread(row: Labelled) -> float:
         values = [value for value in row.votes.values() if value is not None]
@@ -95,8 +104,14 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
 
 
 def _warnings(whole: dict[str, Any]) -> list[str]:
+    known = whole.get("known")
+    return _of_voters(whole["voters"]) + (_of_known(known, set(whole["voters"])) if known else [])
+
+
+def _of_voters(voters: dict[str, Any]) -> list[str]:
+    """Warnings about voters whose answers mean little."""
     found = []
-    for title, voter in whole["voters"].items():
+    for title, voter in voters.items():
         area, mass = voter["held_out_auc"], voter["mass_on_words"]
         if area is not None and area < POOR_AUC:
             low, high = voter["held_out_interval"]
@@ -106,46 +121,47 @@ def _warnings(whole: dict[str, Any]) -> list[str]:
             )
         if mass is not None and mass < POOR_MASS:
             found.append(
-                f"warning: {title} puts {mass:.2%} of its probability on the label words: it would say something else"
-            )
-    if known := whole.get("known"):
-        areas = {title: area[0] for title, area in known["auc"].items() if area}
-        reached = max((area for title, area in areas.items() if title in whole["voters"]), default=0.0)
-        # A single score may stand for either system; what is fitted to labels may not.
-        plain = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
-        plain |= {TOGETHER: areas[TOGETHER]} if TOGETHER in areas else {}
-        best = max(plain, key=plain.__getitem__, default="")
-        if plain and plain[best] >= reached:
-            found.append(
-                f"warning: the question's surface alone ({best}) separates the known labels as well as the best voter "
-                f"(AUC {plain[best]:.2f} and {reached:.2f}): agreement does not show that anything was read"
-            )
-        always = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2)) / max(
-            known["n"], 1
-        )
-        if known["interval"] is not None and known["interval"][0] <= always:
-            low, high = known["interval"]
-            found.append(
-                f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} [{low:.0%}-{high:.0%}] of the rows; "
-                f"one label for all would in {always:.0%}"
+                f"warning: {title} puts {mass:.2%} of its probability on the label words: "
+                "it would say something else"
             )
     return found
 
 
+def _of_known(known: dict[str, Any], voters: set[str]) -> list[str]:
+    """Warnings about an agreement with known labels that could be had without reading the questions."""
+    found = []
+    areas = {title: area[0] for title, area in known["auc"].items() if area}
+    reached = max((area for title, area in areas.items() if title in voters), default=0.0)
+    # A surface score may be high for either system; the neighbours' score, fitted to labels, may not.
+    plain = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
+    plain |= {TOGETHER: areas[TOGETHER]} if TOGETHER in areas else {}
+    best = max(plain, key=plain.__getitem__, default="")
+    if plain and plain[best] >= reached:
+        found.append(
+            f"warning: the question's surface alone ({best}) separates the known labels as well as the best "
+            f"voter (AUC {plain[best]:.2f} and {reached:.2f}): agreement does not show that anything was read"
+        )
+    larger = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2))
+    always = larger / max(known["n"], 1)
+    if known["interval"] is not None and known["interval"][0] <= always:
+        low, high = known["interval"]
+        found.append(
+            f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} "
+            f"[{low:.0%}-{high:.0%}] of the rows; one label for all would in {always:.0%}"
+        )
+    return found
+
+
 def _head(whole: dict[str, Any]) -> dict[str, Any]:
-    """What of the report a person sees at once."""
+    """The figures of the report that are shown at the end of classify."""
     head = {key: whole[key] for key in ("examples", "system1", "system2", "undecided", "with_gold")}
     if whole["agreement"].get("fleiss_kappa") is not None:
         head["fleiss_kappa"] = whole["agreement"]["fleiss_kappa"]
     head["votes_system2"] = {title: voter["system2_share"] for title, voter in whole["voters"].items()}
-    for name in ("invalid", "failed"):
-        number = {
-            t: n
-            for t, v in whole["voters"].items()
-            if (n := v[name] if name == "invalid" else sum(v[name].values()))
-        }
-        if number:
-            head[name] = number
+    voters = whole["voters"]
+    invalid = {title: voter["invalid"] for title, voter in voters.items() if voter["invalid"]}
+    failed = {title: sum(voter["failed"].values()) for title, voter in voters.items() if voter["failed"]}
+    head |= {name: number for name, number in (("invalid", invalid), ("failed", failed)) if number}
     if known := whole.get("known"):
         head["agrees_with_known"] = known["agreement"]
         head["interval"] = known["interval"]

@@ -1,4 +1,4 @@
-"""The votes of one voter: what its journal has, what is still to be asked, and what came of it."""
+"""The votes of one voter: those in its journal, the questions still to be asked, and the failures."""
 
 from __future__ import annotations
 
@@ -27,49 +27,50 @@ class Wanted:
 
 
 class Votes:
-    """One voter's answers, journalled by ballot and sample; an answer in the journal is never asked for again.
+    """One voter's answers, journalled by ballot and sample; no question in the journal is asked again.
 
-    The journal belongs to what answers (model, its type here, engine, temperature, thought, arguments that change results)
-    and to a persona; a line, to the text of one ballot. So other words or worked examples, or more samples, ask only for
-    what is new, and so does another run with the same voter.
+    A journal belongs to one persona and to one way of answering: model, data type, engine, temperature,
+    length of thought, and arguments that change results. Each of its lines belongs to the text of one ballot.
+    So with other label words, other worked examples or more samples, only the new questions are asked. The
+    same holds for another run with the same voter.
     """
 
     def __init__(
         self, voter: Voter, title: str, model_title: str, identity: str, brief: Brief, seed: int, folder: Path
     ) -> None:
-        """identity: of the model, with all that changes its answers."""
+        """identity: identifies the model and everything else that changes its answers."""
         self.voter, self.title = voter, title
         self.brief = brief
         self._persona, self._seed = personas.pick(voter.persona), seed
         how = {"thinking": voter.thinking and voter.thinking.max_tokens, "temperature": voter.temperature}
         key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in how.items() if v}})
-        self._journal = Journal(
-            folder / f"{re.sub('[^A-Za-z0-9._-]', '-', model_title)}-{voter.persona}-{key}.jsonl"
-        )
+        model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
+        self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl")
         self._keys: dict[str, str] = {}
         self._invalid: list[str] = []
         self.examples: list[Example] = []
-        """What it is to vote on."""
+        """The examples to vote on."""
         self.failures: list[tuple[str, Failure]] = []
-        """Example id and why, of questions without an answer."""
+        """Example id and reason for each question that got no answer."""
         self.asked = 0
 
     def take(self, examples: list[Example]) -> None:
-        """Set what it is to vote on."""
+        """Set the examples to vote on."""
         self.examples = examples
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 
     def missing(self) -> list[Wanted]:
-        """The questions whose answer the journal lacks."""
+        """The questions whose answers are not in the journal."""
         wanted = [Wanted(e, n) for e in self.examples for n in range(self.voter.samples)]
         return [w for w in wanted if (self._key(w.example), w.sample) not in self._journal]
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
-        """Put what the journal lacks to the engine and journal each answer as it comes; yields after each.
+        """Ask the engine the missing questions and journal each answer as it arrives; yields after each.
 
-        Other weights under the same name are noticed by their greedy answers, and earlier votes left aside.
+        If a remote model gives other greedy answers than before, its weights have changed under the same
+        name: its earlier votes are then left aside.
         """
-        # What runs here is known by the digest of its weights.
+        # Models that run here are identified by the digest of their weights, so they need no probes.
         probes = engine.fingerprint() if isinstance(engine, Client) and self.voter.urls else []
         with self._journal.writing(say):
             known = self._journal.notes.get("fingerprint")
@@ -95,17 +96,16 @@ class Votes:
             return
         system2 = found.shares[1] if found.shares else None
         answer = {"example": wanted.example.id, "system2": system2, "mass": found.mass}
-        self._journal.keep(
-            (self._key(wanted.example), wanted.sample),
-            {**answer, **({"text": found.text} if found.text else {})},
-        )
+        if found.text:
+            answer["text"] = found.text
+        self._journal.keep((self._key(wanted.example), wanted.sample), answer)
         if system2 is None:
             self._invalid.append(found.text)
 
     def check(self, max_failed: float, max_invalid: float, patience: int = 0) -> None:
-        """AnswerError if more answers failed, or were none of the words, than these shares allow (one at least).
+        """AnswerError if more questions failed, or more answers are no label word, than these shares allow.
 
-        patience: so many more are let pass, to go on with the others before giving up.
+        A share above 0 allows at least one. patience: the number of further ones allowed before giving up.
         """
         total = len(self.examples)
 
@@ -115,32 +115,33 @@ class Votes:
         if too_many(len(self.failures), max_failed):
             id, failure = self.failures[0]
             raise AnswerError(
-                f"{self.title} could not answer {len(self.failures)} of {total} questions; first {id}: {failure.reason}: "
-                f"{failure.detail}",
+                f"{self.title} could not answer {len(self.failures)} of {total} questions; "
+                f"first {id}: {failure.reason}: {failure.detail}",
                 "its other votes are kept; run it again, or allow more: classify.max_failed",
             )
         if too_many(len(self._invalid), max_invalid):
             raise AnswerError(
-                f"{self.title}: {len(self._invalid)} of {total} answers are none of its words, e.g. {self._invalid[0]!r}",
+                f"{self.title}: {len(self._invalid)} of {total} answers are none of its words, "
+                f"e.g. {self._invalid[0]!r}",
                 "another persona or words, or allow more: classify.max_invalid",
             )
 
     def vote(self, example: Example) -> float | None:
-        """Mean probability of System 2 over its valid samples."""
+        """Mean probability of System 2 over the example's valid samples; None if there is none."""
         valid = [answer["system2"] for answer in self._answers([example]) if answer["system2"] is not None]
         return sum(valid) / len(valid) if valid else None
 
     def invalid(self, examples: Iterable[Example]) -> int:
-        """Answers that were none of its words."""
+        """The number of answers that are none of the voter's words."""
         return sum(answer["system2"] is None for answer in self._answers(examples))
 
     def mass(self) -> float | None:
-        """Mean probability of the label words among all tokens, where the engine could tell."""
+        """Mean probability of the label words among all tokens; None where the engine cannot tell it."""
         known = [answer["mass"] for answer in self._answers() if answer["mass"] >= 0]
         return sum(known) / len(known) if known else None
 
     def _answers(self, examples: Iterable[Example] | None = None) -> Iterator[dict[str, Any]]:
-        """What the journal has on these examples, or on all that it is to vote on."""
+        """The journalled answers on these examples, by default on all examples to vote on."""
         for example in self.examples if examples is None else examples:
             for sample in range(self.voter.samples):
                 answer = self._journal.get((self._key(example), sample))
@@ -157,7 +158,7 @@ class Votes:
         return ballot
 
     def _key(self, example: Example) -> str:
-        """The digest of what is asked, not the example's id alone: another persona text asks anew."""
+        """The digest of the question as asked; the example's id would not change with the persona's text."""
         if example.id not in self._keys:
             ballot: Ballot = self._persona(example, self.brief)
             self._keys[example.id] = key_of({"text": ballot.text, "words": ballot.words})

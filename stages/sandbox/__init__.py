@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote so that they cannot harm the machine: `choose(name, limits)` gives a Sandbox.
+"""Runs programs that a model wrote so that they cannot harm the machine; `choose` returns a Sandbox.
 
-`inside.py` and `landlock.py` run in the sandboxed processes; `pair.py` runs a program against its tests; `backends.py` has
-the ways to start them. This package needs the standard library and `stages.errors` only.
+`inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a program against its tests, and
+`backends.py` has the ways to start them. This package needs only the standard library and `stages.errors`.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,15 @@ HINT = (
 
 
 class Sandbox:
-    """One back end with limits. Its name is `bubblewrap`, `landlock` or `unsafe-no-sandbox`."""
+    """One back end with limits. `name` is `bubblewrap`, `landlock` or `unsafe-no-sandbox`."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name, self.limits = name, limits
 
     def check(self, program: str, tests: str, entry: str, setup: str = "") -> Verdict:
-        """Run `tests` on the function `entry` of `program`; `setup` (trusted code) is what the tests need beside it.
+        """Run `tests` on the function `entry` of `program`; `setup` is trusted code that the tests need too.
 
-        SandboxFailure if the sandbox fails twice: that says nothing about the program.
+        SandboxFailure if the sandbox fails twice, which says nothing about the program.
         """
         try:
             return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
@@ -39,17 +39,17 @@ class Sandbox:
             return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
 
     def plain(self, program: str, tests: str, entry: str) -> bool:
-        """Whether the tests pass with program and tests in one process, as HumanEval's own script has it."""
+        """Whether the tests pass with program and tests in one process, as in HumanEval's own script."""
         return pair.plain(BACKENDS[self.name], program, tests, entry, self.limits)
 
 
 def examine() -> dict[str, list[str]]:
-    """The problems of each safe back end on this machine; no problems, no lines."""
+    """The problems of each safe back end on this machine, one line each; an empty list if there are none."""
     return {name: selftest(BACKENDS[name]) for name in SAFE}
 
 
 class Section(Protocol):
-    """What a config says about the sandbox."""
+    """The settings of a config that concern the sandbox."""
 
     @property
     def backend(self) -> str: ...
@@ -65,7 +65,7 @@ def of(section: Section, say: Callable[[str], None]) -> Sandbox:
 
 
 def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
-    """The sandbox called `name`; `auto` is the first safe one whose self-test passes here. SandboxError if there is none."""
+    """The sandbox called `name`; `auto` is the first safe one to pass its self-test. SandboxError if none."""
     if name == "refuse":
         raise SandboxError(
             "code that a model wrote would run here, and sandbox.backend is refuse", "choose auto"

@@ -1,7 +1,8 @@
-"""How a role of `inside.py` is started: one class per back end, each giving a command line, its environment and its files.
+"""How `inside.py` is started: one function per back end gives the command, its environment and open files.
 
-bubblewrap: an own root of read-only system folders, no network, no other processes, a seccomp filter. landlock: the same
-user and processes, all rights given up. none: limits only, for those who typed `unsafe-no-sandbox`.
+- bubblewrap: a separate root of read-only system folders, no network, no other processes, a seccomp filter.
+- landlock: the file system and processes of the user, but all rights to them given up.
+- none: limits only, for those who typed `unsafe-no-sandbox`.
 """
 
 import json
@@ -24,9 +25,9 @@ class Limits:
     """What one program may use."""
 
     seconds: float = 5.0
-    """Wall time for all of its tests."""
+    """Wall time for all tests of the program."""
     memory_mb: int = 512
-    """Address space."""
+    """Address space, in MiB."""
 
     def of_process(self) -> dict[str, int]:
         mb = 2**20
@@ -43,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Start:
-    """What `subprocess.Popen` needs."""
+    """How to start a process: what `subprocess.Popen` needs, and the file descriptors it keeps open."""
 
     command: list[str]
     environment: dict[str, str]
@@ -51,7 +52,7 @@ class Start:
 
 
 def _python() -> tuple[str, list[str]]:
-    """The interpreter without its virtual environment, and the folders it needs beside the system's."""
+    """The interpreter outside of a virtual environment, and the folders it needs beside the system's."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     prefix = os.path.realpath(sys.base_prefix)
     return python, [] if prefix.startswith("/usr") else [prefix]
@@ -69,93 +70,77 @@ def _inside(python: str, script: str, role: str, limits: dict[str, int]) -> list
     return [python, "-I", "-S", "-X", "utf8", script, role, json.dumps(limits)]
 
 
+ISOLATION = (
+    *("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL"),
+    *("--die-with-parent", "--new-session"),
+)
+ENVIRONMENT = (
+    "--clearenv",
+    *("--setenv", "PATH", "/usr/bin"),
+    *("--setenv", "LANG", "C.UTF-8"),
+    *("--setenv", "HOME", "/tmp"),
+    *("--setenv", "PYTHONDONTWRITEBYTECODE", "1"),
+)
+
+
 @contextmanager
 def bubblewrap(role: str, limits: Limits) -> Iterator[Start]:
-    """Namespaces by bubblewrap (Debian and others: package bubblewrap), hardened.
+    """Namespaces by bubblewrap (in Debian and others the package bubblewrap), hardened.
 
-    No /proc: it would show the reaper's environment and memory. /dev is read-only and /dev/shm sized: they are unlimited
-    otherwise. The filter refuses new processes: for root, RLIMIT_NPROC is never enforced.
+    The seccomp filter refuses new processes, because RLIMIT_NPROC is never enforced for root.
     """
     found = shutil.which("bwrap")
     if found is None:
         raise OSError("bwrap is not installed (package bubblewrap)")
     python, folders = _python()
-    command = [
-        found,
-        "--unshare-user",
-        "--unshare-all",
-        "--disable-userns",
-        "--cap-drop",
-        "ALL",
-        "--die-with-parent",
-    ]
-    command += ["--new-session", "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "LANG", "C.UTF-8"]
-    command += [
-        "--setenv",
-        "HOME",
-        "/tmp",
-        "--setenv",
-        "PYTHONDONTWRITEBYTECODE",
-        "1",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-    ]
-    for path in ("/lib", "/lib64", "/bin"):
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        elif os.path.isdir(path):
-            command += ["--ro-bind", path, path]
-    for folder in folders:
-        command += ["--ro-bind", folder, folder]
-    command += ["--dev", "/dev", "--size", str(16 * 2**20), "--perms", "1777", "--tmpfs", "/tmp"]
-    command += [
-        "--size",
-        str(2**20),
-        "--perms",
-        "1777",
-        "--tmpfs",
-        "/dev/shm",
-        "--ro-bind",
-        str(HERE / "inside.py"),
-        "/inside.py",
-    ]
-    command += ["--chdir", "/tmp", "--hostname", "sandbox", "--remount-ro", "/", "--remount-ro", "/dev"]
+    allowed = {**limits.of_process(), "NPROC": 64}
     with _filter("namespaces").open("rb") as rules:
         number = rules.fileno()
-        command += [
-            "--seccomp",
-            str(number),
-            *_inside(python, "/inside.py", role, {**limits.of_process(), "NPROC": 64}),
-        ]
+        command = [found, *ISOLATION, *ENVIRONMENT, *_root(folders), "--seccomp", str(number)]
+        command += _inside(python, "/inside.py", role, allowed)
         yield Start(command, {"PATH": "/usr/bin:/bin"}, (number,))
+
+
+def _root(folders: list[str]) -> list[str]:
+    """bwrap's arguments for the root: read-only system folders and `folders`, `inside.py`, and a small /tmp.
+
+    There is no /proc: it would show the environment and memory of bwrap's first process. /dev is read-only
+    and /dev/shm has a size, because both would be unlimited otherwise.
+    """
+    arguments = ["--ro-bind", "/usr", "/usr"]
+    for path in ("/lib", "/lib64", "/bin"):
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            arguments += ["--ro-bind", path, path]
+    for folder in folders:
+        arguments += ["--ro-bind", folder, folder]
+    arguments += ["--dev", "/dev"]
+    arguments += ["--size", str(16 * 2**20), "--perms", "1777", "--tmpfs", "/tmp"]
+    arguments += ["--size", str(2**20), "--perms", "1777", "--tmpfs", "/dev/shm"]
+    arguments += ["--ro-bind", str(HERE / "inside.py"), "/inside.py"]
+    arguments += ["--chdir", "/tmp", "--hostname", "sandbox", "--remount-ro", "/", "--remount-ro", "/dev"]
+    return arguments
 
 
 @contextmanager
 def landlock(role: str, limits: Limits) -> Iterator[Start]:
-    """Landlock and a stricter seccomp filter, where no namespace can be made; programs can write no file at all."""
+    """Landlock and a stricter seccomp filter, where there are no namespaces. Programs can write no file."""
     if abi() < LEAST_ABI:
         raise OSError(f"Landlock is at version {abi()}, {LEAST_ABI} is needed (kernel 6.2)")
     python, folders = _python()
     script = str(HERE / "inside.py")
     readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
-    launch = [
-        python,
-        "-I",
-        "-S",
-        str(HERE / "landlock.py"),
-        str(_filter("landlock")),
-        json.dumps(limits.of_process()),
-    ]
+    allowed = json.dumps(limits.of_process())
+    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_filter("landlock")), allowed]
     yield Start([*launch, *readable, "--", *_inside(python, script, role, {})], {"PATH": "/usr/bin:/bin"})
 
 
 @contextmanager
 def none(role: str, limits: Limits) -> Iterator[Start]:
-    """Limits of the process only: the program can read, write, connect and start whatever its user can."""
-    yield Start(
-        _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process()), {"PATH": "/usr/bin:/bin"}
-    )
+    """Only limits of the process: the program can read, write, connect and start whatever its user can."""
+    command = _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process())
+    yield Start(command, {"PATH": "/usr/bin:/bin"})
 
 
 BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

@@ -1,11 +1,13 @@
-"""Runs inside of a sandbox, with the standard library only: `inside.py ROLE LIMITS`.
+"""Runs in a sandbox, with the standard library only: `inside.py ROLE LIMITS`.
 
-A program and its tests never share a process. The `candidate` loads the program and answers calls of its function; the
-`judge` runs the tests against a stand-in that sends each call over a pipe, and says how they went. Values cross as plain
-data of built-in types, so an object that claims to equal everything never reaches a comparison, and nothing that the program
-does to its own interpreter can change the verdict. `plain` runs both in one process, as the benchmark's own script does.
+A program and its tests never share a process. The `candidate` loads the program and answers calls of its
+function. The `judge` runs the tests against a stand-in for that function, which sends each call over a pipe,
+and reports the verdict. Values cross the pipe as plain data of built-in types. So an object that claims to
+equal everything never reaches a comparison, and nothing that the program does to its interpreter can change
+the verdict. The role `plain` runs both in one process, as the benchmark's own script does.
 
-One JSON value per line: `"ready"` first, then the job comes in; see the functions below for the rest.
+Messages are JSON values, one per line: the process sends `"ready"`, then receives its job. The functions
+below describe the rest.
 """
 
 import base64
@@ -42,7 +44,7 @@ _ITERATORS: tuple[type, ...] = (
 
 
 def encode(value: Any, depth: int = 0) -> Any:
-    """Plain JSON for a value of built-in types; Strange for any other type, also of a subclass and also deep inside."""
+    """Plain JSON for a value of built-in types; Strange if it has or contains another type or a subclass."""
     kind = type(value)
     if depth > 100:
         raise Strange("nested too deep")
@@ -93,7 +95,10 @@ def decode(value: Any) -> Any:
 
 
 class Channel:
-    """JSON lines over the first standard input and output; the program gets an empty input and the error stream instead."""
+    """JSON lines over the original standard input and output.
+
+    The program has an empty standard input instead, and its output goes to the error stream.
+    """
 
     def __init__(self) -> None:
         self._in, self._out = os.fdopen(os.dup(0), "rb"), os.dup(1)
@@ -113,7 +118,7 @@ class Channel:
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Lower the limits of this process for good. The parent keeps the wall clock; these hold whatever it does."""
+    """Lower the limits of this process for good. They hold whatever it does; the parent limits wall time."""
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
@@ -123,7 +128,7 @@ def _said(error: BaseException) -> str:
 
 
 def candidate(channel: Channel, job: dict[str, str]) -> None:
-    """Job {program, entry}; says `loaded` or {"broken": why}, then answers each call with value, raised or strange."""
+    """Job {program, entry}. Sends "loaded" or {"broken": why}, then value, raised or strange per call."""
     space: dict[str, Any] = {"__name__": "program"}  # a `__main__` part does not run
     try:
         exec(compile(job["program"], "program", "exec"), space)
@@ -144,7 +149,7 @@ def candidate(channel: Channel, job: dict[str, str]) -> None:
 
 
 def judge(channel: Channel, job: dict[str, str]) -> None:
-    """Job {setup, tests, entry}; sends calls as [arguments, named], and at the end {"verdict", "why"}."""
+    """Job {setup, tests, entry}. Sends calls as [arguments, named], and at the end {"verdict", "why"}."""
     strange: list[str] = []
 
     def stand_in(*arguments: Any, **named: Any) -> Any:
@@ -178,7 +183,7 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
 
 
 def plain(channel: Channel, job: dict[str, str]) -> None:
-    """Job {program, tests, entry}; program and tests in one process, as HumanEval's script runs them."""
+    """Job {program, tests, entry}. Runs program and tests in one process, as HumanEval's script does."""
     space: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(f"{job['program']}\n{job['tests']}", "program", "exec"), space)

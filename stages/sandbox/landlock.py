@@ -1,8 +1,9 @@
 """Gives up rights for good, then becomes another command: `landlock.py FILTER LIMITS READABLE… -- COMMAND…`.
 
-For machines where no namespace can be made. Landlock (https://docs.kernel.org/userspace-api/landlock.html) takes the file
-system and TCP away, a seccomp filter the rest: sockets, processes, signals, file modes. Standard library only, and nothing of
-lorapar: it runs as a script. No path stays writable. Fails closed: an error here ends the process before the command.
+For machines where namespaces are not available. Landlock
+(https://docs.kernel.org/userspace-api/landlock.html) denies the file system and TCP; a seccomp filter denies
+the rest: sockets, processes, signals, file modes. No path stays writable. It fails closed: an error here ends
+the process before the command runs. As a script, this file uses the standard library and nothing of lorapar.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on e
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 LEAST_ABI = 3
-"""Below it a file can be truncated (kernel 6.2)."""
+"""Landlock can forbid truncating a file from this version on (kernel 6.2)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,7 +47,7 @@ def _call(result: int, what: str) -> int:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Leave reading and execution below `readable` and /dev/null, and nothing else of the file system or of TCP."""
+    """Allow reading and execution below `readable`, /dev/null and /dev/urandom; no other file, no TCP."""
     version = abi()
     if version < LEAST_ABI:
         raise OSError(f"Landlock is at version {version}, {LEAST_ABI} is needed (kernel 6.2)")
@@ -71,7 +72,7 @@ def restrict_files(readable: list[str]) -> None:
 
 
 def drop_capabilities() -> None:
-    """As root too, limits must hold; without new privileges the next program gets none back."""
+    """Drop all capabilities, so that limits hold for root too; after no_new_privs none can be regained."""
     for capability in range(64):
         _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)

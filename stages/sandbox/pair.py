@@ -1,4 +1,4 @@
-"""Runs a program and its tests, each in a sandbox of its own, and carries the calls between them."""
+"""Runs a program and its tests, each in a separate sandbox, and passes the calls between them."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from stages.sandbox.backends import Limits, Start
 from stages.sandbox.inside import MAX_LINE
 
 START_S = 30
-"""A sandbox that is not ready by then has failed, whatever the machine is busy with."""
+"""Seconds after which a sandbox that is not ready has failed, however busy the machine is."""
 MAX_OUTPUT = 2**20
 KEPT_OUTPUT = 4096
 
@@ -24,18 +24,19 @@ Backend = Callable[[str, Limits], AbstractContextManager[Start]]
 
 
 class SandboxFailure(Exception):
-    """The sandbox itself did not work; it says nothing about the program."""
+    """The sandbox itself did not work, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did."""
+    """The outcome of a program's tests."""
 
     status: str
-    """passed, failed, suspicious (a result that is not plain data), timeout, broken (does not load), crashed or flooded."""
+    """passed, failed, suspicious (a result is not plain data), timeout, broken (does not load), crashed or
+    flooded (too much output)."""
     why: str
     output: str
-    """The last of what the program wrote."""
+    """The end of what the program wrote."""
 
     @property
     def passed(self) -> bool:
@@ -49,7 +50,7 @@ class _Ended(Exception):
 
 
 class _Sandboxed:
-    """One process in a sandbox: its lines, and the tail of what it wrote to its error stream."""
+    """One process in a sandbox: its lines, and the end of what it wrote to its error stream."""
 
     def __init__(self, role: str, start: Start) -> None:
         self.role = role
@@ -73,7 +74,7 @@ class _Sandboxed:
         os.set_blocking(self.process.stdin.fileno(), False)
 
     def send(self, data: bytes, deadline: float) -> None:
-        """Write a line; a program that does not read is out of time at the deadline."""
+        """Write a line; if the program does not read it by the deadline, it is out of time."""
         assert self.process.stdin
         pipe = self.process.stdin.fileno()
         with selectors.DefaultSelector() as ready:
@@ -117,7 +118,7 @@ class _Sandboxed:
             raise _Ended("flooded", "more than 1 MiB of output")
 
     def _gone(self) -> None:
-        """The process has closed its end: wait for its code and for the rest of what it wrote."""
+        """The process has closed its pipe: wait for its exit code and read the rest of its output."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         assert self.process.stderr
@@ -138,7 +139,7 @@ class _Sandboxed:
                 pipe.close()
 
     def _drain(self, deadline: float) -> None:
-        """Until the pipes end: then no process of the sandbox is left; the kernel takes a moment to end them all."""
+        """Read until the pipes end, which shows that the kernel has ended all processes of the sandbox."""
         while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(left):
                 if not os.read(key.fd, 65536):
@@ -147,7 +148,7 @@ class _Sandboxed:
 
 @contextmanager
 def _started(back: Backend, role: str, limits: Limits) -> Iterator[_Sandboxed]:
-    """A process that is ready for its job; SandboxFailure if it does not get there."""
+    """A process that is ready for its job; SandboxFailure if it does not become ready."""
     try:
         with back(role, limits) as start:
             inside = _Sandboxed(role, start)
@@ -167,9 +168,9 @@ def _started(back: Backend, role: str, limits: Limits) -> Iterator[_Sandboxed]:
 
 
 def check(back: Backend, program: str, tests: str, entry: str, setup: str, limits: Limits) -> Verdict:
-    """Run `tests` on the function `entry` of `program`; `setup` (trusted) is what the tests need beside it.
+    """Run `tests` on the function `entry` of `program`; `setup` is trusted code that the tests need too.
 
-    Raises SandboxFailure if the sandbox itself does not work, which says nothing about the program.
+    SandboxFailure if the sandbox itself does not work, which says nothing about the program.
     """
     with _started(back, "candidate", limits) as candidate, _started(back, "judge", limits) as judge:
         deadline = time.monotonic() + limits.seconds
@@ -197,7 +198,7 @@ def _converse(
     while True:
         try:
             said = judge.receive(deadline)
-        except _Ended as end:  # the tests died on what the program answered
+        except _Ended as end:  # an answer of the program ended the tests
             return ("timeout", end.why) if end.status == "timeout" else ("failed", f"the tests {end.why}")
         if said.startswith(b"{"):
             ended = json.loads(said)
@@ -207,7 +208,7 @@ def _converse(
 
 
 def _broken(line: bytes) -> str:
-    """Why a program did not load, in its own words, which may be anything."""
+    """Why a program did not load. The line comes from the program, so it may hold anything."""
     try:
         return str(json.loads(line)["broken"])[:300]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -219,7 +220,7 @@ def _job(**parts: Any) -> bytes:
 
 
 def plain(back: Backend, program: str, tests: str, entry: str, limits: Limits) -> bool:
-    """Whether the tests pass with program and tests in one process: the verdict that HumanEval's own script gives."""
+    """Whether the tests pass with program and tests in one process: the verdict of HumanEval's own script."""
     with _started(back, "plain", limits) as inside:
         deadline = time.monotonic() + limits.seconds
         try:

@@ -1,4 +1,4 @@
-"""Does a back end work here? A good program must pass, and a dozen hostile ones must not get what they want."""
+"""Does a back end work here? A good program must pass, and no hostile program may do what it attempts."""
 
 import os
 import socket
@@ -11,10 +11,13 @@ from stages.sandbox.backends import Limits
 from stages.sandbox.pair import Backend, SandboxFailure, check
 
 LIMITS = Limits(seconds=1)
-GOOD = "import math, collections, re, heapq\ndef f():\n    print('text')\n    return [math.floor(4.2), {'a': (1, 2.5)}]"
+GOOD = (
+    "import math, collections, re, heapq\n"
+    "def f():\n    print('text')\n    return [math.floor(4.2), {'a': (1, 2.5)}]"
+)
 TESTS = "def check(f):\n    assert f() == [4, {'a': (1, 2.5)}]"
 
-# Each returns what the tests want only after it has got at something.
+# Each program returns what the tests expect only if it has done what it should not be able to do.
 _GET = "    return [4, {'a': (1, 2.5)}]"
 HOSTILE = {
     "write a file": f"def f():\n    open('$FOLDER/file', 'a').write('x')\n{_GET}",
@@ -23,9 +26,13 @@ HOSTILE = {
     "change a file's mode": f"import os\ndef f():\n    os.chmod('$FOLDER/file', 0o777)\n{_GET}",
     "read the caller's environment": f"def f():\n    open('/proc/{os.getpid()}/environ').read(1)\n{_GET}",
     "find the caller's variables": f"import os\ndef f():\n    os.environ['LORAPAR_SELFTEST']\n{_GET}",
-    "connect to a port": f"import socket\ndef f():\n    socket.create_connection(('127.0.0.1', $PORT), 1)\n{_GET}",
+    "connect to a port": (
+        f"import socket\ndef f():\n    socket.create_connection(('127.0.0.1', $PORT), 1)\n{_GET}"
+    ),
     "start a process": f"import os\ndef f():\n    if not os.fork(): os._exit(0)\n{_GET}",
-    "run a shell": f"import subprocess\ndef f():\n    subprocess.run(['/bin/sh', '-c', ':'], check=True)\n{_GET}",
+    "run a shell": (
+        f"import subprocess\ndef f():\n    subprocess.run(['/bin/sh', '-c', ':'], check=True)\n{_GET}"
+    ),
     "signal the caller": f"import os\ndef f():\n    os.kill({os.getpid()}, 0)\n{_GET}",
     "run for ever": f"def f():\n    while True: pass\n{_GET}",
     "take all memory": f"def f():\n    bytearray(2**36)\n{_GET}",
@@ -34,7 +41,7 @@ HOSTILE = {
 
 
 def selftest(backend: Backend) -> list[str]:
-    """What went wrong, one line each; empty if the back end can be trusted with a program."""
+    """The problems found, one line each; empty if the back end can be trusted with a program."""
     try:
         verdict = check(backend, GOOD, TESTS, "f", "", LIMITS)
         if not verdict.passed:

@@ -1,1 +1,1 @@
-"""What lies on disk: artifacts, checkpoints, digests."""
+"""What is kept on disk: artifacts, checkpoints, journals, and the digests that identify them."""

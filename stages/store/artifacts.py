@@ -1,8 +1,9 @@
 """The versioned store: `ROOT/<stage>/<key>/manifest.json` and the files it names.
 
-A key is taken from what determines a result before it is made. An artifact is complete when its manifest parses, every
-file has the digest the manifest says, and its inputs are still the ones it was made from. Nothing is changed in place: a
-stage builds in `.<key>.partial/` and the folder is renamed when the manifest, written last, is on disk.
+A key is computed from all that determines a result, before the result is made. An artifact is complete when
+its manifest parses, every file has the digest in the manifest, and its inputs are still those it was made
+from. Nothing is changed in place: a stage builds in `.<key>.partial/`, and the folder is renamed when the
+manifest, which is written last, is on disk.
 """
 
 import hashlib
@@ -30,16 +31,16 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 over the names and digests of all files: two builds under one key differ here if their content does."""
+        """sha256 over the names and digests of all files. It tells apart builds of one key that differ."""
         return hashlib.sha256(canonical(self.manifest["files"])).hexdigest()
 
     @property
     def adapter(self) -> Path:
-        """Its adapter folder: the initial adapter of score, else the trained one."""
+        """The folder of its adapter: for score the initial adapter, else the trained one."""
         return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
 
     def damage(self) -> str | None:
-        """What is wrong with the files, or None; reads every byte (safetensors alone accepts flipped payload bits)."""
+        """What is wrong with the files, or None. Reads every byte, for safetensors notices no flipped bit."""
         for name, entry in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -63,7 +64,7 @@ class Store:
         return self.root / stage / f".{key}.partial"
 
     def load(self, path: Path) -> Artifact | None:
-        """The artifact at `path`, or None if there is no folder; ArtifactError if the manifest cannot be one of ours."""
+        """The artifact at `path`, or None if there is no folder; ArtifactError if its manifest is invalid."""
         if not path.exists():
             return None
         file = path / "manifest.json"
@@ -78,27 +79,22 @@ class Store:
             raise ArtifactError(
                 f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
             )
-        whole = all(
-            isinstance(manifest.get(part), dict)
-            for part in ("files", "identity", "inputs", "summary", "provenance")
-        )
-        if (
-            not whole
-            or manifest.get("key") != path.name.split(".")[0]
-            or key_of(manifest["identity"]) != manifest["key"]
-        ):
+        parts = ("files", "identity", "inputs", "summary", "provenance")
+        whole = all(isinstance(manifest.get(part), dict) for part in parts)
+        named = manifest.get("key") == path.name.split(".")[0]
+        if not whole or not named or key_of(manifest["identity"]) != manifest["key"]:
             raise ArtifactError(f"{path} is a foreign artifact: its manifest is not that of key {path.name}")
         return Artifact(path, manifest)
 
     def damage(self, artifact: Artifact) -> str | None:
-        """`artifact.damage()`, found out once per store: several steps share an input."""
+        """`artifact.damage()`, computed once per store, because several steps share an input."""
         which = (artifact.path, artifact.digest)
         if which not in self._damage:
             self._damage[which] = artifact.damage()
         return self._damage[which]
 
     def latest(self, stage: str, variant: str) -> Artifact | None:
-        """What the last successful command for this stage and variant gave; for people and `status`, not for stages."""
+        """The artifact of the last successful command for this stage and variant; for people, not stages."""
         link = self._latest_link(stage, variant)
         return self.load(link.resolve()) if link.exists() else None
 
@@ -116,7 +112,10 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the stage for this key; BusyError at once if another process does. The kernel frees it with the process."""
+        """Hold the stage for this key; BusyError at once if another process holds it.
+
+        The kernel releases the lock when the process ends, however it ends.
+        """
         from filelock import FileLock, Timeout
 
         folder = self.root / stage
@@ -141,9 +140,9 @@ class Store:
             lock.release()
 
     def commit(self, stage: str, key: str, manifest: dict[str, Any]) -> Artifact:
-        """Make the partial folder of `key` the artifact; `manifest` lacks only the file digests.
+        """Turn the partial folder of `key` into the artifact; `manifest` lacks only the file digests.
 
-        An artifact already there under this key (forced, or its inputs were rebuilt) is kept aside as `<key>.old-N`.
+        An earlier artifact under this key (a forced run, or rebuilt inputs) is renamed to `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "manifest.json")
@@ -172,7 +171,7 @@ class Store:
         return artifact
 
     def start_partial(self, stage: str, key: str) -> Path:
-        """The empty folder a stage builds in. What a killed run left is dropped; journals live outside of it."""
+        """A new empty folder for a stage to build in. What a killed run left there is deleted."""
         partial = self.partial(stage, key)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in training: they count when their seal, written last, fits every byte."""
+"""Checkpoints of a training stage. A checkpoint counts only if its seal, written last, fits every byte."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ KEPT = 2
 
 
 class Checkpoints:
-    """The checkpoints of one artifact to be, `FOLDER/checkpoint-N` after N optimizer steps, as Trainer names them."""
+    """The checkpoints of an unfinished artifact: `FOLDER/checkpoint-N`, after N optimizer steps."""
 
     def __init__(self, folder: Path, of: str) -> None:
-        """of: digest of all they were made from; those of other inputs are set aside, never mixed in."""
+        """of: digest of all inputs. Checkpoints made from other inputs are set aside and never used."""
         self.folder, self._of = folder, of
 
     def newest(self) -> Path | None:
-        """The newest one that verifies; those that do not are renamed on the way."""
+        """The newest checkpoint that is valid; newer ones that are not are renamed."""
         for path in self._found():
             if reason := self._fault(path):
                 log.warning("%s is left aside: %s", path.name, reason)
@@ -33,16 +33,12 @@ class Checkpoints:
         return None
 
     def seal(self, path: Path) -> None:
-        """Make a finished checkpoint count, and drop all but the newest KEPT."""
-        files = {
-            file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()
-        }
-        for file in files.values():
+        """Seal a finished checkpoint, and delete all but the newest KEPT."""
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in files:
             fsync(file)
-        text = json.dumps(
-            {"of": self._of, "files": {name: sha256_file(file) for name, file in files.items()}}
-        )
-        (path / SEAL).write_text(text, encoding="utf-8")
+        digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
+        (path / SEAL).write_text(json.dumps({"of": self._of, "files": digests}), encoding="utf-8")
         for part in (path / SEAL, path, path.parent):
             fsync(part)
         for old in self._found()[KEPT:]:
@@ -52,11 +48,13 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self) -> list[Path]:
-        """Newest first."""
-        numbers = {path: path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")}
-        return sorted(
-            (p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True
-        )
+        """The folders of checkpoints, newest first."""
+        numbers = {}
+        for path in self.folder.glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            if number.isdigit():
+                numbers[path] = int(number)
+        return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
     def _fault(self, path: Path) -> str | None:
         try:

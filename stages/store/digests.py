@@ -1,4 +1,4 @@
-"""The digests by which things are told apart: of values, of files, of folders."""
+"""Digests of values, files and folders, by which they are identified."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def fsync(path: Path) -> None:
 
 
 class DigestCache:
-    """sha256 of large files, remembered by size, modification time and inode so that a model is read once."""
+    """sha256 of large files, kept with size, modification time and inode, so that a model is read once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -55,15 +55,14 @@ class DigestCache:
         return digest
 
     def folder(self, path: Path) -> str:
-        """One digest of all files below `path`, by relative name; hidden files and folders are left out."""
-        files = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
-        )
-        return hashlib.sha256(
-            canonical([[p.relative_to(path).as_posix(), self.file(p)] for p in files])
-        ).hexdigest()
+        """One digest of the relative names and contents of all files below `path`, except hidden ones."""
+        digests = []
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if file.is_file() and not hidden:
+                digests.append([name.as_posix(), self.file(file)])
+        return hashlib.sha256(canonical(digests)).hexdigest()
 
     def _save(self) -> None:
         try:
@@ -72,4 +71,4 @@ class DigestCache:
             temporary.write_text(json.dumps(self._known), encoding="utf-8")
             os.replace(temporary, self._path)
         except OSError:
-            pass  # only a cache: the digest is taken again next time
+            pass  # it is only a cache: next time the digest is computed again

@@ -1,4 +1,4 @@
-"""Answers that outlive a kill: one JSON line each, never asked for again. Votes and evaluations both keep theirs here."""
+"""Answers that survive a kill, one JSON line each, and are never asked for again: votes and evaluations."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
-"""Digest of what is asked, and the number of the answer where one question is put several times."""
+"""Digest of the question, and the number of the answer where a question is asked several times."""
 
 
 class Journal:
-    """The answers of one voter or one evaluated model; its file belongs to the identity of what answers.
+    """The answers of one voter or one evaluated model, in a file whose name identifies it.
 
-    Several runs may share it. One of them writes at a time; the next one waits, and finds what was answered meanwhile.
+    Several runs may share a journal. One writes at a time; the next waits, and then finds the new answers.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: dict[str, Any] = {}
-        """What was noted of the journal as a whole."""
+        """Notes about the journal as a whole."""
         self._answers: dict[Question, dict[str, Any]] = {}
         self._read_to = 0
         self._file: Any = None
@@ -44,11 +44,11 @@ class Journal:
 
     @contextmanager
     def writing(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Inside, no other process adds answers, and those it added before are known."""
+        """Within this context no other process adds answers, and all that others added before are known."""
         from filelock import FileLock, Timeout
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One lock for all journals of this process at this path: two voters may differ in their questions alone.
+        # Two voters of one process may differ in their questions alone; then they share a file and this lock.
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), is_singleton=True, thread_local=False)
         try:
             lock.acquire(timeout=0)
@@ -65,7 +65,7 @@ class Journal:
             lock.release()
 
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
-        """Write an answer; it is on its way to the disk when this returns."""
+        """Write an answer. When this returns, a kill cannot lose it, but a power failure still can."""
         digest, sample = question
         self._append({"question": digest, "sample": sample, **answer})
         self._answers[question] = answer
@@ -75,7 +75,7 @@ class Journal:
         self.notes[name] = value
 
     def set_aside(self, mark: str) -> int:
-        """Rename the file and begin a new one, while writing; returns the number of answers that are left behind."""
+        """Within `writing`: rename the file and begin a new one; returns the number of answers set aside."""
         number = len(self._answers)
         self._file.close()
         self.path.replace(self.path.with_suffix(f".{mark}.old"))
@@ -86,7 +86,7 @@ class Journal:
         return number
 
     def _open(self) -> None:
-        """Take in what others wrote, and cut off a last line that a killed process left unfinished."""
+        """Read what others wrote, and cut off the last line if a killed process left it unfinished."""
         self._read()
         if self.path.exists():
             os.truncate(self.path, self._read_to)
@@ -98,7 +98,7 @@ class Journal:
         self._read_to += len(line)
 
     def _read(self) -> None:
-        """Whole lines that were added since the last time; a line that repeats an earlier one changes nothing."""
+        """Read the whole lines added since the last time. A second answer to a question changes nothing."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:

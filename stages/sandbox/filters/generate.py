@@ -1,7 +1,8 @@
-"""Writes the seccomp filters that are shipped beside this file; run by hand when a rule changes.
+"""Writes the seccomp filters that are shipped beside this file; run it by hand when a rule changes.
 
-Needs libseccomp's own Python module (Debian: python3-seccomp), not the one of the virtual environment:
-`/usr/bin/python3 generate.py`. Users need neither: the kernel takes the written programs as they are.
+It needs libseccomp's Python module (Debian: python3-seccomp), which is installed for the system's Python and
+not in the virtual environment: `/usr/bin/python3 generate.py`. Users do not need it: the kernel loads the
+filters as they are.
 """
 
 import errno
@@ -88,8 +89,8 @@ REFUSED = [
     "capset",
 ]
 
-# Without namespaces the filter also stands between the program and the network, other processes of the user, and those
-# changes of files that Landlock does not cover (modes, owners, times, attributes).
+# Without namespaces the filter must also deny the network, other processes of the user, and the changes of
+# files that Landlock does not cover (modes, owners, times, attributes).
 ALSO_WITHOUT_NAMESPACES = [
     "socket",
     "socketpair",
@@ -165,7 +166,8 @@ def write(path: Path, arch: str, strict: bool) -> None:
         if seccomp.resolve_syscall(wanted, name) >= 0:  # negative: the architecture has no such call
             rules.add_rule(refuse, name)
             known.append(name)
-    # Threads are made by clone too; clone3 passes its flags in memory, which a filter cannot read: libraries then use clone.
+    # Threads are made by clone too, so clone is allowed with CLONE_THREAD. The flags of clone3 are in memory,
+    # which a filter cannot read; told that clone3 does not exist, libraries use clone.
     rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     if strict:
