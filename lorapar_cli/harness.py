@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def entries(tasks: str, task_files: Path | None, limit: int | None) -> dict[str, str]:
-    """Benchmark name → override; an entry of its own for each task, so that each is an artifact and a table of its own."""
+    """Benchmark name → override: one entry for each task, so that each becomes an artifact and a table."""
     found = {}
     for task in tasks.split(","):
         name = f"lm-eval-{re.sub(r'[^0-9A-Za-z_-]', '-', task)}"

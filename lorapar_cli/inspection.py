@@ -22,7 +22,7 @@ def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) ->
 
 
 def plan_(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would do, and about how long each step takes on this machine, measured in a few seconds."""
+    """Say what a run would do, and how long each step will take here, from a few seconds of measuring."""
     from stages.pipeline.estimate import estimate
 
     settings, steps = plan_of(config, set_)
@@ -84,7 +84,7 @@ def config_() -> None:
 
 
 def doctor() -> None:
-    """Say what works on this machine: versions, device, engines, and whether the sandbox holds hostile programs."""
+    """Say what works on this machine: versions, device, number types, engines, and the sandbox."""
     from lorapar_cli.doctor import examine
 
     raise typer.Exit(0 if render.findings(examine()) else 1)

@@ -62,8 +62,9 @@ def _known(known: dict[str, Any], voters: dict[str, Any]) -> None:
     show(rows)
     if known["agreement"] is not None:
         low, high = known["interval"]
+        interval = f"[{percent(low)}–{percent(high)}]"
         print(
-            f"labels agree with {known['field']}: {percent(known['agreement'])} % [{percent(low)}–{percent(high)}] of {known['n']}"
+            f"labels agree with {known['field']}: {percent(known['agreement'])} % {interval} of {known['n']}"
         )
 
 

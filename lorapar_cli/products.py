@@ -29,7 +29,7 @@ def export(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a trained adapter, or the merged model, with a model card; --check asks every engine whether it still answers."""
+    """Write a trained adapter, or the merged model, with a model card; --check asks every engine."""
     from stages import export as exporting
 
     settings, steps = plan_of(config, set_)
@@ -44,10 +44,10 @@ def export(
     exporting.write(artifact, settings, folder, form, base_dtype)
     render.say(f"{folder}: {form} of {target} {artifact.manifest['key']}")
     for row in exporting.check(artifact, settings, folder, form, prompts, render.say) if prompts else ():
-        render.say(
-            f"  {row['engine']}: {row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice within {row['tolerance']} "
-            f"logits, largest gap {row['worst_gap']:.3f}; {row['differ_from_base']} of {row['items']} answers differ from the base's"
-        )
+        agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
+        gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
+        differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
+        render.say(f"  {row['engine']}: {agree} {gap}; {differ}")
     if repository is not None:
         render.say(f"pushed to {exporting.push(folder, repository)}")
 

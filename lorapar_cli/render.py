@@ -33,7 +33,8 @@ def error(problem: LoraparError) -> None:
 class Progress:
     """One line that is rewritten on a terminal; elsewhere a line every few seconds.
 
-    Answers come a batch at a time, so a line is drawn a moment after the first of them: else it would count that one alone.
+    Answers come a batch at a time. So a line is drawn a moment after the first answer of a batch: else it
+    would count that one alone.
     """
 
     def __init__(self) -> None:

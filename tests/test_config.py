@@ -226,3 +226,13 @@ def test_annotated_defaults_are_the_defaults():
 def test_micro_batch_must_divide(tmp_path):
     text = message(written(tmp_path, "model: {name: x}\nsft: {batch_size: 10, micro_batch: 4}\n"))
     assert text == "sft: micro_batch 4 does not divide batch_size 10"
+
+
+def test_engines_are_checked_by_the_files_there_are(smoke):
+    with pytest.raises(
+        ConfigError, match="eval.engine: unknown engine 'sglang'; choose from: openai, transformers, vllm"
+    ):
+        smoke("eval.engine=sglang")
+    with pytest.raises(ConfigError, match="eval.engine: a remote server gives no tokens to grade"):
+        smoke("eval.engine=openai")
+    assert smoke("eval.engine=auto").eval.engine == "auto"

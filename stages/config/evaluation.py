@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from stages.config.fields import Section, known, named, setting
-from stages.config.sources import PromptSection, SourceSection
+from stages.config.sources import Engine, PromptSection, SourceSection
 
 Benchmark = Annotated[str, named("benchmarks")]
 
@@ -57,7 +57,7 @@ class EvalSection(Section):
     benchmarks: dict[str, BenchmarkSection] = setting(
         {}, "Benchmarks, each under a name of your choice.", identity=False
     )
-    engine: Literal["auto", "vllm", "transformers"] = setting(
+    engine: Engine = setting(
         "auto",
         "auto: vllm if installed and on a GPU, else transformers. On CPU vllm pays off for large benchmarks.",
     )
@@ -68,6 +68,13 @@ class EvalSection(Section):
         ge=0,
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.", identity=False)
+
+    @field_validator("engine")
+    @classmethod
+    def _local(cls, engine: str) -> str:
+        if engine == "openai":
+            raise ValueError("a remote server gives no tokens to grade; use vllm or transformers")
+        return engine
 
     @field_validator("benchmarks", mode="before")
     @classmethod

@@ -14,11 +14,12 @@ def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
-def named(kind: str) -> AfterValidator:
-    """Validator: the name must be in the registry of this kind, if there is one (see `known`)."""
+def named(kind: str, also: str = "") -> AfterValidator:
+    """Validator: the name is `also`, or in the registry of this kind if there is one (see `known`)."""
 
     def check(name: str, info: ValidationInfo) -> str:
-        if registries := known(info):
+        registries = known(info)
+        if registries and name != also:
             refuse(lambda: registries[kind].check(name))
         return name
 
@@ -26,7 +27,7 @@ def named(kind: str) -> AfterValidator:
 
 
 def known(info: ValidationInfo) -> Mapping[str, Any]:
-    """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `rewards`.
+    """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `engines`, `rewards`.
 
     There are none where a section is made in code rather than read from YAML.
     """

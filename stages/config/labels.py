@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from stages.config.fields import Section, named, setting
-from stages.config.sources import ModelSection
+from stages.config.sources import Engine, ModelSection
 
 Persona = Annotated[str, named("personas")]
 
@@ -18,7 +18,7 @@ class Voter(Section):
     name: str | None = setting(None, "Its name in the labels; none: model/persona.")
     model: str | None = setting(None, "Voting model; none: the base model, model.name.", identity=False)
     revision: str = setting("main", "Branch, tag or commit of the voting model on the hub.", identity=False)
-    engine: Literal["auto", "vllm", "openai", "transformers"] = setting(
+    engine: Engine = setting(
         "auto", "auto: openai if base_url is set, else vllm if it is installed, else transformers."
     )
     base_url: str | list[str] | None = setting(

@@ -1,10 +1,12 @@
 """The base model, rows, the prompt and the adapter."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from stages.config.fields import Section, setting
+from stages.config.fields import Section, named, setting
+
+Engine = Annotated[str, named("engines", also="auto")]
 
 
 class ModelSection(Section):

@@ -1,7 +1,8 @@
-"""How long each step will take on this machine: tokens counted from the config and the rows, speeds measured on the model.
+"""How long each step will take on this machine: tokens are counted, speeds are measured on the model.
 
-A forward pass, a training step and a step of generation are timed for about a second each. What cannot be known before is
-assumed and named: half of the rows are System 1, completions are as long as they may be, servers start in no time.
+A forward pass, a training step and a step of generation are timed for about a second each. What nobody can
+know before is assumed: half of the rows are System 1, completions are as long as they may be, and servers
+start at once.
 """
 
 from __future__ import annotations
@@ -55,31 +56,31 @@ class Lengths:
 
 
 def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
-    """Seconds for each step; None where it is done elsewhere or by code that is not ours."""
+    """Seconds for each step; None where it is done elsewhere, or by code that is not ours."""
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.prompt)
-    examples = read(config.data) if config.data.path else []
-    sample = (examples or _items(config, next(iter(config.eval.benchmarks))))[:SAMPLE]
+    rows = {name: _items(config, name) for name in config.eval.benchmarks}
+    rows["train"] = read(config.data) if config.data.path else []
+    sample = next(examples for examples in (rows["train"], *rows.values()) if examples)[:SAMPLE]
     lengths = Lengths(
         fmean(len(renderer.prompt_ids(example.prompt)) for example in sample),
         fmean(len(renderer.row(example).input_ids) for example in sample),
     )
     measured = _measure(config, lengths)
-    tasks: dict[str, Callable[[str], float | None]] = {
-        "classify": lambda variant: _votes(
-            config, examples if variant == "train" else _items(config, variant), tokenizer, measured
-        ),
-        "score": lambda _: 2 * min(config.score.examples, len(examples) / 2) * lengths.row * measured.train,
+    number = len(rows["train"])
+    of_stage: dict[str, Callable[[str], float | None]] = {
+        "classify": lambda variant: _votes(config, rows[variant], tokenizer, measured),
+        "score": lambda _: 2 * min(config.score.examples, number / 2) * lengths.row * measured.train,
         "partition": lambda _: 0.0,
-        "sft": lambda _: _sft(config, len(examples), lengths, measured),
-        "rl": lambda _: _rl(config, len(examples), lengths, measured),
-        "eval": lambda variant: _answers(config, variant.partition("@")[2], lengths, measured),
+        "sft": lambda _: _sft(config, number, lengths, measured),
+        "rl": lambda _: _rl(config, number, lengths, measured),
+        "eval": lambda variant: _answers(config, variant.partition("@")[2], rows, lengths, measured),
     }
-    known = [step for step in steps if step.stage.name in tasks]
-    return {
-        **dict.fromkeys(step.name for step in steps),
-        **{s.name: tasks[s.stage.name](s.variant) for s in known},
-    }
+    found: dict[str, float | None] = {}
+    for step in steps:
+        of = of_stage.get(step.stage.name)
+        found[step.name] = of(step.variant) if of else None
+    return found
 
 
 def _items(config: Config, name: str) -> list[Example]:
@@ -136,13 +137,15 @@ def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
     )
 
 
-def _answers(config: Config, name: str, lengths: Lengths, measured: Speeds) -> float | None:
+def _answers(
+    config: Config, name: str, rows: dict[str, list[Example]], lengths: Lengths, measured: Speeds
+) -> float | None:
     section = config.eval.benchmarks[name]
-    items = len(_items(config, name)) * section.samples
-    if not items:
+    if not rows[name]:
         return None
     written = 0 if section.mode == "likelihood" else section.max_new_tokens
-    return items * (lengths.prompt * (1 + section.shots) * measured.forward + written * measured.token)
+    each = lengths.prompt * (1 + section.shots) * measured.forward + written * measured.token
+    return len(rows[name]) * section.samples * each
 
 
 def _measure(config: Config, lengths: Lengths) -> Speeds:

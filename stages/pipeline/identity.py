@@ -27,7 +27,7 @@ SCALE = {
 
 
 def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
-    """What answers for each voter, the files that its prompt and threshold come from, and the model it plays."""
+    """What answers for each voter, the files of its prompt and threshold, and the model that it plays."""
     section = config.classify
     if section.strategy == "random":
         return {}
@@ -41,7 +41,7 @@ def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
 
 
 def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
-    """What answers: the name it is served under, or the digest of its weights, with what changes its answers."""
+    """What answers: the name under which it is served, or the digest of its weights and what changes them."""
     if voter.urls:
         assert voter.model is not None
         return voter.model

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One step to be done. A stage function is called as `run(job, **sections)`, sections being those of its table row."""
+    """One step to be done: a stage function is called as `run(job, **sections)`, by its table row."""
 
     variant: str
     out: Path

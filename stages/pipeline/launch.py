@@ -12,13 +12,18 @@ from stages.config import LaunchSection
 from stages.errors import ConfigError, LoraparError, MissingInputError
 
 NOT_RUN = {
-    "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; as a stage it needs GPUs that no test had",
-    "zero2": "zero2 was tested as DeepSpeed's engine on packed weights only; as a stage it needs GPUs that no test had",
+    "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; "
+    "as a stage it needs GPUs that no test had",
+    "zero2": "zero2 was tested as DeepSpeed's engine on packed weights only; "
+    "as a stage it needs GPUs that no test had",
 }
 
 
 def run(launch: LaunchSection, arguments: list[str]) -> None:
-    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait; the error of the first that failed becomes this one's."""
+    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait.
+
+    The error of the first process that failed is raised here.
+    """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment = {"OMP_NUM_THREADS": str(_threads(launch)), **os.environ, team.FAILURE: str(failure)}

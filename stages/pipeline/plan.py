@@ -1,7 +1,7 @@
 """Steps and their keys, from the stage table and a config.
 
-A step is a stage, or one variant of it: the training rows or a benchmark's for classify, the masks of SFT or of RL for
-partition, one target at one benchmark for eval.
+A step is a stage, or one variant of it: for classify the training rows or those of a benchmark, for partition
+the masks of SFT or of RL, for eval one target at one benchmark.
 """
 
 from collections.abc import Iterable
@@ -65,7 +65,10 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
 
 
 def asked_for(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
-    """The steps of stage `last` and all that they are made from, in order; none: of eval, or of everything without benchmarks."""
+    """The steps of stage `last` and all that they are made from, in order.
+
+    Without `last`: those of eval, or all steps where there is no benchmark.
+    """
     last = last or ("eval" if any(step.stage.name == "eval" for step in steps.values()) else None)
     wanted = [step for step in steps.values() if last in (None, step.stage.name)]
     names = {step.name for step in _with_inputs(wanted)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stages.benchmarks import benchmarks
 from stages.config import Config, yaml
+from stages.engines import engines
 from stages.errors import ConfigError
 from stages.labelling.personas import personas
 from stages.language import reward_functions
@@ -21,16 +22,18 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         "strategies": strategies,
         "personas": personas,
         "benchmarks": benchmarks,
+        "engines": engines,
         "rewards": reward_functions,
     }
     return yaml.load(path, overrides, registries)
 
 
 def resolved(config: Config) -> Config:
-    """The config with every `engine: auto` replaced by what it means here: vllm where it is installed, else transformers.
+    """The config with every `engine: auto` settled: vllm where it is installed, else transformers.
 
-    Evaluation without a GPU is by transformers: vLLM answers twice as fast there (benchmarks/eval.py), but every target needs a
-    merged copy and a server start of half a minute, which pays from some 15,000 tokens per benchmark on.
+    Without a GPU, evaluation is by transformers. vLLM answers twice as fast there (benchmarks/eval.py), but
+    each target needs a merged copy and a server start of half a minute, which pays from some 15,000 tokens
+    per benchmark on.
     """
     have = importlib.util.find_spec("vllm") is not None
 

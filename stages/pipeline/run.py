@@ -32,7 +32,8 @@ def run_step(
 ) -> tuple[Artifact, bool]:
     """Make the artifact of one step by `verb` unless it is current; returns it and whether it was made now.
 
-    A stale or missing input is an error, not a silent rerun; a damaged artifact is never overwritten without `force`.
+    A stale or missing input is an error, not a silent rerun. A damaged artifact is never overwritten without
+    `force`.
     """
     store, stage = Store(config.root), step.stage
     with store.lock(stage.name, step.key) if team.first() else nullcontext():
@@ -152,10 +153,10 @@ class Task:
 
 
 def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str | None) -> Iterator[Task]:
-    """Stage by stage what a run from `first` to `last` does: the ancestors of what is asked for and nothing else.
+    """What a run from `first` to `last` does, stage by stage: only what is asked for and its ancestors.
 
-    Each task is looked at when its turn comes, after those before it are done. `first` is built again. ConfigError for a
-    stage that there is not.
+    Each task is looked at when its turn comes, after those before it are done. `first` is built again.
+    ConfigError if there is no stage of that name.
     """
     names = [stage.name for stage in order(config)]
     for name in (first, last):

@@ -67,7 +67,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def current(store: Store, step: Step) -> Artifact:
-    """The artifact of a step; ArtifactError or MissingInputError, with the command that helps, unless it is current."""
+    """The artifact of a step if it is current.
+
+    Else ArtifactError or MissingInputError, with the command that helps.
+    """
     now = state(store, step)
     if now.state == "current":
         assert now.artifact is not None
