@@ -166,8 +166,8 @@ class _Once:
 def _served(voter: Voter, model: ModelSection, server: ServerSection) -> Served:
     arguments = dict(voter.vllm)
     if not voter.thinking and "hf_overrides" not in {**server.vllm, **voter.vllm}:
-        # In 16 bits the logits of different questions tie, so the head computes in float32. A voter that thinks
-        # would pay for that with every token of its thought.
+        # In 16 bits the logits of different questions tie, so the head computes in float32. A voter that
+        # thinks would pay for that with every token of its thought.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     asked = voter.asks(model)
     return Served(voter.engine, asked, None, voter.urls, voter.api_key_env, arguments, voter.devices)
