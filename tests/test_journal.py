@@ -4,6 +4,9 @@ import multiprocessing
 import time
 from pathlib import Path
 
+import pytest
+
+from stages.errors import DataError
 from stages.store.journal import Journal
 
 
@@ -67,3 +70,12 @@ def test_two_voters_of_one_process_may_share_a_journal(tmp_path: Path):
         one.keep(("a", 0), {})
         two.keep(("b", 0), {})
     assert all(key in Journal(one.path) for key in (("a", 0), ("b", 0)))
+
+
+def test_a_broken_line_is_named_and_the_journal_is_free_again(tmp_path: Path):
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path)
+    path.write_text("{broken\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"broken JSON line: .*j\.jsonl:1"), journal.writing(print):
+            pytest.fail("it was opened")

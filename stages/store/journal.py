@@ -57,11 +57,12 @@ class Journal:
             lock.acquire()
         try:
             self._open()
-            yield
+            try:
+                yield
+            finally:
+                os.fsync(self._file.fileno())
+                self._file.close()
         finally:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
             lock.release()
 
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
@@ -105,10 +106,10 @@ class Journal:
             file.seek(self._read_to)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._read_to += len(whole)
         for _, row in parse_jsonl(whole.split(b"\n"), self.path):
             if "note" in row:
                 self.notes.setdefault(row["note"], row["value"])
             else:
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
                 self._answers.setdefault((row["question"], row["sample"]), answer)
+        self._read_to += len(whole)
