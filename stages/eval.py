@@ -101,6 +101,7 @@ def _identity(job: Job, served: Served) -> dict[str, Any]:
         "dtype": f"nf4 {job.dtype}" if served.model.load_in_4bit else job.dtype,
         "adapter": _digest(served.adapter),
         "engine": served.engine,
+        "server": job.outside.get("server"),
     }
 
 

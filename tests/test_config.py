@@ -236,3 +236,9 @@ def test_engines_are_checked_by_the_files_there_are(smoke):
     with pytest.raises(ConfigError, match="eval.engine: a remote server gives no tokens to grade"):
         smoke("eval.engine=openai")
     assert smoke("eval.engine=auto").eval.engine == "auto"
+
+
+def test_a_harness_has_no_rows_to_label(smoke):
+    entry = "eval.benchmarks={x: {kind: lm_eval, tasks: [gsm8k], label: true}}"
+    with pytest.raises(ConfigError, match="x: lm_eval has no rows to label; leave out label"):
+        smoke(entry)

@@ -1,6 +1,7 @@
 """The journal of answers: what a kill leaves of it, and several runs that share it."""
 
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -26,21 +27,28 @@ def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
     assert Journal(path)["b", 1] == {"text": "a\rb\u2028c"}
 
 
-def test_a_line_that_repeats_an_earlier_one_changes_nothing(tmp_path: Path):
+def test_of_two_answers_to_one_question_the_later_one_counts(tmp_path: Path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"question": "a", "sample": 0, "mass": 1}\n{"question": "a", "sample": 0, "mass": 2}\n')
-    assert Journal(path)["a", 0] == {"mass": 1}
+    assert Journal(path)["a", 0] == {"mass": 2}
 
 
-def test_what_is_set_aside_is_forgotten_and_kept(tmp_path: Path):
-    journal = Journal(tmp_path / "j.jsonl")
-    with journal.writing(print):
-        journal.keep(("a", 0), {})
-        assert journal.set_aside("x") == 1
-        assert ("a", 0) not in journal
-        journal.keep(("b", 0), {})
-    assert ("a", 0) not in Journal(journal.path) and ("b", 0) in Journal(journal.path)
-    assert (tmp_path / "j.x.old").read_text().startswith('{"question": "a"')
+def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
+    one, two = Journal(tmp_path / "j.jsonl"), Journal(tmp_path / "j.jsonl")
+    with one.writing(print):
+        one.keep(("a", 0), {"text": "long" * 99})
+    with two.writing(print):
+        assert two.set_aside() == 1
+        assert ("a", 0) not in two
+        two.keep(("b", 0), {})
+    with one.writing(print):
+        assert ("a", 0) not in one and ("b", 0) in one
+        one.keep(("c", 0), {})
+        assert one.set_aside() == 2
+    fresh = Journal(one.path)
+    assert ("a", 0) not in fresh and ("c", 0) not in fresh
+    olds = [(tmp_path / f"j.{n}.old").read_text().count("question") for n in (1, 2)]
+    assert olds == [1, 2]
 
 
 def _write(path: Path, began: multiprocessing.Event) -> None:
@@ -60,16 +68,33 @@ def test_another_run_waits_and_then_finds_the_answers(tmp_path: Path):
     began.wait()
     with mine.writing(said.append):
         assert mine["a", 0] == {"mass": 1}
-    assert said == ["another run is adding to j.jsonl: waiting for it"]
+    assert said == ["somebody else is adding to j.jsonl: waiting"]
     other.join()
 
 
-def test_two_voters_of_one_process_may_share_a_journal(tmp_path: Path):
-    one, two = Journal(tmp_path / "j.jsonl"), Journal(tmp_path / "j.jsonl")
-    with one.writing(print), two.writing(print):
-        one.keep(("a", 0), {})
-        two.keep(("b", 0), {})
-    assert all(key in Journal(one.path) for key in (("a", 0), ("b", 0)))
+def test_threads_of_one_process_take_turns(tmp_path: Path):
+    """Two voters whose questions alone differ share a journal, and may be asked in two threads."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def lane(name: str) -> None:
+        journal = Journal(tmp_path / "j.jsonl")
+        with journal.writing(lambda _: None):
+            inside.append(1)
+            for n in range(20):
+                journal.keep((name, n), {})
+                most.append(len(inside))
+                time.sleep(0.005)
+            inside.pop()
+
+    threads = [threading.Thread(target=lane, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    fresh = Journal(tmp_path / "j.jsonl")
+    assert all((name, n) in fresh for name in "ab" for n in range(20))
 
 
 def test_a_broken_line_is_named_and_the_journal_is_free_again(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, make_steps
 
 from stages.config import ModelSection
+from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import tasks
@@ -63,18 +64,36 @@ def test_table_2_shares_what_its_cells_have_in_common(smoke):
     }
 
 
+ALL = {
+    "classify:train", "classify:demo", "score", "partition:sft", "partition:rl", "sft", "rl",
+    "eval:base@demo", "eval:init@demo", "eval:sft@demo", "eval:rl@demo",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("change", "unchanged"),
+    ("change", "changed"),
     [
-        ("partition.beta=0.5", {"partition:sft", "sft", "eval:sft@demo"}),
-        ("rl.sandbox.seconds=9", {"rl", "eval:rl@demo"}),
-        ("eval.sandbox.seconds=9", {"eval:base@demo", "eval:rl@demo"}),
-        ("sft.lr=0.5", {"classify:demo", "classify:train", "score", "partition:rl"}),
+        ("partition.beta=0.5", {"partition:rl", "rl", "eval:rl@demo"}),
+        ("rl.sandbox.seconds=9", set()),
+        ("eval.sandbox.seconds=9", set()),
+        ("server.vllm={dtype: float16}", set()),  # nothing is served by it
+        ("sft.lr=0.5", {"sft", "rl", "eval:sft@demo", "eval:rl@demo"}),
+        ("eval.benchmarks.demo.max_new_tokens=9", {name for name in ALL if name.startswith("eval")}),
     ],
 )
-def test_a_setting_changes_the_keys_of_what_reads_it_alone(smoke, change, unchanged):
+def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change, changed):
     one, two = (plan(resolved(smoke(*more))) for more in ((), (change,)))
-    assert all(one[name].key == two[name].key for name in unchanged)
+    assert set(one) == set(two) == ALL
+    assert {name for name in ALL if one[name].key != two[name].key} == changed
+
+
+def test_arguments_of_the_server_count_where_it_answers(smoke):
+    served = ("eval.engine=vllm", "eval.benchmarks.demo.label=false")
+    one, two, three = (
+        plan(resolved(smoke(*served, *more)))["eval:base@demo"].key
+        for more in ((), ("server.vllm={quantization: fp8}",), ("server.vllm={max_num_seqs: 3}",))
+    )
+    assert one == three != two
 
 
 def test_the_sandbox_counts_where_code_is_run(smoke):
@@ -108,6 +127,9 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     }  # fmt: skip
     todo = {task.stage: task.variants for task in tasks(config, steps, None, None)}
     assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
+    assert set(asked_for(plan(resolved(smoke("eval.benchmarks={}"))), "eval")) > {"rl", "classify:train"}
+    with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
+        list(tasks(config, steps, "rl", None))
     assert set(asked_for(steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip

@@ -11,7 +11,7 @@ from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
 from stages.errors import AnswerError
 from stages.language.prompts import Asked
-from stages.store.digests import key_of
+from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
 if TYPE_CHECKING:
@@ -89,12 +89,10 @@ class Replies:
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
         """Ask for the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
-            if self._again:
-                self._journal.set_aside("again")
             wanted = [(i, n) for i in range(len(self._asked)) for n in range(self._section.samples)]
             # Equal prompts are asked once. Going backwards, the first of them is the one that stays.
             first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}
-            missing = [at for key, at in first.items() if key not in self._journal][::-1]
+            missing = [at for key, at in first.items() if self._again or key not in self._journal][::-1]
             if missing:
                 ready = engine()
                 progress.start(title, len(missing))
@@ -123,7 +121,7 @@ class Replies:
         return Ballot(self._asked[i].ids, self._asked[i].words)
 
     def _question(self, i: int, n: int) -> Question:
-        seed = int(self._keys[i], 16) % 2**31 + self._section.seed + n
+        seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})
         return Question(self._asked[i].ids, self._asked[i].stop, seed)
 
 

@@ -92,7 +92,10 @@ class EvalSection(Section):
                 raise ValueError(f"{name!r} cannot be the name of a benchmark")
             if isinstance(entry, dict):
                 kind = entry.get("kind") or name
-                brought = benchmarks.pick(kind).DEFAULTS if benchmarks and kind in benchmarks.names() else {}
+                module = benchmarks.pick(kind) if benchmarks and kind in benchmarks.names() else None
+                if module and entry.get("label") and not hasattr(module, "load"):
+                    raise ValueError(f"{name}: {kind} has no rows to label; leave out label")
+                brought = module.DEFAULTS if module else {}
                 if "path" in entry:
                     source = SourceSection.model_fields
                     brought = {key: value for key, value in brought.items() if key not in source}

@@ -58,6 +58,6 @@ def identity(value: Any, *readers: str) -> Any:
             if not isinstance(marks, dict) or (marks["identity"] and marks["not_for"] not in readers):
                 kept[name] = identity(getattr(value, name), *readers)
         return kept
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [identity(item, *readers) for item in value]
     return value

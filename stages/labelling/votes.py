@@ -14,7 +14,7 @@ from stages.engines.openai import Client
 from stages.errors import AnswerError
 from stages.labelling.personas import Brief, is_judged, personas
 from stages.records import Example
-from stages.store.digests import key_of
+from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
 
@@ -42,7 +42,11 @@ class Votes:
         self.voter, self.title = voter, title
         self.brief = brief
         self._persona, self._seed = personas.pick(voter.persona), seed
-        how = {"thinking": voter.thinking and voter.thinking.max_tokens, "temperature": voter.temperature}
+        how = {
+            "thinking": voter.thinking and voter.thinking.max_tokens,
+            "temperature": voter.temperature,
+            "seed": f"seed {seed}" if voter.temperature else None,
+        }
         key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in how.items() if v}})
         model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
         self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl")
@@ -57,12 +61,20 @@ class Votes:
     def take(self, examples: list[Example]) -> None:
         """Set the examples to vote on."""
         self.examples = examples
+        self._count()
+
+    def _count(self) -> None:
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 
     def missing(self) -> list[Wanted]:
         """The questions whose answers are not in the journal."""
-        wanted = [Wanted(e, n) for e in self.examples for n in range(self.voter.samples)]
-        return [w for w in wanted if (self._key(w.example), w.sample) not in self._journal]
+        wanted: dict[tuple[str, int], Wanted] = {}
+        for example in self.examples:
+            for sample in range(self.voter.samples):
+                question = (self._key(example), sample)
+                if question not in self._journal:
+                    wanted.setdefault(question, Wanted(example, sample))  # equal questions are asked once
+        return list(wanted.values())
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
         """Ask the engine the missing questions and journal each answer as it arrives; yields after each.
@@ -75,15 +87,15 @@ class Votes:
         with self._journal.writing(say):
             known = self._journal.notes.get("fingerprint")
             if probes and known and not same_model(probes, known):
-                number = self._journal.set_aside(key_of({"fingerprint": known}))
+                number = self._journal.set_aside()
                 say(
                     f"{self.title} answers unlike before: other weights under the same name; "
                     f"its {number} earlier votes are left aside"
                 )
-                self._invalid.clear()
                 known = None
             if probes and known is None:
                 self._journal.note("fingerprint", probes)
+            self._count()  # others may have answered meanwhile
             missing = self.missing()
             for i, found in engine.choose(self._ballot(wanted) for wanted in missing):
                 self._keep(missing[i], found)
@@ -107,7 +119,7 @@ class Votes:
 
         A share above 0 allows at least one. patience: the number of further ones allowed before giving up.
         """
-        total = len(self.examples)
+        total = len(self.examples) * self.voter.samples
 
         def too_many(number: int, share: float) -> bool:
             return number > patience + (max(1, share * total) if share else 0)
@@ -153,7 +165,8 @@ class Votes:
         ballot = replace(ballot, weigh=is_judged(wanted.example))
         if self.voter.thinking or self.voter.temperature:
             thought = self.voter.thinking.max_tokens if self.voter.thinking else 0
-            seed = int(self._key(wanted.example), 16) % 2**31 + self._seed + wanted.sample
+            asked = {"question": self._key(wanted.example), "seed": self._seed, "sample": wanted.sample}
+            seed = seed_of(asked)
             ballot = replace(ballot, thought=thought, temperature=self.voter.temperature, seed=seed)
         return ballot
 

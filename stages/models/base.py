@@ -38,7 +38,7 @@ def load_base(model: ModelSection) -> PreTrainedModel:
         _keep_freed_memory()
     kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if model.load_in_4bit:
-        kind |= _four_bit(model)
+        kind |= _four_bit(dtype)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model.name, revision=model.revision, dtype=dtype, **kind
@@ -58,13 +58,13 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     return loaded.eval()
 
 
-def _four_bit(model: ModelSection) -> dict[str, Any]:
-    """How QLoRA (arXiv 2305.14314) loads a base model."""
+def _four_bit(dtype: str) -> dict[str, Any]:
+    """How QLoRA (arXiv 2305.14314) loads a base model that computes in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
-    compute = torch.float32 if model.dtype == "float32" else torch.bfloat16
+    compute = torch.float32 if dtype == "float32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -15,16 +15,18 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages.benchmarks import benchmarks
-from stages.config import Config, Voter
+from stages.config import Config, PromptSection, Voter
 from stages.data.rows import read
 from stages.labelling.personas import SHOTS, Brief, personas, shots
 from stages.language.prompts import Renderer
+from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import Step
 from stages.records import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLE = 32
 """Rows from which lengths are taken."""
@@ -40,8 +42,8 @@ class Speeds:
 
     forward: float
     """Per token of a forward pass."""
-    train: float
-    """Per token of a forward and backward pass through an adapter."""
+    train: float | None
+    """Per token of a forward and backward pass through an adapter; None where it was not measured."""
     token: float
     """Per token generated, in a batch of ROWS."""
 
@@ -58,19 +60,24 @@ class Lengths:
 def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
     """Seconds for each step; None where it is done elsewhere, or by code that is not ours."""
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.prompt)
     rows = {name: _items(config, name) for name in config.eval.benchmarks}
     rows["train"] = read(config.data) if config.data.path else []
-    sample = next(examples for examples in (rows["train"], *rows.values()) if examples)[:SAMPLE]
+    sample = next((examples for examples in (rows["train"], *rows.values()) if examples), [])[:SAMPLE]
+    if not sample:
+        return dict.fromkeys(step.name for step in steps)
+    # A model without chat template has other prompts for its stages; the lengths differ little.
+    prompt = config.prompt if tokenizer.chat_template else PromptSection(template="plain")
+    renderer = Renderer(tokenizer, prompt)
     lengths = Lengths(
         fmean(len(renderer.prompt_ids(example.prompt)) for example in sample),
         fmean(len(renderer.row(example).input_ids) for example in sample),
     )
-    measured = _measure(config, lengths)
+    trains = config.baseline is None and any(step.stage.name in ("score", "sft", "rl") for step in steps)
+    measured = _measure(config, lengths, trains)
     number = len(rows["train"])
     of_stage: dict[str, Callable[[str], float | None]] = {
         "classify": lambda variant: _votes(config, rows[variant], tokenizer, measured),
-        "score": lambda _: 2 * min(config.score.examples, number / 2) * lengths.row * measured.train,
+        "score": lambda _: _score(config, number, lengths, measured),
         "partition": lambda _: 0.0,
         "sft": lambda _: _sft(config, number, lengths, measured),
         "rl": lambda _: _rl(config, number, lengths, measured),
@@ -117,24 +124,34 @@ def _ballot(config: Config, voter: Voter, sample: list[Example], tokenizer: PreT
     return fmean(map(len, rows)) - (common(rows) if len(rows) > 1 else 0)
 
 
-def _sft(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
+def _score(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
+    if strategies.has(config.partition.strategy, "unscored"):
+        return 0.0
+    return 2 * min(config.score.examples, rows / 2) * lengths.row * (measured.train or 0.0)
+
+
+def _sft(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float | None:
     from stages.lora.training import steps_of
 
     sft = config.sft
+    if measured.train is None:
+        return None
     used = rows if sft.data == "all" else rows * SYSTEM1 * (1 + sft.system2_share)
     return steps_of(math.ceil(used / sft.batch_size), sft) * sft.batch_size * lengths.row * measured.train
 
 
-def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
+def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float | None:
     from stages.lora.training import steps_of
 
     rl = config.rl
+    if measured.train is None:
+        return None
     used = rows if rl.data == "all" else rows * (1 - SYSTEM1)
+    steps = steps_of(int(used // rl.prompts_per_step), rl, rl.iterations)
     samples = rl.prompts_per_step * rl.group
-    learned = samples * (lengths.prompt + rl.max_completion) * measured.train * rl.iterations
-    return steps_of(int(used // rl.prompts_per_step), rl) * (
-        samples * rl.max_completion * measured.token + learned
-    )
+    learned = samples * (lengths.prompt + rl.max_completion) * measured.train
+    sampled = samples * rl.max_completion * measured.token
+    return steps * (learned + sampled / rl.iterations)
 
 
 def _answers(
@@ -148,41 +165,56 @@ def _answers(
     return len(rows[name]) * section.samples * each
 
 
-def _measure(config: Config, lengths: Lengths) -> Speeds:
+def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
+    """trains: measure training, too."""
     import torch
 
-    from stages.lora.adapter import initial
     from stages.models.base import load_base
 
     base = load_base(config.model)
-    tokens = max(2, round(lengths.row))
-    ids = torch.randint(10, base.config.vocab_size, (ROWS, tokens), device=base.device)
+    ids = torch.randint(10, base.config.vocab_size, (ROWS, max(2, round(lengths.row))), device=base.device)
 
     @torch.no_grad()
     def forward() -> None:
         base(input_ids=ids, logits_to_keep=1)
 
     def generate(number: int) -> Callable[[], Any]:
-        same = {"min_new_tokens": number, "max_new_tokens": number, "do_sample": False}
-        return lambda: base.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **same
-        )
+        same: dict[str, Any] = {"min_new_tokens": number, "max_new_tokens": number, "do_sample": False}
+        mask = torch.ones_like(ids)
+        return lambda: base.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **same)
 
     once = _seconds(forward)
     written = (_seconds(generate(NEW + 1)) - _seconds(generate(1))) / NEW
-    adapted = initial(base, config.lora, config.seed).train()
+    step = _training(base, config, ids) if trains else None
+    return Speeds(once / ids.numel(), step and step / ids.numel(), max(written, 0.0) / ROWS)
+
+
+def _training(base: PreTrainedModel, config: Config, ids: Tensor) -> float:
+    """Seconds of a forward and backward pass; how the adapter begins does not matter."""
+    from stages.lora.adapter import initial
+
+    lora = config.lora.model_copy(update={"init": "normal", "compensate": False})
+    adapted = initial(base, lora, config.seed).train()
 
     def train() -> None:
         adapted(input_ids=ids, labels=ids).loss.backward()
 
-    return Speeds(once / ids.numel(), _seconds(train) / ids.numel(), max(written, 0.0) / ROWS)
+    return _seconds(train)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
     """Time of one call, the mean over about a second, after one that does not count."""
+    import torch
+
+    def done() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     call()
+    done()
     begun, number = time.perf_counter(), 0
     while number == 0 or time.perf_counter() - begun < 1:
         call()
+        done()
         number += 1
     return (time.perf_counter() - begun) / number

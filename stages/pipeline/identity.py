@@ -46,12 +46,22 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
         assert voter.model is not None
         return voter.model
     model = voter.asks(config.model)
-    arguments = {**config.server.vllm, **voter.vllm} if voter.engine == "vllm" else {}
-    changing = {name: value for name, value in arguments.items() if name not in SCALE}
+    changing = _changing({**config.server.vllm, **voter.vllm}) if voter.engine == "vllm" else {}
     if model.dtype != "auto":
         changing = {"dtype": model.dtype, **changing}
     weights = of_model(model, cache)
     return f"{weights} {json.dumps(changing, sort_keys=True)}" if changing else weights
+
+
+def _changing(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a vLLM server that change its answers."""
+    return {name: value for name, value in arguments.items() if name not in SCALE}
+
+
+def of_server(config: Config) -> dict[str, Any]:
+    """What changes the answers of the server that evaluation starts, if it starts one."""
+    changing = _changing(config.server.vllm) if config.eval.engine == "vllm" else {}
+    return {"server": changing} if changing else {}
 
 
 def of_source(source: SourceSection, cache: DigestCache) -> str:

@@ -67,9 +67,10 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
 def asked_for(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
     """The steps of stage `last` and all that they are made from, in order.
 
-    Without `last`: those of eval, or all steps where there is no benchmark.
+    Without `last` it is eval. Where nothing is evaluated, that means all steps.
     """
-    last = last or ("eval" if any(step.stage.name == "eval" for step in steps.values()) else None)
+    if last in (None, "eval"):
+        last = "eval" if any(step.stage.name == "eval" for step in steps.values()) else None
     wanted = [step for step in steps.values() if last in (None, step.stage.name)]
     names = {step.name for step in _with_inputs(wanted)}
     return {name: step for name, step in steps.items() if name in names}

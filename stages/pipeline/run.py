@@ -166,6 +166,10 @@ def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str |
     if not todo:
         raise ConfigError(f"--from {first} comes after --to {last}")
     wanted = asked_for(steps, last)
+    if first is not None and not any(step.stage.name == first for step in wanted.values()):
+        raise ConfigError(
+            f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
+        )
     for name in todo:
         mine = [step for step in wanted.values() if step.stage.name == name]
         every = [step for step in steps.values() if step.stage.name == name]

@@ -120,6 +120,7 @@ def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str,
         **_model(config, variant, cache),
         "rows": identity.of_source(benchmark, cache),
         **identity.of_shots(benchmark, cache),
+        **identity.of_server(config),
     }
 
 

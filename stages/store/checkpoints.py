@@ -5,6 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from stages import team
 from stages.store.digests import fsync, sha256_file
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,10 @@ class Checkpoints:
         for path in self._found():
             if reason := self._fault(path):
                 log.warning("%s is left aside: %s", path.name, reason)
-                aside = path.with_name(f"{path.name}.incomplete")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                if team.first():
+                    aside = path.with_name(f"{path.name}.incomplete")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
                 continue
             return path
         return None

@@ -20,6 +20,11 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(identity)).hexdigest()[:KEY_DIGITS]
 
 
+def seed_of(identity: dict[str, Any]) -> int:
+    """A seed that follows from a value, in 31 bits."""
+    return int(key_of(identity), 16) % 2**31
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.errors import OutputError
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
@@ -26,8 +27,9 @@ class Journal:
         self.notes: dict[str, Any] = {}
         """Notes about the journal as a whole."""
         self._answers: dict[Question, dict[str, Any]] = {}
-        self._read_to = 0
         self._file: Any = None
+        self._inode: int | None = None
+        self._begin()
         self._read()
 
     def __contains__(self, question: Question) -> bool:
@@ -39,30 +41,35 @@ class Journal:
     def get(self, question: Question) -> dict[str, Any] | None:
         return self._answers.get(question)
 
-    def values(self) -> Iterable[dict[str, Any]]:
-        return self._answers.values()
-
     @contextmanager
     def writing(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Within this context no other process adds answers, and all that others added before are known."""
+        """Within this context nobody else adds answers, and all that others added before are known.
+
+        OutputError if the journal cannot be written.
+        """
         from filelock import FileLock, Timeout
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Two voters of one process may differ in their questions alone; then they share a file and this lock.
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), is_singleton=True, thread_local=False)
+        # The kernel holds one lock per open file, so it also keeps the threads of this process apart.
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"another run is adding to {self.path.name}: waiting for it")
-            lock.acquire()
-        try:
-            self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                yield
-            finally:
-                os.fsync(self._file.fileno())
-                self._file.close()
+                lock.acquire(timeout=0)
+            except Timeout:
+                say(f"somebody else is adding to {self.path.name}: waiting")
+                lock.acquire()
+            self._open()
+        except OSError as error:
+            lock.release()
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+        except BaseException:
+            lock.release()
+            raise
+        try:
+            yield
         finally:
+            os.fsync(self._file.fileno())
+            self._file.close()
             lock.release()
 
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
@@ -75,32 +82,44 @@ class Journal:
         self._append({"note": name, "value": value})
         self.notes[name] = value
 
-    def set_aside(self, mark: str) -> int:
-        """Within `writing`: rename the file and begin a new one; returns the number of answers set aside."""
+    def set_aside(self) -> int:
+        """Rename the file and begin a new one, while writing; returns the number of answers left behind."""
         number = len(self._answers)
         self._file.close()
-        self.path.replace(self.path.with_suffix(f".{mark}.old"))
-        self._answers.clear()
-        self.notes.clear()
-        self._read_to = 0
+        n = 1
+        while (aside := self.path.with_suffix(f".{n}.old")).exists():
+            n += 1
+        self.path.replace(aside)
         self._open()
         return number
 
     def _open(self) -> None:
-        """Read what others wrote, and cut off the last line if a killed process left it unfinished."""
+        """Take in what others wrote, and cut off a last line that a killed process left unfinished."""
         self._read()
-        if self.path.exists():
-            os.truncate(self.path, self._read_to)
         self._file = self.path.open("ab", buffering=0)
+        if os.fstat(self._file.fileno()).st_size > self._read_to:
+            os.truncate(self.path, self._read_to)
+        self._inode = os.fstat(self._file.fileno()).st_ino
 
     def _append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        self._file.write(line)  # one write: a kill leaves a whole line or an unfinished one
+        # One write, so that a kill leaves a whole line or an unfinished one.
+        self._file.write(line)
         self._read_to += len(line)
 
+    def _begin(self) -> None:
+        """Know nothing: the file is new."""
+        self.notes.clear()
+        self._answers.clear()
+        self._read_to = 0
+        self._inode = None
+
     def _read(self) -> None:
-        """Read the whole lines added since the last time. A second answer to a question changes nothing."""
-        if not self.path.exists():
+        """Read the whole lines added since then. Of two answers to one question the later counts."""
+        found = self.path.stat() if self.path.exists() else None
+        if found is None or found.st_ino != self._inode or found.st_size < self._read_to:
+            self._begin()  # another process has set the old file aside
+        if found is None:
             return
         with self.path.open("rb") as file:
             file.seek(self._read_to)
@@ -108,8 +127,9 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]
         for _, row in parse_jsonl(whole.split(b"\n"), self.path):
             if "note" in row:
-                self.notes.setdefault(row["note"], row["value"])
+                self.notes[row["note"]] = row["value"]
             else:
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
-                self._answers.setdefault((row["question"], row["sample"]), answer)
+                self._answers[row["question"], row["sample"]] = answer
         self._read_to += len(whole)
+        self._inode = found.st_ino
