@@ -1,7 +1,14 @@
-"""What a voter's server is started with."""
+"""What a voter's server is started with, and what becomes of its answers."""
+
+import pytest
 
 from stages.classify import _served
 from stages.config import ModelSection, ServerSection, ThinkingSection, Voter
+from stages.engines import Choice
+from stages.errors import AnswerError
+from stages.labelling.personas import Brief
+from stages.labelling.votes import Votes
+from stages.records import Example
 
 MODEL = ModelSection(name="a/b")
 EXACT = {"hf_overrides": {"head_dtype": "float32"}}
@@ -13,3 +20,46 @@ def test_a_voter_that_only_chooses_has_a_float32_head_unless_told_otherwise():
     assert _served(Voter(thinking=ThinkingSection()), MODEL, plain).vllm == {}
     assert _served(Voter(), MODEL, told).vllm == {}
     assert _served(Voter(vllm={"hf_overrides": {}}), MODEL, plain).vllm == {"hf_overrides": {}}
+
+
+class Echo:
+    """An engine that gives none of the words to the first questions."""
+
+    def __init__(self, invalid: int) -> None:
+        self.invalid = invalid
+
+    def choose(self, ballots):
+        for i, _ in enumerate(ballots):
+            yield i, Choice(() if i < self.invalid else (0.3, 0.7), -1.0, "hm" if i < self.invalid else "")
+
+
+def votes(folder, number: int, **voter) -> Votes:
+    made = Votes(Voter(persona="simplicity", **voter), "v", "m", "x", Brief("m", False), 0, folder)
+    made.take([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
+    return made
+
+
+def test_bad_answers_are_counted_among_all_answers(tmp_path):
+    many = votes(tmp_path, 20, samples=5, temperature=0.5)
+    list(many.ask(Echo(4), print))
+    many.check(max_failed=0, max_invalid=0.1)  # 4 of 100
+    with pytest.raises(AnswerError, match="4 of 100 answers are none of its words, e.g. 'hm'"):
+        many.check(max_failed=0, max_invalid=0.01)
+
+
+def test_bad_answers_that_another_run_got_count_too(tmp_path):
+    one, two = votes(tmp_path, 20), votes(tmp_path, 20)
+    list(one.ask(Echo(20), print))
+    assert list(two.ask(Echo(0), print)) == []  # nothing is asked again
+    for each in (one, two):
+        with pytest.raises(AnswerError, match="20 of 20 answers are none of its words"):
+            each.check(max_failed=0, max_invalid=0.1)
+
+
+def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
+    voter = Voter(persona="simplicity", temperature=0.5)
+    for seed in (0, 1):
+        made = Votes(voter, "v", "m", "x", Brief("m", False), seed, tmp_path)
+        made.take([Example("a", "Q?", "A", None)])
+        assert len(list(made.ask(Echo(0), print))) == 1
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
