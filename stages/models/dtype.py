@@ -32,7 +32,7 @@ With AVX-512 alone bfloat16 is emulated, at 0.4 of float32's speed.
 def resolve(model: ModelSection) -> str:
     """The type of the base weights: `model.dtype` or, for `auto`, the checkpoint's type if native here.
 
-    Gives `float32`, `bfloat16` or `float16`, or `auto` if the checkpoint names no type and there is a GPU.
+    Gives `float32`, `bfloat16` or `float16`; with a GPU also `auto`, if the checkpoint tells no type.
     On a CPU that does not multiply the checkpoint's type natively, `auto` means float32.
     """
     return model.dtype if model.dtype != "auto" else _auto(model.name, model.revision)
@@ -46,6 +46,8 @@ def _auto(name: str, revision: str) -> str:
     try:
         found = AutoConfig.from_pretrained(name, revision=revision).dtype
     except (OSError, ValueError) as error:
+        if torch.cuda.is_available():
+            return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
         raise MissingInputError(f"cannot load model {name}: {str(error).splitlines()[0]}") from None
     stored = "auto" if found is None else str(found).removeprefix("torch.")
     if torch.cuda.is_available():
