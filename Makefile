@@ -48,7 +48,7 @@ $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
 test: $(READY) ## Run the tests (no network, no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"
 
 check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/ruff check .
