@@ -89,7 +89,7 @@ def test_a_killed_parent_leaves_no_server(tiny):
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught, Pool() as pool:
-        pool.get(Served("vllm", ModelSection(name=str(tmp_path))), ServerSection(), print)
+        pool.get(Served("vllm", ModelSection(name=str(tmp_path), dtype="float32")), ServerSection(), print)
     assert "its log is" in caught.value.hint
 
 
@@ -146,7 +146,7 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert lines()[: len(kept) - 1] == kept[:-1]
-    ballots = [json.loads(line)["ballot"] for line in lines()]
+    ballots = [json.loads(line)["question"] for line in lines()]
     assert len(ballots) == len(set(ballots)) == 1200 + 32
     assert (
         f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
