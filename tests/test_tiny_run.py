@@ -355,10 +355,9 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
     command = [sys.executable, "-m", "lorapar_cli"]
-    if stage != "classify":
-        before = ["classify", "score", "partition", "sft", "rl", "eval"]
-        last = before[before.index(stage) - 1]
-        subprocess.run([*command, "run", str(path), "--to", last], check=True, cwd=ROOT, capture_output=True)
+    stages = ["classify", "score", "partition", "sft", "rl", "eval"]
+    for before in stages[: stages.index(stage)]:
+        subprocess.run([*command, before, str(path)], check=True, cwd=ROOT, capture_output=True)
     for seconds in (2, 5, 8):
         child = subprocess.Popen(
             [*command, stage, str(path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
