@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from stages.benchmarks import benchmarks
 from stages.config import Config, yaml
@@ -15,9 +16,9 @@ from stages.lora.importance import scorers
 from stages.lora.regions import strategies
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """The config in a file, with `section.key=value` overrides; one ConfigError lists every mistake."""
-    registries = {
+def registries() -> dict[str, Any]:
+    """What the names in a config are checked against, and where defaults of benchmarks come from."""
+    return {
         "scorers": scorers,
         "strategies": strategies,
         "personas": personas,
@@ -25,7 +26,11 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         "engines": engines,
         "rewards": reward_functions,
     }
-    return yaml.load(path, overrides, registries)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config in a file, with `section.key=value` overrides; one ConfigError lists every mistake."""
+    return yaml.load(path, overrides, registries())
 
 
 def resolved(config: Config) -> Config:

@@ -10,6 +10,7 @@ from conftest import ROOT, paths
 
 from stages.benchmarks import mmlu
 from stages.config import EvalSection, ModelSection
+from stages.pipeline.resolve import registries
 from stages.records import read_jsonl
 
 pytestmark = pytest.mark.skipif(
@@ -108,7 +109,9 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         task(tmp_path, f"local_{subject}", subject.replace("_", " "), *of_subject, 5)
 
     entry = {"path": str(tmp_path / "chosen.jsonl"), "shots_path": str(data / "mmlu/dev.jsonl")}
-    section = EvalSection(benchmarks={"mmlu": entry}).benchmarks["mmlu"]
+    section = EvalSection.model_validate({"benchmarks": {"mmlu": entry}}, context=registries()).benchmarks[
+        "mmlu"
+    ]
     tokenizer = load_tokenizer(model)
     asked = mmlu.ask(mmlu.load(section), section, Renderer(tokenizer, section.prompt))
     engine = InProcess(load_base(model), tokenizer, 16)

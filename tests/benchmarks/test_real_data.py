@@ -15,6 +15,7 @@ from stages.benchmarks.grading import Context
 from stages.benchmarks.statistics import wilson
 from stages.config import EvalSection
 from stages.language.answers import number
+from stages.pipeline.resolve import registries
 from stages.sandbox import Limits, Sandbox, backends
 from stages.sandbox.selftest import selftest
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="LORAPAR_DATA names no
 
 
 def section(kind: str, **settings):
-    return EvalSection(benchmarks={kind: settings}).benchmarks[kind]
+    entries = {"benchmarks": {kind: settings}}
+    return EvalSection.model_validate(entries, context=registries()).benchmarks[kind]
 
 
 @pytest.fixture(scope="module")
