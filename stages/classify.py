@@ -121,7 +121,7 @@ def _ask_all(
 
     def lane(boxes: list[Votes], pool: Pool) -> None:
         for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
-            engine = pool.get(_served(box.voter, model, server), server, progress.say)
+            engine = pool.get(_served(box.voter, model), server, progress.say)
             begin()
             for number, _ in enumerate(box.ask(engine, progress.say), 1):
                 failed = f", {len(box.failures)} failed" if box.failures else ""
@@ -163,14 +163,9 @@ class _Once:
                 self._call()
 
 
-def _served(voter: Voter, model: ModelSection, server: ServerSection) -> Served:
-    arguments = dict(voter.vllm)
-    if not voter.thinking and "hf_overrides" not in {**server.vllm, **voter.vllm}:
-        # In 16 bits the logits of different questions tie, so the head computes in float32. A voter that
-        # thinks would pay for that with every token of its thought.
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
+def _served(voter: Voter, model: ModelSection) -> Served:
     asked = voter.asks(model)
-    return Served(voter.engine, asked, None, voter.urls, voter.api_key_env, arguments, voter.devices)
+    return Served(voter.engine, asked, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
 
 
 def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:
