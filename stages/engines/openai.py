@@ -138,6 +138,7 @@ class Client:
         """
         path, body = self._asked(ballot, 1)
         body |= {"logprobs": TOP} if path == "completions" else {"logprobs": True, "top_logprobs": TOP}
+        body["temperature"] = 0  # nothing is drawn
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
             ((_, alternatives),) = _tokens(reply["choices"][0]["logprobs"])  # type: ignore[index]
