@@ -14,7 +14,7 @@ import time
 from stages.config import LoraSection, ModelSection
 from stages.config.training import RolloutsSection
 from stages.engines import Sampling
-from stages.engines.transformers import continuations
+from stages.engines.generation import continuations
 from stages.lora import adapter, merged, rollouts
 from stages.models.base import load_base
 
@@ -57,7 +57,8 @@ def main() -> None:
 
     def by_copy(prompts: list[list[int]]) -> int:
         copy.refresh(model)
-        return sum(len(answer.ids) for answer in continuations(copy.model, tokenizer, prompts, sampling))
+        made = continuations(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
+        return sum(len(answer.ids) for _, answer in made)
 
     rates: dict[str, list[float]] = {"vllm": [], "copy": []}
     for number in range(given.rounds + 1):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
+from stages import team
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
+from stages.engines.generation import continuations
 from stages.errors import DataError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
-from stages.lora import packed, rollouts, training
+from stages.lora import packed, rollouts, training, unpadded
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.merged import MergedCopy
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactRollouts
+from stages.lora.unpadded import SharedPrompts
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, decided, of_system, problems, read_labels
@@ -84,6 +88,8 @@ def run(
     trainer = _trainer(peft_model, renderer, rows, tokens, rl, rewards, arguments, copy)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
+    trainer.sharing = _shares(rl)
+    unpadded.accept(base)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     names = row_ids(lambda: known, "prompt_ids", "prompt_mask")
@@ -99,6 +105,13 @@ def run(
         **_earned(training.history(trainer)),
         **summary,
     }
+
+
+def _shares(rl: RlSection) -> bool:
+    """Whether completions may share the pass over their prompt."""
+    if rl.shared_prompts == "auto" and rl.dropout:
+        log.warning("rl.dropout %g: each completion is computed with a prompt of its own", rl.dropout)
+    return rl.shared_prompts == "auto" and not rl.dropout
 
 
 def _earned(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,7 +249,7 @@ def _trainer(
     """
     from trl import GRPOTrainer
 
-    class Trainer(Healthy, ExactRollouts, LoraPlus, WarmUp, GRPOTrainer):
+    class Trainer(Healthy, ExactRollouts, LoraPlus, WarmUp, SharedPrompts, GRPOTrainer):
         ratio = rl.loraplus_ratio
 
         def _tokenize_prompts(self, prompts: list[str]) -> Any:
@@ -247,11 +260,11 @@ def _trainer(
             if copy is None:
                 with packed.fixed(peft_model):
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            from stages.engines.transformers import continuations
-
             copy.refresh(peft_model)
-            made = continuations(copy.model, renderer.tokenizer, prompt_ids, sampling)
-            return [answer.ids for answer in made], None
+            rng = random.Random(f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}")
+            seeds = [rng.getrandbits(62) for _ in prompt_ids]
+            made = dict(continuations(copy.model, renderer.tokenizer, prompt_ids, sampling, (), seeds))
+            return [made[i].ids for i in range(len(prompt_ids))], None
 
     sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
     return Trainer(

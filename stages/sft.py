@@ -12,6 +12,7 @@ from stages.lora import training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
+from stages.lora.unpadded import PaddingFree, accept
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, decided, of_system, read_labels
@@ -51,7 +52,7 @@ def run(
     from datasets import Dataset
     from trl import SFTTrainer
 
-    class Trainer(Healthy, ExactResume, LoraPlus, WarmUp, SFTTrainer):
+    class Trainer(Healthy, ExactResume, LoraPlus, WarmUp, PaddingFree, SFTTrainer):
         ratio = sft.loraplus_ratio
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -65,13 +66,16 @@ def run(
     rows, long = renderer.rows(examples, data)
     start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    peft_model = start.attach(load_base(model), lora, baseline, sft.dropout, seed)
+    base = load_base(model)
+    peft_model = start.attach(base, lora, baseline, sft.dropout, seed)
     trainer = Trainer(
         model=peft_model,
         args=_arguments(sft, steps, seed, job.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
+    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not sft.dropout
+    accept(base)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
     trainer.vitals = Vitals(names, knobs)

@@ -241,7 +241,11 @@ def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
 
 def test_force_asks_again(copied, monkeypatch):
     config = copied("eval.parity_items=0")
-    monkeypatch.setattr("stages.engines.transformers.continuations", lambda *_: [Answer([65], True)] * 16)
+    same = Answer([65], True)
+    monkeypatch.setattr(
+        "stages.engines.transformers.continuations",
+        lambda _, __, prompts, *rest: enumerate([same] * len(prompts)),
+    )
     assert make_steps(config, "eval:base@demo", force=True)["eval:base@demo"][1]
     rows = [row for _, row in read_jsonl(config.root / "eval/latest-base@demo/samples.jsonl")]
     assert len({row["output"] for row in rows}) == 1

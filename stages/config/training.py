@@ -3,12 +3,14 @@
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import Section, known, named, refuse, setting
 from stages.config.sources import PromptSection
 
+AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+"""YAML reads a bare `off` as false."""
 Scorer = Annotated[str, named("scorers")]
 Strategy = Annotated[str, named("strategies")]
 
@@ -121,6 +123,11 @@ class SftSection(TrainSection):
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
     dropout: float = setting(0.05, "LoRA dropout.", ge=0, lt=1)
+    padding_free: AutoOff = setting(
+        "auto",
+        "Compute a micro batch as one row without padding, where the architecture allows it; "
+        "off: TRL's own way.",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> "SftSection":
@@ -162,6 +169,11 @@ class RlSection(TrainSection):
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     group: int = setting(8, "Completions per prompt.", gt=1)
     micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
+    shared_prompts: AutoOff = setting(
+        "auto",
+        "Compute each prompt once for all its completions, where the architecture allows it; "
+        "off: TRL's own way.",
+    )
     iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)

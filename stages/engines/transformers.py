@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from torch import nn
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
+from stages.engines.generation import continuations
 from stages.errors import ConfigError
 from stages.language.prompts import chat
 from stages.models.base import load_merged
+from stages.models.flat import common, has_prompt
 from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -77,16 +79,9 @@ class InProcess:
                 yield i, Choice(shares, mass)
 
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
-        """Answers in batches of similar prompt length."""
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
-        for at in range(0, len(order), self.batch_size):
-            part = [questions[i] for i in order[at : at + self.batch_size]]
-            stops = tuple(dict.fromkeys(text for question in part for text in question.stop))
-            if sampling.temperature:
-                torch.manual_seed(part[0].seed)
-            prompts = [question.ids for question in part]
-            made = continuations(self.model, self.tokenizer, prompts, sampling, stops)
-            yield from zip(order[at : at + self.batch_size], made, strict=True)
+        stops = tuple(dict.fromkeys(text for question in questions for text in question.stop))
+        prompts, seeds = [question.ids for question in questions], [question.seed for question in questions]
+        return continuations(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary). Padding stands behind their common beginning."""
@@ -132,16 +127,16 @@ class InProcess:
         """For each ballot: the token ids up to where the words differ, and the words' ids there."""
         prompts = [self._ids(ballot) for ballot in ballots]
         thinking = [i for i, ballot in enumerate(ballots) if ballot.thought]
-        for at in range(0, len(thinking), self.batch_size):
-            part = thinking[at : at + self.batch_size]
-            first = ballots[part[0]]
+        if thinking:
+            first = ballots[thinking[0]]
             sampling = Sampling(first.thought, (self.tokenizer.eos_token_id,), first.temperature)
-            if first.temperature:
-                torch.manual_seed(first.seed)
-            answers = continuations(self.model, self.tokenizer, [prompts[i] for i in part], sampling, (END,))
-            for i, answer in zip(part, answers, strict=True):
+            asked, seeds = [prompts[i] for i in thinking], [ballots[i].seed for i in thinking]
+            for j, answer in continuations(
+                self.model, self.tokenizer, asked, sampling, (END,), seeds, self.batch_size
+            ):
                 thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
-                prompts[i] += self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
+                closed = self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
+                prompts[thinking[j]] += closed
         for ballot, ids in zip(ballots, prompts, strict=True):
             before, words = word_tokens(self.tokenizer, ballot.words)
             yield ids + before, words
@@ -194,89 +189,3 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> t
     if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
         raise ConfigError(f"the words {words} do not differ in one token")
     return tokens[0][:same], [ids[same] for ids in tokens]
-
-
-def common(rows: list[list[int]]) -> int:
-    """Length of the beginning that all rows share."""
-    first, last = min(rows), max(rows)  # in sorted order, these two differ the earliest
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
-
-
-def has_prompt(model: Any) -> bool:
-    """Whether a trained prompt stands before every text.
-
-    PEFT then ignores position ids, so padding would stand between the prompt and the text.
-    """
-    return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
-
-
-@torch.no_grad()
-def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stops: tuple[str, ...] = (),
-) -> list[Answer]:
-    """What the model writes after each prompt, up to the first stop token or text, which is included.
-
-    All prompts run as one batch, padded on the left. With a trained prompt, each length is a separate batch.
-    """
-    if has_prompt(model) and len(lengths := {len(prompt) for prompt in prompts}) > 1:
-        made: dict[int, Answer] = {}
-        for length in sorted(lengths):
-            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            answers = continuations(model, tokenizer, [prompts[i] for i in rows], sampling, stops)
-            made.update(zip(rows, answers, strict=True))
-        return [made[i] for i in range(len(prompts))]
-    pad = tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature:
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        how = {"do_sample": True, **drawn}
-    if stops:
-        how["stopping_criteria"] = [_AtText(tokenizer, stops, width)]
-    written = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(sampling.stop_ids),
-        pad_token_id=pad,
-        **how,
-    )[:, width:]
-    return [_answer(row, tokenizer, sampling, stops) for row in written.tolist()]
-
-
-class _AtText:
-    """Ends a row once it has generated one of the texts; the library's criterion also matches the prompt."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], prompt_tokens: int
-    ) -> None:
-        self.tokenizer, self.stops, self.start = tokenizer, stops, prompt_tokens
-        self.window = max(len(stop.encode()) for stop in stops) + 4  # a token is at least one byte
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
-        ended = [any(stop in text for stop in self.stops) for text in self.tokenizer.batch_decode(new)]
-        return torch.tensor(ended, device=input_ids.device)
-
-
-def _answer(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stops: tuple[str, ...]
-) -> Answer:
-    """The answer in a row, up to its end: rows that end before others are padded."""
-    ends = [ids.index(stop) for stop in sampling.stop_ids if stop in ids]
-    if ends:
-        return Answer(ids[: min(ends) + 1], True)
-    while stops and ids and ids[-1] == tokenizer.pad_token_id:
-        ids = ids[:-1]
-    text = tokenizer.decode(ids) if stops else ""
-    return Answer(ids, len(ids) < sampling.max_new_tokens or any(stop in text for stop in stops))

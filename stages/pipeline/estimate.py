@@ -112,7 +112,7 @@ def _votes(
 
 def _ballot(config: Config, voter: Voter, sample: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean tokens of a voter's question, without the beginning that all its questions share."""
-    from stages.engines.transformers import common
+    from stages.models.flat import common
 
     worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
     brief = Brief(config.model.title, config.classify.show_answer, voter.words, worked)

@@ -164,7 +164,7 @@ STAGES = {
             needs=_trains("sft", other="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             outside=_model,
-            version=2,
+            version=3,
         ),
         Stage(
             name="rl",
@@ -172,7 +172,7 @@ STAGES = {
             needs=_trains("rl", other="sft"),
             sections=_rl_sections,
             outside=_rl_outside,
-            version=2,
+            version=3,
         ),
         Stage(
             name="eval",
@@ -181,7 +181,7 @@ STAGES = {
             sections=_eval_sections,
             outside=_eval_outside,
             variants=_eval_variants,
-            version=2,
+            version=3,
         ),
     ]
 }

@@ -58,7 +58,8 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method):
 def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     """Padding or a shared cache would part the two."""
     from stages.engines import Sampling
-    from stages.engines.transformers import InProcess, continuations
+    from stages.engines.generation import continuations
+    from stages.engines.transformers import InProcess
     from stages.models.tokenizer import load_tokenizer
 
     config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
@@ -69,8 +70,8 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     monkeypatch.setattr(
         model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given)
     )
-    made = continuations(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,)))
-    assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(answer.ids) == 4 for answer in made)
+    made = dict(continuations(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,))))
+    assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(made[i].ids) == 4 for i in range(3))
     with torch.no_grad():
         together = InProcess(model, tokenizer, 8)._last_logits(prompts)
         alone = torch.cat([model(torch.tensor([ids])).logits[:, -1] for ids in prompts])

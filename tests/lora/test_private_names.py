@@ -18,6 +18,7 @@ from stages.lora.health import Healthy
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.packed import PackedLinear
 from stages.lora.resume import ExactResume, ExactRollouts
+from stages.lora.unpadded import PaddingFree, SharedPrompts
 
 TRAINER = {
     "_save_checkpoint": "model trial",
@@ -36,6 +37,12 @@ METHODS = {
         "_prepare_inputs": "generation_batch",
         "_get_train_sampler": "dataset",
         "_tokenize_prompts": "prompts",
+        "_generate_and_score_completions": "inputs",
+        "_get_per_token_logps_and_entropies": (
+            "model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss "
+            "pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles "
+            "image_sizes token_type_ids mm_token_type_ids image_position_ids"
+        ),
         "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
     },
     VLLMGeneration: {"_iter_named_params": ""},
@@ -49,10 +56,10 @@ METHODS = {
 }
 ATTRIBUTES = {
     SFTTrainer: ["_total_train_tokens"],
-    GRPOTrainer: ["_step", "_buffered_inputs", "vllm_generation"],
+    GRPOTrainer: ["_step", "_buffered_inputs", "_metrics", "vllm_generation"],
     PreTrainedModel: ["hf_quantizer", "is_quantized"],
 }
-OWN = {"_memory", "_unsound"}
+OWN = {"_memory", "_unsound", "_fits", "_of_rows"}
 """Private methods of the mixins that override nothing."""
 
 
@@ -89,7 +96,16 @@ def test_trl_s_sampler_keeps_what_it_is_given():
 
 def test_no_private_override_is_missing_here():
     known = set().union(*METHODS.values()) | OWN
-    for mixin in (Healthy, ExactResume, ExactRollouts, LoraPlus, WarmUp, PackedLinear):
+    for mixin in (
+        Healthy,
+        ExactResume,
+        ExactRollouts,
+        LoraPlus,
+        WarmUp,
+        SharedPrompts,
+        PaddingFree,
+        PackedLinear,
+    ):
         methods = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
         assert not {name for name in methods - known if re.match("_[a-z]", name)}, mixin.__name__
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import labels_of, make_step
 from trl import GRPOTrainer
 
-from stages.engines.transformers import continuations
+from stages.engines.generation import continuations
 from stages.errors import DataError, MeaninglessError
 from stages.language.prompts import Renderer
 from stages.models.tokenizer import load_tokenizer
@@ -54,11 +54,11 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
 
     seen, usual = [], GRPOTrainer.compute_loss
 
-    def watched(model, tokenizer, prompts, sampling):
+    def watched(model, tokenizer, prompts, *rest):
         seen.extend(prompts)
-        return continuations(model, tokenizer, prompts, sampling)
+        return continuations(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr("stages.engines.transformers.continuations", watched)
+    monkeypatch.setattr("stages.rl.continuations", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left")

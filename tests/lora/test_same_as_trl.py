@@ -12,8 +12,12 @@ from stages.pipeline.resolve import load, resolved
 from stages.store.artifacts import Store
 
 
-def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
-    """Written with the libraries alone, from the rows as the stage renders them; same seed, with dropout."""
+@pytest.mark.parametrize(("dropout", "way"), [(0.1, "off"), (0.0, "auto")])
+def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
+    """Written with the libraries alone, from the rows as the stage renders them, with the same seed.
+
+    Without padding other elements drop out.
+    """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
@@ -24,8 +28,9 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     from stages.records import of_system, read_labels
 
     # No warm-up: there lorapar's rates are not the library's, as test_training says.
-    settings = ["sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.dropout=0.1", "sft.warmup=0"]
-    config = begun("partition.strategy=all", *settings)
+    settings = ["sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.warmup=0"]
+    ours_alone = [f"sft.dropout={dropout}", f"sft.padding_free={way}"]
+    config = begun("partition.strategy=all", *settings, *ours_alone)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
     folder = {
@@ -38,7 +43,11 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     labels = read_labels(folder["classify:train"] / "labels.jsonl")
     rows = [Renderer(tokenizer, config.prompt).row(example) for example in of_system(labels, 1)]
     lora = LoraConfig(
-        r=4, lora_alpha=32, lora_dropout=0.1, target_modules=config.lora.target_modules, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=32,
+        lora_dropout=dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32), lora)
     model.load_state_dict(

@@ -1,0 +1,326 @@
+"""What a model in this process writes: each prompt is computed once, and ended answers cost nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.engines import Answer, Sampling
+from stages.language.prompts import IGNORED
+from stages.models import flat
+from stages.models.flat import Branch, Flat, Group, common
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COLUMNS = 64
+"""Tokens by which the memory for keys and values grows."""
+FREE = 0.25
+"""Share of the slots that must be free before other prompts take them, or before they are given up."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer: a stop token, one of the texts, or its length."""
+
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
+    texts: tuple[str, ...] = ()
+
+    def reached(self, ids: list[int]) -> bool:
+        """Whether the last token ends the answer, for another reason than its length."""
+        if ids[-1] in self.sampling.stop_ids:
+            return True
+        if not self.texts:
+            return False
+        window = max(len(text.encode()) for text in self.texts) + 4  # a token is at least one byte
+        written = self.tokenizer.decode(ids[-window:])
+        return any(text in written for text in self.texts)
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stops: tuple[str, ...] = (),
+    seeds: list[int] | None = None,
+    slots: int = 64,
+) -> Iterator[tuple[int, Answer]]:
+    """What the model writes after each prompt, as soon as it is written: the prompt's index and the answer.
+
+    An answer goes up to the first stop token or text, which is included. seeds: one for each prompt, needed
+    with a temperature; an answer follows from its seed, but for the rounding of what is computed beside it.
+    slots: answers that are written at a time.
+    """
+    ends = Ends(sampling, tokenizer, stops)
+    seeds = seeds or [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # equal beginnings stand together
+    if prompts and flat.fits(model, prompts[0]):
+        yield from _Writer(model, ends, min(slots, len(prompts))).write(prompts, seeds, order)
+        return
+    for part in _batches(model, prompts, slots):
+        made = _by_library(model, ends, [prompts[i] for i in part], seeds[part[0]])
+        yield from zip(part, made, strict=True)
+
+
+@dataclass
+class _Line:
+    """An answer that is being written."""
+
+    item: int
+    row: int
+    at: int
+    """Position of the token that comes next."""
+    draws: list[float]
+    ids: list[int] = field(default_factory=list)
+    complete: bool = False
+    over: bool = False
+
+
+class _Writer:
+    """Writes answers in a number of slots. A slot whose answer has ended takes the next prompt."""
+
+    def __init__(self, model: PreTrainedModel, ends: Ends, slots: int) -> None:
+        self.model, self.ends, self.slots = model, ends, slots
+        self.memory = _Memory(slots)
+
+    @torch.no_grad()
+    def write(
+        self, prompts: list[list[int]], seeds: list[int], order: list[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        waiting, lines, free = deque(order), list[_Line](), list(range(self.slots))
+        while waiting or lines:
+            if waiting and (not lines or len(free) >= FREE * self.slots):
+                new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                begun = [_Line(i, free.pop(), len(prompts[i]), self._draws(seeds[i])) for i in new]
+                logits = self._read([prompts[i] for i in new], [line.row for line in begun])
+                lines += begun
+            else:
+                begun = lines
+                logits = self._next(lines)
+            for line, token in zip(begun, self._pick(logits, begun), strict=True):
+                line.ids.append(token)
+                line.complete = self.ends.reached(line.ids)
+                line.over = line.complete or len(line.ids) == self.ends.sampling.max_new_tokens
+            for line in begun:
+                if line.over:
+                    free.append(line.row)
+                    yield line.item, Answer(line.ids, line.complete)
+            lines = [line for line in lines if not line.over]
+            if not waiting and lines and len(lines) <= (1 - FREE) * self.memory.rows:
+                self._close_up(lines)
+
+    def _draws(self, seed: int) -> list[float]:
+        """One number in [0, 1) for each token, so that no answer depends on the others."""
+        if not self.ends.sampling.temperature:
+            return []
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(
+            self.ends.sampling.max_new_tokens, generator=generator, dtype=torch.float64
+        ).tolist()  # type: ignore[no-any-return]
+
+    def _read(self, prompts: list[list[int]], rows: list[int]) -> Tensor:
+        """Compute the prompts, each once, and keep their keys and values in these rows.
+
+        Returns the logits after each prompt: (prompts, vocabulary).
+        """
+        unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
+        place = {tuple(ids): i for i, ids in enumerate(unique)}
+        shared = min(common(unique), min(map(len, unique)) - 1)
+        marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in unique]
+        branches = [Branch(ids[shared:], mark) for ids, mark in zip(unique, marks, strict=True)]
+        row = Flat.of([Group(unique[0][:shared], branches)], self.model.device)
+        owner = torch.tensor([place[tuple(ids)] for ids in prompts], device=self.model.device)
+        self.memory.reserve(max(map(len, unique)) + 1)
+        reading = _Reading(row, self.memory, owner, self._tensor(rows))
+        states = flat.hidden(self.model, row.input_ids, row.position_ids, reading)
+        return self._logits(states[0, row.wanted()])[owner]
+
+    def _next(self, lines: list[_Line]) -> Tensor:
+        """Compute the last token of each line: logits (lines, vocabulary)."""
+        at = self._tensor([line.at for line in lines])
+        self.memory.aim(self._tensor([line.row for line in lines]), at)
+        tokens = self._tensor([line.ids[-1] for line in lines])
+        for line in lines:
+            line.at += 1
+        return self._logits(flat.hidden(self.model, tokens[None], at[None], self.memory)[0])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(states).float()  # type: ignore[no-any-return]
+
+    def _pick(self, logits: Tensor, lines: list[_Line]) -> list[int]:
+        sampling = self.ends.sampling
+        if not sampling.temperature:
+            return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+        draws = [line.draws[len(line.ids)] for line in lines]
+        return drawn(logits, sampling, torch.tensor(draws, device=logits.device)).tolist()  # type: ignore[no-any-return]
+
+    def _close_up(self, lines: list[_Line]) -> None:
+        self.memory.keep(self._tensor([line.row for line in lines]))
+        for row, line in enumerate(lines):
+            line.row = row
+
+    def _tensor(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, device=self.model.device)
+
+
+def drawn(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """Tokens of the distributions in `logits` (rows, vocabulary), by one number in [0, 1) for each row.
+
+    It is the first token, in the order of the vocabulary, with which the probabilities add up to more.
+    """
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    # In float32 a sum near 1 would lose every token of a probability below 6e-8.
+    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(sums, draws.double()[:, None] * sums[:, -1:], right=True)
+    return found[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+class _Memory:
+    """Keys and values of the rows that are being written, and how one new token of some of them attends."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.columns = rows, 0
+        self.keys: list[Tensor] = []
+        """By layer: (rows, key heads, columns, width)."""
+        self.values: list[Tensor] = []
+
+    def reserve(self, columns: int) -> None:
+        """Have room for so many tokens in each row."""
+        if columns <= self.columns:
+            return
+        self.columns = -(-columns // COLUMNS) * COLUMNS
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
+
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor, first: int) -> None:
+        """Put tokens of all key heads (rows, heads, tokens, width) from column `first` on into these rows."""
+        if layer == len(self.keys):
+            shape = (self.rows, key.shape[1], self.columns, key.shape[3])
+            self.keys.append(key.new_zeros(shape))
+            self.values.append(value.new_zeros(*shape[:3], value.shape[3]))
+        for store, new in ((self.keys, key), (self.values, value)):
+            store[layer][:, :, first : first + new.shape[2]].index_copy_(0, rows, new)
+
+    def keep(self, rows: Tensor) -> None:
+        """Give up all other rows."""
+        self.rows = len(rows)
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = old.index_select(0, rows)
+
+    def aim(self, rows: Tensor, at: Tensor) -> None:
+        """Say where the next tokens go: into these rows, at these columns."""
+        self.width = int(at.max()) + 1
+        self.reserve(self.width)
+        self.aimed, self.at = rows, at
+        last = at.new_zeros(self.rows).index_copy_(0, rows, at)
+        self.mask = (torch.arange(self.width, device=at.device) <= last[:, None])[:, None, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Of one token in each aimed row. Rows that are not aimed at are computed, too, and not used."""
+        _, heads, count, width = query.shape
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.aimed, :, self.at] = key[0].transpose(0, 1)
+        values[self.aimed, :, self.at] = value[0].transpose(0, 1)
+        asked = query.new_zeros(self.rows, heads, width).index_copy_(0, self.aimed, query[0].transpose(0, 1))
+        found = F.scaled_dot_product_attention(
+            asked.view(self.rows, keys.shape[1], heads // keys.shape[1], width),
+            keys[:, :, : self.width],
+            values[:, :, : self.width],
+            attn_mask=self.mask,
+            scale=scale,
+        )
+        return found.view(self.rows, heads, -1).index_select(0, self.aimed)[None]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Attention over prompts that keeps what it reads: a branch of `row` goes into each row of `rows`."""
+
+    row: Flat
+    memory: _Memory
+    owner: Tensor
+    """(rows,): the branch."""
+    rows: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        first = 0
+        if self.row.heads is not None:
+            k, v = (self.row.heads.rectangle(x).expand(len(self.rows), -1, -1, -1) for x in (key, value))
+            self.memory.write(layer, k, v, self.rows, first)
+            first = k.shape[2]
+        k, v = (self.row.branches.rectangle(x).index_select(0, self.owner) for x in (key, value))
+        self.memory.write(layer, k, v, self.rows, first)
+        return self.row.attend(layer, query, key, value, scale)
+
+
+def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+    """Indices of prompts of similar length; with a trained prompt of one length, see `flat.has_prompt`."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while order:
+        same = len(prompts[order[0]])
+        part = [i for i in order[:size] if len(prompts[i]) == same or not flat.has_prompt(model)]
+        order = order[len(part) :]
+        yield part
+
+
+@torch.no_grad()
+def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> list[Answer]:
+    """The same by the library's own generation, padded on the left; the whole batch has one seed."""
+    sampling, pad = ends.sampling, ends.tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        how = {"do_sample": True, **drawn}
+    if ends.texts:
+        how["stopping_criteria"] = [_AtText(ends, width)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(sampling.stop_ids),
+            pad_token_id=pad,
+            **how,
+        )[:, width:]
+    return [_answer(row, ends) for row in written.tolist()]
+
+
+class _AtText:
+    """Ends a row once it has generated one of the texts; the library's criterion also matches the prompt."""
+
+    def __init__(self, ends: Ends, prompt_tokens: int) -> None:
+        self.ends, self.start = ends, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ended = [self.ends.reached(row) for row in input_ids[:, self.start :].tolist()]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _answer(ids: list[int], ends: Ends) -> Answer:
+    """The answer in a row, up to its end: rows that end before others are padded."""
+    for number in range(1, len(ids) + 1):
+        if ends.reached(ids[:number]):
+            return Answer(ids[:number], True)
+    return Answer(ids, False)
