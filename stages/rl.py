@@ -15,7 +15,7 @@ from stages.engines.generation import continuations
 from stages.errors import DataError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
-from stages.lora import packed, rollouts, training, unpadded
+from stages.lora import packed, rehearsal, rollouts, training, unpadded
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.merged import MergedCopy
 from stages.lora.optimizers import LoraPlus, WarmUp
@@ -96,6 +96,7 @@ def run(
     knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
     trainer.vitals = Vitals(names, knobs)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
+    trainer.add_callback(rehearsal.of_rl(trainer, [list(ids) for ids in known], rl))
     trainer.add_callback(Watch(job.progress, f"rl on {len(rows)} prompts", steps, shown, rl.max_equal_steps))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {

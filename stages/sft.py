@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.language.prompts import Renderer
-from stages.lora import training
+from stages.lora import rehearsal, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
@@ -79,6 +79,7 @@ def run(
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
     trainer.vitals = Vitals(names, knobs)
+    trainer.add_callback(rehearsal.of_sft(trainer, rows, sft.micro_batch))
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
     summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}

@@ -52,7 +52,7 @@ class Healthy:
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._memory():
+        with self.memory():
             loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise self._unsound("loss", float(loss), self._window[-1:])
@@ -75,7 +75,8 @@ class Healthy:
         )
 
     @contextmanager
-    def _memory(self) -> Iterator[None]:
+    def memory(self, where: str | None = None) -> Iterator[None]:
+        """Inside, lack of memory is an OutOfMemoryError that names the settings. where: none: in a step."""
         before = len(self._window)
         try:
             yield
@@ -83,12 +84,11 @@ class Healthy:
             known = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not known and "can't allocate memory" not in str(error):
                 raise
-            prepared = len(self._window) > before
-            where = _shapes(self._window[-1]) if prepared else "while completions were sampled"
-            raise OutOfMemoryError(
-                f"out of memory in step {self.state.global_step + 1}, {where}",
-                f"lower {self.vitals.memory_knobs}",
-            ) from error
+            if where is None:
+                prepared = len(self._window) > before
+                what = _shapes(self._window[-1]) if prepared else "while completions were sampled"
+                where = f"in step {self.state.global_step + 1}, {what}"
+            raise OutOfMemoryError(f"out of memory {where}", f"lower {self.vitals.memory_knobs}") from error
 
 
 def _shapes(batch: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.language.prompts import Row
+    from stages.models.flat import Flat
 
 scorers: Registry = Registry("scorer")
 """Trait `product`: the score is gradient times value, which is zero everywhere while B = 0."""
@@ -72,11 +73,20 @@ def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 
 
 @contextmanager
-def _captured(model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments) -> Iterator[None]:
-    """Inside, each backward pass adds the per-example gradients of every LoRA layer to `sums`."""
+def _captured(
+    model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments, row: Flat | None
+) -> Iterator[None]:
+    """Inside, a backward pass adds the per-example gradients of every LoRA layer to `sums`.
+
+    row: where the examples stand in it; None if they are padded rows of a batch.
+    """
     import torch
 
     handles, pending = [], dict.fromkeys(weights, 0)
+
+    def apart(x: Tensor) -> Tensor:
+        """(examples, longest, width) of what a layer sees."""
+        return x if row is None else row.branches.spread(x[0])
 
     def watch(name: str):  # type: ignore[no-untyped-def]
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -91,7 +101,7 @@ def _captured(model: PreTrainedModel, weights: dict[str, nn.Module], sums: Momen
             def backward(delta: Tensor) -> None:
                 # (batch, tokens, out), (batch, tokens, in) -> (batch, out, in)
                 wide = torch.promote_types(torch.float32, x.dtype)
-                per_example = torch.einsum("bto,bti->boi", delta.to(wide), x.to(wide))
+                per_example = torch.einsum("bto,bti->boi", apart(delta.to(wide)), apart(x.to(wide)))
                 sums.gradient[name] += per_example.sum(0)
                 sums.square[name] += per_example.square_().sum(0)
                 pending[name] = 0
@@ -128,7 +138,7 @@ def moments(
     """
     import torch
 
-    from stages.models.losses import answer_losses, collate
+    from stages.models import losses
 
     device = next(model.parameters()).device
     zeros = {}
@@ -136,15 +146,19 @@ def moments(
         wide = torch.promote_types(module.weight.dtype, torch.float32)
         zeros[name] = torch.zeros_like(module.weight, dtype=wide)
     sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
-    with _captured(model, weights, sums):
-        for rows in batches:
-            losses = answer_losses(model, collate(rows, pad, device))
-            finite = torch.isfinite(losses)
+    for rows in batches:
+        row = losses.unpadded(model, rows, device)
+        with _captured(model, weights, sums, row):
+            if row is None:
+                found = losses.answer_losses(model, losses.collate(rows, pad, device))
+            else:
+                found = losses.of_row(model, row)
+            finite = torch.isfinite(found)
             if not bool(finite.all()):
                 bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
                 raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
-            losses.sum().backward()
-            sums.examples += len(rows)
-            sums.loss += float(losses.detach().sum())
-            advance(len(rows))
+            found.sum().backward()
+        sums.examples += len(rows)
+        sums.loss += float(found.detach().sum())
+        advance(len(rows))
     return sums

@@ -32,6 +32,8 @@ KINDS = ("eager", "sdpa")
 """Implementations of attention beside which a layout may stand."""
 MARK = "flat_"
 """Before the name of an implementation that can also take a layout."""
+LONGEST = 512
+"""Tokens on which the two are compared; the logits of a long sequence take much memory."""
 TOLERANCE, TOLERANCE_16 = 1e-3, 0.1
 """Mean difference of log-probabilities, between two ways to compute them, in 32 and in 16 bits."""
 
@@ -155,6 +157,15 @@ class Cells:
         found = x[0].index_select(1, self.index.flatten())
         return found.view(x.shape[1], *self.index.shape, x.shape[3]).transpose(0, 1)
 
+    def spread(self, x: Tensor) -> Tensor:
+        """(tokens, width) → (sequences, longest, width), zero where a sequence has ended."""
+        made = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.places, x)
+        return made.view(*self.real.shape, -1)
+
+    def owners(self) -> Tensor:
+        """(tokens,): the sequence of each token."""
+        return self.places // self.real.shape[1]
+
     def flatten(self, x: Tensor) -> Tensor:
         """(sequences, heads, longest, width) → (tokens, heads, width)"""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
@@ -239,7 +250,7 @@ _fitting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 @torch.no_grad()
 def _differs(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     """What is wrong with a row of two equal branches; None if nothing is. Draws no random number."""
-    ids = (ids * 4)[: max(4, len(ids))]
+    ids = (ids * 4)[: min(max(4, len(ids)), LONGEST)]
     half = len(ids) // 2
     device = base.get_input_embeddings().weight.device
     branch = Branch(ids[half - 1 : -1], ids[half:])

@@ -1,4 +1,4 @@
-"""Turns rows into one padded batch, and computes each example's loss."""
+"""Each example's loss: by one row without padding, or by a padded batch where the architecture needs that."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from stages.models.flat import Flat
 
 
 @dataclass
@@ -49,3 +51,22 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counts = (targets != IGNORED).sum(1)
     return losses.view(targets.shape).sum(1) / counts
+
+
+def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> Flat | None:
+    """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
+    from stages.models.flat import Branch, Flat, Group, fits
+
+    if not fits(model, rows[0].input_ids):
+        return None
+    return Flat.of([Group([], [Branch(row.input_ids[:-1], row.labels[1:]) for row in rows])], device)
+
+
+def of_row(model: PreTrainedModel, row: Flat) -> Tensor:
+    """The same as `answer_losses` for the examples of a row: (examples,)."""
+    from stages.models.flat import choose
+
+    found = choose(model, row).log_probs
+    owner = row.branches.owners()[row.wanted()]
+    sums = found.new_zeros(len(row.branches.index)).index_add(0, owner, found)
+    return -sums / owner.bincount(minlength=len(sums))

@@ -148,6 +148,7 @@ STAGES = {
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
             outside=_model,
             variants=lambda config: ("",) if config.data.path else (),
+            version=2,
         ),
         Stage(
             name="partition",

@@ -1,5 +1,8 @@
 """A run that cannot go well stops before it does harm, and says where."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import labels_of, make_step
@@ -7,6 +10,7 @@ from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.language.rewards import rewards
+from stages.lora import rehearsal
 from stages.lora.health import equal_rewards
 
 SFT = ["sft.max_steps=6", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
@@ -59,8 +63,14 @@ def test_a_non_finite_number_stops_before_the_step_and_names_rows(begun, monkeyp
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
 )
 def test_out_of_memory_names_step_lengths_and_knob(begun, monkeypatch, error):
+    """The second call is the first step's: before it, the longest micro batch was tried."""
+    usual, calls = SFTTrainer.compute_loss, []
+
     def compute_loss(*args, **kwargs):
-        raise error
+        calls.append(None)
+        if len(calls) > 1:
+            raise error
+        return usual(*args, **kwargs)
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
     with pytest.raises(
@@ -69,6 +79,49 @@ def test_out_of_memory_names_step_lengths_and_knob(begun, monkeypatch, error):
         make_step(begun("sft.lr=0.02"), "sft")
     assert caught.value.exit_code == 74
     assert caught.value.hint == "lower sft.micro_batch from 4, or set sft.gradient_checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("sft", r"in the longest micro batch, 4 rows of up to \d+ tokens"),
+        ("rl", r"in the longest micro batch, 8 completions of 12 tokens, prompts of up to \d+"),
+    ],
+)
+def test_the_longest_micro_batch_is_tried_before_anything(begun, monkeypatch, stage, said):
+    config = begun("rl.start_from=init")
+
+    def choose(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("stages.models.flat.choose", choose)
+    monkeypatch.setattr("stages.models.flat.fits", lambda *_: True)
+    with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
+        make_step(config, stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_the_rehearsal_changes_nothing(begun, monkeypatch, stage):
+    """With dropout, which draws random numbers."""
+    config = begun("rl.start_from=init", "sft.dropout=0.1", "rl.dropout=0.1", "sft.lr=0.02")
+
+    def trained() -> tuple[bytes, list[dict[str, float]]]:
+        path = make_step(config, stage, force=True).path
+        history = json.loads((path / "history.json").read_text())
+        for step in history:
+            step.pop("step_time", None)
+        return (path / "adapter/adapter_model.safetensors").read_bytes(), history
+
+    rehearsed = trained()
+    monkeypatch.setattr("stages.lora.rehearsal.Rehearsal.on_train_begin", lambda *_, **__: None)
+    assert trained() == rehearsed
+
+
+def test_a_resumed_run_has_no_rehearsal():
+    def loss():
+        raise AssertionError
+
+    rehearsal.Rehearsal(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
 
 
 def test_other_errors_stay_what_they_are(begun, monkeypatch):

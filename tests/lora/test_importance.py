@@ -12,7 +12,7 @@ from stages.language.prompts import IGNORED, Row
 from stages.lora import adapter
 from stages.lora.importance import moments, scorers
 from stages.models.base import load_base
-from stages.models.losses import answer_losses, collate
+from stages.models.losses import answer_losses, collate, of_row, unpadded
 
 
 def rows(count: int = 7) -> list[Row]:
@@ -52,7 +52,10 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
     ("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"]
 )
 @pytest.mark.parametrize("compensate", [False, True])
-def test_batched_moments_equal_single_ones(tiny, dtype, bound, compensate):
+@pytest.mark.parametrize("fits", [True, False])
+def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, compensate, fits):
+    if not fits:
+        monkeypatch.setattr("stages.models.flat.fits", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
@@ -66,11 +69,15 @@ def test_batched_moments_equal_single_ones(tiny, dtype, bound, compensate):
 
 
 def test_loss_is_the_mean_over_answer_tokens(tiny):
+    """In a padded batch and in a row without padding."""
     model = adapted(tiny, LoraSection(r=3), torch.float64)
     examples = rows()
+    row = unpadded(model, examples, torch.device("cpu"))
+    assert row is not None and row.input_ids.numel() == sum(len(e.input_ids) - 1 for e in examples)
     batch = answer_losses(model, collate(examples, 0, torch.device("cpu")))
     single = torch.cat([answer_losses(model, collate([row], 0, torch.device("cpu"))) for row in examples])
     torch.testing.assert_close(batch, single)
+    torch.testing.assert_close(of_row(model, row), single)
 
 
 def test_formulas():

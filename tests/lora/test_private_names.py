@@ -59,7 +59,7 @@ ATTRIBUTES = {
     GRPOTrainer: ["_step", "_buffered_inputs", "_metrics", "vllm_generation"],
     PreTrainedModel: ["hf_quantizer", "is_quantized"],
 }
-OWN = {"_memory", "_unsound", "_fits", "_of_rows"}
+OWN = {"_unsound", "_fits", "_of_rows"}
 """Private methods of the mixins that override nothing."""
 
 

@@ -1,0 +1,79 @@
+"""The longest micro batch first: a lack of memory shows in the first seconds, not after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from stages.config import RlSection
+    from stages.language.prompts import Row
+
+
+class Rehearsal(TrainerCallback):
+    """Before step 1, a forward and a backward pass through the longest micro batch, without an update.
+
+    It changes nothing: no weight, no metric, no random number. A resumed run has none.
+    """
+
+    def __init__(self, trainer: Any, loss: Callable[[], Tensor], what: str) -> None:
+        """loss: of that micro batch. what: how an error calls it."""
+        self.trainer, self.loss, self.what = trainer, loss, what
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            return
+        trainer = self.trainer
+        trainer.model.train()
+        with (
+            trainer.memory(f"in the longest micro batch, {self.what}"),
+            torch.random.fork_rng(),
+            trainer.accelerator.no_sync(trainer.model_wrapped),
+        ):
+            trainer.accelerator.backward(self.loss())
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+
+
+def of_sft(trainer: Any, rows: list[Row], size: int) -> Rehearsal:
+    """size: rows per micro batch."""
+    from accelerate.utils import send_to_device
+
+    longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
+
+    def loss() -> Tensor:
+        batch = trainer.data_collator([{"input_ids": r.input_ids, "labels": r.labels} for r in longest])
+        there = send_to_device(batch, trainer.accelerator.device)
+        found: Tensor = trainer.compute_loss(trainer.model_wrapped, there)
+        trainer._total_train_tokens = 0
+        return found
+
+    return Rehearsal(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
+
+
+def of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> Rehearsal:
+    """The longest prompts with completions as long as may be."""
+    groups = -(-rl.micro_batch // rl.group)
+    longest = sorted(prompts, key=len)[-groups:]
+    rows = [ids for ids in longest for _ in range(rl.group)][: rl.micro_batch]
+    width = len(longest[-1])
+
+    def loss() -> Tensor:
+        device = trainer.accelerator.device
+        ids = torch.zeros((len(rows), width + rl.max_completion), dtype=torch.long, device=device)
+        mask = torch.ones_like(ids)
+        for i, prompt in enumerate(rows):
+            mask[i, : width - len(prompt)] = 0
+            ids[i, width - len(prompt) : width] = torch.tensor(prompt)
+        log_probs, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model_wrapped, ids, mask, rl.max_completion, compute_entropy=True
+        )
+        return log_probs.sum()  # type: ignore[no-any-return]
+
+    return Rehearsal(
+        trainer, loss, f"{len(rows)} completions of {rl.max_completion} tokens, prompts of up to {width}"
+    )
