@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.engines import Answer, Sampling
-from stages.language.prompts import IGNORED
 from stages.models import flat
-from stages.models.flat import Branch, Flat, Group, common
+from stages.models.flat import Flat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,10 +132,7 @@ class _Writer:
         """
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
         place = {tuple(ids): i for i, ids in enumerate(unique)}
-        shared = min(common(unique), min(map(len, unique)) - 1)
-        marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in unique]
-        branches = [Branch(ids[shared:], mark) for ids, mark in zip(unique, marks, strict=True)]
-        row = Flat.of([Group(unique[0][:shared], branches)], self.model.device)
+        row = Flat.of_prompts(unique, self.model.device)
         owner = torch.tensor([place[tuple(ids)] for ids in prompts], device=self.model.device)
         self.memory.reserve(max(map(len, unique)) + 1)
         reading = _Reading(row, self.memory, owner, self._tensor(rows))
@@ -279,15 +275,20 @@ def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[i
         yield part
 
 
+def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, padded on the left: (prompts, longest) each."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
 @torch.no_grad()
 def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> list[Answer]:
     """The same by the library's own generation, padded on the left; the whole batch has one seed."""
     sampling, pad = ends.sampling, ends.tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    ids, mask = padded(prompts, pad, model.device)
+    width = ids.shape[1]
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -297,8 +298,8 @@ def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         written = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=list(sampling.stop_ids),
             pad_token_id=pad,

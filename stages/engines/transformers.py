@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,17 +12,21 @@ from torch import nn
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
-from stages.engines.generation import continuations
+from stages.engines.generation import continuations, padded
 from stages.errors import ConfigError
 from stages.language.prompts import chat
+from stages.models import flat
 from stages.models.base import load_merged
-from stages.models.flat import common, has_prompt
+from stages.models.flat import common
 from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENS = 8192
+"""Tokens of a batch of choices, in one row without padding."""
 BATCH = 16
+"""Prompts of a batch of choices, where the architecture needs padding."""
 END = "</think>"
 """The end of a thought; added if the thought did not end by itself."""
 HEAD_ROWS = 2048
@@ -32,8 +35,6 @@ HEAD_ROWS = 2048
 For 16 prompts and SmolLM2's 49,152 rows this takes 20 ms on one core. Converting the whole head each time
 takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
 """
-WORTH_KEEPING = 32
-"""Length in tokens from which it pays to compute a common beginning of prompts only once."""
 
 
 @contextmanager
@@ -49,16 +50,13 @@ class InProcess:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self._prefix: list[int] = []
-        self._cache: Cache | None = None
-        """Keys and values of `_prefix`, the beginning that the prompts of the last batch had in common."""
 
     @torch.no_grad()
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
         """One forward pass per batch; the words' probabilities are read at the first token that differs.
 
-        Prompts with the same beginning (such as worked examples) follow each other, and the beginning is
-        computed once. A voter that thinks writes its thought first.
+        Prompts with the same beginning (such as worked examples) follow each other, and each batch computes
+        the beginning once. A voter that thinks writes its thought first.
         """
         pairs = enumerate(self._prepared(list(ballots)))
         prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
@@ -67,8 +65,8 @@ class InProcess:
         for i, length in too_long:
             yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
         prepared = [item for item in prepared if len(item[0]) <= longest]
-        for at in range(0, len(prepared), BATCH):
-            part = prepared[at : at + BATCH]
+        for size in batches([ids for ids, _, _ in prepared]):
+            part, prepared = prepared[:size], prepared[size:]
             with float32_head(self.model):
                 logits = self._last_logits([ids for ids, _, _ in part])  # (batch, vocabulary)
             rows = logits.float().softmax(-1)
@@ -84,44 +82,23 @@ class InProcess:
         return continuations(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Logits after each prompt: (prompts, vocabulary). Padding stands behind their common beginning."""
-        if has_prompt(self.model):  # its keys and values take the cache's place
-            return torch.cat(
-                [self.model(input_ids=self._tensor([p]), logits_to_keep=1).logits[:, -1] for p in prompts]
-            )
-        shared = min(common(prompts), min(map(len, prompts)) - 1)
-        kept = len(self._prefix) if all(p[: len(self._prefix)] == self._prefix for p in prompts) else 0
-        if shared < WORTH_KEEPING:
-            shared = 0
-        elif 0 < kept <= shared < kept + WORTH_KEEPING:
-            shared = kept
-        else:
-            self._prefix = prompts[0][:shared]
-            self._cache = self.model(
-                input_ids=self._tensor([self._prefix]), use_cache=True, logits_to_keep=1
-            ).past_key_values
-        width = max(map(len, prompts)) - shared
-        ids = self._tensor([[0] * (width + shared - len(p)) + p[shared:] for p in prompts])
-        mask = self._tensor(
-            [[1] * shared + [0] * (width + shared - len(p)) + [1] * (len(p) - shared) for p in prompts]
-        )
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        cache = None
-        if shared:
-            cache = copy.deepcopy(self._cache)
-            assert cache is not None
-            cache.batch_repeat_interleave(len(prompts))
-        made = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        return made.logits[:, -1]  # type: ignore[no-any-return]
+        """Logits after each prompt: (prompts, vocabulary)."""
+        if not flat.fits(self.model, prompts[0]):
+            size = 1 if flat.has_prompt(self.model) else BATCH
+            parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+            return torch.cat([self._last_of_padded(part) for part in parts])
+        row = flat.Flat.of_prompts(prompts, self.model.device)
+        states = flat.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
+        return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
-    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(rows, device=self.model.device)
+    def _last_of_padded(self, prompts: list[list[int]]) -> torch.Tensor:
+        ids, mask = padded(prompts, 0, self.model.device)
+        given = (
+            {}
+            if len(prompts) == 1
+            else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)}
+        )
+        return self.model(input_ids=ids, logits_to_keep=1, **given).logits[:, -1]  # type: ignore[no-any-return]
 
     def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
         """For each ballot: the token ids up to where the words differ, and the words' ids there."""
@@ -153,6 +130,23 @@ class InProcess:
             )
         text = chat(self.tokenizer, ballot.text)  # type: ignore[arg-type]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def batches(prompts: list[list[int]]) -> Iterator[int]:
+    """How many of the sorted prompts go into each batch: TOKENS, with their common beginning counted once.
+
+    Where another beginning starts, a batch also ends if two batches have fewer tokens than one.
+    """
+    size = tokens = shared = cost = 0  # cost: tokens of the batch, with its beginning counted once
+    for last, ids in zip([[], *prompts], prompts, strict=False):
+        same = min(shared, common([last, ids])) if size else len(ids)
+        new = tokens + len(ids) - size * same
+        if size and new > min(TOKENS, cost + len(ids)):
+            yield size
+            size, tokens, same, new = 0, 0, len(ids), len(ids)
+        size, tokens, shared, cost = size + 1, tokens + len(ids), same, new
+    if size:
+        yield size
 
 
 @contextmanager

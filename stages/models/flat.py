@@ -110,6 +110,14 @@ class Flat:
         )
         return made if heads is None else replace(made, mask=made._mask(heads))
 
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> Flat:
+        """Prompts with one token to predict, after each; what they all begin with stands there once."""
+        shared = min(common(prompts), min(map(len, prompts)) - 1)
+        marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
+        branches = [Branch(ids[shared:], mark) for ids, mark in zip(prompts, marks, strict=True)]
+        return cls.of([Group(prompts[0][:shared], branches)], device)
+
     def wanted(self) -> Tensor:
         """Places of the tokens that have a target."""
         return (self.targets[0] != IGNORED).nonzero()[:, 0]

@@ -6,7 +6,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection
 from stages.engines import Ballot, Question, Sampling
-from stages.engines.transformers import BATCH, InProcess, word_tokens
+from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -40,6 +40,15 @@ def test_choices_are_those_of_each_prompt_alone(engine, shared):
     for i, ids in enumerate(prompts):
         assert found[i].shares == pytest.approx(expected(engine, ids, words), abs=1e-5)
         assert 0 < found[i].mass < 1
+
+
+def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
+    first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
+    assert list(batches(first + second)) == [5, 4]
+    assert list(batches([[i, 5, 6] for i in range(7)])) == [7]
+    monkeypatch.setattr("stages.engines.transformers.TOKENS", 52)
+    assert list(batches(first + second)) == [2, 2, 1, 2, 2]
+    assert list(batches([])) == []
 
 
 def test_words_must_differ_in_one_token(engine):
@@ -133,7 +142,8 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     found = dict(engine.choose([Ballot(ids, ("A", "B")) for ids in prompts]))
     weight = engine.model.get_output_embeddings().weight
     assert given[-1].dtype == weight.dtype == torch.bfloat16
-    logits = given[-1][:, -1].double() @ weight.double().T
+    states = given[-1].flatten(0, -2)  # one token of each prompt
+    logits = states.double() @ weight.double().T
     if config:
         logits = 0.5 * torch.tanh(logits / 0.5)
     _, words = word_tokens(engine.tokenizer, ("A", "B"))
