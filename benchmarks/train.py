@@ -17,18 +17,13 @@ peak of a process only.
 
 import argparse
 import copy
-import os
 import random
-import re
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
+from measure import highest, interval, peak, timed
 from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
@@ -136,39 +131,6 @@ def size(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(action, *arguments) -> float:  # type: ignore[no-untyped-def]
-    synchronize()
-    begun = time.perf_counter()
-    action(*arguments)
-    synchronize()
-    return time.perf_counter() - begun
-
-
-def interval(ratios: list[float]) -> str:
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return f"{statistics.median(ratios):.3f} [{medians[50]:.3f}, {medians[1949]:.3f}]"
-
-
-def high_water() -> int:
-    """Bytes at the highest point of this process; ru_maxrss would begin with those of its parent."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
-
-
-def peak(given: argparse.Namespace, way: str) -> float:
-    """MiB at the highest point of a process of its own that does two steps."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
-    return float(
-        subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.split()[-1]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -189,7 +151,7 @@ def main() -> None:
         for _ in range(2):
             way.gradients(ids)
             way.step()
-        print((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else high_water()) / 2**20)
+        print(highest())
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}
@@ -229,7 +191,7 @@ def main() -> None:
         print(f"{name:<7} after a step {after:,} bytes ({of_plain[0]:.3f} of plain): {parts}")
         print(
             f"{name:<7} at the peak {most:,} bytes ({of_plain[1]:.3f} of plain), {saved[name]:,} of them "
-            f"saved; peak of a process {peak(given, name):,.0f} MiB"
+            f"saved; peak of a process {peak(__file__, name):,.0f} MiB"
         )
     packed, plain = (held[name]["gradients"] + held[name]["optimizer"] for name in ("packed", "plain"))
     share, wanted = packed / plain, active / total
