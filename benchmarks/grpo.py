@@ -1,0 +1,272 @@
+"""The two sides of rl.py: TRL's GRPOTrainer on plain LoRA and lorapar's trainer, step by step.
+
+rl.py says what is measured, and how completions are ended.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from measure import synchronize
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import GRPOTrainer
+
+from stages import rl
+from stages.config import LoraSection, ModelSection, PromptSection, RlSection
+from stages.engines import generation
+from stages.language import reward_functions
+from stages.language.prompts import Renderer
+from stages.lora import adapter, rollouts, unpadded
+from stages.lora.health import Vitals
+from stages.lora.training import pack
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
+from stages.store.checkpoints import Checkpoints
+
+SIDES = ("TRL", "lorapar")
+PARTS = ("whole step", "rollouts", "loss + backward", "update", "rest")
+PICK = generation._Writer._pick
+
+
+@dataclass(frozen=True)
+class Shape:
+    prompts: int
+    group: int
+    prompt: int
+    completion: tuple[int, int]
+    micro_batch: int
+
+    def __str__(self) -> str:
+        low, high = self.completion
+        return f"{self.prompts} prompts × {self.group} completions of {low}-{high} tokens"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of either side works on."""
+
+    prompts: dict[str, list[int]]
+    """Text → token ids."""
+    lengths: list[int]
+    """Of the completions, in the order of the rows that are sampled."""
+
+    def rows(self) -> Dataset:
+        return Dataset.from_list([{"prompt": text} for text in self.prompts])
+
+
+class Ends:
+    """Lets completion i of a step end after `lengths[i]` tokens, the stop token included."""
+
+    def __init__(self, stops: list[int]) -> None:
+        self.stops = stops
+        self.lengths: list[int] = []
+
+    def write(self, logits: Tensor, items: Iterable[int], written: Iterable[int]) -> None:
+        """Change the logits (rows, vocabulary) of these completions, of which so much is written."""
+        logits[:, self.stops] = -torch.inf
+        pairs = zip(items, written, strict=True)
+        last = [row for row, (item, number) in enumerate(pairs) if number + 1 == self.lengths[item]]
+        if last:
+            logits[last] = -torch.inf
+            logits[last, self.stops[0]] = 0
+
+    def on_theirs(self, model: Any) -> None:
+        usual = model.generate
+
+        def generate(**given: Any) -> Tensor:
+            force = _Force(self, given["input_ids"].shape[1])
+            return usual(**given, logits_processor=LogitsProcessorList([force]))  # type: ignore[no-any-return]
+
+        model.generate = generate
+
+    def on_ours(self) -> None:
+        def pick(writer: Any, logits: Tensor, lines: list[Any]) -> list[int]:
+            self.write(logits, [line.item for line in lines], [len(line.ids) for line in lines])
+            return PICK(writer, logits, lines)
+
+        generation._Writer._pick = pick  # type: ignore[method-assign]
+
+
+class _Force(LogitsProcessor):
+    def __init__(self, ends: Ends, width: int) -> None:
+        self.ends, self.width = ends, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows, tokens = input_ids.shape
+        self.ends.write(scores, range(rows), [tokens - self.width] * rows)
+        return scores
+
+
+class Side(TrainerCallback):
+    """One trainer, and the seconds of its last step by part."""
+
+    def __init__(self, trainer: Any, ends: Ends) -> None:
+        self.trainer, self.ends = trainer, ends
+        self.written: list[int] = []
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        sample, clip = trainer._generate_single_turn, trainer._clip_grad_norm
+
+        def sampled(*arguments: Any, **given: Any) -> Any:
+            made = sample(*arguments, **given)
+            self.written = [len(ids) for ids in made[0]]
+            return made
+
+        def clipped(*arguments: Any) -> Any:
+            self.clipping = _now()
+            return clip(*arguments)
+
+        trainer._generate_single_turn = self._added(sampled, "rollouts")
+        trainer._prepare_inputs = self._added(trainer._prepare_inputs, "inputs")
+        trainer.training_step = self._added(trainer.training_step, "training_step")
+        trainer._clip_grad_norm = clipped
+
+    def _added(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **given: Any) -> Any:
+            begun = _now()
+            made = method(*arguments, **given)
+            self.seconds[part] += _now() - begun
+            return made
+
+        return call
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = _now()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.seconds["update"] = _now() - self.clipping
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds["whole step"] = _now() - self.begun
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Seconds of each of PARTS."""
+        self.ends.lengths = batch.lengths
+        self.trainer.train_dataset = batch.rows()
+        self.seconds = {"rollouts": 0.0, "inputs": 0.0, "training_step": 0.0}
+        self.trainer.train()
+        assert self.written == batch.lengths, (self.written, batch.lengths)
+        made = self.seconds
+        made["loss + backward"] = made["training_step"] - made["inputs"]
+        made["rest"] = made["whole step"] - made["rollouts"] - made["loss + backward"] - made["update"]
+        return {part: made[part] for part in PARTS}
+
+
+def _now() -> float:
+    synchronize()
+    return time.perf_counter()
+
+
+def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(len(ids) % 2) for ids in completion_ids]
+
+
+class Bench:
+    """The base model, and both sides of a shape on it."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        self.given, self.folder = given, folder
+        self.section = ModelSection(name=given.model, dtype=given.dtype, attention=given.attention)
+        self.base = load_base(self.section)
+        tokenizer = load_tokenizer(self.section)
+        template = "chat" if tokenizer.chat_template else "plain"
+        self.renderer = Renderer(tokenizer, PromptSection(template=template))
+        self.base.generation_config.eos_token_id = self.renderer.stop_ids
+        self.questions = _questions(given.prompts_file) if given.prompts_file else []
+        self.words = [] if self.questions else _words(tokenizer)
+
+    def batches(self, shape: Shape, number: int) -> list[Batch]:
+        made = []
+        for seed in range(number):
+            draw = random.Random(seed)
+            if self.questions:
+                texts = [self.renderer.prompt(text) for text in draw.sample(self.questions, shape.prompts)]
+            else:
+                about = [round(shape.prompt * x) for x in (0.85, 1.15)]
+                texts = [
+                    "".join(draw.choices(self.words, k=draw.randint(*about))) for _ in range(shape.prompts)
+                ]
+            ids = self.renderer.tokenizer(texts)["input_ids"]
+            lengths = [draw.randint(*shape.completion) for _ in range(shape.prompts * shape.group)]
+            made.append(Batch(dict(zip(texts, ids, strict=True)), lengths))
+        return made
+
+    def side(self, name: str, base: Any, shape: Shape, batches: Sequence[Batch]) -> Side:
+        """One of SIDES, on `base` itself, ready for these batches."""
+        section = RlSection(
+            max_steps=1, warmup=0, scheduler="constant", prompts_per_step=shape.prompts, group=shape.group,
+            micro_batch=shape.micro_batch, max_completion=shape.completion[1], rewards={"odd": 1.0},
+        )  # fmt: skip
+        stops = self.renderer.stop_ids
+        arguments = rl._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
+        arguments.save_strategy = SaveStrategy.NO
+        ends = Ends(stops)
+        if name == "TRL":
+            model = adapter.initial(base, LoraSection(), seed=0)
+            ends.on_theirs(model)
+            tokenizer = self.renderer.tokenizer
+            trainer = GRPOTrainer(model, odd, arguments, batches[0].rows(), processing_class=tokenizer)
+        else:
+            ends.on_ours()
+            trainer = self._ours(base, section, arguments, batches)
+        return Side(trainer, ends)
+
+    def _ours(self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch]) -> Any:
+        """As `stages.rl.run` makes it, from random masks."""
+        merged = rollouts.copy_of(base, section.rollouts, self.section, None)
+        model = adapter.initial(base, LoraSection(), seed=0)
+        tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
+        rewards = [reward_functions.checked("odd", odd)]
+        rows = batches[0].rows()
+        trainer = rl._trainer(model, self.renderer, rows, tokens, section, rewards, arguments, merged)
+        trainer.sharing = True
+        unpadded.accept(base)
+        trainer.vitals = Vitals(lambda _: [], "")
+        pack(model, _masks(model, self.given.share))
+        return trainer
+
+    def pairs(self, shape: Shape) -> tuple[list[Batch], dict[str, list[dict[str, float]]]]:
+        """The batches that count, and for each side the seconds of its steps on them."""
+        batches = self.batches(shape, self.given.pairs + 1)
+        sides = {name: self.side(name, copy.deepcopy(self.base), shape, batches) for name in SIDES}
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        for number, batch in enumerate(batches):
+            for name in random.sample(SIDES, len(SIDES)):
+                made = sides[name].step(batch)
+                if number:  # the first step warms up
+                    seconds[name].append(made)
+        del sides
+        gc.collect()
+        return batches[1:], seconds
+
+
+def _questions(path: str) -> list[str]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return sorted({json.loads(line)["question"] for line in lines})
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Texts of one token each which stay one token beside each other: words with a space before them."""
+    texts = {tokenizer.decode([i]) for i in range(len(tokenizer))}
+    words = sorted(text for text in texts if text[0:1] == " " and text[1:].isascii() and text[1:].isalpha())
+    most = min(map(len, tokenizer(words)["input_ids"]))  # one, and what is added to every text
+    return [w for w, ids in zip(words, tokenizer(words)["input_ids"], strict=True) if len(ids) == most]
+
+
+def _masks(model: Any, share: float) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.rand(layer.weight.shape, generator=generator) < share
+        for name, layer in adapter.lora_layers(model).items()
+    }

@@ -1,0 +1,136 @@
+"""What a GRPO step costs: lorapar's and TRL's on plain LoRA, side by side in one process.
+
+    python benchmarks/rl.py MODEL [--prompts 8] [--group 8] [--prompt 64] [--completion 8-40]
+        [--micro-batch 16] [--pairs 5] [--share 0.4] [--grow] [--no-memory]
+
+Theirs: an untouched `trl.GRPOTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the
+trainer of `lorapar rl`, with `--share` of the elements packed (random masks), shared prompts, and on CPU a
+merged copy to sample from. Both stand on copies of one base model as lorapar loads it, so that what its
+loading saves on CPU is saved for TRL, too. They have the same LoRA, the same GRPOConfig (no gradient
+checkpointing, no KL term) and the same trivial reward: whether the length of a completion is odd.
+
+A whole step is what `Trainer.train` does from the begin to the end of an epoch of one step: data, rollouts,
+rewards, advantages, all micro batches, clipping, AdamW, the schedule, logging. No checkpoint is written. What
+`train` does before and after that epoch does not count. The parts: rollouts, the trainer's call that samples
+(ours merges the weights in it); loss + backward, `training_step` less what prepares its inputs; update, from
+clipping to the optimizer's end; rest, all else. In each pair both do one step on the same prompts, in an
+order drawn at random; one step each before warms up. Ratios are theirs / ours, medians of pairs, with a
+bootstrap interval.
+
+Both write completions of the same lengths, uniform in `--completion`, drawn in advance for each row. The same
+function sees to it on both sides: just before a token is drawn, it writes into the logits, so that no stop
+token can come before the length and only one can come there. TRL's side gets it as the last logits processor
+of `generate`, ours around the method that picks tokens; it writes a column of logits per token, and a row per
+completion. That all lengths came out is asserted.
+
+Peak memory: that of a process (of the device, on a GPU) which does two steps of one side only.
+
+`--grow` instead makes a table of the whole step, by the size of the group (4 prompts) and by the length of
+the prompts (groups of 8, 2 prompts). Its micro batches are halved, for both, until they are no longer than
+TOKENS.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from grpo import PARTS, SIDES, Bench, Shape
+from measure import highest, interval, peak
+
+TOKENS = 4400
+"""Of a micro batch in the table at most: TRL keeps 2.9 MB per token of SmolLM2-135M for the backward pass."""
+
+
+def compared(seconds: dict[str, list[dict[str, float]]], part: str) -> tuple[str, float, float]:
+    """Theirs / ours, and the median seconds of both."""
+    theirs, ours = ([step[part] for step in seconds[name]] for name in SIDES)
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return interval(ratios), statistics.median(theirs), statistics.median(ours)
+
+
+def setting(bench: Bench) -> str:
+    given, isa = bench.given, os.environ.get("ONEDNN_MAX_CPU_ISA", "not set")
+    return (
+        f"{given.model}, {given.dtype}, attention {given.attention}, {given.share:g} of the elements active, "
+        f"{given.pairs} pairs, {torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA {isa}, "
+        f"device {bench.base.device}"
+    )
+
+
+def report(bench: Bench, shape: Shape) -> None:
+    batches, seconds = bench.pairs(shape)
+    print("ratio", compared(seconds, "whole step")[0])
+    sizes = [len(ids) for batch in batches for ids in batch.prompts.values()]
+    print(
+        f"{shape}, prompts of {min(sizes)}-{max(sizes)} tokens, micro batches of {shape.micro_batch}; "
+        f"{setting(bench)}"
+    )
+    for part in PARTS:
+        ratio, theirs, ours = compared(seconds, part)
+        print(f"{part:<15} {ratio}: TRL {theirs:.4g} s, lorapar {ours:.4g} s")
+    speeds = [
+        statistics.median(
+            sum(b.lengths) / step["rollouts"] for b, step in zip(batches, seconds[name], strict=True)
+        )
+        for name in SIDES
+    ]
+    print("rollouts: TRL {:.0f} tokens/s, lorapar {:.0f} tokens/s".format(*speeds))
+    if bench.given.memory:
+        theirs, ours = (peak(__file__, name) for name in SIDES)
+        print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")
+
+
+def grow(bench: Bench, shape: Shape) -> None:
+    grown = [replace(shape, prompts=4, group=group, prompt=64) for group in (4, 8, 16, 32)]
+    grown += [replace(shape, prompts=2, group=8, prompt=prompt) for prompt in (64, 256, 1024)]
+    print(setting(bench))
+    print("| prompts | tokens of one | group | micro batch | ratio of the whole step | TRL, s | lorapar, s |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in grown:
+        while shape.micro_batch * (shape.prompt + shape.completion[1]) > TOKENS:
+            shape = replace(shape, micro_batch=shape.micro_batch // 2)
+        ratio, theirs, ours = compared(bench.pairs(shape)[1], "whole step")
+        cells = (shape.prompts, shape.prompt, shape.group, shape.micro_batch, ratio)
+        print("|", *(f"{cell} |" for cell in cells), f"{theirs:.2f} | {ours:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens, ±15 %%")
+    parser.add_argument("--prompts-file", help="JSON lines with a `question`, instead of random prompts")
+    parser.add_argument("--completion", default="8-40", help="tokens, from-to")
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--grow", action="store_true", help="a table of ratios by group and prompt instead")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+
+    low, high = map(int, given.completion.split("-"))
+    shape = Shape(given.prompts, given.group, given.prompt, (low, high), given.micro_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given, Path(folder))
+        if given.only:
+            batches = bench.batches(shape, 2)
+            side = bench.side(given.only, bench.base, shape, batches)
+            for batch in batches:
+                side.step(batch)
+            print(highest())
+        elif given.grow:
+            grow(bench, shape)
+        else:
+            report(bench, shape)
+
+
+if __name__ == "__main__":
+    main()
