@@ -1,0 +1,106 @@
+"""What per-example gradients cost: the moments of `lorapar score` against a plain forward and backward.
+
+    python benchmarks/score.py MODEL [--examples 32] [--batch 8] [--prompt 60] [--answer 8-40] [--pairs 5]
+
+Plain: `model(input_ids, attention_mask, labels)` by transformers and its backward pass, for the gradient of
+every LoRA weight, on the rows padded on the right, in batches of similar length. Ours: `moments` of the same
+batches, the sums of every example's gradients and of their squares. Both on one model in eval mode, in turns,
+in an order drawn at random; one pass each before warms up. A time is that of all batches; the padding is in
+it on both sides. Rows are random token ids: `--prompt` without a label, then an answer of a length drawn from
+`--answer`. The ratio is plain / ours, the median of pairs, with a bootstrap interval.
+"""
+
+import argparse
+import os
+import random
+import statistics
+from typing import Any
+
+import torch
+from measure import interval, timed
+from torch.nn.utils.rnn import pad_sequence
+
+from stages.config import LoraSection, ModelSection
+from stages.language.prompts import IGNORED, Row
+from stages.lora import adapter
+from stages.lora.importance import moments
+from stages.models.base import load_base
+
+WAYS = ("plain", "ours")
+PAD = 0
+
+
+def rows(given: argparse.Namespace, vocabulary: int) -> list[Row]:
+    """From the shortest to the longest, as score sorts them."""
+    draw = random.Random(0)
+    low, high = map(int, given.answer.split("-"))
+    made = []
+    for number in range(given.examples):
+        answer = draw.randint(low, high)
+        ids = [draw.randrange(10, vocabulary) for _ in range(given.prompt + answer)]
+        made.append(Row(f"row {number}", ids, [IGNORED] * given.prompt + ids[given.prompt :]))
+    return sorted(made, key=lambda row: len(row.input_ids))
+
+
+def plain(model: Any, weights: list[torch.nn.Parameter], batches: list[list[Row]]) -> None:
+    for batch in batches:
+        ids, labels, mask = (
+            pad_sequence(list(map(torch.tensor, values)), True, fill).to(model.device)
+            for values, fill in (
+                ([row.input_ids for row in batch], PAD),
+                ([row.labels for row in batch], IGNORED),
+                ([[1] * len(row.input_ids) for row in batch], 0),
+            )
+        )
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    for weight in weights:
+        weight.grad = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=60)
+    parser.add_argument("--answer", default="8-40", help="tokens, from-to")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="eager")
+    given = parser.parse_args()
+
+    base = load_base(ModelSection(name=given.model, dtype=given.dtype, attention=given.attention))
+    model = adapter.initial(base, LoraSection(), seed=0).eval()
+    layers = adapter.lora_layers(model)
+    weights = [layer.weight for layer in layers.values()]
+    made = rows(given, base.config.vocab_size)
+    batches = [made[i : i + given.batch] for i in range(0, len(made), given.batch)]
+
+    def seconds(way: str) -> float:
+        for weight in weights:  # `moments` wants none of them
+            weight.requires_grad_(way == "plain")
+        if way == "plain":
+            return timed(plain, model, weights, batches)
+        return timed(moments, model, layers, batches, lambda _: None, PAD)
+
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(given.pairs + 1):
+        for way in random.sample(WAYS, len(WAYS)):
+            taken = seconds(way)
+            if number:  # the first pass warms up
+                found[way].append(taken)
+    print("ratio", interval([a / b for a, b in zip(found["plain"], found["ours"], strict=True)]))
+    print(
+        f"{given.model}, {given.dtype}, attention {given.attention}, {given.examples} rows of {given.prompt} "
+        f"+ {given.answer} tokens in batches of {given.batch}, {given.pairs} pairs, "
+        f"{torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA "
+        f"{os.environ.get('ONEDNN_MAX_CPU_ISA', 'not set')}, device {base.device}"
+    )
+    tokens = sum(len(row.input_ids) for row in made)
+    for way in WAYS:
+        middle = statistics.median(found[way])
+        print(f"{way:<5} {middle:.4g} s, {tokens / middle:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
