@@ -18,7 +18,7 @@ from stages.benchmarks import benchmarks
 from stages.config import Config, PromptSection, Voter
 from stages.data.rows import read
 from stages.labelling.personas import SHOTS, Brief, personas, shots
-from stages.language.prompts import Renderer
+from stages.language.prompts import IGNORED, Renderer
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import Step
@@ -27,6 +27,8 @@ from stages.records import Example
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.models.flat import Flat
 
 SAMPLE = 32
 """Rows from which lengths are taken."""
@@ -149,8 +151,10 @@ def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float 
     used = rows if rl.data == "all" else rows * (1 - SYSTEM1)
     steps = steps_of(int(used // rl.prompts_per_step), rl, rl.iterations)
     samples = rl.prompts_per_step * rl.group
-    learned = samples * (lengths.prompt + rl.max_completion) * measured.train
-    sampled = samples * rl.max_completion * measured.token
+    prompts = rl.prompts_per_step if rl.shared_prompts == "auto" and not rl.dropout else samples
+    read = prompts * lengths.prompt
+    learned = (read + samples * rl.max_completion) * measured.train
+    sampled = read * measured.forward + samples * rl.max_completion * measured.token
     return steps * (learned + sampled / rl.iterations)
 
 
@@ -166,38 +170,53 @@ def _answers(
 
 
 def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
-    """trains: measure training, too."""
+    """trains: measure training, too. What is timed is computed as the stages compute it."""
     import torch
 
+    from stages.engines import Sampling
+    from stages.engines.generation import continuations
+    from stages.models import flat
     from stages.models.base import load_base
 
-    base = load_base(config.model)
-    ids = torch.randint(10, base.config.vocab_size, (ROWS, max(2, round(lengths.row))), device=base.device)
+    base, tokenizer = load_base(config.model), load_tokenizer(config.model)
+    size, prompt = max(2, round(lengths.row)), min(round(lengths.prompt), round(lengths.row) - 1)
+    ids = torch.randint(10, base.config.vocab_size, (ROWS, size), device=base.device)
+    rows = ids.tolist()
+    row = None
+    if flat.fits(base, rows[0]):
+        targets = [[IGNORED] * prompt + line[prompt:] for line in rows]
+        branches = [flat.Branch(*pair) for pair in zip(rows, targets, strict=True)]
+        row = flat.Flat.of([flat.Group([], branches)], base.device)
 
     @torch.no_grad()
     def forward() -> None:
-        base(input_ids=ids, logits_to_keep=1)
+        if row is None:
+            base(input_ids=ids, logits_to_keep=1)
+        else:
+            flat.hidden(base, row.input_ids, row.position_ids, row)
 
     def generate(number: int) -> Callable[[], Any]:
-        same: dict[str, Any] = {"min_new_tokens": number, "max_new_tokens": number, "do_sample": False}
-        mask = torch.ones_like(ids)
-        return lambda: base.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **same)
+        return lambda: list(continuations(base, tokenizer, rows, Sampling(number, ())))
 
     once = _seconds(forward)
     written = (_seconds(generate(NEW + 1)) - _seconds(generate(1))) / NEW
-    step = _training(base, config, ids) if trains else None
+    step = _training(base, config, ids, row) if trains else None
     return Speeds(once / ids.numel(), step and step / ids.numel(), max(written, 0.0) / ROWS)
 
 
-def _training(base: PreTrainedModel, config: Config, ids: Tensor) -> float:
+def _training(base: PreTrainedModel, config: Config, ids: Tensor, row: Flat | None) -> float:
     """Seconds of a forward and backward pass; how the adapter begins does not matter."""
     from stages.lora.adapter import initial
+    from stages.models import flat
 
     lora = config.lora.model_copy(update={"init": "normal", "compensate": False})
     adapted = initial(base, lora, config.seed).train()
 
     def train() -> None:
-        adapted(input_ids=ids, labels=ids).loss.backward()
+        if row is None:
+            adapted(input_ids=ids, labels=ids).loss.backward()
+        else:
+            flat.choose(adapted, row).log_probs.sum().backward()
 
     return _seconds(train)
 
