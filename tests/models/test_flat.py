@@ -1,0 +1,265 @@
+"""Sequences in one row give what each gives alone, and a model of which this is not true is refused."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from stages.models import flat
+from stages.models.flat import Branch, Flat, Group, choose, common, fits
+
+WORDS = 97
+SMALL = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+FULL = {"layer_types": ["full_attention"] * 2}
+OPT = {name: value for name, value in SMALL.items() if name not in ("intermediate_size", "initializer_range")}
+TAKEN = {
+    "llama": LlamaConfig(**GROUPED),
+    "llama, one key head": LlamaConfig(**GROUPED | {"num_key_value_heads": 1}),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED),
+    "mistral without a window": MistralConfig(**GROUPED, sliding_window=None),
+    "gpt-neox": GPTNeoXConfig(**SMALL),
+    "opt": OPTConfig(**OPT, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2),
+}
+REFUSED = {
+    "mistral": (MistralConfig(**GROUPED, sliding_window=8), "its layers see 8 tokens back"),
+    "gemma2": (Gemma2Config(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
+    "gemma3": (Gemma3TextConfig(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
+    "qwen2": (
+        Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        "it has layers of sliding_attention",
+    ),
+    "capped logits": (
+        Gemma2Config(**GROUPED, **FULL, final_logit_softcapping=0.5),
+        "log-probabilities in a row differ by",
+    ),
+    "capped attention": (
+        Gemma2Config(**GROUPED, **FULL, final_logit_softcapping=None, attn_logit_softcapping=0.1),
+        "log-probabilities in a row differ by",
+    ),
+    "granite": (GraniteConfig(**GROUPED, logits_scaling=4.0), "log-probabilities in a row differ by"),
+    "cohere": (CohereConfig(**GROUPED, logit_scale=0.1), "log-probabilities in a row differ by"),
+}
+
+
+def made(config, kind="sdpa"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=kind).eval()
+
+
+def adapted(config, dropout=0.0):
+    """With a LoRA adapter that does something."""
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=dropout, init_lora_weights=False
+    )
+    return get_peft_model(made(config), lora)
+
+
+def tokens(number: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(3, WORDS, (number,), generator=generator).tolist()
+
+
+def some(shape: list[tuple[int, list[int]]], seed: int = 0) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts with their completions; shape: by prompt its length and those of its completions."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(tokens(n, generator), [tokens(m, generator) for m in own]) for n, own in shape]
+
+
+def row_of(texts) -> Flat:
+    groups = [
+        Group(prompt[:-1], [Branch([prompt[-1], *ids[:-1]], ids) for ids in completions])
+        for prompt, completions in texts
+    ]
+    return Flat.of(groups, torch.device("cpu"))
+
+
+def alone(model, texts, temperature=1.0):
+    """Log-probabilities, entropies and whether no token is likelier, by a forward pass for each sequence."""
+    found = []
+    for prompt, completions in texts:
+        for ids in completions:
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logp = (logits / temperature).log_softmax(-1)
+            own = logp.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            found.append((own, -(logp.exp() * logp).sum(-1), logp.argmax(-1) == torch.tensor(ids)))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def gradient(model, values: torch.Tensor) -> torch.Tensor:
+    """Of a fixed random weighting of `values`, with respect to all that trains."""
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1)).to(values.dtype)
+    model.zero_grad()
+    (weights * values).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A model in float64, one that takes rows."""
+    model = adapted(TAKEN["llama"]).double().eval()
+    assert fits(model, [5, 6, 7, 8, 9])
+    return model
+
+
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=5)), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=40)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([0.7, 1.0, 1.6]))
+def test_a_row_gives_what_each_sequence_gives_alone(exact, shape, seed, temperature):
+    texts = some(shape, seed)
+    found = choose(exact, row_of(texts), temperature)
+    log_probs, entropy, likeliest = alone(exact, texts, temperature)
+    torch.testing.assert_close(found.log_probs, log_probs, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-9)
+    assert torch.equal(found.likeliest, likeliest)
+    wanted = gradient(exact, log_probs)
+    apart = gradient(exact, found.log_probs) - wanted
+    assert float(apart.norm()) <= 1e-6 * float(wanted.norm())
+
+
+@settings(max_examples=20)
+@given(SHAPES, st.integers(0, 99), st.data())
+def test_no_completion_sees_another(exact, shape, seed, data):
+    """To the bit: one is changed, and all others stay as they were."""
+    texts = some(shape, seed)
+    group = data.draw(st.integers(0, len(texts) - 1))
+    prompt, completions = texts[group]
+    one = data.draw(st.integers(0, len(completions) - 1))
+    changed = [(p, list(own)) for p, own in texts]
+    changed[group][1][one] = [3 + (token - 2) % (WORDS - 3) for token in completions[one]]
+    first = sum(map(len, (ids for _, own in texts[:group] for ids in own))) + sum(map(len, completions[:one]))
+    end = first + len(completions[one])
+    before, after = (choose(exact, row_of(t)).log_probs for t in (texts, changed))
+    assert torch.equal(before[:first], after[:first]) and torch.equal(before[end:], after[end:])
+    assert not torch.equal(before[first:end], after[first:end])
+
+
+@pytest.mark.parametrize("kind", flat.KINDS)
+@pytest.mark.parametrize("name", TAKEN)
+def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
+    model = made(TAKEN[name], kind)
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+    mask = (ids != 0).long()
+
+    @torch.no_grad()
+    def own():
+        whole = model(input_ids=ids[1:]).logits
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
+        half = model(input_ids=ids[1:, :3], use_cache=True).past_key_values
+        return whole, padded, model(input_ids=ids[1:, 3:], past_key_values=half).logits
+
+    before = own()
+    assert fits(model, ids[1].tolist())
+    assert model.config._attn_implementation == flat.MARK + kind
+    for old, new in zip(before, own(), strict=True):
+        assert torch.equal(old, new)
+    texts = some([(7, [5, 1, 6]), (1, [3, 2]), (4, [7])])
+    found = choose(model, row_of(texts))
+    log_probs, entropy, _ = alone(model, texts)
+    assert log_probs.std() > 0.2, "a model that knows nothing shows nothing"
+    torch.testing.assert_close(found.log_probs, log_probs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=2e-5)
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == flat.log.name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_rows_would_get_wrong_is_refused_with_one_warning(name, caplog):
+    config, reason = REFUSED[name]
+    model = made(config, "eager")
+    ids = tokens(20, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=torch.tensor([ids])).logits
+    with caplog.at_level(logging.WARNING):
+        assert not fits(model, ids) and not fits(model, ids)
+    (said,) = warnings_of(caplog)
+    assert said.startswith(f"{type(model).__name__} computes every sequence by itself: {reason}")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.tensor([ids])).logits, before)
+
+
+def test_a_trained_prompt_is_refused(caplog):
+    model = get_peft_model(
+        made(TAKEN["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with caplog.at_level(logging.WARNING):
+        assert not fits(model, [5, 6, 7]) and not fits(model, [5, 6, 7])
+    (said,) = warnings_of(caplog)
+    assert said.endswith("a trained prompt stands before every text")
+
+
+def test_another_kind_of_attention_is_refused(caplog):
+    model = made(TAKEN["llama"])
+    model.set_attn_implementation("flex_attention")
+    assert not fits(model, [5, 6, 7])
+    assert "attention is flex_attention, not eager or sdpa" in caplog.text
+
+
+def test_a_trained_head_is_refused(caplog):
+    """Rows give it no gradient."""
+    model = get_peft_model(made(TAKEN["llama"]), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert not fits(model, [5, 6, 7])
+    assert "its head is no linear layer" in caplog.text
+
+
+def test_checkpointing_changes_no_gradient():
+    texts = some([(7, [5, 1, 6]), (3, [4, 4])])
+    grown = []
+    for checkpointing in (False, True):
+        model = adapted(TAKEN["llama"]).double()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        assert fits(model, texts[0][0])
+        calls = []
+        layer = model.get_base_model().model.layers[0].self_attn
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        grown.append(gradient(model, choose(model, row_of(texts)).log_probs))
+        assert len(calls) == 1 + checkpointing, "the layer is computed again"
+    torch.testing.assert_close(*grown, rtol=1e-9, atol=1e-12)
+
+
+def test_the_question_draws_no_number_and_leaves_every_mode():
+    model = adapted(TAKEN["llama"], dropout=0.5)
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+    before, modes = torch.random.get_rng_state(), [module.training for module in model.modules()]
+    assert True in modes and False in modes
+    assert fits(model, [5, 6, 7, 8, 9])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6))
+def test_the_common_beginning_is_the_longest(rows):
+    size = common(rows)
+    assert all(row[:size] == rows[0][:size] and len(row) >= size for row in rows)
+    longer = {tuple(row[: size + 1]) for row in rows}
+    assert len(longer) > 1 or len(longer.pop()) == size
