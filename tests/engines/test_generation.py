@@ -1,0 +1,275 @@
+"""Answers written in slots: those of the library's own generation, each from its own seed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from stages.config import ModelSection
+from stages.engines import Sampling, generation
+from stages.engines.generation import Ends, continuations, drawn
+from stages.models import flat
+from stages.models.flat import common
+from stages.models.tokenizer import load_tokenizer
+
+SMALL = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    """In float64, so that what is computed beside an answer cannot change its tokens."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(ModelSection(name=str(tiny)))
+
+
+def random(*lengths: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths, of which the first `shared` tokens are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    some = lambda n: torch.randint(5, 250, (n,), generator=generator).tolist()  # noqa: E731
+    head = some(shared)
+    return [head + some(n - shared) for n in lengths]
+
+
+def answers(model, tokenizer, prompts, sampling, **given):
+    """In the order of the prompts; each is given once."""
+    made = list(continuations(model, tokenizer, prompts, sampling, **given))
+    assert sorted(i for i, _ in made) == list(range(len(prompts)))
+    return [answer for _, answer in sorted(made, key=lambda pair: pair[0])]
+
+
+def by_library(model, tokenizer, prompts, sampling, stops=()):
+    """One prompt at a time."""
+    ends = Ends(sampling, tokenizer, stops)
+    return [generation._by_library(model, ends, [ids], 0)[0] for ids in prompts]
+
+
+PROMPTS = {
+    "different": random(1, 9, 4, 17, 2, 9),
+    "one beginning": random(12, 9, 20, 8, 8, 15, shared=7),
+    "equal": random(6, 11) * 3,
+    "a beginning of another": [ids[:n] for ids in random(14, shared=14) for n in (3, 14, 8, 1, 3)],
+    "alone": random(5),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_greedy_answers_are_the_library_s(model, tokenizer, kind):
+    """Some end at one of 40 tokens, and others take their slots."""
+    sampling = Sampling(12, tuple(range(100, 140)))
+    wanted = by_library(model, tokenizer, PROMPTS[kind], sampling)
+    for slots in (1, 2, 3, 64):
+        assert answers(model, tokenizer, PROMPTS[kind], sampling, slots=slots) == wanted
+
+
+def test_answers_longer_than_the_first_memory_are_the_library_s(model, tokenizer, monkeypatch):
+    """Keys and values of one row outgrow their memory, while others are read into the rows beside it."""
+    monkeypatch.setattr(generation, "COLUMNS", 8)
+    sampling = Sampling(14, ())
+    prompts = random(3, 6, 7, 1, 17)
+    wanted = by_library(model, tokenizer, prompts, sampling)
+    assert answers(model, tokenizer, prompts, sampling, slots=2) == wanted
+
+
+def test_an_answer_ends_at_its_stop_token_or_incomplete_at_its_length(model, tokenizer):
+    prompts = PROMPTS["different"]
+    whole = answers(model, tokenizer, prompts, Sampling(16, ()))
+    assert all(len(answer.ids) == 16 and not answer.complete for answer in whole)
+    stop = whole[3].ids[6]
+    for answer, cut in zip(whole, answers(model, tokenizer, prompts, Sampling(16, (stop,))), strict=True):
+        at = answer.ids.index(stop) + 1 if stop in answer.ids else None
+        assert cut.ids == answer.ids[:at] and cut.complete == (at is not None)
+    last = whole[0].ids[-1]
+    at = whole[0].ids.index(last) + 1
+    (cut,) = answers(model, tokenizer, prompts[:1], Sampling(at, (last,)))
+    assert cut.complete and len(cut.ids) == at, "ended by its last possible token"
+
+
+def test_an_answer_ends_with_its_stop_text(model, tokenizer):
+    prompts = PROMPTS["different"]
+    whole = answers(model, tokenizer, prompts, Sampling(16, ()))
+    i, at = next(
+        (i, at)
+        for i, answer in enumerate(whole)
+        for at in range(15)
+        if all(35 < token < 128 for token in answer.ids[at : at + 2])  # two whole characters
+    )
+    text = tokenizer.decode(whole[i].ids[at : at + 2])
+    (cut,) = answers(model, tokenizer, [prompts[i]], Sampling(16, ()), stops=("never said", text))
+    assert cut.complete and cut.ids == whole[i].ids[: len(cut.ids)] and len(cut.ids) <= at + 2
+    written = [tokenizer.decode(cut.ids[:n]) for n in range(len(cut.ids) + 1)]
+    assert text in written[-1] and text not in written[-2]
+
+
+def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
+    prompts = [*PROMPTS["one beginning"], *PROMPTS["equal"]]
+    seeds = [7 * i for i in range(len(prompts))]
+    sampling = Sampling(12, (9,), temperature=1.3, top_p=0.95, top_k=50)
+    whole = answers(model, tokenizer, prompts, sampling, seeds=seeds)
+    state = torch.random.get_rng_state()
+    for slots in (1, 3, 5):
+        assert answers(model, tokenizer, prompts, sampling, seeds=seeds, slots=slots) == whole
+    assert torch.equal(torch.random.get_rng_state(), state), "no number is drawn from the global state"
+    for i in (0, 4, len(prompts) - 1):
+        assert answers(model, tokenizer, [prompts[i]], sampling, seeds=[seeds[i]]) == [whole[i]]
+    assert len({tuple(answer.ids) for answer in whole}) == len(prompts), "equal prompts with other seeds"
+    others = answers(model, tokenizer, prompts, sampling, seeds=[seed + 1 for seed in seeds])
+    assert all(a.ids != b.ids for a, b in zip(whole, others, strict=True))
+    same = answers(model, tokenizer, [prompts[0]] * 3, sampling, seeds=[5, 5, 6])
+    assert same[0] == same[1] != same[2]
+
+
+LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1, (), temperature=1.0),
+        Sampling(1, (), temperature=0.5),
+        Sampling(1, (), temperature=2.0, top_k=3),
+        Sampling(1, (), temperature=1.0, top_p=0.8),
+        Sampling(1, (), temperature=1.5, top_p=0.7, top_k=4),
+        Sampling(1, (), temperature=1.0, top_k=99),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
+    number = 20_000
+    draws = torch.rand(number, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logits = TemperatureLogitsWarper(sampling.temperature)(None, LOGITS[None])
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    wanted = logits.softmax(-1)[0]
+    found = torch.bincount(drawn(LOGITS.expand(number, -1), sampling, draws), minlength=6)
+    assert not found[wanted == 0].any() and wanted[3] == 0
+    kept = wanted > 0
+    chi = ((found - number * wanted) ** 2 / (number * wanted))[kept].sum()
+    assert kept.sum() > 1 and float(chi) < 21, f"one in a thousand is above 20.5 with 5 degrees: {chi}"
+
+
+def test_the_first_and_the_last_draw_are_tokens_that_can_be():
+    for dead in ([0], [5], [0, 1, 4, 5]):
+        logits = torch.randn(6, generator=torch.Generator().manual_seed(0))
+        logits[dead] = float("-inf")
+        alive = [i for i in range(6) if i not in dead]
+        draws = torch.tensor([0.0, 1 - 1e-16, 0.5], dtype=torch.float64)
+        first, last, middle = drawn(logits.expand(3, -1), Sampling(1, (), temperature=1.0), draws).tolist()
+        assert (first, last) == (alive[0], alive[-1]) and middle in alive
+
+
+def test_a_token_of_small_probability_can_be_drawn():
+    """The last of many words, behind sums that are 1 in float32."""
+    logits = torch.zeros(4)
+    logits[3] = -18.0
+    last = torch.tensor([1 - 1e-10], dtype=torch.float64)
+    assert drawn(logits[None], Sampling(1, (), temperature=1.0), last).tolist() == [3]
+
+
+@given(st.integers(0, 999), st.floats(0.2, 1.0), st.integers(1, 6), st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_one_of_the_likeliest(seed, top_p, top_k, draw):
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
+    at = torch.tensor([draw], dtype=torch.float64)
+    (token,) = drawn(logits, Sampling(1, (), temperature=1.0, top_p=top_p, top_k=top_k), at).tolist()
+    assert int((logits[0] > logits[0, token]).sum()) < top_k
+    likelier = logits[0].softmax(0)[logits[0] > logits[0, token]].sum()
+    assert float(likelier) < top_p + 1e-6 or token == int(logits.argmax())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Tokens of each row that is computed."""
+    seen, usual = [], flat.hidden
+
+    def hidden(model, input_ids, *rest):
+        seen.append(input_ids.shape[1])
+        return usual(model, input_ids, *rest)
+
+    monkeypatch.setattr(flat, "hidden", hidden)
+    return seen
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, tokenizer, calls, kind):
+    prompts = PROMPTS[kind] * 3
+    assert flat.fits(model, prompts[0])
+    calls.clear()
+    made = answers(model, tokenizer, prompts, Sampling(10, tuple(range(100, 140))))
+    unique = sorted(set(map(tuple, prompts)))
+    shared = min(common([list(ids) for ids in unique]), min(map(len, unique)) - 1)
+    read = sum(map(len, unique)) - shared * (len(unique) - 1)
+    assert calls[0] == read
+    # The last token of an answer is never computed.
+    assert sum(calls) == read + sum(len(answer.ids) - 1 for answer in made)
+    assert len(calls) == max(len(answer.ids) for answer in made)
+
+
+def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, monkeypatch):
+    """One by one the answers end: the memory is never read for more rows than a third above those in use."""
+    prompts = random(*range(3, 15))
+    rows, usual = [], generation._Memory.aim
+
+    def aim(memory, aimed, at):
+        rows.append((len(aimed), memory.rows))
+        usual(memory, aimed, at)
+        assert {len(x) for x in (*memory.keys, *memory.values)} == {memory.rows}
+
+    monkeypatch.setattr(generation._Memory, "aim", aim)
+    sampling = Sampling(20, tuple(range(100, 130)))
+    wanted = by_library(model, tokenizer, prompts, sampling)
+    lengths = [len(answer.ids) for answer in wanted]
+    assert len(set(lengths)) > 5, "answers end at different times"
+    assert answers(model, tokenizer, prompts, sampling) == wanted
+    assert rows[0] == (12, 12) and rows[-1][1] < 6
+    assert all(of * (1 - generation.FREE) < used <= of for used, of in rows)
+    rows.clear()
+    assert answers(model, tokenizer, prompts, sampling, slots=4) == wanted
+    assert max(of for _, of in rows) == 4 and sum(used for used, _ in rows) == sum(lengths) - 12
+
+
+def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplog):
+    """Prompts that see eight tokens back, in batches of as many as there are slots."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)).double().eval()
+    batches, usual = [], model.generate
+
+    def generate(**given):
+        batches.append(given["input_ids"].shape)
+        return usual(**given)
+
+    model.generate = generate
+    prompts = PROMPTS["different"]
+    sampling = Sampling(12, tuple(range(100, 140)))
+    wanted = by_library(model, tokenizer, prompts, sampling)
+    batches.clear()
+    assert answers(model, tokenizer, prompts, sampling, slots=3) == wanted
+    assert [rows for rows, _ in batches] == [3, 3] and not calls
+    assert "MistralForCausalLM computes every sequence by itself" in caplog.text
+    hot = Sampling(6, (), temperature=1.2)
+    first, second, other = (
+        answers(model, tokenizer, prompts, hot, seeds=[seed] * len(prompts)) for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+def test_nothing_is_written_after_no_prompt(model, tokenizer):
+    assert list(continuations(model, tokenizer, [], Sampling(4, ()))) == []
