@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -86,6 +87,25 @@ def make_steps(
                     config, step, verb(step.stage.name), force, progress or Silent(), engines
                 )
     return made
+
+
+class Built(Exception):
+    """Carries what the stage was about to train."""
+
+
+def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl") -> tuple[Any, Any, Any]:
+    """The trainer and its packed model, and how both began, as the stage makes them."""
+    from stages.lora import training
+
+    def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
+        start.put_back(model)
+        training.pack(model, start.active)
+        raise Built(trainer, model, start)
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(Built) as caught:
+        make_step(config, stage)
+    return caught.value.args
 
 
 def labels_of(config: Config) -> list[Labelled]:

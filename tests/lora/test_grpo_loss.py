@@ -2,31 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_step
+from conftest import make_step, trainer_of
 from torch import Tensor
 
 from stages.lora import adapter, training
 from stages.models.base import load_base
 
 BETA = 0.04
-
-
-class Built(Exception):
-    """Carries what the stage was about to train."""
-
-
-def trainer_of(config, monkeypatch):
-    """The trainer and its packed model, and how both began, as `rl` makes them."""
-
-    def stop(trainer, model, start, *_):
-        start.put_back(model)
-        training.pack(model, start.active)
-        raise Built(trainer, model, start)
-
-    monkeypatch.setattr(training, "train", stop)
-    with pytest.raises(Built) as caught:
-        make_step(config, "rl")
-    return caught.value.args
 
 
 def completions_of(base) -> dict[str, Tensor]:
@@ -67,11 +49,13 @@ def gradient(model, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten().double() for _, p in sorted(adapter.trained(model).items())])
 
 
-def test_the_kl_term_is_grpo_s(begun, monkeypatch):
+@pytest.mark.parametrize("way", ["auto", "off"])
+def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     """TRL's correction changes the gradient and not the loss: where it is on, the oracle must see it."""
-    config = begun(f"rl.kl_beta={BETA}", "rl.loss=grpo", "sft.lr=0.1")
+    config = begun(f"rl.kl_beta={BETA}", "rl.loss=grpo", "sft.lr=0.1", f"rl.shared_prompts={way}")
     make_step(config, "sft")
     trainer, model, start = trainer_of(config, monkeypatch)
+    assert trainer.sharing == (way == "auto")
     exact = start.attach(load_base(config.model).double(), config.lora, None, 0.0, 0)
     training.pack(exact, start.active)
     exact.double()
