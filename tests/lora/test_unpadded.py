@@ -1,0 +1,344 @@
+"""Rows without padding give the trainers' losses and gradients as TRL's own padded batches do."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import make_step, trainer_of
+from torch import Tensor
+from trl.trainer.utils import use_adapter
+
+from stages import rl
+from stages.language.prompts import IGNORED
+from stages.lora import adapter, unpadded
+from stages.lora.unpadded import SharedPrompts, group_of, groups_of
+from stages.models import flat
+from stages.models.flat import Branch, Flat, Group
+
+GROUP = 4
+LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
+"""Of the completions; the first four follow a prompt of six tokens, the others one of three."""
+
+
+@pytest.fixture(scope="module")
+def grpo(begun):
+    """RL's trainer and model, on an SFT adapter that differs from the base; `ref` is a copy of it."""
+    config = begun("sft.lr=0.1", "rl.kl_beta=0.04", "rl.kl_reference=sft", "rl.iterations=2")
+    make_step(config, "sft")
+    with pytest.MonkeyPatch.context() as patch:
+        trainer, model, _ = trainer_of(config, patch)
+    return trainer, model.train()
+
+
+@pytest.fixture(scope="module")
+def sft(begun):
+    """The trainer and model of SFT without dropout, on an adapter whose every element does something."""
+    with pytest.MonkeyPatch.context() as patch:
+        trainer, model, _ = trainer_of(begun("sft.dropout=0"), patch, "sft")
+    torch.manual_seed(0)
+    for weight in adapter.trained(model).values():
+        weight.data.normal_(0, 0.1)
+    return trainer, model.train()
+
+
+def padded(rows: list[list[int]], fill: int, left: bool = False) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor(
+        [[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows]
+    )
+
+
+def batch() -> dict[str, Tensor]:
+    """Two groups of four completions, as TRL pads them."""
+    generator = torch.Generator().manual_seed(0)
+    some = lambda n: torch.randint(3, 200, (n,), generator=generator).tolist()  # noqa: E731
+    prompts = [ids for ids in (some(6), some(3)) for _ in range(GROUP)]
+    completions = [some(n) for n in LENGTHS]
+    ones = lambda rows: [[1] * len(ids) for ids in rows]  # noqa: E731
+    return {
+        "prompt_ids": padded(prompts, 0, left=True),
+        "prompt_mask": padded(ones(prompts), 0, left=True),
+        "completion_ids": padded(completions, 0),
+        "completion_mask": padded(ones(completions), 0),
+        "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1, 0.8, -0.9, 0.7, -0.6]),
+        "num_items_in_batch": torch.tensor(3 * sum(LENGTHS)),
+    }
+
+
+def log_probs(trainer, model, inputs: dict[str, Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Those of the trainer and its entropies, zero behind the end of each completion."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    keep = inputs["completion_ids"].shape[1]
+    found = trainer._get_per_token_logps_and_entropies(model, ids, mask, keep, size, compute_entropy=True)
+    assert found[2] is None
+    return tuple(x * inputs["completion_mask"] for x in found[:2])
+
+
+def trained(trainer, model, loss) -> tuple[float, Tensor, dict]:
+    """The loss, the gradients of all active elements, and what was logged."""
+    trainer._metrics["train"].clear()
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    slopes = [p.grad.flatten() for _, p in sorted(adapter.trained(model).items())]
+    return value.item(), torch.cat(slopes), {n: list(v) for n, v in trainer._metrics["train"].items()}
+
+
+def same(one, two) -> None:
+    (loss, slope, logged), (wanted, usual, metrics) = one, two
+    assert loss == pytest.approx(wanted, abs=1e-5)
+    assert usual.norm() > 1e-4 and float((slope - usual).norm() / usual.norm()) < 1e-4
+    logged = {name: values for name, values in logged.items() if name != "tokens_saved"}
+    assert logged.keys() == metrics.keys()
+    for name, values in metrics.items():
+        assert logged[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("reference", ["base", "ref", None])
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, reference, iterations):
+    """With the KL term to the base and to the SFT adapter, and without; in a second iteration some clip."""
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "loss_type", kind)
+    monkeypatch.setattr(trainer, "beta", 0.04 if reference else 0.0)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
+    found = {}
+    for sharing in (True, False):
+        monkeypatch.setattr(trainer, "sharing", sharing)
+        inputs = batch()
+        with torch.no_grad():
+            if iterations == 2:
+                noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+                inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
+            if reference:
+                with use_adapter(model, None if reference == "base" else "ref"):
+                    inputs["ref_per_token_logps"] = log_probs(trainer, model, inputs)[0]
+        found[sharing] = trained(trainer, model, lambda inputs=inputs: trainer._compute_loss(model, inputs))
+        metrics = found[sharing][2]
+        assert metrics["entropy"][0] > 0 and (iterations == 1) == (metrics["clip_ratio/region_mean"] == [0])
+        assert (reference == "base") == (metrics.get("kl", [0])[0] > 1e-3)
+    same(found[True], found[False])
+    tokens = 5 + 2 + sum(LENGTHS)  # a prompt's last token belongs to its completions, whose last is not read
+    assert found[True][2]["tokens_saved"] == pytest.approx([1 - tokens / (8 * (6 + 8))])
+
+
+def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo, monkeypatch):
+    """Batches of three cut groups; single ones have no other completion of their prompt."""
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "temperature", trainer.temperature)
+    inputs = batch()
+    with torch.no_grad():
+        for sharing, sizes in ((False, [None]), (True, [None, 1, 3, 8, 99])):
+            monkeypatch.setattr(trainer, "sharing", sharing)
+            for size in sizes:
+                found = log_probs(trainer, model, inputs, size)
+                if not sharing:
+                    wanted = found
+                for x, y in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+        monkeypatch.setattr(trainer, "temperature", 0.5)
+        assert not torch.allclose(log_probs(trainer, model, inputs)[0], wanted[0], atol=0.1)
+        own = model(input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[:1]).logits
+        logp = (own[0, 5:-1] / 0.5).log_softmax(-1).gather(1, inputs["completion_ids"][0][:, None])[:, 0]
+        torch.testing.assert_close(log_probs(trainer, model, inputs)[0][0], logp, rtol=0, atol=2e-5)
+
+
+def test_log_probs_without_a_gradient_are_no_part_of_the_tokens_saved(grpo, monkeypatch):
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "sharing", True)
+    trainer._metrics["train"].clear()
+    with torch.no_grad():
+        log_probs(trainer, model, batch())
+    assert "tokens_saved" not in trainer._metrics["train"]
+    log_probs(trainer, model, batch(), 4)
+    assert len(trainer._metrics["train"]["tokens_saved"]) == 2
+
+
+def test_equal_prompts_that_follow_one_another_are_a_group():
+    found = groups_of([[1, 2], [1, 2], [3], [1, 2]], [[5, 6], [7], [8, 9, 4], [4]])
+    assert found == [
+        Group([1], [Branch([2, 5], [5, 6]), Branch([2], [7])]),
+        Group([], [Branch([3, 8, 9], [8, 9, 4])]),
+        Group([1], [Branch([2], [4])]),
+    ]
+
+
+def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
+    """Every tensor with rows goes along; parts of groups, as a process may have them, stay together."""
+    lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    made = {"completion_mask": mask, "row": torch.arange(12), "items": torch.tensor(48), "none": None}
+    found = unpadded._by_length(made, 4)
+    assert found["row"].tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert found["completion_mask"].sum(1).tolist() == [lengths[i] for i in found["row"]]
+    assert found["items"] == 48 and found["none"] is None
+    part = {name: x[2:8] for name, x in made.items() if name in ("completion_mask", "row")}
+    assert unpadded._by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
+    part["completion_mask"] = part["completion_mask"].flip(0)
+    assert unpadded._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
+
+
+TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001"]
+"""Two optimizer steps on the completions of one generation."""
+
+
+def steps_of(config, monkeypatch):
+    """What a run logged, and the sizes of the groups in each batch of log-probabilities."""
+    sizes, usual = [], groups_of
+
+    def seen(*given):
+        made = usual(*given)
+        sizes.append([len(group.branches) for group in made])
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpadded, "groups_of", seen)
+        artifact = make_step(config, "rl")
+    return json.loads((artifact.path / "history.json").read_text()), sizes
+
+
+@pytest.mark.parametrize("reference", ["base", "sft"])
+def test_whole_steps_are_trl_s_however_completions_are_batched(begun, monkeypatch, tmp_path, reference):
+    """Micro batches hold two groups, or half a group; TRL shuffles completions over them."""
+    rewards = tmp_path / "mine.py"
+    rewards.write_text(
+        "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
+    )
+    odd = [f"rl.rewards_file={rewards}", "rl.rewards={odd: 1}"]
+    config = lambda *more: begun(*TWO_STEPS, *odd, f"rl.kl_reference={reference}", *more)  # noqa: E731
+    usual, none = steps_of(config("rl.shared_prompts=off"), monkeypatch)
+    whole, groups = steps_of(config(), monkeypatch)
+    half, parts = steps_of(config("rl.micro_batch=2"), monkeypatch)
+    assert none == [] and len(usual) == len(whole) == len(half) == 2
+    assert groups and all(sizes == [4, 4] for sizes in groups)
+    assert parts and all(sizes == [2] for sizes in parts)
+    assert usual[0]["grad_norm"] > 1e-3 and usual[1]["kl"] > 0
+    for step, one, two in zip(usual, whole, half, strict=True):
+        assert "tokens_saved" not in step
+        assert 0.4 < two["tokens_saved"] < one["tokens_saved"] < 0.8
+        assert step.keys() == one.keys() - {"tokens_saved"} == two.keys() - {"tokens_saved"}
+        for name in {"loss", "grad_norm", "kl", "entropy", "clip_ratio/region_mean", "reward"} & step.keys():
+            assert one[name] == pytest.approx(step[name], rel=1e-3, abs=1e-5), name
+            assert two[name] == pytest.approx(step[name], rel=1e-3, abs=1e-5), name
+
+
+def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING, logger=rl.log.name):
+        trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.dropout=0.05"), monkeypatch)
+    said = [record.getMessage() for record in caplog.records if record.name == rl.log.name]
+    assert said == ["rl.dropout 0.05: each completion is computed with a prompt of its own"]
+    assert not trainer.sharing
+    monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
+    assert log_probs(trainer, model.train(), batch())[0].requires_grad
+
+
+def test_a_model_that_does_not_fit_is_trl_s(grpo, monkeypatch):
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(flat, "fits", lambda *_: False)
+    monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
+    assert log_probs(trainer, model, batch())[0].requires_grad
+
+
+def rows_of(lengths: list[tuple[int, int]], shared: int) -> list[dict]:
+    """Rows as SFT has them: by row the tokens before its labels and those with labels."""
+    generator = torch.Generator().manual_seed(1)
+    some = lambda n: torch.randint(3, 200, (n,), generator=generator).tolist()  # noqa: E731
+    head = some(shared)
+    rows = [(head + some(before - shared), some(own)) for before, own in lengths]
+    return [{"input_ids": p + own, "labels": [IGNORED] * len(p) + own} for p, own in rows]
+
+
+ROWS = {
+    "a shared beginning": rows_of([(9, 5), (7, 8), (12, 1)], shared=6),
+    "nothing in common": rows_of([(4, 5), (7, 2), (1, 9), (3, 3)], shared=0),
+    "one prompt": rows_of([(6, 5), (6, 2), (6, 9)], shared=6),
+    "one row": rows_of([(6, 5)], shared=0),
+    "labels from the first token": rows_of([(0, 5), (0, 3)], shared=0),
+    "one row twice": rows_of([(6, 5)], shared=0) * 2,
+    "a row without labels": rows_of([(5, 4), (7, 0)], shared=4),
+    "a row of one token": rows_of([(1, 0), (3, 4)], shared=1),
+}
+ROWS["a gap in the labels"] = [
+    {**row, "labels": [IGNORED if i % 5 == 3 else t for i, t in enumerate(row["labels"])]}
+    for row in ROWS["a shared beginning"]
+]
+
+
+def sft_step(trainer, model, rows, number: int | None = None):
+    trainer._total_train_tokens = 0
+    inputs = trainer.data_collator(rows)
+    return trained(trainer, model, lambda: trainer.compute_loss(model, inputs, num_items_in_batch=number))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("kind", ["as rendered", *ROWS])
+def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, shares):
+    trainer, model = sft
+    rows = ROWS.get(kind) or [trainer.train_dataset[i] for i in range(4)]
+    monkeypatch.setattr(trainer, "shares", shares)
+    tokens, usual = [], flat.hidden
+    monkeypatch.setattr(flat, "hidden", lambda *given: tokens.append(given[1].numel()) or usual(*given))
+    for number in (None, torch.tensor(50)):
+        found = {}
+        for way in (True, False):
+            monkeypatch.setattr(trainer, "unpadded", way)
+            assert flat.fits(model, [5, 6, 7])
+            tokens.clear()
+            found[way] = sft_step(trainer, model, rows, number)
+            assert len(tokens) == way
+            if way:
+                read = tokens[0]
+        same(found[True], found[False])
+        assert found[True][2]["num_tokens"] == [sum(len(row["input_ids"]) for row in rows)]
+        assert found[True][2].keys() == {"entropy", "mean_token_accuracy", "num_tokens"}
+    whole = sum(len(row["input_ids"]) - 1 for row in rows)  # no last token is read
+    beginning = {"a shared beginning": 6, "one prompt": 5, "one row": 5, "one row twice": 5}.get(kind, 0)
+    if kind in ("a shared beginning", "nothing in common", "one prompt", "one row twice"):
+        assert read == whole - shares * beginning * (len(rows) - 1)
+    if kind == "as rendered":
+        assert (read < 0.8 * whole) == shares, "the system prompt is computed once"
+
+
+def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
+    """Of rows whose every second label is what the model expects."""
+    trainer, model = sft
+    monkeypatch.setattr(trainer, "unpadded", True)
+    (row,) = rows_of([(6, 8)], shared=0)
+    ids = list(row["input_ids"])
+    for i in range(6, 14, 2):
+        with torch.no_grad():
+            ids[i] = int(model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].argmax())
+    _, _, logged = sft_step(trainer, model, [{"input_ids": ids, "labels": [IGNORED] * 6 + ids[6:]}])
+    assert logged["mean_token_accuracy"] == [0.5]
+
+
+def test_sft_with_dropout_shares_no_beginning(begun, monkeypatch):
+    trainer, _, _ = trainer_of(begun("sft.dropout=0.1"), monkeypatch, "sft")
+    assert trainer.unpadded and not trainer.shares
+
+
+def test_a_group_of_rows_shares_no_token_after_which_one_is_predicted():
+    rows = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9, 8]]
+    labels = [[IGNORED, IGNORED, IGNORED, 4, 5], [IGNORED, IGNORED, IGNORED, IGNORED, 9, 8]]
+    assert group_of(rows, labels, shares=True) == Group(
+        [1, 2],
+        [Branch([3, 4], [4, 5]), Branch([3, 4, 9], [IGNORED, 9, 8])],
+    )
+    assert group_of(rows, labels, shares=False).shared == []
+
+
+def test_the_model_s_own_call_is_untouched(sft):
+    """A row is asked for by its argument; else the forward pass is the one that TRL gave it."""
+    _, model = sft
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        row = Flat.of([Group([5], [Branch([6, 7], [7, 8])])], ids.device)
+        found = model(flat=row)
+    wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
+    torch.testing.assert_close(found.log_probs, torch.cat([torch.zeros(1), wanted])[None], rtol=0, atol=2e-5)
+    assert found.label_mask.tolist() == [[False, True, True]]
