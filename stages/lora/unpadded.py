@@ -170,15 +170,17 @@ class PaddingFree:
     """Mixin for SFTTrainer, to stand before it among the base classes: rows without padding.
 
     Set `unpadded` and `shares` before `train`, and let the model `accept` rows. With `shares` the beginning
-    that all rows of a micro batch have in common is computed once; dropout needs one for each.
+    that all rows of a micro batch have in common is computed once; dropout needs one for each. A row has no
+    router's loss: a mixture of experts is padded.
     """
 
     unpadded: bool
     shares: bool
     accelerator: Any
+    aux_loss_enabled: bool
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **given: Any) -> Any:
-        if self.unpadded:
+        if self.unpadded and not self.aux_loss_enabled:
             rows = _lists(inputs["input_ids"], inputs["attention_mask"])
             if flat.fits(self.accelerator.unwrap_model(model), rows[0]):
                 labels = _lists(inputs["labels"], inputs["attention_mask"])

@@ -6,13 +6,16 @@ import logging
 import pytest
 import torch
 from conftest import make_step, trainer_of
+from datasets import Dataset
 from torch import Tensor
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from stages import rl
 from stages.language.prompts import IGNORED
 from stages.lora import adapter, unpadded
-from stages.lora.unpadded import SharedPrompts, group_of, groups_of
+from stages.lora.unpadded import PaddingFree, SharedPrompts, accept, group_of, groups_of
 from stages.models import flat
 from stages.models.flat import Branch, Flat, Group
 
@@ -319,6 +322,38 @@ def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
 def test_sft_with_dropout_shares_no_beginning(begun, monkeypatch):
     trainer, _, _ = trainer_of(begun("sft.dropout=0.1"), monkeypatch, "sft")
     assert trainer.unpadded and not trainer.shares
+
+
+def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
+    """Which a row does not give: such a model computes padded batches."""
+    shape = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_key_value_heads": 1,
+        "sliding_window": None,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**shape, **experts, router_aux_loss_coef=0.1))
+
+    class Trainer(PaddingFree, SFTTrainer):
+        unpadded, shares = True, True
+
+    trainer = Trainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None),
+        train_dataset=Dataset.from_list(ROWS["a shared beginning"]),
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+    )
+    accept(model)
+    model.train()
+    inputs = trainer.data_collator(ROWS["a shared beginning"])
+    with_router = trainer.compute_loss(model, inputs)
+    (aux,) = trainer._metrics["train"]["aux_loss"]
+    assert aux > 0
+    trainer.aux_loss_enabled = False
+    assert with_router.item() == pytest.approx(
+        trainer.compute_loss(model, inputs).item() + 0.1 * aux, abs=1e-5
+    )
 
 
 def test_a_group_of_rows_shares_no_token_after_which_one_is_predicted():
