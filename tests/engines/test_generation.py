@@ -136,6 +136,13 @@ def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
     assert same[0] == same[1] != same[2]
 
 
+def test_each_token_of_an_answer_is_drawn_anew(model, tokenizer):
+    """Of a distribution that is almost even, 40 draws are some 37 of the 259 tokens."""
+    hot = Sampling(40, (), temperature=1000.0)
+    for answer in answers(model, tokenizer, PROMPTS["equal"][:3], hot, seeds=[0, 1, 2]):
+        assert len(set(answer.ids)) > 30 and max(answer.ids) - min(answer.ids) > 150
+
+
 LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
 
 
