@@ -23,6 +23,7 @@ SFT = [
     "sft.warmup=0.5",
 ]  # fmt: skip
 RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1", "rl.warmup=0.5"]
+SHARED = [*RL, "rl.dropout=0"]  # with dropout no completion shares its prompt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +101,11 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     return f"{stage}: killed at {len(steps)} steps, {same} byte-identical"
 
 
-@pytest.mark.parametrize(("stage", "settings"), [("sft", SFT), ("rl", RL)])
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("sft", SFT), ("sft", [*SFT, "sft.padding_free=off"]), ("rl", RL), ("rl", SHARED)],
+    ids=["sft", "sft padded", "rl", "rl with shared prompts"],
+)
 def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch):
     killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)
 
@@ -120,8 +125,22 @@ def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
         ("rl", [*RL, "rl.kl_beta=0"]),
         ("rl", [*RL, "rl.kl_beta=0.04", "rl.kl_reference=sft"]),
         ("rl", [*RL, "rl.iterations=2"]),
+        ("sft", [*SFT, "sft.dropout=0"]),
+        ("sft", [*SFT, "sft.padding_free=off"]),
+        ("rl", [*SHARED, "rl.kl_beta=0.04", "rl.iterations=2"]),
+        ("rl", [*SHARED, "rl.shared_prompts=off"]),
     ],
-    ids=["sft", "sft every 3", "rl beta 0", "rl beta 0.04", "rl 2 iterations"],
+    ids=[
+        "sft",
+        "sft every 3",
+        "rl beta 0",
+        "rl beta 0.04",
+        "rl 2 iterations",
+        "sft with shared beginnings",
+        "sft padded",
+        "rl with shared prompts",
+        "rl without",
+    ],
 )
 def test_a_kill_at_every_step_changes_no_byte(begun, stage, settings, monkeypatch, capsys):
     steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [7, 12]
