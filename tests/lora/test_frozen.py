@@ -31,6 +31,8 @@ STAGES = {
     "sft": ("sft", []),
     "rl, beta 0": ("rl", ["rl.kl_beta=0"]),
     "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"]),
+    "sft, padded": ("sft", ["sft.padding_free=off"]),
+    "rl, not shared": ("rl", ["rl.shared_prompts=off"]),
 }
 COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
 
@@ -162,6 +164,32 @@ def test_two_processes_train_what_one_does(begun, capsys):
             f"the update differs by {apart:.1e}, the importance by {apart_scores:.1e}"
         )
     assert float(one.norm()) > 0 and apart < 1e-3 and apart_scores < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begun, tmp_path):
+    """Two steps on the same completions, in micro batches of half a group."""
+    rewards = tmp_path / "mine.py"
+    rewards.write_text(
+        "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
+    )
+    make_step(begun(), "sft")
+    found = {}
+    for way in ("auto", "off"):
+        changes = settings(
+            "rl", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.micro_batch=2",
+            f"rl.rewards_file={rewards}", f"rl.shared_prompts={way}",
+        )  # fmt: skip
+        changes.append("rl.rewards={odd: 1}")
+        made_by(begun, changes, "rl", 2)
+        folder = Store(begun().root).folder("rl", plan(resolved(begun(*changes)))["rl"].key)
+        found[way] = json.loads((folder / "history.json").read_text())
+    assert len(found["auto"]) == len(found["off"]) == 2
+    for one, two in zip(found["auto"], found["off"], strict=True):
+        assert one["tokens_saved"] > 0.4 and two["grad_norm"] > 1e-3 and two["kl"] > 0
+        assert one.keys() - {"tokens_saved"} == two.keys()
+        for name in ("loss", "grad_norm", "kl", "entropy"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.slow
