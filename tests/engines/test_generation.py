@@ -250,7 +250,9 @@ def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, m
     assert all(of * (1 - generation.FREE) < used <= of for used, of in rows)
     rows.clear()
     assert answers(model, tokenizer, prompts, sampling, slots=4) == wanted
-    assert max(of for _, of in rows) == 4 and sum(used for used, _ in rows) == sum(lengths) - 12
+    used = [number for number, _ in rows]
+    assert max(of for _, of in rows) == 4 and sum(used) == sum(lengths) - 12
+    assert used[0] == 4 and used == sorted(used, reverse=True), "all slots are in use while prompts wait"
 
 
 def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplog):
