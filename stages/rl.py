@@ -88,7 +88,7 @@ def run(
     trainer = _trainer(peft_model, renderer, rows, tokens, rl, rewards, arguments, copy)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model)
-    trainer.sharing = _shares(rl)
+    trainer.sharing = rl.shared_prompts == "auto" and unpadded.may_share(peft_model)
     unpadded.accept(base)
     if rl.kl_beta and rl.kl_reference == "base":
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
@@ -106,13 +106,6 @@ def run(
         **_earned(training.history(trainer)),
         **summary,
     }
-
-
-def _shares(rl: RlSection) -> bool:
-    """Whether completions may share the pass over their prompt."""
-    if rl.shared_prompts == "auto" and rl.dropout:
-        log.warning("rl.dropout %g: each completion is computed with a prompt of its own", rl.dropout)
-    return rl.shared_prompts == "auto" and not rl.dropout
 
 
 def _earned(history: list[dict[str, Any]]) -> dict[str, Any]:

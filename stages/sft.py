@@ -14,6 +14,7 @@ from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
 from stages.lora.unpadded import PaddingFree, accept
 from stages.models.base import load_base
+from stages.models.flat import drops_out
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, decided, of_system, read_labels
 
@@ -74,7 +75,7 @@ def run(
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
-    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not sft.dropout
+    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not drops_out(peft_model)
     accept(base)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"

@@ -114,6 +114,13 @@ def labels_of(config: Config) -> list[Labelled]:
     return read_labels(Store(config.root).folder("classify", step.key) / "labels.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def warned_anew() -> None:
+    """What is said once in a process is said once in a test."""
+    if flat := sys.modules.get("stages.models.flat"):
+        flat._warn.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def begun(tiny: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """The smoke config with its first stages done, up to the masks, and the given settings changed."""

@@ -17,7 +17,7 @@ from stages.errors import ConfigError
 from stages.language.prompts import chat
 from stages.models import flat
 from stages.models.base import load_merged
-from stages.models.flat import common
+from stages.models.layout import Flat, common
 from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class InProcess:
             size = 1 if flat.has_prompt(self.model) else BATCH
             parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
             return torch.cat([self._last_of_padded(part) for part in parts])
-        row = flat.Flat.of_prompts(prompts, self.model.device)
+        row = Flat.of_prompts(prompts, self.model.device)
         states = flat.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 

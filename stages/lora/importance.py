@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.language.prompts import Row
-    from stages.models.flat import Flat
+    from stages.models.layout import Flat
 
 scorers: Registry = Registry("scorer")
 """Trait `product`: the score is gradient times value, which is zero everywhere while B = 0."""

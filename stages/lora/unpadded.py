@@ -7,6 +7,7 @@ padding, too. What TRL does with the log-probabilities afterwards, every loss an
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import types
 from itertools import groupby
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from stages.language.prompts import IGNORED
 from stages.models import flat
-from stages.models.flat import Branch, Flat, Group, common
+from stages.models.layout import Branch, Flat, Group, common
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def accept(base: PreTrainedModel) -> None:
@@ -55,6 +59,13 @@ def accept(base: PreTrainedModel) -> None:
 
     choose = flat.choose
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
+
+
+def may_share(model: PeftModel) -> bool:
+    """Whether completions may share the pass over their prompt; if not, a warning says why."""
+    if flat.drops_out(model):
+        log.warning("with dropout each completion is computed with a prompt of its own; see rl.dropout")
+    return not flat.drops_out(model)
 
 
 def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -1,27 +1,24 @@
-"""Several sequences in one row: nothing is padded, and a beginning that they share is computed once.
+"""A model's pass over several sequences in one row (`stages.models.layout`), if its architecture allows it.
 
-All layers but attention treat every token alike, so they take the row as it is. Attention gets its sequences
-back: each sees the beginning that it shares and itself, at the positions it would have alone.
+Attention is replaced by one that can also take a layout. Without a layout it is the model's own, to the bit.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.language.prompts import IGNORED
 from stages.models.head import Chosen, chosen
+from stages.models.layout import Branch, Flat, Group, How, Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,179 +35,20 @@ TOLERANCE, TOLERANCE_16 = 1e-3, 0.1
 """Mean difference of log-probabilities, between two ways to compute them, in 32 and in 16 bits."""
 
 
-@dataclass(frozen=True)
-class Branch:
-    """What follows a shared beginning."""
-
-    ids: list[int]
-    targets: list[int]
-    """For each token of `ids` the token to predict after it, or IGNORED."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sequences with the same beginning, on whose own tokens nothing is to be predicted."""
-
-    shared: list[int]
-    branches: list[Branch]
-
-
-class Layout(Protocol):
-    """How attention finds the sequences in a row."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention over a row: query (1, heads, tokens, width), key and value with as many heads or fewer.
-
-        Returns (1, tokens, heads, width).
-        """
-
-
-@dataclass(frozen=True)
-class Flat:
-    """Groups in one row: first all shared beginnings, then all branches."""
-
-    input_ids: Tensor
-    """(1, tokens)"""
-    position_ids: Tensor
-    """(1, tokens): a branch goes on where its beginning ends."""
-    targets: Tensor
-    """(1, tokens)"""
-    heads: Cells | None
-    """The beginnings in a rectangle; None if there are none."""
-    branches: Cells
-    owner: Tensor
-    """(branches,): row in `heads`."""
-    mask: Tensor | None
-    """(branches, 1, longest branch, longest beginning + longest branch), True where a token may look."""
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device) -> Flat:
-        branches = [branch for group in groups for branch in group.branches]
-        shared = [group.shared for group in groups]
-        rows = [*shared, *(branch.ids for branch in branches)]
-        begins = [len(group.shared) for group in groups for _ in group.branches]
-        positions = [range(len(ids)) for ids in shared]
-        positions += [range(begin, begin + len(b.ids)) for begin, b in zip(begins, branches, strict=True)]
-        targets = [IGNORED] * sum(map(len, shared)) + [t for branch in branches for t in branch.targets]
-        heads = Cells.of([len(ids) for ids in shared], 0, device) if any(shared) else None
-        own = Cells.of([len(b.ids) for b in branches], sum(map(len, shared)), device)
-        owner = [i for i, group in enumerate(groups) for _ in group.branches]
-
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, device=device)
-
-        made = cls(
-            input_ids=tensor([i for row in rows for i in row])[None],
-            position_ids=tensor([i for row in positions for i in row])[None],
-            targets=tensor(targets)[None],
-            heads=heads,
-            branches=own,
-            owner=tensor(owner),
-            mask=None,
-        )
-        return made if heads is None else replace(made, mask=made._mask(heads))
-
-    @classmethod
-    def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> Flat:
-        """Prompts with one token to predict, after each; what they all begin with stands there once."""
-        shared = min(common(prompts), min(map(len, prompts)) - 1)
-        marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
-        branches = [Branch(ids[shared:], mark) for ids, mark in zip(prompts, marks, strict=True)]
-        return cls.of([Group(prompts[0][:shared], branches)], device)
-
-    def wanted(self) -> Tensor:
-        """Places of the tokens that have a target."""
-        return (self.targets[0] != IGNORED).nonzero()[:, 0]
-
-    def _mask(self, heads: Cells) -> Tensor:
-        """A branch sees all of its beginning, and of itself what is not later."""
-        number, width = self.branches.index.shape
-        before = heads.real[self.owner][:, None].expand(-1, width, -1)
-        own = torch.ones(width, width, dtype=torch.bool, device=before.device).tril()
-        return torch.cat([before, own.expand(number, -1, -1)], -1)[:, None]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        q, k, v = (self.branches.rectangle(x) for x in (query, key, value))
-        if self.heads is None:
-            return self.branches.flatten(_causal(q, k, v, scale))[None]
-        assert self.mask is not None
-        first_q, first_k, first_v = (self.heads.rectangle(x) for x in (query, key, value))
-        k, v = (torch.cat([x.index_select(0, self.owner), y], 2) for x, y in ((first_k, k), (first_v, v)))
-        first = self.heads.flatten(_causal(first_q, first_k, first_v, scale))
-        return torch.cat([first, self.branches.flatten(_masked(q, k, v, self.mask, scale))])[None]
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Where the sequences of a row stand in a rectangle (sequences, longest), filled from the left."""
-
-    index: Tensor
-    """(sequences, longest): place in the row; the row's first one where a sequence has ended."""
-    real: Tensor
-    """(sequences, longest): True for tokens."""
-    places: Tensor
-    """(tokens,): for each token in the order of the row its place in the flattened rectangle."""
-
-    @classmethod
-    def of(cls, lengths: list[int], first: int, device: torch.device) -> Cells:
-        sizes = torch.tensor(lengths, device=device)
-        column = torch.arange(int(sizes.max()), device=device)
-        real = column < sizes[:, None]
-        start = first + sizes.cumsum(0) - sizes
-        index = torch.where(real, start[:, None] + column, first)
-        return cls(index, real, real.flatten().nonzero()[:, 0])
-
-    def rectangle(self, x: Tensor) -> Tensor:
-        """(1, heads, tokens, width) → (sequences, heads, longest, width)"""
-        found = x[0].index_select(1, self.index.flatten())
-        return found.view(x.shape[1], *self.index.shape, x.shape[3]).transpose(0, 1)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(tokens, width) → (sequences, longest, width), zero where a sequence has ended."""
-        made = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.places, x)
-        return made.view(*self.real.shape, -1)
-
-    def owners(self) -> Tensor:
-        """(tokens,): the sequence of each token."""
-        return self.places // self.real.shape[1]
-
-    def flatten(self, x: Tensor) -> Tensor:
-        """(sequences, heads, longest, width) → (tokens, heads, width)"""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Each row by itself; what is behind its end is computed and not used."""
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """The heads that share a key stand one below the other, so that no key is repeated."""
-    rows, heads, width, size = query.shape
-    times = heads // key.shape[1]
-    found = F.scaled_dot_product_attention(
-        query.reshape(rows, key.shape[1], times * width, size),
-        key,
-        value,
-        attn_mask=mask.repeat(1, 1, times, 1),
-        scale=scale,
-    )
-    return found.view(rows, heads, width, size)
-
-
 def _attention(usual: str) -> Any:
     """Attention as in a layout, or where none is given, as `usual`."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        flat: Layout | None = None, scaling: float | None = None, **given: Any,
+        flat: Layout | None = None, scaling: float | None = None, dropout: float = 0.0, **given: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if flat is None:
             own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(usual, own)
-            return interface(module, query, key, value, mask, scaling=scaling, **given)  # type: ignore[no-any-return]
-        return flat.attend(module.layer_idx, query, key, value, scaling), None
+            return interface(  # type: ignore[no-any-return]
+                module, query, key, value, mask, scaling=scaling, dropout=dropout, **given
+            )
+        return flat.attend(module.layer_idx, query, key, value, How(scaling, dropout)), None
 
     return attend
 
@@ -247,9 +85,15 @@ def fits(model: Any, ids: list[int]) -> bool:
         prompt = "a trained prompt stands before every text" if has_prompt(model) else None
         reason = prompt or unfit(base) or _differs(model, base, ids)
         if reason:
-            log.warning("%s computes every sequence by itself: %s", type(base).__name__, reason)
+            _warn(f"{type(base).__name__} computes every sequence by itself: {reason}")
         _fitting[base] = reason is None
     return _fitting[base]
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once, though the trainer and its sampling have a model each."""
+    log.warning("%s", text)
 
 
 _fitting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -280,11 +124,11 @@ def _differs(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     return None if gap <= limit else f"log-probabilities in a row differ by {gap:.2g}"
 
 
-def common(rows: Sequence[list[int]]) -> int:
-    """Length of the beginning that all rows share."""
-    first, last = min(rows), max(rows)  # in sorted order, these two differ the earliest
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+def drops_out(model: nn.Module) -> bool:
+    """Whether anything in the model drops out in training: its adapter, its layers or its attention."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p) or getattr(module, "attention_dropout", 0.0)
+        for module in model.modules()
     )
 
 

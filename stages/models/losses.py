@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.models.flat import Flat
+    from stages.models.layout import Flat
 
 
 @dataclass
@@ -55,7 +55,8 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> Flat | None:
     """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
-    from stages.models.flat import Branch, Flat, Group, fits
+    from stages.models.flat import fits
+    from stages.models.layout import Branch, Flat, Group
 
     if not fits(model, rows[0].input_ids):
         return None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.models.flat import Flat
+    from stages.models.layout import Flat
 
 SAMPLE = 32
 """Rows from which lengths are taken."""
@@ -114,7 +114,7 @@ def _votes(
 
 def _ballot(config: Config, voter: Voter, sample: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean tokens of a voter's question, without the beginning that all its questions share."""
-    from stages.models.flat import common
+    from stages.models.layout import common
 
     worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
     brief = Brief(config.model.title, config.classify.show_answer, voter.words, worked)
@@ -177,6 +177,7 @@ def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
     from stages.engines.generation import continuations
     from stages.models import flat
     from stages.models.base import load_base
+    from stages.models.layout import Branch, Flat, Group
 
     base, tokenizer = load_base(config.model), load_tokenizer(config.model)
     size, prompt = max(2, round(lengths.row)), min(round(lengths.prompt), round(lengths.row) - 1)
@@ -185,8 +186,8 @@ def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
     row = None
     if flat.fits(base, rows[0]):
         targets = [[IGNORED] * prompt + line[prompt:] for line in rows]
-        branches = [flat.Branch(*pair) for pair in zip(rows, targets, strict=True)]
-        row = flat.Flat.of([flat.Group([], branches)], base.device)
+        branches = [Branch(*pair) for pair in zip(rows, targets, strict=True)]
+        row = Flat.of([Group([], branches)], base.device)
 
     @torch.no_grad()
     def forward() -> None:

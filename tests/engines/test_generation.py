@@ -18,7 +18,7 @@ from stages.config import ModelSection
 from stages.engines import Sampling, generation
 from stages.engines.generation import Ends, continuations, drawn
 from stages.models import flat
-from stages.models.flat import common
+from stages.models.layout import common
 from stages.models.tokenizer import load_tokenizer
 
 SMALL = {
@@ -81,7 +81,7 @@ def test_greedy_answers_are_the_library_s(model, tokenizer, kind):
 
 def test_answers_longer_than_the_first_memory_are_the_library_s(model, tokenizer, monkeypatch):
     """Keys and values of one row outgrow their memory, while others are read into the rows beside it."""
-    monkeypatch.setattr(generation, "COLUMNS", 8)
+    monkeypatch.setattr("stages.engines.memory.COLUMNS", 8)
     sampling = Sampling(14, ())
     prompts = random(3, 6, 7, 1, 17)
     wanted = by_library(model, tokenizer, prompts, sampling)
@@ -233,14 +233,14 @@ def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, toke
 def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, monkeypatch):
     """One by one the answers end: the memory is never read for more rows than a third above those in use."""
     prompts = random(*range(3, 15))
-    rows, usual = [], generation._Memory.aim
+    rows, usual = [], generation.Memory.aim
 
     def aim(memory, aimed, at):
         rows.append((len(aimed), memory.rows))
         usual(memory, aimed, at)
         assert {len(x) for x in (*memory.keys, *memory.values)} == {memory.rows}
 
-    monkeypatch.setattr(generation._Memory, "aim", aim)
+    monkeypatch.setattr(generation.Memory, "aim", aim)
     sampling = Sampling(20, tuple(range(100, 130)))
     wanted = by_library(model, tokenizer, prompts, sampling)
     lengths = [len(answer.ids) for answer in wanted]

@@ -97,7 +97,7 @@ def test_the_longest_micro_batch_is_tried_before_anything(begun, monkeypatch, st
     monkeypatch.setattr("stages.models.flat.choose", choose)
     monkeypatch.setattr("stages.models.flat.fits", lambda *_: True)
     with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
-        make_step(config, stage)
+        make_step(config, stage, force=True)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])

@@ -12,12 +12,11 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from stages import rl
 from stages.language.prompts import IGNORED
 from stages.lora import adapter, unpadded
 from stages.lora.unpadded import PaddingFree, SharedPrompts, accept, group_of, groups_of
 from stages.models import flat
-from stages.models.flat import Branch, Flat, Group
+from stages.models.layout import Branch, Flat, Group
 
 GROUP = 4
 LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
@@ -229,10 +228,10 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(begun, monkeypatc
 
 
 def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, logger=rl.log.name):
+    with caplog.at_level(logging.WARNING, logger=unpadded.log.name):
         trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.dropout=0.05"), monkeypatch)
-    said = [record.getMessage() for record in caplog.records if record.name == rl.log.name]
-    assert said == ["rl.dropout 0.05: each completion is computed with a prompt of its own"]
+    said = [record.getMessage() for record in caplog.records if record.name == unpadded.log.name]
+    assert said == ["with dropout each completion is computed with a prompt of its own; see rl.dropout"]
     assert not trainer.sharing
     monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model.train(), batch())[0].requires_grad

@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 from stages.models import flat
-from stages.models.flat import Branch, Flat, Group, choose, common, fits
+from stages.models.flat import choose, fits
+from stages.models.layout import Branch, Flat, Group, common
 
 WORDS = 97
 SMALL = {
@@ -263,3 +265,19 @@ def test_the_common_beginning_is_the_longest(rows):
     assert all(row[:size] == rows[0][:size] and len(row) >= size for row in rows)
     longer = {tuple(row[: size + 1]) for row in rows}
     assert len(longer) > 1 or len(longer.pop()) == size
+
+
+def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
+    """In training; the numbers of a shared beginning would drop out for all its branches alike."""
+    config = LlamaConfig(**GROUPED, attention_dropout=0.5)
+    model = LlamaForCausalLM(config).eval()
+    assert flat.drops_out(model) and not flat.drops_out(LlamaForCausalLM(LlamaConfig(**GROUPED)))
+    assert flat.fits(model, [3, 4, 5, 6, 7])
+    row = Flat.of([Group([], [Branch([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu"))
+
+    def alike() -> bool:
+        return torch.equal(flat.choose(model, row).log_probs, flat.choose(model, row).log_probs)
+
+    assert alike()
+    model.train()
+    assert not alike()
