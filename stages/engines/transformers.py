@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,14 @@ from stages.models.layout import Flat, common
 from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 8192
 """Tokens of a batch of choices, in one row without padding."""
 BATCH = 16
 """Prompts of a batch of choices, where the architecture needs padding."""
+WORTH_KEEPING = 32
+"""Length in tokens from which such a batch keeps the beginning of its prompts."""
 END = "</think>"
 """The end of a thought; added if the thought did not end by itself."""
 HEAD_ROWS = 2048
@@ -84,21 +87,34 @@ class InProcess:
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary)."""
         if not flat.fits(self.model, prompts[0]):
-            size = 1 if flat.has_prompt(self.model) else BATCH
-            parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-            return torch.cat([self._last_of_padded(part) for part in parts])
+            return self._last_of_padded(prompts)
         row = Flat.of_prompts(prompts, self.model.device)
         states = flat.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
     def _last_of_padded(self, prompts: list[list[int]]) -> torch.Tensor:
-        ids, mask = padded(prompts, 0, self.model.device)
-        given = (
-            {}
-            if len(prompts) == 1
-            else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)}
-        )
-        return self.model(input_ids=ids, logits_to_keep=1, **given).logits[:, -1]  # type: ignore[no-any-return]
+        """The same in padded batches, behind the cache of the common beginning if there is a long one."""
+        size = 1 if flat.has_prompt(self.model) else BATCH
+        shared = min(common(prompts), min(map(len, prompts)) - 1)
+        shared = shared if size > 1 and len(prompts) > 1 and shared >= WORTH_KEEPING else 0
+        cache = self._cache(prompts[0][:shared]) if shared else None
+        found = []
+        for at in range(0, len(prompts), size):
+            part = [ids[shared:] for ids in prompts[at : at + size]]
+            ids, mask = padded(part, 0, self.model.device)
+            mask = torch.cat([mask.new_ones(len(part), shared), mask], 1)
+            given: dict[str, Any] = {}
+            if size > 1:
+                given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, shared:]}
+            if cache is not None:
+                given["past_key_values"] = copy.deepcopy(cache)
+                given["past_key_values"].batch_repeat_interleave(len(part))
+            found.append(self.model(input_ids=ids, logits_to_keep=1, **given).logits[:, -1])
+        return torch.cat(found)
+
+    def _cache(self, ids: list[int]) -> Cache:
+        there = torch.tensor([ids], device=self.model.device)
+        return self.model(input_ids=there, use_cache=True, logits_to_keep=1).past_key_values  # type: ignore[no-any-return]
 
     def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
         """For each ballot: the token ids up to where the words differ, and the words' ids there."""
