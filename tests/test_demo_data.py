@@ -31,7 +31,7 @@ def words(text: str) -> list[str]:
 
 
 def test_sizes_and_balance(splits):
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 480, "test": 240}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 360, "test": 200}
     for rows in splits.values():
         assert sum(r["intended"] == 1 for r in rows) * 2 == len(rows)
 

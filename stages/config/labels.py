@@ -94,7 +94,7 @@ class ServerSection(Section):
     stall_s: float = setting(
         300, "Seconds without any answer after which a server is given up.", identity=False, gt=0
     )
-    batch_size: int = setting(64, "Questions per batch of engine transformers.", identity=False, gt=0)
+    batch_size: int = setting(64, "Answers that engine transformers writes at a time.", identity=False, gt=0)
     max_model_len: int = setting(
         4096, "Context length, in tokens, of a vLLM server that lorapar starts.", identity=False, gt=0
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.records import write_jsonl
 
-TRAIN_ITEMS, TEST_ITEMS = 480, 240
+TRAIN_ITEMS, TEST_ITEMS = 360, 200
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",

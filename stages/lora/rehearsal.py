@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from stages.engines.generation import padded
+
 if TYPE_CHECKING:
     from stages.config import RlSection
     from stages.language.prompts import Row
@@ -63,12 +65,10 @@ def of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> Rehearsal:
     width = len(longest[-1])
 
     def loss() -> Tensor:
-        device = trainer.accelerator.device
-        ids = torch.zeros((len(rows), width + rl.max_completion), dtype=torch.long, device=device)
-        mask = torch.ones_like(ids)
-        for i, prompt in enumerate(rows):
-            mask[i, : width - len(prompt)] = 0
-            ids[i, width - len(prompt) : width] = torch.tensor(prompt)
+        # Completions repeat their prompt, because the check of `flat.fits` needs text.
+        texts = [prompt * (1 + -(-rl.max_completion // len(prompt))) for prompt in rows]
+        whole = [ids[: len(prompt) + rl.max_completion] for ids, prompt in zip(texts, rows, strict=True)]
+        ids, mask = padded(whole, 0, trainer.accelerator.device)
         log_probs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model_wrapped, ids, mask, rl.max_completion, compute_entropy=True
         )
