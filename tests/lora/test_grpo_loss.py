@@ -71,4 +71,4 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)  # a small difference of terms near 1
         apart[corrected] = float((gradient(model, loss) - oracle).norm() / oracle.norm())
     assert apart.keys() == {False, True}, "the correction is on by default"
-    assert apart[False] < 1e-5 and apart[True] > 1e-3
+    assert apart[False] < 1e-5 and apart[True] > 10 * apart[False]
