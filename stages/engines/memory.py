@@ -61,7 +61,7 @@ class Memory:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Of one token in each aimed row. Rows that are not aimed at are computed, too, and not used."""
-        _, heads, count, width = query.shape
+        heads, width = query.shape[1], query.shape[3]
         keys, values = self.keys[layer], self.values[layer]
         keys[self.aimed, :, self.at] = key[0].transpose(0, 1)
         values[self.aimed, :, self.at] = value[0].transpose(0, 1)

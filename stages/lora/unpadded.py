@@ -36,7 +36,7 @@ def accept(base: PreTrainedModel) -> None:
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    usual = base.forward.__func__
+    usual, choose = base.forward.__func__, flat.choose
 
     @functools.wraps(usual)
     def forward(
@@ -57,15 +57,15 @@ def accept(base: PreTrainedModel) -> None:
             label_mask=flat.targets != IGNORED,
         )
 
-    choose = flat.choose
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
 
 
 def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    if flat.drops_out(model):
+    apart = flat.drops_out(model)
+    if apart:
         log.warning("with dropout each completion is computed with a prompt of its own; see rl.dropout")
-    return not flat.drops_out(model)
+    return not apart
 
 
 def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:

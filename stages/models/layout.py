@@ -7,7 +7,8 @@ back: each sees the beginning that it shares and itself, at the positions it wou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -68,8 +69,6 @@ class Flat:
     branches: Cells
     owner: Tensor
     """(branches,): row in `heads`."""
-    mask: Tensor | None
-    """(branches, 1, longest branch, longest beginning + longest branch), True where a token may look."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device) -> Flat:
@@ -87,16 +86,14 @@ class Flat:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, device=device)
 
-        made = cls(
+        return cls(
             input_ids=tensor([i for row in rows for i in row])[None],
             position_ids=tensor([i for row in positions for i in row])[None],
             targets=tensor(targets)[None],
             heads=heads,
             branches=own,
             owner=tensor(owner),
-            mask=None,
         )
-        return made if heads is None else replace(made, mask=made._mask(heads))
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> Flat:
@@ -110,10 +107,15 @@ class Flat:
         """Places of the tokens that have a target."""
         return (self.targets[0] != IGNORED).nonzero()[:, 0]
 
-    def _mask(self, heads: Cells) -> Tensor:
-        """A branch sees all of its beginning, and of itself what is not later."""
+    @cached_property
+    def mask(self) -> Tensor:
+        """(branches, 1, longest branch, longest beginning + longest branch), True where a token may look.
+
+        A branch sees all of its beginning, and of itself what is not later.
+        """
+        assert self.heads is not None
         number, width = self.branches.index.shape
-        before = heads.real[self.owner][:, None].expand(-1, width, -1)
+        before = self.heads.real[self.owner][:, None].expand(-1, width, -1)
         own = torch.ones(width, width, dtype=torch.bool, device=before.device).tril()
         return torch.cat([before, own.expand(number, -1, -1)], -1)[:, None]
 
@@ -121,7 +123,6 @@ class Flat:
         q, k, v = (self.branches.rectangle(x) for x in (query, key, value))
         if self.heads is None:
             return self.branches.flatten(_causal(q, k, v, how))[None]
-        assert self.mask is not None
         first_q, first_k, first_v = (self.heads.rectangle(x) for x in (query, key, value))
         k, v = (torch.cat([x.index_select(0, self.owner), y], 2) for x, y in ((first_k, k), (first_v, v)))
         first = self.heads.flatten(_causal(first_q, first_k, first_v, how))

@@ -75,7 +75,7 @@ def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
         fmean(len(renderer.row(example).input_ids) for example in sample),
     )
     trains = config.baseline is None and any(step.stage.name in ("score", "sft", "rl") for step in steps)
-    measured = _measure(config, lengths, trains)
+    measured = _measure(config, tokenizer, lengths, trains)
     number = len(rows["train"])
     of_stage: dict[str, Callable[[str], float | None]] = {
         "classify": lambda variant: _votes(config, rows[variant], tokenizer, measured),
@@ -152,8 +152,8 @@ def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float 
     steps = steps_of(int(used // rl.prompts_per_step), rl, rl.iterations)
     samples = rl.prompts_per_step * rl.group
     prompts = rl.prompts_per_step if rl.shared_prompts == "auto" and not rl.dropout else samples
-    read = prompts * lengths.prompt
-    learned = (read + samples * rl.max_completion) * measured.train
+    learned = (prompts * lengths.prompt + samples * rl.max_completion) * measured.train
+    read = rl.prompts_per_step * lengths.prompt  # rollouts read each prompt once in any case
     sampled = read * measured.forward + samples * rl.max_completion * measured.token
     return steps * (learned + sampled / rl.iterations)
 
@@ -169,7 +169,7 @@ def _answers(
     return len(rows[name]) * section.samples * each
 
 
-def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
+def _measure(config: Config, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, trains: bool) -> Speeds:
     """trains: measure training, too. What is timed is computed as the stages compute it."""
     import torch
 
@@ -179,7 +179,7 @@ def _measure(config: Config, lengths: Lengths, trains: bool) -> Speeds:
     from stages.models.base import load_base
     from stages.models.layout import Branch, Flat, Group
 
-    base, tokenizer = load_base(config.model), load_tokenizer(config.model)
+    base = load_base(config.model)
     size, prompt = max(2, round(lengths.row)), min(round(lengths.prompt), round(lengths.row) - 1)
     ids = torch.randint(10, base.config.vocab_size, (ROWS, size), device=base.device)
     rows = ids.tolist()
