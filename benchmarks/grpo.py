@@ -8,7 +8,6 @@ import copy
 import gc
 import json
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure import synchronize
+from measure import now
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -24,12 +23,14 @@ from trl import GRPOTrainer
 
 from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
-from stages.engines import generation
+from stages.engines import Sampling, generation
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
 from stages.lora import adapter, rollouts, unpadded
 from stages.lora.health import Vitals
+from stages.lora.pool import Pool
 from stages.lora.training import pack
+from stages.lora.writing import Writer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.store.checkpoints import Checkpoints
@@ -124,7 +125,7 @@ class Side(TrainerCallback):
             return made
 
         def clipped(*arguments: Any) -> Any:
-            self.clipping = _now()
+            self.clipping = now()
             return clip(*arguments)
 
         trainer._generate_single_turn = self._added(sampled, "rollouts")
@@ -134,21 +135,21 @@ class Side(TrainerCallback):
 
     def _added(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*arguments: Any, **given: Any) -> Any:
-            begun = _now()
+            begun = now()
             made = method(*arguments, **given)
-            self.seconds[part] += _now() - begun
+            self.seconds[part] += now() - begun
             return made
 
         return call
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = _now()
+        self.begun = now()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.seconds["update"] = _now() - self.clipping
+        self.seconds["update"] = now() - self.clipping
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds["whole step"] = _now() - self.begun
+        self.seconds["whole step"] = now() - self.begun
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Seconds of each of PARTS."""
@@ -161,11 +162,6 @@ class Side(TrainerCallback):
         made["loss + backward"] = made["training_step"] - made["inputs"]
         made["rest"] = made["whole step"] - made["rollouts"] - made["loss + backward"] - made["update"]
         return {part: made[part] for part in PARTS}
-
-
-def _now() -> float:
-    synchronize()
-    return time.perf_counter()
 
 
 def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -228,12 +224,14 @@ class Bench:
         model = adapter.initial(base, LoraSection(), seed=0)
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [reward_functions.checked("odd", odd)]
-        rows = batches[0].rows()
-        trainer = rl._trainer(model, self.renderer, rows, tokens, section, rewards, arguments, merged)
+        pool = Pool(batches[0].rows(), tokens, {}, 0, [], 0)
+        sampling = Sampling(section.max_completion, tuple(self.renderer.stop_ids), 1.0)
+        writer = Writer(model, merged, self.renderer.tokenizer, sampling)
+        trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)
         trainer.sharing = True
         unpadded.accept(base)
         trainer.vitals = Vitals(lambda _: [], "")
-        pack(model, _masks(model, self.given.share))
+        pack(model, random_masks(model, self.given.share))
         return trainer
 
     def pairs(self, shape: Shape) -> tuple[list[Batch], dict[str, list[dict[str, float]]]]:
@@ -264,7 +262,7 @@ def _words(tokenizer: Any) -> list[str]:
     return [w for w, ids in zip(words, tokenizer(words)["input_ids"], strict=True) if len(ids) == most]
 
 
-def _masks(model: Any, share: float) -> dict[str, Tensor]:
+def random_masks(model: Any, share: float) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.rand(layer.weight.shape, generator=generator) < share

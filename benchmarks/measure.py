@@ -18,12 +18,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def now() -> float:
+    """Seconds, with all work on the device done."""
+    synchronize()
+    return time.perf_counter()
+
+
 def timed(action, *arguments) -> float:  # type: ignore[no-untyped-def]
-    synchronize()
-    begun = time.perf_counter()
+    begun = now()
     action(*arguments)
-    synchronize()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def interval(ratios: list[float]) -> str:

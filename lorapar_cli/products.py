@@ -53,7 +53,9 @@ def export(
 
 
 def demo_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where train.jsonl, test.jsonl and valid.jsonl go.")
+    ],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Write the demonstration set."""

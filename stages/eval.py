@@ -55,10 +55,10 @@ def run(
     if hasattr(module, "run"):
         found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return found
-    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt)
+    rows = _rows(job, benchmark)
+    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
     box = sandboxes.of(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
-    rows = _rows(job, benchmark)
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
     served = Served(eval.engine, model, adapter)

@@ -57,7 +57,7 @@ def run(
     if "classify" not in job.inputs:
         return summary
     labels = read_labels(job.labels)
-    renderer = Renderer(load_tokenizer(model), score.prompt or prompt)
+    renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     examples = {system: of_system(labels, system) for system in (1, 2)}
     scores = {}
     for system in (1, 2):

@@ -62,8 +62,9 @@ def run(
                 # No checkpoint holds this count, but the log does.
                 self._total_train_tokens = self.state.log_history[-1]["num_tokens"]
 
-    renderer = Renderer(load_tokenizer(model), sft.prompt or prompt)
-    examples = _examples(read_labels(job.labels), sft, seed)
+    labels = read_labels(job.labels)
+    renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
+    examples = _examples(labels, sft, seed)
     rows, long = renderer.rows(examples, data)
     start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)

@@ -18,7 +18,7 @@ BOUND = 0.25
 def splits(request, tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("demo")
     demo.write(folder, request.param)
-    return {name: [row for _, row in read_jsonl(folder / f"{name}.jsonl")] for name in ("train", "test")}
+    return {name: [row for _, row in read_jsonl(folder / f"{name}.jsonl")] for name in demo.ITEMS}
 
 
 def auc(rows: list[dict], feature) -> float:
@@ -31,16 +31,19 @@ def words(text: str) -> list[str]:
 
 
 def test_sizes_and_balance(splits):
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 360, "test": 200}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 360, "test": 200, "valid": 400}
     for rows in splits.values():
         assert sum(r["intended"] == 1 for r in rows) * 2 == len(rows)
 
 
-def test_no_test_question_is_in_train(splits):
-    train = {r["question"] for r in splits["train"]}
-    assert not train & {r["question"] for r in splits["test"]}
-    asked = {r["question"].split(". ")[-1] for r in splits["train"] if r["kind"] == "recall"}
-    assert not asked & {r["question"].split(". ")[-1] for r in splits["test"] if r["kind"] == "recall"}
+def test_no_question_is_in_two_splits_and_no_recall_fact_of_test_in_another(splits):
+    questions = [{r["question"] for r in rows} for rows in splits.values()]
+    assert len(set.union(*questions)) == sum(map(len, questions))
+    asked = {
+        name: {r["question"].split(". ")[-1] for r in rows if r["kind"] == "recall"}
+        for name, rows in splits.items()
+    }
+    assert asked["test"] and not asked["test"] & (asked["train"] | asked["valid"])
 
 
 def test_length_does_not_tell_the_systems_apart(splits):
@@ -56,7 +59,7 @@ def test_no_single_word_does(splits):
 
 
 def test_worked_answers_are_right(splits):
-    for row in [*splits["train"], *splits["test"]]:
+    for row in [row for rows in splits.values() for row in rows]:
         lines = row["answer"].split("\n#### ")
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", lines[0])
         expected = {"one_step": 1, "two_step": 2, "three_step": 3}.get(row["kind"], 0)
@@ -72,7 +75,8 @@ def test_worked_answers_are_right(splits):
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         demo.write(tmp_path / folder, 7)
-    assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "b/train.jsonl").read_bytes()
+    for name in demo.ITEMS:
+        assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes()
 
 
 def test_no_stage_reads_the_intended_system():

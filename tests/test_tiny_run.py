@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_steps, paths
+from trl import GRPOTrainer
 
 from stages.engines import Answer
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
@@ -285,10 +286,16 @@ def test_kl_references_and_inits(copied, init, reference):
     assert (abs(history[0]["kl"]) < 1e-6) is (reference == "sft")
 
 
-def test_rollouts_by_trl_itself(copied, monkeypatch):
+@pytest.mark.parametrize("again", [0, 1])
+def test_rollouts_by_trl_itself(copied, monkeypatch, again):
     """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
-    monkeypatch.setattr("stages.rl.MergedCopy", lambda base: None)
-    summary = make_steps(copied("rl.max_steps=1"), "rl")["rl"][0].manifest["summary"]
+    calls, usual = [], GRPOTrainer._generate_single_turn
+    monkeypatch.setattr("stages.lora.rollouts.copy_of", lambda *_: None)
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_single_turn", lambda *given: calls.append(len(given[1])) or usual(*given)
+    )
+    summary = make_steps(copied("rl.max_steps=1", f"rl.resample={again}"), "rl")["rl"][0].manifest["summary"]
+    assert calls == ([16, 16] if again else [16])  # no completion of the tiny model is correct
     assert (
         summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
     )

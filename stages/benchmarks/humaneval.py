@@ -51,10 +51,10 @@ _FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
     if renderer.section.template == "chat":
         request = "Complete this Python function. Answer with the whole function in one code block."
-        texts = [f"{request}\n\n```python\n{e.prompt}```" for e in examples]
-        return [Asked(renderer.prompt(text), renderer.prompt_ids(text)) for text in texts]
+        texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", of=e.prompt) for e in examples]
+        return [Asked(text, renderer.ids(text)) for text in texts]
     # The last line break is left out: most tokenizers merge it with the indentation that follows.
-    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip()), STOP) for e in examples]
+    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip(), of=e.prompt), STOP) for e in examples]
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:

@@ -99,7 +99,7 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:")
+        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", of=example.prompt)
         likelihood = section.mode == "likelihood"
         asked.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
     return asked

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from stages.config.fields import Section, named, setting
 
@@ -54,6 +54,9 @@ class DataSection(SourceSection):
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: that of the chat template.")
+    by_system: dict[Annotated[int, Field(ge=1, le=2)], str] = setting(
+        {}, "System messages for rows labelled System 1 and System 2, instead of `system`."
+    )
     template: Literal["chat", "plain", "bare"] = setting(
         "chat",
         "chat: the tokenizer's chat template; plain: `Question: … Answer:`; bare: only the question and EOS.",
@@ -64,8 +67,10 @@ class PromptSection(Section):
 
     @model_validator(mode="after")
     def _bare(self) -> "PromptSection":
-        if self.system and self.template == "bare":
-            raise ValueError("template bare has no system message; leave out system, or choose chat or plain")
+        if (self.system or self.by_system) and self.template == "bare":
+            raise ValueError(
+                "template bare has no system message; leave out system and by_system, or choose chat or plain"
+            )
         return self
 
 

@@ -167,6 +167,17 @@ class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
     data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
+    system1_share: float = setting(
+        0.0,
+        "Share of these prompts that are System 1 rows, replayed so that RL unlearns none of them.",
+        ge=0,
+        lt=1,
+    )
+    resample: int = setting(
+        0,
+        "How many times a step draws other prompts for System 2 groups whose rewards are all equal.",
+        ge=0,
+    )
     group: int = setting(8, "Completions per prompt.", gt=1)
     micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
     shared_prompts: AutoOff = setting(
@@ -184,10 +195,19 @@ class RlSection(TrainSection):
     )
     max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
     kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
-    kl_reference: Literal["base", "sft"] = setting("base", "Reference model of the KL term.")
+    kl_reference: Literal["auto", "base", "sft"] = setting(
+        "auto", "Reference model of the KL term; auto: sft if RL starts from there, base for a baseline."
+    )
     kl_bias_correction: bool = setting(
         False, "Multiply the KL term by the importance ratio, as DeepSeek-V3.2 does and GRPO does not."
     )
+    drift_prompts: int = setting(
+        16,
+        "System 1 prompts that RL never trains on, on which its KL divergence from its start is logged; "
+        "0, or data all: none.",
+        ge=0,
+    )
+    drift_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group",
@@ -225,6 +245,27 @@ class RlSection(TrainSection):
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}"
             )
+        return self
+
+    @property
+    def replayed(self) -> int:
+        """System 1 prompts of a step."""
+        return round(self.system1_share * self.prompts_per_step)
+
+    @model_validator(mode="after")
+    def _replays(self) -> "RlSection":
+        if self.system1_share and self.data == "all":
+            raise ValueError("system1_share goes with data system2; data all draws from both systems")
+        if self.system1_share and not 0 < self.replayed < self.prompts_per_step:
+            raise ValueError(
+                f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is {self.replayed}; "
+                "a step needs at least one prompt of each system"
+            )
+        alone = self.rollouts.engine == "transformers" or (
+            self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel == 1
+        )
+        if self.resample and not alone:
+            raise ValueError("resample needs rollouts that each process samples for itself")
         return self
 
     @model_validator(mode="after")

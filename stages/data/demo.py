@@ -13,7 +13,8 @@ from pathlib import Path
 
 from stages.records import write_jsonl
 
-TRAIN_ITEMS, TEST_ITEMS = 360, 200
+ITEMS = {"train": 360, "test": 200, "valid": 400}
+"""By split, in the order in which they are drawn."""
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
@@ -112,21 +113,22 @@ class _Story:
 
 
 def write(folder: Path, seed: int) -> dict[str, int]:
-    """Write `train.jsonl` and `test.jsonl` into `folder` and return their numbers of items.
+    """Write `train.jsonl`, `test.jsonl` and `valid.jsonl` into `folder` and return their numbers of items.
 
-    The same seed gives the same bytes. The splits share no question and no recall fact.
+    The same seed gives the same bytes. The splits share no question. Recall facts of `test` are in no other
+    split; `valid`, on which settings are chosen, asks for those of `train`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     seen: set[str] = set()
     sizes = {}
-    for split, total in (("train", TRAIN_ITEMS), ("test", TEST_ITEMS)):
+    for split, total in ITEMS.items():
         items = list(_items(rng, split, total, seen))
         rng.shuffle(items)
         write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
-    # Files are renamed when they are complete, train last: its existence tells `make` that both are there.
-    for split in ("test", "train"):
+    # Files are renamed when they are complete, train last: its existence tells `make` that all are there.
+    for split in reversed(ITEMS):
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 

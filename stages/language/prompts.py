@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.config import DataSection, PromptSection
 from stages.errors import ConfigError, DataError
 from stages.language.answers import rewrite
-from stages.records import Example, problems
+from stages.records import Example, Labelled, problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +62,13 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
 class Renderer:
     """Turns questions into prompts and examples into rows, as a PromptSection says."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, section: PromptSection, labels: Iterable[Labelled] = ()
+    ) -> None:
+        """labels: of the questions to come, for `prompt.by_system`."""
         self.tokenizer = tokenizer
         self.section = section
+        self.labels = {row.example.prompt: row.system for row in labels} if section.by_system else {}
         if section.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 "prompt.template is chat, and the tokenizer has no chat template",
@@ -78,37 +82,51 @@ class Renderer:
             stops.add(ends[0])
         self.stop_ids = sorted(stops)
 
-    def _messages(self, question: str, shots: Shots = ()) -> list[dict[str, str]]:
-        messages = [{"role": "system", "content": self.section.system}] if self.section.system else []
+    def _system(self, question: str) -> str | None:
+        """The system message; that for all if the question has no label."""
+        label = self.labels.get(question)
+        return (
+            self.section.system if label is None else self.section.by_system.get(label, self.section.system)
+        )
+
+    def _messages(self, question: str, shots: Shots, of: str) -> list[dict[str, str]]:
+        system = self._system(of)
+        messages = [{"role": "system", "content": system}] if system else []
         for asked, answer in shots:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answer})
         return [*messages, {"role": "user", "content": question}]
 
-    def prompt(self, question: str, shots: Shots = ()) -> str:
+    def prompt(self, question: str, shots: Shots = (), of: str | None = None) -> str:
         """The text that a model continues, with worked examples (question, answer) before the question.
+
+        of: the question as it is labelled, if another text is put in its place.
 
         The template `bare` has the form of the reference script of arXiv 2507.20999: the question and EOS,
         then the answer and EOS. Our scoring rows have that last EOS too, but the script's do not. Worked
         examples have the same form.
         """
         if self.section.template == "chat":
-            return chat(self.tokenizer, self._messages(question, shots))
+            return chat(self.tokenizer, self._messages(question, shots, of or question))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
-        system = f"{self.section.system}\n\n" if self.section.system else ""
+        message = self._system(of or question)
+        system = f"{message}\n\n" if message else ""
         worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
         return f"{system}{worked}Question: {question}\nAnswer:\n"
 
     def prompt_ids(self, question: str, shots: Shots = ()) -> list[int]:
         return self.ids(self.prompt(question, shots))
 
-    def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
-        """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat."""
+    def few_shot(self, head: str, shots: Shots, last: str, of: str) -> tuple[str, list[int]]:
+        """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat.
+
+        of: the question as it is labelled.
+        """
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
-            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1]))
+            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], of))
         else:
             text = head + "".join(f"{asked} {answer}\n\n" for asked, answer in shots) + last
         return text, self.ids(text)
@@ -160,6 +178,6 @@ class Renderer:
     def _end(self) -> str:
         if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
-        turns = [*self._messages("?"), {"role": "assistant", "content": "@@"}]
+        turns = [*self._messages("?", (), "?"), {"role": "assistant", "content": "@@"}]
         tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]
         return tail.strip() or str(self.tokenizer.eos_token)

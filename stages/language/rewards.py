@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stages.language.answers import extract, letter, number, same
@@ -38,6 +39,32 @@ def correctness(completions: list[str], gold: list[str], answer_format: list[str
     """1 if the strictly extracted answer equals gold."""
     pairs = zip(completions, gold, answer_format, strict=True)
     return [float(same(extract(text, style).strict, wanted)) for text, wanted, style in pairs]
+
+
+@rewards.add()
+def brief(
+    completions: list[str],
+    prompts: list[str],
+    completion_ids: list[list[int]],
+    gold: list[str],
+    answer_format: list[str],
+    **_: Any,
+) -> list[float]:
+    """How much shorter a correct completion is than its group's longest one, times the share of correct ones.
+
+    From 0 to 1: 1 − tokens / tokens of the longest correct completion. To be added to `correctness` with a
+    small weight. Wrong completions get 0, and where most are wrong, length counts little. Where all are
+    correct they differ in length alone, and `rl.scale_rewards: group` scales that up; `none` leaves it small.
+    Groups are runs of one prompt; of a group that several processes share, each knows its own part.
+    """
+    correct = correctness(completions, gold=gold, answer_format=answer_format)
+    scores: list[float] = []
+    for _prompt, run in groupby(zip(prompts, correct, completion_ids, strict=True), key=lambda row: row[0]):
+        group = [(bool(right), len(ids)) for _, right, ids in run]
+        longest = max((length for right, length in group if right), default=0)
+        share = sum(right for right, _ in group) / len(group)
+        scores += [share * (1 - length / longest) if right else 0.0 for right, length in group]
+    return scores
 
 
 @rewards.add()

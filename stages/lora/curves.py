@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from stages.lora.drift import NAME
+
 History = list[dict[str, float]]
 
 
@@ -44,11 +46,17 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
     rewards = {"all, weighted": "reward"} if "reward" in names else {}
     if rewards and len(parts) > 1:
         rewards |= parts
+    systems = {f"System {system}": f"system{system}/" for system in (1, 2)}
     wanted = {
         "loss": {"loss": "loss"},
-        "reward": rewards,
+        "reward": rewards | {label: f"{name}reward" for label, name in systems.items()},
         "groups without signal": {"share": "frac_reward_zero_std"},
-        "completion length, tokens": {"mean": "completions/mean_length", "longest": "completions/max_length"},
+        "completion length, tokens": {
+            "mean": "completions/mean_length",
+            "longest": "completions/max_length",
+            **{label: f"{name}completions/mean_length" for label, name in systems.items()},
+        },
+        "KL from the start, System 1": {"nats per token": NAME},
         "gradient norm": {"norm": "grad_norm"},
     }
     return {

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from stages.errors import ArtifactError
 from stages.lora import adapter, baselines
 from stages.store.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from torch.utils.data import Sampler
 
 
 class ExactResume:
@@ -131,31 +130,28 @@ class ExactRollouts(ExactResume):
     _buffered_inputs: Any
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        """TRL's sampler, but with an order that follows from the seed and the epoch alone.
+        """The trainer's sampler, but with an order that follows from the seed and the epoch alone.
 
         Checkpoints do not hold the state of the sampler's generator.
         """
-        from trl.trainer.utils import RepeatSampler
-
-        trainer, usual = self, super()._get_train_sampler(dataset)  # type: ignore[misc]
-
-        class OfEpoch(RepeatSampler):
-            def __iter__(self) -> Any:
-                epoch = int(round(trainer.state.epoch or 0, 6))
-                self.generator.manual_seed((self.seed or 0) * 1_000_003 + epoch)
-                return super().__iter__()
-
-        return OfEpoch(
-            usual.data_source,
-            usual.mini_repeat_count,
-            usual.batch_size,
-            usual.repeat_count,
-            usual.shuffle,
-            usual.seed,
-        )
+        return _OfEpoch(super()._get_train_sampler(dataset), self)  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             self._buffered_inputs = None
+
+
+class _OfEpoch(Sampler[int]):
+    def __init__(self, usual: Any, trainer: ExactRollouts) -> None:
+        """usual: a sampler that draws from its `generator`."""
+        self.usual, self.trainer = usual, trainer
+
+    def __len__(self) -> int:
+        return len(self.usual)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(round(self.trainer.state.epoch or 0, 6))
+        self.usual.generator.manual_seed(self.trainer.args.seed * 1_000_003 + epoch)
+        return iter(self.usual)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -107,22 +109,30 @@ def _differs(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     device = base.get_input_embeddings().weight.device
     branch = Branch(ids[half - 1 : -1], ids[half:])
     row = Flat.of([Group(ids[: half - 1], [branch, branch])], device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, half - 1 : -1]
-        base.set_attn_implementation(MARK + base.config._attn_implementation.removeprefix(MARK))
-        found = choose(model, row).log_probs.view(2, -1)
+        with evaluating(model):
+            logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, half - 1 : -1]
+            base.set_attn_implementation(MARK + base.config._attn_implementation.removeprefix(MARK))
+            found = choose(model, row).log_probs.view(2, -1)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        for module in training:
-            module.training = True
     usual = logits.to(found.dtype).log_softmax(-1).gather(1, torch.tensor(ids[half:], device=device)[:, None])
     gap = float((found - usual[:, 0]).abs().mean())
     # By the model's own type: a head may give 32 bits for hidden states of 16.
     limit = TOLERANCE if base.dtype.itemsize >= 4 else TOLERANCE_16
     return None if gap <= limit else f"log-probabilities in a row differ by {gap:.2g}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing drops out."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def drops_out(model: nn.Module) -> bool:

@@ -149,7 +149,7 @@ def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float 
     if measured.train is None:
         return None
     used = rows if rl.data == "all" else rows * (1 - SYSTEM1)
-    steps = steps_of(int(used // rl.prompts_per_step), rl, rl.iterations)
+    steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
     samples = rl.prompts_per_step * rl.group
     prompts = rl.prompts_per_step if rl.shared_prompts == "auto" and not rl.dropout else samples
     learned = (prompts * lengths.prompt + samples * rl.max_completion) * measured.train

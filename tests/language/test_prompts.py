@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import pytest
+from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
 from stages.benchmarks.grading import by_prompt
@@ -6,7 +9,7 @@ from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSec
 from stages.errors import ConfigError, DataError
 from stages.language.prompts import IGNORED, Renderer
 from stages.models.tokenizer import load_tokenizer
-from stages.records import Example
+from stages.records import Example, Labelled
 
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")
 
@@ -35,6 +38,22 @@ def test_plain_row(tokenizer):
     assert row.input_ids[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_system_message_by_label(tokenizer, template):
+    """A question without a label, or with one that has no message, gets the one for all."""
+    section = PromptSection(system="Be good.", by_system={1: "Be quick."}, template=template)
+    examples = {label: replace(EXAMPLE, prompt=f"{label} + 2?") for label in (1, 2, None)}
+    labels = [Labelled(example, label, {}) for label, example in examples.items()]
+    renderer = Renderer(tokenizer, section, labels)
+    for label, example in examples.items():
+        wanted, other = ("quick", "good") if label == 1 else ("good", "quick")
+        assert wanted in (text := renderer.prompt(example.prompt)) and other not in text
+        assert tokenizer.decode(renderer.row(example).input_ids).startswith(text)
+    assert "good" in Renderer(tokenizer, section).prompt("1 + 2?")
+    with pytest.raises(ValidationError, match="template bare has no system message"):
+        PromptSection(by_system={2: "Think."}, template="bare")
+
+
 @pytest.mark.parametrize("added", ["$A", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
 def test_bare_row(tokenizer, added):
     """The question, one EOS, the answer, one EOS, whatever the tokenizer adds; BOS only where it adds one."""
@@ -48,7 +67,7 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
     assert renderer.stop_ids == [tokenizer.eos_token_id]
     assert renderer.prompt("b", [("a", "1")]) == "a<|im_end|>1<|im_end|>b<|im_end|>"
-    assert tokenizer.decode(renderer.few_shot("", [], "def f():")[1]) == f"{bos}def f():"
+    assert tokenizer.decode(renderer.few_shot("", [], "def f():", of="")[1]) == f"{bos}def f():"
 
 
 @pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])

@@ -24,6 +24,21 @@ def test_empty_text_earns_nothing(name, style):
     ) == [0.0, 0.0]
 
 
+def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones():
+    """Two groups of four and one of two: 3, 1 and no correct ones; lengths in tokens."""
+    right, wrong = HASH, HASH.replace("7.", "8.").replace("#### 7", "#### 8")
+    completions = [right, right, wrong, right, wrong, wrong, right, wrong, wrong, wrong]
+    lengths = [10, 5, 1, 20, 4, 4, 9, 4, 3, 2]
+    found = rewards.pick("brief")(
+        completions=completions,
+        prompts=["a"] * 4 + ["b"] * 4 + ["c"] * 2,
+        completion_ids=[[0] * length for length in lengths],
+        gold=["7"] * 10,
+        answer_format=["hash"] * 10,
+    )
+    assert found == pytest.approx([0.75 * 0.5, 0.75 * 0.75, 0, 0, 0, 0, 0, 0, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [

@@ -33,6 +33,7 @@ STAGES = {
     "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"]),
     "sft, padded": ("sft", ["sft.padding_free=off"]),
     "rl, not shared": ("rl", ["rl.shared_prompts=off"]),
+    "rl, both systems": ("rl", ["rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4"]),
 }
 COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
 
@@ -78,6 +79,14 @@ def files(config, stage: str):
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 
+def drawn_again(config) -> None:
+    """In every step the groups of System 2, in which no completion is correct, but not that of System 1."""
+    store = Store(config.root)
+    folder = store.folder("rl", plan(resolved(config))["rl"].key)
+    for step in json.loads((folder / "history.json").read_text()):
+        assert step["resampled/groups"] == 6 and step["system1/reward"] == step["system2/reward"] == 0
+
+
 def moved(before, after, masks) -> tuple[int, int, int]:
     """Frozen elements that differ, active ones that differ, active ones."""
     frozen = sum(int((after[n] != old)[~masks[n]].sum()) for n, old in before.items())
@@ -97,6 +106,8 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, tmp_path, capsys
                 before, after, masks = files(config, stage)
                 frozen, active, of = moved(before, after, masks)
                 assert frozen == 0 and active > 0.95 * of, (what, optimizer, processes, frozen, active, of)
+                if what == "rl, both systems":
+                    drawn_again(config)
                 name = "single" if processes == 1 else f"DDP×{processes}, ranks equal"
                 lines.append(
                     f"{what:<14} {optimizer:<10} {name:<20} "

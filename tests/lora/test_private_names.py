@@ -17,8 +17,11 @@ from trl.trainer.utils import RepeatSampler
 from stages.lora.health import Healthy
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.packed import PackedLinear
+from stages.lora.replay import Replay
+from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactResume, ExactRollouts
 from stages.lora.unpadded import PaddingFree, SharedPrompts
+from stages.lora.writing import Written
 
 TRAINER = {
     "_save_checkpoint": "model trial",
@@ -44,6 +47,7 @@ METHODS = {
             "image_sizes token_type_ids mm_token_type_ids image_position_ids"
         ),
         "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+        "_calculate_rewards": "inputs prompts completions completion_ids_list",
     },
     VLLMGeneration: {"_iter_named_params": ""},
     nn.Linear: {
@@ -56,10 +60,20 @@ METHODS = {
 }
 ATTRIBUTES = {
     SFTTrainer: ["_total_train_tokens"],
-    GRPOTrainer: ["_step", "_buffered_inputs", "_metrics", "vllm_generation"],
+    GRPOTrainer: [
+        "_step",
+        "_buffered_inputs",
+        "_metrics",
+        "vllm_generation",
+        "_pending_extra_logs",
+        "_pending_metrics",
+    ],  # fmt: skip
     PreTrainedModel: ["hf_quantizer", "is_quantized"],
 }
-OWN = {"_unsound", "_fits", "_of_rows"}
+OWN = {
+    "_unsound", "_fits", "_of_rows", "_log_by_system",
+    "_drawn_again", "_sampled", "_rewards", "_to_draw", "_spare", "_local",
+}  # fmt: skip
 """Private methods of the mixins that override nothing."""
 
 
@@ -91,6 +105,7 @@ def test_trl_s_sampler_keeps_what_it_is_given():
     assert list(inspect.signature(RepeatSampler).parameters) == parameters
     made = RepeatSampler(range(4), 2, 3, 4, True, 5)
     assert [getattr(made, name) for name in parameters] == [range(4), 2, 3, 4, True, 5]
+    assert made.num_samples == 4
     assert made.generator.initial_seed() == 5
 
 
@@ -103,6 +118,9 @@ def test_no_private_override_is_missing_here():
         LoraPlus,
         WarmUp,
         SharedPrompts,
+        Replay,
+        Resampling,
+        Written,
         PaddingFree,
         PackedLinear,
     ):

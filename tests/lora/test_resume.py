@@ -24,6 +24,7 @@ SFT = [
 ]  # fmt: skip
 RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1", "rl.warmup=0.5"]
 SHARED = [*RL, "rl.dropout=0"]  # with dropout no completion shares its prompt
+MIXED = [*SHARED, "rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4", "rl.drift_steps=2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +83,8 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
         assert in_a_child(config, stage, None) == 0
     artifact = (home / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
+    if stage == "rl" and config.rl.resample:
+        assert sum(step["resampled/groups"] for step in history) > 0
     passed = {sha256_file(path) for path in home.glob(f"checkpoints/*/checkpoint-*/{file}")}
     assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, (
         "training moved nothing"
@@ -103,8 +106,8 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [("sft", SFT), ("sft", [*SFT, "sft.padding_free=off"]), ("rl", RL), ("rl", SHARED)],
-    ids=["sft", "sft padded", "rl", "rl with shared prompts"],
+    [("sft", SFT), ("sft", [*SFT, "sft.padding_free=off"]), ("rl", RL), ("rl", SHARED), ("rl", MIXED)],
+    ids=["sft", "sft padded", "rl", "rl with shared prompts", "rl of both systems"],
 )
 def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch):
     killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)

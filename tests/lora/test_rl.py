@@ -58,7 +58,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
         seen.extend(prompts)
         return continuations(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr("stages.rl.continuations", watched)
+    monkeypatch.setattr("stages.lora.writing.continuations", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left")

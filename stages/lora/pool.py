@@ -1,0 +1,154 @@
+"""The prompts that RL draws from: System 2 rows, and System 1 rows that are replayed or held out."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from stages.config import RlSection
+from stages.errors import DataError
+from stages.language import reward_functions
+from stages.language.prompts import Renderer
+from stages.records import Example, Labelled, decided, of_system, problems
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rendered prompts and what rewards read of their rows."""
+
+    rows: Dataset
+    """Those to train on, with the text of the prompt and the columns that rewards read. The last `replayed`
+    ones are of System 1."""
+    tokens: dict[str, list[int]]
+    """Text of a prompt → token ids."""
+    ids: dict[tuple[int, ...], str]
+    """Token ids of a prompt → id of its row."""
+    replayed: int
+    held_out: list[list[int]]
+    """Token ids of System 1 prompts that RL never trains on."""
+    long: int
+    """How many prompts are too long."""
+
+    @property
+    def slow(self) -> int:
+        """How many rows are not replayed ones."""
+        return len(self.rows) - self.replayed
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The text of each row's prompt."""
+        return list(self.rows["prompt"])
+
+    @cached_property
+    def _fast(self) -> frozenset[str]:
+        return frozenset(self.prompts[self.slow :])
+
+    def is_replayed(self, prompt: str) -> bool:
+        """Whether a prompt, by its text, is one of System 1 that is replayed."""
+        return prompt in self._fast
+
+    @classmethod
+    def of(
+        cls,
+        labels: list[Labelled],
+        renderer: Renderer,
+        rl: RlSection,
+        functions: dict[str, Callable[..., Any]],
+        seed: int,
+    ) -> Pool:
+        """functions: the rewards by name.
+
+        DataError if a row to train on lacks a column that a reward reads, or if rows are too few. A System 1
+        row that lacks one is not replayed.
+        """
+        from datasets import Dataset
+
+        needed = {name: reward_functions.columns(name, function) for name, function in functions.items()}
+        columns = {column for wanted in needed.values() for column in wanted}
+        examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
+        trained = [_row(example, renderer) for example in examples]
+        reward_functions.require(needed, trained)
+        fast = [_row(row.example, renderer) for row in labels if row.system == 1 and rl.data == "system2"]
+        # Of one question there may be rows with several responses, and even with both labels.
+        other = {row["prompt"] for row in trained}
+        fast = list({row["prompt"]: row for row in fast if row["prompt"] not in other}.values())
+        tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + fast}
+        kept, long = _fitting(trained, tokens, rl)
+        fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt]
+        random.Random(f"{seed} held out").shuffle(fast)
+        held_out, fast = fast[: rl.drift_prompts], fast[rl.drift_prompts :]
+        replayed = [row for row in fast if all(row.get(name) is not None for name in columns)]
+        replayed = replayed if rl.replayed else []
+        _enough(kept, replayed, rl, long)
+        read = {"prompt", "question", *columns}
+        used = kept + replayed
+        return cls(
+            rows=Dataset.from_list([{name: row[name] for name in read} for row in used]),
+            tokens=tokens,
+            ids={tuple(tokens[row["prompt"]]): row["id"] for row in used},
+            replayed=len(replayed),
+            held_out=[tokens[row["prompt"]] for row in held_out],
+            long=long,
+        )
+
+
+def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
+    """The fields that a reward may read, and the text of the prompt."""
+    return {
+        **example.extra,
+        "id": example.id,
+        "question": example.prompt,
+        "gold": example.gold,
+        "response": example.response,
+        "answer_format": renderer.section.answer_format,
+        "prompt": renderer.prompt(example.prompt),
+    }
+
+
+def _fitting(
+    rows: list[dict[str, Any]], tokens: dict[str, list[int]], rl: RlSection
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows to train on, and the number of rows whose prompt is too long.
+
+    `rl.too_long` says whether those are an error, are left out, or are cut, which changes `tokens`.
+    """
+    kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt]
+    long = len(rows) - len(kept)
+    if long and rl.too_long == "error":
+        lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
+        raise problems(
+            f"longer than rl.max_prompt {rl.max_prompt}",
+            [f"{name} has {length} tokens" for name, length in lengths.items() if length > rl.max_prompt],
+            "raise it, or --set rl.too_long=drop (or truncate_left)",
+        )
+    if long:
+        log.warning("%d of %d prompts are longer than rl.max_prompt %d", long, len(rows), rl.max_prompt)
+    if rl.too_long == "truncate_left":
+        tokens.update({row["prompt"]: tokens[row["prompt"]][-rl.max_prompt :] for row in rows})
+        return rows, long
+    return kept, long
+
+
+def _enough(kept: list[dict[str, Any]], replayed: list[dict[str, Any]], rl: RlSection, long: int) -> None:
+    """DataError unless one step can be filled."""
+    wanted = rl.prompts_per_step - rl.replayed
+    if len(kept) < wanted:
+        raise DataError(
+            f"{len(kept)} RL prompts ({long} too long) are fewer than the {wanted} of a step",
+            "lower rl.prompts_per_step, raise rl.max_prompt, or bring more System 2 rows",
+        )
+    if len(replayed) < rl.replayed:
+        raise DataError(
+            f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replayed} of a step",
+            "they need the fields that the rewards read, short prompts, and rl.drift_prompts are held out; "
+            "lower rl.system1_share",
+        )

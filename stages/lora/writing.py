@@ -1,0 +1,65 @@
+"""Rollouts that the trainer samples itself: from a merged copy of its model where there is one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages import team
+from stages.engines.generation import continuations
+from stages.lora import packed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.engines import Sampling
+    from stages.lora.merged import MergedCopy
+    from stages.lora.pool import Pool
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Samples from the model in training as it is at that moment."""
+
+    adapted: PeftModel
+    copy: MergedCopy | None
+    """None: through the adapter's own layers, which is slower on a CPU."""
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+
+    def write(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
+        """The token ids of one completion for each prompt; the same seed gives the same ones."""
+        draw = random.Random(seed)
+        seeds = [draw.getrandbits(62) for _ in prompts]
+        with packed.fixed(self.adapted):
+            model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
+            made = dict(continuations(model, self.tokenizer, prompts, self.sampling, (), seeds))
+        return [made[i].ids for i in range(len(prompts))]
+
+
+class Written:
+    """Mixin for GRPOTrainer, to stand before it: prompts come with their tokens, and `writer` completes them.
+
+    Set `pool` and `writer` before `train`. A writer without a copy leaves completions to TRL: by vLLM, or by
+    generating through the adapter.
+    """
+
+    pool: Pool
+    writer: Writer
+    attempt: int
+    args: Any
+    state: Any
+
+    def _tokenize_prompts(self, prompts: list[str]) -> Any:
+        # TRL would have the tokenizer add its special tokens to a rendered chat a second time.
+        return [self.pool.tokens[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
+        if self.writer.copy is None:
+            with packed.fixed(self.writer.adapted):
+                return super()._generate_single_turn(prompt_ids, *args, **given)  # type: ignore[misc]
+        again = f" {self.attempt}" if self.attempt else ""
+        seed = f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}{again}"
+        return self.writer.write(prompt_ids, seed), None

@@ -1,0 +1,282 @@
+"""Steps of RL that mix both systems, groups that are drawn again, and the drift from the start."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from conftest import labels_of, make_step, trainer_of
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from stages.errors import ConfigError, DataError
+from stages.lora import adapter
+from stages.lora.drift import NAME, Drift
+from stages.lora.replay import Mixed, equal_groups, summed
+
+REWARDS = """
+def odd(completions, **_):
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+def same(completions, **_):
+    return [1.0] * len(completions)
+
+def odd_of_some(completions, question, **_):
+    return [sum(map(ord, t)) % 97 if len(q) % 2 else 1.0 for t, q in zip(completions, question)]
+"""
+
+
+@pytest.fixture
+def with_reward(begun, tmp_path):
+    """The config of an RL run from the initial adapter with one of these rewards."""
+    file = tmp_path / "mine.py"
+    file.write_text(REWARDS)
+    start = ["rl.start_from=init", f"rl.rewards_file={file}", "rl.max_steps=3", "rl.epochs=9"]
+    return lambda reward, *more: begun(*start, f"rl.rewards={{{reward}: 2}}", *more)
+
+
+def history(artifact) -> list[dict]:
+    return json.loads((artifact.path / "history.json").read_text())
+
+
+def systems(config) -> dict[str, int]:
+    """Question → label."""
+    return {row.example.prompt: row.system for row in labels_of(config)}
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The questions of every call of the rewards, one list per call."""
+    from stages.language import reward_functions
+
+    calls, usual = [], reward_functions.checked
+
+    def checked(name, function, **fixed):
+        def seen(completions, question, **given):
+            calls.append(question)
+            return function(completions=completions, question=question, **given)
+
+        return usual(name, seen, **fixed)
+
+    monkeypatch.setattr(reward_functions, "checked", checked)
+    return calls
+
+
+@pytest.mark.parametrize(("first", "last", "per_step", "size"), [(10, 5, 1, 4), (30, 3, 2, 6), (4, 7, 2, 3)])
+def test_the_order_of_mixed_rows(first, last, per_step, size):
+    """Each first row once at most, the last rows all before one comes again, each step with its share."""
+    usual = RepeatSampler(range(first + last), 2, size, 3, True, 7)
+    mixed = Mixed(usual, last, per_step)
+    order = list(mixed)
+    steps = [order[i : i + 2 * size * 3] for i in range(0, len(order), 2 * size * 3)]
+    assert len(order) == len(mixed) and len(steps) == first // (size - per_step)
+    drawn: Counter[int] = Counter(dict.fromkeys(range(first + last), 0))
+    for step in steps:
+        once = step[: 2 * size]
+        assert step == once * 3 and once[::2] == once[1::2]
+        assert sum(row >= first for row in once[::2]) == per_step and len(set(once)) == size
+        drawn.update(once[::2])
+        often = [number for row, number in drawn.items() if row >= first]
+        assert max(often) - min(often) <= 1
+    assert max(drawn[row] for row in range(first)) == 1
+    assert list(mixed) != order  # as with TRL's, the next epoch has another order
+
+
+def test_a_share_of_each_step_is_of_system_1(with_reward, watched):
+    config = with_reward("odd", "rl.system1_share=0.25", "rl.drift_prompts=6", "rl.drift_steps=2")
+    made = make_step(config, "rl")
+    of, slow = systems(config), set()
+    steps = history(made)
+    assert len(watched) == len(steps) == 3
+    for questions in watched:
+        assert Counter(of[q] for q in questions) == {2: 12, 1: 4}
+        new = {q for q in questions if of[q] == 2}
+        assert len(new) == 3 and not new & slow
+        slow |= new
+    summary = made.manifest["summary"]
+    fast = sum(label == 1 for label in of.values())
+    assert summary["replayed_prompts"] == fast - 6 and summary["prompts"] == len(of) - fast
+    for step in steps:
+        mean = (step["system1/reward"] + 3 * step["system2/reward"]) / 4
+        assert step["reward"] == pytest.approx(mean, rel=1e-5)
+        lengths = [step[f"system{n}/completions/mean_length"] for n in (1, 2)]
+        assert step["completions/mean_length"] == pytest.approx((lengths[0] + 3 * lengths[1]) / 4)
+        assert step["system1/frac_reward_zero_std"] == step["system2/frac_reward_zero_std"] == 0
+    assert [NAME in step for step in steps] == [False, True, True]  # every second step, and the last
+
+
+def test_without_a_share_no_step_has_system_1(with_reward, watched):
+    config = with_reward("odd")
+    made = make_step(config, "rl")
+    assert {systems(config)[q] for questions in watched for q in questions} == {2}
+    assert not any(name.startswith("system2/") for name in history(made)[0])
+
+
+def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
+    trainer, *_ = trainer_of(with_reward("odd", "rl.system1_share=0.5", "rl.drift_prompts=7"), monkeypatch)
+    pool = trainer.pool
+    trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
+    assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
+    assert len(pool.rows) == pool.slow + pool.replayed == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["rl.system1_share=0.1"], "system1_share 0.1 of 4 prompts is 0"),
+        (["rl.system1_share=0.9"], "system1_share 0.9 of 4 prompts is 4"),
+        (["rl.system1_share=0.5", "rl.data=all"], "system1_share goes with data system2"),
+        (
+            ["rl.resample=1", "rl.rollouts.engine=vllm_colocate", "rl.rollouts.tensor_parallel=2"],
+            "resample needs rollouts that each process samples for itself",
+        ),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(begun, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        begun(*settings)
+
+
+def test_too_few_rows_to_replay_are_an_error(with_reward):
+    with pytest.raises(DataError, match="0 System 1 rows can be replayed, fewer than the 1 of a step"):
+        make_step(with_reward("odd", "rl.system1_share=0.25", "rl.drift_prompts=99"), "rl")
+
+
+def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward, watched):
+    """The reward is always the same: every System 2 group is drawn again, twice, and no System 1 group."""
+    config = with_reward("same", "rl.system1_share=0.25", "rl.resample=2", "rl.kl_beta=0")
+    steps = history(make_step(config, "rl"))
+    of = systems(config)
+    calls = [watched[i : i + 3] for i in range(0, len(watched), 3)]  # the step's first draw, and two more
+    assert len(calls) == len(steps) == 3
+    for draws, step in zip(calls, steps, strict=True):
+        slow = [{q for q in questions if of[q] == 2} for questions in draws]
+        assert [len(found) for found in slow] == [3, 3, 3] and len(set.union(*slow)) == 9
+        assert len({tuple(q for q in questions if of[q] == 1) for questions in draws}) == 1
+        assert (step["resampled/groups"], step["resampled/completions"]) == (6, 24)
+        assert step["frac_reward_zero_std"] == 1 and step["grad_norm"] == 0
+
+
+def test_only_equal_groups_are_drawn_again(with_reward, watched):
+    """The reward is the same for every second prompt, by its length."""
+    steps = history(make_step(with_reward("odd_of_some", "rl.resample=9"), "rl"))
+    assert sum(step["resampled/groups"] for step in steps) > 0
+    at = 0
+    for step in steps:
+        first, drawn = watched[at], 0
+        kept = {q for q in first if len(q) % 2}
+        while not all(len(q) % 2 for q in watched[at]):
+            drawn += sum(len(q) % 2 == 0 for q in set(watched[at]))
+            at += 1
+            assert kept <= set(watched[at])
+            kept = {q for q in watched[at] if len(q) % 2}
+        assert drawn == step["resampled/groups"] and step["frac_reward_zero_std"] == 0
+        assert step["reward"] > 1
+        at += 1
+    assert at == len(watched)
+
+
+def test_without_equal_groups_resampling_changes_nothing(with_reward):
+    found = [make_step(with_reward("odd", f"rl.resample={n}"), "rl") for n in (0, 3)]
+    weights = [adapter.read(made.path / "adapter") for made in found]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert [step["resampled/groups"] for step in history(found[1])] == [0, 0, 0]
+
+
+def test_equal_groups_are_those_of_which_all_are_equal():
+    """NaN stands for a completion that no reward judged."""
+    nan = torch.nan
+    rewards = torch.tensor([1.0, 1, 1, 0, 0, 0, 2, 1, 1, 1, 1, 1.00001, 1, nan, 1, nan, nan, 2, nan, 1, 2])
+    assert equal_groups(rewards, 3).tolist() == [True, True, False, False, True, True, False]
+    assert equal_groups(torch.tensor([nan, nan]), 2).tolist() == [True]
+
+
+def test_rewards_are_summed_as_trl_does():
+    nan = torch.nan
+    found = summed(torch.tensor([[1, 2], [nan, 2], [nan, nan]]), torch.tensor([1.0, 0.5]))
+    assert found[:2].tolist() == [2, 1] and found[2].isnan()
+
+
+def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_path, monkeypatch):
+    """Each call of the reward gives other values; a group is equal, or not, by its prompt."""
+    seen = []
+    usual = GRPOTrainer._calculate_rewards
+    monkeypatch.setattr(
+        GRPOTrainer, "_calculate_rewards", lambda *given: seen.append(usual(*given)) or seen[-1].clone()
+    )
+    (tmp_path / "mine.py").write_text(
+        "calls = []\n"
+        "def drifting(completions, question, **_):\n"
+        "    calls.append(1)\n"
+        "    return [len(calls) + (i if len(q) % 2 else 0) for i, q in enumerate(question)]\n"
+    )
+    (step,) = history(make_step(with_reward("drifting", "rl.resample=1", "rl.max_steps=1"), "rl"))
+    first, second = (found.view(4, 4) for found in seen)
+    kept = [group for group in range(4) if len(set(first[group].tolist())) > 1]
+    assert 0 < len(kept) < 4
+    wanted = torch.stack([(first if group in kept else second)[group] for group in range(4)])
+    assert step["rewards/drifting/mean"] == pytest.approx(float(wanted.mean()))
+
+
+def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
+    """Against whole sequences, one by one, through the model's own forward pass; 0 at the start."""
+    seen = []
+    monkeypatch.setattr("stages.rl.Drift", lambda *given: seen.append(made := Drift(*given)) or made)
+    trainer, model, _ = trainer_of(with_reward("odd", "rl.drift_prompts=5"), monkeypatch)
+    (drift,) = seen
+    assert drift.divergence() == 0
+
+    def by_hand() -> list[torch.Tensor]:
+        model.eval()
+        found = []
+        for ids, mask in zip(drift.ids, drift.mask, strict=True):
+            row = ids[mask.bool()][None]
+            answer = int(mask[-drift.keep :].sum())
+            with torch.no_grad():
+                log_probs = model(input_ids=row).logits[0, -answer - 1 : -1].log_softmax(-1)
+            found.append(log_probs.gather(1, row[0, -answer:, None])[:, 0])
+        return found
+
+    before = torch.cat(by_hand())
+    for weight in adapter.trained(model).values():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    change = torch.cat(by_hand()) - before
+    model.train()
+    wanted = float((change.exp() - 1 - change).mean())
+    assert wanted > 1e-3 and drift.divergence() == pytest.approx(wanted, rel=1e-3)
+    assert model.training
+
+
+def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
+    """Each stage's prompts begin as their labels say."""
+    messages = {1: "Be quick.", 2: "Think it over."}
+    config = begun(
+        f"prompt.by_system={json.dumps(messages)}", "rl.system1_share=0.5", "sft.system2_share=1",
+        "eval.targets=[base]", "eval.benchmarks.demo.limit=12", "rl.max_prompt=600",
+    )  # fmt: skip
+    of = systems(config)
+
+    def right(text: str, label: int) -> None:
+        assert messages[label] in text and messages[3 - label] not in text
+
+    for name in ("score", "partition"):
+        make_step(config, name)
+    trainer, *_ = trainer_of(config, monkeypatch, "sft")
+    tokenizer = trainer.processing_class
+    texts = [tokenizer.decode(row) for row in trainer.train_dataset["input_ids"]]
+    for question, label in of.items():
+        right(next(text for text in texts if question in text), label)
+    monkeypatch.undo()
+    make_step(config, "sft")
+    trainer, *_ = trainer_of(config, monkeypatch)
+    found = [of[question] for question in trainer.train_dataset["question"]]
+    assert set(found) == {1, 2}
+    for prompt, label in zip(trainer.train_dataset["prompt"], found, strict=True):
+        right(prompt, label)
+    monkeypatch.undo()
+    make_step(config, "classify:demo")
+    folder = make_step(config, "eval").path
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["system"] for row in samples} == {1, 2}
+    for row in samples:
+        right(row["prompt"], row["system"])
