@@ -25,8 +25,8 @@ completion. That all lengths came out is asserted.
 
 Peak memory: that of a process (of the device, on a GPU) which does two steps of one side only.
 
-`--grow` instead makes a table of the whole step, by the size of the group (4 prompts) and by the length of
-the prompts (groups of 8, 2 prompts). Its micro batches are halved, for both, until they are no longer than
+`--grow` instead makes a table of the whole step, by the size of the group (2 prompts) and by the length of
+the prompts (one group of 8). Its micro batches are halved, for both, until they are no longer than
 TOKENS.
 """
 
@@ -85,12 +85,13 @@ def report(bench: Bench, shape: Shape) -> None:
 
 
 def grow(bench: Bench, shape: Shape) -> None:
-    grown = [replace(shape, prompts=4, group=group, prompt=64) for group in (4, 8, 16, 32)]
-    grown += [replace(shape, prompts=2, group=8, prompt=prompt) for prompt in (64, 256, 1024)]
+    grown = [replace(shape, prompts=2, group=group, prompt=64) for group in (4, 8, 16, 32)]
+    grown += [replace(shape, prompts=1, group=8, prompt=prompt) for prompt in (64, 256, 1024)]
     print(setting(bench))
     print("| prompts | tokens of one | group | micro batch | ratio of the whole step | TRL, s | lorapar, s |")
     print("|---|---|---|---|---|---|---|")
     for shape in grown:
+        shape = replace(shape, micro_batch=min(shape.micro_batch, shape.prompts * shape.group))
         while shape.micro_batch * (shape.prompt + shape.completion[1]) > TOKENS:
             shape = replace(shape, micro_batch=shape.micro_batch // 2)
         ratio, theirs, ours = compared(bench.pairs(shape)[1], "whole step")

@@ -1,0 +1,135 @@
+"""What an SFT step costs: lorapar's without padding and TRL's on plain LoRA, side by side in one process.
+
+    python benchmarks/sft.py MODEL ROWS [--batch 16] [--micro-batch 8] [--pairs 10] [--share 0.4]
+
+Theirs: an untouched `trl.SFTTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the mixin
+of `lorapar sft`, with `--share` of the elements packed (random masks). Both stand on copies of one base
+model, and both train on rows as `lorapar sft` renders them from ROWS.
+
+A step is what `Trainer.train` does from the begin to the end of an epoch of one step: data, all micro
+batches, clipping, AdamW, logging. In each pair both do one step on the same rows, in an order drawn at
+random; one step each before warms up, and its losses are printed. The ratio is theirs / ours, the median of
+pairs, with a bootstrap interval.
+"""
+
+import argparse
+import copy
+import os
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from grpo import random_masks
+from measure import interval, now
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTTrainer
+
+from stages import sft
+from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
+from stages.data.rows import read
+from stages.language.prompts import Renderer, Row
+from stages.lora import adapter, unpadded
+from stages.lora.training import pack
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
+from stages.store.checkpoints import Checkpoints
+
+SIDES = ("TRL", "lorapar")
+
+
+class Ours(unpadded.PaddingFree, SFTTrainer):
+    unpadded = shares = True
+
+
+class Watch(TrainerCallback):
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = now()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = now() - self.begun
+
+
+class Side:
+    def __init__(
+        self, name: str, base: Any, renderer: Renderer, given: argparse.Namespace, folder: str
+    ) -> None:
+        section = SftSection(
+            max_steps=1, batch_size=given.batch, micro_batch=given.micro_batch, warmup=0, scheduler="constant"
+        )
+        arguments = sft._arguments(section, 1, 0, Checkpoints(Path(folder), ""))
+        arguments.save_strategy = SaveStrategy.NO
+        model = adapter.initial(base, LoraSection(), seed=0)
+        kind = SFTTrainer if name == "TRL" else Ours
+        empty = table([Row("", [1, 2], [1, 2])])
+        self.trainer = kind(model, arguments, train_dataset=empty, processing_class=renderer.tokenizer)
+        if name == "lorapar":
+            unpadded.accept(base)
+            pack(model, random_masks(model, given.share))
+        self.watch = Watch()
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.add_callback(self.watch)
+
+    def step(self, rows: list[Row]) -> float:
+        """Seconds."""
+        self.trainer.train_dataset = table(rows)
+        self.trainer.train()
+        return self.watch.seconds
+
+    def loss(self) -> float:
+        return next(row["loss"] for row in self.trainer.state.log_history if "loss" in row)  # type: ignore[no-any-return]
+
+
+def table(rows: list[Row]) -> Dataset:
+    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="eager")
+    given = parser.parse_args()
+
+    section = ModelSection(name=given.model, dtype=given.dtype, attention=given.attention)
+    base = load_base(section)
+    renderer = Renderer(load_tokenizer(section), PromptSection())
+    data = DataSection(path=given.rows)
+    rows, _ = renderer.rows(read(data), data)
+    random.Random(0).shuffle(rows)
+    batches = [rows[i * given.batch : (i + 1) * given.batch] for i in range(given.pairs + 1)]
+    assert len(batches[-1]) == given.batch, f"{len(rows)} rows are too few"
+
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
+        seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+        for number, batch in enumerate(batches):
+            for name in random.sample(SIDES, len(SIDES)):
+                taken = sides[name].step(batch)
+                if number:  # the first step warms up
+                    seconds[name].append(taken)
+                else:
+                    print(f"{name} loss {sides[name].loss():.5f}")
+    theirs, ours = (seconds[name] for name in SIDES)
+    print("ratio", interval([a / b for a, b in zip(theirs, ours, strict=True)]))
+    tokens = statistics.fmean(len(row.input_ids) for batch in batches[1:] for row in batch)
+    print(
+        f"{given.model}, {given.dtype}, attention {given.attention}, steps of {given.batch} rows, "
+        f"micro batches of {given.micro_batch}, rows of {tokens:.0f} tokens, "
+        f"{given.share:g} of the elements active, {given.pairs} pairs, {torch.get_num_threads()} threads, "
+        f"ONEDNN_MAX_CPU_ISA {os.environ.get('ONEDNN_MAX_CPU_ISA', 'not set')}, device {base.device}"
+    )
+    print(f"TRL {statistics.median(theirs):.3g} s, lorapar {statistics.median(ours):.3g} s")
+
+
+if __name__ == "__main__":
+    main()
