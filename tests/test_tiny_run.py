@@ -331,9 +331,7 @@ def test_rl_rows_without_gold(copied, tmp_path):
 
 
 def test_prompts_that_are_too_long_for_rl(copied):
-    with pytest.raises(
-        DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than rl.prompts_per_step 4"
-    ):
+    with pytest.raises(DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than the 4 of a step"):
         make_steps(copied("rl.max_prompt=20"), "rl")
 
 

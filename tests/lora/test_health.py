@@ -89,7 +89,7 @@ def test_out_of_memory_names_step_lengths_and_knob(begun, monkeypatch, error):
     ],
 )
 def test_the_longest_micro_batch_is_tried_before_anything(begun, monkeypatch, stage, said):
-    config = begun("rl.start_from=init")
+    config = begun("rl.start_from=init", "rl.drift_prompts=0")
 
     def choose(*_):
         raise MemoryError

@@ -183,7 +183,7 @@ def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     assert unpadded._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
 
 
-TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001"]
+TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.drift_prompts=0"]
 """Two optimizer steps on the completions of one generation."""
 
 
