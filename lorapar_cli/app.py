@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import inspection, products, render
+from lorapar_cli import inspection, products, render, sweeping
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of
 from stages import team
@@ -190,6 +190,8 @@ def _spawn(arguments: list[str]) -> None:
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "sweep": sweeping.sweep,
+    "report": sweeping.report,
     "plan": inspection.plan_,
     "status": inspection.status,
     "show": inspection.show,

@@ -166,15 +166,15 @@ def planned(states: dict[str, State], seconds: dict[str, float | None], as_json:
     for name, now in states.items():
         told = seconds.get(name)
         drawn.add_row(
-            name, now.state, "" if name not in seconds else "not known" if told is None else _time(told)
+            name, now.state, "" if name not in seconds else "not known" if told is None else duration(told)
         )
     show(drawn)
     if seconds:
-        whole = _time(sum(told or 0 for told in seconds.values()))
+        whole = duration(sum(told or 0 for told in seconds.values()))
         print(f"together about {whole}; half as much or twice as much would be no surprise")
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

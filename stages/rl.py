@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
@@ -12,6 +13,7 @@ from stages.errors import ConfigError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
 from stages.lora import rehearsal, rollouts, training, unpadded
+from stages.lora.drift import NAME as DRIFT
 from stages.lora.drift import Drift
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
@@ -57,6 +59,9 @@ PINNED: dict[str, Any] = {
 }
 """The other arguments of GRPOTrainer on which a result may depend; see `training.PINNED`."""
 
+SHOWN = ("reward", "frac_reward_zero_std", "completions/mean_length")
+"""What is logged of a step that its line shows."""
+
 
 def run(
     job: Job,
@@ -93,9 +98,8 @@ def run(
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
     trainer.vitals = Vitals(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
-    shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(rehearsal.of_rl(trainer, [list(ids) for ids in pool.ids], rl))
-    trainer.add_callback(Watch(job.progress, f"rl on {pool.slow} prompts", steps, shown, rl.max_equal_steps))
+    trainer.add_callback(Watch(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_equal_steps))
     if pool.held_out and not has_prompt(peft_model):
         if start.active is not None:
             start.put_back(peft_model)
@@ -106,7 +110,7 @@ def run(
         "replayed_prompts": pool.replayed,
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": pool.long,
         "prompt": renderer.digest(),
-        **_earned(training.history(trainer)),
+        **_earned(training.history(trainer), rl.prompts_per_step * rl.group),
         **summary,
     }
 
@@ -118,14 +122,18 @@ def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
     return rl.kl_reference == "base"
 
 
-def _earned(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean reward in the first and last quarter of the steps, and how many steps had only equal rewards."""
-    earned = [row["reward"] for row in history if "reward" in row]
-    quarter = max(1, len(earned) // 4)
+def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
+    """What the steps earned and cost; quarters are those of the steps in which completions were sampled."""
+    sampled = [row for row in history if "reward" in row]
+    quarter = max(1, len(sampled) // 4)
+    drift = [row[DRIFT] for row in history if DRIFT in row]
     return {
         "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
-        "reward_first_quarter": sum(earned[:quarter]) / quarter,
-        "reward_last_quarter": sum(earned[-quarter:]) / quarter,
+        "reward_first_quarter": fmean(row["reward"] for row in sampled[:quarter]),
+        "reward_last_quarter": fmean(row["reward"] for row in sampled[-quarter:]),
+        "length_last_quarter": fmean(row["completions/mean_length"] for row in sampled[-quarter:]),
+        "completions": int(sum(per_step + row.get("resampled/completions", 0) for row in sampled)),
+        **({"kl_from_start": drift[-1]} if drift else {}),
     }
 
 

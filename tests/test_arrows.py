@@ -17,6 +17,7 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ("lora", "benchmarks"),
     ("labelling",),
     ("pipeline",),
+    ("sweep",),
     ("classify", "score", "partition", "sft", "rl", "eval", "export"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

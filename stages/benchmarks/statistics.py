@@ -53,6 +53,18 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     return float(wilcoxon(differences).pvalue)
 
 
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the differences of the same items, and its 95 % interval by Student's t over items."""
+    from scipy.stats import sem, t
+
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean = sum(differences) / len(differences)
+    if len(differences) < 2:
+        return mean, -1.0, 1.0
+    reach = float(t.ppf(0.975, len(differences) - 1)) * float(sem(differences))
+    return mean, mean - reach, mean + reach
+
+
 def pass_at(k: int, n: int, correct: int) -> float:
     """Unbiased estimate of the probability that one of k answers is correct, from n answers.
 

@@ -1,0 +1,128 @@
+"""Commands for tables of many runs: `sweep` makes what is missing, `report` shows what is there."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from lorapar_cli import render
+from lorapar_cli.options import Overrides
+from lorapar_cli.tables import show, table
+from stages.errors import ConfigError
+from stages.sweep import formats
+from stages.sweep.local import Outcome, Sweep
+from stages.sweep.results import results
+from stages.sweep.steps import Node, Place, measured, union
+from stages.sweep.table import Table
+from stages.sweep.table import table as cells_of
+
+TablePath = Annotated[Path, typer.Argument(metavar="TABLE", help="YAML file; see configs/tables/.")]
+Base = Annotated[
+    Path | None, typer.Option(metavar="CONFIG", help="Use this config in place of the table's own.")
+]
+Rows = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeatable.")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="N,N", help="These seeds in place of the table's, separated by commas.")
+]
+
+
+def sweep(
+    path: TablePath,
+    base: Base = None,
+    only: Rows = None,
+    seeds: Seeds = None,
+    set_: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(help="Steps at a time on this machine.", min=1)] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="N,N", help="One step at a time on each of these GPUs.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+) -> None:
+    """Make what is missing of a table; steps that its cells share are made once."""
+    found = cells_of(path, base, only, _numbers(seeds), set_)
+    nodes = union(found.cells)
+    _announce(found, nodes)
+    if dry_run:
+        return
+    places: list[str | None] = list(devices.split(",")) if devices else [None] * (jobs or 1)
+    if devices and jobs:
+        raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
+    signal.signal(signal.SIGTERM, _interrupted)
+    folder = Path(found.cells[0].config.runs_dir) / "sweeps" / path.stem
+    ended = Sweep(nodes, places, folder, render.say).run()
+    _close(ended, found)
+
+
+def _interrupted(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: expected numbers, separated by commas") from None
+
+
+def _announce(found: Table, nodes: dict[Place, Node]) -> None:
+    """How much there is to do, by stage."""
+    seconds = measured(nodes)
+    drawn = table("stage", "steps", "there", "to do", "takes about")
+    total, known = 0.0, True
+    for stage in dict.fromkeys(node.stage for node in nodes.values()):
+        mine = [node for node in nodes.values() if node.stage == stage]
+        todo = sum(not node.current for node in mine)
+        each = seconds.get(stage)
+        total, known = total + todo * (each or 0), known and (each is not None or not todo)
+        told = "" if not todo else "not known" if each is None else render.duration(todo * each)
+        drawn.add_row(stage, str(len(mine)), str(len(mine) - todo), str(todo), told)
+    show(drawn)
+    cells = len(found.cells)
+    asked = sum(len(node.cells) for node in nodes.values())
+    render.say(f"{cells} cells share {len(nodes)} steps; run one by one they would take {asked}")
+    if any(not node.current for node in nodes.values()):
+        told = f"together about {render.duration(total)}" if total else "how long it takes is not known"
+        render.say(told + (" and what is not known" if total and not known else ""))
+
+
+def _close(ended: list[Outcome], found: Table) -> None:
+    """Say what failed; the exit code is that of the first step that did."""
+    bad = [outcome for outcome in ended if outcome.how != "done"]
+    if not ended:
+        render.say("nothing to do: every artifact is current")
+    for outcome in bad:
+        code = "" if outcome.code is None else f" with exit code {outcome.code}; see {outcome.log}"
+        render.say(f"{outcome.how}{code}: {outcome.node.title}")
+    if bad:
+        lost = {cell for outcome in bad for cell in outcome.node.cells}
+        render.say(f"{len(lost)} of {len(found.cells)} cells are not complete; the same command goes on")
+        raise typer.Exit(next((o.code for o in bad if o.code is not None and o.code > 0), 1))
+
+
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="TABLE…", help="Table files.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, and a .csv and .tex of each table.")],
+    base: Base = None,
+    only: Rows = None,
+    seeds: Seeds = None,
+    set_: Overrides = None,
+) -> None:
+    """Write the tables with intervals, beside the published values; what is missing is said."""
+    out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for path in paths:
+        found = results(cells_of(path, base, only, _numbers(seeds), set_))
+        again = ["sweep", str(path), *(["--base", str(base)] if base else [])]
+        again += [part for row in only or () for part in ("--only", row)]
+        again += [*(["--seeds", seeds] if seeds else [])]
+        again += [part for text in set_ or () for part in ("--set", text)]
+        sections.append(formats.markdown(found, formats.command(again)))
+        (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
+        (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")
+        missing = sum(value is None for value in found.values.values())
+        render.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
+    written = out / "report.md"
+    written.write_text("\n".join(sections), encoding="utf-8")
+    render.say(f"{written}")

@@ -1,0 +1,1 @@
+"""Many runs of one table: what its cells share is made once."""

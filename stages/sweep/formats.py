@@ -1,0 +1,123 @@
+"""A table of results as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from collections.abc import Callable
+
+from stages.sweep.results import Comparison, Results, Value
+
+
+def markdown(results: Results, command: str) -> str:
+    """The whole section: title, notes, table, and how it was made.
+
+    command: what makes the cells that are missing.
+    """
+    file, rows = results.table.file, results.table.rows
+    compared = file.compare
+    head = ["", *file.columns, *([f"{compared.on}, less {compared.against!r}"] if compared else [])]
+    lines = [f"## {file.title}", "", *([file.notes.strip(), ""] if file.notes else [])]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [_cell(results, row, name) for name in file.columns]
+        if compared:
+            cells.append(_compared(results.comparisons[row]) if row in results.comparisons else "")
+        lines.append(_line([row, *cells]))
+    lines += ["", *_legend(results), "", f"`{command}`", ""]
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _cell(results: Results, row: str, name: str) -> str:
+    if (row, name) not in results.values:
+        return "–"
+    value = results.values[row, name]
+    published = results.table.file.paper.get(row, {}).get(name)
+    paper = "" if published is None else f" (paper: {published:g})"
+    return ("missing" if value is None else shown(value)) + paper
+
+
+def shown(value: Value) -> str:
+    """`27.1 [24.0, 30.4]` in percent, `+2.0 [-1.0, 5.0], p = .2` for a difference, else the plain number."""
+    if value.low is None or value.high is None:
+        return f"{value.mean:.4g}"
+    if value.p is not None:
+        return _points(value.mean, value.low, value.high, value.p)
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _compared(found: Comparison | None) -> str:
+    if found is None:
+        return "missing"
+    return _points(found.mean, found.low, found.high, found.p)
+
+
+def _points(mean: float, low: float, high: float, p: float) -> str:
+    said = "p < .001" if p < 0.001 else f"p = {p:.2g}"
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {said}"
+
+
+def _legend(results: Results) -> list[str]:
+    """What the numbers are: items, seeds, intervals."""
+    graded = [v for v in results.values.values() if v is not None and v.n is not None]
+    seeds = list(dict.fromkeys(cell.seed for cell in results.table.cells))
+    said = [f"Seeds {', '.join(map(str, seeds))}."]
+    if graded:
+        items = sorted({v.n for v in graded if v.n is not None})
+        span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+        said.append(
+            f"Accuracies in % over {span} items, in the mean over seeds; 95 % intervals are over items, each "
+            "with its mean over seeds."
+        )
+    if results.comparisons or any(value.p is not None for value in graded):
+        said.append(
+            "Differences in points, on the same items and seeds; exact McNemar test with one seed, "
+            "Wilcoxon's signed-rank test with several, not corrected for the number of rows."
+        )
+    return [" ".join(said)]
+
+
+def csv_text(results: Results) -> str:
+    """One line for each row and column."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper"])
+    for (row, name), value in results.values.items():
+        published = results.table.file.paper.get(row, {}).get(name, "")
+        if value is None:
+            writer.writerow([row, name, "", "", "", "", "", "", published])
+            continue
+        blank = ["" if x is None else x for x in (value.low, value.high, value.n)]
+        of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
+        writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published])
+    return out.getvalue()
+
+
+_LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
+_LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "θ": r"$\theta$"}
+_LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarrow$", "−": "$-$", "×": r"$\times$"}
+
+
+def latex(results: Results) -> str:
+    """A `tabular` with booktabs' rules."""
+    file = results.table.file
+    tell: Callable[[str], str] = lambda text: "".join(_LATEX.get(letter, letter) for letter in text)  # noqa: E731
+    lines = [
+        r"\begin{tabular}{l" + "r" * len(file.columns) + "}",
+        r"\toprule",
+        " & ".join(["", *map(tell, file.columns)]) + r" \\",
+        r"\midrule",
+    ]
+    for row in results.table.rows:
+        cells = [tell(_cell(results, row, name)) for name in file.columns]
+        lines.append(" & ".join([tell(row), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def command(arguments: list[str]) -> str:
+    return shlex.join(["lorapar", *arguments])

@@ -1,0 +1,117 @@
+"""Runs the steps of a table on this machine: as many at a time as there are places for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.sweep.steps import Node, Place
+
+AGAIN = (69, 75)
+"""Exit codes after which a step is tried again: its server was gone, or another process makes the same."""
+TRIES = 3
+TICK = 0.2
+"""Seconds between two looks at the children."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended."""
+
+    node: Node
+    how: str
+    """done, failed, or left out because what it needs failed."""
+    code: int | None = None
+    log: Path | None = None
+
+
+class Sweep:
+    """The state of all steps; `run` brings them to their end.
+
+    A step that fails stops only what needs it. When the sweep is interrupted, its children are, too, and the
+    same command goes on where it stopped.
+    """
+
+    def __init__(
+        self,
+        nodes: dict[Place, Node],
+        places: list[str | None],
+        logs: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        """places: one for each step that may run at a time: a device for CUDA_VISIBLE_DEVICES, or None."""
+        self.nodes, self.places, self.logs, self.say = nodes, list(places), logs, say
+        self.waiting = [place for place, node in nodes.items() if not node.current]
+        self.done = {place for place, node in nodes.items() if node.current}
+        self.ended: dict[Place, Outcome] = {}
+        self.tries: dict[Place, int] = {}
+        self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
+
+    def run(self) -> list[Outcome]:
+        """How each step ended that was not there before."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            while self.waiting or self.running:
+                self._start()
+                time.sleep(TICK)
+                self._collect()
+        finally:
+            for child, *_ in self.running.values():
+                child.terminate()
+            for child, *_ in self.running.values():
+                child.wait()
+        return list(self.ended.values())
+
+    def _start(self) -> None:
+        for place in list(self.waiting):
+            node = self.nodes[place]
+            if any(before in self.ended and before not in self.done for before in node.inputs):
+                self.waiting.remove(place)
+                self.ended[place] = Outcome(node, "left out")
+            elif self.places and self.done.issuperset(node.inputs):
+                self.waiting.remove(place)
+                self._spawn(place, self.places.pop(0))
+
+    def _spawn(self, place: Place, device: str | None) -> None:
+        node = self.nodes[place]
+        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        with self._log(node).open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "lorapar_cli", *node.command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+        self.running[place] = (child, device, time.monotonic())
+        self.say(f"begins: {node.title}{'' if device is None else f' on device {device}'}")
+
+    def _collect(self) -> None:
+        for place, (child, device, begun) in list(self.running.items()):
+            code = child.poll()
+            if code is None:
+                continue
+            del self.running[place]
+            self.places.append(device)
+            node = self.nodes[place]
+            seconds = time.monotonic() - begun
+            self.tries[place] = self.tries.get(place, 0) + 1
+            if code == 0:
+                self.done.add(place)
+                self.ended[place] = Outcome(node, "done", 0, self._log(node))
+                left = len(self.waiting) + len(self.running)
+                self.say(f"done in {seconds:.0f} s, {left} left: {node.title}")
+            elif code in AGAIN and self.tries[place] < TRIES:
+                self.waiting.insert(0, place)
+                self.say(f"exit code {code}, will be tried again: {node.title}")
+            else:
+                self.ended[place] = Outcome(node, "failed", code, self._log(node))
+                self.say(f"failed with exit code {code}: {node.title}; see {self._log(node)}")
+
+    def _log(self, node: Node) -> Path:
+        return self.logs / f"{node.stage}-{node.step.key}.log"

@@ -1,0 +1,176 @@
+"""What stands in the cells of a table: means over seeds with intervals over items, and paired tests."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stages.benchmarks.metrics import graded, shares
+from stages.benchmarks.statistics import interval, paired_difference, paired_p
+from stages.errors import ConfigError
+from stages.pipeline.state import state
+from stages.records import Sample, read_samples
+from stages.store.artifacts import Artifact, Store
+from stages.sweep.table import Cell, Column, Table
+
+Shares = dict[str, float]
+"""Item → its share of correct answers."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One cell of the printed table: accuracies and differences are shares, other values as they are."""
+
+    mean: float
+    low: float | None
+    """95 % interval over items, each with its mean over seeds; None for values of summaries."""
+    high: float | None
+    n: int | None
+    """Items."""
+    of_seeds: list[float]
+    p: float | None = None
+    """Of a difference: that of a paired test."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row less the row that it is compared with, on the same items and seeds."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Results:
+    table: Table
+    values: dict[tuple[str, str], Value | None]
+    """By row and column; None while an artifact of it is missing."""
+    comparisons: dict[str, Comparison | None]
+    """By row, where the table compares; without the row that the others are compared with."""
+
+
+def results(table: Table) -> Results:
+    reader = _Reader()
+    values: dict[tuple[str, str], Value | None] = {}
+    for row in table.rows:
+        cells = [cell for cell in table.cells if cell.row == row]
+        for name in table.file.columns:
+            if all(name in cell.columns for cell in cells):
+                values[row, name] = reader.value(cells, name)
+    comparisons = {}
+    if compare := table.file.compare:
+        first = [cell for cell in table.cells if cell.row == compare.against]
+        for row in table.rows:
+            cells = [cell for cell in table.cells if cell.row == row]
+            if first and row != compare.against and all(compare.on in cell.columns for cell in first + cells):
+                comparisons[row] = reader.comparison(first, cells, compare.on)
+    return Results(table, values, comparisons)
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str], list[Sample]] = {}
+
+    def value(self, cells: list[Cell], name: str) -> Value | None:
+        """None if the artifact of a seed is missing."""
+        column = cells[0].columns[name]
+        found = [_artifact(cell, column) for cell in cells]
+        unique = {a.manifest["key"]: a for a in found if a is not None}  # what no seed changes counts once
+        if None in found:
+            return None
+        if not column.graded:
+            numbers = [_number(artifact, column) for artifact in unique.values()]
+            return Value(statistics.fmean(numbers), None, None, None, numbers)
+        if column.less:
+            return self._difference(cells, column, column.less)
+        of_seeds = [self._shares(artifact, column) for artifact in unique.values()]
+        items = _mean(of_seeds)
+        if not items:
+            raise ConfigError(f"column {name!r}: no item is in {column.rest!r}")
+        low, high = interval(list(items.values()))
+        means = [statistics.fmean(part.values()) for part in of_seeds]
+        return Value(statistics.fmean(items.values()), low, high, len(items), means)
+
+    def _difference(self, cells: list[Cell], column: Column, less: Column) -> Value | None:
+        """Of two accuracies of the same row and seed."""
+        pairs = [(_artifact(cell, less), _artifact(cell, column)) for cell in cells]
+        before = [self._shares(one, less) for one, _ in pairs if one]
+        after = [self._shares(two, column) for _, two in pairs if two]
+        if len(before) < len(cells) or len(after) < len(cells):
+            return None
+        found = _paired(before, after)
+        of_seeds = [_paired([one], [two]) for one, two in zip(before, after, strict=True)]
+        if found is None or None in of_seeds:
+            return None
+        means = [one.mean for one in of_seeds if one]
+        return Value(found.mean, found.low, found.high, found.n, means, found.p)
+
+    def comparison(self, first: list[Cell], other: list[Cell], name: str) -> Comparison | None:
+        """Over the items that were graded for both, in the seeds that both have."""
+        before, after = [], []
+        for one in first:
+            for two in other:
+                if one.seed == two.seed:
+                    pair = _artifact(one, one.columns[name]), _artifact(two, two.columns[name])
+                    if pair[0] is None or pair[1] is None:
+                        return None
+                    before.append(self._shares(pair[0], one.columns[name]))
+                    after.append(self._shares(pair[1], two.columns[name]))
+        return _paired(before, after)
+
+    def _shares(self, artifact: Artifact, column: Column) -> Shares:
+        place = (str(artifact.path), column.rest)
+        if place not in self.answers:
+            wanted = group(column.rest)
+            samples = read_samples(artifact.path / "samples.jsonl")
+            self.answers[place] = [sample for sample in samples if wanted(sample)]
+        return shares(graded(self.answers[place]))
+
+
+def group(text: str) -> Callable[[Sample], bool]:
+    """Whether a sample is in a group: `` is all, `system1` a label, `field=value` a field of the items."""
+    if not text:
+        return lambda sample: True
+    if text in ("system1", "system2"):
+        return lambda sample: sample.system == int(text[-1])
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"no group {text!r} of items", "system1, system2 or FIELD=VALUE")
+    return lambda sample: str(sample.extra.get(name)) == value
+
+
+def _paired(before: list[Shares], after: list[Shares]) -> Comparison | None:
+    """Lists by seed; None if no item is in all of them."""
+    earlier, later = _mean(before), _mean(after)
+    both = [item for item in later if item in earlier]
+    if not both:
+        return None
+    pairs = [earlier[item] for item in both], [later[item] for item in both]
+    mean, low, high = paired_difference(*pairs)
+    return Comparison(mean, low, high, paired_p(*pairs), len(both), len(before))
+
+
+def _mean(parts: list[Shares]) -> Shares:
+    """The mean of each item that is in all parts."""
+    common = [item for item in parts[0] if all(item in part for part in parts)] if parts else []
+    return {item: statistics.fmean(part[item] for part in parts) for item in common}
+
+
+def _artifact(cell: Cell, column: Column) -> Artifact | None:
+    now = state(Store(cell.config.root), cell.steps[column.step])
+    return now.artifact if now.state == "current" else None
+
+
+def _number(artifact: Artifact, column: Column) -> float:
+    value: Any = artifact.manifest["summary"]
+    for part in column.rest.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, int | float):
+        raise ConfigError(f"the summary of {column.step} has no number {column.rest!r}")
+    return float(value)

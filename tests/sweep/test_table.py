@@ -1,0 +1,325 @@
+"""Tables of many runs: what is refused, what cells share, how a sweep goes on, and what a cell shows."""
+
+import csv
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_steps
+
+from stages.benchmarks.statistics import interval, paired_p
+from stages.errors import ConfigError, MissingInputError
+from stages.store.digests import sha256_file
+from stages.sweep import local, steps
+from stages.sweep.results import results
+from stages.sweep.table import Column, read, table
+
+FILE = """
+title: A small table
+base: {base}
+set: {{sft.max_steps: 2, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}}
+rows:
+  "θ .9": {{partition.theta: 0.9}}
+  "θ .5": {{partition.theta: 0.5}}
+  "β 0": {{partition.theta: 0.9, partition.beta: 0}}
+seeds: [1, 2]
+columns:
+  SFT: sft@demo
+  "SFT, System 2": sft@demo.system2
+  RL: rl@demo
+  gain: rl@demo - sft@demo
+  active: partition:sft.active_share
+paper: {{"θ .9": {{SFT: 27.6}}}}
+compare: {{against: "θ .9", on: SFT}}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tiny, demo_data, tmp_path_factory) -> Path:
+    """A table on the smoke config."""
+    folder = tmp_path_factory.mktemp("table")
+    base = folder / "base.yaml"
+    base.write_text(
+        f"extends: {ROOT / 'configs/smoke.yaml'}\n"
+        f"runs_dir: {folder / 'runs'}\n"
+        f"model: {{name: {tiny}}}\n"
+        f"data: {{path: {demo_data / 'train.jsonl'}, limit: 48}}\n"
+        f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
+    )
+    path = folder / "small.yaml"
+    path.write_text(FILE.format(base="base.yaml"))
+    return path
+
+
+def changed(path: Path, *pairs: tuple[str, str]) -> Path:
+    text = path.read_text(encoding="utf-8")
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    other = path.with_name("changed.yaml")
+    other.write_text(text)
+    return other
+
+
+OF_THE_PAPER = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - {ROOT / "configs/tables/levers.yaml"})
+"""Levers are for the demonstration set alone."""
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
+def test_the_tables_of_the_project_are_sound_on_a_small_base(path, small):
+    found = table(path, base=small.with_name("base.yaml"))
+    assert found.file.title and {cell.seed for cell in found.cells} == set(found.file.seeds)
+    assert all(cell.columns.keys() == found.file.columns.keys() for cell in found.cells)
+
+
+def test_all_mistakes_are_said_at_once(small):
+    path = changed(
+        small,
+        ("partition.theta: 0.5", "partition.thta: 0.5"),
+        ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}'),
+        ("  RL: rl@demo", "  RL: init@demo"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        table(path)
+    said = str(caught.value)
+    assert "row 'θ .5': unknown setting partition.thta (did you mean partition.theta?)" in said
+    assert "rows 'θ .9' and 'β 0' are the same" in said
+    assert "column 'RL': no row has init@demo; evaluated are base@demo, sft@demo, rl@demo" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seeds: [1, 2]", "seeds: [1, 2]\ngrid: {partition.theta: [1]}", "a table has rows or a grid"),
+        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}}', "paper has values for 'θ 9', which is no row"),
+        ('{"θ .9": {SFT: 27.6}}', '{"θ .9": {SF: 27.6}}', "paper has a value for 'SF', which is no column"),
+        ("on: SFT", "on: active", "compare.on 'active' is no column of accuracies"),
+        ('against: "θ .9"', "against: none", "compare.against 'none' is no row"),
+        ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_file_is_refused(small, old, new, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read(changed(small, (old, new)))
+
+
+def test_a_missing_file_and_row_are_said(small, tmp_path):
+    with pytest.raises(MissingInputError, match="no table file"):
+        read(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="no row 'θ 7'"):
+        table(small, only=["θ 7"])
+
+
+def test_a_grid_is_all_with_all(small):
+    rows = (
+        'rows:\n  "θ .9": {partition.theta: 0.9}\n  "θ .5": {partition.theta: 0.5}\n'
+        '  "β 0": {partition.theta: 0.9, partition.beta: 0}\n'
+    )
+    grid = "grid: {partition.alpha: [0, 1], partition.beta: [0.5]}\n"
+    path = changed(
+        small,
+        (rows, grid),
+        ('{"θ .9": {SFT: 27.6}}', "{}"),
+        ('against: "θ .9"', 'against: "alpha 0, beta 0.5"'),
+    )
+    assert table(path).rows == ["alpha 0, beta 0.5", "alpha 1, beta 0.5"]
+
+
+def test_table_2_shares_what_it_can(small):
+    """Nine cells of one seed: three SFT and nine RL artifacts, one classify, one score."""
+    found = table(ROOT / "configs/tables/alpha-beta.yaml", base=small.with_name("base.yaml"), seeds=[3])
+    names = [node.step.name for node in steps.union(found.cells).values()]
+    counts = {name: names.count(name) for name in ("classify:train", "score", "sft", "rl")}
+    assert counts == {"classify:train": 1, "score": 1, "sft": 3, "rl": 9}
+
+
+def test_columns():
+    assert Column.of("sft@demo.kind=one_step") == Column("eval:sft@demo", "kind=one_step")
+    assert Column.of("partition:sft.active_share") == Column("partition:sft", "active_share")
+    assert Column.of("rl@demo - sft@demo").steps == ["eval:rl@demo", "eval:sft@demo"]
+    assert Column.of("rl@demo").graded and not Column.of("rl.steps").graded
+
+
+@pytest.fixture(scope="module")
+def swept(small):
+    """The table, with all of its artifacts there."""
+    found = table(small)
+    for cell in found.cells:
+        make_steps(cell.config)
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tmp_path):
+    """SIGKILL of the sweep and its children at three moments, then to the end, then nothing is to do."""
+
+    def begun(runs: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lorapar_cli", "sweep", str(small), "--set", f"runs_dir={runs}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True, env=environment
+        )
+
+    def adapters(runs: Path) -> dict[str, str]:
+        files = runs.glob("*/*/*/adapter/adapter_model.safetensors")
+        return {str(p.relative_to(runs)): sha256_file(p) for p in files if "latest" not in str(p)}
+
+    whole = begun(tmp_path / "whole")
+    lines = whole.communicate()[1].splitlines()
+    made = [line for line in lines if line.startswith("done in")]
+    nodes = steps.union(table(small, more=[f"runs_dir={tmp_path / 'whole'}"]).cells)
+    assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
+    for number in (3, 8, 14):  # steps that are done before the kill
+        child = begun(tmp_path / "killed")
+        for line in child.stderr:
+            number -= line.startswith("done in")
+            if not number:
+                break
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    last = begun(tmp_path / "killed")
+    rest = [line for line in last.communicate()[1].splitlines() if line.startswith("done in")]
+    assert last.returncode == 0 and 0 < len(rest) < len(nodes)
+    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole") != {}
+    again = begun(tmp_path / "killed")
+    assert "nothing to do: every artifact is current" in again.communicate()[1]
+
+
+def test_a_dry_run_starts_nothing(small, lorapar, monkeypatch):
+    monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    runs = small.with_name("none")
+    done = lorapar("sweep", small, "--dry-run", "--seeds", "77", "--set", f"runs_dir={runs}")
+    assert done.code == 0 and "how long it takes is not known" in done.err
+
+
+def test_values_are_means_over_seeds_with_intervals_over_items(swept):
+    found = results(swept)
+    value = found.values["θ .9", "SFT"]
+    samples = []
+    for cell in swept.cells:
+        if cell.row == "θ .9":
+            step = cell.steps["eval:sft@demo"]
+            lines = (cell.config.root / "eval" / step.key / "samples.jsonl").read_text().splitlines()
+            samples.append({row["id"]: float(row["correct"]) for row in map(json.loads, lines)})
+    items = [statistics.fmean(part[name] for part in samples) for name in samples[0]]
+    assert (value.low, value.high) == interval(items) and value.n == len(items) == 16
+    assert value.mean == pytest.approx(statistics.fmean(items))
+    assert value.of_seeds == [statistics.fmean(part.values()) for part in samples]
+    gain, after = found.values["β 0", "gain"], found.values["β 0", "RL"]
+    assert gain.mean == pytest.approx(after.mean - found.values["β 0", "SFT"].mean)
+    assert len(gain.of_seeds) == 2 and gain.low <= gain.mean <= gain.high and 0 < gain.p <= 1
+    active = found.values["θ .5", "active"]
+    assert 0 < active.mean < found.values["θ .9", "active"].mean and active.low is None
+    assert set(found.comparisons) == {"θ .5", "β 0"}
+    assert found.comparisons["β 0"].mean == 0 and found.comparisons["β 0"].p == paired_p(items, items) == 1
+
+
+def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small, lorapar, tmp_path):
+    done = lorapar("report", small, "--out", tmp_path / "out")
+    assert done.code == 0 and "15 of 15 values are there" in done.err
+    text = (tmp_path / "out/report.md").read_text()
+    assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
+    assert re.search(r"\| \+0\.0 \[\+0\.0, \+0\.0\], p = 1 \|$", row)
+    rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
+    assert len(rows) == 15 and rows[0]["paper"] == "27.6" and rows[0]["items"] == "16"
+    assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
+    assert "0 of 15 values are there" in done.err
+    assert "| missing |" in (tmp_path / "out/report.md").read_text()
+
+
+class Child:
+    """A process that ends at once with the next of these exit codes for its stage."""
+
+    codes: dict[str, list[int]] = {}
+    started: list[list[str]] = []
+
+    def __init__(self, command, **_):
+        self.arguments = command[3:]
+        self.started.append(self.arguments)
+
+    def poll(self):
+        codes = self.codes.get(self.arguments[0], [])
+        return codes.pop(0) if codes else 0
+
+    def terminate(self): ...
+    def wait(self): ...
+
+
+@pytest.fixture
+def children(monkeypatch):
+    monkeypatch.setattr(local.subprocess, "Popen", Child)
+    monkeypatch.setattr(local, "TICK", 0)
+    Child.codes, Child.started = {}, []
+    return Child
+
+
+def swept_by(children, small, tmp_path, places=(None,)):
+    nodes = steps.union(table(small, seeds=[5, 6]).cells)
+    said = []
+    return nodes, local.Sweep(nodes, list(places), tmp_path, said.append).run(), said
+
+
+def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
+    children.codes = {"rl": [65]}  # the first one
+    nodes, ended, said = swept_by(children, small, tmp_path)
+    failed = [outcome for outcome in ended if outcome.how == "failed"]
+    (one,) = failed
+    assert one.code == 65 and one.node.stage == "rl"
+    left_out = [outcome.node for outcome in ended if outcome.how == "left out"]
+    assert left_out and all(one.node.place in node.inputs for node in left_out)
+    assert len(ended) == sum(not node.current for node in nodes.values())
+    assert any(line.startswith("failed with exit code 65: rl") for line in said)
+
+
+def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
+    children.codes = {"score": [75, 69, 0]}
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert {outcome.how for outcome in ended} == {"done"}
+    children.codes, children.started = {"score": [75] * 9}, []
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert [o.code for o in ended if o.how == "failed"] == [75, 75]
+    assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.TRIES
+
+
+def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypatch):
+    running, most, seen = {}, 0, set()
+
+    class Slow(Child):
+        def __init__(self, command, env, **given):
+            super().__init__(command, **given)
+            nonlocal most
+            self.device, self.looks = env["CUDA_VISIBLE_DEVICES"], 0
+            assert self.device not in running
+            running[self.device] = self
+            seen.add(self.device)
+            most = max(most, len(running))
+
+        def poll(self):
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            del running[self.device]
+            return 0
+
+    monkeypatch.setattr(local.subprocess, "Popen", Slow)
+    swept_by(children, small, tmp_path, ["0", "3"])
+    assert seen == {"0", "3"} and most == 2
+
+
+def test_each_command_makes_its_step_alone(small):
+    for node in steps.union(table(small).cells).values():
+        stage, _, *rest = node.command
+        assert stage == node.stage
+        if stage == "eval":
+            target, _, benchmark = node.step.variant.partition("@")
+            assert f"eval.targets=[{target}]" in rest and rest[-2:] == ["--benchmark", benchmark]
+        elif node.step.variant:
+            assert rest[-2:] == ["--only", node.step.variant]
