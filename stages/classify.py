@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelS
 from stages.data.rows import read
 from stages.engines import Pool, Served
 from stages.errors import ConfigError, DataError
-from stages.labelling import report
+from stages.labelling import known, report
 from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
 from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import (
@@ -53,13 +54,12 @@ def run(
 ) -> dict[str, Any]:
     """Write `labels.jsonl` and `report.json`; returns the counts.
 
-    labels.jsonl has every example of `data`, or of `benchmark`, with its label and votes. Strategy random
-    writes no report.
+    labels.jsonl has every example of `data`, or of `benchmark`, with its label and votes. Without voters
+    there is no report.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
-    if classify.strategy == "random":
-        rng, share = random.Random(classify.seed), classify.system2_share or 0.5
-        rows = [Labelled(example, 2 if rng.random() < share else 1, {}) for example in examples]
+    if classify.strategy != "vote":
+        rows = _swapped(_unvoted(examples, classify, benchmark is None), classify)
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
@@ -75,8 +75,24 @@ def run(
         given = {e.id: box.vote(e) for e in examples}
         voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
     rows, held, twos = decide(examples, voices, classify)
-    write_labels(job.out / "labels.jsonl", rows)
+    write_labels(job.out / "labels.jsonl", _swapped(rows, classify))
     return report.report(rows, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say)
+
+
+def _unvoted(examples: list[Example], classify: ClassifySection, trained: bool) -> list[Labelled]:
+    """Labels that no voter gave. trained: the rows are those of training, which need some."""
+    if classify.strategy == "known":
+        file = Path(classify.labels_file) if classify.labels_file else None
+        return known.labelled(examples, classify.known, file, needed=trained)
+    draw, share = random.Random(classify.seed), classify.system2_share or 0.5
+    return [Labelled(example, 2 if draw.random() < share else 1, {}) for example in examples]
+
+
+def _swapped(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
+    """The rows as labelled, or with 1 and 2 exchanged."""
+    if not classify.swap:
+        return rows
+    return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
 
 
 def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Votes]:

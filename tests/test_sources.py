@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import make_step
 
-from stages.config import SourceSection
+from stages.config import DataSection, SourceSection
 from stages.data import rows as data
 from stages.engines import Pool
 from stages.errors import ConfigError, DataError, MissingInputError
@@ -80,6 +80,15 @@ def test_bad_fields_are_named(tmp_path):
         refused(tmp_path, good, {"question": " ", "answer": "A"})
         == "bad row: /data.jsonl:2: prompt or response is empty"
     )
+
+
+def test_empty_rows_may_be_left_out(tmp_path):
+    pairs = [("Q", "A"), (" ", "A"), ("Q2", ""), ("Q3", "A3")]
+    path = written(tmp_path, *({"question": q, "answer": a} for q, a in pairs)).path
+    with pytest.raises(DataError, match=r"(?s)2 × bad row.*data.jsonl:2.*data.jsonl:3") as caught:
+        data.read(DataSection(path=path))
+    assert "data.empty=drop leaves out empty ones" in caught.value.hint
+    assert [e.prompt for e in data.read(DataSection(path=path, empty="drop"))] == ["Q", "Q3"]
 
 
 def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):

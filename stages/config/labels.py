@@ -111,9 +111,17 @@ class ServerSection(Section):
 
 
 class ClassifySection(Section):
-    strategy: Literal["vote", "random"] = setting(
-        "vote", "vote: labels by the voters; random: labels drawn at random, the paper's control."
+    strategy: Literal["vote", "known", "random"] = setting(
+        "vote",
+        "vote: labels by the voters; known: those of the rows or of labels_file; random: drawn, a control.",
     )
+    labels_file: str | None = setting(
+        None,
+        "For strategy known: a .json object of id or question → 1 or 2, or JSON Lines with the field that "
+        "`known` names; none: the rows have that field.",
+        identity=False,
+    )
+    swap: bool = setting(False, "Control: exchange the labels System 1 and System 2.")
     voters: list[Voter] = setting([Voter()], "The voters.", min_length=1)
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = setting(
         "majority", "How votes become a label; the mean probability decides a tie."
@@ -138,7 +146,8 @@ class ClassifySection(Section):
     )
     known: str = setting(
         "system",
-        "Field of the rows that may hold a known label (1 or 2); the report compares labels with it.",
+        "Field of the rows that may hold a known label (1 or 2); the report compares labels with it, and "
+        "strategy known takes it.",
     )
     max_failed: float = setting(
         0.01,

@@ -46,6 +46,9 @@ class SourceSection(Section):
 
 
 class DataSection(SourceSection):
+    empty: Literal["error", "drop"] = setting(
+        "error", "What to do with rows whose prompt or response is empty."
+    )
     max_length: int = setting(512, "Longest prompt + response in tokens.", not_for="classify", gt=0)
     too_long: Literal["error", "drop", "truncate"] = setting(
         "error", "What to do with longer training rows.", not_for="classify"

@@ -34,11 +34,17 @@ def read(source: SourceSection) -> list[Example]:
     log.info("%s: %d rows, format %s", where, len(rows), kind)
     examples: list[Example] = []
     bad: list[str] = []
+    empty = 0
     seen: dict[str, int] = {}
     repeated: list[str] = []
     for number, row in rows:
         try:
             example = _example(kind, row)
+        except _Empty as error:
+            if getattr(source, "empty", "error") == "error":
+                bad.append(f"{where}:{number}: {error}")
+            empty += 1
+            continue
         except (KeyError, ValueError, TypeError) as error:
             bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
             continue
@@ -47,7 +53,10 @@ def read(source: SourceSection) -> list[Example]:
         seen.setdefault(example.id, number)
         examples.append(example)
     if bad:
-        raise problems("bad row", bad, f"format {kind} needs {', '.join(FIELDS[kind])}")
+        hint = f"format {kind} needs {', '.join(FIELDS[kind])}"
+        raise problems("bad row", bad, f"{hint}; data.empty=drop leaves out empty ones" if empty else hint)
+    if empty:
+        log.info("%s: %d rows without prompt or response left out", where, empty)
     if repeated and source.duplicates == "error":
         raise problems("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
@@ -118,6 +127,10 @@ def text_field(row: dict[str, Any], name: str) -> str:
     return value
 
 
+class _Empty(ValueError):
+    """Of a row with nothing to ask, or nothing to answer."""
+
+
 def _example(kind: str, row: dict[str, Any]) -> Example:
     if kind == "alpaca":
         row = {SYNONYMS.get(name, name): value for name, value in row.items()}
@@ -131,7 +144,7 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
         ask, reply = FIELDS[kind]
         prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
     if not prompt.strip() or not response.strip():
-        raise ValueError("prompt or response is empty")
+        raise _Empty("prompt or response is empty")
     gold = row.get("gold")
     gold = gold_of(response) if gold is None else str(gold)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}

@@ -102,7 +102,7 @@ def _votes(
     config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase, measured: Speeds
 ) -> float | None:
     section = config.classify
-    if section.strategy == "random" or not examples:
+    if section.strategy != "vote" or not examples:
         return 0.0
     if any(voter.model or voter.urls for voter in section.voters):
         return None

@@ -29,8 +29,11 @@ SCALE = {
 def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
     """What answers for each voter, the files of its prompt and threshold, and the model that it plays."""
     section = config.classify
-    if section.strategy == "random":
-        return {}
+    if section.strategy != "vote":
+        file = section.labels_file if section.strategy == "known" else None
+        if file and not Path(file).is_file():
+            raise MissingInputError(f"no file {file} of labels", "see classify.labels_file")
+        return of_file("labels", file, cache)
     files = [section.held_out, *(voter.shots_path for voter in section.voters)]
     judged = [name and of_source(SourceSection(path=name), cache) for name in files] if any(files) else []
     return {

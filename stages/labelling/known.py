@@ -1,0 +1,71 @@
+"""Labels that a person brings: a field of the rows, or a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stages.errors import DataError
+from stages.records import Example, Labelled, problems, read_jsonl
+
+log = logging.getLogger(__name__)
+
+KEYS = ("id", "question", "prompt", "instruction")
+"""Fields by which a line of a file names its example."""
+
+
+def labelled(examples: list[Example], field: str, file: Path | None, needed: bool = True) -> list[Labelled]:
+    """Each example with its label from its own field, or from the file; undecided where there is none.
+
+    The file is one JSON object, id or question → label, or JSON Lines with one of KEYS and `field`. A label
+    is 1 or 2, also as `System 1`. DataError lists every one that is something else, and says if labels are
+    `needed` and there is none.
+    """
+    given = _of_file(file, field) if file else {e.id: e.extra[field] for e in examples if field in e.extra}
+    where = str(file) if file else f"the field {field}"
+    found: dict[str, int] = {}
+    wrong = []
+    for key, value in given.items():
+        match = re.fullmatch(r"\s*(?:system\s*)?([12])\s*", str(value), re.IGNORECASE)
+        if match:
+            found[key] = int(match[1])
+        elif value is not None:
+            wrong.append(f"{key[:60]}: {value!r}")
+    if wrong:
+        raise problems(f"label in {where} that is neither 1 nor 2", wrong)
+    rows = [Labelled(e, found.get(e.id, found.get(e.prompt.strip())), {}) for e in examples]
+    without = sum(row.system is None for row in rows)
+    if needed and without == len(rows):
+        hint = "a JSON object of id or question → 1 or 2" if file else "name it: classify.known"
+        raise DataError(f"no label for any of {len(rows)} examples in {where}", hint)
+    if without:
+        log.warning("%d of %d examples have no label in %s: they stay undecided", without, len(rows), where)
+    return rows
+
+
+def _of_file(path: Path, field: str) -> dict[str, Any]:
+    if path.suffix == ".json":
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise DataError(f"{path} must hold one object, got {type(given).__name__}")
+        return {str(key).strip(): value for key, value in given.items()}
+    return dict(_lines(path, field))
+
+
+def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
+    bad = []
+    for number, row in read_jsonl(path):
+        key = next((row[name] for name in KEYS if isinstance(row.get(name), str)), None)
+        if key is None or field not in row:
+            bad.append(f"{path}:{number}")
+        else:
+            yield key.strip(), row[field]
+    if bad:
+        raise problems(f"line without {field} or without one of {', '.join(KEYS)}", bad)

@@ -1,0 +1,94 @@
+"""Labels that a person brings, and labels exchanged as a control."""
+
+import json
+import logging
+
+import pytest
+from conftest import labels_of, make_step
+
+from stages.data.rows import read
+from stages.errors import DataError, MissingInputError
+from stages.labelling.known import labelled
+from stages.records import Example, read_labels
+
+ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
+
+
+def test_labels_of_the_rows_themselves():
+    rows = labelled(ROWS, "system", None)
+    assert [row.system for row in rows] == [1, 2, 1, 2] and all(row.votes == {} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps({"id0": 1, "What is 1?": 2, "id2": "System 1", "What is 3? ": "system2"})),
+        (
+            "a.jsonl",
+            '{"id": "id0", "system": 1}\n{"question": "What is 1?", "system": "2"}\n'
+            '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n',
+        ),
+    ],
+)
+def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert [row.system for row in labelled(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
+
+
+def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
+    (tmp_path / "a.json").write_text('{"id0": 1, "id3": 2, "other": 1, "id1": null}')
+    with caplog.at_level(logging.WARNING, logger="stages.labelling.known"):
+        rows = labelled(ROWS, "system", tmp_path / "a.json")
+    assert [row.system for row in rows] == [1, None, None, 2]
+    assert "2 of 4 examples have no label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '{"id0": 3, "id1": "fast"}', r"(?s)2 × label in .*id0: 3.*id1: 'fast'"),
+        ("a.json", '{"id9": 1}', "no label for any of 4 examples"),
+        ("a.json", "[1, 2]", "must hold one object, got list"),
+        ("a.json", "{", "is not JSON"),
+        (
+            "a.jsonl",
+            '{"id": "id0"}\n{"system": 1}\n',
+            r"(?s)2 × line without system or without one of .*:1.*:2",
+        ),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said):
+        labelled(ROWS, "system", tmp_path / name)
+
+
+def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
+    config = smoke("data.limit=24")
+    file = tmp_path / "mine.json"
+    wanted = {e.id: e.extra["intended"] for e in read(config.data)}
+    file.write_text(json.dumps(wanted))
+    known = ["classify.strategy=known", f"classify.labels_file={file}", "data.limit=24"]
+    with_file, of_field, swapped = (
+        smoke(*known),
+        smoke("classify.strategy=known", "classify.known=intended", "data.limit=24"),
+        smoke(*known, "classify.swap=true"),
+    )
+    for config in (with_file, of_field, swapped):
+        make_step(config, "classify:train")
+    assert {row.example.id: row.system for row in labels_of(with_file)} == wanted
+    assert labels_of(of_field) == labels_of(with_file)
+    assert {row.example.id: 3 - row.system for row in labels_of(swapped)} == wanted
+    key = make_step(with_file, "classify:train").manifest["key"]
+    file.write_text(json.dumps({name: 1 for name in wanted}))
+    assert make_step(with_file, "classify:train").manifest["key"] != key  # the content counts, not the name
+    file.unlink()
+    with pytest.raises(MissingInputError, match=f"no file {file} of labels"):
+        make_step(with_file, "classify:train")
+
+
+def test_items_of_a_benchmark_may_be_without_labels(smoke):
+    config = smoke("classify.strategy=known", "classify.known=nothing", "data.limit=24")
+    made = make_step(config, "classify:demo")
+    assert made.manifest["summary"]["undecided"] == 16
+    assert {row.system for row in read_labels(made.path / "labels.jsonl")} == {None}
