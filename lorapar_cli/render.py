@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from lorapar_cli import comparison, labels
+from lorapar_cli import labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
 from stages.errors import LoraparError
 from stages.pipeline.plan import Step
 from stages.pipeline.state import State, state
 from stages.records import read_jsonl
+from stages.report import comparison
 from stages.store.artifacts import Artifact, Store
 
 LINE_EVERY_S = 5

@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
-from lorapar_cli.options import Overrides
+from lorapar_cli.options import Overrides, plan_of
 from lorapar_cli.tables import show, table
 from stages.errors import ConfigError
+from stages.pipeline.plan import asked_for
+from stages.report import of_run, of_tables
 from stages.sweep import formats
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.results import results
 from stages.sweep.steps import Node, Place, measured, union
-from stages.sweep.table import Table
+from stages.sweep.table import Table, is_table
 from stages.sweep.table import table as cells_of
 
 TablePath = Annotated[Path, typer.Argument(metavar="TABLE", help="YAML file; see configs/tables/.")]
@@ -102,27 +104,41 @@ def _close(ended: list[Outcome], found: Table) -> None:
 
 
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="TABLE…", help="Table files.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.md, and a .csv and .tex of each table.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="Table files, or the config of one run.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, report.md, and a .csv and .tex of each table.")
+    ],
     base: Base = None,
     only: Rows = None,
     seeds: Seeds = None,
     set_: Overrides = None,
 ) -> None:
-    """Write the tables with intervals, beside the published values; what is missing is said."""
+    """Write a page on tables, with intervals, beside the published values, or on one run."""
     out.mkdir(parents=True, exist_ok=True)
-    sections = []
+    if not is_table(paths[0]):
+        if len(paths) > 1 or base or only or seeds:
+            raise ConfigError(f"{paths[0]} is no table", "a page is on tables, or on one config alone")
+        settings, steps = plan_of(paths[0], set_)
+        again = ["run", str(paths[0]), *(part for text in set_ or () for part in ("--set", text))]
+        text = of_run.page(settings, asked_for(steps, None), formats.command(again))
+        (out / "report.html").write_text(text, encoding="utf-8")
+        render.say(f"{out / 'report.html'}")
+        return
+    made = []
     for path in paths:
         found = results(cells_of(path, base, only, _numbers(seeds), set_))
         again = ["sweep", str(path), *(["--base", str(base)] if base else [])]
         again += [part for row in only or () for part in ("--only", row)]
         again += [*(["--seeds", seeds] if seeds else [])]
         again += [part for text in set_ or () for part in ("--set", text)]
-        sections.append(formats.markdown(found, formats.command(again)))
+        made.append((found, formats.command(again)))
         (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
         (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")
         missing = sum(value is None for value in found.values.values())
         render.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
-    written = out / "report.md"
-    written.write_text("\n".join(sections), encoding="utf-8")
-    render.say(f"{written}")
+    written = "\n".join(formats.markdown(*one) for one in made)
+    (out / "report.md").write_text(written, encoding="utf-8")
+    (out / "report.html").write_text(of_tables.page(made), encoding="utf-8")
+    render.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")

@@ -18,6 +18,7 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ("labelling",),
     ("pipeline",),
     ("sweep",),
+    ("report",),
     ("classify", "score", "partition", "sft", "rl", "eval", "export"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

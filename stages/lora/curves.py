@@ -1,17 +1,26 @@
-"""Curves of a training run as one PNG: loss, rewards and lengths by optimizer step."""
+"""Curves of a training run as one figure: loss, rewards and lengths by optimizer step."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.lora.drift import NAME
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 History = list[dict[str, float]]
 
 
 def draw(history: History, path: Path) -> None:
-    """Write the panels for which the history has values. The file does not tell when or where it was made."""
+    """Write the figure as a PNG that does not tell when or where it was made."""
+    drawn(history).savefig(path, metadata={"Software": None})
+
+
+def drawn(history: History) -> Figure:
+    """The panels for which the history has values."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -32,7 +41,7 @@ def draw(history: History, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def _panels(history: History) -> dict[str, dict[str, str]]:

@@ -15,18 +15,24 @@ def markdown(results: Results, command: str) -> str:
 
     command: what makes the cells that are missing.
     """
-    file, rows = results.table.file, results.table.rows
-    compared = file.compare
-    head = ["", *file.columns, *([f"{compared.on}, less {compared.against!r}"] if compared else [])]
+    file = results.table.file
+    head, rows = grid(results)
     lines = [f"## {file.title}", "", *([file.notes.strip(), ""] if file.notes else [])]
-    lines += [_line(head), _line(["---"] * len(head))]
-    for row in rows:
+    lines += [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    return "\n".join([*lines, "", legend(results), "", f"`{command}`", ""])
+
+
+def grid(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns, and the cells of each row with its name before them."""
+    file, compared = results.table.file, results.table.file.compare
+    head = ["", *file.columns, *([f"{compared.on}, less {compared.against!r}"] if compared else [])]
+    rows = []
+    for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]
         if compared:
             cells.append(_compared(results.comparisons[row]) if row in results.comparisons else "")
-        lines.append(_line([row, *cells]))
-    lines += ["", *_legend(results), "", f"`{command}`", ""]
-    return "\n".join(lines)
+        rows.append([row, *cells])
+    return head, rows
 
 
 def _line(cells: list[str]) -> str:
@@ -62,7 +68,7 @@ def _points(mean: float, low: float, high: float, p: float) -> str:
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {said}"
 
 
-def _legend(results: Results) -> list[str]:
+def legend(results: Results) -> str:
     """What the numbers are: items, seeds, intervals."""
     graded = [v for v in results.values.values() if v is not None and v.n is not None]
     seeds = list(dict.fromkeys(cell.seed for cell in results.table.cells))
@@ -79,7 +85,7 @@ def _legend(results: Results) -> list[str]:
             "Differences in points, on the same items and seeds; exact McNemar test with one seed, "
             "Wilcoxon's signed-rank test with several, not corrected for the number of rows."
         )
-    return [" ".join(said)]
+    return " ".join(said)
 
 
 def csv_text(results: Results) -> str:

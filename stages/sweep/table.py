@@ -140,6 +140,15 @@ class Table:
         return list(dict.fromkeys(cell.row for cell in self.cells))
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table and not a config: it has columns. A file that cannot be read is one."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return True
+    return isinstance(tree, dict) and "columns" in tree
+
+
 def read(path: Path) -> TableFile:
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")

@@ -5,10 +5,10 @@ import math
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from lorapar_cli.comparison import compared
 from stages.benchmarks.metrics import measured
 from stages.benchmarks.statistics import interval, wilson
 from stages.records import Sample
+from stages.report.comparison import compared
 
 
 def answers(outcomes: dict[str, list[str]]) -> list[Sample]:

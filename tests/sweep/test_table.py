@@ -230,6 +230,8 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 15 and rows[0]["paper"] == "27.6" and rows[0]["items"] == "16"
     assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "A small table" in page and "(paper: 27.6)" in page and page.count("<svg") == 1
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
     assert "0 of 15 values are there" in done.err
     assert "| missing |" in (tmp_path / "out/report.md").read_text()

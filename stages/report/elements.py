@@ -1,0 +1,94 @@
+"""What a page shows of the elements: how the importance is spread, and where each region lies."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from stages.config import Config
+from stages.report import figures
+from stages.report.page import Grid, Part, Picture, Pictures
+from stages.store.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POINTS = 200
+"""Of a cumulative curve."""
+
+
+def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
+    made: list[Part] = []
+    score, masks = found.get("score"), found.get("partition:sft")
+    if masks is not None:
+        summary = masks.manifest["summary"]
+        names = [name for name in ("s1_only", "s2_only", "shared", "none") if name in summary]
+        total = summary["elements"]
+        rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
+        made.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
+    if score is not None and (score.path / "importance.safetensors").is_file():
+        made.append(Pictures([_importance(config, score)]))
+    if masks is not None:
+        made += _regions(masks)
+    return made
+
+
+def _importance(config: Config, score: Artifact) -> Picture:
+    from stages.lora.masks import flat, read_importance
+
+    scores = read_importance(score.path / "importance.safetensors")
+    curves = {f"System {system}": _cumulative(flat(part)) for system, part in scores.items()}
+    theta = config.partition.theta
+    needed = {
+        name: next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0)
+        for name, curve in curves.items()
+    }
+    said = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
+    text = f"Cumulative importance; {theta:g} of it is reached by about {said}."
+    return Picture(figures.svg(figures.cumulative(curves, theta), "importance"), text, text)
+
+
+def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
+    """Shares of the elements, most important first, and of the importance that they hold."""
+    import torch
+
+    ordered = scores.double().sort(descending=True).values.cumsum(0)
+    at = torch.linspace(0, len(ordered) - 1, POINTS).long().unique()
+    total = ordered[-1].clamp(min=1e-300)
+    return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
+
+
+def _regions(masks: Artifact) -> list[Part]:
+    """Heat maps of the share of each region, layer × module, A and B apart."""
+    from stages.lora.masks import Masks
+    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+
+    region = Masks.load(masks.path / "masks.safetensors", "sft").region
+    made: list[Part] = []
+    for factor in ("A", "B"):
+        cells: dict[tuple[int, str], Tensor] = {}
+        for name, tensor in region.items():
+            match = re.search(rf"\.(\d+)\..*?(\w+)\.lora_{factor}\b", name)
+            if match:
+                cells[int(match[1]), match[2].removesuffix("_proj")] = tensor
+        if not cells:
+            continue
+        layers = sorted({layer for layer, _ in cells})
+        modules = list(dict.fromkeys(module for _, module in cells))
+        pictures = []
+        for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
+            shares = [
+                [
+                    100 * float((cells[at, m] == code).float().mean()) if (at, m) in cells else 0.0
+                    for m in modules
+                ]
+                for at in layers
+            ]
+            drawn = figures.heat([str(layer) for layer in layers], modules, shares, f"{title}, {factor}, %")
+            text = (
+                f"Share of {title} elements in each {factor} matrix, by layer and module: from "
+                f"{min(map(min, shares)):.0f} to {max(map(max, shares)):.0f} %."
+            )
+            pictures.append(Picture(figures.svg(drawn, f"{title}-{factor}"), text))
+        made.append(Pictures(pictures))
+    return made

@@ -1,0 +1,132 @@
+"""Figures as SVG text, to stand in a page: text stays text, and its colour is that of the page."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Given = ParamSpec("Given")
+
+INK = "#010203"
+"""Stands for the colour of the page's text; no figure has it otherwise."""
+PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
+STYLE: Any = {
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "figure.facecolor": "none",
+    "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+}  # fmt: skip
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an `svg` element. name: unlike that of any other figure of the page."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    mark = re.sub(r"\W+", "-", name)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{mark}-", text)
+    # It takes the width that the page gives it, between half of its own, to be legible, and its own.
+    own = 96 * figure.get_figwidth()
+    width = f'style="min-width: {own / 2:.0f}px; max-width: {own:.0f}px"'
+    size = r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"'
+    return re.sub(size, rf"<svg {width} \1\2", text, count=1)
+
+
+def styled(draw: Callable[Given, Figure]) -> Callable[Given, Figure]:
+    """`draw`, in the style of the page."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Given.args, **given: Given.kwargs) -> Figure:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **given)
+
+    return drawn
+
+
+def _new(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+Mark = tuple[float, float | None, float | None]
+"""A value and the ends of its interval, in percent."""
+
+
+@styled
+def dots(
+    rows: list[str], series: dict[str, dict[str, Mark]], published: dict[str, dict[str, float]]
+) -> Figure:
+    """One line for each row, on it each series' value with its interval; published values as hollow marks.
+
+    series: name → row → Mark. published: name → row → percent.
+    """
+    figure, axes = _new(7.0, 0.9 + 0.2 * len(rows) * max(1, len(series)))
+    step = 0.8 / max(1, len(series))
+    for number, (name, marks) in enumerate(series.items()):
+        colour = PALETTE[number % len(PALETTE)]
+        places = {row: -i - number * step for i, row in enumerate(rows)}
+        for row, (mean, low, high) in marks.items():
+            if low is not None and high is not None:
+                axes.plot([low, high], [places[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
+            axes.plot([mean], [places[row]], "o", color=colour, markersize=4.5)
+        axes.plot([], [], "o-", color=colour, label=name)
+        for row, value in published.get(name, {}).items():
+            axes.plot([value], [places[row]], "D", color=colour, markersize=4.5, fillstyle="none")
+    if any(published.values()):
+        axes.plot([], [], "D", color=INK, fillstyle="none", label="published")
+    axes.set_yticks([-i - step * (len(series) - 1) / 2 for i in range(len(rows))], rows)
+    axes.set_xlabel("%")
+    axes.grid(axis="x", alpha=0.2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@styled
+def heat(rows: list[str], columns: list[str], shares: list[list[float]], title: str) -> Figure:
+    """Shares in percent by row and column, light to dark; each panel has a scale of its own."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new(2.9, 0.9 + 0.11 * len(rows))
+    drawn = axes.imshow(shares, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=title, ylabel="layer")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def cumulative(curves: dict[str, tuple[list[float], list[float]]], theta: float) -> Figure:
+    """Share of the importance that the most important elements hold, over their share of all elements.
+
+    curves: name → shares of elements, shares of importance, both from 0 to 1.
+    """
+    figure, axes = _new(4.2, 3.0)
+    for number, (name, (elements, importance)) in enumerate(curves.items()):
+        axes.plot(elements, importance, color=PALETTE[number], label=name, linewidth=1.4)
+    axes.axhline(theta, color=INK, linewidth=0.8, linestyle=":")
+    axes.annotate(f"θ = {theta:g}", (1, theta), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="share of the elements, most important first", ylabel="share of the importance")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="lower right")
+    return figure

@@ -1,0 +1,258 @@
+"""The page of one run: what it brought, how it got there, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stages.config import Config
+from stages.config.fields import Section as Settings
+from stages.lora import curves
+from stages.pipeline.plan import Step
+from stages.pipeline.state import state
+from stages.records import Sample, read_samples
+from stages.report import comparison, elements, figures
+from stages.report.page import (
+    Command,
+    Details,
+    Grid,
+    Item,
+    Items,
+    Part,
+    Picture,
+    Pictures,
+    Section,
+    Text,
+    render,
+)
+from stages.store.artifacts import Artifact, Store
+
+SHOWN = 4
+"""Won and lost items of each benchmark."""
+
+
+def page(config: Config, steps: dict[str, Step], command: str) -> str:
+    """command: what makes the steps that are missing."""
+    store = Store(config.root)
+    made = {
+        name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
+    }
+    found = {name: artifact for name, artifact in made.items() if artifact is not None}
+    evaluations = [step for step in steps.values() if step.stage.name == "eval"]
+    tables = comparison.tables(store, evaluations, "system")
+    missing = [name for name in steps if name not in found]
+    sections = [
+        Section("results", "Results", _results(tables)),
+        Section("items", "Won and lost", _items(found, tables)),
+        Section("training", "Training", _training(found)),
+        Section("elements", "Elements", elements.parts(config, found)),
+        Section("labels", "Labels", _labels(found)),
+        Section("cost", "Cost", [_cost(found)] if found else []),
+        Section("settings", "Settings and versions", _settings(config, found)),
+    ]
+    if missing:
+        sections.append(
+            Section("missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)])
+        )
+    return render(f"lorapar: {config.run}", _verdicts(tables), sections)
+
+
+def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """For each benchmark what the last training stage brought, with its test."""
+    said = []
+    for name, rows in tables.items():
+        whole = [row for row in rows if row["group"] == "all" and row["accuracy"] is not None]
+        if len(whole) < 2:
+            continue
+        last, before = whole[-1], whole[-2]
+        change = 100 * (last["accuracy"] - before["accuracy"])
+        p = "" if last["p"] is None else f" (paired test over {last['n']} items, {_p(last['p'])})"
+        said.append(
+            f"{name}: {last['target']} answers {100 * last['accuracy']:.1f} % correctly, "
+            f"{change:+.1f} points against {before['target']}{p}."
+        )
+    return said
+
+
+def _p(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
+    parts: list[Part] = []
+    for name, rows in tables.items():
+        targets = list(dict.fromkeys(row["target"] for row in rows))
+        groups = list(dict.fromkeys(row["group"] for row in rows))
+        by = {(row["group"], row["target"]): row for row in rows}
+        lines = []
+        for group in groups:
+            number = max(row["n"] for row in rows if row["group"] == group)
+            lines.append([group, str(number), *(_cell(by.get((group, target))) for target in targets)])
+        caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left."
+        parts.append(Grid([name, "n", *targets], lines, caption))
+        series = {
+            target: {
+                group: _mark(row) for group in groups if (row := by.get((group, target))) and _graded(row)
+            }
+            for target in targets
+        }
+        drawn = figures.svg(figures.dots(groups, series, {}), f"results-{name}")
+        parts.append(
+            Pictures([Picture(drawn, f"Accuracies on {name} with intervals, as in the table above.")])
+        )
+    return parts
+
+
+def _graded(row: dict[str, Any]) -> bool:
+    return row["accuracy"] is not None
+
+
+def _mark(row: dict[str, Any]) -> figures.Mark:
+    return 100 * row["accuracy"], 100 * row["low"], 100 * row["high"]
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or not _graded(row):
+        return "–"
+    p = "" if row["p"] is None else f", {_p(row['p'])}"
+    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{p}"
+
+
+def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
+    """Items that the last two targets of a benchmark answered unlike."""
+    parts: list[Part] = []
+    for name, rows in tables.items():
+        targets = list(dict.fromkeys(row["target"] for row in rows))[-2:]
+        if len(targets) < 2:
+            continue
+        before, after = (_first(found[f"eval:{target}@{name}"]) for target in targets)
+        both = [item for item in after if item in before]
+        won = [i for i in both if after[i].correct and not before[i].correct]
+        lost = [i for i in both if before[i].correct and not after[i].correct]
+        parts.append(
+            Text(f"{name}: {targets[1]} wins {len(won)} and loses {len(lost)} of {len(both)} items.")
+        )
+        shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
+        parts.append(
+            Items(
+                [
+                    Item(
+                        how,
+                        "" if after[i].system is None else f"System {after[i].system}",
+                        after[i].prompt.strip(),
+                        after[i].gold or "",
+                        targets[0],
+                        before[i].output.strip(),
+                        targets[1],
+                        after[i].output.strip(),
+                    )
+                    for how, i in shown
+                ]
+            )  # fmt: skip
+        )
+    return parts
+
+
+def _first(artifact: Artifact) -> dict[str, Sample]:
+    """The first answer to each item."""
+    found: dict[str, Sample] = {}
+    for sample in read_samples(artifact.path / "samples.jsonl"):
+        found.setdefault(sample.id, sample)
+    return found
+
+
+def _training(found: dict[str, Artifact]) -> list[Part]:
+    parts: list[Part] = []
+    for name in ("sft", "rl"):
+        if name not in found:
+            continue
+        history = json.loads((found[name].path / "history.json").read_text(encoding="utf-8"))
+        drawn = figures.svg(figures.styled(curves.drawn)(history), f"curves-{name}")
+        text = f"Curves of {name} over {len(history)} steps: loss, lengths, and rewards where there are any."
+        parts.append(Pictures([Picture(drawn, text, f"{name}, by optimizer step")]))
+    return parts
+
+
+def _labels(found: dict[str, Artifact]) -> list[Part]:
+    parts: list[Part] = []
+    for name, artifact in found.items():
+        if not name.startswith("classify:"):
+            continue
+        counts = artifact.manifest["summary"]
+        shown = {key: value for key, value in counts.items() if isinstance(value, int)}
+        said = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in shown.items())
+        parts.append(Text(f"{name.partition(':')[2]}: {said}."))
+        file = artifact.path / "report.json"
+        if not file.is_file():
+            continue
+        report = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            [voter, str(v["valid"]), f"{100 * v['system2_share']:.0f} %", _number(v["held_out_auc"])]
+            for voter, v in report["voters"].items()
+        ]
+        parts.append(Grid(["voter", "votes", "votes 2", "AUC, held out"], rows))
+        kappa = report.get("agreement", {}).get("fleiss_kappa")
+        if kappa is not None:
+            parts.append(Text(f"Agreement of the voters: Fleiss' kappa {kappa:.2f}.", quiet=True))
+        if (known := report.get("known")) and known["n"]:
+            low, high = known["interval"]
+            areas = ", ".join(f"{title} {area[0]:.2f}" for title, area in known["auc"].items() if area)
+            parts.append(
+                Text(
+                    f"Known labels ({known['field']}): {100 * known['agreement']:.0f} % agree "
+                    f"[{100 * low:.0f}, {100 * high:.0f}] of {known['n']}. AUC by votes, by surface: "
+                    f"{areas}.",
+                    quiet=True,
+                )
+            )
+    return parts
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _cost(found: dict[str, Artifact]) -> Grid:
+    rows = []
+    for name, artifact in found.items():
+        provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
+        share = summary.get("active_share")
+        rows.append([
+            name, f"{provenance['seconds']:.0f}", str(provenance.get("processes", 1)),
+            provenance.get("dtype", ""), "" if share is None else f"{100 * share:.1f} %",
+        ])  # fmt: skip
+    return Grid(["step", "seconds", "processes", "type", "active elements"], rows)
+
+
+def _settings(config: Config, found: dict[str, Artifact]) -> list[Part]:
+    changed = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _changed(config)]
+    parts: list[Part] = [Grid(["setting", "value"], changed, "What differs from the defaults.", prose=True)]
+    versions: dict[str, set[str]] = {}
+    for artifact in found.values():
+        for package, version in artifact.manifest["provenance"].get("versions", {}).items():
+            versions.setdefault(package, set()).add(version)
+    if versions:
+        rows = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
+        parts.append(Details("Versions", Grid(["package", "version"], rows)))
+    places = [[name, str(artifact.path)] for name, artifact in found.items()]
+    return (
+        [*parts, Details("Where the artifacts lie", Grid(["step", "folder"], places, prose=True))]
+        if places
+        else parts
+    )
+
+
+def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted name and value of each setting that is not the default."""
+    changed: list[tuple[str, Any]] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        default = None if field.is_required() else field.default
+        if value == default:
+            continue
+        if isinstance(value, Settings) and (isinstance(default, Settings) or field.is_required()):
+            changed += _changed(value, f"{prefix}{name}.")
+        else:
+            plain = section.model_dump(mode="json", exclude_defaults=True)
+            changed.append((f"{prefix}{name}", plain.get(name)))
+    return changed

@@ -1,0 +1,72 @@
+"""The page of one or several tables of many runs."""
+
+from __future__ import annotations
+
+import re
+
+from stages.report import figures
+from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
+from stages.sweep import formats
+from stages.sweep.results import Results, Value
+
+
+def page(found: list[tuple[Results, str]]) -> str:
+    """found: each table with the command that makes what is missing of it."""
+    titles = [results.table.file.title for results, _ in found]
+    lead = [verdict for results, _ in found if (verdict := _verdict(results))]
+    title = titles[0] if len(titles) == 1 else "lorapar: tables"
+    return render(title, lead, [_section(results, command) for results, command in found])
+
+
+def _verdict(results: Results) -> str:
+    """What the comparison found, in a sentence."""
+    compare = results.table.file.compare
+    known = {row: c for row, c in results.comparisons.items() if c is not None}
+    if compare is None or not known:
+        return ""
+    told = {row: c for row, c in known.items() if c.low > 0 or c.high < 0}
+    number = (
+        f"{len(known)} of {len(results.comparisons)} rows"
+        if len(known) < len(results.comparisons)
+        else "All rows"
+    )
+    begin = f"{results.table.file.title}. {number} are compared with {compare.against!r} on {compare.on}: "
+    if not told:
+        return begin + "no difference is told apart from chance at 95 %."
+    named = [
+        f"{row!r} {100 * c.mean:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]" for row, c in told.items()
+    ]
+    return begin + f"told apart from chance at 95 %, in points: {'; '.join(named)}."
+
+
+def _section(results: Results, command: str) -> Section:
+    file = results.table.file
+    head, rows = formats.grid(results)
+    name = re.sub(r"\W+", "-", results.table.path.stem)
+    parts: list[Part] = [Text(file.notes.strip())] if file.notes else []
+    parts.append(Grid(head, rows, formats.legend(results)))
+    if picture := _dots(results, name):
+        parts.append(Pictures([picture]))
+    return Section(name, file.title, [*parts, Text("Made, or completed, by:", quiet=True), Command(command)])
+
+
+def _dots(results: Results, name: str) -> Picture | None:
+    """Accuracies by row; None while there is none."""
+    file, rows = results.table.file, results.table.rows
+    series: dict[str, dict[str, figures.Mark]] = {}
+    for column in file.columns:
+        values = {row: results.values.get((row, column)) for row in rows}
+        marks = {row: _mark(value) for row, value in values.items() if value and value.n and value.p is None}
+        if marks:
+            series[column] = marks
+    if not series:
+        return None
+    published = {c: {r: part[c] for r, part in file.paper.items() if c in part and r in rows} for c in series}
+    drawn = figures.dots(rows, series, published)
+    text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
+    return Picture(figures.svg(drawn, name), text, "Accuracy with its 95 % interval over items.")
+
+
+def _mark(value: Value) -> figures.Mark:
+    assert value.low is not None and value.high is not None
+    return 100 * value.mean, 100 * value.low, 100 * value.high

@@ -1,0 +1,113 @@
+"""Pages: untrusted texts stay texts, figures have alternatives, and one run shows all that it has."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import make_steps
+from matplotlib.figure import Figure
+
+from stages.report import figures
+from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
+
+EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
+
+
+def test_every_text_is_escaped():
+    item = Item("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
+    parts = [
+        Text(EVIL), Grid([EVIL], [[EVIL, EVIL]], EVIL), Command(EVIL), Items([item]),
+        Pictures([Picture("<svg></svg>", EVIL, EVIL)]),
+    ]  # fmt: skip
+    page = render(EVIL, [EVIL], [Section("a", EVIL, parts)])
+    assert "<script" not in page and "<img" not in page and 'aria-label="<' not in page
+    assert page.count("&lt;script&gt;") > 12 and "<svg></svg>" in page
+
+
+def test_a_section_without_parts_is_left_out():
+    page = render("t", [], [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])])
+    assert "Nothing here" not in page and 'href="#full"' in page
+
+
+def drawn(name: str) -> str:
+    series = {"SFT": {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
+    return figures.svg(figures.dots(["a", "b"], series, {"SFT": {"a": 27.6}}), name)
+
+
+def test_a_figure_is_one_element_in_the_ink_of_the_page():
+    text = drawn("one")
+    assert text.startswith("<svg ") and text.rstrip().endswith("</svg>") and text.count("<svg ") == 1
+    assert "currentColor" in text and figures.INK not in text and "#000000" not in text
+    assert "max-width" in text and not re.search(r"<svg [^>]*\b(width|height)=", text)
+    assert "published" in text  # text is text
+    assert drawn("one") == text  # and does not tell when it was made
+
+
+def test_figures_of_one_page_have_names_of_their_own():
+    found = []
+    for name in ("one", "two, %"):
+        text = drawn(name)
+        found.append(set(re.findall(r'\bid="([^"]+)"', text)))
+        assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= found[-1]
+    assert found[0] and not found[0] & found[1]
+
+
+def test_the_style_of_a_page_does_not_leak():
+    before = Figure().get_facecolor()
+    drawn("one")
+    assert Figure().get_facecolor() == before
+
+
+@pytest.fixture(scope="module")
+def run(begun, tmp_path_factory):
+    """The arguments that name a run of which everything but the answers of RL is there, and its config."""
+    more = ["run=page", "eval.targets=[base, sft]", "eval.benchmarks.demo.limit=12"]
+    config = begun(*more)
+    make_steps(config)
+    make_steps(config, "rl")
+    return config, [*begun.home, *more]
+
+
+def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_path):
+    config, settings = run
+    sets = [part for text in settings for part in ("--set", text)]
+    done = lorapar("report", "configs/smoke.yaml", *sets, "--out", tmp_path)
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Results", "Won and lost", "Training", "Elements", "Labels", "Cost", "Settings and"):
+        assert f">{title}" in page
+    assert ">Missing<" not in page
+    assert "demo: sft answers" in page and "points against base" in page
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 9
+    assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    lorapar("report", "configs/smoke.yaml", *sets, "--set", "eval.targets=[base, sft, rl]", "--out", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Not made yet: eval:rl@demo." in page and "lorapar run configs/smoke.yaml" in page
+
+
+def test_a_page_is_on_tables_or_on_one_config(lorapar):
+    done = lorapar("report", "configs/smoke.yaml", "configs/demo.yaml", "--out", "x")
+    assert done.code == 78 and "configs/smoke.yaml is no table" in done.err
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page(run, lorapar, tmp_path):
+    """Nothing is wider than a small screen, and nothing is fetched or executed."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser is installed")
+    sets = [part for text in run[1] for part in ("--set", text)]
+    lorapar("report", "configs/smoke.yaml", *sets, "--out", tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    probe = "<script>document.title = `${document.documentElement.scrollWidth}`</script></body>"
+    (tmp_path / "probe.html").write_text(text.replace("</body>", probe))
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom",
+            str(tmp_path / "probe.html"),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    (width,) = re.findall(r"<title>(\d+)</title>", done.stdout)
+    assert int(width) <= 500
