@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test check fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test check fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
+
+TABLES      := $(filter-out configs/tables/levers.yaml,$(wildcard configs/tables/*.yaml))
+
+tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the tables of the paper in their form, on a random two-layer model
+	OMP_NUM_THREADS=1 $(LORAPAR) sweep $(TABLES) --base configs/smoke.yaml --seeds 0 --jobs 2
+	$(LORAPAR) report $(TABLES) --base configs/smoke.yaml --seeds 0 --out runs/tables
 
 test: $(READY) ## Run the tests (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"

@@ -12,15 +12,14 @@ from lorapar_cli.options import Overrides, plan_of
 from lorapar_cli.tables import show, table
 from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for
-from stages.report import of_run, of_tables
 from stages.sweep import formats
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.results import results
 from stages.sweep.steps import Node, Place, measured, union
-from stages.sweep.table import Table, is_table
+from stages.sweep.table import is_table
 from stages.sweep.table import table as cells_of
 
-TablePath = Annotated[Path, typer.Argument(metavar="TABLE", help="YAML file; see configs/tables/.")]
+TablePaths = Annotated[list[Path], typer.Argument(metavar="TABLE…", help="YAML files; see configs/tables/.")]
 Base = Annotated[
     Path | None, typer.Option(metavar="CONFIG", help="Use this config in place of the table's own.")
 ]
@@ -31,7 +30,7 @@ Seeds = Annotated[
 
 
 def sweep(
-    path: TablePath,
+    paths: TablePaths,
     base: Base = None,
     only: Rows = None,
     seeds: Seeds = None,
@@ -42,19 +41,19 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
-    """Make what is missing of a table; steps that its cells share are made once."""
-    found = cells_of(path, base, only, _numbers(seeds), set_)
-    nodes = union(found.cells)
-    _announce(found, nodes)
+    """Make what is missing of tables; steps that their cells share are made once."""
+    found = [cells_of(path, base, only, _numbers(seeds), set_) for path in paths]
+    cells = [cell for one in found for cell in one.cells]
+    nodes = union(cells)
+    _announce(len(cells), nodes)
     if dry_run:
         return
     places: list[str | None] = list(devices.split(",")) if devices else [None] * (jobs or 1)
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
     signal.signal(signal.SIGTERM, _interrupted)
-    folder = Path(found.cells[0].config.runs_dir) / "sweeps" / path.stem
-    ended = Sweep(nodes, places, folder, render.say).run()
-    _close(ended, found)
+    logs = Path(cells[0].config.runs_dir) / "sweeps"
+    _close(Sweep(nodes, places, logs, render.say).run(), len(cells))
 
 
 def _interrupted(number: int, _: FrameType | None) -> None:
@@ -68,7 +67,7 @@ def _numbers(text: str | None) -> list[int] | None:
         raise ConfigError(f"--seeds {text}: expected numbers, separated by commas") from None
 
 
-def _announce(found: Table, nodes: dict[Place, Node]) -> None:
+def _announce(cells: int, nodes: dict[Place, Node]) -> None:
     """How much there is to do, by stage."""
     seconds = measured(nodes)
     drawn = table("stage", "steps", "there", "to do", "takes about")
@@ -81,7 +80,6 @@ def _announce(found: Table, nodes: dict[Place, Node]) -> None:
         told = "" if not todo else "not known" if each is None else render.duration(todo * each)
         drawn.add_row(stage, str(len(mine)), str(len(mine) - todo), str(todo), told)
     show(drawn)
-    cells = len(found.cells)
     asked = sum(len(node.cells) for node in nodes.values())
     render.say(f"{cells} cells share {len(nodes)} steps; run one by one they would take {asked}")
     if any(not node.current for node in nodes.values()):
@@ -89,7 +87,7 @@ def _announce(found: Table, nodes: dict[Place, Node]) -> None:
         render.say(told + (" and what is not known" if total and not known else ""))
 
 
-def _close(ended: list[Outcome], found: Table) -> None:
+def _close(ended: list[Outcome], cells: int) -> None:
     """Say what failed; the exit code is that of the first step that did."""
     bad = [outcome for outcome in ended if outcome.how != "done"]
     if not ended:
@@ -99,7 +97,7 @@ def _close(ended: list[Outcome], found: Table) -> None:
         render.say(f"{outcome.how}{code}: {outcome.node.title}")
     if bad:
         lost = {cell for outcome in bad for cell in outcome.node.cells}
-        render.say(f"{len(lost)} of {len(found.cells)} cells are not complete; the same command goes on")
+        render.say(f"{len(lost)} of {cells} cells are not complete; the same command goes on")
         raise typer.Exit(next((o.code for o in bad if o.code is not None and o.code > 0), 1))
 
 
@@ -116,6 +114,8 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Write a page on tables, with intervals, beside the published values, or on one run."""
+    from stages.report import of_run, of_tables
+
     out.mkdir(parents=True, exist_ok=True)
     if not is_table(paths[0]):
         if len(paths) > 1 or base or only or seeds:

@@ -26,8 +26,8 @@ class Node:
     command: list[str]
     """Arguments of `lorapar` that make it, and nothing else."""
     inputs: list[Place]
-    cells: list[tuple[str, int]] = field(default_factory=list)
-    """Row and seed of the cells that need it."""
+    cells: list[tuple[str, str, int]] = field(default_factory=list)
+    """Table, row and seed of the cells that need it."""
     current: bool = False
 
     @property
@@ -36,7 +36,7 @@ class Node:
 
     @property
     def title(self) -> str:
-        row, seed = self.cells[0]
+        _, row, seed = self.cells[0]
         more = f" and {len(self.cells) - 1} more" if len(self.cells) > 1 else ""
         return f"{self.step.name} {self.step.key} for {row!r}, seed {seed}{more}"
 
@@ -53,7 +53,7 @@ def union(cells: list[Cell]) -> dict[Place, Node]:
             nodes[place] = Node(place, step, _command(cell, step), inputs)
             store = stores.setdefault(cell.config.root, Store(cell.config.root))
             nodes[place].current = state(store, step).state == "current"
-        if (name := (cell.row, cell.seed)) not in nodes[place].cells:
+        if (name := (cell.table, cell.row, cell.seed)) not in nodes[place].cells:
             nodes[place].cells.append(name)
         return place
 

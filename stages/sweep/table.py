@@ -119,6 +119,7 @@ class Column:
 class Cell:
     """One row with one seed."""
 
+    table: str
     row: str
     seed: int
     base: Path
@@ -213,7 +214,7 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, m
     if unknown := columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is no column of the table")
     there = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
-    return Cell(row, seed, config_path, overrides, config, steps, there)
+    return Cell(str(path), row, seed, config_path, overrides, config, steps, there)
 
 
 def _elsewhere(column: Column, config: Config) -> Column:
