@@ -12,7 +12,8 @@ from lorapar_cli.options import Overrides, plan_of
 from lorapar_cli.tables import show, table
 from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for
-from stages.sweep import formats
+from stages.pipeline.table import STAGES
+from stages.sweep import formats, slurm
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.results import results
 from stages.sweep.steps import Node, Place, measured, union
@@ -39,6 +40,10 @@ def sweep(
     devices: Annotated[
         str | None, typer.Option(metavar="N,N", help="One step at a time on each of these GPUs.")
     ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--slurm", metavar="FILE", help="As Slurm jobs, with the settings in this file."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
     """Make what is missing of tables; steps that their cells share are made once."""
@@ -48,11 +53,22 @@ def sweep(
     _announce(len(cells), nodes)
     if dry_run:
         return
+    logs = Path(cells[0].config.runs_dir) / "sweeps"
+    if cluster is not None:
+        if jobs or devices:
+            raise ConfigError("--slurm goes without --jobs and --devices", "its file says what a job gets")
+        given = slurm.settings(cluster, [stage.name for stage in STAGES.values()])
+        waiting = slurm.Cluster(logs, given, render.say).submit(nodes)
+        render.say(
+            f"{len(waiting)} steps are with Slurm; the same command says how they stand"
+            if waiting
+            else "nothing to do: every artifact is current"
+        )
+        return
     places: list[str | None] = list(devices.split(",")) if devices else [None] * (jobs or 1)
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
     signal.signal(signal.SIGTERM, _interrupted)
-    logs = Path(cells[0].config.runs_dir) / "sweeps"
     _close(Sweep(nodes, places, logs, render.say).run(), len(cells))
 
 

@@ -1,0 +1,219 @@
+"""Steps as Slurm jobs: what is submitted, what a second call does, and a real one-node Slurm."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from stages.errors import ConfigError, MissingInputError
+from stages.pipeline.table import STAGES
+from stages.sweep import slurm, steps
+from stages.sweep.table import table
+
+pytest.importorskip("submitit")
+
+FILE = """
+title: Two masks
+base: base.yaml
+rows: {one: {partition.theta: 0.9}, two: {partition.theta: 0.5}}
+seeds: [1]
+columns: {RL: rl@demo}
+"""
+BASE = """
+extends: ROOT/configs/smoke.yaml
+runs_dir: HERE/runs
+model: {name: MODEL}
+data: {path: DATA/train.jsonl, limit: 48}
+rl: {max_steps: 40, save_steps: 1, epochs: 99, max_equal_steps: 99}
+sft: {max_steps: 2}
+eval: {benchmarks: {demo: {path: DATA/test.jsonl}}}
+"""
+
+
+@pytest.fixture
+def path(tiny, demo_data, tmp_path) -> Path:
+    """A table file; beside it the settings of its jobs."""
+    base = BASE
+    for name, value in {"ROOT": ROOT, "HERE": tmp_path, "MODEL": tiny, "DATA": demo_data}.items():
+        base = base.replace(name, str(value))
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "table.yaml").write_text(FILE)
+    (tmp_path / "slurm.yaml").write_text(
+        "default: {partition: all, time: 20, cpus_per_task: 1}\nrl: {time: 60}\n"
+    )
+    return tmp_path / "table.yaml"
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """What is submitted to a Slurm that starts nothing: settings and command of each job; and its queue."""
+    import submitit
+
+    seen = SimpleNamespace(jobs=[], queue={})
+
+    class Executor:
+        def __init__(self, folder, max_num_timeout):
+            self.given = {}
+
+        def update_parameters(self, **given):
+            assert given.keys() <= submitit.SlurmExecutor._valid_parameters(), given
+            self.given = given
+
+        def submit(self, call):
+            number = str(len(seen.jobs) + 100)
+            seen.jobs.append((self.given, call.command))
+            seen.queue[number] = "PENDING"
+            return SimpleNamespace(job_id=number)
+
+        _valid_parameters = submitit.SlurmExecutor._valid_parameters
+
+    monkeypatch.setattr(submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(slurm, "queued", lambda: dict(seen.queue))
+    return seen
+
+
+def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted):
+    done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
+    assert done.code == 0 and "13 steps are with Slurm" in done.err, done.err
+    nodes = steps.union(table(path).cells)
+    number = {"/".join(place): str(100 + i) for i, place in enumerate(nodes)}
+    assert json.loads((path.parent / "runs/sweeps/jobs.json").read_text()) == number
+    for node, (given, command) in zip(nodes.values(), submitted.jobs, strict=True):
+        wanted = [number["/".join(place)] for place in node.inputs]
+        assert given.get("dependency", "") == (f"afterok:{':'.join(wanted)}" if wanted else "")
+        assert command == node.command and given["partition"] == "all"
+        assert given["time"] == (60 if node.stage == "rl" else 20)
+        assert given["additional_parameters"] == {"kill-on-invalid-dep": "yes"}
+
+
+def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar, submitted):
+    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
+    lorapar(*command)
+    assert "job 100 is pending" in lorapar(*command).err and len(submitted.jobs) == 13
+    gone = ["105", "112"]
+    for number in gone:
+        del submitted.queue[number]
+    again = lorapar(*command)
+    assert len(submitted.jobs) == 15 and again.err.count("submitted again") == 2
+    # What waits for a job that was submitted anew waits for the new one.
+    nodes = list(steps.union(table(path).cells).values())
+    assert [job[1] for job in submitted.jobs[13:]] == [nodes[5].command, nodes[12].command]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults: {time: 1}", "defaults: expected default or a stage"),
+        ("rl: 5", "rl: expected default or a stage, with settings below it"),
+        ("rl: {tme: 5}", "rl.tme: choose from account, "),
+        ("- 1", "list: expected default or a stage"),
+        ("rl: {", "is not YAML"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, text, said):
+    file = tmp_path / "slurm.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        slurm.settings(file, list(STAGES))
+
+
+def test_without_slurm_it_says_so(tmp_path, monkeypatch):
+    with pytest.raises(MissingInputError, match="no file"):
+        slurm.settings(tmp_path / "none.yaml", list(STAGES))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingInputError, match="no squeue here"):
+        slurm.queued()
+
+
+def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
+    call = slurm.Call(["list", "nothing"])
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert caught.value.code == 78
+    slow = slurm.Call([])
+    slow._child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    again = slow.checkpoint()
+    assert slow._child.returncode == -15 and again.function.command == [] and again.function._child is None
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """A Slurm of one node, on this machine; stopped in any case."""
+    if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) or os.geteuid():
+        pytest.skip("Slurm is not installed, or this is not root")
+    host = socket.gethostname().partition(".")[0]
+    conf = tmp_path / "slurm.conf"
+    for name in ("state", "spool"):
+        (tmp_path / name).mkdir()
+    conf.write_text(
+        f"ClusterName=one\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser=root\nAuthType=auth/munge\n"
+        f"StateSaveLocation={tmp_path}/state\nSlurmdSpoolDir={tmp_path}/spool\n"
+        f"SlurmctldPidFile={tmp_path}/c.pid\nSlurmdPidFile={tmp_path}/d.pid\n"
+        f"SlurmctldLogFile={tmp_path}/c.log\nSlurmdLogFile={tmp_path}/d.log\n"
+        "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nSelectType=select/cons_tres\n"
+        "SelectTypeParameters=CR_Core\nReturnToService=2\nJobRequeue=1\nSlurmctldPort=16827\nSlurmdPort=16828\n"
+        f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000\n"
+        f"PartitionName=all Nodes={host} Default=YES State=UP\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    servers = []
+    if subprocess.run(["pgrep", "munged"], capture_output=True).returncode:
+        shutil.copy("/etc/munge/munge.key", tmp_path / "key")
+        (tmp_path / "key").chmod(0o600)
+        os.chown(tmp_path / "key", 0, 0)
+        Path("/run/munge").mkdir(exist_ok=True)
+        command = ["munged", "-F", "--force", f"--key-file={tmp_path / 'key'}"]
+        servers.append(subprocess.Popen(command))
+        time.sleep(1)
+    servers += [subprocess.Popen(["slurmctld", "-D"]), subprocess.Popen(["slurmd", "-D"])]
+    try:
+        wait(lambda: "idle" in squeue("sinfo", "--noheader"), 60)
+        yield
+    finally:
+        subprocess.run(["scancel", "--user=root"], check=False)
+        time.sleep(2)
+        for server in reversed(servers):
+            server.terminate()
+            server.wait()
+
+
+def squeue(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def wait(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, squeue("squeue")
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lorapar):
+    """The job of the first RL is queued again in the middle; it resumes, and all ends."""
+    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
+    done = lorapar(*command)
+    assert done.code == 0 and "13 steps are with Slurm" in done.err, done.err
+    jobs = json.loads((path.parent / "runs/sweeps/jobs.json").read_text())
+    (first, *_) = [job for name, job in jobs.items() if "/rl/" in name]
+    log = path.parent / f"runs/sweeps/slurm/{first}_0_log.out"
+    wait(lambda: log.is_file() and re.search(r" [5-9]/40 ", log.read_text()), 600)
+    assert subprocess.run(["scontrol", "requeue", first]).returncode == 0
+    wait(lambda: first in slurm.queued() and slurm.queued()[first] == "PENDING", 60)
+    # Slurm would let it wait for two minutes.
+    subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)
+    wait(lambda: not slurm.queued(), 900)
+    assert re.search(r"resuming from checkpoint-\d+", log.read_text())
+    nodes = steps.union(table(path).cells)
+    assert all(node.current for node in nodes.values())
+    assert "nothing to do: every artifact is current" in lorapar(*command).err
