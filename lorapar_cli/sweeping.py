@@ -65,7 +65,11 @@ def sweep(
             else "nothing to do: every artifact is current"
         )
         return
-    places: list[str | None] = list(devices.split(",")) if devices else [None] * (jobs or 1)
+    places: list[str | None] = (
+        [part.strip() for part in devices.split(",")] if devices else [None] * (jobs or 1)
+    )
+    if "" in places:
+        raise ConfigError(f"--devices {devices}: expected numbers, separated by commas")
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
     signal.signal(signal.SIGTERM, _interrupted)
@@ -142,6 +146,8 @@ def report(
         (out / "report.html").write_text(text, encoding="utf-8")
         render.say(f"{out / 'report.html'}")
         return
+    if len({path.stem for path in paths}) < len(paths):
+        raise ConfigError("two tables have the same name, and would be written to the same files")
     made = []
     for path in paths:
         found = results(cells_of(path, base, only, _numbers(seeds), set_))

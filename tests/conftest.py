@@ -29,6 +29,8 @@ settings.register_profile("lorapar", deadline=None)  # these machines are shared
 settings.load_profile("lorapar")
 
 ROOT = Path(__file__).parent.parent
+TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(TABLES))
 
 
 @pytest.fixture(scope="session")

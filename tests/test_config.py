@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import CONFIGS
 
 from stages.config import Config
 from stages.config.fields import identity
@@ -23,9 +24,6 @@ def message(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(path, list(overrides))
     return str(caught.value)
-
-
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs/tables").glob("*")))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_steps
+from conftest import CONFIGS, ROOT, make_steps
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
@@ -15,8 +15,6 @@ from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import tasks
 from stages.pipeline.table import STAGES, section
-
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)

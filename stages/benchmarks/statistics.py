@@ -54,15 +54,27 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the differences of the same items, and its 95 % interval by Student's t over items."""
+    """Mean of the differences of the same items, and its 95 % interval by Student's t over items.
+
+    Where all n items differ alike there is no variance to estimate: then 3 / n to both sides, by the rule of
+    three.
+    """
     from scipy.stats import sem, t
 
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    mean = sum(differences) / len(differences)
-    if len(differences) < 2:
-        return mean, -1.0, 1.0
-    reach = float(t.ppf(0.975, len(differences) - 1)) * float(sem(differences))
+    number = len(differences)
+    mean = sum(differences) / number
+    if len(set(differences)) == 1:
+        return mean, max(-1.0, mean - 3 / number), min(1.0, mean + 3 / number)
+    reach = float(t.ppf(0.975, number - 1)) * float(sem(differences))
     return mean, mean - reach, mean + reach
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, by Holm's method."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(value) for value in multipletests(values, method="holm")[1]] if values else []
 
 
 def pass_at(k: int, n: int, correct: int) -> float:

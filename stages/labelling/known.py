@@ -30,7 +30,7 @@ def labelled(examples: list[Example], field: str, file: Path | None, needed: boo
     found: dict[str, int] = {}
     wrong = []
     for key, value in given.items():
-        match = re.fullmatch(r"\s*(?:system\s*)?([12])\s*", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(?:system\s*)?([12])(?:\.0)?\s*", str(value), re.IGNORECASE)
         if match:
             found[key] = int(match[1])
         elif value is not None:
@@ -62,10 +62,9 @@ def _of_file(path: Path, field: str) -> dict[str, Any]:
 def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     bad = []
     for number, row in read_jsonl(path):
-        key = next((row[name] for name in KEYS if isinstance(row.get(name), str)), None)
-        if key is None or field not in row:
+        keys = [row[name].strip() for name in KEYS if isinstance(row.get(name), str)]
+        if not keys or field not in row:
             bad.append(f"{path}:{number}")
-        else:
-            yield key.strip(), row[field]
+        yield from ((key, row.get(field)) for key in keys)
     if bad:
         raise problems(f"line without {field} or without one of {', '.join(KEYS)}", bad)

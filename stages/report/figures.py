@@ -19,7 +19,7 @@ PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "figure.facecolor": "none",
-    "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+    "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
 
 

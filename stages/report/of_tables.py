@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from stages.benchmarks.statistics import holm
 from stages.report import figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
 from stages.sweep import formats
@@ -24,19 +25,18 @@ def _verdict(results: Results) -> str:
     known = {row: c for row, c in results.comparisons.items() if c is not None}
     if compare is None or not known:
         return ""
-    told = {row: c for row, c in known.items() if c.low > 0 or c.high < 0}
+    told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
     number = (
-        f"{len(known)} of {len(results.comparisons)} rows"
-        if len(known) < len(results.comparisons)
-        else "All rows"
+        "All rows"
+        if len(known) == len(results.comparisons)
+        else f"{len(known)} of {len(results.comparisons)} rows"
     )
     begin = f"{results.table.file.title}. {number} are compared with {compare.against!r} on {compare.on}: "
-    if not told:
-        return begin + "no difference is told apart from chance at 95 %."
-    named = [
-        f"{row!r} {100 * c.mean:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]" for row, c in told.items()
-    ]
-    return begin + f"told apart from chance at 95 %, in points: {'; '.join(named)}."
+    named = [f"{row!r} {100 * known[row].mean:+.1f} (p = {p:.2g})" for row, p in told.items() if p < 0.05]
+    how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
+    if not named:
+        return f"{begin}no difference is told apart from chance ({how})."
+    return f"{begin}told apart from chance ({how}), in points: {'; '.join(named)}."
 
 
 def _section(results: Results, command: str) -> Section:

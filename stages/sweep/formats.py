@@ -82,8 +82,8 @@ def legend(results: Results) -> str:
         )
     if results.comparisons or any(value.p is not None for value in graded):
         said.append(
-            "Differences in points, on the same items and seeds; exact McNemar test with one seed, "
-            "Wilcoxon's signed-rank test with several, not corrected for the number of rows."
+            "Differences in points, on the same items and seeds; p by the exact McNemar test where each item "
+            "is right or wrong, else by Wilcoxon's signed-rank test, not corrected for the number of rows."
         )
     return " ".join(said)
 

@@ -10,13 +10,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.engines import guard
+from stages.pipeline.state import state
+from stages.store.artifacts import Store
 from stages.sweep.steps import Node, Place
 
-AGAIN = (69, 75)
-"""Exit codes after which a step is tried again: its server was gone, or another process makes the same."""
+BUSY, NO_SERVER = 75, 69
+"""Exit codes after which a step is tried again: another process makes the same, or its server was gone."""
 TRIES = 3
+"""Of a step whose server was gone; a busy one waits as long as it takes."""
+PAUSE = 20.0
+"""Seconds before a step is tried again."""
 TICK = 0.2
 """Seconds between two looks at the children."""
+
+
+def guarded(command: list[str]) -> list[str]:
+    """The command under a guard, which ends it and all of its children when our end of its input closes."""
+    return [sys.executable, str(Path(guard.__file__)), *command]
+
+
+def is_current(node: Node) -> bool:
+    return state(Store(Path(node.place[0])), node.step).state == "current"
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,7 @@ class Sweep:
         self.done = {place for place, node in nodes.items() if node.current}
         self.ended: dict[Place, Outcome] = {}
         self.tries: dict[Place, int] = {}
+        self.later: dict[Place, float] = {}
         self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
 
     def run(self) -> list[Outcome]:
@@ -62,13 +78,14 @@ class Sweep:
                 self._collect()
         finally:
             for child, *_ in self.running.values():
-                child.terminate()
+                child.stdin.close()  # type: ignore[union-attr]  # the guard then ends the step and its children
             for child, *_ in self.running.values():
                 child.wait()
         return list(self.ended.values())
 
     def _start(self) -> None:
-        for place in list(self.waiting):
+        now = time.monotonic()
+        for place in [place for place in self.waiting if self.later.get(place, 0) <= now]:
             node = self.nodes[place]
             if any(before in self.ended and before not in self.done for before in node.inputs):
                 self.waiting.remove(place)
@@ -82,10 +99,10 @@ class Sweep:
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with self._log(node).open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "lorapar_cli", *node.command],
+                guarded([sys.executable, "-m", "lorapar_cli", *node.command]),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 env=environment,
             )
         self.running[place] = (child, device, time.monotonic())
@@ -101,13 +118,17 @@ class Sweep:
             node = self.nodes[place]
             seconds = time.monotonic() - begun
             self.tries[place] = self.tries.get(place, 0) + 1
-            if code == 0:
+            if code == 0 and not is_current(node):
+                self.ended[place] = Outcome(node, "failed", code, self._log(node))
+                self.say(f"made something else, its inputs have changed: {node.title}; see {self._log(node)}")
+            elif code == 0:
                 self.done.add(place)
                 self.ended[place] = Outcome(node, "done", 0, self._log(node))
                 left = len(self.waiting) + len(self.running)
                 self.say(f"done in {seconds:.0f} s, {left} left: {node.title}")
-            elif code in AGAIN and self.tries[place] < TRIES:
-                self.waiting.insert(0, place)
+            elif code == BUSY or (code == NO_SERVER and self.tries[place] < TRIES):
+                self.waiting.append(place)
+                self.later[place] = time.monotonic() + PAUSE
                 self.say(f"exit code {code}, will be tried again: {node.title}")
             else:
                 self.ended[place] = Outcome(node, "failed", code, self._log(node))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stages.benchmarks.metrics import graded, shares
 from stages.benchmarks.statistics import interval, paired_difference, paired_p
-from stages.errors import ConfigError
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
@@ -62,7 +63,8 @@ def results(table: Table) -> Results:
         cells = [cell for cell in table.cells if cell.row == row]
         for name in table.file.columns:
             if all(name in cell.columns for cell in cells):
-                values[row, name] = reader.value(cells, name)
+                with suppress(_NothingToShow):
+                    values[row, name] = reader.value(cells, name)
     comparisons = {}
     if compare := table.file.compare:
         first = [cell for cell in table.cells if cell.row == compare.against]
@@ -73,14 +75,24 @@ def results(table: Table) -> Results:
     return Results(table, values, comparisons)
 
 
+class _NothingToShow(Exception):
+    """The artifacts are there, and have no such value."""
+
+
 class _Reader:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, str], list[Sample]] = {}
+        self.stores: dict[Path, Store] = {}  # a store remembers what it has verified
+
+    def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
+        store = self.stores.setdefault(cell.config.root, Store(cell.config.root))
+        now = state(store, cell.steps[column.step])
+        return now.artifact if now.state == "current" else None
 
     def value(self, cells: list[Cell], name: str) -> Value | None:
         """None if the artifact of a seed is missing."""
         column = cells[0].columns[name]
-        found = [_artifact(cell, column) for cell in cells]
+        found = [self._artifact(cell, column) for cell in cells]
         unique = {a.manifest["key"]: a for a in found if a is not None}  # what no seed changes counts once
         if None in found:
             return None
@@ -92,14 +104,14 @@ class _Reader:
         of_seeds = [self._shares(artifact, column) for artifact in unique.values()]
         items = _mean(of_seeds)
         if not items:
-            raise ConfigError(f"column {name!r}: no item is in {column.rest!r}")
+            raise _NothingToShow
         low, high = interval(list(items.values()))
         means = [statistics.fmean(part.values()) for part in of_seeds]
         return Value(statistics.fmean(items.values()), low, high, len(items), means)
 
     def _difference(self, cells: list[Cell], column: Column, less: Column) -> Value | None:
         """Of two accuracies of the same row and seed."""
-        pairs = [(_artifact(cell, less), _artifact(cell, column)) for cell in cells]
+        pairs = [(self._artifact(cell, less), self._artifact(cell, column)) for cell in cells]
         before = [self._shares(one, less) for one, _ in pairs if one]
         after = [self._shares(two, column) for _, two in pairs if two]
         if len(before) < len(cells) or len(after) < len(cells):
@@ -117,7 +129,7 @@ class _Reader:
         for one in first:
             for two in other:
                 if one.seed == two.seed:
-                    pair = _artifact(one, one.columns[name]), _artifact(two, two.columns[name])
+                    pair = self._artifact(one, one.columns[name]), self._artifact(two, two.columns[name])
                     if pair[0] is None or pair[1] is None:
                         return None
                     before.append(self._shares(pair[0], one.columns[name]))
@@ -139,9 +151,7 @@ def group(text: str) -> Callable[[Sample], bool]:
         return lambda sample: True
     if text in ("system1", "system2"):
         return lambda sample: sample.system == int(text[-1])
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"no group {text!r} of items", "system1, system2 or FIELD=VALUE")
+    name, _, value = text.partition("=")
     return lambda sample: str(sample.extra.get(name)) == value
 
 
@@ -162,15 +172,10 @@ def _mean(parts: list[Shares]) -> Shares:
     return {item: statistics.fmean(part[item] for part in parts) for item in common}
 
 
-def _artifact(cell: Cell, column: Column) -> Artifact | None:
-    now = state(Store(cell.config.root), cell.steps[column.step])
-    return now.artifact if now.state == "current" else None
-
-
 def _number(artifact: Artifact, column: Column) -> float:
     value: Any = artifact.manifest["summary"]
     for part in column.rest.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
-        raise ConfigError(f"the summary of {column.step} has no number {column.rest!r}")
+        raise _NothingToShow
     return float(value)

@@ -6,44 +6,72 @@ Nothing stays running on the login node: a later call looks at the queue, and su
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
-from stages.errors import ConfigError, MissingInputError
+from stages.errors import ConfigError, MissingInputError, ServerError
+from stages.sweep.local import BUSY, guarded
 from stages.sweep.steps import Node, Place
 
 REQUEUED = 20
 """How often a job may come to the end of its time and go on."""
 PATIENCE_S = 120
 """How long before the end of its time a job is told."""
+PAUSE = 60.0
+"""Seconds before a step is tried again that another process is making."""
+OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout"}
+"""Parameters of submitit that are no one else's to set."""
 
 
 class Call:
-    """What a job runs. Told that its time ends, or preempted, it is queued again and goes on where it was."""
+    """What a job runs. Told that its time ends, it is queued again and goes on where it was.
+
+    Slurm signals every process of a job. The step ignores that: it is ended by its guard, which ends its
+    servers, too.
+    """
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        self._child = subprocess.Popen([sys.executable, "-m", "lorapar_cli", *self.command])
-        code = self._child.wait()
+        while (code := self._run()) == BUSY:
+            time.sleep(PAUSE)
         if code:
             raise SystemExit(code)
 
+    def _run(self) -> int:
+        self._child = subprocess.Popen(
+            guarded([sys.executable, "-m", "lorapar_cli", *self.command]),
+            stdin=subprocess.PIPE,
+            preexec_fn=_deaf,
+        )
+        # Not Popen.wait: it holds a lock, and `checkpoint` interrupts it to wait for the same child.
+        return os.waitstatus_to_exitcode(os.waitpid(self._child.pid, 0)[1])
+
     def checkpoint(self) -> Any:
-        """Called by submitit in the job, which then asks Slurm for another run of it."""
+        """Called by submitit from a signal handler; what this returns is then run by the requeued job."""
         from submitit.helpers import DelayedSubmission
 
         if self._child is not None:
-            self._child.terminate()
-            self._child.wait()
+            assert self._child.stdin is not None
+            self._child.stdin.close()
+            os.waitpid(self._child.pid, 0)
         return DelayedSubmission(Call(self.command))
+
+
+def _deaf() -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Cluster:
@@ -53,60 +81,89 @@ class Cluster:
         """settings: of `default` and of each stage, as submitit's SlurmExecutor takes them."""
         self.folder, self.settings, self.say = folder, settings, say
         self.record = folder / "jobs.json"
-        found = json.loads(self.record.read_text(encoding="utf-8")) if self.record.is_file() else {}
-        self.jobs: dict[str, str] = found
+        self.jobs: dict[str, str] = {}
         """Place, as one text → number of its job."""
 
     def submit(self, nodes: dict[Place, Node]) -> dict[Place, str]:
-        """The job of each step that is not there yet; those that are queued or running stay as they are."""
+        """The job of each step that is not there yet.
+
+        One that is queued or running stays as it is, unless it waits for a job that is gone.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        alive = queued()
-        of: dict[Place, str] = {}
-        for place, node in nodes.items():
-            if node.current:
-                continue
-            name = "/".join(place)
-            known = self.jobs.get(name)
-            if known is not None and known in alive:
-                self.say(f"job {known} is {alive[known].lower()}: {node.title}")
-            else:
-                known = self._job(node, [of[before] for before in node.inputs if before in of])
-                again = " again" if name in self.jobs else ""
-                self.jobs[name] = known
-                self.record.write_text(json.dumps(self.jobs, indent=1), encoding="utf-8")
-                self.say(f"job {known} submitted{again}: {node.title}")
-            of[place] = known
-        return of
+        with FileLock(self.folder / "jobs.lock"):
+            if self.record.is_file():
+                self.jobs = json.loads(self.record.read_text(encoding="utf-8"))
+            alive = queued()
+            of: dict[Place, str] = {}
+            new: set[Place] = set()
+            for place, node in nodes.items():
+                if node.current:
+                    continue
+                known = self.jobs.get("/".join(place))
+                here = known is not None and alive.get((known, _name(node)))
+                if known is not None and here and not new & set(node.inputs):
+                    self.say(f"job {known} is {here.lower()}: {node.title}")
+                    of[place] = known
+                    continue
+                if known is not None:
+                    self._again(known, node, bool(here))
+                of[place] = self._job(node, [of[before] for before in node.inputs if before in of])
+                new.add(place)
+                self._remember("/".join(place), of[place])
+                self.say(f"job {of[place]} submitted: {node.title}")
+            return of
+
+    def _again(self, known: str, node: Node, here: bool) -> None:
+        """Say why a step is submitted anew, and take back the job that waits in vain."""
+        if here:
+            subprocess.run(["scancel", known], check=False)
+            return
+        log = self.folder / "slurm" / f"{known}_0_log.out"
+        seen = f"; see {log}" if log.is_file() else ", and never ran"
+        self.say(f"job {known} ended without its artifact{seen}: {node.title}")
+
+    def _remember(self, name: str, job: str) -> None:
+        self.jobs[name] = job
+        draft = self.record.with_suffix(".draft")
+        draft.write_text(json.dumps(self.jobs, indent=1), encoding="utf-8")
+        draft.replace(self.record)
 
     def _job(self, node: Node, after: list[str]) -> str:
         from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError
 
         executor = SlurmExecutor(self.folder / "slurm", max_num_timeout=REQUEUED)
         given = {**self.settings.get("default", {}), **self.settings.get(node.stage, {})}
         extra = {"kill-on-invalid-dep": "yes", **given.pop("additional_parameters", {})}
         executor.update_parameters(
-            job_name=f"lorapar-{node.stage}",
+            job_name=_name(node),
             stderr_to_stdout=True,
             signal_delay_s=PATIENCE_S,
             additional_parameters=extra,
             **({"dependency": f"afterok:{':'.join(after)}"} if after else {}),
             **given,
         )
-        return str(executor.submit(Call(node.command)).job_id)
+        try:
+            return str(executor.submit(Call(node.command)).job_id)
+        except FailedJobError as error:
+            raise ServerError(f"Slurm refuses {node.title}: {error}", "see the file of --slurm") from None
 
 
-def queued() -> dict[str, str]:
-    """Number → state of this person's jobs that have not ended; from squeue, which needs no accounting."""
+def _name(node: Node) -> str:
+    return f"lorapar-{node.stage}-{node.step.key}"
+
+
+def queued() -> dict[tuple[str, str], str]:
+    """Number and name → state of this person's jobs that have not ended; squeue needs no accounting."""
+    command = ["squeue", "--me", "--noheader", "--format=%A %T %j"]
     try:
-        done = subprocess.run(
-            ["squeue", "--me", "--noheader", "--format=%A %T"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise MissingInputError("no squeue here", "--slurm is for a machine that submits to Slurm") from None
     except subprocess.CalledProcessError as error:
-        raise MissingInputError(f"squeue failed: {error.stderr.strip()}") from None
-    pairs = (line.split() for line in done.stdout.splitlines())
-    return {number: state for number, state in pairs}
+        raise ServerError(f"squeue failed: {error.stderr.strip()}") from None
+    lines = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    return {(number, name): state for number, state, name in lines}
 
 
 def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
@@ -121,7 +178,7 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    allowed = SlurmExecutor._valid_parameters()
+    allowed = SlurmExecutor._valid_parameters() - OURS
     choice = f"choose from {', '.join(sorted(allowed))}"
     wrong = []
     for name, part in tree.items() if isinstance(tree, dict) else [(type(tree).__name__, None)]:
@@ -129,6 +186,8 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
             wrong.append(f"{name}: expected default or a stage, with settings below it")
         else:
             wrong += [f"{name}.{key}: {choice}" for key in part.keys() - allowed]
+    if not wrong and "time" not in tree.get("default", {}):
+        wrong.append("default.time is missing: minutes that a job may take")
     if wrong:
         raise ConfigError("\n  ".join([f"{path}: {len(wrong)} mistakes", *wrong]))
     return dict(tree)

@@ -69,7 +69,9 @@ def _command(cell: Cell, step: Step) -> list[str]:
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
-        return [*command, "--set", f"eval.targets=[{target}]", "--benchmark", benchmark]
+        # `auto` is another engine where there is another device, on a cluster's login node for one.
+        sets = ["--set", f"eval.targets=[{target}]", "--set", f"eval.engine={cell.config.eval.engine}"]
+        return [*command, *sets, "--benchmark", benchmark]
     return [*command, "--only", step.variant] if step.variant else command
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +60,8 @@ class TableFile(Section):
     def _names(self) -> TableFile:
         if bool(self.rows) == bool(self.grid):
             raise ValueError("a table has rows or a grid")
+        for text in self.columns.values():
+            _check(text)
         names = self.settings()
         for row in self.paper:
             if row not in names:
@@ -113,6 +114,17 @@ class Column:
     @property
     def steps(self) -> list[str]:
         return [self.step, *(self.less.steps if self.less else [])]
+
+
+def _check(text: str) -> None:
+    """ValueError if a column's text is no accuracy and no value of a summary."""
+    column: Column | None = Column.of(text)
+    while column is not None:
+        if not column.graded and not column.rest:
+            raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
+        if column.graded and column.rest not in ("", "system1", "system2") and "=" not in column.rest:
+            raise ValueError(f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE")
+        column = column.less
 
 
 @dataclass(frozen=True)
@@ -196,7 +208,7 @@ def table(
             except LoraparError as error:
                 wrong.setdefault(str(error), []).append(repr(name))
     mistakes = [f"row {', '.join(dict.fromkeys(rows))}: {error}" for error, rows in wrong.items()]
-    if found := list(dict.fromkeys([*mistakes, *_problems(file, cells)])):
+    if found := list(dict.fromkeys([*mistakes, *_problems(file, cells, whole=not only)])):
         raise _refused(path, found)
     return Table(path, file, cells)
 
@@ -204,17 +216,30 @@ def table(
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:
     own = file.settings()[row]
     config_path = base or path.parent / str(own.get("base", file.base))
+    if "seed" in own:
+        raise ConfigError("seed is set by the table's seeds, not by a row")
     values = {**file.set, **{name: value for name, value in own.items() if name not in OWN}, "seed": seed}
-    overrides = (*(f"{name}={json.dumps(value)}" for name, value in values.items()), *more)
+    if wrong := [name for name, value in values.items() if isinstance(value, dict) and "." not in name]:
+        raise ConfigError(f"{wrong[0]} is a section: name its settings one by one, as {wrong[0]}.NAME")
+    overrides = (*(f"{name}={_yaml(value)}" for name, value in values.items()), *more)
     config = resolved(load(config_path, list(overrides)))
     steps = plan(config)
-    columns = {name: Column.of(text) for name, text in {**file.columns, **own.get("columns", {})}.items()}
+    texts = {**file.columns, **own.get("columns", {})}
+    columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
     if base is not None:
         columns = {name: _elsewhere(column, config) for name, column in columns.items()}
     if unknown := columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is no column of the table")
     there = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
+    if lost := [name for name in own.get("columns", {}) if name in columns and name not in there]:
+        raise ConfigError(f"its own column {lost[0]!r} shows {texts[lost[0]]}, which it does not make")
     return Cell(str(path), row, seed, config_path, overrides, config, steps, there)
+
+
+def _yaml(value: Any) -> str:
+    """The value as `--set` reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").strip()
 
 
 def _elsewhere(column: Column, config: Config) -> Column:
@@ -227,9 +252,9 @@ def _elsewhere(column: Column, config: Config) -> Column:
     return Column(f"{target}@{benchmarks[0]}", column.rest, less)
 
 
-def _problems(file: TableFile, cells: list[Cell]) -> Iterator[str]:
-    """Columns that no cell has, and rows that are the same."""
-    for name in file.columns if cells else ():
+def _problems(file: TableFile, cells: list[Cell], whole: bool) -> Iterator[str]:
+    """Columns that no cell has, if these are the cells of the whole table, and rows that are the same."""
+    for name in file.columns if cells and whole else ():
         if not any(name in cell.columns for cell in cells):
             there = [step.removeprefix("eval:") for step in cells[0].steps if step.startswith("eval:")]
             evaluated = ", ".join(there) or "nothing"

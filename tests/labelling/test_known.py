@@ -22,10 +22,10 @@ def test_labels_of_the_rows_themselves():
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.json", json.dumps({"id0": 1, "What is 1?": 2, "id2": "System 1", "What is 3? ": "system2"})),
+        ("a.json", json.dumps({"id0": 1, "What is 1?": 2.0, "id2": "System 1", "What is 3? ": "system2"})),
         (
             "a.jsonl",
-            '{"id": "id0", "system": 1}\n{"question": "What is 1?", "system": "2"}\n'
+            '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
             '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n',
         ),
     ],

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def submitted(monkeypatch):
         def submit(self, call):
             number = str(len(seen.jobs) + 100)
             seen.jobs.append((self.given, call.command))
-            seen.queue[number] = "PENDING"
+            seen.queue[number, self.given["job_name"]] = "PENDING"
             return SimpleNamespace(job_id=number)
 
         _valid_parameters = submitit.SlurmExecutor._valid_parameters
@@ -95,18 +96,41 @@ def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted)
         assert given["additional_parameters"] == {"kill-on-invalid-dep": "yes"}
 
 
-def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar, submitted):
+def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar, submitted, monkeypatch):
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
     lorapar(*command)
     assert "job 100 is pending" in lorapar(*command).err and len(submitted.jobs) == 13
-    gone = ["105", "112"]
-    for number in gone:
-        del submitted.queue[number]
-    again = lorapar(*command)
-    assert len(submitted.jobs) == 15 and again.err.count("submitted again") == 2
-    # What waits for a job that was submitted anew waits for the new one.
     nodes = list(steps.union(table(path).cells).values())
-    assert [job[1] for job in submitted.jobs[13:]] == [nodes[5].command, nodes[12].command]
+    at = next(i for i, node in enumerate(nodes) if node.step.name == "sft")
+    after = [i for i, node in enumerate(nodes) if i == at or {nodes[at].place} & above(node, nodes)]
+    for number, name in list(submitted.queue):
+        if number == str(100 + at):
+            del submitted.queue[number, name]
+    cancelled = []
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: cancelled.append(command))
+    again = lorapar(*command)
+    assert f"job {100 + at} ended without its artifact, and never ran" in again.err
+    # What waits for it is taken back, and waits for the new job.
+    assert [job[1] for job in submitted.jobs[13:]] == [nodes[i].command for i in after] and len(after) == 3
+    assert cancelled == [["scancel", str(100 + i)] for i in after[1:]]
+    assert (
+        submitted.jobs[14][0]["dependency"].endswith(":113") or ":113:" in submitted.jobs[14][0]["dependency"]
+    )
+
+
+def above(node, nodes) -> set:
+    """The places of all that a node is made from."""
+    of = {other.place: other for other in nodes}
+    found = set(node.inputs)
+    return found.union(*(above(of[place], nodes) for place in node.inputs))
+
+
+def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submitted):
+    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
+    lorapar(*command)
+    submitted.queue = {(number, "someone-else"): state for (number, _), state in submitted.queue.items()}
+    lorapar(*command)
+    assert len(submitted.jobs) == 26
 
 
 @pytest.mark.parametrize(
@@ -115,6 +139,8 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
         ("defaults: {time: 1}", "defaults: expected default or a stage"),
         ("rl: 5", "rl: expected default or a stage, with settings below it"),
         ("rl: {tme: 5}", "rl.tme: choose from account, "),
+        ("rl: {job_name: x, time: 5}", "rl.job_name: choose from account, "),
+        ("rl: {time: 5}", "default.time is missing"),
         ("- 1", "list: expected default or a stage"),
         ("rl: {", "is not YAML"),
     ],
@@ -139,10 +165,31 @@ def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 78
-    slow = slurm.Call([])
-    slow._child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    again = slow.checkpoint()
-    assert slow._child.returncode == -15 and again.function.command == [] and again.function._child is None
+
+
+def test_a_signal_in_the_middle_ends_the_step_and_gives_another_run(tmp_path):
+    """As in a job: the handler runs while the call waits, and all processes of the job get the signal."""
+    (tmp_path / "lorapar_cli.py").write_text("import time; print('running', flush=True); time.sleep(600)")
+    (tmp_path / "job.py").write_text(
+        "import signal, sys\n"
+        "from stages.sweep.slurm import Call\n"
+        "call = Call(['x'])\n"
+        "def told(*_):\n"
+        "    again = call.checkpoint()\n"
+        "    assert again.function.command == ['x'] and again.function._child is None\n"
+        "    sys.exit(5)\n"
+        "signal.signal(signal.SIGUSR2, told)\n"
+        "call()\n"
+    )
+    job = subprocess.Popen(
+        [sys.executable, str(tmp_path / "job.py")],
+        stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert job.stdout.readline() == "running\n"
+    os.killpg(job.pid, signal.SIGUSR2)
+    assert job.wait(timeout=30) == 5
+    assert job.stdout.read() == ""  # the step has ended, too: nobody holds its end of the pipe
 
 
 @pytest.fixture
@@ -209,7 +256,7 @@ def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lor
     log = path.parent / f"runs/sweeps/slurm/{first}_0_log.out"
     wait(lambda: log.is_file() and re.search(r" [5-9]/40 ", log.read_text()), 600)
     assert subprocess.run(["scontrol", "requeue", first]).returncode == 0
-    wait(lambda: first in slurm.queued() and slurm.queued()[first] == "PENDING", 60)
+    wait(lambda: "PENDING" in [state for (number, _), state in slurm.queued().items() if number == first], 60)
     # Slurm would let it wait for two minutes.
     subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)
     wait(lambda: not slurm.queued(), 900)

@@ -8,13 +8,16 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_steps
 
-from stages.benchmarks.statistics import interval, paired_p
+from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p
 from stages.errors import ConfigError, MissingInputError
+from stages.records import Sample, write_jsonl
 from stages.store.digests import sha256_file
 from stages.sweep import local, steps
 from stages.sweep.results import results
@@ -103,6 +106,12 @@ def test_all_mistakes_are_said_at_once(small):
         ('{"θ .9": {SFT: 27.6}}', '{"θ .9": {SF: 27.6}}', "paper has a value for 'SF', which is no column"),
         ("on: SFT", "on: active", "compare.on 'active' is no column of accuracies"),
         ('against: "θ .9"', "against: none", "compare.against 'none' is no row"),
+        ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "no group 'sytem1'"),
+        (
+            "active: partition:sft.active_share",
+            "active: partition",
+            "expected TARGET@BENCHMARK or STEP.VALUE",
+        ),
         ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
     ],
 )
@@ -222,13 +231,103 @@ def test_values_are_means_over_seeds_with_intervals_over_items(swept):
     assert found.comparisons["β 0"].mean == 0 and found.comparisons["β 0"].p == paired_p(items, items) == 1
 
 
+RIGHT = {  # row, seed, target → which of four items are answered correctly
+    ("θ .9", 1, "sft"): "1100",
+    ("θ .9", 2, "sft"): "1000",
+    ("θ .9", 1, "rl"): "1110",
+    ("θ .9", 2, "rl"): "1011",
+    ("θ .5", 1, "sft"): "0000",
+    ("θ .5", 2, "sft"): "0001",
+    ("θ .5", 1, "rl"): "0000",
+    ("θ .5", 2, "rl"): "0001",
+    ("β 0", 1, "sft"): "1100",
+    ("β 0", 2, "sft"): "1000",
+    ("β 0", 1, "rl"): "0000",
+    ("β 0", 2, "rl"): "0000",
+}
+
+
+def test_numbers_by_hand(small, tmp_path, monkeypatch):
+    """Two seeds, four items, the third of System 2; RL's answer to b could not be graded in one cell."""
+
+    def artifact(reader, cell, column):
+        if not column.graded:
+            return SimpleNamespace(manifest={"key": column.step, "summary": {}})
+        target = column.step.removeprefix("eval:").partition("@")[0]
+        key = f"{cell.row}-{cell.seed}-{target}"
+        refused = key == "θ .9-2-rl"
+        rows = [
+            Sample(
+                name, 0, 2 if name == "c" else 1, "", "", None, None, None, right == "1", right == "1",
+                "refused" if refused and name == "b" else "correct",
+            )
+            for name, right in zip("abcd", RIGHT[cell.row, cell.seed, target], strict=True)
+        ]  # fmt: skip
+        (tmp_path / key).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / key / "samples.jsonl", (asdict(row) for row in rows))
+        return SimpleNamespace(path=tmp_path / key, manifest={"key": key})
+
+    monkeypatch.setattr("stages.sweep.results._Reader._artifact", artifact)
+    found = results(table(small))
+    sft, rl, gain = (found.values["θ .9", name] for name in ("SFT", "RL", "gain"))
+    assert (sft.mean, sft.n, sft.of_seeds) == (3 / 8, 4, [0.5, 0.25])
+    assert (rl.mean, rl.n) == (pytest.approx((1 + 1 + 0.5) / 3), 3)  # of a, c, d
+    assert (gain.mean, gain.n) == (pytest.approx((0 + 1 + 0.5) / 3), 3)
+    assert gain.of_seeds == [0.25, pytest.approx(2 / 3)]
+    assert found.values["β 0", "gain"].mean == -3 / 8
+    assert found.values["θ .9", "SFT, System 2"].n == 1
+    half = found.comparisons["θ .5"]  # against θ .9, items: -1, -1/2, 0, +1/2
+    assert (half.mean, half.n, half.seeds) == (-0.25, 4, 2) and half.low < -0.25 < half.high
+    assert found.comparisons["β 0"].mean == 0
+    assert ("θ .9", "active") not in found.values  # its summary has no such number
+
+
+@pytest.mark.parametrize(("change", "low", "high"), [(0, -0.3, 0.3), (1, 0.7, 1)])
+def test_differences_without_variance_have_an_interval(change, low, high):
+    before = [0.0] * 10
+    found = paired_difference(before, [b + change for b in before])
+    assert found == (change, pytest.approx(low), pytest.approx(high))
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+
+
+def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
+    odd = {"prompt.system": 'Think: 😀 "twice", #now', "sft.lr": 2e-5, "data.limit": None, "run": "null"}
+    path = changed(small, ("rows:\n", f"rows:\n  odd: {json.dumps(odd, ensure_ascii=False)}\n"))
+    config = table(path, only=["odd"], seeds=[1]).cells[0].config
+    assert (config.prompt.system, config.sft.lr) == (odd["prompt.system"], 2e-5)
+    assert (config.data.limit, config.run) == (None, "null")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{seed: 3}", "seed is set by the table's seeds"),
+        ("{sft: {lr: 1}}", "sft is a section: name its settings one by one, as sft.NAME"),
+        ("{columns: {RL: init@demo}}", "its own column 'RL' shows init@demo, which it does not make"),
+    ],
+)
+def test_a_row_that_means_something_else_is_refused(small, row, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        table(changed(small, ("rows:\n", f"rows:\n  odd: {row}\n")))
+
+
+def test_a_row_may_lack_a_column_and_be_made_alone(small):
+    row = "{eval.targets: [sft], columns: {active: null}}"
+    path = changed(small, ("rows:\n", f"rows:\n  short: {row}\n"))
+    (cell,) = table(path, only=["short"], seeds=[1]).cells
+    assert cell.columns.keys() == {"SFT", "SFT, System 2"}
+
+
 def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small, lorapar, tmp_path):
     done = lorapar("report", small, "--out", tmp_path / "out")
     assert done.code == 0 and "15 of 15 values are there" in done.err
     text = (tmp_path / "out/report.md").read_text()
     assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
-    assert re.search(r"\| \+0\.0 \[\+0\.0, \+0\.0\], p = 1 \|$", row)
+    assert re.search(r"\| \+0\.0 \[-18\.8, \+18\.8\], p = 1 \|$", row)
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 15 and rows[0]["paper"] == "27.6" and rows[0]["items"] == "16"
     assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
@@ -246,7 +345,8 @@ class Child:
     started: list[list[str]] = []
 
     def __init__(self, command, **_):
-        self.arguments = command[3:]
+        self.arguments = command[command.index("lorapar_cli") + 1 :]
+        self.stdin = SimpleNamespace(close=lambda: None)
         self.started.append(self.arguments)
 
     def poll(self):
@@ -259,6 +359,8 @@ class Child:
 
 @pytest.fixture
 def children(monkeypatch):
+    monkeypatch.setattr(local, "is_current", lambda node: True)
+    monkeypatch.setattr(local, "PAUSE", 0)
     monkeypatch.setattr(local.subprocess, "Popen", Child)
     monkeypatch.setattr(local, "TICK", 0)
     Child.codes, Child.started = {}, []
@@ -284,13 +386,40 @@ def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
 
 
 def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
-    children.codes = {"score": [75, 69, 0]}
+    children.codes = {"score": [75] * 9}
     _, ended, _ = swept_by(children, small, tmp_path)
     assert {outcome.how for outcome in ended} == {"done"}
-    children.codes, children.started = {"score": [75] * 9}, []
+    children.codes, children.started = {"score": [69] * 9}, []
     _, ended, _ = swept_by(children, small, tmp_path)
-    assert [o.code for o in ended if o.how == "failed"] == [75, 75]
+    assert [o.code for o in ended if o.how == "failed"] == [69, 69]
     assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.TRIES
+
+
+def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "is_current", lambda node: node.stage != "sft")
+    _, ended, said = swept_by(children, small, tmp_path)
+    assert {o.node.stage for o in ended if o.how == "failed"} == {"sft"}
+    assert any(line.startswith("made something else") for line in said)
+
+
+def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
+    """A real child, which would run for ten minutes; its guard ends it and what it has started."""
+    nodes = steps.union(table(small, seeds=[9]).cells)
+    mark = tmp_path / "mark"
+    inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    usual = local.guarded
+    monkeypatch.setattr(local, "guarded", lambda _: usual([sys.executable, "-c", inner]))
+    sweep = local.Sweep(nodes, [None], tmp_path, lambda _: None)
+
+    def interrupted(seconds):
+        if mark.exists() and mark.read_text():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(local.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypatch):
@@ -325,5 +454,6 @@ def test_each_command_makes_its_step_alone(small):
         if stage == "eval":
             target, _, benchmark = node.step.variant.partition("@")
             assert f"eval.targets=[{target}]" in rest and rest[-2:] == ["--benchmark", benchmark]
+            assert "eval.engine=transformers" in rest
         elif node.step.variant:
             assert rest[-2:] == ["--only", node.step.variant]
