@@ -189,7 +189,7 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begu
     for way in ("auto", "off"):
         changes = settings(
             "rl", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.micro_batch=2",
-            f"rl.rewards_file={rewards}", f"rl.shared_prompts={way}",
+            "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.shared_prompts={way}",
         )  # fmt: skip
         changes.append("rl.rewards={odd: 1}")
         made_by(begun, changes, "rl", 2)
