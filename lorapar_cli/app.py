@@ -13,7 +13,7 @@ import typer
 
 from lorapar_cli import inspection, products, render, sweeping
 from lorapar_cli.harness import entries
-from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of
+from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
 from stages import team
 from stages.config import Config
 from stages.data.rows import no_path
@@ -165,7 +165,7 @@ def run(
         render.say(f"--- {task.stage}: {task.why}")
         _spawn([task.stage, str(config), *_options(set_, task)])
     if not ran:
-        render.say("nothing to do: every artifact is current")
+        render.nothing_to_do()
     asked = asked_for(steps, last)
     store = Store(settings.root)
     if not shown:  # the command shows them itself where it runs
@@ -174,9 +174,8 @@ def run(
 
 
 def _options(overrides: list[str], task: Task) -> list[str]:
-    sets = [part for text in overrides for part in ("--set", text)]
     only = [part for variant in task.variants for part in ("--only", variant)]
-    return [*sets, *only, *(["--force"] if task.force else [])]
+    return [*sets(overrides), *only, *(["--force"] if task.force else [])]
 
 
 def _spawn(arguments: list[str]) -> None:

@@ -32,6 +32,11 @@ Only = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
 
 
+def sets(overrides: list[str] | None) -> list[str]:
+    """The overrides as arguments of a command."""
+    return [part for text in overrides or () for part in ("--set", text)]
+
+
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
     config = resolved(load(path, overrides))
     return config, plan(config)

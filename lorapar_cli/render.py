@@ -25,6 +25,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def nothing_to_do() -> None:
+    say("nothing to do: every artifact is current")
+
+
 def error(problem: LoraparError) -> None:
     say(f"error: {problem}")
     if problem.hint:

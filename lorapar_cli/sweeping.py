@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import render
-from lorapar_cli.options import Overrides, plan_of
+from lorapar_cli.options import Overrides, plan_of, sets
 from lorapar_cli.tables import show, table
 from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for
@@ -59,11 +59,10 @@ def sweep(
             raise ConfigError("--slurm goes without --jobs and --devices", "its file says what a job gets")
         given = slurm.settings(cluster, [stage.name for stage in STAGES.values()])
         waiting = slurm.Cluster(logs, given, render.say).submit(nodes)
-        render.say(
-            f"{len(waiting)} steps are with Slurm; the same command says how they stand"
-            if waiting
-            else "nothing to do: every artifact is current"
-        )
+        if waiting:
+            render.say(f"{len(waiting)} steps are with Slurm; the same command says how they stand")
+        else:
+            render.nothing_to_do()
         return
     places: list[str | None] = (
         [part.strip() for part in devices.split(",")] if devices else [None] * (jobs or 1)
@@ -111,7 +110,7 @@ def _close(ended: list[Outcome], cells: int) -> None:
     """Say what failed; the exit code is that of the first step that did."""
     bad = [outcome for outcome in ended if outcome.how != "done"]
     if not ended:
-        render.say("nothing to do: every artifact is current")
+        render.nothing_to_do()
     for outcome in bad:
         code = "" if outcome.code is None else f" with exit code {outcome.code}; see {outcome.log}"
         render.say(f"{outcome.how}{code}: {outcome.node.title}")
@@ -141,7 +140,7 @@ def report(
         if len(paths) > 1 or base or only or seeds:
             raise ConfigError(f"{paths[0]} is no table", "a page is on tables, or on one config alone")
         settings, steps = plan_of(paths[0], set_)
-        again = ["run", str(paths[0]), *(part for text in set_ or () for part in ("--set", text))]
+        again = ["run", str(paths[0]), *sets(set_)]
         text = of_run.page(settings, asked_for(steps, None), formats.command(again))
         (out / "report.html").write_text(text, encoding="utf-8")
         render.say(f"{out / 'report.html'}")
@@ -154,7 +153,7 @@ def report(
         again = ["sweep", str(path), *(["--base", str(base)] if base else [])]
         again += [part for row in only or () for part in ("--only", row)]
         again += [*(["--seeds", seeds] if seeds else [])]
-        again += [part for text in set_ or () for part in ("--set", text)]
+        again += sets(set_)
         made.append((found, formats.command(again)))
         (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
         (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")

@@ -15,6 +15,11 @@ import time
 PATIENCE_S = 5
 
 
+def guarded(command: list[str]) -> list[str]:
+    """The command under a guard, which ends it and all of its children when our end of its input closes."""
+    return [sys.executable, __file__, *command]
+
+
 def main(command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 

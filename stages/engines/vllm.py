@@ -18,6 +18,7 @@ import httpx
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
+from stages.engines.guard import guarded
 from stages.engines.openai import Client
 from stages.errors import BusyError, ServerError
 from stages.models.base import save_merged
@@ -56,7 +57,7 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
             model = model.model_copy(update={"name": folder})
         command = _command(model, server, port, served.vllm, module)
         guard = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("guard.py")), *command],
+            guarded(command),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -26,6 +26,7 @@ from stages.report.page import (
     render,
 )
 from stages.store.artifacts import Artifact, Store
+from stages.sweep.formats import accuracy, p_value
 
 SHOWN = 4
 """Won and lost items of each benchmark."""
@@ -66,16 +67,12 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             continue
         last, before = whole[-1], whole[-2]
         change = 100 * (last["accuracy"] - before["accuracy"])
-        p = "" if last["p"] is None else f" (paired test over {last['n']} items, {_p(last['p'])})"
+        p = "" if last["p"] is None else f" (paired test over {last['n']} items, {p_value(last['p'])})"
         said.append(
             f"{name}: {last['target']} answers {100 * last['accuracy']:.1f} % correctly, "
             f"{change:+.1f} points against {before['target']}{p}."
         )
     return said
-
-
-def _p(value: float) -> str:
-    return "p < .001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
@@ -114,8 +111,8 @@ def _mark(row: dict[str, Any]) -> figures.Mark:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or not _graded(row):
         return "–"
-    p = "" if row["p"] is None else f", {_p(row['p'])}"
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{p}"
+    p = "" if row["p"] is None else f", {p_value(row['p'])}"
+    return accuracy(row["accuracy"], row["low"], row["high"]) + p
 
 
 def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> list[Part]:

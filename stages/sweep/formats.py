@@ -54,7 +54,12 @@ def shown(value: Value) -> str:
         return f"{value.mean:.4g}"
     if value.p is not None:
         return _points(value.mean, value.low, value.high, value.p)
-    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return accuracy(value.mean, value.low, value.high)
+
+
+def accuracy(mean: float, low: float, high: float) -> str:
+    """Shares, as percent."""
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _compared(found: Comparison | None) -> str:
@@ -64,8 +69,11 @@ def _compared(found: Comparison | None) -> str:
 
 
 def _points(mean: float, low: float, high: float, p: float) -> str:
-    said = "p < .001" if p < 0.001 else f"p = {p:.2g}"
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {said}"
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
+
+
+def p_value(p: float) -> str:
+    return "p < .001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def legend(results: Results) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.engines import guard
+from stages.engines.guard import guarded
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
 from stages.sweep.steps import Node, Place
@@ -25,13 +25,10 @@ TICK = 0.2
 """Seconds between two looks at the children."""
 
 
-def guarded(command: list[str]) -> list[str]:
-    """The command under a guard, which ends it and all of its children when our end of its input closes."""
-    return [sys.executable, str(Path(guard.__file__)), *command]
-
-
-def is_current(node: Node) -> bool:
-    return state(Store(Path(node.place[0])), node.step).state == "current"
+def is_current(node: Node, stores: dict[str, Store]) -> bool:
+    """stores: by the folder of the run; one remembers what it has verified of the inputs."""
+    root = node.place[0]
+    return state(stores.setdefault(root, Store(Path(root))), node.step).state == "current"
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class Sweep:
         self.ended: dict[Place, Outcome] = {}
         self.tries: dict[Place, int] = {}
         self.later: dict[Place, float] = {}
+        self.stores: dict[str, Store] = {}
         self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
 
     def run(self) -> list[Outcome]:
@@ -118,7 +116,7 @@ class Sweep:
             node = self.nodes[place]
             seconds = time.monotonic() - begun
             self.tries[place] = self.tries.get(place, 0) + 1
-            if code == 0 and not is_current(node):
+            if code == 0 and not is_current(node, self.stores):
                 self.ended[place] = Outcome(node, "failed", code, self._log(node))
                 self.say(f"made something else, its inputs have changed: {node.title}; see {self._log(node)}")
             elif code == 0:

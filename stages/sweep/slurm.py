@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from stages.engines.guard import guarded
 from stages.errors import ConfigError, MissingInputError, ServerError
-from stages.sweep.local import BUSY, guarded
+from stages.sweep.local import BUSY
 from stages.sweep.steps import Node, Place
 
 REQUEUED = 20

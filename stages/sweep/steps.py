@@ -7,7 +7,6 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.errors import ArtifactError
 from stages.pipeline.plan import Step
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
@@ -83,6 +82,6 @@ def measured(nodes: dict[Place, Node]) -> dict[str, float]:
             try:
                 found = json.loads(manifest.read_text(encoding="utf-8"))
                 seconds.setdefault(found["stage"], []).append(float(found["provenance"]["seconds"]))
-            except (OSError, ValueError, KeyError, TypeError, ArtifactError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # what is damaged tells no time
     return {stage: statistics.fmean(values) for stage, values in seconds.items()}

@@ -362,7 +362,7 @@ class Child:
 
 @pytest.fixture
 def children(monkeypatch):
-    monkeypatch.setattr(local, "is_current", lambda node: True)
+    monkeypatch.setattr(local, "is_current", lambda node, stores: True)
     monkeypatch.setattr(local, "PAUSE", 0)
     monkeypatch.setattr(local.subprocess, "Popen", Child)
     monkeypatch.setattr(local, "TICK", 0)
@@ -399,7 +399,7 @@ def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
 
 
 def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "is_current", lambda node: node.stage != "sft")
+    monkeypatch.setattr(local, "is_current", lambda node, stores: node.stage != "sft")
     _, ended, said = swept_by(children, small, tmp_path)
     assert {o.node.stage for o in ended if o.how == "failed"} == {"sft"}
     assert any(line.startswith("made something else") for line in said)
