@@ -87,7 +87,7 @@ def test_empty_rows_may_be_left_out(tmp_path):
     path = written(tmp_path, *({"question": q, "answer": a} for q, a in pairs)).path
     with pytest.raises(DataError, match=r"(?s)2 × bad row.*data.jsonl:2.*data.jsonl:3") as caught:
         data.read(DataSection(path=path))
-    assert "data.empty=drop leaves out empty ones" in caught.value.hint
+    assert "empty: drop leaves out empty ones" in caught.value.hint
     assert [e.prompt for e in data.read(DataSection(path=path, empty="drop"))] == ["Q", "Q3"]
 
 

@@ -40,15 +40,15 @@ class SourceSection(Section):
         "auto", "Format of the rows; auto: told by their fields."
     )
     limit: int | None = setting(None, "Use the first N rows only.", gt=0)
+    empty: Literal["error", "drop"] = setting(
+        "error", "What to do with rows whose prompt or response is empty."
+    )
     duplicates: Literal["error", "first"] = setting(
         "error", "Rows with the same prompt and response are an error, or only the first of them is used."
     )
 
 
 class DataSection(SourceSection):
-    empty: Literal["error", "drop"] = setting(
-        "error", "What to do with rows whose prompt or response is empty."
-    )
     max_length: int = setting(512, "Longest prompt + response in tokens.", not_for="classify", gt=0)
     too_long: Literal["error", "drop", "truncate"] = setting(
         "error", "What to do with longer training rows.", not_for="classify"

@@ -41,7 +41,7 @@ def read(source: SourceSection) -> list[Example]:
         try:
             example = _example(kind, row)
         except _Empty as error:
-            if getattr(source, "empty", "error") == "error":
+            if source.empty == "error":
                 bad.append(f"{where}:{number}: {error}")
             empty += 1
             continue
@@ -54,7 +54,7 @@ def read(source: SourceSection) -> list[Example]:
         examples.append(example)
     if bad:
         hint = f"format {kind} needs {', '.join(FIELDS[kind])}"
-        raise problems("bad row", bad, f"{hint}; data.empty=drop leaves out empty ones" if empty else hint)
+        raise problems("bad row", bad, f"{hint}; empty: drop leaves out empty ones" if empty else hint)
     if empty:
         log.info("%s: %d rows without prompt or response left out", where, empty)
     if repeated and source.duplicates == "error":
