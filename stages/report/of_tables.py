@@ -27,7 +27,7 @@ def _verdict(results: Results) -> str:
         return ""
     told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
     number = (
-        "All rows"
+        "All other rows"
         if len(known) == len(results.comparisons)
         else f"{len(known)} of {len(results.comparisons)} rows"
     )
