@@ -47,11 +47,15 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
-TABLES      := $(filter-out configs/tables/levers.yaml,$(wildcard configs/tables/*.yaml))
+TABLES      := $(filter-out %/levers.yaml %/labels-demo.yaml %/theta.yaml,$(wildcard configs/tables/*.yaml))
+SMALL       := --base configs/smoke.yaml --seeds 0
+THETA       := configs/tables/theta.yaml --only base --only '*all elements' --only '*θ 0.[159]' # of 40 rows
 
-tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the tables of the paper in their form, on a random two-layer model
-	OMP_NUM_THREADS=1 $(LORAPAR) sweep $(TABLES) --base configs/smoke.yaml --seeds 0 --jobs 2
-	$(LORAPAR) report $(TABLES) --base configs/smoke.yaml --seeds 0 --out runs/tables
+tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tables and figures in their form, on a random two-layer model
+	OMP_NUM_THREADS=1 $(LORAPAR) sweep $(TABLES) $(SMALL) --jobs 2
+	OMP_NUM_THREADS=1 $(LORAPAR) sweep $(THETA) $(SMALL) --jobs 2
+	$(LORAPAR) report $(TABLES) $(SMALL) --out runs/tables
+	$(LORAPAR) report $(THETA) $(SMALL) --out runs/tables/theta
 
 test: $(READY) ## Run the tests (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"

@@ -14,17 +14,21 @@ from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for
 from stages.pipeline.table import STAGES
 from stages.sweep import formats, slurm
+from stages.sweep.file import is_table
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.results import results
 from stages.sweep.steps import Node, Place, measured, union
-from stages.sweep.table import is_table
+from stages.sweep.table import Table
 from stages.sweep.table import table as cells_of
 
 TablePaths = Annotated[list[Path], typer.Argument(metavar="TABLE…", help="YAML files; see configs/tables/.")]
 Base = Annotated[
     Path | None, typer.Option(metavar="CONFIG", help="Use this config in place of the table's own.")
 ]
-Rows = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeatable.")]
+Rows = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="ROW", help="Only this row, or those that fit a pattern; repeatable."),
+]
 Seeds = Annotated[
     str | None, typer.Option(metavar="N,N", help="These seeds in place of the table's, separated by commas.")
 ]
@@ -47,7 +51,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
     """Make what is missing of tables; steps that their cells share are made once."""
-    found = [cells_of(path, base, only, _numbers(seeds), set_) for path in paths]
+    found = [_planned(path, base, only, seeds, set_) for path in paths]
     cells = [cell for one in found for cell in one.cells]
     nodes = union(cells)
     _announce(len(cells), nodes)
@@ -77,6 +81,16 @@ def sweep(
 
 def _interrupted(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _planned(
+    path: Path, base: Path | None, only: list[str] | None, seeds: str | None, set_: list[str] | None
+) -> Table:
+    """The table; says which of its rows another base makes the same."""
+    found = cells_of(path, base, only, _numbers(seeds), set_)
+    for row, other in found.same.items():
+        render.say(f"{path}: with {base}, row {row!r} is the same as {other!r} and is left out")
+    return found
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -149,7 +163,7 @@ def report(
         raise ConfigError("two tables have the same name, and would be written to the same files")
     made = []
     for path in paths:
-        found = results(cells_of(path, base, only, _numbers(seeds), set_))
+        found = results(_planned(path, base, only, seeds, set_))
         again = ["sweep", str(path), *(["--base", str(base)] if base else [])]
         again += [part for row in only or () for part in ("--only", row)]
         again += [*(["--seeds", seeds] if seeds else [])]

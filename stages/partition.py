@@ -47,7 +47,14 @@ def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
         "s2_only": counts[S2_ONLY],
         "shared": counts[SHARED],
         "none": counts[NONE],
+        "s1_only_share": _share(counts[S1_ONLY], counts[SHARED]),
+        "s2_only_share": _share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
+
+
+def _share(own: int, shared: int) -> float:
+    """Of the elements that a system needs, those that it alone needs."""
+    return own / (own + shared) if own + shared else 0.0

@@ -69,6 +69,30 @@ def test_a_config_over_another(tmp_path):
     assert message(above) == f"{above} extends itself"
 
 
+def test_null_takes_away_an_entry_of_the_extended_file(tmp_path):
+    base = written(
+        tmp_path,
+        "model: {name: x}\nrl: {rewards: {correctness: 1, brief: .2}}\n"
+        "eval: {benchmarks: {gsm8k: {}, mmlu: {}}}\n",
+    )
+    above = tmp_path / "above.yaml"
+    above.write_text(
+        f"extends: {base.name}\nrl: {{rewards: {{brief: null}}}}\neval: {{benchmarks: {{gsm8k: null}}}}\n"
+    )
+    found = load(above)
+    assert found.rl.rewards == {"correctness": 1} and list(found.eval.benchmarks) == ["mmlu"]
+    assert "at least 1 item" in message(above, "rl.rewards={correctness: null}")
+
+
+def test_table4_trains_on_other_data_with_a_reward_that_fits_them():
+    found = {p.stem: load(p) for p in (ROOT / "configs/paper/table4").glob("*.yaml")}
+    evaluated = {name: list(c.eval.benchmarks) for name, c in found.items()}
+    expected = {"mmlu-dolly": ["mmlu"], "mmlu-platypus": ["mmlu"], "humaneval-codealpaca": ["humaneval"]}
+    assert evaluated == expected
+    assert all(c.rl.rewards == {"text_overlap": 1.0} and c.data.format == "alpaca" for c in found.values())
+    assert len({c.data.path for c in found.values()} | {c.run for c in found.values()}) == 6
+
+
 def test_table6_has_a_config_for_every_method():
     found = [load(path) for path in sorted((ROOT / "configs/paper/table6").glob("*.yaml"))]
     methods = [c.baseline.method for c in found if c.baseline]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from stages.errors import LoraparError
 
@@ -24,6 +24,16 @@ def named(kind: str, also: str = "") -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def without_null(entries: Any) -> Any:
+    """The entries of a mapping that are not null: null takes away what the extended file has there."""
+    if not isinstance(entries, dict):
+        return entries
+    return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+WithoutNull = BeforeValidator(without_null)
 
 
 def known(info: ValidationInfo) -> Mapping[str, Any]:

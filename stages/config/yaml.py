@@ -18,11 +18,11 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
 
     registries: the names that a config may use, as in `fields.known`. One ConfigError lists all mistakes.
     """
-    tree = _read(path)
+    settings = tree(path)
     for override in overrides or []:
-        _override(tree, override)
+        _override(settings, override)
     try:
-        return Config.model_validate(tree, context=registries)
+        return Config.model_validate(settings, context=registries)
     except ValidationError as error:
         mistakes = [_mistake(e) for e in error.errors()]
         text = mistakes[0]
@@ -31,8 +31,11 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
         raise ConfigError(text, "every setting with its default: lorapar config") from None
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree of a file, merged into that of the file which it `extends` (a path relative to its folder)."""
+def tree(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a file, merged into that of the file which it `extends` (a path relative to its folder).
+
+    below: the files that extend it.
+    """
     if not path.is_file():
         raise MissingInputError(
             f"no config file {path}", "see configs/, or print the defaults: lorapar config"
@@ -40,21 +43,21 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in below:
         raise ConfigError(f"{path} extends itself")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections, got {type(tree).__name__}")
-    extended = tree.pop("extends", None)
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(own).__name__}")
+    extended = own.pop("extends", None)
     if extended is None:
-        return tree
-    return _over(_read(path.parent / str(extended), (*below, path.resolve())), tree)
+        return own
+    return _over(tree(path.parent / str(extended), (*below, path.resolve())), own)
 
 
-def _over(under: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """`under` with the settings of `tree`: sections merge setting by setting, lists and values do not."""
+def _over(under: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`under` with the settings of `own`: sections merge setting by setting, lists and values do not."""
     merged = dict(under)
-    for name, value in tree.items():
+    for name, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = _over(merged[name], value) if both else value
     return merged

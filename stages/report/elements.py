@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 POINTS = 200
 """Of a cumulative curve."""
+DOTS = 2000
+"""Of each region in the figure of both systems' importance."""
 
 
 def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
@@ -27,7 +29,10 @@ def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
         rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
         made.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
-        made.append(Pictures([_importance(config, score)]))
+        pictures = [_importance(config, score)]
+        if masks is not None:
+            pictures.append(both(score, masks, ""))
+        made.append(Pictures(pictures))
     if masks is not None:
         made += _regions(masks)
     return made
@@ -46,6 +51,43 @@ def _importance(config: Config, score: Artifact) -> Picture:
     said = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
     text = f"Cumulative importance; {theta:g} of it is reached by about {said}."
     return Picture(figures.svg(figures.cumulative(curves, theta), "importance"), text, text)
+
+
+def both(score: Artifact, masks: Artifact, title: str) -> Picture:
+    """Importance for System 1 against that for System 2, of a sample of the elements of each region.
+
+    Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: unlike others of the page.
+    """
+    import torch
+
+    from stages.lora.masks import Masks, flat, read_importance
+    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+
+    scores = {
+        system: flat(part).double()
+        for system, part in read_importance(score.path / "importance.safetensors").items()
+    }
+    first, second = (part / part.norm().clamp(min=1e-300) for part in (scores[1], scores[2]))
+    region = flat(Masks.load(masks.path / "masks.safetensors", "sft").region)
+    seen = (first > 0) & (second > 0)
+    groups = {}
+    for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
+        there = ((region == code) & seen).nonzero().flatten()
+        there = (
+            there[torch.linspace(0, len(there) - 1, min(DOTS, len(there))).long()] if len(there) else there
+        )
+        groups[name] = (first[there].tolist(), second[there].tolist())
+    summary = masks.manifest["summary"]
+    told = ", ".join(
+        f"{name} {100 * summary[key]:.1f} % of its system's set"
+        for name, key in (("S1-only", "s1_only_share"), ("S2-only", "s2_only_share"))
+        if key in summary
+    )
+    text = (
+        f"{title}{': ' if title else ''}{told}{', ' if told else ''}Jaccard index {summary['jaccard']:.3f}."
+    )
+    drawn = figures.against(groups, ["#b84a62", "#3b76b8", "#8a63a8"], title)
+    return Picture(figures.svg(drawn, f"both {title}"), f"Importance by system. {text}", text)
 
 
 def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:

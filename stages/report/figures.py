@@ -29,7 +29,7 @@ def svg(figure: Figure, name: str) -> str:
 
     out = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -94,6 +94,78 @@ def dots(
     axes.set_xlabel("%")
     axes.grid(axis="x", alpha=0.2)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+Point = tuple[float, Mark]
+"""A place and a value with its interval."""
+
+
+@styled
+def over(
+    series: dict[str, list[Point]],
+    published: dict[str, list[tuple[float, float]]],
+    lines: dict[str, float],
+    x: str,
+    y: str,
+) -> Figure:
+    """Values over places: a line for each series, dashed where published, and one across for each of `lines`.
+
+    published: series → places and values. A series has the colour of the published one of its name.
+    """
+    figure, axes = _new(6.4, 3.6)
+    names = list(dict.fromkeys([*series, *published]))
+    for number, name in enumerate(names):
+        colour = PALETTE[number % len(PALETTE)]
+        points = sorted(series.get(name, []))
+        for at, (_, low, high) in points:
+            if low is not None and high is not None:
+                axes.plot([at, at], [low, high], color=colour, linewidth=1.4, alpha=0.6)
+        if points:
+            means = [mean for _, (mean, *_) in points]
+            axes.plot([at for at, _ in points], means, "o-", color=colour, markersize=4, label=name)
+        if there := sorted(published.get(name, [])):
+            places, values = zip(*there, strict=True)
+            label = f"{name}, published"
+            axes.plot(
+                places,
+                values,
+                "D--",
+                color=colour,
+                markersize=4,
+                fillstyle="none",
+                linewidth=0.9,
+                label=label,
+            )
+    for number, (name, value) in enumerate(lines.items()):
+        axes.axhline(value, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@styled
+def against(groups: dict[str, tuple[list[float], list[float]]], colours: list[str], title: str) -> Figure:
+    """Two positive values of each point of some groups, on logarithmic axes; the dots are one picture.
+
+    groups: name → first values, second values.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = _new(4.2, 3.4)
+    for (name, (first, second)), colour in zip(groups.items(), colours, strict=True):
+        # Thousands of dots as text would be megabytes.
+        axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
+        axes.scatter([], [], s=14, color=colour, label=name)
+    axes.set(
+        xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 
 from stages.benchmarks.statistics import holm
-from stages.report import figures
+from stages.pipeline.state import state
+from stages.report import elements, figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
+from stages.store.artifacts import Store
 from stages.sweep import formats
+from stages.sweep.file import Plot
 from stages.sweep.results import Results, Value
 
 
@@ -45,8 +48,11 @@ def _section(results: Results, command: str) -> Section:
     name = re.sub(r"\W+", "-", results.table.path.stem)
     parts: list[Part] = [Text(file.notes.strip())] if file.notes else []
     parts.append(Grid(head, rows, formats.legend(results)))
-    if picture := _dots(results, name):
-        parts.append(Pictures([picture]))
+    drawn = _over(results, file.plot, name) if file.plot else _dots(results, name)
+    if drawn:
+        parts.append(Pictures([drawn]))
+    if file.importance and (pictures := _importance(results)):
+        parts.append(Pictures(pictures))
     return Section(name, file.title, [*parts, Text("Made, or completed, by:", quiet=True), Command(command)])
 
 
@@ -70,3 +76,42 @@ def _dots(results: Results, name: str) -> Picture | None:
 def _mark(value: Value) -> figures.Mark:
     assert value.low is not None and value.high is not None
     return 100 * value.mean, 100 * value.low, 100 * value.high
+
+
+def _over(results: Results, plot: Plot, name: str) -> Picture | None:
+    """One column over another, by the series that the rows are called after; None while there is nothing."""
+    series: dict[str, list[figures.Point]] = {}
+    lines: dict[str, float] = {}
+    for row in results.table.rows:
+        x, y = results.values.get((row, plot.x)), results.values.get((row, plot.y))
+        group, colon, _ = row.partition(": ")
+        if y and y.n and colon and x:
+            series.setdefault(group, []).append((x.mean, _mark(y)))
+        elif y and y.n and not colon:
+            lines[row] = 100 * y.mean
+    published: dict[str, list[tuple[float, float]]] = {}
+    for row, values in results.table.file.paper.items():
+        group, colon, _ = row.partition(": ")
+        if row in results.table.rows and colon and {plot.x, plot.y} <= values.keys():
+            published.setdefault(group, []).append((values[plot.x], values[plot.y]))
+        elif row in results.table.rows and not colon and plot.y in values:
+            lines[f"{row}, published"] = values[plot.y]
+    if not series:
+        return None
+    drawn = figures.over(series, published, lines, f"{plot.x} (share)", f"{plot.y}, %")
+    text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
+    return Picture(figures.svg(drawn, name), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
+
+
+def _importance(results: Results) -> list[Picture]:
+    """For each row, of its first seed that is there."""
+    pictures = {}
+    for cell in results.table.cells:
+        store = Store(cell.config.root)
+        steps = [cell.steps["partition:sft"], cell.steps["partition:sft"].inputs.get("score")]
+        found = [state(store, step) for step in steps if step]
+        if cell.row not in pictures and len(found) == 2 and all(now.state == "current" for now in found):
+            masks, score = (now.artifact for now in found)
+            if masks and score and (score.path / "importance.safetensors").is_file():
+                pictures[cell.row] = elements.both(score, masks, cell.row)
+    return list(pictures.values())

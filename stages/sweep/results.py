@@ -14,7 +14,8 @@ from stages.benchmarks.statistics import interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
-from stages.sweep.table import Cell, Column, Table
+from stages.sweep.file import Column
+from stages.sweep.table import Cell, Table
 
 Shares = dict[str, float]
 """Item → its share of correct answers."""

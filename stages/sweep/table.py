@@ -1,130 +1,19 @@
-"""A table of results as a YAML file: rows of settings on a base config, seeds, and what a column shows."""
+"""The cells of a table, planned: each row with each seed."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
 
 from stages.config import Config
-from stages.config.fields import Section, setting
-from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.errors import ConfigError, LoraparError
 from stages.pipeline.plan import Step, plan
 from stages.pipeline.resolve import load, resolved
-
-OWN = ("base", "columns")
-"""Keys of a row that are no settings."""
-
-
-class Compare(Section):
-    against: str = setting(..., "Row that all others are compared with.")
-    on: str = setting(..., "Column of accuracies.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _on(cls, given: Any) -> Any:
-        # YAML 1.1 reads a bare `on` as true.
-        return (
-            {"on" if key is True else key: v for key, v in given.items()}
-            if isinstance(given, dict)
-            else given
-        )
-
-
-class TableFile(Section):
-    title: str = setting(..., "What the table is about.")
-    base: str = setting(..., "Config of every cell, as a path relative to this file.")
-    set: dict[str, Any] = setting({}, "Settings of every cell, by their dotted names.")
-    rows: dict[str, dict[str, Any]] = setting(
-        {}, "Settings of each row, by their dotted names; `base` and `columns` replace the table's own."
-    )
-    grid: dict[str, list[Any]] = setting({}, "Instead of rows: settings and their values, all with all.")
-    seeds: list[int] = setting([41], "Each row is run with each of them.", min_length=1)
-    columns: dict[str, str] = setting(
-        ...,
-        "What each column shows: TARGET@BENCHMARK, of a group with .system1 or .FIELD=VALUE behind it; one "
-        "such less another, as in `rl@demo - sft@demo`; or a value of a step's summary, such as "
-        "partition:sft.active_share.",
-        min_length=1,
-    )
-    paper: dict[str, dict[str, float]] = setting({}, "Published values, by row and column.")
-    compare: Compare | None = setting(None, "A paired test over items and seeds.")
-    notes: str = setting("", "What a reader has to know.")
-
-    @model_validator(mode="after")
-    def _names(self) -> TableFile:
-        if bool(self.rows) == bool(self.grid):
-            raise ValueError("a table has rows or a grid")
-        for text in self.columns.values():
-            _check(text)
-        names = self.settings()
-        for row in self.paper:
-            if row not in names:
-                raise ValueError(f"paper has values for {row!r}, which is no row")
-            if unknown := self.paper[row].keys() - self.columns.keys():
-                raise ValueError(f"paper has a value for {sorted(unknown)[0]!r}, which is no column")
-        if self.compare and self.compare.against not in names:
-            raise ValueError(f"compare.against {self.compare.against!r} is no row")
-        on = self.columns.get(self.compare.on, "") if self.compare else ""
-        if self.compare and ("@" not in on or " - " in on):
-            raise ValueError(f"compare.on {self.compare.on!r} is no column of accuracies")
-        return self
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """Row → its settings; those of a grid are called by their values."""
-        if self.rows:
-            return self.rows
-        made = {}
-        for values in itertools.product(*self.grid.values()):
-            one = dict(zip(self.grid, values, strict=True))
-            made[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in one.items())] = one
-        return made
-
-
-@dataclass(frozen=True)
-class Column:
-    """What one cell shows: an accuracy, a difference of two, or a value of a summary."""
-
-    step: str
-    rest: str
-    """Behind the step: a group of items, or the path in the summary."""
-    less: Column | None = None
-    """What is subtracted, item by item."""
-
-    @classmethod
-    def of(cls, text: str) -> Column:
-        text, _, less = text.partition(" - ")
-        if less:
-            return replace(cls.of(text), less=cls.of(less))
-        if "@" in text:
-            step, _, rest = text.partition(".")
-            return cls(f"eval:{step}", rest)
-        step, _, rest = text.partition(".")
-        return cls(step, rest)
-
-    @property
-    def graded(self) -> bool:
-        return self.step.startswith("eval:")
-
-    @property
-    def steps(self) -> list[str]:
-        return [self.step, *(self.less.steps if self.less else [])]
-
-
-def _check(text: str) -> None:
-    """ValueError if a column's text is no accuracy and no value of a summary."""
-    column: Column | None = Column.of(text)
-    while column is not None:
-        if not column.graded and not column.rest:
-            raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
-        if column.graded and column.rest not in ("", "system1", "system2") and "=" not in column.rest:
-            raise ValueError(f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE")
-        column = column.less
+from stages.sweep.file import OWN, Column, TableFile, read, refused
 
 
 @dataclass(frozen=True)
@@ -147,39 +36,12 @@ class Table:
     path: Path
     file: TableFile
     cells: list[Cell]
+    same: dict[str, str]
+    """Rows that are left out because another base makes them the same as an earlier row, with that row."""
 
     @property
     def rows(self) -> list[str]:
         return list(dict.fromkeys(cell.row for cell in self.cells))
-
-
-def is_table(path: Path) -> bool:
-    """Whether a file is a table and not a config: it has columns. A file that cannot be read is one."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return True
-    return isinstance(tree, dict) and "columns" in tree
-
-
-def read(path: Path) -> TableFile:
-    if not path.is_file():
-        raise MissingInputError(f"no table file {path}", "see configs/tables/")
-    try:
-        return TableFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        found = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-            for e in error.errors()
-        ]
-        raise _refused(path, found) from None
-
-
-def _refused(path: Path, mistakes: list[str]) -> ConfigError:
-    number = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]))
 
 
 def table(
@@ -191,26 +53,33 @@ def table(
 ) -> Table:
     """The cells of a table file, planned. One ConfigError lists everything that is wrong with them.
 
-    base: replaces every config that the file names. only: these rows. more: further `key=value` settings.
+    base: replaces every config that the file names; rows that are then the same are left out. only: these
+    rows, or those that a pattern such as `QKV*` fits. more: further `key=value` settings.
     """
     file = read(path)
     names = file.settings()
-    if unknown := [name for name in only or () if name not in names]:
+    chosen = {text: [n for n in names if n == text or fnmatchcase(n, text)] for text in only or ()}
+    if unknown := [text for text, matched in chosen.items() if not matched]:
         raise ConfigError(f"{path}: no row {unknown[0]!r}", f"choose from: {', '.join(names)}")
+    wanted = {name for matched in chosen.values() for name in matched}
     wrong: dict[str, list[str]] = {}
     cells = []
     for seed in seeds or file.seeds:
         for name in names:
-            if only and name not in only:
+            if only and name not in wanted:
                 continue
             try:
                 cells.append(_cell(path, file, name, seed, base, more or []))
             except LoraparError as error:
                 wrong.setdefault(str(error), []).append(repr(name))
     mistakes = [f"row {', '.join(dict.fromkeys(rows))}: {error}" for error, rows in wrong.items()]
-    if found := list(dict.fromkeys([*mistakes, *_problems(file, cells, whole=not only)])):
-        raise _refused(path, found)
-    return Table(path, file, cells)
+    mistakes += _lost(file, cells) if not only else []
+    same = _same(cells)
+    if base is None:
+        mistakes += [f"rows {other!r} and {row!r} are the same" for row, other in same.items()]
+    if mistakes:
+        raise refused(path, mistakes)
+    return Table(path, file, [cell for cell in cells if cell.row not in same], same)
 
 
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:
@@ -252,14 +121,21 @@ def _elsewhere(column: Column, config: Config) -> Column:
     return Column(f"{target}@{benchmarks[0]}", column.rest, less)
 
 
-def _problems(file: TableFile, cells: list[Cell], whole: bool) -> Iterator[str]:
-    """Columns that no cell has, if these are the cells of the whole table, and rows that are the same."""
-    for name in file.columns if cells and whole else ():
+def _lost(file: TableFile, cells: list[Cell]) -> list[str]:
+    """What is wrong with columns that none of the cells has."""
+    wrong = []
+    for name in file.columns if cells else ():
         if not any(name in cell.columns for cell in cells):
             there = [step.removeprefix("eval:") for step in cells[0].steps if step.startswith("eval:")]
             evaluated = ", ".join(there) or "nothing"
-            yield f"column {name!r}: no row has {file.columns[name]}; evaluated are {evaluated}"
+            wrong.append(f"column {name!r}: no row has {file.columns[name]}; evaluated are {evaluated}")
+    return wrong
+
+
+def _same(cells: list[Cell]) -> dict[str, str]:
+    """Rows that show the same artifacts as an earlier row, with that row."""
     seen: dict[str, str] = {}
+    same = {}
     for cell in cells:
         shown = tuple(
             (name, cell.config.root, [cell.steps[step].key for step in column.steps], column.rest)
@@ -267,4 +143,5 @@ def _problems(file: TableFile, cells: list[Cell], whole: bool) -> Iterator[str]:
         )
         other = seen.setdefault(f"{cell.seed} {shown}", cell.row)
         if other != cell.row:
-            yield f"rows {other!r} and {cell.row!r} are the same"
+            same[cell.row] = other
+    return same

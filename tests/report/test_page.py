@@ -25,6 +25,18 @@ def test_every_text_is_escaped():
     assert page.count("&lt;script&gt;") > 12 and "<svg></svg>" in page
 
 
+def test_one_column_over_another():
+    """A series is a line, a published one a dashed line, and a row without a series goes across."""
+    series = {"QKV": [(0.4, (50.0, 40.0, 60.0)), (0.1, (30.0, None, None))]}
+    drawn = figures.over(series, {"QKV": [(0.3, 20.0)], "GUD": [(0.2, 12.0)]}, {"base": 13.3}, "x", "y")
+    (axes,) = drawn.axes
+    by_label = {line.get_label(): line for line in axes.lines}
+    assert list(by_label["QKV"].get_xdata()) == [0.1, 0.4] and list(by_label["QKV"].get_ydata()) == [30, 50]
+    assert list(by_label["GUD, published"].get_ydata()) == [12.0]
+    assert by_label["QKV, published"].get_color() == by_label["QKV"].get_color()
+    assert set(by_label["base"].get_ydata()) == {13.3}
+
+
 def test_a_section_without_parts_is_left_out():
     page = render("t", [], [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])])
     assert "Nothing here" not in page and 'href="#full"' in page
@@ -79,7 +91,7 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
         assert f">{title}" in page
     assert ">Missing<" not in page
     assert "demo: sft answers" in page and "points against base" in page
-    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 9
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 10
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     lorapar("report", "configs/smoke.yaml", *sets, "--set", "eval.targets=[base, sft, rl]", "--out", tmp_path)
     page = (tmp_path / "report.html").read_text()

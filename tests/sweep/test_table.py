@@ -20,8 +20,9 @@ from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl
 from stages.store.digests import sha256_file
 from stages.sweep import local, steps
+from stages.sweep.file import Column, read
 from stages.sweep.results import results
-from stages.sweep.table import Column, read, table
+from stages.sweep.table import table
 
 FILE = """
 title: A small table
@@ -70,8 +71,8 @@ def changed(path: Path, *pairs: tuple[str, str]) -> Path:
     return other
 
 
-OF_THE_PAPER = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - {ROOT / "configs/tables/levers.yaml"})
-"""Levers are for the demonstration set alone."""
+OF_THE_DEMO = {ROOT / "configs/tables/levers.yaml", ROOT / "configs/tables/labels-demo.yaml"}
+OF_THE_PAPER = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - OF_THE_DEMO)
 
 
 @pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
@@ -79,8 +80,45 @@ def test_the_tables_of_the_project_are_sound_on_a_small_base(path, small):
     found = table(path, base=small.with_name("base.yaml"))
     assert found.file.title and {cell.seed for cell in found.cells} == set(found.file.seeds)
     assert all(cell.columns for cell in found.cells)
-    published = {(row, name) for row, part in found.file.paper.items() for name in part}
+    published = {(row, name) for row, part in found.file.paper.items() for name in part if row in found.rows}
     assert published <= {(cell.row, name) for cell in found.cells for name in cell.columns}
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
+def test_the_tables_of_the_project_are_sound_as_they_are(path):
+    found = table(path)
+    assert not found.same and set(found.rows) == set(found.file.settings())
+    assert found.file.paper or path.stem == "controls"
+
+
+def test_rows_that_another_base_makes_the_same_are_left_out(small):
+    found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
+    assert found.rows == ["GSM8K"] and found.same == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
+    rows = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}')
+    path = changed(small, rows)
+    with pytest.raises(ConfigError, match="rows 'θ .9' and 'β 0' are the same"):
+        table(path)
+    assert table(path, base=small.with_name("base.yaml")).rows == ["θ .9", "θ .5"]
+
+
+def test_a_table_over_another(small, tmp_path):
+    """Rows, columns and published values merge; null takes a row away."""
+    path = tmp_path / "above.yaml"
+    path.write_text(
+        f"extends: {small}\ntitle: Above\nbase: {small.with_name('base.yaml')}\n"
+        'rows: {"θ .5": null, "θ .7": {partition.theta: 0.7}}\npaper: {"θ .7": {RL: 30}}\n'
+    )
+    found = table(path)
+    assert found.rows == ["θ .9", "β 0", "θ .7"] and found.file.title == "Above"
+    assert found.file.paper == {"θ .9": {"SFT": 27.6}, "θ .7": {"RL": 30}}
+    path.write_text(f"extends: {path}\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        read(path)
+
+
+def test_rows_are_chosen_by_name_or_pattern(small):
+    assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
+    assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
 
 
 def test_all_mistakes_are_said_at_once(small):
@@ -112,6 +150,7 @@ def test_all_mistakes_are_said_at_once(small):
             "active: partition",
             "expected TARGET@BENCHMARK or STEP.VALUE",
         ),
+        ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot 'Sft' is no column"),
         ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
     ],
 )

@@ -1,0 +1,167 @@
+"""The file of a table: rows of settings on a base config, seeds, and what a column shows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ValidationError, model_validator
+
+from stages.config.fields import Section, WithoutNull, setting
+from stages.config.yaml import tree
+from stages.errors import ConfigError, LoraparError, MissingInputError
+
+OWN = ("base", "columns")
+"""Keys of a row that are no settings."""
+
+
+class Compare(Section):
+    against: str = setting(..., "Row that all others are compared with.")
+    on: str = setting(..., "Column of accuracies.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on(cls, given: Any) -> Any:
+        # YAML 1.1 reads a bare `on` as true.
+        return (
+            {"on" if key is True else key: v for key, v in given.items()}
+            if isinstance(given, dict)
+            else given
+        )
+
+
+class Plot(Section):
+    """A row called `SERIES: …` is a point of its series; one without a colon is a line across."""
+
+    x: str = setting(..., "Column with the place of a point, such as a share of elements.")
+    y: str = setting(..., "Column of accuracies.")
+
+
+class TableFile(Section):
+    title: str = setting(..., "What the table is about.")
+    base: str = setting(..., "Config of every cell, as a path relative to this file.")
+    set: dict[str, Any] = setting({}, "Settings of every cell, by their dotted names.")
+    rows: Annotated[dict[str, dict[str, Any]], WithoutNull] = setting(
+        {}, "Settings of each row, by their dotted names; `base` and `columns` replace the table's own."
+    )
+    grid: dict[str, list[Any]] = setting({}, "Instead of rows: settings and their values, all with all.")
+    seeds: list[int] = setting([41], "Each row is run with each of them.", min_length=1)
+    columns: dict[str, str] = setting(
+        ...,
+        "What each column shows: TARGET@BENCHMARK, of a group with .system1 or .FIELD=VALUE behind it; one "
+        "such less another, as in `rl@demo - sft@demo`; or a value of a step's summary, such as "
+        "partition:sft.active_share.",
+        min_length=1,
+    )
+    paper: Annotated[dict[str, dict[str, float]], WithoutNull] = setting(
+        {}, "Published values, by row and column."
+    )
+    compare: Compare | None = setting(None, "A paired test over items and seeds.")
+    plot: Plot | None = setting(None, "A figure of one column over another.")
+    importance: bool = setting(
+        False, "A figure for each row: importance of its elements for System 1 against that for System 2."
+    )
+    notes: str = setting("", "What a reader has to know.")
+
+    @model_validator(mode="after")
+    def _names(self) -> TableFile:
+        if bool(self.rows) == bool(self.grid):
+            raise ValueError("a table has rows or a grid")
+        for text in self.columns.values():
+            _check(text)
+        names = self.settings()
+        for row in self.paper:
+            if row not in names:
+                raise ValueError(f"paper has values for {row!r}, which is no row")
+            if unknown := self.paper[row].keys() - self.columns.keys():
+                raise ValueError(f"paper has a value for {sorted(unknown)[0]!r}, which is no column")
+        if self.compare and self.compare.against not in names:
+            raise ValueError(f"compare.against {self.compare.against!r} is no row")
+        on = self.columns.get(self.compare.on, "") if self.compare else ""
+        if self.compare and ("@" not in on or " - " in on):
+            raise ValueError(f"compare.on {self.compare.on!r} is no column of accuracies")
+        for name in (self.plot.x, self.plot.y) if self.plot else ():
+            if name not in self.columns:
+                raise ValueError(f"plot {name!r} is no column")
+        return self
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Row → its settings; those of a grid are called by their values."""
+        if self.rows:
+            return self.rows
+        made = {}
+        for values in itertools.product(*self.grid.values()):
+            one = dict(zip(self.grid, values, strict=True))
+            made[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in one.items())] = one
+        return made
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one cell shows: an accuracy, a difference of two, or a value of a summary."""
+
+    step: str
+    rest: str
+    """Behind the step: a group of items, or the path in the summary."""
+    less: Column | None = None
+    """What is subtracted, item by item."""
+
+    @classmethod
+    def of(cls, text: str) -> Column:
+        text, _, less = text.partition(" - ")
+        if less:
+            return replace(cls.of(text), less=cls.of(less))
+        if "@" in text:
+            step, _, rest = text.partition(".")
+            return cls(f"eval:{step}", rest)
+        step, _, rest = text.partition(".")
+        return cls(step, rest)
+
+    @property
+    def graded(self) -> bool:
+        return self.step.startswith("eval:")
+
+    @property
+    def steps(self) -> list[str]:
+        return [self.step, *(self.less.steps if self.less else [])]
+
+
+def _check(text: str) -> None:
+    """ValueError if a column's text is no accuracy and no value of a summary."""
+    column: Column | None = Column.of(text)
+    while column is not None:
+        if not column.graded and not column.rest:
+            raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
+        if column.graded and column.rest not in ("", "system1", "system2") and "=" not in column.rest:
+            raise ValueError(f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE")
+        column = column.less
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table and not a config: it has columns. A file that cannot be read is one."""
+    try:
+        return "columns" in tree(path)
+    except (OSError, LoraparError):
+        return True
+
+
+def read(path: Path) -> TableFile:
+    """A table's file, which may extend another one, as a config may."""
+    if not path.is_file():
+        raise MissingInputError(f"no table file {path}", "see configs/tables/")
+    try:
+        return TableFile.model_validate(tree(path))
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+            for e in error.errors()
+        ]
+        raise refused(path, found) from None
+
+
+def refused(path: Path, mistakes: list[str]) -> ConfigError:
+    """All mistakes of a table in one error."""
+    number = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]))
