@@ -1,6 +1,7 @@
 """Commands for tables of many runs: `sweep` makes what is missing, `report` shows what is there."""
 
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 from lorapar_cli import render
 from lorapar_cli.options import Overrides, plan_of, sets
 from lorapar_cli.tables import show, table
+from lorapar_cli.watch import watching
 from stages.errors import ConfigError
 from stages.pipeline.plan import asked_for
 from stages.pipeline.table import STAGES
@@ -76,7 +78,10 @@ def sweep(
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
     signal.signal(signal.SIGTERM, _interrupted)
-    _close(Sweep(nodes, places, logs, render.say).run(), len(cells))
+    view, say, look = watching(sys.stderr.isatty(), measured(nodes))
+    with view:
+        ended = Sweep(nodes, places, logs, say, look).run()
+    _close(ended, len(cells))
 
 
 def _interrupted(number: int, _: FrameType | None) -> None:

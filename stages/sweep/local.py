@@ -40,6 +40,7 @@ class Outcome:
     """done, failed, or left out because what it needs failed."""
     code: int | None = None
     log: Path | None = None
+    seconds: float = 0.0
 
 
 class Sweep:
@@ -55,9 +56,13 @@ class Sweep:
         places: list[str | None],
         logs: Path,
         say: Callable[[str], None],
+        look: Callable[[Sweep], None] = lambda sweep: None,
     ) -> None:
-        """places: one for each step that may run at a time: a device for CUDA_VISIBLE_DEVICES, or None."""
-        self.nodes, self.places, self.logs, self.say = nodes, list(places), logs, say
+        """places: one for each step that may run at a time: a device for CUDA_VISIBLE_DEVICES, or None.
+
+        look: called with the sweep several times a second.
+        """
+        self.nodes, self.places, self.logs, self.say, self.look = nodes, list(places), logs, say, look
         self.waiting = [place for place, node in nodes.items() if not node.current]
         self.done = {place for place, node in nodes.items() if node.current}
         self.ended: dict[Place, Outcome] = {}
@@ -72,6 +77,7 @@ class Sweep:
         try:
             while self.waiting or self.running:
                 self._start()
+                self.look(self)
                 time.sleep(TICK)
                 self._collect()
         finally:
@@ -95,7 +101,7 @@ class Sweep:
     def _spawn(self, place: Place, device: str | None) -> None:
         node = self.nodes[place]
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        with self._log(node).open("ab") as log:
+        with self.log(node).open("ab") as log:
             child = subprocess.Popen(
                 guarded([sys.executable, "-m", "lorapar_cli", *node.command]),
                 stdout=log,
@@ -117,11 +123,11 @@ class Sweep:
             seconds = time.monotonic() - begun
             self.tries[place] = self.tries.get(place, 0) + 1
             if code == 0 and not is_current(node, self.stores):
-                self.ended[place] = Outcome(node, "failed", code, self._log(node))
-                self.say(f"made something else, its inputs have changed: {node.title}; see {self._log(node)}")
+                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds)
+                self.say(f"made something else, its inputs have changed: {node.title}; see {self.log(node)}")
             elif code == 0:
                 self.done.add(place)
-                self.ended[place] = Outcome(node, "done", 0, self._log(node))
+                self.ended[place] = Outcome(node, "done", 0, self.log(node), seconds)
                 left = len(self.waiting) + len(self.running)
                 self.say(f"done in {seconds:.0f} s, {left} left: {node.title}")
             elif code == BUSY or (code == NO_SERVER and self.tries[place] < TRIES):
@@ -129,8 +135,9 @@ class Sweep:
                 self.later[place] = time.monotonic() + PAUSE
                 self.say(f"exit code {code}, will be tried again: {node.title}")
             else:
-                self.ended[place] = Outcome(node, "failed", code, self._log(node))
-                self.say(f"failed with exit code {code}: {node.title}; see {self._log(node)}")
+                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds)
+                self.say(f"failed with exit code {code}: {node.title}; see {self.log(node)}")
 
-    def _log(self, node: Node) -> Path:
+    def log(self, node: Node) -> Path:
+        """Where a step writes what it says."""
         return self.logs / f"{node.stage}-{node.step.key}.log"

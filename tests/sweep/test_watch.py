@@ -1,0 +1,63 @@
+"""The view of a sweep: what it counts, how long it says the rest takes, and how it is drawn."""
+
+import io
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from rich.console import Console
+
+from lorapar_cli.watch import Watch, last_line, summary, time_left
+from stages.sweep.local import Outcome, Sweep
+
+PLACES = {
+    name: ("runs", stage, name) for name, stage in (("a", "sft"), ("b", "sft"), ("c", "rl"), ("d", "rl"))
+}
+CELLS = {"a": [1, 3], "b": [2], "c": [1], "d": [2]}
+
+
+def sweep(**state: object) -> Sweep:
+    nodes = {
+        PLACES[n]: SimpleNamespace(
+            stage=PLACES[n][1], title=f"{PLACES[n][1]} {n}", current=False, inputs=[],
+            cells=[("table", f"row {i}", 1) for i in CELLS[n]], step=SimpleNamespace(key=n),
+        )
+        for n in PLACES
+    }  # fmt: skip
+    found = Sweep(nodes, [None], Path("logs"), print)
+    for name, value in state.items():
+        setattr(found, name, value)
+    return found
+
+
+def test_cells_are_counted_by_all_that_they_need():
+    """Row 1 has its SFT and waits for its RL, row 2 is running, row 3 needs the SFT alone."""
+    running = {PLACES["b"]: (None, None, time.monotonic())}
+    waiting = [PLACES["c"], PLACES["d"]]
+    found = sweep(done={PLACES["a"]}, running=running, waiting=waiting)
+    assert summary(found, {}) == "cells: 1 done, 1 running, 1 waiting"
+    failed = Outcome(found.nodes[PLACES["b"]], "failed", 1)
+    found = sweep(done={PLACES["a"]}, waiting=waiting, ended={PLACES["b"]: failed})
+    assert summary(found, {}) == "cells: 1 done, 1 failed, 1 waiting"
+
+
+def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running():
+    begun = time.monotonic() - 20
+    found = sweep(running={PLACES["b"]: (None, None, begun)}, waiting=[PLACES["c"], PLACES["d"]], places=[])
+    assert abs(time_left(found, {"sft": 60, "rl": 300}) - 640) < 2
+    found.places = [None]  # a second place
+    assert abs(time_left(found, {"sft": 60, "rl": 300}) - 320) < 2
+    assert time_left(found, {"rl": 300}) is None
+    found.ended[PLACES["a"]] = Outcome(found.nodes[PLACES["a"]], "done", 0, seconds=60)
+    assert abs(time_left(found, {"rl": 300}) - 320) < 2
+
+
+def test_the_view_names_what_runs_with_its_last_word(tmp_path):
+    running = {PLACES["b"]: (None, "1", time.monotonic())}
+    found = sweep(running=running, waiting=[PLACES["c"]], logs=tmp_path)
+    found.log(found.nodes[PLACES["b"]]).write_text("loading\nsft 3/36  [red]9 s[/red]\n\n")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(Watch({}).drawn(found))
+    text = console.file.getvalue()
+    assert "sft b (" in text and "s, device 1)" in text and "sft 3/36  [red]9 s[/red]" in text and "loading" not in text
+    assert last_line(tmp_path / "none") == ""
