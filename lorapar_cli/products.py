@@ -9,7 +9,8 @@ from lorapar_cli import render
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from stages.data.rows import no_path
 from stages.errors import ConfigError
-from stages.pipeline.state import current
+from stages.pipeline.state import current, state
+from stages.report.card import Form
 from stages.store.artifacts import Store
 
 
@@ -39,9 +40,12 @@ def export(
         raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
     if target not in steps:
         raise no_path()
-    artifact = current(Store(settings.root), steps[target])
-    form: exporting.Form = "merged" if merged else "adapter"
-    exporting.write(artifact, settings, folder, form, base_dtype)
+    store = Store(settings.root)
+    artifact = current(store, steps[target])
+    form: Form = "merged" if merged else "adapter"
+    stands = [state(store, step) for name, step in steps.items() if name.startswith(f"eval:{target}@")]
+    evaluated = [now.artifact for now in stands if now.state == "current" and now.artifact]
+    exporting.write(artifact, settings, folder, form, base_dtype, evaluated)
     render.say(f"{folder}: {form} of {target} {artifact.manifest['key']}")
     for row in exporting.check(artifact, settings, folder, form, prompts, render.say) if prompts else ():
         agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stages.config import Config, ModelSection
 from stages.data.rows import read
 from stages.engines import Pool, Question, Sampling, Served
 from stages.errors import ConfigError, OutputError, ServerError
 from stages.models.base import save_merged
+from stages.report.card import Form, card, hub_results
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer
 
-Form = Literal["adapter", "merged"]
 LONGEST = 32
 """How many tokens of each answer a check generates."""
 
 
-def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype: bool = False) -> None:
+def write(
+    artifact: Artifact,
+    config: Config,
+    out: Path,
+    form: Form,
+    base_dtype: bool = False,
+    evaluated: Sequence[Artifact] = (),
+) -> None:
     """Write the adapter of a committed sft or rl artifact into `out`, or the merged model with its tokenizer.
 
     Either comes with a README.md. base_dtype: cast the adapter's float32 weights to the type of the base
-    model. OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
+    model. evaluated: its evaluations, for the card and, of data sets on the hub, for `.eval_results/`.
+    OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
     """
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
@@ -50,7 +58,10 @@ def write(artifact: Artifact, config: Config, out: Path, form: Form, base_dtype:
         shutil.copytree(trained, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
         if base_dtype:
             _cast(partial / adapter.ADAPTER, config.model)
-    (partial / "README.md").write_text(card(artifact, form), encoding="utf-8")
+    (partial / "README.md").write_text(card(artifact, form, evaluated), encoding="utf-8")
+    if text := hub_results(evaluated):
+        (partial / ".eval_results").mkdir()
+        (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
     partial.rename(out)
 
 
@@ -62,51 +73,6 @@ def _cast(file: Path, model: ModelSection) -> None:
     dtype = load_base(model).dtype
     weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
-
-
-def card(artifact: Artifact, form: Form) -> str:
-    """A model card, made from the manifest alone."""
-    manifest = artifact.manifest
-    stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    base = manifest["provenance"]["config"]["model"]["name"]
-    if form == "adapter":
-        library = "peft"
-        load = (
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            'model = PeftModel.from_pretrained(model, "this folder")'
-        )
-    else:
-        library = "transformers"
-        load = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
-    baseline = identity["baseline"]
-    method = baseline["method"] if baseline else "lora"
-    rest = "all that the method has" if baseline else "the others are those that it started from, to the bit"
-    plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
-    settings = {**(baseline or identity["lora"]), **plain}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
-    what = "The adapter" if form == "adapter" else "The merged model"
-    trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
-    return f"""---
-base_model: {base}
-library_name: {library}
-tags: [lorapar, {method}]
----
-
-# {base.rstrip("/").split("/")[-1]} after {f"{method} {stage}" if baseline else f"LoRA-PAR {stage}"}
-
-{what} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
-`{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
-{trained} were trained in this stage, in
-{summary["steps"]} steps; {rest}.
-
-```python
-{load}
-```
-
-| setting | value |
-|---|---|
-{rows}
-"""
 
 
 def push(folder: Path, repository: str) -> str:

@@ -59,5 +59,10 @@ def test_the_view_names_what_runs_with_its_last_word(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(Watch({}).drawn(found))
     text = console.file.getvalue()
-    assert "sft b (" in text and "s, device 1)" in text and "sft 3/36  [red]9 s[/red]" in text and "loading" not in text
+    assert (
+        "sft b (" in text
+        and "s, device 1)" in text
+        and "sft 3/36  [red]9 s[/red]" in text
+        and "loading" not in text
+    )
     assert last_line(tmp_path / "none") == ""

@@ -1,0 +1,112 @@
+"""The card of an exported adapter or model, and its results in the hub's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+
+from stages.store.artifacts import Artifact
+from stages.sweep.formats import accuracy
+
+Form = Literal["adapter", "merged"]
+
+
+def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> str:
+    """A model card, made from manifests alone: that of the adapter and those of its evaluations."""
+    manifest = artifact.manifest
+    stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
+    base = manifest["provenance"]["config"]["model"]["name"]
+    if form == "adapter":
+        library = "peft"
+        load = (
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            'model = PeftModel.from_pretrained(model, "this folder")'
+        )
+    else:
+        library = "transformers"
+        load = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    baseline = identity["baseline"]
+    method = baseline["method"] if baseline else "lora"
+    rest = "all that the method has" if baseline else "the others are those that it started from, to the bit"
+    plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
+    settings = {**(baseline or identity["lora"]), **plain}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
+    what = "The adapter" if form == "adapter" else "The merged model"
+    trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
+    return f"""---
+base_model: {base}
+library_name: {library}
+tags: [lorapar, {method}]
+---
+
+# {base.rstrip("/").split("/")[-1]} after {f"{method} {stage}" if baseline else f"LoRA-PAR {stage}"}
+
+{what} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+`{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
+{trained} were trained in this stage, in
+{summary["steps"]} steps; {rest}.
+
+```python
+{load}
+```
+
+{_results(evaluated)}| setting | value |
+|---|---|
+{rows}
+"""
+
+
+def _results(evaluated: Sequence[Artifact]) -> str:
+    """A Markdown table of accuracies with their intervals, and two line breaks; nothing if there are none."""
+    lines = []
+    for artifact in evaluated:
+        _, _, name = artifact.manifest["variant"].partition("@")
+        measured = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        groups = {"all": "all", "system1": "System 1", "system2": "System 2"}
+        for key, group in groups.items():
+            if (part := measured.get(key, {})).get("n"):
+                told = accuracy(part["accuracy"], *part["interval"])
+                lines.append(f"| {name}, {group} | {told} | {part['n']} |")
+    if not lines:
+        return ""
+    head = "| benchmark | accuracy, % [95 % interval] | items |\n|---|---|---|\n"
+    return head + "\n".join(lines) + "\n\n"
+
+
+def hub_results(evaluated: Sequence[Artifact]) -> str:
+    """Results on data sets of the hub as the text of a file in `.eval_results/`; empty if there are none.
+
+    Values are in percent. A data set takes results of the tasks that it names itself; a task is called here
+    as the benchmark is. Source: https://huggingface.co/docs/hub/eval-results.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = []
+    for artifact in evaluated:
+        _, _, name = artifact.manifest["variant"].partition("@")
+        used: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
+        summary = artifact.manifest["summary"]
+        if not on_the_hub(used["path"]) or not summary.get("all", {}).get("n"):
+            continue
+        shown = {key: used[key] for key in ("subset", "split", "shots", "mode", "temperature", "limit")}
+        settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+        pinned = used["revision"] if len(used["revision"]) == 40 else None
+        entries.append(
+            EvalResultEntry(
+                dataset_id=used["path"],
+                task_id=used["kind"],
+                value=round(100 * summary["all"]["accuracy"], 2),
+                dataset_revision=pinned,
+                date=artifact.manifest["provenance"]["finished"],
+                notes=f"lorapar {artifact.manifest['key']}: {settings}; n {summary['all']['n']}",
+            )
+        )
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def on_the_hub(path: str | None) -> bool:
+    """Whether a path is a hub id and no file."""
+    return bool(path) and str(path).count("/") == 1 and not str(path).endswith((".jsonl", ".gz", ".json"))

@@ -1,0 +1,61 @@
+"""Results in the card of an export, and in the hub's format."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
+
+from stages.config import Config
+from stages.report.card import card, hub_results
+from stages.store.artifacts import Artifact
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> list[Artifact]:
+    """Of GSM8K from the hub, and of a file."""
+    config = Config.model_validate(
+        {
+            "model": {"name": "m"},
+            "eval": {
+                "benchmarks": {
+                    "gsm8k": {"path": "openai/gsm8k", "revision": "a" * 40},
+                    "demo": {"path": "data/test.jsonl"},
+                }
+            },
+        }
+    ).model_dump(mode="json")
+    found = []
+    for name, share in (("gsm8k", 0.276), ("demo", 0.53)):
+        folder = tmp_path / name
+        folder.mkdir()
+        part = {"n": 1000, "accuracy": share, "interval": [share - 0.03, share + 0.03]}
+        measured = {"all": part, "system2": part | {"n": 400}, "system1": {"n": 0, "accuracy": None}}
+        (folder / "metrics.json").write_text(json.dumps(measured))
+        provenance = {"config": config, "finished": "2026-11-26T10:00:00+00:00"}
+        manifest = {"key": f"key-{name}", "variant": f"rl@{name}", "summary": {"all": part}}
+        found.append(Artifact(folder, manifest | {"provenance": provenance}))
+    return found
+
+
+def test_the_hub_gets_what_was_measured_on_its_data_sets(evaluated):
+    """The hub's own reader takes it; a file is no data set of the hub."""
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub_results(evaluated)))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 27.6)
+    assert entry.dataset_revision == "a" * 40 and entry.date.startswith("2026-11-26")
+    assert "key-gsm8k" in entry.notes and "n 1000" in entry.notes
+    assert hub_results(evaluated[1:]) == hub_results([]) == ""
+
+
+def test_the_card_shows_all_results_with_intervals(evaluated, tmp_path):
+    manifest = {
+        "key": "abc", "stage": "rl",
+        "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
+        "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"lr": 0.1}}},
+        "provenance": {"config": {"model": {"name": "org/m"}}, "versions": {"lorapar": "1"}},
+    }  # fmt: skip
+    text = card(Artifact(tmp_path, manifest), "adapter", evaluated)
+    assert "| gsm8k, all | 27.6 [24.6, 30.6] | 1000 |" in text
+    assert "| demo, System 2 | 53.0 [50.0, 56.0] | 400 |" in text and "System 1" not in text
+    assert "| benchmark" not in card(Artifact(tmp_path, manifest), "adapter")
