@@ -3,10 +3,11 @@
 import importlib
 import logging
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe
 from stages import team
 from stages.config import Config
 from stages.data.rows import no_path
-from stages.engines import Pool
+from stages.engines import Pool, guard
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline import launch
 from stages.pipeline.plan import Step, asked_for
@@ -180,12 +181,12 @@ def _options(overrides: list[str], task: Task) -> list[str]:
 
 def _spawn(arguments: list[str]) -> None:
     """A stage in a process of its own; its failure ends this one."""
-    code = subprocess.run([sys.executable, "-m", "lorapar_cli", *arguments]).returncode
-    if code < 0:
-        reason = ", probably out of memory" if code == -9 else ""
-        render.say(f"{arguments[0]} was ended by signal {-code}{reason}")
+    code = guard.run([sys.executable, "-m", "lorapar_cli", *arguments])
+    if code > 128:
+        reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
+        render.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")
     if code:
-        raise typer.Exit(128 - code if code < 0 else code)
+        raise typer.Exit(code)
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -205,6 +206,11 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
+def _end(number: int, _: FrameType | None) -> None:
+    """Unwind, so that servers are stopped and temporary files go, as they do when a person interrupts."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command; a LoraparError becomes two lines and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -213,6 +219,10 @@ def main() -> None:
         logging.ERROR
     )  # on CPU it recommends another package at each start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not team.launched():  # a launcher ends its processes itself
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+                signal.signal(number, _end)
     try:
         app()
     except LoraparError as error:

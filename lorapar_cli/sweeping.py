@@ -1,9 +1,7 @@
 """Commands for tables of many runs: `sweep` makes what is missing, `report` shows what is there."""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -77,15 +75,10 @@ def sweep(
         raise ConfigError(f"--devices {devices}: expected numbers, separated by commas")
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
-    signal.signal(signal.SIGTERM, _interrupted)
     view, say, look = watching(sys.stderr.isatty(), measured(nodes))
     with view:
         ended = Sweep(nodes, places, logs, say, look).run()
     _close(ended, len(cells))
-
-
-def _interrupted(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _planned(

@@ -1,5 +1,6 @@
 """All six stages on a random two-layer model, in this process, and what the store promises about them."""
 
+import contextlib
 import json
 import os
 import re
@@ -383,3 +384,34 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
         state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage
     ]
     assert set(states) == {"current"}
+
+
+def processes(mark: str) -> list[int]:
+    """Those that have the text in their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_stage_does_not_outlive_the_run_that_started_it(begun, tmp_path, number):
+    config = begun("sft.max_steps=100000", "sft.epochs=100000")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "lorapar_cli", "run", str(path), "--to", "sft"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in run.stderr:
+        if line.startswith("sft on "):
+            break
+    assert len(processes(str(path))) == 4  # the run, its guard, the keeper, and the stage
+    os.kill(run.pid, number)
+    deadline = time.monotonic() + 20
+    while processes(str(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes(str(path)) == []
+    run.wait()
+    run.stderr.close()

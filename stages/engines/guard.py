@@ -1,10 +1,15 @@
-"""Runs a command in its own process group and ends the group when standard input closes.
+"""Runs a command and ends it, with all it has started, when its starter ends, however that happens.
 
-Standard input also closes when the parent is killed. Used as `python guard.py COMMAND…`; it imports nothing
-of lorapar, so that it starts at once.
+Used as `python guard.py COMMAND…` with a pipe as standard input, which closes when the starter ends or closes
+it. Two processes stand by the command. The guard leads a session of its own, so that signals to the starter's
+process group or terminal do not reach it. The keeper leads the session of the command: if the guard is
+killed, the keeper ends the command, and if the keeper is killed, the guard does. If both are, the kernel
+does.
+It imports nothing of lorapar, so that it starts at once.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,35 +18,77 @@ import threading
 import time
 
 PATIENCE_S = 5
+KEEP = "--keep"
+PR_SET_PDEATHSIG = 1
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def guarded(command: list[str]) -> list[str]:
     """The command under a guard, which ends it and all of its children when our end of its input closes."""
-    return [sys.executable, __file__, *command]
+    return [sys.executable, "-I", "-S", __file__, *command]
 
 
-def main(command: list[str]) -> int:
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+def run(command: list[str]) -> int:
+    """The exit code of a guarded command; it ends with us, and before us if we are interrupted."""
+    with subprocess.Popen(guarded(command), stdin=subprocess.PIPE) as guard:
+        return guard.wait()  # on any exception, leaving the block closes its input and waits
+
+
+def guard(command: list[str]) -> int:
+    with contextlib.suppress(PermissionError):  # we lead a session already
+        os.setsid()
+    keep = [*guarded([KEEP]), *command]
+    keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, start_new_session=True)
+    return _watched(keeper, keeper.pid)
+
+
+def keep(command: list[str]) -> int:
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+    code = _watched(child, os.getpgrp())
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends (Linux; see prctl(2))."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watched(child: subprocess.Popen[bytes], group: int) -> int:
+    """Wait for the child; end its group when our input closes or we are told to end."""
+    ending = threading.Lock()
 
     def end(number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+            os.killpg(group, number)
 
-    def watch() -> None:
-        while os.read(0, 1024):  # not sys.stdin: its lock would abort the interpreter's shutdown
-            pass
+    def finish() -> None:
+        if not ending.acquire(blocking=False):
+            return
         end(signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE_S
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         end(signal.SIGKILL)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes our input
+    def watch() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would abort the interpreter's shutdown
+            pass
+        finish()
+
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a batch system's job, or nohup, ignores some
+            signal.signal(number, lambda *_: threading.Thread(target=finish, daemon=True).start())
     threading.Thread(target=watch, daemon=True).start()
     code = child.wait()
-    end(signal.SIGKILL)  # a server that crashed may leave workers behind
+    # A server that crashed may leave workers behind. The keeper, which is of their group, leaves them to the
+    # guard, to give it the exit code, unless all is ending.
+    if group != os.getpgrp() or ending.locked():
+        end(signal.SIGKILL)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1] == KEEP:
+        sys.exit(keep(sys.argv[2:]))
+    sys.exit(guard(sys.argv[1:]))
