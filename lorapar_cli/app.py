@@ -13,13 +13,14 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import inspection, products, render, sweeping
+from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
 from stages import team
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool, guard
-from stages.errors import ConfigError, LoraparError
+from stages.errors import ConfigError, Ended
 from stages.pipeline import launch
 from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.run import Task, Verb, run_step, tasks
@@ -208,11 +209,11 @@ for _name, _command in _COMMANDS.items():
 
 def _end(number: int, _: FrameType | None) -> None:
     """Unwind, so that servers are stopped and temporary files go, as they do when a person interrupts."""
-    sys.exit(128 + number)
+    raise Ended(128 + number)
 
 
 def main() -> None:
-    """Run the command; a LoraparError becomes two lines and its exit code."""
+    """Run the command; an error becomes two lines and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(
@@ -225,9 +226,13 @@ def main() -> None:
                 signal.signal(number, _end)
     try:
         app()
-    except LoraparError as error:
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as problem:
         if os.environ.get("LORAPAR_DEBUG"):
             raise
+        error = sentence(problem)
         if not team.tell(error):
             render.error(error)
         sys.exit(error.exit_code)

@@ -2,8 +2,12 @@
 
 Messages are lower case, have no full stop, and name the setting as typed and the value seen. `hint` is one
 line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
-own. An exception that is not a `LoraparError` is a bug and keeps its traceback.
+own. What else is raised, `lorapar_cli.edge` turns into one of them; 70 is a defect of lorapar.
 """
+
+
+class Ended(SystemExit):
+    """A signal told this process to end, and it unwinds."""
 
 
 class LoraparError(Exception):

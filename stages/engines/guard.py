@@ -28,9 +28,12 @@ def guarded(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, *command]
 
 
-def run(command: list[str]) -> int:
-    """The exit code of a guarded command; it ends with us, and before us if we are interrupted."""
-    with subprocess.Popen(guarded(command), stdin=subprocess.PIPE) as guard:
+def run(command: list[str], env: dict[str, str] | None = None) -> int:
+    """The exit code of a guarded command; it ends with us, and before us if we are interrupted.
+
+    The code is 128 + n if signal n ended it.
+    """
+    with subprocess.Popen(guarded(command), stdin=subprocess.PIPE, env=env) as guard:
         return guard.wait()  # on any exception, leaving the block closes its input and waits
 
 

@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from stages.config import ModelSection
-from stages.errors import ConfigError, MissingInputError
+from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
+from stages.models.reading import complete, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,12 +40,11 @@ def load_base(model: ModelSection) -> PreTrainedModel:
     kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if model.load_in_4bit:
         kind |= _four_bit(dtype)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model.name, revision=model.revision, dtype=dtype, **kind
+    with reading("model", model):
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **kind
         )
-    except (OSError, ValueError) as error:
-        raise MissingInputError(f"cannot load model {model.name}: {str(error).splitlines()[0]}") from None
+        complete(model, found["missing_keys"])
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
         # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.

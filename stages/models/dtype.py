@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 from stages.config import ModelSection
-from stages.errors import MissingInputError
+from stages.errors import LoraparError
+from stages.models.reading import reading
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,12 @@ def _auto(name: str, revision: str) -> str:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(name, revision=revision).dtype
-    except (OSError, ValueError) as error:
+        with reading("model", ModelSection(name=name, revision=revision)):
+            found = AutoConfig.from_pretrained(name, revision=revision).dtype
+    except LoraparError:
         if torch.cuda.is_available():
             return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
-        raise MissingInputError(f"cannot load model {name}: {str(error).splitlines()[0]}") from None
+        raise
     stored = "auto" if found is None else str(found).removeprefix("torch.")
     if torch.cuda.is_available():
         return stored

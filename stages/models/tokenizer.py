@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from stages.config import ModelSection
-from stages.errors import MissingInputError
+from stages.models.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,12 +17,8 @@ log = logging.getLogger(__name__)
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with reading("the tokenizer of", model):
         tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise MissingInputError(
-            f"cannot load the tokenizer of {model.name}: {str(error).splitlines()[0]}"
-        ) from None
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from stages import team
 from stages.config import LaunchSection
+from stages.engines import guard
 from stages.errors import ConfigError, LoraparError, MissingInputError
 
 NOT_RUN = {
@@ -27,9 +27,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment = {"OMP_NUM_THREADS": str(_threads(launch)), **os.environ, team.FAILURE: str(failure)}
-        code = subprocess.run(
-            [*_command(launch), "-m", "lorapar_cli", *arguments], env=environment
-        ).returncode
+        code = guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
             error = LoraparError(message, hint)

@@ -13,7 +13,7 @@ from typing import Any
 from stages import team
 from stages.config import Config
 from stages.engines import Pool
-from stages.errors import ArtifactError, ConfigError
+from stages.errors import ArtifactError, ConfigError, Ended
 from stages.pipeline.job import Job
 from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.state import State, current, rebuild, state
@@ -56,7 +56,7 @@ def run_step(
         team.wait()
         begun = time.monotonic()
         reads = (*stage.sections(config, step.variant), *stage.given)
-        summary = verb(job, **dict(section(config, path) for path in reads))
+        summary = _called(verb, job, dict(section(config, path) for path in reads))
         team.wait()
         if team.first():
             manifest = {
@@ -75,6 +75,19 @@ def run_step(
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
+
+
+def _called(verb: Verb, job: Job, sections: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a stage; code of a person's own, a reward or a model's, does not end the program."""
+    try:
+        return verb(job, **sections)
+    except Ended:
+        raise
+    except SystemExit as error:
+        raise ConfigError(
+            f"code that the config names tried to end lorapar, with {error.code!r}",
+            "look for sys.exit in rl.rewards_file, or in files of the model",
+        ) from None
 
 
 def _job(

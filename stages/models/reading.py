@@ -1,0 +1,54 @@
+"""What can be wrong with a model's files, said in one sentence that names the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.config import ModelSection
+from stages.errors import DataError, LoraparError, MissingInputError
+
+CHANGED = "the folder may be incomplete or of another kind: compare it with where it came from"
+
+
+@contextmanager
+def reading(what: str, model: ModelSection) -> Iterator[None]:
+    """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
+    if names_no_folder(model.name):
+        raise MissingInputError(
+            f"no model folder {model.name}", "a hub id is OWNER/NAME, without a folder of that name here"
+        )
+    try:
+        yield
+    except (LoraparError, MemoryError):
+        raise
+    except (OSError, ImportError, ValueError) as error:
+        raise MissingInputError(f"cannot load {what} {model.name}: {_first(error)}") from None
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+            raise
+        raise DataError(
+            f"cannot load {what} {model.name}: {type(error).__name__}: {_first(error)}", CHANGED
+        ) from None
+
+
+def names_no_folder(name: str) -> bool:
+    """Whether a name can only be that of a folder, and there is none."""
+    path = Path(name)
+    if path.exists():
+        return False
+    above = path.parent
+    return path.is_absolute() or name.count("/") != 1 or name[0] in ".~" or above.is_dir()
+
+
+def complete(model: ModelSection, missing: Iterable[str]) -> None:
+    """DataError if parameters of the model have no weights in its files: they would be random."""
+    names = sorted(missing)
+    if names:
+        number = "1 parameter" if len(names) == 1 else f"{len(names)} parameters"
+        raise DataError(f"model {model.name} has no weights for {number}, such as {names[0]}", CHANGED)
+
+
+def _first(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

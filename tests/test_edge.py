@@ -1,0 +1,137 @@
+"""What a person sees of errors that nothing has foreseen, and of models that cannot be read."""
+
+import errno
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import make_step
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lorapar_cli.edge import sentence
+from stages.config import ModelSection
+from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(errno.ENOSPC, "x", "runs/a"), 73, "cannot write runs/a: no space left on device"),
+        (OSError(errno.EROFS, "x", "runs/a"), 73, "cannot open runs/a: read-only file system"),
+        (PermissionError(errno.EACCES, "x", "a"), 73, "cannot open a: permission denied"),
+        (SafetensorError("I/O error: … (os error 28)"), 73, "cannot write: no space left"),
+        (RuntimeError("[enforce fail] No space left on device"), 73, "cannot write: no space left"),
+        (FileNotFoundError(errno.ENOENT, "x", "a"), 66, "no file a"),
+        (OSError(errno.ENAMETOOLONG, "x", "a" * 9), 78, "cannot use aaaaaaaaa: file name too long"),
+        (OSError(errno.ELOOP, "x", "a"), 78, "cannot use a: too many levels of symbolic links"),
+        (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
+        (MemoryError(), 74, "the machine ran out of memory"),
+        (RecursionError("maximum"), 78, "something is nested too deeply"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_system_have_a_sentence_and_a_code(error, code, told):
+    found = sentence(error)
+    assert found.exit_code == code and str(found).startswith(told)
+
+
+def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace():
+    try:
+        {}["key"]
+    except KeyError as error:
+        found = sentence(error)
+    assert (found.exit_code, str(found)) == (70, "this is a defect of lorapar: KeyError: 'key'")
+    trace = Path(re.search(r"report it with (\S+\.txt)", found.hint)[1])
+    written = trace.read_text(encoding="utf-8")
+    assert "KeyError: 'key'" in written and "test_edge" in written
+    trace.unlink()
+
+
+def test_the_command_shows_no_trace(lorapar, monkeypatch):
+    def broken(*_):
+        raise ValueError("of nobody's making")
+
+    monkeypatch.setattr("lorapar_cli.options.load", broken)
+    done = lorapar("status", "configs/smoke.yaml")
+    assert done.code == 70 and done.err.startswith(
+        "error: this is a defect of lorapar: ValueError: of nobody"
+    )
+    assert "Traceback" not in done.err and "hint: please report it with" in done.err
+
+
+def test_a_rewards_file_does_not_end_the_program(begun, tmp_path):
+    """It would end with code 0 and have made nothing."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import sys\ndef mine(completions, **_):\n    sys.exit(0)\n")
+    config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
+    with pytest.raises(ConfigError, match="tried to end lorapar, with 0"):
+        make_step(config, "rl")
+    file = tmp_path / "other.py"
+    file.write_text("import sys\nsys.exit(3)\ndef mine(completions, **_):\n    return [0.0]\n")
+    config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
+    with pytest.raises(ConfigError, match="tried to end lorapar, with 3"):
+        make_step(config, "rl")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def section(folder: Path) -> ModelSection:
+    return ModelSection(name=str(folder), dtype="float32")
+
+
+def edited(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_model_with_more_layers_than_weights_is_refused(copy):
+    """The library would make the rest up."""
+    edited(copy, num_hidden_layers=3, layer_types=None)
+    with pytest.raises(DataError, match=r"has no weights for \d+ parameters, such as model.layers.2"):
+        load_base(section(copy))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda m: (m / WEIGHTS).write_bytes((m / WEIGHTS).read_bytes()[:500]),
+        lambda m: (m / WEIGHTS).write_bytes(b""),
+        lambda m: (m / WEIGHTS).unlink(),
+        lambda m: (m / "config.json").write_text("{"),
+        lambda m: (m / "config.json").write_text("[]"),
+        lambda m: edited(m, model_type="unheard_of"),
+        lambda m: edited(m, hidden_size="many"),
+        lambda m: edited(m, hidden_size=17),
+        lambda m: edited(m, num_attention_heads=0),
+        lambda m: edited(m, vocab_size=7),
+        lambda m: save_file({k: w[:1] for k, w in load_file(m / WEIGHTS).items()}, m / WEIGHTS),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_named(copy, harm):
+    harm(copy)
+    with pytest.raises(LoraparError, match=f"cannot load model {copy}|model {copy} has no weights"):
+        load_base(section(copy))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', ""])
+def test_a_damaged_tokenizer_is_named(copy, text):
+    (copy / "tokenizer.json").write_text(text)
+    with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
+        load_tokenizer(section(copy))
+
+
+@pytest.mark.parametrize("name", ["models/smollm2-135m-q5", "./here", "/no/such/model", "a/b/c", "lonely"])
+def test_a_mistyped_path_is_no_hub_id(name, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInputError, match=f"no model folder {name}"):
+        load_tokenizer(ModelSection(name=name))
