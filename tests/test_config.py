@@ -267,3 +267,39 @@ def test_a_harness_has_no_rows_to_label(smoke):
     entry = "eval.benchmarks={x: {kind: lm_eval, tasks: [gsm8k], label: true}}"
     with pytest.raises(ConfigError, match="x: lm_eval has no rows to label; leave out label"):
         smoke(entry)
+
+
+ODD = {
+    "server.timeout_s=.inf": "server.timeout_s: input should be a finite number, got inf",
+    "rl.lr=.nan": "rl.lr: input should be a finite number, got nan",
+    "rl.rewards={correctness: .inf}": "rl.rewards.correctness: input should be a finite number, got inf",
+    "server.timeout_s=1e12": "server.timeout_s: input should be less than or equal to 1000000000",
+    "sft.epochs=1e300": "sft.epochs: input should be less than or equal to 1000000",
+    "seed=4294967296": "seed: no more than 4294967295 fits",
+    "classify.seed=-99999999999": "classify.seed: no more than 4294967295 fits",
+    "lora.r=" + "9" * 5000: "is not YAML: Exceeds the limit",
+    "server.port=70000": "server.port: input should be less than 65536",
+    "server.vllm={seed: 2020-01-01}": "server.vllm: expected text, numbers, lists and mappings",
+    "server.vllm={seed: .nan}": "server.vllm: expected text, numbers, lists and mappings",
+    'run="\\ud800"': "is not YAML: 'utf-8' codec can't encode character",
+    "server.vllm=" + "[" * 5000 + "]" * 5000: "nested",
+    "server.vllm=" + "{a: " * 100 + "1" + "}" * 100: "is nested more than 64 deep",
+    "server.vllm=&a {a: *a}": "server.vllm: expected text, numbers, lists and mappings",
+}
+
+
+@pytest.mark.parametrize(("override", "text"), ODD.items(), ids=lambda x: x[:30])
+def test_values_that_no_machine_can_work_with(tmp_path, override, text):
+    assert text in message(written(tmp_path, "model: {name: x}\n"), override)
+
+
+def test_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path):
+    lines = ["a: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"b{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
+    assert "stand for more than 100000 values" in message(written(tmp_path, "\n".join(lines) + "\n"))
+
+
+def test_a_long_chain_of_files(tmp_path):
+    for i in range(70):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n")
+    assert "is extended over more than 64 files" in message(tmp_path / "0.yaml")

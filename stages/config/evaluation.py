@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import Section, known, named, setting, without_null
+from stages.config.fields import LONGEST, Section, known, named, setting, without_null
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 Benchmark = Annotated[str, named("benchmarks")]
@@ -46,7 +46,7 @@ class SandboxSection(Section):
         "auto",
         "Sandbox for programs that a model wrote; auto: bubblewrap, or landlock if that fails its self-test.",
     )
-    seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0)
+    seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0, le=LONGEST)
     memory_mb: int = setting(512, "Address space of one program, in MiB.", ge=64)
 
 

@@ -1,9 +1,18 @@
 """The fields of a section: default, documentation, constraints, and whether they are part of an identity."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from stages.errors import LoraparError
 
@@ -36,6 +45,18 @@ def without_null(entries: Any) -> Any:
 WithoutNull = BeforeValidator(without_null)
 
 
+def plain(value: Any) -> Any:
+    """ValueError for what JSON cannot hold, such as a date."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected text, numbers, lists and mappings: {error}") from None
+    return value
+
+
+Plain = AfterValidator(plain)
+
+
 def known(info: ValidationInfo) -> Mapping[str, Any]:
     """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `engines`, `rewards`.
 
@@ -52,8 +73,23 @@ def refuse(check: Callable[[], Any]) -> None:
         raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
 
 
+LONGEST = 1e9
+"""Seconds, that clocks and sockets take."""
+LARGEST = 2**32 - 1
+"""Of whole numbers: the largest seed that numpy takes, and more than any count here can be."""
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _fits_a_machine(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"no more than {LARGEST} fits")
+        return value
 
 
 def identity(value: Any, *readers: str) -> Any:

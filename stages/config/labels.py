@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from stages.config.fields import Section, named, setting
+from stages.config.fields import LONGEST, Plain, Section, named, setting
 from stages.config.sources import Engine, ModelSection
 
 Persona = Annotated[str, named("personas")]
@@ -55,7 +55,7 @@ class Voter(Section):
         "Devices of the voter's server, as in CUDA_VISIBLE_DEVICES; voters with devices run side by side.",
         identity=False,
     )
-    vllm: dict[str, Any] = setting(
+    vllm: Annotated[dict[str, Any], Plain] = setting(
         {},
         "Arguments of the voter's vLLM server, added to server.vllm, e.g. {quantization: fp8}.",
         identity=False,
@@ -89,20 +89,26 @@ class Voter(Section):
 class ServerSection(Section):
     concurrency: int = setting(64, "Requests in flight.", identity=False, gt=0)
     timeout_s: float = setting(
-        120, "Longest time for one request, in seconds; voters that think need more.", identity=False, gt=0
+        120,
+        "Longest time for one request, in seconds; voters that think need more.",
+        identity=False,
+        gt=0,
+        le=LONGEST,
     )
     stall_s: float = setting(
-        300, "Seconds without any answer after which a server is given up.", identity=False, gt=0
+        300, "Seconds without any answer after which a server is given up.", identity=False, gt=0, le=LONGEST
     )
     batch_size: int = setting(64, "Answers that engine transformers writes at a time.", identity=False, gt=0)
     max_model_len: int = setting(
         4096, "Context length, in tokens, of a vLLM server that lorapar starts.", identity=False, gt=0
     )
-    startup_s: float = setting(600, "Seconds that server may take to start.", identity=False, gt=0)
-    vllm: dict[str, Any] = setting(
+    startup_s: float = setting(
+        600, "Seconds that server may take to start.", identity=False, gt=0, le=LONGEST
+    )
+    vllm: Annotated[dict[str, Any], Plain] = setting(
         {}, "Further arguments of that server, e.g. {tensor_parallel_size: 2}.", identity=False
     )
-    port: int | None = setting(None, "Port of that server; none: a free one.", identity=False)
+    port: int | None = setting(None, "Port of that server; none: a free one.", identity=False, gt=0, lt=65536)
     adapter: Literal["auto", "merged", "module"] = setting(
         "auto",
         "How that server serves an adapter: merged into the weights or as LoRA module; auto: merged on CPU.",

@@ -94,7 +94,7 @@ class TrainSection(Section):
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
-    epochs: float = setting(1, "Passes over the data.", gt=0)
+    epochs: float = setting(1, "Passes over the data.", gt=0, le=1e6)
     max_steps: int | None = setting(None, "Stop after this many optimizer steps; none: after epochs.", gt=0)
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time.", identity=False

@@ -12,6 +12,11 @@ from pydantic.fields import FieldInfo
 from stages.config import Config, Section
 from stages.errors import ConfigError, MissingInputError
 
+DEEPEST = 64
+"""Levels of a config, and files that extend each other."""
+MOST = 100_000
+"""Values in one file."""
+
 
 def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any]) -> Config:
     """Read `path`, which may extend another file, and apply `section.key=value` overrides.
@@ -42,10 +47,13 @@ def tree(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     if path.resolve() in below:
         raise ConfigError(f"{path} extends itself")
+    if len(below) == DEEPEST:
+        raise ConfigError(f"{path} is extended over more than {DEEPEST} files")
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    own = _parsed(text, str(path)) or {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold sections, got {type(own).__name__}")
     extended = own.pop("extends", None)
@@ -72,10 +80,40 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    tree[last] = _parsed(text, f"--set {override[:200]}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The value of a YAML text; ConfigError for what is none, or none that a machine can work with."""
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {' '.join(str(error).split())}") from None
+        value = yaml.safe_load(text)
+        _check(value, {}, 0)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    return value
+
+
+def _check(value: Any, sizes: dict[int, int], depth: int) -> int:
+    """The number of values in a tree, as if no alias were shared; ValueError for too many or an odd text.
+
+    sizes: of the collections that are counted already, by their identity.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        value.encode()  # a lone surrogate can be written into no file
+        return 1
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 0
+        sizes[id(value)] = 1 + sum(_check(part, sizes, depth + 1) for part in inside)
+        if sizes[id(value)] > MOST:
+            raise ValueError(f"its aliases stand for more than {MOST} values")
+    return sizes[id(value)]
 
 
 def _mistake(error: Any) -> str:
