@@ -17,6 +17,7 @@ from typing import Any
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
+from stages.engines.reply import choice_of, models_of
 from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
@@ -72,8 +73,12 @@ class Client:
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         """Answers as token ids, which vLLM gives (`return_token_ids`) and other servers do not."""
 
+        def answer(reply: Any) -> Answer:
+            choice = choice_of(reply, self.model)
+            return Answer(choice.ids, choice.finish_reason == "stop")
+
         async def ask(session: Session, question: Question) -> Any:
-            return await session.send("POST", "completions", self._request(question, sampling), _answer)
+            return await session.send("POST", "completions", self._request(question, sampling), answer)
 
         for i, found in self.transport.each(questions, ask):
             if isinstance(found, Failure):
@@ -92,7 +97,7 @@ class Client:
         """Name and longest context of the model (0 if unknown); ConfigError unless every server serves it."""
         names, lengths = [], []
         for one in self.transport.singly():
-            served = one.one(lambda session, _: session.send("GET", "models", None, _models), None)
+            served = one.one(lambda session, _: session.send("GET", "models", None, models_of), None)
             if wanted is not None and served and wanted not in served:
                 raise ConfigError(f"{one.urls[0]} serves {', '.join(served)}, not {wanted}")
             if wanted is None and not served:
@@ -101,15 +106,21 @@ class Client:
             lengths.append(served.get(names[-1], 0))
         return names[0], min(lengths)
 
+    def _content(self, reply: Any) -> str:
+        return choice_of(reply, self.model).content
+
+    def _tokens_of(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
+        return choice_of(reply, self.model).tokens
+
     async def _continuation(self, session: Session, text: str) -> str:
         """A few greedy tokens, from a chat if the server knows no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
-            return str(await session.send("POST", "completions", {**body, "prompt": text}, _content))
+            return str(await session.send("POST", "completions", {**body, "prompt": text}, self._content))
         except (ConfigError, ItemFailed):
             messages = [{"role": "user", "content": f"Continue: {text}"}]
             return str(
-                await session.send("POST", "chat/completions", {**body, "messages": messages}, _content)
+                await session.send("POST", "chat/completions", {**body, "messages": messages}, self._content)
             )
 
     async def _choice(self, session: Session, ballot: Ballot) -> Choice:
@@ -120,9 +131,7 @@ class Client:
         while True:
             tokens = self._tokens.get(ballot.words, 1)
             path, body = self._constrained(ballot, ballot.words, tokens)
-            found = await session.send(
-                "POST", path, body, lambda reply: _tokens(reply["choices"][0]["logprobs"])
-            )
+            found = await session.send("POST", path, body, self._tokens_of)
             if shares := _shares(found, ballot.words):
                 return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
             if tokens >= MAX_WORD_TOKENS:
@@ -141,10 +150,10 @@ class Client:
         body["temperature"] = 0  # nothing is drawn
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
-            ((_, alternatives),) = _tokens(reply["choices"][0]["logprobs"])  # type: ignore[index]
+            ((_, alternatives),) = self._tokens_of(reply)
             fit = [text for text in alternatives if any(word.startswith(text) for word in ballot.words)]
             return sum(math.exp(alternatives[text]) for text in fit if text.strip())
-        except (LookupError, TypeError, AttributeError, ValueError):
+        except ValueError:
             return -1.0
 
     async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
@@ -152,10 +161,10 @@ class Client:
         path, body = self._constrained(ballot, UNLIKELY, 1)
         if path not in self._constrains:
             try:
-                reply = await session.send("POST", path, body, lambda reply: reply["choices"][0])
-                chosen = _tokens(reply["logprobs"])[0][0].strip()
+                choice = await session.send("POST", path, body, lambda r: choice_of(r, self.model))
+                chosen = choice.tokens[0][0].strip()
                 kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
-            except (ConfigError, ItemFailed, LookupError, TypeError, AttributeError, ValueError):
+            except (ConfigError, ItemFailed, LookupError, ValueError):
                 kept = False
             self._constrains[path] = kept
         return self._constrains[path]
@@ -175,7 +184,7 @@ class Client:
         """The word in the model's reply, after its thought if it thinks."""
         path, body = self._asked(ballot, ballot.thought + REPLY_TOKENS)
         body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
-        text = await session.send("POST", path, body, _content)
+        text = await session.send("POST", path, body, self._content)
         which = word_of(text, ballot.words)
         shares = () if which is None else tuple(float(i == which) for i in range(len(ballot.words)))
         return Choice(shares, -1.0, text[-KEPT_TEXT:])
@@ -224,21 +233,6 @@ def _most_tokens(ballot: Ballot) -> int:
     )
 
 
-def _models(reply: Any) -> dict[str, int]:
-    return {str(entry["id"]): int(entry.get("max_model_len") or 0) for entry in reply["data"]}
-
-
-def _answer(reply: Any) -> Answer:
-    choice = reply["choices"][0]
-    return Answer([int(id) for id in choice["token_ids"]], choice["finish_reason"] == "stop")
-
-
-def _content(reply: Any) -> str:
-    """The text of a chat or a completion; empty if a thought used up all tokens."""
-    choice = reply["choices"][0]
-    return str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
-
-
 def word_of(text: str, words: tuple[str, ...]) -> int | None:
     """Index of the word that a reply gives, or None if it gives no word or different ones.
 
@@ -257,15 +251,6 @@ def word_of(text: str, words: tuple[str, ...]) -> int | None:
 def _bare(text: str) -> str:
     words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
     return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
-
-
-def _tokens(logprobs: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """For each token of a completion or a chat: its text and the log-probabilities of the alternatives."""
-    if "content" in logprobs:
-        return [
-            (t["token"], {a["token"]: a["logprob"] for a in t["top_logprobs"]}) for t in logprobs["content"]
-        ]
-    return list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
 
 
 def _shares(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:

@@ -244,7 +244,7 @@ class Session:
         try:
             found = response.json()
             found = read(found) if read else found
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             shown = " ".join(response.text[:120].split())
             detail = f"no readable answer: {type(error).__name__} {error}: {shown}"
             raise Trouble("unreadable", detail) from None

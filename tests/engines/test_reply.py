@@ -1,0 +1,79 @@
+"""Replies are believed after their shape: every odd one is an unreadable answer, none is taken or crashes."""
+
+import copy
+import json
+
+import pytest
+
+from stages.engines.reply import choice_of, models_of
+
+CHAT = {
+    "model": "m",
+    "choices": [
+        {
+            "index": 0, "finish_reason": "stop", "message": {"content": "A"},
+            "logprobs": {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": -0.1}]}]},
+        }
+    ],
+}  # fmt: skip
+TEXT = {
+    "model": "m",
+    "choices": [
+        {
+            "index": 0, "finish_reason": "stop", "text": "A", "token_ids": [5, 7],
+            "logprobs": {"tokens": ["A"], "top_logprobs": [{"A": -0.1, "B": -9999.0}]},
+        }
+    ],
+}  # fmt: skip
+
+
+def test_both_kinds_are_read():
+    for reply in (CHAT, TEXT):
+        choice = choice_of(reply, "m")
+        assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
+    assert choice_of(TEXT, "m").ids == [5, 7]
+    assert choice_of(TEXT | {"model": "m-2024-08-06"}, "m") == choice_of(TEXT | {"model": None}, "m")
+    assert models_of({"data": [{"id": "m", "max_model_len": 9}, {"id": "n"}]}) == {"m": 9, "n": 0}
+
+
+def changed(reply: dict, path: str, value: object) -> dict:
+    """The reply with the value at a path; NaN and the like come as a server may write them."""
+    found = copy.deepcopy(reply)
+    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = found
+    for part in above:
+        place = place[part]
+    place[last] = value
+    return json.loads(json.dumps(found))
+
+
+NUMBERS = [float("nan"), float("inf"), float("-inf"), 0.5, 1e300, None, "x", [], {}, [-0.1]]
+ODD = [
+    *((CHAT, "choices.0.logprobs.content.0.top_logprobs.0.logprob", value) for value in NUMBERS),
+    *((TEXT, "choices.0.logprobs.top_logprobs.0.A", value) for value in NUMBERS),
+    *((reply, "model", value) for reply in (CHAT, TEXT) for value in ("other", 7, ["m"])),
+    *((reply, "choices.0.index", value) for reply in (CHAT, TEXT) for value in (1, -1, None, "zero")),
+    *((reply, "choices", value) for reply in (CHAT, TEXT) for value in (None, [], {}, [None], "A")),
+    (TEXT, "choices", 2 * TEXT["choices"]),
+    *((TEXT, "choices.0.token_ids", value) for value in (None, "ab", [-1], [2**40], [None], [1.5])),
+    *((TEXT, "choices.0.logprobs", value) for value in (None, [], "x", {"tokens": ["A"]}, {"content": [{}]})),
+    *((CHAT, "choices.0.message", value) for value in (None, [], "A", {"content": 7}, {"content": ["A"]})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "path", "value"), ODD, ids=str)
+def test_an_odd_reply_is_none(reply, path, value):
+    odd = changed(reply, path, value)
+    with pytest.raises(ValueError):
+        choice = choice_of(odd, "m")
+        assert (choice.content, choice.tokens, choice.ids if reply is TEXT else 0) is None
+
+
+@pytest.mark.parametrize(
+    "reply", [None, [], "m", 7, {"data": None}, {"data": [{}]}, {"data": [{"id": "m", "max_model_len": -1}]}]
+)
+def test_an_odd_list_of_models_is_none(reply):
+    with pytest.raises(ValueError):
+        models_of(reply)
+    with pytest.raises(ValueError):
+        choice_of(reply, "m")
