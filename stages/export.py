@@ -127,6 +127,6 @@ def check(
         with Pool() as pool:
             ready = pool.get(served, config.server, say)
             made = dict(ready.generate([Question(one.ids) for one in asked], sampling))
-        pairs = [(one, Recorded(made[i].ids, made[i].complete, [])) for i, one in enumerate(asked)]
+        pairs = [(one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(asked)]
         found = parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say)
         yield {"engine": engine, **found}

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ def test_another_schema_is_refused(store):
     path = build(store)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
-    with pytest.raises(ArtifactError, match="has schema 99, this lorapar reads 1"):
+    with pytest.raises(ArtifactError, match="has schema 99, this lorapar reads 2"):
         store.load(path)
 
 
@@ -134,3 +136,111 @@ def test_only_the_first_process_sets_an_unfinished_checkpoint_aside(tmp_path, mo
         assert found.newest() == tmp_path / "checkpoint-1"
         assert (tmp_path / "checkpoint-2").exists() == (rank == 1)
     assert (tmp_path / "checkpoint-2.incomplete").exists()
+
+
+def edited(path: Path, change) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+EDITS = {
+    "summary": lambda m: m["summary"].update(accuracy=1),
+    "files emptied": lambda m: m.update(files={}),
+    "a digest": lambda m: m["files"]["sub/file.bin"].update(sha256="0" * 64),
+    "provenance": lambda m: m["provenance"].update(seconds=1),
+    "inputs": lambda m: m.update(inputs={"score": {"key": "a", "content": "b"}}),
+    "seal": lambda m: m.update(seal="0" * 64),
+    "no seal": lambda m: m.pop("seal"),
+    "identity": lambda m: m.update(identity={"name": "other"}),
+    "variant": lambda m: m.update(variant="x"),
+    "file outside": lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}),
+    "size": lambda m: m["files"]["sub/file.bin"].update(size="7"),
+    "files a list": lambda m: m.update(files=[]),
+    "file a text": lambda m: m["files"].update({"sub/file.bin": "x"}),
+    "inputs without content": lambda m: m.update(inputs={"score": {"key": "a"}}),
+    "summary a text": lambda m: m.update(summary="good"),
+    "schema a text": lambda m: m.update(schema="2"),
+    "schema nothing": lambda m: m.update(schema=None),
+    "more": lambda m: m.update(more=1),
+}
+
+
+@pytest.mark.parametrize("how", EDITS)
+def test_an_edited_manifest_is_not_believed(store, how):
+    path = build(store)
+    edited(path, EDITS[how])
+    with pytest.raises(ArtifactError, match="is a foreign artifact: its manifest "):
+        store.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        '"x"',
+        "[" * 5000,
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ],
+)
+def test_what_is_no_manifest_is_not_believed(store, text):
+    path = build(store)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match="is not a lorapar artifact"):
+        store.load(path)
+
+
+def test_an_artifact_from_before_seals_is_read(store):
+    path = build(store)
+    edited(path, lambda m: (m.pop("seal"), m.update(schema=1)))
+    assert store.load(path).damage() is None
+
+
+def test_a_file_that_nobody_listed_is_seen(store):
+    path = build(store)
+    (path / "sub/more.txt").write_text("x")
+    assert store.load(path).damage() == f"{path / 'sub/more.txt'} is not in its manifest"
+
+
+def test_files_are_readable_as_the_umask_allows(store):
+    """Some libraries write files that only their owner can read."""
+    before = os.umask(0o022)
+    try:
+        partial = store.start_partial("score", key_of({"name": "x"}))
+        (partial / "file").write_text("x")
+        (partial / "file").chmod(0o600)
+        more = {"variant": "", "identity": {"name": "x"}, "inputs": {}, "summary": {}, "provenance": {}}
+        path = store.commit("score", key_of({"name": "x"}), more).path
+    finally:
+        os.umask(before)
+    assert (path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_copied_store_in_which_latest_is_a_folder(store):
+    """`cp -rL` follows links: the copy stays, and `latest` is a link again."""
+    path = build(store)
+    store.point_latest("score", "", path.name)
+    link = path.with_name("latest")
+    link.unlink()
+    shutil.copytree(path, link)
+    assert store.latest("score", "") is None
+    store.point_latest("score", "", path.name)
+    assert store.latest("score", "").path == path.resolve() and (path.parent / "latest.old-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", '{"a": 1}', '{"a": [1, 2]}', '{"a": ["x", "y", "z", 7]}', "{", "[" * 5000]
+)
+def test_a_damaged_cache_of_digests_is_no_obstacle(tmp_path, text):
+    (tmp_path / "cache.json").write_text(text)
+    (tmp_path / "a").write_text("a")
+    digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
+    assert (
+        DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
+        == digest
+        == hashlib.sha256(b"a").hexdigest()
+    )

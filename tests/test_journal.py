@@ -6,35 +6,40 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from stages.errors import DataError
+from stages.errors import ArtifactError, DataError
 from stages.store.journal import Journal
+
+
+class Anything(BaseModel):
+    """The shape of any answer."""
 
 
 def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
     path = tmp_path / "votes/j.jsonl"
-    journal = Journal(path)
+    journal = Journal(path, Anything)
     with journal.writing(print):
         journal.keep(("a", 0), {"mass": 1})
         journal.note("fingerprint", ["x"])
     with path.open("ab") as file:
         file.write(b'{"question": "b", "sam')
-    journal = Journal(path)
+    journal = Journal(path, Anything)
     assert ("a", 0) in journal and journal["a", 0] == {"mass": 1} and journal.notes == {"fingerprint": ["x"]}
     with journal.writing(print):
         journal.keep(("b", 1), {"text": "a\rb\u2028c"})
     assert len(path.read_bytes().splitlines()) >= 3
-    assert Journal(path)["b", 1] == {"text": "a\rb\u2028c"}
+    assert Journal(path, Anything)["b", 1] == {"text": "a\rb\u2028c"}
 
 
 def test_of_two_answers_to_one_question_the_later_one_counts(tmp_path: Path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"question": "a", "sample": 0, "mass": 1}\n{"question": "a", "sample": 0, "mass": 2}\n')
-    assert Journal(path)["a", 0] == {"mass": 2}
+    assert Journal(path, Anything)["a", 0] == {"mass": 2}
 
 
 def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
-    one, two = Journal(tmp_path / "j.jsonl"), Journal(tmp_path / "j.jsonl")
+    one, two = Journal(tmp_path / "j.jsonl", Anything), Journal(tmp_path / "j.jsonl", Anything)
     with one.writing(print):
         one.keep(("a", 0), {"text": "long" * 99})
     with two.writing(print):
@@ -45,14 +50,14 @@ def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
         assert ("a", 0) not in one and ("b", 0) in one
         one.keep(("c", 0), {})
         assert one.set_aside() == 2
-    fresh = Journal(one.path)
+    fresh = Journal(one.path, Anything)
     assert ("a", 0) not in fresh and ("c", 0) not in fresh
     olds = [(tmp_path / f"j.{n}.old").read_text().count("question") for n in (1, 2)]
     assert olds == [1, 2]
 
 
 def _write(path: Path, began: multiprocessing.Event) -> None:
-    journal = Journal(path)
+    journal = Journal(path, Anything)
     with journal.writing(print):
         began.set()
         time.sleep(0.5)
@@ -64,7 +69,7 @@ def test_another_run_waits_and_then_finds_the_answers(tmp_path: Path):
     other = multiprocessing.get_context("spawn").Process(target=_write, args=(path, began))
     other.start()
     said: list[str] = []
-    mine = Journal(path)
+    mine = Journal(path, Anything)
     began.wait()
     with mine.writing(said.append):
         assert mine["a", 0] == {"mass": 1}
@@ -78,7 +83,7 @@ def test_threads_of_one_process_take_turns(tmp_path: Path):
     most: list[int] = []
 
     def lane(name: str) -> None:
-        journal = Journal(tmp_path / "j.jsonl")
+        journal = Journal(tmp_path / "j.jsonl", Anything)
         with journal.writing(lambda _: None):
             inside.append(1)
             for n in range(20):
@@ -93,14 +98,34 @@ def test_threads_of_one_process_take_turns(tmp_path: Path):
     for thread in threads:
         thread.join()
     assert max(most) == 1
-    fresh = Journal(tmp_path / "j.jsonl")
+    fresh = Journal(tmp_path / "j.jsonl", Anything)
     assert all((name, n) in fresh for name in "ab" for n in range(20))
 
 
 def test_a_broken_line_is_named_and_the_journal_is_free_again(tmp_path: Path):
     path = tmp_path / "j.jsonl"
-    journal = Journal(path)
+    journal = Journal(path, Anything)
     path.write_text("{broken\n")
     for _ in range(2):
         with pytest.raises(DataError, match=r"broken JSON line: .*j\.jsonl:1"), journal.writing(print):
             pytest.fail("it was opened")
+
+
+class Choice(BaseModel):
+    share: float
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}", '{"question": "a"}', '{"question": 7, "sample": 0, "share": 1}', '{"note": "x"}',
+        '{"question": "a", "sample": -1, "share": 1}', '{"question": "a", "sample": 0, "share": "much"}',
+        '{"question": "a", "sample": 0}', '{"question": ["a"], "sample": 0, "share": 1}',
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"question": "a", "sample": 0, "share": 1}\n' + line + "\n")
+    with pytest.raises(ArtifactError, match=f"{path}:2 is no answer: ") as caught:
+        Journal(path, Choice)
+    assert caught.value.hint == "move the file away, and the same command asks again"

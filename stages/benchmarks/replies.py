@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
@@ -30,13 +32,13 @@ class Given:
     extra: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(BaseModel):
     """One answer in the journal: token ids, or for a choice the probability of each word."""
 
-    ids: list[int]
-    complete: bool
-    shares: list[float]
+    model_config = ConfigDict(frozen=True)
+    ids: list[Annotated[int, Field(ge=0)]] = []
+    complete: bool = True
+    shares: list[Annotated[float, Field(ge=0, le=1 + 1e-6)]] = []
 
     @property
     def best(self) -> int:
@@ -81,7 +83,7 @@ class Replies:
             "stop": renderer.stop_ids,
             **(drawn if sampling.temperature else {}),
         }
-        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl")
+        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl", Recorded)
         self._again = again
         self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
         self.recorded: dict[tuple[int, int], Recorded] = {}
@@ -97,7 +99,7 @@ class Replies:
                 ready = engine()
                 progress.start(title, len(missing))
                 self._ask(ready, missing, progress)
-            self.recorded = {(i, n): _recorded(self._journal[self._keys[i], n]) for i, n in wanted}
+            self.recorded = {(i, n): Recorded(**self._journal[self._keys[i], n]) for i, n in wanted}
 
     def _ask(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
         choices = [(i, n) for i, n in missing if self._asked[i].words]
@@ -123,7 +125,3 @@ class Replies:
     def _question(self, i: int, n: int) -> Question:
         seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})
         return Question(self._asked[i].ids, self._asked[i].stop, seed)
-
-
-def _recorded(row: dict[str, Any]) -> Recorded:
-    return Recorded(row.get("ids", []), row.get("complete", True), list(row.get("shares", [])))

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from stages.config import Voter
 from stages.engines import Ballot, Choice, Engine, Failure, same_model
@@ -24,6 +26,16 @@ class Wanted:
 
     example: Example
     sample: int
+
+
+class Vote(BaseModel):
+    """One answer in the journal."""
+
+    example: str
+    system2: Annotated[float, Field(ge=0, le=1 + 1e-6)] | None
+    """Probability of System 2; None if the answer was none of the words."""
+    mass: Annotated[float, Field(ge=-1, le=1 + 1e-3)]
+    text: str = ""
 
 
 class Votes:
@@ -49,7 +61,7 @@ class Votes:
         }
         key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in how.items() if v}})
         model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
-        self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl")
+        self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl", Vote)
         self._keys: dict[str, str] = {}
         self._invalid: list[str] = []
         self.examples: list[Example] = []

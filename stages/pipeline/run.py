@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ def run_step(
     `force`.
     """
     store, stage = Store(config.root), step.stage
+    # Looked for without the lock, so that a store that somebody else owns serves, too.
+    if not force and (there := _there(store, step)):
+        return there, False
     with store.lock(stage.name, step.key) if team.first() else nullcontext():
         inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
+        if not force and (there := _there(store, step)):
+            return there, False  # another process has made it meanwhile
         now = state(store, step)
-        if now.state == "current" and not force:
-            assert now.artifact is not None
-            if team.first():
-                store.point_latest(stage.name, step.variant, step.key)
-            return now.artifact, False
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
         team.wait()  # the others have seen what is there, too
@@ -75,6 +75,17 @@ def run_step(
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
+
+
+def _there(store: Store, step: Step) -> Artifact | None:
+    """The artifact of the step if it is current; it is then the latest one."""
+    now = state(store, step)
+    if now.state != "current" or now.artifact is None:
+        return None
+    with suppress(OSError):
+        if team.first():
+            store.point_latest(step.stage.name, step.variant, step.key)
+    return now.artifact
 
 
 def _called(verb: Verb, job: Job, sections: dict[str, Any]) -> dict[str, Any]:

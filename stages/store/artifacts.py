@@ -13,13 +13,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.digests import canonical, fsync, key_of, sha256_file
+from stages.store.digests import canonical, fsync, sha256_file
+from stages.store.manifest import SCHEMA, fault, sealed
 
-SCHEMA = 1
+MANIFEST = "manifest.json"
+AWAY = "move it away and run the stage again"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Artifact:
                 return f"{file} is missing"
             if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
                 return f"sha256 of {file} differs from its manifest"
+        for file in self.path.rglob("*"):
+            name = file.relative_to(self.path).as_posix()
+            if not file.is_dir() and name not in self.manifest["files"] and name != MANIFEST:
+                return f"{file} is not in its manifest"
         return None
 
 
@@ -67,23 +74,18 @@ class Store:
         """The artifact at `path`, or None if there is no folder; ArtifactError if its manifest is invalid."""
         if not path.exists():
             return None
-        file = path / "manifest.json"
+        file = path / MANIFEST
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             schema = manifest["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", AWAY) from None
+        if isinstance(schema, int) and schema > SCHEMA:
             raise ArtifactError(
-                f"{path} is not a lorapar artifact: {error}", "move it away and run the stage again"
-            ) from None
-        if schema != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {schema!r}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
+                f"{path} has schema {schema}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
             )
-        parts = ("files", "identity", "inputs", "summary", "provenance")
-        whole = all(isinstance(manifest.get(part), dict) for part in parts)
-        named = manifest.get("key") == path.name.split(".")[0]
-        if not whole or not named or key_of(manifest["identity"]) != manifest["key"]:
-            raise ArtifactError(f"{path} is a foreign artifact: its manifest is not that of key {path.name}")
+        if reason := fault(manifest, path.name.split(".")[0]):
+            raise ArtifactError(f"{path} is a foreign artifact: {reason}", AWAY)
         return Artifact(path, manifest)
 
     def damage(self, artifact: Artifact) -> str | None:
@@ -96,12 +98,14 @@ class Store:
     def latest(self, stage: str, variant: str) -> Artifact | None:
         """The artifact of the last successful command for this stage and variant; for people, not stages."""
         link = self._latest_link(stage, variant)
-        return self.load(link.resolve()) if link.exists() else None
+        return self.load(link.resolve()) if link.is_symlink() and link.exists() else None
 
     def point_latest(self, stage: str, variant: str, key: str) -> None:
         link = self._latest_link(stage, variant)
         if link.is_symlink() and os.readlink(link) == key:
             return
+        if link.is_dir() and not link.is_symlink():  # a copy that followed links
+            link.rename(_free(link))
         temporary = link.with_name(f".{link.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(key)
@@ -145,25 +149,24 @@ class Store:
         An earlier artifact under this key (a forced run, or rebuilt inputs) is renamed to `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "manifest.json")
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
         entries = {}
+        readable = 0o666 & partial.stat().st_mode  # a folder has what the umask leaves
         for file in files:
+            file.chmod(readable)  # safetensors gives its files to their owner alone
             fsync(file)
             entries[file.relative_to(partial).as_posix()] = {
                 "size": file.stat().st_size,
                 "sha256": sha256_file(file),
             }
-        full = {"schema": SCHEMA, "stage": stage, "key": key, **manifest, "files": entries}
-        text = json.dumps(full, indent=1, ensure_ascii=False, allow_nan=False)
-        (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        fsync(partial / "manifest.json")
+        full = sealed({"stage": stage, "key": key, **manifest, "files": entries})
+        text = json.dumps(full, indent=1, ensure_ascii=False)
+        (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        fsync(partial / MANIFEST)
         for folder in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
             fsync(folder)
         if final.exists():
-            n = 1
-            while (aside := final.with_name(f"{key}.old-{n}")).exists():
-                n += 1
-            final.rename(aside)
+            final.rename(_free(final))
         partial.rename(final)
         fsync(final.parent)
         artifact = self.load(final)
@@ -176,3 +179,8 @@ class Store:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
+
+
+def _free(path: Path) -> Path:
+    """A name beside `path` that is free."""
+    return next(aside for n in count(1) if not (aside := path.with_name(f"{path.name}.old-{n}")).exists())

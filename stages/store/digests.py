@@ -1,10 +1,13 @@
 """Digests of values, files and folders, by which they are identified."""
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 KEY_DIGITS = 12
 
@@ -38,24 +41,28 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+Known = tuple[int, int, int, str]
+"""Size, modification time and inode of a file, and its sha256."""
+KNOWN = TypeAdapter(dict[str, Known])
+
+
 class DigestCache:
     """sha256 of large files, kept with size, modification time and inode, so that a model is read once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+        self._known: dict[str, Known] = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # it is only a cache
+            self._known = KNOWN.validate_json(path.read_text(encoding="utf-8"))
 
     def file(self, path: Path) -> str:
         state = path.stat()
-        mark = [state.st_size, state.st_mtime_ns, state.st_ino]
+        mark = (state.st_size, state.st_mtime_ns, state.st_ino)
         name = str(path.resolve())
         if name in self._known and self._known[name][:3] == mark:
-            return str(self._known[name][3])
+            return self._known[name][3]
         digest = sha256_file(path)
-        self._known[name] = [*mark, digest]
+        self._known[name] = (*mark, digest)
         self._save()
         return digest
 

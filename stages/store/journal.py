@@ -9,11 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.errors import OutputError
+from pydantic import BaseModel, Field, ValidationError
+
+from stages.errors import ArtifactError, OutputError
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
 """Digest of the question, and the number of the answer where a question is asked several times."""
+
+
+class _Note(BaseModel):
+    note: str
+    value: Any
+
+
+class _Asked(BaseModel):
+    question: str
+    sample: int = Field(ge=0)
 
 
 class Journal:
@@ -22,8 +34,10 @@ class Journal:
     Several runs may share a journal. One writes at a time; the next waits, and then finds the new answers.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shape: type[BaseModel]) -> None:
+        """shape: of an answer; ArtifactError for a line of the file that does not have it."""
         self.path = path
+        self._shape = shape
         self.notes: dict[str, Any] = {}
         """Notes about the journal as a whole."""
         self._answers: dict[Question, dict[str, Any]] = {}
@@ -125,11 +139,22 @@ class Journal:
             file.seek(self._read_to)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        for _, row in parse_jsonl(whole.split(b"\n"), self.path):
-            if "note" in row:
-                self.notes[row["note"]] = row["value"]
-            else:
+        for number, row in parse_jsonl(whole.split(b"\n"), self.path):
+            try:
+                if "note" in row:
+                    note = _Note.model_validate(row)
+                    self.notes[note.note] = note.value
+                    continue
+                question = _Asked.model_validate(row)
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
-                self._answers[row["question"], row["sample"]] = answer
+                self._shape.model_validate(answer)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ArtifactError(
+                    f"{self.path}:{number} is no answer: {place}: {first['msg']}",
+                    "move the file away, and the same command asks again",
+                ) from None
+            self._answers[question.question, question.sample] = answer
         self._read_to += len(whole)
         self._inode = found.st_ino
