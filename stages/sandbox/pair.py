@@ -201,16 +201,32 @@ def _converse(
         except _Ended as end:  # an answer of the program ended the tests
             return ("timeout", end.why) if end.status == "timeout" else ("failed", f"the tests {end.why}")
         if said.startswith(b"{"):
-            ended = json.loads(said)
-            return ended["verdict"], ended["why"]
+            return _ending(said)
         candidate.send(said + b"\n", deadline)
         judge.send(candidate.receive(deadline) + b"\n", deadline)
+
+
+def _ending(line: bytes) -> tuple[str, str]:
+    """Verdict and reason in the judge's last line, which is the tests' own unless they were led astray."""
+    try:
+        ended = json.loads(line)
+        verdict, why = ended["verdict"], ended["why"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "failed", "the tests ended without a verdict"
+    if verdict not in ("passed", "failed", "suspicious"):
+        return "failed", "the tests ended without a verdict"
+    return verdict, _written(str(why))
+
+
+def _written(text: str) -> str:
+    """The text as a file can hold it: without lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 def _broken(line: bytes) -> str:
     """Why a program did not load. The line comes from the program, so it may hold anything."""
     try:
-        return str(json.loads(line)["broken"])[:300]
+        return _written(str(json.loads(line)["broken"])[:300])
     except (ValueError, KeyError, TypeError, RecursionError):
         return "does not load"
 
@@ -225,6 +241,6 @@ def plain(back: Backend, program: str, tests: str, entry: str, limits: Limits) -
         deadline = time.monotonic() + limits.seconds
         try:
             inside.send(_job(program=program, tests=tests, entry=entry), deadline)
-            return bool(json.loads(inside.receive(deadline)).get("verdict") == "passed")
-        except (_Ended, ValueError, AttributeError):
+            return _ending(inside.receive(deadline))[0] == "passed"
+        except _Ended:
             return False

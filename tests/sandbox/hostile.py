@@ -154,6 +154,24 @@ PROCESSES = {
     "type into the terminal": (
         'import fcntl, termios\nfor n in range(3): fcntl.ioctl(n, termios.TIOCSTI, b"x")'
     ),
+    "signals by a pipe": (
+        "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 8, $PARENT)\nfcntl.fcntl(r, 10, 9)\n"
+        "fcntl.fcntl(r, 4, 0x2000 | 0x800)\nos.write(w, b'x')\ntime.sleep(0.2)"
+    ),
+    "signals by a pipe, with high bits": (
+        "r, w = os.pipe()\nlow = 1 << 32\nlibc.syscall(72, r, low | 8, $PARENT)\n"
+        "libc.syscall(72, r, low | 10, 9)\nlibc.syscall(72, r, low | 4, 0x2800)\n"
+        "os.write(w, b'x')\ntime.sleep(0.2)"
+    ),
+    "signals by a pipe, owner by structure": (
+        "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 15, struct.pack('ii', 1, $PARENT))\n"
+        "fcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, 4, 0x2800)\nos.write(w, b'x')\ntime.sleep(0.2)"
+    ),
+    "signals by a pipe, by ioctl": (
+        "import fcntl\nr, w = os.pipe()\nfor c in (0x8901, 0x8902):\n"
+        "    try: fcntl.ioctl(r, c, struct.pack('i', $PARENT))\n    except OSError: pass\n"
+        "fcntl.ioctl(r, 0x5452, struct.pack('i', 1))\nos.write(w, b'x')\ntime.sleep(0.2)"
+    ),
     "setuid program": 'subprocess.run(["su", "-c", "id"])',
     "become root": "os.setuid(0); os.setgid(0)",
 }
@@ -180,6 +198,20 @@ KERNEL = {
     "sysfs": 'open("/sys/power/state", "w").write("mem")',
     "disk": 'open("/dev/sda", "r+b").write(b"x")',
     "module": 'libc.syscall(175, b"x", 1, b"")',
+    "vsock": "s = socket.socket(40, 1); s.bind((0xFFFFFFFF, 9999)); show('secret-7f3a')",
+    "packets": "show(libc.socket(17, 3, 0) >= 0 and 'secret-7f3a')",
+    "kernel's ciphers": "show(libc.socket(38, 5, 0) >= 0 and 'secret-7f3a')",
+    "lease": "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), 1024, 0); show('secret-7f3a')",
+    "lock of a file": "import fcntl; fcntl.flock(os.open(os.__file__, 0), 1); show('secret-7f3a')",
+    "record lock": "import fcntl; fcntl.lockf(os.open(os.__file__, 0), 1); show('secret-7f3a')",
+    "flags of a file": (
+        "import fcntl; fcntl.ioctl(os.open(os.__file__, 0), 0x40086602, struct.pack('l', 0x10))\n"
+        "show('secret-7f3a')"
+    ),
+    "attributes of a file": (
+        "r = libc.syscall(469, -100, os.__file__.encode(), ctypes.create_string_buffer(24), 24, 0)\n"
+        "show(ctypes.get_errno() != 1 and r == 0 and 'secret-7f3a')"
+    ),
     "reboot": "libc.reboot(0x1234567)",
 }
 
@@ -193,6 +225,10 @@ RESOURCES = {
     "growing list": "x = []\nwhile True: x.append(bytearray(2**20))",
     "big string": '"x" * 10**12',
     "anonymous map": "import mmap; x = mmap.mmap(-1, 2**33); x[::4096] = b'x' * 2**21",
+    "memory in a memfd": (
+        "f = os.memfd_create('x')\nfor n in range(900): os.write(f, bytes(2**20))\nshow('secret-7f3a')"
+    ),
+    "memory in a memfd, raw": "show(libc.syscall(319, b'x', 0) >= 0 and 'secret-7f3a')",
     "memfd": "f = os.memfd_create('x'); os.posix_fallocate(f, 0, 2**34)",
     "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
     "descriptors": "x = []\nwhile True: x.append(os.open('/dev/null', 0))",

@@ -6,6 +6,7 @@ filters as they are.
 """
 
 import errno
+import struct
 import sys
 from pathlib import Path
 
@@ -87,7 +88,30 @@ REFUSED = [
     "setresgid",
     "setgroups",
     "capset",
+    # Memory that no limit of the address space counts, and locks on files that others read.
+    "memfd_create",
+    "memfd_secret",
+    "flock",
 ]
+
+# Calls that libseccomp does not know yet; they have one number on every architecture.
+ALSO_BY_NUMBER = {"file_setattr": 469}
+
+# What fcntl and ioctl may not do: name the process that signals go to, lock or lease a file, watch a folder,
+# change a file's flags.
+SETFL, O_ASYNC = 4, 0x2000
+REFUSED_FCNTL = {
+    "F_SETLK": 6, "F_SETLKW": 7, "F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15,
+    "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026,
+}  # fmt: skip
+REFUSED_IOCTL = {
+    "FIOASYNC": 0x5452, "FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902, "TIOCSTI": 0x5412,
+    "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602, "FS_IOC_FSSETXATTR": 0x401C5820,
+}  # fmt: skip
+LAST_FAMILY = 16
+"""Of sockets: local, internet, netlink, which a network namespace holds; above are packets, hosts, …"""
+LOW = 0xFFFFFFFF
+"""The kernel looks at 32 bits of these arguments; the rest may be anything."""
 
 # Without namespaces the filter must also deny the network, other processes of the user, and the changes of
 # files that Landlock does not cover (modes, owners, times, attributes).
@@ -150,6 +174,13 @@ ALSO_WITHOUT_NAMESPACES = [
 ]
 
 
+def _refusal(number: int) -> bytes:
+    """Three instructions: load the number of the call; if it is this one, fail with EPERM; else go on."""
+    load, jump_if_equal, give, failing = 0x20, 0x15, 0x06, 0x00050000
+    steps = ((load, 0, 0, 0), (jump_if_equal, 0, 1, number), (give, 0, 0, failing | errno.EPERM))
+    return b"".join(struct.pack("<HBBI", *step) for step in steps)
+
+
 def write(path: Path, arch: str, strict: bool) -> None:
     import seccomp
 
@@ -170,9 +201,20 @@ def write(path: Path, arch: str, strict: bool) -> None:
     # which a filter cannot read; told that clone3 does not exist, libraries use clone.
     rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    for command in REFUSED_FCNTL.values():
+        rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
+    for command in REFUSED_IOCTL.values():
+        rules.add_rule(refuse, "ioctl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
+    asynchronous = seccomp.Arg(2, seccomp.MASKED_EQ, O_ASYNC, O_ASYNC)
+    rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, SETFL), asynchronous)
+    if not strict:
+        rules.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.GT, LAST_FAMILY))
     if strict:
         rules.add_rule(refuse, "prlimit64", seccomp.Arg(2, seccomp.NE, 0))
     with path.open("wb") as file:
+        for number in ALSO_BY_NUMBER.values():
+            file.write(_refusal(number))
+        file.flush()
         rules.export_bpf(file)
     print(f"{path.name}: {path.stat().st_size} bytes, {len(known)} calls refused")
 
