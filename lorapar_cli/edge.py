@@ -18,6 +18,8 @@ from stages.errors import (
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 UNFIT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR}
+LONG = 200
+"""Characters of a name that are shown."""
 AGAIN = "nothing that is finished is lost: the same command goes on"
 
 
@@ -25,7 +27,7 @@ def sentence(error: Exception) -> LoraparError:
     """What a person is told of an exception that nothing below has turned into a LoraparError."""
     if isinstance(error, LoraparError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return OutOfMemoryError("the machine ran out of memory", AGAIN)
     number = _number(error)
     if number is not None:
@@ -49,7 +51,7 @@ def _number(error: Exception) -> int | None:
 
 def _of_system(error: Exception, number: int) -> LoraparError:
     name = getattr(error, "filename", None)
-    where = f" {name}" if isinstance(name, str) else ""
+    where = f" {name if len(name) < LONG else name[:LONG] + '…'}" if isinstance(name, str) else ""
     reason = os.strerror(number).lower()
     if number in FULL:
         return OutputError(f"cannot write{where}: {reason}", f"make room; {AGAIN}")

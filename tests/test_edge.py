@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorapar_cli.edge import sentence
-from stages.config import ModelSection
+from stages.config import ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
+from stages.language.prompts import Renderer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 
@@ -32,6 +33,7 @@ WEIGHTS = "model.safetensors"
         (OSError(errno.ENAMETOOLONG, "x", "a" * 9), 78, "cannot use aaaaaaaaa: file name too long"),
         (OSError(errno.ELOOP, "x", "a"), 78, "cannot use a: too many levels of symbolic links"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),
         (MemoryError(), 74, "the machine ran out of memory"),
         (RecursionError("maximum"), 78, "something is nested too deeply"),
     ],
@@ -127,6 +129,18 @@ def test_a_damaged_tokenizer_is_named(copy, text):
     (copy / "tokenizer.json").write_text(text)
     with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
         load_tokenizer(section(copy))
+
+
+def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
+    path = copy / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"eos_token": None, "pad_token": None}))
+    with pytest.raises(DataError, match="has no EOS token"):
+        load_tokenizer(section(copy))
+    path.write_text(json.dumps(before))
+    (copy / "chat_template.jinja").write_text("hello")
+    with pytest.raises(ConfigError, match="does not show what it is asked"):
+        Renderer(load_tokenizer(section(copy)), PromptSection())
 
 
 @pytest.mark.parametrize("name", ["models/smollm2-135m-q5", "./here", "/no/such/model", "a/b/c", "lonely"])

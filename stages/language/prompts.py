@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IGNORED = -100
+PROBE = "How many legs has a cat"
+"""Any text that no template changes."""
 
 Shots = Sequence[tuple[str, str]]
 """Worked examples: question and answer."""
@@ -73,6 +75,10 @@ class Renderer:
             raise ConfigError(
                 "prompt.template is chat, and the tokenizer has no chat template",
                 "--set prompt.template=plain",
+            )
+        if section.template == "chat" and PROBE not in chat(tokenizer, [{"role": "user", "content": PROBE}]):
+            raise ConfigError(
+                "the chat template does not show what it is asked", "--set prompt.template=plain"
             )
         self.end = self._end()
         """What closes an answer: the template's own mark, or EOS."""

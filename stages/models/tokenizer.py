@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from stages.config import ModelSection
+from stages.errors import DataError
 from stages.models.reading import reading
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
     with reading("the tokenizer of", model):
         tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {model.name} has no EOS token, so that no answer would end",
+            "name it in tokenizer_config.json: eos_token",
+        )
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token
