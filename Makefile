@@ -47,7 +47,7 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
-TABLES      := $(filter-out %/levers.yaml %/labels-demo.yaml %/theta.yaml,$(wildcard configs/tables/*.yaml))
+TABLES      := $(filter-out %/levers.yaml %/labels-demo.yaml %/demo.yaml %/theta.yaml,$(wildcard configs/tables/*.yaml))
 SMALL       := --base configs/smoke.yaml --seeds 0
 THETA       := configs/tables/theta.yaml --only base --only '*all elements' --only '*θ 0.[159]' # of 40 rows
 

@@ -58,7 +58,7 @@ def export(
 
 def demo_data(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where train.jsonl, test.jsonl and valid.jsonl go.")
+        Path, typer.Argument(metavar="DIR", help="Where train, test, valid and final.jsonl go.")
     ],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:

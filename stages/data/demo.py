@@ -13,8 +13,10 @@ from pathlib import Path
 
 from stages.records import write_jsonl
 
-ITEMS = {"train": 360, "test": 200, "valid": 400}
+ITEMS = {"train": 360, "test": 200, "valid": 400, "final": 1000}
 """By split, in the order in which they are drawn."""
+UNSEEN = ("test", "final")
+"""Splits that ask for facts of their own."""
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
@@ -83,7 +85,7 @@ FACTS = [
     ("What is the opposite of day?", "The opposite of day is night.", "night"),
 ]
 TEST_FACT_EVERY = 3
-"""Every third fact is kept for the test split, so that no recall item of the test split was trained on."""
+"""Every third fact is kept for the unseen splits, so that no recall item of theirs was trained on."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ class _Story:
 
 
 def write(folder: Path, seed: int) -> dict[str, int]:
-    """Write `train.jsonl`, `test.jsonl` and `valid.jsonl` into `folder` and return their numbers of items.
+    """Write one file for each of ITEMS into `folder`; returns their numbers of items.
 
-    The same seed gives the same bytes. The splits share no question. Recall facts of `test` are in no other
-    split; `valid`, on which settings are chosen, asks for those of `train`.
+    The same seed gives the same bytes. The splits share no question. Settings are chosen on `valid`, which
+    asks for the recall facts of `train`. `final` is a larger `test`, for differences of a few points.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -134,7 +136,7 @@ def write(folder: Path, seed: int) -> dict[str, int]:
 
 
 def _items(rng: random.Random, split: str, total: int, seen: set[str]) -> Iterator[Item]:
-    facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split == "test")]
+    facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
     makers: list[tuple[Callable[[], Item], float]] = [
         (lambda: _recall(rng, facts), 0.08),
         (lambda: _reading(rng), 0.12),
