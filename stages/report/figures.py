@@ -202,3 +202,37 @@ def cumulative(curves: dict[str, tuple[list[float], list[float]]], theta: float)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+History = list[dict[str, float]]
+"""The values that a training logged, by step."""
+WINDOW = 5
+"""Steps of the moving mean in figures of several trainings."""
+
+
+@styled
+def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
+    """Logged values by step, one thin line for each seed, in the colour of its row; moving means over WINDOW.
+
+    runs: row → histories. panels: title → name of the values.
+    """
+    figure, _ = _new(7.4, 4.6)
+    figure.clear()
+    for place, (title, name) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(2, 2, place)
+        for number, histories in enumerate(runs.values()):
+            for history in histories:
+                points = [(row["step"], row[name]) for row in history if name in row]
+                means = [
+                    sum(value for _, value in points[max(0, at - WINDOW + 1) : at + 1]) / min(at + 1, WINDOW)
+                    for at in range(len(points))
+                ]
+                steps = [step for step, _ in points]
+                axes.plot(steps, means, color=PALETTE[number % len(PALETTE)], linewidth=0.9, alpha=0.8)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    for number, row in enumerate(runs):
+        axes.plot([], [], color=PALETTE[number % len(PALETTE)], label=row)
+    figure.legend(fontsize=8, loc="outside right upper")
+    return figure

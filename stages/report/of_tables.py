@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from stages.benchmarks.statistics import holm
+from stages.lora import drift
 from stages.pipeline.state import state
 from stages.report import elements, figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
@@ -53,6 +56,8 @@ def _section(results: Results, command: str) -> Section:
         parts.append(Pictures([drawn]))
     if file.importance and (pictures := _importance(results)):
         parts.append(Pictures(pictures))
+    if curves := _trainings(results, f"{name}-rl"):
+        parts.append(Pictures([curves]))
     return Section(name, file.title, [*parts, Text("Made, or completed, by:", quiet=True), Command(command)])
 
 
@@ -101,6 +106,35 @@ def _over(results: Results, plot: Plot, name: str) -> Picture | None:
     drawn = figures.over(series, published, lines, f"{plot.x} (share)", f"{plot.y}, %")
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
     return Picture(figures.svg(drawn, name), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
+
+
+PANELS = {
+    "reward": "reward",
+    "groups without signal": "frac_reward_zero_std",
+    "completion length, tokens": "completions/mean_length",
+    "KL from the start, System 1": drift.NAME,
+}
+
+
+def _trainings(results: Results, name: str) -> Picture | None:
+    """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
+    runs: dict[str, list[figures.History]] = {}
+    seen: set[Path] = set()
+    for cell in results.table.cells:
+        if not any(
+            step == "rl" or step.startswith("eval:rl@") for c in cell.columns.values() for step in c.steps
+        ):
+            continue
+        artifact = state(Store(cell.config.root), cell.steps["rl"]).artifact
+        if artifact is not None and artifact.path not in seen:
+            seen.add(artifact.path)
+            history = json.loads((artifact.path / "history.json").read_text(encoding="utf-8"))
+            runs.setdefault(cell.row, []).append(history)
+    if not runs:
+        return None
+    drawn = figures.trainings(runs, PANELS)
+    text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(PANELS)}."
+    return Picture(figures.svg(drawn, name), text, f"RL, moving means over {figures.WINDOW} steps.")
 
 
 def _importance(results: Results) -> list[Picture]:

@@ -37,6 +37,16 @@ def test_one_column_over_another():
     assert set(by_label["base"].get_ydata()) == {13.3}
 
 
+def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
+    history = [{"step": step, "reward": float(step)} for step in range(1, 9)]
+    drawn = figures.trainings({"a": [history, history[:3]], "b": [history]}, {"reward": "reward", "KL": "kl"})
+    reward, other = drawn.axes
+    lines = [line for line in reward.lines if len(line.get_xdata())]
+    assert [len(line.get_xdata()) for line in lines] == [8, 3, 8] and len({x.get_color() for x in lines}) == 2
+    assert list(lines[0].get_ydata()) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]  # means over up to five steps
+    assert not any(len(line.get_xdata()) for line in other.lines)
+
+
 def test_a_section_without_parts_is_left_out():
     page = render("t", [], [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])])
     assert "Nothing here" not in page and 'href="#full"' in page
