@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test check fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test torture check fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 
 test: $(READY) ## Run the tests (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"
+
+torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thousand (about an hour; LORAPAR_SEED repeats)
+	LORAPAR_TORTURE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/torture tests/sandbox/test_hostile.py
 
 check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 Commands run as a person runs them.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from hypothesis import settings
+from tally import pytest_terminal_summary as pytest_terminal_summary
+from tally import tally as tally
 
 from lorapar_cli.app import verb
 from stages.config import Config
@@ -66,6 +69,17 @@ def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
         f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
         f"runs_dir={runs / 'runs'}",
     ]
+
+
+def processes(mark: str) -> list[int]:
+    """Those that have the text in their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+    return found
 
 
 def make_step(config: Config, name: str, force: bool = False) -> Artifact:

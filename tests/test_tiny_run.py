@@ -1,6 +1,5 @@
 """All six stages on a random two-layer model, in this process, and what the store promises about them."""
 
-import contextlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_steps, paths
+from conftest import ROOT, make_steps, paths, processes
 from trl import GRPOTrainer
 
 from stages.engines import Answer
@@ -384,17 +383,6 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
         state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage
     ]
     assert set(states) == {"current"}
-
-
-def processes(mark: str) -> list[int]:
-    """Those that have the text in their command line."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if mark.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)

@@ -1,0 +1,246 @@
+"""No damaged file is believed, and no odd config, row or reply gives a traceback or a hang."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_steps, paths
+from tally import FULL
+
+from stages.config import Config
+from stages.config.fields import Section
+from stages.data.rows import read
+from stages.errors import LoraparError
+from stages.labelling.votes import Vote
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.state import state
+from stages.store.artifacts import Store
+from stages.store.digests import DigestCache
+from stages.store.journal import Journal
+
+pytestmark = pytest.mark.slow
+TIMES = 10 if FULL else 1
+LIMIT_S = 10
+
+
+class Hang(Exception):
+    """It took longer than LIMIT_S."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def store(tiny, demo_data, tmp_path_factory) -> Config:
+    """A config of which labels, importance and masks are there, and a journal of votes."""
+    folder = tmp_path_factory.mktemp("damage")
+    config = resolved(load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=24"]))
+    make_steps(config, "classify:train", "score", "partition")
+    return config
+
+
+def spoilt(data: bytes, rng: random.Random) -> bytes:
+    """The bytes with a bit flipped, cut, longer, with a hole, or others."""
+    at = rng.randrange(len(data)) if data else 0
+    how = rng.randrange(6)
+    if how == 0 and data:
+        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+    if how == 1:
+        return data[:at]
+    if how == 2:
+        return data + rng.randbytes(rng.randint(1, 9))
+    if how == 3 and data:
+        return data[:at] + bytes(len(data) - at)
+    if how == 4:
+        return rng.randbytes(len(data) or 1)
+    return b"" if data else b"x"
+
+
+def test_damaged_files(store, tally):
+    """Artifacts: manifests and what they list. The step is then not current, whatever it is called."""
+    root = store.root
+    steps = list(plan(store).values())
+    files = [f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and not f.name.startswith(".")]
+    files = [f for f in files if f.parent != root and "checkpoints" not in f.parts]
+    whole = {now.artifact.path for s in steps if (now := state(Store(root), s)).state == "current"}
+    assert whole == {root / Path(*f.relative_to(root).parts[:2]) for f in files} and len(whole) == 4
+    for _ in range(500 * TIMES):
+        file = tally.random.choice(files)
+        before = file.read_bytes()
+        after = spoilt(before, tally.random)
+        if after == before:
+            continue
+        file.write_bytes(after)
+        tally.tried += 1
+        folder = root / Path(*file.relative_to(root).parts[:2])
+        try:
+            with in_time():
+                now = {s.name: state(Store(root), s) for s in steps}
+                believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
+        except Hang:
+            tally.hangs.append(str(file))
+        except Exception as error:
+            tally.tracebacks.append(f"{file}: {type(error).__name__}: {error}")
+        else:
+            tally.lost += [f"{file}: {name} was believed" for name in believed]
+        file.write_bytes(before)
+
+
+def test_damaged_journals_and_caches(store, tally):
+    journals = list((Path(store.runs_dir) / "votes").glob("*.jsonl"))
+    caches = list(Path(store.runs_dir).rglob(".digests.json"))
+    copy = store.root / "copy"
+    for _ in range(250 * TIMES):
+        file = tally.random.choice([*journals, *caches])
+        copy.write_bytes(spoilt(file.read_bytes(), tally.random))
+        tally.tried += 1
+        try:
+            with in_time():
+                if file in caches:
+                    DigestCache(copy).file(file)
+                else:
+                    Journal(copy, Vote)
+        except LoraparError:
+            pass
+        except Hang:
+            tally.hangs.append(str(file))
+        except Exception as error:
+            tally.tracebacks.append(f"{file.name}: {type(error).__name__}: {error}")
+        copy.unlink(missing_ok=True)
+
+
+ODD = [
+    "", "null", "true", "-1", "0", "1e400", ".inf", ".nan", "9" * 30, "9" * 5000, "x", "[]", "[1]", "{}",
+    "{a: 1}", "2020-01-01", "'\\0'", '"\\ud800"', "!!python/object:os.system x", "*a", "&a [*a]", "[" * 200,
+    "{" * 200, "- -", "\t", "!!binary x", "0x7fffffffffffffff", "1_000", "1:30", "~", "é" * 3000, "[[[[]]]]",
+    "{1: 2}", "{null: null}", "|", ">",
+]  # fmt: skip
+"""Values as a person may type them."""
+
+
+def settings_of(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        below = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        if below:
+            yield from settings_of(below, f"{prefix}{name}.")
+
+
+def test_odd_settings(tiny, demo_data, tmp_path, tally):
+    """Every setting with every odd value; a sample of them also through the plan."""
+    known = [*paths(tiny, demo_data, tmp_path), "data.limit=4"]
+    pairs = [(name, value) for name in settings_of(Config) for value in ODD]
+    for name, value in pairs if FULL else tally.random.sample(pairs, 500):
+        tally.tried += 1
+        try:
+            with in_time():
+                config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={value}"])
+                json.dumps(config.model_dump(mode="json"), allow_nan=False)
+        except LoraparError:
+            pass
+        except Hang:
+            tally.hangs.append(f"{name}={value[:40]}")
+        except Exception as error:
+            tally.tracebacks.append(f"{name}={value[:40]}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def test_odd_files_of_settings(tmp_path, tally):
+    whole = (ROOT / "configs/demo.yaml").read_bytes()
+    for _ in range(250 * TIMES):
+        (tmp_path / "config.yaml").write_bytes(spoilt(whole, tally.random))
+        tally.tried += 1
+        try:
+            with in_time():
+                load(tmp_path / "config.yaml", [])
+        except LoraparError:
+            pass
+        except Hang:
+            tally.hangs.append("a file")
+        except Exception as error:
+            tally.tracebacks.append(f"{type(error).__name__}: {str(error)[:200]}")
+
+
+PIECES: list[object] = [
+    None, True, 0, -1, 10**30, 1.5, "", " ", "x", "\0", "\u2028", "#### 7", "####", "a" * 70000, " " * 70000,
+    [], [1], {}, {"role": "user"}, [{"role": "user", "content": "x"}], [{"role": "user", "content": None}],
+    "9" * 5000, "1/0", "½",
+]  # fmt: skip
+FIELDS = ["question", "answer", "instruction", "input", "output", "context", "response", "messages", "prompt",
+          "completion", "gold", "id", "system", "intended"]  # fmt: skip
+
+
+def test_odd_rows(tmp_path, tally):
+    source = Config.model_validate(
+        {"model": {"name": "m"}, "data": {"path": str(tmp_path / "rows.jsonl")}}
+    ).data
+    for _ in range(500 * TIMES):
+        rows = [
+            {
+                name: tally.random.choice(PIECES)
+                for name in tally.random.sample(FIELDS, tally.random.randint(0, 5))
+            }
+            for _ in range(tally.random.randint(1, 4))
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if tally.random.random() < 0.3:
+            text = spoilt(text, tally.random)
+        (tmp_path / "rows.jsonl").write_bytes(text)
+        tally.tried += 1
+        try:
+            with in_time():
+                read(source)
+        except LoraparError:
+            pass
+        except Hang:
+            tally.hangs.append(repr(text[:200]))
+        except Exception as error:
+            tally.tracebacks.append(f"{text[:300]!r}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def test_odd_places(tiny, demo_data, tmp_path, tally):
+    """Paths that lead nowhere, in circles, or to what is no file."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder.jsonl").mkdir()
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model/config.json").unlink()
+    odd = [
+        tmp_path / name for name in ("loop", "dangling", "pipe", "folder.jsonl", "model", "none", "a" * 300)
+    ]
+    odd += [Path("/dev/null"), Path("/proc/self/mem"), Path("/"), Path("x" * 5000), Path("/dev/zero/x")]
+    known = [*paths(tiny, demo_data, tmp_path), "classify.strategy=known"]
+    for name in ("model.name", "data.path", "classify.labels_file", "eval.benchmarks.demo.path", "runs_dir"):
+        for path in odd:
+            tally.tried += 1
+            try:
+                with in_time():
+                    config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={path}"])
+                    plan(resolved(config))
+            except LoraparError:
+                pass
+            except Hang:
+                tally.hangs.append(f"{name}={path}"[:200])
+            except OSError:
+                pass  # the edge has a sentence for each
+            except Exception as error:
+                tally.tracebacks.append(f"{name}={path}"[:200] + f": {type(error).__name__}: {error}"[:200])

@@ -1,0 +1,93 @@
+"""A server that fails at random gives the labels of a healthy one, and no question is kept twice."""
+
+import asyncio
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import make_steps
+from mock_server import Mock, serve
+from tally import FULL
+
+from stages.engines import transport
+from stages.errors import LoraparError
+from stages.pipeline.resolve import load, resolved
+from stages.records import read_jsonl, read_labels
+
+pytestmark = pytest.mark.slow
+ROWS = 60
+CHOICE = {"index": 0, "logprobs": {"tokens": ["A"], "top_logprobs": [{"A": -0.1}]}, "text": "A"}
+ODD = [
+    {}, [], None, {"choices": []}, {"choices": [CHOICE, CHOICE]}, {"model": "other", "choices": [CHOICE]},
+    {"choices": [CHOICE | {"index": 1}]}, {"choices": [CHOICE | {"logprobs": None, "text": None}]},
+    *({"choices": [CHOICE | {"logprobs": {"tokens": ["A"], "top_logprobs": [{"A": value}]}}]}
+      for value in (math.nan, math.inf, 0.7, None, "x", [])),
+]  # fmt: skip
+"""Replies that are none."""
+
+
+def fault(rng: random.Random) -> tuple[str, object]:
+    status = rng.choice([408, 425, 429, 500, 502, 503, 504])
+    headers = {"Retry-After": rng.choice(["0", "0.01", "soon", "-1", ""])} if rng.random() < 0.5 else {}
+    return rng.choice([
+        ("reset", None), ("truncated", None), ("twice", None), ("status", (status, headers, "no")),
+        ("body", rng.randbytes(rng.randint(0, 60))), ("body", "<html>"), ("body", "[" * 5000),
+        ("body", json.dumps(rng.choice(ODD))), ("body", json.dumps(rng.choice(ODD))),
+    ])  # fmt: skip
+
+
+def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
+    real = asyncio.sleep
+    monkeypatch.setattr(transport, "_pause", lambda seconds: real(min(seconds, 0.01)))
+    rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text("run: servers\n", encoding="utf-8")
+
+    def labels(mock: Mock, runs: str) -> list[int | None]:
+        voter = {"model": "judge", "base_url": mock.url, "persona": "role_play"}
+        settings = [
+            f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / runs}",
+            f"classify={json.dumps({'voters': [voter]})}", "eval.targets=[base]",
+            "server={concurrency: 8, timeout_s: 2, stall_s: 20}",
+        ]  # fmt: skip
+        config = resolved(load(tmp_path / "config.yaml", settings))
+        artifact = make_steps(config, "classify:train")["classify:train"][0]
+        return [row.system for row in read_labels(artifact.path / "labels.jsonl")]
+
+    with serve(Mock()) as healthy:
+        wanted = labels(healthy, "healthy")
+    at = 0
+    while tally.tried < (1000 if FULL else 100):
+        at += 1
+        share = tally.random.uniform(0.02, 0.3)
+
+        def script(n: int, path: str, body: object, share: float = share) -> tuple[str, object] | None:
+            if "zebra" in str(body) or tally.random.random() > share:
+                return None
+            tally.tried += 1
+            return fault(tally.random)
+
+        with serve(Mock(script)) as mock:
+            runs, found = f"runs-{at}", None
+            for _ in range(20):  # the same command goes on where it stopped
+                try:
+                    found = labels(mock, runs)
+                    break
+                except LoraparError:
+                    continue
+                except Exception as error:
+                    tally.tracebacks.append(f"{type(error).__name__}: {error}"[:300])
+                    break
+            if found is None:
+                mock.fault = None
+                found = labels(mock, runs)
+        if found != wanted:
+            wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
+            tally.lost.append(f"{wrong} labels are others")
+        (journal,) = (tmp_path / runs / "votes").glob("*.jsonl")
+        asked = Counter(row["question"] for _, row in read_jsonl(Path(journal)) if "question" in row)
+        if set(asked.values()) != {1}:
+            tally.lost.append("a vote was kept twice")
