@@ -10,7 +10,7 @@ LORAPAR     := $(BIN)/lorapar
 STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/table.py)
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
-DATA        := data/demo/train.jsonl
+DATA        := data/demo/final.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo smoke tables test torture check fix clean $(STAGES)
@@ -47,7 +47,7 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
-TABLES      := $(filter-out %/levers.yaml %/labels-demo.yaml %/demo.yaml %/theta.yaml,$(wildcard configs/tables/*.yaml))
+TABLES      := $(filter-out %/levers.yaml %/labels.yaml %/demo.yaml %/theta.yaml,$(wildcard configs/tables/*.yaml))
 SMALL       := --base configs/smoke.yaml --seeds 0
 THETA       := configs/tables/theta.yaml --only base --only '*all elements' --only '*θ 0.[159]' # of 40 rows
 

@@ -209,6 +209,8 @@ for _name, _command in _COMMANDS.items():
 
 def _end(number: int, _: FrameType | None) -> None:
     """Unwind, so that servers are stopped and temporary files go, as they do when a person interrupts."""
+    for another in (signal.SIGTERM, signal.SIGHUP):  # guards send one more: it would interrupt the unwinding
+        signal.signal(another, signal.SIG_IGN)
     raise Ended(128 + number)
 
 
@@ -220,15 +222,14 @@ def main() -> None:
         logging.ERROR
     )  # on CPU it recommends another package at each start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not team.launched():  # a launcher ends its processes itself
+    if team.launched():  # a launcher ends its processes itself, unless it is killed
+        guard.end_with_parent()
+    else:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
                 signal.signal(number, _end)
     try:
         app()
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except Exception as problem:
         if os.environ.get("LORAPAR_DEBUG"):
             raise

@@ -13,6 +13,7 @@ from stages.errors import (
     MissingInputError,
     OutOfMemoryError,
     OutputError,
+    lacks_memory,
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,7 +28,7 @@ def sentence(error: Exception) -> LoraparError:
     """What a person is told of an exception that nothing below has turned into a LoraparError."""
     if isinstance(error, LoraparError):
         return error
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         return OutOfMemoryError("the machine ran out of memory", AGAIN)
     number = _number(error)
     if number is not None:

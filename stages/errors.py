@@ -84,3 +84,9 @@ class MeaninglessError(LoraparError):
     """The numbers show that going on is pointless: importance all zero, no active element, no step."""
 
     exit_code = 79
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, the device's, or that of torch's allocator on the CPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name, because torch may not be loaded
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

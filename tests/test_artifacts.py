@@ -162,6 +162,8 @@ EDITS = {
     "summary a text": lambda m: m.update(summary="good"),
     "schema a text": lambda m: m.update(schema="2"),
     "schema nothing": lambda m: m.update(schema=None),
+    "schema 1": lambda m: m.update(schema=1),
+    "not a number": lambda m: m["summary"].update(accuracy=float("nan")),
     "more": lambda m: m.update(more=1),
 }
 

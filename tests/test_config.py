@@ -69,7 +69,7 @@ def test_a_config_over_another(tmp_path):
     assert message(above) == f"{above} extends itself"
 
 
-def test_null_takes_away_an_entry_of_the_extended_file(tmp_path):
+def test_false_takes_away_an_entry_of_the_extended_file(tmp_path):
     base = written(
         tmp_path,
         "model: {name: x}\nrl: {rewards: {correctness: 1, brief: .2}}\n"
@@ -77,11 +77,11 @@ def test_null_takes_away_an_entry_of_the_extended_file(tmp_path):
     )
     above = tmp_path / "above.yaml"
     above.write_text(
-        f"extends: {base.name}\nrl: {{rewards: {{brief: null}}}}\neval: {{benchmarks: {{gsm8k: null}}}}\n"
+        f"extends: {base.name}\nrl: {{rewards: {{brief: false}}}}\neval: {{benchmarks: {{gsm8k: false}}}}\n"
     )
     found = load(above)
     assert found.rl.rewards == {"correctness": 1} and list(found.eval.benchmarks) == ["mmlu"]
-    assert "at least 1 item" in message(above, "rl.rewards={correctness: null}")
+    assert "at least 1 item" in message(above, "rl.rewards={correctness: false}")
 
 
 def test_table4_trains_on_other_data_with_a_reward_that_fits_them():
@@ -284,6 +284,9 @@ ODD = {
     'run="\\ud800"': "is not YAML: 'utf-8' codec can't encode character",
     "server.vllm=" + "[" * 5000 + "]" * 5000: "nested",
     "server.vllm=" + "{a: " * 100 + "1" + "}" * 100: "is nested more than 64 deep",
+    "run=!!bool maybe": "is not YAML",
+    'run=!!int ""': "is not YAML",
+    "run=!!timestamp x": "is not YAML",
     "server.vllm=&a {a: *a}": "server.vllm: expected text, numbers, lists and mappings",
 }
 

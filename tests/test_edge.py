@@ -16,6 +16,7 @@ from stages.config import ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
 from stages.language.prompts import Renderer
 from stages.models.base import load_base
+from stages.models.reading import reading
 from stages.models.tokenizer import load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -143,9 +144,26 @@ def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
         Renderer(load_tokenizer(section(copy)), PromptSection())
 
 
-@pytest.mark.parametrize("name", ["models/smollm2-135m-q5", "./here", "/no/such/model", "a/b/c", "lonely"])
-def test_a_mistyped_path_is_no_hub_id(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "models/smollm2-135m-q5",
+            "no folder models/smollm2-135m-q5, and cannot load the tokenizer of models",
+        ),
+        *((name, f"no model folder {name}") for name in ("./here", "/no/such/model", "a/b/c", "~/model")),
+        ("lonely", "cannot load the tokenizer of lonely"),
+    ],
+)
+def test_a_mistyped_path_is_named(name, told, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingInputError, match=f"no model folder {name}"):
+    with pytest.raises(MissingInputError) as caught:
         load_tokenizer(ModelSection(name=name))
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")])
+def test_what_the_machine_lacks_is_no_fault_of_the_model(error, tiny):
+    with pytest.raises(type(error)), reading("model", section(tiny)):
+        raise error

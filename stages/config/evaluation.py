@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import LONGEST, Section, known, named, setting, without_null
+from stages.config.fields import LONGEST, Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 Benchmark = Annotated[str, named("benchmarks")]
@@ -87,7 +87,7 @@ class EvalSection(Section):
         if not isinstance(entries, dict):
             return entries
         filled = {}
-        for name, entry in without_null(entries).items():
+        for name, entry in without_false(entries).items():
             if not re.fullmatch(r"\w[\w-]*", str(name)) or name == "train":
                 raise ValueError(f"{name!r} cannot be the name of a benchmark")
             if isinstance(entry, dict):

@@ -35,14 +35,14 @@ def named(kind: str, also: str = "") -> AfterValidator:
     return AfterValidator(check)
 
 
-def without_null(entries: Any) -> Any:
-    """The entries of a mapping that are not null: null takes away what the extended file has there."""
+def without_false(entries: Any) -> Any:
+    """The entries of a mapping that are not `false`, which takes away what the extended file has there."""
     if not isinstance(entries, dict):
         return entries
-    return {name: entry for name, entry in entries.items() if entry is not None}
+    return {name: entry for name, entry in entries.items() if entry is not False}
 
 
-WithoutNull = BeforeValidator(without_null)
+WithoutFalse = BeforeValidator(without_false)
 
 
 def plain(value: Any) -> Any:

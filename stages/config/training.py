@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
-from stages.config.fields import Section, WithoutNull, known, named, refuse, setting
+from stages.config.fields import Section, WithoutFalse, known, named, refuse, setting
 from stages.config.sources import PromptSection
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
@@ -213,7 +213,7 @@ class RlSection(TrainSection):
         "group",
         "Divide advantages by the standard deviation of the rewards in the group or batch, or not at all.",
     )
-    rewards: Annotated[dict[str, float], WithoutNull] = setting(
+    rewards: Annotated[dict[str, float], WithoutFalse] = setting(
         {"correctness": 2.0},
         "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or trl.NAME.",
         min_length=1,

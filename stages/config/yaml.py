@@ -1,7 +1,7 @@
 """Reads a Config from YAML and `--set section.key=value`, which takes precedence, and writes one as YAML."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,14 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
         raise ConfigError(text, "every setting with its default: lorapar config") from None
 
 
-def tree(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def tree(
+    path: Path,
+    adjust: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda path, own: own,
+    below: tuple[Path, ...] = (),
+) -> dict[str, Any]:
     """The tree of a file, merged into that of the file which it `extends` (a path relative to its folder).
 
-    below: the files that extend it.
+    adjust: called with each file and its own tree. below: the files that extend it.
     """
     if not path.is_file():
         raise MissingInputError(
@@ -56,10 +60,10 @@ def tree(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     own = _parsed(text, str(path)) or {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold sections, got {type(own).__name__}")
-    extended = own.pop("extends", None)
+    extended, own = own.pop("extends", None), adjust(path, own)
     if extended is None:
         return own
-    return _over(tree(path.parent / str(extended), (*below, path.resolve())), own)
+    return _over(tree(path.parent / str(extended), adjust, (*below, path.resolve())), own)
 
 
 def _over(under: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _parsed(text: str, where: str) -> Any:
         _check(value, {}, 0)
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # of odd tags
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
     return value
 

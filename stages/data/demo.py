@@ -129,8 +129,8 @@ def write(folder: Path, seed: int) -> dict[str, int]:
         rng.shuffle(items)
         write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
-    # Files are renamed when they are complete, train last: its existence tells `make` that all are there.
-    for split in reversed(ITEMS):
+    # Files are renamed when they are complete. That the last is there tells `make` that all are.
+    for split in ITEMS:
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 

@@ -93,11 +93,17 @@ def local_file(source: SourceSection) -> Path | None:
     path = Path(source.path)
     if path.is_file():
         return path
-    if path.exists() or source.path.endswith((".jsonl", ".gz", ".json")) or source.path.count("/") != 1:
+    if not may_be_hub_id(source.path):
         raise MissingInputError(
             f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}"
         )
     return None
+
+
+def may_be_hub_id(path: str) -> bool:
+    """Whether a path is no file or folder here and has the form of a hub id."""
+    named_as_file = path.endswith((".jsonl", ".gz", ".json"))
+    return not Path(path).exists() and not named_as_file and path.count("/") == 1
 
 
 def no_path(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:

@@ -33,8 +33,13 @@ def run(command: list[str], env: dict[str, str] | None = None) -> int:
 
     The code is 128 + n if signal n ended it.
     """
-    with subprocess.Popen(guarded(command), stdin=subprocess.PIPE, env=env) as guard:
-        return guard.wait()  # on any exception, leaving the block closes its input and waits
+    guard = subprocess.Popen(guarded(command), stdin=subprocess.PIPE, env=env)
+    assert guard.stdin is not None
+    try:
+        return _code(guard.wait())
+    finally:  # not a `with`: it would not wait after an interrupt
+        guard.stdin.close()
+        guard.wait()
 
 
 def guard(command: list[str]) -> int:
@@ -42,16 +47,20 @@ def guard(command: list[str]) -> int:
         os.setsid()
     keep = [*guarded([KEEP]), *command]
     keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, start_new_session=True)
-    return _watched(keeper, keeper.pid)
+    return _code(_watched(keeper, keeper.pid))
 
 
 def keep(command: list[str]) -> int:
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
-    code = _watched(child, os.getpgrp())
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
+    return _code(_watched(child, os.getpgrp()))
+
+
+def _code(code: int) -> int:
+    """As a shell tells it: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let the kernel kill this process when its parent ends (Linux; see prctl(2))."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -17,7 +17,7 @@ from typing import Any
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
-from stages.engines.reply import choice_of, models_of
+from stages.engines.reply import Completion, Reply, count_of, models_of
 from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
@@ -59,6 +59,10 @@ class Client:
         """For the words of a ballot: the tokens it takes until they differ, learned from earlier answers."""
         self._constrains: dict[str, bool] = {}
         """For each endpoint: whether the server keeps to given words."""
+        self._told: str | None = None
+        """What replies call the model."""
+        self._listed: set[str] = set()
+        """The models that the servers list."""
         self.model, self.max_model_len = self._look(model)
 
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
@@ -74,7 +78,7 @@ class Client:
         """Answers as token ids, which vLLM gives (`return_token_ids`) and other servers do not."""
 
         def answer(reply: Any) -> Answer:
-            choice = choice_of(reply, self.model)
+            choice = self._completion(reply)
             return Answer(choice.ids, choice.finish_reason == "stop")
 
         async def ask(session: Session, question: Question) -> Any:
@@ -102,15 +106,29 @@ class Client:
                 raise ConfigError(f"{one.urls[0]} serves {', '.join(served)}, not {wanted}")
             if wanted is None and not served:
                 raise AnswerError(f"{one.urls[0]} lists no model")
+            self._listed |= served.keys()
             names.append(wanted or next(iter(served)))
             lengths.append(served.get(names[-1], 0))
         return names[0], min(lengths)
 
+    def _completion(self, reply: Any) -> Completion:
+        """The only choice of a reply; ValueError if another model gave it.
+
+        A gateway may call the model otherwise than it is asked for. Such a name counts if the first reply has
+        it, and if the server does not list it as another model.
+        """
+        found = Reply.model_validate(reply)
+        if self._told is None and found.model is not None:
+            self._told = self.model if found.model in self._listed else found.model
+        if found.model not in (None, self.model, self._told):
+            raise ValueError(f"the reply is by {str(found.model)[:80]}, not by {self.model}")
+        return found.choices[0]
+
     def _content(self, reply: Any) -> str:
-        return choice_of(reply, self.model).content
+        return self._completion(reply).content
 
     def _tokens_of(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
-        return choice_of(reply, self.model).tokens
+        return self._completion(reply).tokens
 
     async def _continuation(self, session: Session, text: str) -> str:
         """A few greedy tokens, from a chat if the server knows no completions."""
@@ -152,7 +170,7 @@ class Client:
         try:
             ((_, alternatives),) = self._tokens_of(reply)
             fit = [text for text in alternatives if any(word.startswith(text) for word in ballot.words)]
-            return sum(math.exp(alternatives[text]) for text in fit if text.strip())
+            return min(1.0, sum(math.exp(alternatives[text]) for text in fit if text.strip()))
         except ValueError:
             return -1.0
 
@@ -161,7 +179,7 @@ class Client:
         path, body = self._constrained(ballot, UNLIKELY, 1)
         if path not in self._constrains:
             try:
-                choice = await session.send("POST", path, body, lambda r: choice_of(r, self.model))
+                choice = await session.send("POST", path, body, self._completion)
                 chosen = choice.tokens[0][0].strip()
                 kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
             except (ConfigError, ItemFailed, LookupError, ValueError):
@@ -200,7 +218,10 @@ class Client:
             url = f"{self.transport.urls[0].removesuffix('/v1')}/tokenize"
             body = {"messages": ballot.text} if _is_chat(ballot) else {"prompt": ballot.text}
             reply = await session.probe(url, {"model": self.model, **body})
-            count = int(reply.get("count", 0)) if reply else 0
+            try:
+                count = count_of(reply)
+            except ValueError:
+                count = 0  # a server that cannot count is asked all the same
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
 

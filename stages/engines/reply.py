@@ -48,7 +48,9 @@ class _Message(_Shape):
     content: str | None = None
 
 
-class Choice(_Shape):
+class Completion(_Shape):
+    """One choice of a reply. What is asked of it and is not there is a ValueError."""
+
     index: Literal[0] = 0
     finish_reason: str | None = None
     message: _Message | None = None
@@ -79,9 +81,9 @@ class Choice(_Shape):
         return list(zip(self.logprobs.tokens, self.logprobs.top_logprobs, strict=True))
 
 
-class _Reply(_Shape):
+class Reply(_Shape):
     model: str | None = None
-    choices: list[Choice] = Field(min_length=1, max_length=1)
+    choices: list[Completion] = Field(min_length=1, max_length=1)
 
 
 class _Entry(_Shape):
@@ -93,13 +95,13 @@ class _Models(_Shape):
     data: list[_Entry]
 
 
-def choice_of(reply: Any, model: str) -> Choice:
-    """The only choice of a reply by `model`; a longer name, such as one with a date, is the same model."""
-    found = _Reply.model_validate(reply)
-    told = found.model
-    if told is not None and not (told.startswith(model) or model.startswith(told)):
-        raise ValueError(f"the reply is by {told[:80]}, not by {model}")
-    return found.choices[0]
+class _Count(_Shape):
+    count: int = Field(ge=0)
+
+
+def count_of(reply: Any) -> int:
+    """The number of tokens that a server has counted."""
+    return _Count.model_validate(reply).count
 
 
 def models_of(reply: Any) -> dict[str, int]:

@@ -206,7 +206,7 @@ class Session:
             async with asyncio.timeout(self.transport.server.timeout_s):
                 response = await self.http.post(url, json=body)
             found = response.json()
-        except (httpx.HTTPError, ValueError, TimeoutError):
+        except (httpx.HTTPError, ValueError, RecursionError, TimeoutError):
             return None
         return found if response.status_code < 400 and isinstance(found, dict) else None
 

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = list[dict[str, float]]
+SIGNAL, LENGTH, DRIFT = "groups without signal", "completion length, tokens", "KL from the start, System 1"
+OVERVIEW = {
+    "reward": "reward",
+    SIGNAL: "frac_reward_zero_std",
+    LENGTH: "completions/mean_length",
+    DRIFT: NAME,
+}
+"""Panels for many trainings of RL at once: title → name of the values in the history."""
 
 
 def draw(history: History, path: Path) -> None:
@@ -59,13 +67,13 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
     wanted = {
         "loss": {"loss": "loss"},
         "reward": rewards | {label: f"{name}reward" for label, name in systems.items()},
-        "groups without signal": {"share": "frac_reward_zero_std"},
-        "completion length, tokens": {
-            "mean": "completions/mean_length",
+        SIGNAL: {"share": OVERVIEW[SIGNAL]},
+        LENGTH: {
+            "mean": OVERVIEW[LENGTH],
             "longest": "completions/max_length",
             **{label: f"{name}completions/mean_length" for label, name in systems.items()},
         },
-        "KL from the start, System 1": {"nats per token": NAME},
+        DRIFT: {"nats per token": NAME},
         "gradient norm": {"norm": "grad_norm"},
     }
     return {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.errors import MeaninglessError, OutOfMemoryError
+from stages.errors import MeaninglessError, OutOfMemoryError, lacks_memory
 
 if TYPE_CHECKING:
     from stages.progress import Progress
@@ -81,8 +81,7 @@ class Healthy:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not known and "can't allocate memory" not in str(error):
+            if not lacks_memory(error):
                 raise
             if where is None:
                 prepared = len(self._window) > before

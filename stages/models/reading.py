@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from stages.config import ModelSection
-from stages.errors import DataError, LoraparError, MissingInputError
+from stages.errors import DataError, LoraparError, MissingInputError, lacks_memory
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+"""Errors of this machine, not of the files."""
 CHANGED = "the folder may be incomplete or of another kind: compare it with where it came from"
 
 
@@ -16,18 +19,19 @@ CHANGED = "the folder may be incomplete or of another kind: compare it with wher
 def reading(what: str, model: ModelSection) -> Iterator[None]:
     """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
     if names_no_folder(model.name):
-        raise MissingInputError(
-            f"no model folder {model.name}", "a hub id is OWNER/NAME, without a folder of that name here"
-        )
+        raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
     try:
         yield
-    except (LoraparError, MemoryError):
+    except LoraparError:
         raise
-    except (OSError, ImportError, ValueError) as error:
-        raise MissingInputError(f"cannot load {what} {model.name}: {_first(error)}") from None
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+        if lacks_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
             raise
+        if isinstance(error, OSError | ImportError | ValueError):
+            path = Path(model.name)
+            near = not path.exists() and "/" in model.name and path.parent.is_dir()
+            also = f"no folder {path}, and " if near else ""
+            raise MissingInputError(f"{also}cannot load {what} {model.name}: {_first(error)}") from None
         raise DataError(
             f"cannot load {what} {model.name}: {type(error).__name__}: {_first(error)}", CHANGED
         ) from None
@@ -35,11 +39,7 @@ def reading(what: str, model: ModelSection) -> Iterator[None]:
 
 def names_no_folder(name: str) -> bool:
     """Whether a name can only be that of a folder, and there is none."""
-    path = Path(name)
-    if path.exists():
-        return False
-    above = path.parent
-    return path.is_absolute() or name.count("/") != 1 or name[0] in ".~" or above.is_dir()
+    return not Path(name).exists() and (name.count("/") > 1 or name[0] in "./~")
 
 
 def complete(model: ModelSection, missing: Iterable[str]) -> None:

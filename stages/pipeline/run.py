@@ -94,6 +94,8 @@ def _called(verb: Verb, job: Job, sections: dict[str, Any]) -> dict[str, Any]:
         return verb(job, **sections)
     except Ended:
         raise
+    except (EOFError, BrokenPipeError) as error:  # the command line's library would end without a word
+        raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
     except SystemExit as error:
         raise ConfigError(
             f"code that the config names tried to end lorapar, with {error.code!r}",

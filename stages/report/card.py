@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from stages.data.rows import may_be_hub_id
 from stages.store.artifacts import Artifact
 from stages.sweep.formats import accuracy
 
@@ -15,7 +16,7 @@ Form = Literal["adapter", "merged"]
 
 
 def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> str:
-    """A model card, made from manifests alone: that of the adapter and those of its evaluations."""
+    """A model card, made from the manifest of the adapter and the metrics of its evaluations."""
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
     base = manifest["provenance"]["config"]["model"]["name"]
@@ -89,7 +90,7 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
         _, _, name = artifact.manifest["variant"].partition("@")
         used: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
         summary = artifact.manifest["summary"]
-        if not on_the_hub(used["path"]) or not summary.get("all", {}).get("n"):
+        if not may_be_hub_id(used["path"] or "") or not summary.get("all", {}).get("n"):
             continue
         shown = {key: used[key] for key in ("subset", "split", "shots", "mode", "temperature", "limit")}
         settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
@@ -101,12 +102,7 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
                 value=round(100 * summary["all"]["accuracy"], 2),
                 dataset_revision=pinned,
                 date=artifact.manifest["provenance"]["finished"],
-                notes=f"lorapar {artifact.manifest['key']}: {settings}; n {summary['all']['n']}",
+                notes=f"{name}, lorapar {artifact.manifest['key']}: {settings}; n {summary['all']['n']}",
             )
         )
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
-
-
-def on_the_hub(path: str | None) -> bool:
-    """Whether a path is a hub id and no file."""
-    return bool(path) and str(path).count("/") == 1 and not str(path).endswith((".jsonl", ".gz", ".json"))

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from stages.benchmarks.statistics import holm
-from stages.lora import drift
 from stages.pipeline.state import state
 from stages.report import elements, figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
@@ -51,8 +50,7 @@ def _section(results: Results, command: str) -> Section:
     name = re.sub(r"\W+", "-", results.table.path.stem)
     parts: list[Part] = [Text(file.notes.strip())] if file.notes else []
     parts.append(Grid(head, rows, formats.legend(results)))
-    drawn = _over(results, file.plot, name) if file.plot else _dots(results, name)
-    if drawn:
+    if drawn := (_over(results, file.plot, name) if file.plot else None) or _dots(results, name):
         parts.append(Pictures([drawn]))
     if file.importance and (pictures := _importance(results)):
         parts.append(Pictures(pictures))
@@ -108,32 +106,26 @@ def _over(results: Results, plot: Plot, name: str) -> Picture | None:
     return Picture(figures.svg(drawn, name), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
 
 
-PANELS = {
-    "reward": "reward",
-    "groups without signal": "frac_reward_zero_std",
-    "completion length, tokens": "completions/mean_length",
-    "KL from the start, System 1": drift.NAME,
-}
-
-
 def _trainings(results: Results, name: str) -> Picture | None:
     """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
+    from stages.lora.curves import OVERVIEW
+
     runs: dict[str, list[figures.History]] = {}
     seen: set[Path] = set()
+    stores: dict[Path, Store] = {}
     for cell in results.table.cells:
-        if not any(
-            step == "rl" or step.startswith("eval:rl@") for c in cell.columns.values() for step in c.steps
-        ):
+        shown = {step for column in cell.columns.values() for step in column.steps}
+        if not any(step == "rl" or step.startswith("eval:rl@") for step in shown):
             continue
-        artifact = state(Store(cell.config.root), cell.steps["rl"]).artifact
-        if artifact is not None and artifact.path not in seen:
-            seen.add(artifact.path)
-            history = json.loads((artifact.path / "history.json").read_text(encoding="utf-8"))
+        now = state(stores.setdefault(cell.config.root, Store(cell.config.root)), cell.steps["rl"])
+        if now.state == "current" and now.artifact and now.artifact.path not in seen:
+            seen.add(now.artifact.path)
+            history = json.loads((now.artifact.path / "history.json").read_text(encoding="utf-8"))
             runs.setdefault(cell.row, []).append(history)
     if not runs:
         return None
-    drawn = figures.trainings(runs, PANELS)
-    text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(PANELS)}."
+    drawn = figures.trainings(runs, OVERVIEW)
+    text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
     return Picture(figures.svg(drawn, name), text, f"RL, moving means over {figures.WINDOW} steps.")
 
 
@@ -142,7 +134,8 @@ def _importance(results: Results) -> list[Picture]:
     pictures = {}
     for cell in results.table.cells:
         store = Store(cell.config.root)
-        steps = [cell.steps["partition:sft"], cell.steps["partition:sft"].inputs.get("score")]
+        masks_of = cell.steps.get("partition:sft")  # a baseline has none
+        steps = [masks_of, masks_of.inputs.get("score")] if masks_of else []
         found = [state(store, step) for step in steps if step]
         if cell.row not in pictures and len(found) == 2 and all(now.state == "current" for now in found):
             masks, score = (now.artifact for now in found)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -149,11 +149,13 @@ class Store:
         An earlier artifact under this key (a forced run, or rebuilt inputs) is renamed to `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
         entries = {}
         readable = 0o666 & partial.stat().st_mode  # a folder has what the umask leaves
         for file in files:
-            file.chmod(readable)  # safetensors gives its files to their owner alone
+            if file.stat().st_mode & 0o666 != readable:  # safetensors gives its files to their owner alone
+                with suppress(PermissionError):  # some file systems have no modes
+                    file.chmod(readable)
             fsync(file)
             entries[file.relative_to(partial).as_posix()] = {
                 "size": file.stat().st_size,

@@ -89,6 +89,7 @@ class Journal:
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
         """Write an answer. When this returns, a kill cannot lose it, but a power failure still can."""
         digest, sample = question
+        self._shape.model_validate(answer)
         self._append({"question": digest, "sample": sample, **answer})
         self._answers[question] = answer
 

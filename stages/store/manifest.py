@@ -65,10 +65,13 @@ def fault(manifest: Any, key: str) -> str | None:
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         return f"its manifest is not one: {place}: {message}".replace(": : ", ": ")
-    if manifest["key"] != key or key_of(manifest["identity"]) != key:
-        return f"its manifest is not that of key {key}"
-    if manifest["schema"] > 1 and manifest.get(SEAL) != _digest(manifest):
-        return "its manifest was changed after it was written"
+    try:
+        if manifest["key"] != key or key_of(manifest["identity"]) != key:
+            return f"its manifest is not that of key {key}"
+        if (manifest["schema"] > 1 or SEAL in manifest) and manifest.get(SEAL) != _digest(manifest):
+            return "its manifest was changed after it was written"
+    except ValueError as error:  # NaN, which is read and never written
+        return f"its manifest is not one: {error}"
     return None
 
 

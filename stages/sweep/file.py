@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import ValidationError, model_validator
 
-from stages.config.fields import Section, WithoutNull, setting
+from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.yaml import tree
 from stages.errors import ConfigError, LoraparError, MissingInputError
 
@@ -41,9 +41,9 @@ class Plot(Section):
 
 class TableFile(Section):
     title: str = setting(..., "What the table is about.")
-    base: str = setting(..., "Config of every cell, as a path relative to this file.")
+    base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
     set: dict[str, Any] = setting({}, "Settings of every cell, by their dotted names.")
-    rows: Annotated[dict[str, dict[str, Any]], WithoutNull] = setting(
+    rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting(
         {}, "Settings of each row, by their dotted names; `base` and `columns` replace the table's own."
     )
     grid: dict[str, list[Any]] = setting({}, "Instead of rows: settings and their values, all with all.")
@@ -55,7 +55,7 @@ class TableFile(Section):
         "partition:sft.active_share.",
         min_length=1,
     )
-    paper: Annotated[dict[str, dict[str, float]], WithoutNull] = setting(
+    paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting(
         {}, "Published values, by row and column."
     )
     compare: Compare | None = setting(None, "A paired test over items and seeds.")
@@ -79,12 +79,12 @@ class TableFile(Section):
                 raise ValueError(f"paper has a value for {sorted(unknown)[0]!r}, which is no column")
         if self.compare and self.compare.against not in names:
             raise ValueError(f"compare.against {self.compare.against!r} is no row")
-        on = self.columns.get(self.compare.on, "") if self.compare else ""
-        if self.compare and ("@" not in on or " - " in on):
+        if self.compare and not _accuracy(self.columns.get(self.compare.on, "")):
             raise ValueError(f"compare.on {self.compare.on!r} is no column of accuracies")
-        for name in (self.plot.x, self.plot.y) if self.plot else ():
-            if name not in self.columns:
-                raise ValueError(f"plot {name!r} is no column")
+        if self.plot and self.plot.x not in self.columns:
+            raise ValueError(f"plot.x {self.plot.x!r} is no column")
+        if self.plot and not _accuracy(self.columns.get(self.plot.y, "")):
+            raise ValueError(f"plot.y {self.plot.y!r} is no column of accuracies")
         return self
 
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -128,6 +128,11 @@ class Column:
         return [self.step, *(self.less.steps if self.less else [])]
 
 
+def _accuracy(text: str) -> bool:
+    """Whether a column's text is an accuracy, and no difference of two."""
+    return "@" in text and " - " not in text
+
+
 def _check(text: str) -> None:
     """ValueError if a column's text is no accuracy and no value of a summary."""
     column: Column | None = Column.of(text)
@@ -152,13 +157,23 @@ def read(path: Path) -> TableFile:
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")
     try:
-        return TableFile.model_validate(tree(path))
+        return TableFile.model_validate(tree(path, _beside))
     except ValidationError as error:
         found = [
             f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ")
             for e in error.errors()
         ]
         raise refused(path, found) from None
+
+
+def _beside(path: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """A table's own settings, with its bases as paths that hold where it is extended, too."""
+    rows = own.get("rows")
+    parts = [own, *(rows.values() if isinstance(rows, dict) else ())]
+    for part in parts:
+        if isinstance(part, dict) and isinstance(part.get("base"), str):
+            part["base"] = str(path.parent / part["base"])
+    return own
 
 
 def refused(path: Path, mistakes: list[str]) -> ConfigError:

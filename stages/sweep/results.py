@@ -68,10 +68,11 @@ def results(table: Table) -> Results:
                     values[row, name] = reader.value(cells, name)
     comparisons = {}
     if compare := table.file.compare:
-        first = [cell for cell in table.cells if cell.row == compare.against]
+        against = table.same.get(compare.against, compare.against)
+        first = [cell for cell in table.cells if cell.row == against]
         for row in table.rows:
             cells = [cell for cell in table.cells if cell.row == row]
-            if first and row != compare.against and all(compare.on in cell.columns for cell in first + cells):
+            if first and row != against and all(compare.on in cell.columns for cell in first + cells):
                 comparisons[row] = reader.comparison(first, cells, compare.on)
     return Results(table, values, comparisons)
 

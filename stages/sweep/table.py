@@ -84,7 +84,7 @@ def table(
 
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:
     own = file.settings()[row]
-    config_path = base or path.parent / str(own.get("base", file.base))
+    config_path = base or Path(own.get("base", file.base))
     if "seed" in own:
         raise ConfigError("seed is set by the table's seeds, not by a row")
     values = {**file.set, **{name: value for name, value in own.items() if name not in OWN}, "seed": seed}

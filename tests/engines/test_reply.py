@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from stages.engines.reply import choice_of, models_of
+from stages.engines.openai import Client
+from stages.engines.reply import Completion, count_of, models_of
 
 CHAT = {
     "model": "m",
@@ -27,12 +28,25 @@ TEXT = {
 }  # fmt: skip
 
 
+def client(*replies: dict) -> Client:
+    """One that asks for `m`, beside which the server lists `n`, and has had these replies."""
+    found = Client.__new__(Client)
+    found.model, found._told, found._listed = "m", None, {"m", "n"}
+    for reply in replies:
+        found._completion(reply)
+    return found
+
+
+def read(reply: object) -> Completion:
+    return client(TEXT)._completion(reply)
+
+
 def test_both_kinds_are_read():
     for reply in (CHAT, TEXT):
-        choice = choice_of(reply, "m")
+        choice = read(reply)
         assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
-    assert choice_of(TEXT, "m").ids == [5, 7]
-    assert choice_of(TEXT | {"model": "m-2024-08-06"}, "m") == choice_of(TEXT | {"model": None}, "m")
+    assert read(TEXT).ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
+    assert count_of({"count": 7}) == 7
     assert models_of({"data": [{"id": "m", "max_model_len": 9}, {"id": "n"}]}) == {"m": 9, "n": 0}
 
 
@@ -65,7 +79,7 @@ ODD = [
 def test_an_odd_reply_is_none(reply, path, value):
     odd = changed(reply, path, value)
     with pytest.raises(ValueError):
-        choice = choice_of(odd, "m")
+        choice = read(odd)
         assert (choice.content, choice.tokens, choice.ids if reply is TEXT else 0) is None
 
 
@@ -75,5 +89,17 @@ def test_an_odd_reply_is_none(reply, path, value):
 def test_an_odd_list_of_models_is_none(reply):
     with pytest.raises(ValueError):
         models_of(reply)
-    with pytest.raises(ValueError):
-        choice_of(reply, "m")
+    for reader in (read, count_of):
+        with pytest.raises(ValueError):
+            reader(reply)
+
+
+def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
+    """From the first reply on, and not one that is another model's."""
+    alias = TEXT | {"model": "m-2024-08-06"}
+    assert client(alias)._completion(alias) == client(alias)._completion(TEXT)
+    for before in ([], [TEXT], [alias]):
+        with pytest.raises(ValueError, match="the reply is by n, not by m"):
+            client(*before)._completion(TEXT | {"model": "n"})
+    with pytest.raises(ValueError, match="the reply is by m-2024-08-06, not by m"):
+        client(TEXT)._completion(alias)

@@ -159,8 +159,8 @@ PROCESSES = {
         "fcntl.fcntl(r, 4, 0x2000 | 0x800)\nos.write(w, b'x')\ntime.sleep(0.2)"
     ),
     "signals by a pipe, with high bits": (
-        "r, w = os.pipe()\nlow = 1 << 32\nlibc.syscall(72, r, low | 8, $PARENT)\n"
-        "libc.syscall(72, r, low | 10, 9)\nlibc.syscall(72, r, low | 4, 0x2800)\n"
+        "r, w = os.pipe()\nlow = lambda n: ctypes.c_long(1 << 32 | n)\nlibc.syscall(72, r, low(8), $PARENT)\n"
+        "libc.syscall(72, r, low(10), 9)\nlibc.syscall(72, r, low(4), 0x2800)\n"
         "os.write(w, b'x')\ntime.sleep(0.2)"
     ),
     "signals by a pipe, owner by structure": (
@@ -210,7 +210,7 @@ KERNEL = {
     ),
     "attributes of a file": (
         "r = libc.syscall(469, -100, os.__file__.encode(), ctypes.create_string_buffer(24), 24, 0)\n"
-        "show(ctypes.get_errno() != 1 and r == 0 and 'secret-7f3a')"
+        "show((r == 0 or ctypes.get_errno() != 1) and 'secret-7f3a')"
     ),
     "reboot": "libc.reboot(0x1234567)",
 }
