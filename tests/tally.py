@@ -24,6 +24,8 @@ class Tally:
     kind: str
     random: random.Random
     tried: int = 0
+    skipped: bool = False
+    """It cannot be tried on this machine."""
     lost: list[str] = field(default_factory=list)
     """Artifacts that are gone, that differ, or that are damaged and were believed."""
     tracebacks: list[str] = field(default_factory=list)
@@ -46,7 +48,7 @@ def tally(request: pytest.FixtureRequest, record_property) -> Iterator[Tally]:
     counts = [found.lost, found.tracebacks, found.hangs, found.left]
     seconds = round(time.monotonic() - begun)
     record_property(KEY, [found.kind, SEED, found.tried, seconds, *map(len, counts)])
-    assert found.tried and not found.wrong, "\n".join(found.wrong[:20])
+    assert (found.tried or found.skipped) and not found.wrong, "\n".join(found.wrong[:20])
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
