@@ -10,7 +10,6 @@ from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from stages.data.rows import no_path
 from stages.errors import ConfigError
 from stages.pipeline.state import current, state
-from stages.report.card import Form
 from stages.store.artifacts import Store
 
 
@@ -32,6 +31,7 @@ def export(
 ) -> None:
     """Write a trained adapter, or the merged model, with a model card; --check asks every engine."""
     from stages import export as exporting
+    from stages.report.card import Form
 
     settings, steps = plan_of(config, set_)
     if target not in ("sft", "rl"):

@@ -5,6 +5,8 @@ line with the next command or the choices. Exit codes follow sysexits.h, except 
 own. What else is raised, `lorapar_cli.edge` turns into one of them; 70 is a defect of lorapar.
 """
 
+from typing import Any
+
 
 class Ended(SystemExit):
     """A signal told this process to end, and it unwinds."""
@@ -90,3 +92,12 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, the device's, or that of torch's allocator on the CPU."""
     names = {kind.__name__ for kind in type(error).__mro__}  # by name, because torch may not be loaded
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def faults(error: Any) -> list[str]:
+    """What a pydantic ValidationError has found, each as `place: what is wrong`."""
+    found = []
+    for one in error.errors():
+        parts = [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")]
+        found.append(": ".join(part for part in parts if part))
+    return found

@@ -18,7 +18,7 @@ CHANGED = "the folder may be incomplete or of another kind: compare it with wher
 @contextmanager
 def reading(what: str, model: ModelSection) -> Iterator[None]:
     """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
-    if names_no_folder(model.name):
+    if _names_no_folder(model.name):
         raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
     try:
         yield
@@ -37,7 +37,7 @@ def reading(what: str, model: ModelSection) -> Iterator[None]:
         ) from None
 
 
-def names_no_folder(name: str) -> bool:
+def _names_no_folder(name: str) -> bool:
     """Whether a name can only be that of a folder, and there is none."""
     return not Path(name).exists() and (name.count("/") > 1 or name[0] in "./~")
 

@@ -36,14 +36,14 @@ def run_step(
     `force`.
     """
     store, stage = Store(config.root), step.stage
-    # Looked for without the lock, so that a store that somebody else owns serves, too.
-    if not force and (there := _there(store, step)):
+    # First without the lock, so that a store that somebody else owns serves, too.
+    if not force and (there := _there(store, step, state(store, step))):
         return there, False
     with store.lock(stage.name, step.key) if team.first() else nullcontext():
         inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
-        if not force and (there := _there(store, step)):
-            return there, False  # another process has made it meanwhile
         now = state(store, step)
+        if not force and (there := _there(store, step, now)):
+            return there, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
         team.wait()  # the others have seen what is there, too
@@ -77,9 +77,8 @@ def run_step(
         return artifact, True
 
 
-def _there(store: Store, step: Step) -> Artifact | None:
+def _there(store: Store, step: Step, now: State) -> Artifact | None:
     """The artifact of the step if it is current; it is then the latest one."""
-    now = state(store, step)
     if now.state != "current" or now.artifact is None:
         return None
     with suppress(OSError):

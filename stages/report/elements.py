@@ -73,20 +73,19 @@ def both(score: Artifact, masks: Artifact, title: str) -> Picture:
     groups = {}
     for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
         there = ((region == code) & seen).nonzero().flatten()
-        there = (
-            there[torch.linspace(0, len(there) - 1, min(DOTS, len(there))).long()] if len(there) else there
-        )
+        there = there[torch.linspace(0, max(0, len(there) - 1), min(DOTS, len(there))).long()]
         groups[name] = (first[there].tolist(), second[there].tolist())
     summary = masks.manifest["summary"]
-    told = ", ".join(
+    told = [
         f"{name} {100 * summary[key]:.1f} % of its system's set"
         for name, key in (("S1-only", "s1_only_share"), ("S2-only", "s2_only_share"))
-        if key in summary
-    )
-    text = (
-        f"{title}{': ' if title else ''}{told}{', ' if told else ''}Jaccard index {summary['jaccard']:.3f}."
-    )
-    drawn = figures.against(groups, ["#b84a62", "#3b76b8", "#8a63a8"], title)
+        if key in summary  # it is not in those of earlier versions
+    ]
+    told.append(f"Jaccard index {summary['jaccard']:.3f}")
+    text = f"{', '.join(told)}."
+    text = f"{title}: {text}" if title else text
+    red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
+    drawn = figures.against(groups, [red, blue, purple], title)
     return Picture(figures.svg(drawn, f"both {title}"), f"Importance by system. {text}", text)
 
 

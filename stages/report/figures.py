@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from stages.lora.curves import History
+
 Given = ParamSpec("Given")
 
 INK = "#010203"
@@ -29,6 +31,7 @@ def svg(figure: Figure, name: str) -> str:
 
     out = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
+        # Only what a figure has drawn as a picture has dots.
         figure.savefig(out, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
@@ -126,17 +129,8 @@ def over(
             axes.plot([at for at, _ in points], means, "o-", color=colour, markersize=4, label=name)
         if there := sorted(published.get(name, [])):
             places, values = zip(*there, strict=True)
-            label = f"{name}, published"
-            axes.plot(
-                places,
-                values,
-                "D--",
-                color=colour,
-                markersize=4,
-                fillstyle="none",
-                linewidth=0.9,
-                label=label,
-            )
+            (line,) = axes.plot(places, values, "D--", color=colour, label=f"{name}, published")
+            line.set(markersize=4, fillstyle="none", linewidth=0.9)
     for number, (name, value) in enumerate(lines.items()):
         axes.axhline(value, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
     axes.set(xlabel=x, ylabel=y)
@@ -204,8 +198,6 @@ def cumulative(curves: dict[str, tuple[list[float], list[float]]], theta: float)
     return figure
 
 
-History = list[dict[str, float]]
-"""The values that a training logged, by step."""
 WINDOW = 5
 """Steps of the moving mean in figures of several trainings."""
 
@@ -216,8 +208,9 @@ def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
 
     runs: row → histories. panels: title → name of the values.
     """
-    figure, _ = _new(7.4, 4.6)
-    figure.clear()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     for place, (title, name) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(2, 2, place)
         for number, histories in enumerate(runs.values()):

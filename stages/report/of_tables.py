@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.benchmarks.statistics import holm
-from stages.pipeline.state import state
 from stages.report import elements, figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
-from stages.store.artifacts import Store
 from stages.sweep import formats
 from stages.sweep.file import Plot
 from stages.sweep.results import Results, Value
+
+if TYPE_CHECKING:
+    from stages.lora.curves import History
 
 
 def page(found: list[tuple[Results, str]]) -> str:
@@ -110,17 +112,16 @@ def _trainings(results: Results, name: str) -> Picture | None:
     """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
     from stages.lora.curves import OVERVIEW
 
-    runs: dict[str, list[figures.History]] = {}
+    runs: dict[str, list[History]] = {}
     seen: set[Path] = set()
-    stores: dict[Path, Store] = {}
     for cell in results.table.cells:
         shown = {step for column in cell.columns.values() for step in column.steps}
         if not any(step == "rl" or step.startswith("eval:rl@") for step in shown):
             continue
-        now = state(stores.setdefault(cell.config.root, Store(cell.config.root)), cell.steps["rl"])
-        if now.state == "current" and now.artifact and now.artifact.path not in seen:
-            seen.add(now.artifact.path)
-            history = json.loads((now.artifact.path / "history.json").read_text(encoding="utf-8"))
+        artifact = results.artifacts.current(cell, "rl")
+        if artifact is not None and artifact.path not in seen:
+            seen.add(artifact.path)
+            history = json.loads((artifact.path / "history.json").read_text(encoding="utf-8"))
             runs.setdefault(cell.row, []).append(history)
     if not runs:
         return None
@@ -131,14 +132,11 @@ def _trainings(results: Results, name: str) -> Picture | None:
 
 def _importance(results: Results) -> list[Picture]:
     """For each row, of its first seed that is there."""
-    pictures = {}
+    pictures: dict[str, Picture] = {}
     for cell in results.table.cells:
-        store = Store(cell.config.root)
-        masks_of = cell.steps.get("partition:sft")  # a baseline has none
-        steps = [masks_of, masks_of.inputs.get("score")] if masks_of else []
-        found = [state(store, step) for step in steps if step]
-        if cell.row not in pictures and len(found) == 2 and all(now.state == "current" for now in found):
-            masks, score = (now.artifact for now in found)
-            if masks and score and (score.path / "importance.safetensors").is_file():
-                pictures[cell.row] = elements.both(score, masks, cell.row)
+        if cell.row in pictures:
+            continue
+        score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
+        if score and masks and (score.path / "importance.safetensors").is_file():
+            pictures[cell.row] = elements.both(score, masks, cell.row)
     return list(pictures.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from stages.errors import ArtifactError, OutputError
+from stages.errors import ArtifactError, OutputError, faults
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
@@ -150,10 +150,8 @@ class Journal:
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
                 self._shape.model_validate(answer)
             except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
                 raise ArtifactError(
-                    f"{self.path}:{number} is no answer: {place}: {first['msg']}",
+                    f"{self.path}:{number} is no answer: {faults(error)[0]}",
                     "move the file away, and the same command asks again",
                 ) from None
             self._answers[question.question, question.sample] = answer

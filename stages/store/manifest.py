@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from stages.errors import faults
 from stages.store.digests import canonical, key_of
 
 SCHEMA = 2
@@ -61,10 +62,7 @@ def fault(manifest: Any, key: str) -> str | None:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        return f"its manifest is not one: {place}: {message}".replace(": : ", ": ")
+        return f"its manifest is not one: {faults(error)[0]}"
     try:
         if manifest["key"] != key or key_of(manifest["identity"]) != key:
             return f"its manifest is not that of key {key}"

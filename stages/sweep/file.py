@@ -11,7 +11,7 @@ from pydantic import ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.yaml import tree
-from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.errors import ConfigError, LoraparError, MissingInputError, faults
 
 OWN = ("base", "columns")
 """Keys of a row that are no settings."""
@@ -159,11 +159,7 @@ def read(path: Path) -> TableFile:
     try:
         return TableFile.model_validate(tree(path, _beside))
     except ValidationError as error:
-        found = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-            for e in error.errors()
-        ]
-        raise refused(path, found) from None
+        raise refused(path, faults(error)) from None
 
 
 def _beside(path: Path, own: dict[str, Any]) -> dict[str, Any]:

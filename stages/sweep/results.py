@@ -48,6 +48,21 @@ class Comparison:
     seeds: int
 
 
+class Artifacts:
+    """The artifacts of cells' steps. One store for each run remembers what it has verified."""
+
+    def __init__(self) -> None:
+        self._stores: dict[Path, Store] = {}
+
+    def current(self, cell: Cell, step: str) -> Artifact | None:
+        """None if the cell has no such step, or its artifact is not current."""
+        if step not in cell.steps:
+            return None
+        store = self._stores.setdefault(cell.config.root, Store(cell.config.root))
+        now = state(store, cell.steps[step])
+        return now.artifact if now.state == "current" else None
+
+
 @dataclass(frozen=True)
 class Results:
     table: Table
@@ -55,6 +70,8 @@ class Results:
     """By row and column; None while an artifact of it is missing."""
     comparisons: dict[str, Comparison | None]
     """By row, where the table compares; without the row that the others are compared with."""
+    artifacts: Artifacts
+    """What the values were read from."""
 
 
 def results(table: Table) -> Results:
@@ -74,7 +91,7 @@ def results(table: Table) -> Results:
             cells = [cell for cell in table.cells if cell.row == row]
             if first and row != against and all(compare.on in cell.columns for cell in first + cells):
                 comparisons[row] = reader.comparison(first, cells, compare.on)
-    return Results(table, values, comparisons)
+    return Results(table, values, comparisons, reader.artifacts)
 
 
 class _NothingToShow(Exception):
@@ -84,12 +101,10 @@ class _NothingToShow(Exception):
 class _Reader:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, str], list[Sample]] = {}
-        self.stores: dict[Path, Store] = {}  # a store remembers what it has verified
+        self.artifacts = Artifacts()
 
     def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
-        store = self.stores.setdefault(cell.config.root, Store(cell.config.root))
-        now = state(store, cell.steps[column.step])
-        return now.artifact if now.state == "current" else None
+        return self.artifacts.current(cell, column.step)
 
     def value(self, cells: list[Cell], name: str) -> Value | None:
         """None if the artifact of a seed is missing."""

@@ -44,7 +44,7 @@ WAYS = [(who, number) for who in ("starter", "group", "guard", "keeper") for num
 @pytest.mark.parametrize(
     ("who", "number"), [*WAYS, ("both", signal.SIGKILL)], ids=lambda x: getattr(x, "name", x)
 )
-def test_nothing_is_left(who, number, monkeypatch):
+def test_nothing_is_left(who, number):
     """Neither the server nor its worker, which ignores what it can, nor a guard; the starter may go on."""
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -6,15 +6,15 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_steps, paths
-from tally import FULL
+from tally import FULL, Tally
 
 from stages.config import Config
-from stages.config.fields import Section
+from stages.config.yaml import _names
 from stages.data.rows import read
 from stages.errors import LoraparError
 from stages.labelling.votes import Vote
@@ -35,14 +35,23 @@ class Hang(Exception):
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
+def trying(tally: Tally, title: str) -> Iterator[None]:
+    """One try: an error of ours is an answer, any other exception is a traceback."""
+
     def ring(*_: object) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(LIMIT_S)
+    tally.tried += 1
     try:
         yield
+    except LoraparError:
+        pass
+    except Hang:
+        tally.hangs.append(title)
+    except Exception as error:
+        tally.tracebacks.append(f"{title}: {type(error).__name__}: {str(error)[:200]}")
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -89,17 +98,10 @@ def test_damaged_files(store, tally):
         if after == before:
             continue
         file.write_bytes(after)
-        tally.tried += 1
         folder = root / Path(*file.relative_to(root).parts[:2])
-        try:
-            with in_time():
-                now = {s.name: state(Store(root), s) for s in steps}
-                believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
-        except Hang:
-            tally.hangs.append(str(file))
-        except Exception as error:
-            tally.tracebacks.append(f"{file}: {type(error).__name__}: {error}")
-        else:
+        with trying(tally, str(file)):
+            now = {s.name: state(Store(root), s) for s in steps}
+            believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
             tally.lost += [f"{file}: {name} was believed" for name in believed]
         file.write_bytes(before)
 
@@ -111,19 +113,11 @@ def test_damaged_journals_and_caches(store, tally):
     for _ in range(250 * TIMES):
         file = tally.random.choice([*journals, *caches])
         copy.write_bytes(spoilt(file.read_bytes(), tally.random))
-        tally.tried += 1
-        try:
-            with in_time():
-                if file in caches:
-                    DigestCache(copy).file(file)
-                else:
-                    Journal(copy, Vote)
-        except LoraparError:
-            pass
-        except Hang:
-            tally.hangs.append(str(file))
-        except Exception as error:
-            tally.tracebacks.append(f"{file.name}: {type(error).__name__}: {error}")
+        with trying(tally, file.name):
+            if file in caches:
+                DigestCache(copy).file(file)
+            else:
+                Journal(copy, Vote)
         copy.unlink(missing_ok=True)
 
 
@@ -136,47 +130,22 @@ ODD = [
 """Values as a person may type them."""
 
 
-def settings_of(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        below = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
-        if below:
-            yield from settings_of(below, f"{prefix}{name}.")
-
-
 def test_odd_settings(tiny, demo_data, tmp_path, tally):
-    """Every setting with every odd value; a sample of them also through the plan."""
+    """Every setting with every odd value."""
     known = [*paths(tiny, demo_data, tmp_path), "data.limit=4"]
-    pairs = [(name, value) for name in settings_of(Config) for value in ODD]
+    pairs = [(name, value) for name in _names(Config) for value in ODD]
     for name, value in pairs if FULL else tally.random.sample(pairs, 500):
-        tally.tried += 1
-        try:
-            with in_time():
-                config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={value}"])
-                json.dumps(config.model_dump(mode="json"), allow_nan=False)
-        except LoraparError:
-            pass
-        except Hang:
-            tally.hangs.append(f"{name}={value[:40]}")
-        except Exception as error:
-            tally.tracebacks.append(f"{name}={value[:40]}: {type(error).__name__}: {str(error)[:200]}")
+        with trying(tally, f"{name}={value[:40]}"):
+            config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={value}"])
+            json.dumps(config.model_dump(mode="json"), allow_nan=False)
 
 
 def test_odd_files_of_settings(tmp_path, tally):
     whole = (ROOT / "configs/demo.yaml").read_bytes()
     for _ in range(250 * TIMES):
         (tmp_path / "config.yaml").write_bytes(spoilt(whole, tally.random))
-        tally.tried += 1
-        try:
-            with in_time():
-                load(tmp_path / "config.yaml", [])
-        except LoraparError:
-            pass
-        except Hang:
-            tally.hangs.append("a file")
-        except Exception as error:
-            tally.tracebacks.append(f"{type(error).__name__}: {str(error)[:200]}")
+        with trying(tally, "a file"):
+            load(tmp_path / "config.yaml", [])
 
 
 PIECES: list[object] = [
@@ -204,16 +173,8 @@ def test_odd_rows(tmp_path, tally):
         if tally.random.random() < 0.3:
             text = spoilt(text, tally.random)
         (tmp_path / "rows.jsonl").write_bytes(text)
-        tally.tried += 1
-        try:
-            with in_time():
-                read(source)
-        except LoraparError:
-            pass
-        except Hang:
-            tally.hangs.append(repr(text[:200]))
-        except Exception as error:
-            tally.tracebacks.append(f"{text[:300]!r}: {type(error).__name__}: {str(error)[:200]}")
+        with trying(tally, repr(text[:300])):
+            read(source)
 
 
 def test_odd_places(tiny, demo_data, tmp_path, tally):
@@ -231,16 +192,5 @@ def test_odd_places(tiny, demo_data, tmp_path, tally):
     known = [*paths(tiny, demo_data, tmp_path), "classify.strategy=known"]
     for name in ("model.name", "data.path", "classify.labels_file", "eval.benchmarks.demo.path", "runs_dir"):
         for path in odd:
-            tally.tried += 1
-            try:
-                with in_time():
-                    config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={path}"])
-                    plan(resolved(config))
-            except LoraparError:
-                pass
-            except Hang:
-                tally.hangs.append(f"{name}={path}"[:200])
-            except OSError:
-                pass  # the edge has a sentence for each
-            except Exception as error:
-                tally.tracebacks.append(f"{name}={path}"[:200] + f": {type(error).__name__}: {error}"[:200])
+            with trying(tally, f"{name}={path}"[:200]), suppress(OSError):  # the edge has a sentence for each
+                plan(resolved(load(ROOT / "configs/smoke.yaml", [*known, f"{name}={path}"])))

@@ -207,10 +207,10 @@ def write(path: Path, arch: str, strict: bool) -> None:
         rules.add_rule(refuse, "ioctl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
     asynchronous = seccomp.Arg(2, seccomp.MASKED_EQ, O_ASYNC, O_ASYNC)
     rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, SETFL), asynchronous)
-    if not strict:
-        rules.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.GT, LAST_FAMILY))
     if strict:
         rules.add_rule(refuse, "prlimit64", seccomp.Arg(2, seccomp.NE, 0))
+    else:
+        rules.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.GT, LAST_FAMILY))
     with path.open("wb") as file:
         for number in ALSO_BY_NUMBER.values():
             file.write(_refusal(number))
