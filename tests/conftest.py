@@ -14,10 +14,6 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Under nohup, or in the background of a script, some are ignored, and all that the tests start would ignore them.
-for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import settings
@@ -39,6 +35,13 @@ settings.load_profile("lorapar")
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(TABLES))
+
+
+def pytest_configure() -> None:
+    """What the tests start must not ignore signals because nohup, or a script's background, made us do it."""
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
