@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+# Texts are a model's, or a stranger's: no pattern here may take more than linear time (200,000 spaces must
+# cost nothing), but for _ONE_NUMBER, which sees short texts only.
 _MINUS = r"[-\u2010-\u2013\u2212\uFE63\uFF0D]"
 _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -21,10 +23,10 @@ _ONE_NUMBER = re.compile(
     rf"(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
     r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
 )
-_STRICT = {
-    "hash": re.compile(r"####(?!#)[ \t]*(?P<answer>\S[^\n]*?)[ \t]*\.?(?:\n|$)"),
-    "xml": re.compile(r"<answer>\s*(?P<answer>.+?)\s*</answer>", re.DOTALL),
-}
+_AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
+_OPENED, _CLOSED = "<answer>", "</answer>"
+LONGEST_NUMBER = 200
+"""Characters that a text with its unit may have to be read as one number."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,28 @@ class Extracted:
 
 def extract(text: str, answer_format: str) -> Extracted:
     """Read the final answer of a model's text; the last occurrence counts."""
-    found = [match["answer"] for match in _STRICT[answer_format].finditer(text)]
-    strict = found[-1].strip() if found else None
+    strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
     if strict is not None:
         return Extracted(strict, strict)
     candidates = _NUMBER.findall(text) or re.findall(r"\w+", text)
     return Extracted(None, candidates[-1] if candidates else None)
+
+
+def _after_hashes(text: str) -> str | None:
+    found = _AFTER_HASHES.findall(text)
+    if not found:
+        return None
+    line = str(found[-1])
+    return line.removesuffix(".").strip() or line.strip()
+
+
+def _in_tags(text: str) -> str | None:
+    answer = None
+    at = text.find(_OPENED)
+    while at >= 0 and (end := text.find(_CLOSED, at)) >= 0:
+        answer = text[at + len(_OPENED) : end].strip() or answer
+        at = text.find(_OPENED, end)
+    return answer
 
 
 def number(text: str) -> Fraction | None:
@@ -53,7 +71,8 @@ def number(text: str) -> Fraction | None:
     Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.` and `5 apples a day`. Words may follow the
     number, but no other number and no operator: `2 + 2` and `3 hours 20 minutes` are not one number.
     """
-    match = _ONE_NUMBER.fullmatch(text.strip())
+    text = text.strip()
+    match = _ONE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if not match or (match["sign"] and match["inner"]) or (match["whole"] and not match["below"]):
         return None
     below = int((match["below"] or "1").replace(",", ""))

@@ -6,6 +6,8 @@ import ast
 import functools
 import importlib.util
 import inspect
+import math
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,8 @@ def needs_sandbox(name: str, file: str | None) -> bool:
 def checked(name: str, function: Reward, **fixed: Any) -> Reward:
     """`function` with the arguments `fixed`, and with checks.
 
-    If it raises or returns a value that is not finite, the run stops with the reward's name and the sample.
+    If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
+    the sample.
     """
 
     def reward(completions: list[str], **given: Any) -> list[float | None]:
@@ -74,14 +77,25 @@ def checked(name: str, function: Reward, **fixed: Any) -> Reward:
             raise MeaninglessError(
                 f"reward {name} gave {len(values)} values for {len(completions)} completions"
             )
-        for text, value in zip(completions, values, strict=True):
-            # None is TRL's way to say that a reward does not apply to a sample.
-            if value is not None and not abs(float(value)) < float("inf"):
-                raise MeaninglessError(f"reward {name} is {value} for {text!r}")
-        return values
+        return [_finite(name, value, text) for value, text in zip(values, completions, strict=True)]
 
     reward.__name__ = name
     return reward
+
+
+def _finite(name: str, value: Any, text: str) -> float | None:
+    """The value as a float; None is TRL's way to say that a reward does not apply to a sample."""
+    if value is None:
+        return None
+    try:
+        found = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is that of a tensor of many
+        found = math.nan
+    if not math.isfinite(found):
+        raise MeaninglessError(
+            f"reward {name} is {reprlib.repr(value)} for {text!r}", "a reward is a finite number, or None"
+        )
+    return found
 
 
 def _raised(

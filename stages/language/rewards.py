@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 rewards: Registry = Registry("reward")
 
+# The groups (?>…) keep the first answer tag that they find: else a text of many tags takes quadratic time.
 _WHOLE = {
-    "xml": re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?", re.DOTALL),
+    "xml": re.compile(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n?", re.DOTALL),
     "hash": re.compile(r"[^#]+\n#### [^\n#]+\n?"),
 }
 _LOOSE = {
-    "xml": re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL),
+    "xml": re.compile(r"\s*<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>", re.DOTALL),
     "hash": re.compile(r".*####\s*\S+", re.DOTALL),
 }
 _TAGS = {"xml": ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>"), "hash": ("\n#### ",)}

@@ -1,4 +1,11 @@
+import math
+import re
+import reprlib
+from fractions import Fraction
+
+import numpy
 import pytest
+import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.language import reward_functions
@@ -163,11 +170,24 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_reward_that_is_no_number_stops(value):
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"), float("inf"), "1.0", b"1", [], [1.0], {}, 1j, 10**400, object(),
+        torch.ones(2), torch.tensor(math.nan),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_reward_that_is_no_finite_number_stops(value):
     reward = reward_functions.checked("odd", lambda completions: [value])
-    with pytest.raises(MeaninglessError, match=f"reward odd is {value} for 'text'"):
+    with pytest.raises(MeaninglessError, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
         reward(completions=["text"])
+
+
+def test_rewards_of_other_libraries_are_floats():
+    given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
+    seen = reward_functions.checked("odd", lambda completions: given)(completions=["text"] * 5)
+    assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
 
 
 def test_none_is_a_reward_that_does_not_apply():

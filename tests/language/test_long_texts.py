@@ -1,0 +1,70 @@
+"""Texts of a model or of a stranger's rows, however long and odd, are read in linear time and never raise."""
+
+import signal
+
+import pytest
+
+from stages.language import answers, code
+from stages.language.rewards import rewards
+
+N = 200_000
+PATIENCE_S = 60
+"""A linear pattern takes milliseconds here, a quadratic one hours."""
+
+TEXTS = {
+    "spaces": " " * N,
+    "an answer tag and spaces": "<answer>" + " " * N,
+    "a line with a gap": "#### a" + " " * N + "b",
+    "hashes": "#" * N,
+    "many markers": "#### " * (N // 5),
+    "a bracket and spaces": "(" + " " * N + "x",
+    "a number and spaces": "1" + " " * N + "x",
+    "digits": "9" * N,
+    "an answer of 5,000 digits": "#### " + "9" * 5_000,
+    "underscores": "5" + "_" * N + "+",
+    "stars": "*" * N + "x",
+    "many numbers": "1 " * (N // 2),
+    "many fractions": "1/" * (N // 2),
+    "commas": "1" + "," * N + "x",
+    "many tags": "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (N // 24),
+    "many answers": "<answer>" * (N // 8),
+    "answer, answer": "answer " * (N // 7),
+    "many fences": "```" * (N // 3),
+    "many blocks": "```\n" * (N // 4),
+    "brackets": "(" * N,
+    "a name of a block": "```python " + " " * N,
+}
+GIVEN = {"gold": ["5"], "response": ["one two"], "test": [""], "entry_point": ["f"]}
+FORMATS = ["integer", "strict_format", "soft_format", "tag_count"]
+SINGLE = [*FORMATS, "correctness", "number_match", "letter_match"]
+
+
+@pytest.fixture
+def patience():
+    def give_up(*_):
+        raise TimeoutError("a pattern takes more than linear time")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(PATIENCE_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("style", ["hash", "xml"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_long_texts_are_read_at_once(text, style):
+    for name in [*SINGLE, "text_overlap"]:
+        (value,) = rewards.pick(name)(completions=[text], answer_format=[style], **GIVEN)
+        assert value <= 1
+    assert rewards.pick("correctness")(completions=[text], gold=[text], answer_format=[style])[0] in (0, 1)
+    assert answers.same("5", text) is answers.same(text, "5") is False
+    assert answers.rewrite(text, "5", style) and isinstance(code.code_block(text, "f"), str)
+
+
+@pytest.mark.parametrize("digits", [150, 5_000])
+def test_an_answer_of_many_digits_equals_itself_alone(digits):
+    """Those too long to be numbers are compared as texts (Python reads at most 4,300 digits)."""
+    text = "9" * digits
+    assert answers.same(text, text) and not answers.same(text, text[1:])
