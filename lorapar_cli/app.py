@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import inspection, products, render, sweeping
+from lorapar_cli import beginning, inspection, products, render, sweeping
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
@@ -191,6 +191,7 @@ def _spawn(arguments: list[str]) -> None:
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "init": beginning.init,
     "sweep": sweeping.sweep,
     "report": sweeping.report,
     "plan": inspection.plan_,

@@ -7,6 +7,7 @@ answer. If it has none, the answer is read from `#### answer` in the response.
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,25 @@ FIELDS = {
 SYNONYMS = {"context": "input", "response": "output"}  # Dolly's names for the fields of alpaca
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a source holds."""
+
+    examples: list[Example]
+    format: str
+    empty: int
+    """Rows without a prompt or a response, left out."""
+    repeated: int
+    """Rows with the prompt and the response of one before, left out."""
+
+
 def read(source: SourceSection) -> list[Example]:
     """All examples of a source in order, with ids made from their content; DataError lists every bad row."""
+    return read_rows(source).examples
+
+
+def read_rows(source: SourceSection) -> Rows:
+    """The same, and how many rows were left out."""
     where, rows = table(source)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
@@ -62,7 +80,7 @@ def read(source: SourceSection) -> list[Example]:
     if repeated:
         log.info("%s: %d repeated rows left out", where, len(repeated))
         examples = list({e.id: e for e in reversed(examples)}.values())[::-1]
-    return examples
+    return Rows(examples, kind, empty, len(repeated))
 
 
 def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:

@@ -1,0 +1,84 @@
+"""`lorapar init`: from a file of rows and a model to a config, with every choice and its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorapar_cli import render
+from lorapar_cli.tables import show, table
+from stages.config import DataSection, ModelSection
+from stages.errors import LoraparError, OutputError
+from stages.pipeline.resolve import load, resolved
+
+if TYPE_CHECKING:
+    from stages.pipeline.survey import Survey
+
+
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Training rows: a JSON Lines file, or a hub id.")
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The config; by default the rows' name.yaml.")
+    ] = None,
+    tests: Annotated[
+        list[str] | None, typer.Option("--test", metavar="FILE", help="Rows to evaluate on; repeatable.")
+    ] = None,
+) -> None:
+    """Read the rows and write a config that fits them and the model, with the reason for each setting."""
+    from stages.pipeline import draft
+    from stages.pipeline.survey import benchmark_of, survey
+
+    path = out or Path(Path(data).name.split(".")[0] + ".yaml")
+    if path.exists():
+        raise OutputError(f"{path} exists already", "another name: --out FILE")
+    kinds = {test: benchmark_of(test) for test in tests or ()}
+    found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"))
+    chosen, undecided = draft.choices(found, model, data, kinds), draft.undecided(found, kinds)
+    _tell(found)
+    print("\nwhat follows for the config, where it differs from the defaults:")
+    for choice in chosen:
+        print(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
+    print("\nwhat the rows do not say:")
+    for line in undecided:
+        print(f"  {line}")
+    head = [
+        f"What differs from the defaults for {found.rows.format} rows of {data} and the model {model}.",
+        "Every setting with its default: lorapar config",
+    ]
+    path.write_text(draft.document(chosen, head, undecided), encoding="utf-8")
+    try:
+        resolved(load(path, []))
+    except LoraparError:
+        path.unlink()
+        raise
+    render.say(f"wrote {path}; next: lorapar plan {path}")
+
+
+def _tell(found: Survey) -> None:
+    rows = found.rows
+    left = [f"{rows.empty} empty"] * bool(rows.empty) + [f"{rows.repeated} repeated"] * bool(rows.repeated)
+    print(
+        f"{len(rows.examples)} rows, format {rows.format}"
+        + (f"; left out: {', '.join(left)}" if left else "")
+    )
+    print("answers: " + ", ".join(f"{kind} {number}" for kind, number in found.answers.most_common()))
+    drawn = table("tokens", "median", "99 %", "longest")
+    for name, lengths in (("prompt", found.prompt), ("response", found.response), ("both", found.row)):
+        drawn.add_row(name, *map(str, (lengths.median, lengths.p99, lengths.longest)))
+    show(drawn)
+    print(f"the first row, in the template {found.section.template}, as the model reads it:")
+    for mark, text in zip(("  | ", "  > "), found.sample, strict=True):
+        print("\n".join(mark + line for line in text.splitlines()))
+    stops = " or ".join(map(repr, found.stops))
+    if found.never_stops:
+        print(
+            f"{len(found.never_stops)} rows do not end in a stop token ({stops}), so that the model would "
+            f"not learn to stop; the first is {found.never_stops[0]}"
+        )
+    else:
+        print(f"lines with > are trained; each row ends in a stop token: {stops}")

@@ -1,0 +1,176 @@
+"""The config that `lorapar init` writes: the settings that follow from a survey, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.config import Config, LoraSection
+from stages.pipeline.survey import Lengths, Survey
+
+FAR = 2
+"""The longest row sets a length, unless it is this many times as long as 99 % of the rows."""
+ROOM = 1.25
+"""Completions may be longer than the references by this factor."""
+STEP = 16
+"""Lengths are rounded up to multiples of this."""
+GROUPS = 4
+"""Steps of RL that the System 2 rows should give at least, if half of the rows are System 2."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting by its dotted name, its value, and what in the rows or in the model it follows from."""
+
+    name: str
+    value: Any
+    why: str = ""
+
+
+def choices(found: Survey, model: str, data: str, tests: dict[str, str]) -> list[Choice]:
+    """All settings that differ from the defaults for these rows.
+
+    tests: for each file of test rows, the benchmark that reads it.
+    """
+    run = _word(data).lstrip("-") or "default"
+    chosen = [Choice("run", run), Choice("model.name", model), Choice("data.path", data)]
+    if found.rows.empty:
+        chosen.append(Choice("data.empty", "drop", f"{found.rows.empty} rows have no prompt or no response"))
+    if found.rows.repeated:
+        chosen.append(Choice("data.duplicates", "first", f"{found.rows.repeated} rows repeat one before"))
+    chosen += _lengths(found)
+    if found.section.template == "plain":
+        chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
+    if found.section.system:
+        chosen.append(Choice("prompt.system", found.section.system, "so that answers can be verified"))
+    if missing := sorted(set(LoraSection().target_modules) - set(found.linear)):
+        why = f"all linear modules of the model, which has no {', '.join(missing)}"
+        chosen.append(Choice("lora.target_modules", found.linear, why))
+    if found.labelled:
+        chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
+    return [*chosen, *_rl(found), *_eval(found, tests)]
+
+
+def undecided(found: Survey, tests: dict[str, str]) -> list[str]:
+    """What the rows do not say, and who has to decide it."""
+    open_ = []
+    some, number = found.answers["none"], found.answers.total()
+    if 0 < some < number:
+        open_.append(
+            f"{some} of {number} rows have no verifiable answer, and RL's reward of correctness needs one on "
+            "each: give them a field gold, leave them out, or keep the reward text_overlap"
+        )
+    elif some:
+        open_.append(
+            "no row has a verifiable answer: RL rewards the overlap of words with the response, which is weak"
+        )
+    if not tests:
+        open_.append("which rows measure success: lorapar init … --test FILE")
+    if not found.labelled:
+        open_.append(
+            "who votes: one voter, the model itself, is the default; more and larger ones agree better "
+            "(lorapar list personas; classify.voters, classify.system2_share)"
+        )
+    open_.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
+    return open_
+
+
+def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
+    """The choices as YAML, each with its reason as a comment, between other comments."""
+    tree: dict[str, Any] = {}
+    for choice in chosen:
+        *path, last = choice.name.split(".")
+        at = tree
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = choice
+    comments = ["", "# Undecided:", *(f"# - {line}" for line in foot)] if foot else []
+    return "\n".join([*(f"# {line}" for line in head), *_lines(tree), *comments, ""])
+
+
+def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for name, part in tree.items():
+        if isinstance(part, Choice):
+            value = yaml.safe_dump(
+                part.value, default_flow_style=True, allow_unicode=True, width=10**6
+            ).removesuffix("...\n")
+            yield f"{indent}{name}: {value.strip()}" + (f" # {part.why}" if part.why else "")
+        else:
+            yield f"{indent}{name}:"
+            yield from _lines(part, indent + "  ")
+
+
+def _lengths(found: Survey) -> list[Choice]:
+    longest, why = _limit(found.row, found.positions)
+    chosen = [Choice("data.max_length", longest, f"prompt and response: {why}")]
+    if longest < found.row.longest:
+        chosen.append(Choice("data.too_long", "drop", "the longer rows are left out of SFT and score"))
+    return chosen
+
+
+def _limit(lengths: Lengths, most: int | None) -> tuple[int, str]:
+    """The longest length to allow, and why."""
+    if lengths.longest <= FAR * lengths.p99:
+        wanted, why = lengths.longest, f"the longest has {lengths.longest} tokens"
+    else:
+        wanted = lengths.p99
+        why = f"99 % have at most {wanted} tokens, the longest {lengths.longest}"
+    rounded = -(-wanted // STEP) * STEP
+    if most is not None and rounded > most:
+        return most, f"{why}, and the model reads {most}"
+    return rounded, why
+
+
+def _rl(found: Survey) -> list[Choice]:
+    defaults = Config.model_fields["rl"].default
+    prompt, why = _limit(found.prompt, found.positions)
+    response, of_response = _limit(found.response, found.positions)
+    completion = -(-round(response * ROOM) // STEP) * STEP
+    chosen = []
+    fewest = int(len(found.rows.examples) / 2 / GROUPS)
+    if fewest < defaults.prompts_per_step:
+        number = 1 << max(fewest, 1).bit_length() - 1
+        chosen.append(Choice("rl.prompts_per_step", number, f"there are {len(found.rows.examples)} rows"))
+    chosen += [
+        Choice("rl.max_prompt", prompt, why),
+        Choice("rl.max_completion", completion, f"responses, with a quarter more: {of_response}"),
+        Choice("rl.rewards", *_reward(found)),
+    ]
+    return chosen
+
+
+def _reward(found: Survey) -> tuple[dict[str, float], str]:
+    kinds = set(found.answers)
+    if kinds == {"tests"}:
+        return {"code_tests": 1.0}, "each row has a test and its entry_point; they run in the sandbox"
+    if "none" in kinds or "tests" in kinds:
+        lacking = found.answers["none"] + found.answers["tests"]
+        return {
+            "text_overlap": 1.0
+        }, f"{lacking} of {found.answers.total()} rows have no answer to compare with"
+    if kinds == {"letter"}:
+        return {"letter_match": 1.0}, "all answers are letters"
+    most = found.answers.most_common(1)[0][0]
+    return {"correctness": 1.0}, f"each row has an answer, mostly a {most}"
+
+
+def _eval(found: Survey, tests: dict[str, str]) -> list[Choice]:
+    chosen: list[Choice] = []
+    for number, (path, kind) in enumerate(tests.items(), 1):
+        word = _word(path).strip("-_")
+        unique = word not in ("", "train") and sum(_word(other) == _word(path) for other in tests) == 1
+        name = f"eval.benchmarks.{word if unique else f'{kind}-{number}'}"
+        chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]
+        longest = next(c.value for c in _rl(found) if c.name == "rl.max_completion")
+        if kind != "mmlu":  # its answers are one letter
+            chosen.append(Choice(f"{name}.max_new_tokens", longest, "as many as in RL"))
+    return chosen
+
+
+def _word(path: str) -> str:
+    """The name of a file, in the characters that names of runs and benchmarks have."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name.split(".")[0])

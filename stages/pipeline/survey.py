@@ -1,0 +1,138 @@
+"""What a file of rows holds for a model: formats, answers, lengths in tokens, and a row as it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.benchmarks import benchmarks
+from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
+from stages.data.rows import Rows, local_file, read_rows
+from stages.errors import DataError
+from stages.language.answers import letter, number
+from stages.language.prompts import IGNORED, Renderer
+from stages.models.reading import reading
+from stages.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from stages.records import Example
+
+ASKS = "Work it out, then write the final answer after ####."
+"""System message for rows whose answers can be verified: the words of the demo."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens over the rows."""
+
+    median: int
+    p99: int
+    longest: int
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Lengths:
+        ordered = sorted(numbers)
+        return cls(*(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99, 1)))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of rows before anything is trained on them."""
+
+    rows: Rows
+    answers: Counter[str]
+    """Rows by the kind of their verifiable answer: number, letter, text, tests or none."""
+    prompt: Lengths
+    response: Lengths
+    row: Lengths
+    labelled: bool
+    """Whether every row says in the field `system` which system it is."""
+    never_stops: list[str]
+    """Ids of rows whose last trained token does not stop an answer."""
+    stops: list[str]
+    """The stop tokens, as texts."""
+    sample: tuple[str, str]
+    """The first row as the model sees it: the prompt, and what is trained."""
+    section: PromptSection
+    """How the rows were rendered."""
+    positions: int | None
+    """Tokens that the model can read, if its config says."""
+    linear: list[str]
+    """Names of the linear modules that the base model has, without its head."""
+
+
+def survey(model: ModelSection, data: DataSection) -> Survey:
+    """Read all rows and render them; no weights are loaded."""
+    tokenizer = load_tokenizer(model)
+    found = read_rows(data)
+    if not found.examples:
+        raise DataError(f"no row of {data.path} has a prompt and a response")
+    kinds = Counter(_kind(example) for example in found.examples)
+    section = PromptSection(
+        template="chat" if tokenizer.chat_template else "plain",
+        system=ASKS if set(kinds) & {"number", "letter"} else None,
+    )
+    renderer = Renderer(tokenizer, section)
+    rows = [renderer.row(example) for example in found.examples]
+    asked = [sum(label == IGNORED for label in row.labels) for row in rows]
+    first = rows[0].input_ids
+    positions, linear = _model(model)
+    return Survey(
+        rows=found,
+        answers=kinds,
+        prompt=Lengths.of(asked),
+        response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
+        row=Lengths.of([len(row.labels) for row in rows]),
+        labelled=all(example.extra.get("system") in (1, 2) for example in found.examples),
+        never_stops=[row.id for row in rows if row.labels[-1] not in renderer.stop_ids],
+        stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
+        sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
+        section=section,
+        positions=positions,
+        linear=linear,
+    )
+
+
+def benchmark_of(path: str) -> str:
+    """The benchmark that can read a file's rows, published ones first; DataError if none can."""
+    local_file(BenchmarkSection(path=path))
+    found = {name: benchmarks.pick(name) for name in benchmarks.names()}
+    readers = [name for name, module in found.items() if hasattr(module, "load")]
+    for name in sorted(readers, key=lambda name: "revision" not in found[name].DEFAULTS):
+        try:
+            found[name].load(BenchmarkSection(path=path, kind=name))
+        except DataError:
+            continue
+        return name
+    raise DataError(
+        f"no benchmark can read the rows of {path}", "prompt and answer in each row: lorapar list benchmarks"
+    )
+
+
+def _kind(example: Example) -> str:
+    if {"test", "entry_point"} <= example.extra.keys():
+        return "tests"
+    if example.gold is None:
+        return "none"
+    if number(example.gold) is not None:
+        return "number"
+    return "letter" if letter(example.gold, whole=True) else "text"
+
+
+def _model(model: ModelSection) -> tuple[int | None, list[str]]:
+    """What the model's config says: the tokens it can read, and its linear modules by their last names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with reading("model", model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision)
+        base = AutoModelForCausalLM.from_config(config)
+    head = base.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return getattr(config, "max_position_embeddings", None), sorted(linear)

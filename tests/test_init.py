@@ -1,0 +1,144 @@
+"""`lorapar init`: rows and a model in, a config that fits them out, and no guess that is not printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.config import DataSection, ModelSection
+from stages.pipeline import draft
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.pipeline.survey import survey
+
+
+@pytest.fixture
+def written(tiny, tmp_path, lorapar, monkeypatch):
+    """Writes rows, runs the command on them, and returns the config as YAML and what was said."""
+
+    def write(rows: list[dict], *more: str, model: Path = tiny) -> tuple[dict, str]:
+        monkeypatch.chdir(tmp_path)
+        file = tmp_path / "my rows.v1.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        done = lorapar("init", file, "--model", model, "--out", "c.yaml", *more)
+        assert done.code == 0, done.err
+        config = resolved(load(Path("c.yaml"), []))
+        assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= plan(
+            config.model_copy(update={"eval": config.eval.model_copy(update={"targets": ["base"]})})
+        ).keys()
+        found = yaml.safe_load(Path("c.yaml").read_text(encoding="utf-8"))
+        for line in Path("c.yaml").read_text(encoding="utf-8").splitlines():
+            reason = line.partition(" # ")[2]
+            assert reason in done.out, "a reason that was not printed"
+        return found, done.out
+
+    return write
+
+
+def rows(number: int, **more: object) -> list[dict]:
+    return [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}", **more} for i in range(number)]
+
+
+def test_numbers(written):
+    found, said = written(rows(300))
+    assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
+    assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
+    assert "  | <|im_start|>user\n  | 0 + 1?<|im_end|>" in said and "  > #### 1<|im_end|>" in said
+    assert "each row ends in a stop token: '<|im_end|>'" in said
+    assert "which rows measure success" in said and "eval" not in found
+    assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
+
+
+def test_lengths_hold_all_rows_but_far_ones(tiny, written):
+    found, _ = written(rows(300))
+    file = found["data"]["path"]
+    seen = survey(ModelSection(name=str(tiny)), DataSection(path=file))
+    assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + draft.STEP
+    assert seen.prompt.longest <= found["rl"]["max_prompt"] < seen.prompt.longest + draft.STEP
+    assert seen.response.longest < found["rl"]["max_completion"]
+    (Path("c.yaml")).unlink()
+    far = rows(300)
+    far[7]["answer"] = "long " * 400 + "\n#### 8"
+    found, said = written(far)
+    assert found["data"]["max_length"] < 200 and found["data"]["too_long"] == "drop"
+    assert "99 % have at most" in said
+
+
+def test_empty_and_repeated_rows_are_counted_and_left_out(written):
+    found, said = written([*rows(40), *rows(2), {"question": "", "answer": "x"}])
+    assert (found["data"]["empty"], found["data"]["duplicates"]) == ("drop", "first")
+    assert "40 rows, format gsm8k; left out: 1 empty, 2 repeated" in said
+    assert found["rl"]["prompts_per_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "reward", "told"),
+    [
+        ({"gold": "B"}, "letter_match", "all answers are letters"),
+        ({"gold": "Paris"}, "correctness", "mostly a text"),
+        ({"test": "def check(f): pass", "entry_point": "f"}, "code_tests", "they run in the sandbox"),
+    ],
+)
+def test_rewards_follow_the_answers(written, more, reward, told):
+    found, said = written(rows(300, **more))
+    assert found["rl"]["rewards"] == {reward: 1.0} and told in said
+
+
+def test_rows_without_answers_are_not_passed_over(written):
+    plain = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(3)]
+    found, said = written(plain)
+    assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "prompt" not in found
+    assert "no row has a verifiable answer" in said
+    Path("c.yaml").unlink()
+    found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])
+    assert "3 of 4 rows have no verifiable answer" in said
+
+
+def test_labels_of_the_rows_are_taken(written):
+    found, said = written(rows(8, system=1) + rows(9, system=2)[8:])
+    assert found["classify"] == {"strategy": "known"} and "who votes" not in said
+
+
+def test_test_rows_get_the_benchmark_that_reads_them(written, tmp_path):
+    mine, gsm = tmp_path / "train.jsonl", tmp_path / "gsm.jsonl"
+    mine.write_text('{"prompt": "Which?", "answer": "B"}', encoding="utf-8")
+    gsm.write_text(json.dumps(rows(1)[0]), encoding="utf-8")
+    found, said = written(rows(300), "--test", str(mine), "--test", str(gsm))
+    assert {name: part["kind"] for name, part in found["eval"]["benchmarks"].items()} == {
+        "jsonl-1": "jsonl", "gsm": "gsm8k",
+    }  # fmt: skip
+    assert "which rows measure success" not in said
+
+
+def test_a_model_without_template_and_with_other_modules(written, tmp_path):
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from stages.models.fetch import fetch
+
+    folder = fetch("tiny-random", tmp_path / "models")[0]
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=64,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    found, said = written(rows(300), model=folder)
+    assert found["prompt"]["template"] == "plain"
+    assert found["lora"]["target_modules"] == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+    assert found["data"]["max_length"] == 64 and "the model reads 64" in said
+
+
+def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
+    Path("rows.yaml").write_text("mine", encoding="utf-8")
+    done = lorapar("init", "rows.jsonl", "--model", tiny)
+    assert done.code == 73 and Path("rows.yaml").read_text(encoding="utf-8") == "mine"
+    Path("odd.jsonl").write_text('{"a": 1}', encoding="utf-8")
+    assert lorapar("init", "odd.jsonl", "--model", tiny).code == 65
+    assert lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl").code == 65
+    assert lorapar("init", "rows.jsonl", "--model", "./none", "--out", "c.yaml").code == 66
+    assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
+    assert not Path("c.yaml").exists() and not Path("odd.yaml").exists()
