@@ -66,6 +66,9 @@ def run(
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
     examples = _examples(labels, sft, seed)
     rows, long = renderer.rows(examples, data)
+    if endless := renderer.never_stop(rows):
+        of = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
+        job.progress.say(f"warning: {of}: the model may not learn to stop")
     start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = load_base(model)

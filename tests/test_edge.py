@@ -116,6 +116,8 @@ def test_a_model_with_more_layers_than_weights_is_refused(copy):
         lambda m: edited(m, hidden_size=17),
         lambda m: edited(m, num_attention_heads=0),
         lambda m: edited(m, vocab_size=7),
+        lambda m: edited(m, attention_dropout=7),
+        lambda m: (m / "generation_config.json").write_text('{"eos_token_id": "x"}'),
         lambda m: save_file({k: w[:1] for k, w in load_file(m / WEIGHTS).items()}, m / WEIGHTS),
     ],
 )  # fmt: skip
@@ -141,6 +143,24 @@ def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
     path.write_text(json.dumps(before))
     (copy / "chat_template.jinja").write_text("hello")
     with pytest.raises(ConfigError, match="does not show what it is asked"):
+        Renderer(load_tokenizer(section(copy)), PromptSection())
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
+        ("{% for", "unexpected .end of template"),
+        ("{{ raise_exception('no chats here') }}", "no chats here"),
+        ("{{ messages[9].content }}", "has no element 9|no attribute"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+    ],
+)
+def test_a_template_is_a_program_that_may_fail(copy, template, told):
+    (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"the chat template refuses a chat of user: .*({told})"):
         Renderer(load_tokenizer(section(copy)), PromptSection())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.config import DataSection, PromptSection
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError, DataError, lacks_memory
 from stages.language.answers import rewrite
 from stages.records import Example, Labelled, problems
 
@@ -54,10 +54,14 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may raise anything
+        if lacks_memory(error):
+            raise
         roles = ", ".join(message["role"] for message in messages)
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         raise ConfigError(
-            f"the chat template refuses a chat of {roles}: {error}", "do without a system message"
+            f"the chat template refuses a chat of {roles}: {kind}{error}",
+            "do without a system message, or --set prompt.template=plain",
         ) from None
 
 
@@ -175,6 +179,10 @@ class Renderer:
         if not rows:
             raise DataError(f"no row fits into data.max_length {data.max_length}")
         return rows, len(long)
+
+    def never_stop(self, rows: list[Row]) -> list[str]:
+        """Ids of rows whose last trained token stops no answer: cut ones, or an end of many tokens."""
+        return [row.id for row in rows if row.labels[-1] not in self.stop_ids]
 
     def digest(self) -> str:
         """Identity of the rendering: the template, the settings and one rendered question."""

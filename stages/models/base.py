@@ -50,12 +50,24 @@ def load_base(model: ModelSection) -> PreTrainedModel:
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
-        return loaded.to(device()).eval()
+        loaded = loaded.to(device())
     for module in loaded.modules():
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    with reading("model", model):
+        _try(loaded)
     return loaded.eval()
+
+
+def _try(loaded: PreTrainedModel) -> None:
+    """Two tokens through the model as in training: what a config says wrongly shows here at the latest."""
+    ends = loaded.generation_config.eos_token_id if loaded.generation_config else None
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise TypeError(f"generation_config.json: eos_token_id is {ends!r}")
+    here = [device()] if device().type == "cuda" else []
+    with torch.random.fork_rng(devices=here), torch.no_grad():
+        loaded.train()(input_ids=torch.tensor([[0, 1]], device=device()))
 
 
 def _four_bit(dtype: str) -> dict[str, Any]:

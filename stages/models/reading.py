@@ -51,4 +51,6 @@ def complete(model: ModelSection, missing: Iterable[str]) -> None:
 
 
 def _first(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
+        return "its weights have other shapes than its config says"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -86,7 +86,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
         response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
         row=Lengths.of([len(row.labels) for row in rows]),
         labelled=all(example.extra.get("system") in (1, 2) for example in found.examples),
-        never_stops=[row.id for row in rows if row.labels[-1] not in renderer.stop_ids],
+        never_stops=renderer.never_stop(rows),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
         section=section,

@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 import transformers
-from conftest import make_step
+from conftest import Silent, make_step, make_steps
 from torch import nn
 
 from stages import sft
@@ -177,6 +178,17 @@ def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
     made = training.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
     assert made["report_to"] == ["tensorboard"]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
+
+
+def test_rows_that_do_not_teach_to_stop_are_named(begun):
+    def warnings(*settings: str) -> list[str]:
+        told = Silent()
+        make_steps(begun("sft.max_steps=1", *settings), "score", "partition", "sft", progress=told)
+        return [text for text in told.said if "stop token" in text]
+
+    assert warnings() == []
+    (warning,) = warnings("data.max_length=160", "data.too_long=truncate")
+    assert re.match(r"warning: \d+ of \d+ rows do not end in a stop token, such as \w{16}: ", warning)
 
 
 def test_undecided_rows_are_trained_by_neither_stage(begun):
