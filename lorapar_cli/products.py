@@ -1,7 +1,8 @@
 """Commands that write something beside the stages: an exported adapter, the demonstration set, a model."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,11 +19,19 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; must not exist.")],
     target: Annotated[str, typer.Option(help="sft or rl.")] = "rl",
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
+    views: Annotated[
+        bool, typer.Option("--views", help="Write fast/ (SFT's adapter) and slow/ (RL's), served together.")
+    ] = False,
     base_dtype: Annotated[
         bool, typer.Option("--base-dtype", help="Adapter weights in the type of the base model.")
     ] = False,
     prompts: Annotated[
-        int, typer.Option("--check", help="Compare its greedy answers to N prompts with the adapter's.")
+        int,
+        typer.Option(
+            "--check",
+            metavar="N",
+            help="Compare its greedy answers to N prompts with the adapter's; of views, served by one vLLM.",
+        ),
     ] = 0,
     repository: Annotated[
         str | None, typer.Option("--push", metavar="NAME", help="Then upload it: a private hub repository.")
@@ -34,26 +43,47 @@ def export(
     from stages.report.card import Form
 
     settings, steps = plan_of(config, set_)
+    _refuse(target, merged, base_dtype, views)
+    targets = list(exporting.VIEWS.values()) if views else [target]
+    if not set(targets) <= set(steps):
+        raise no_path()
+    store = Store(settings.root)
+    trained = {name: current(store, steps[name]) for name in targets}
+    prefixes = tuple(f"eval:{name}@" for name in targets)
+    stands = [state(store, step) for name, step in steps.items() if name.startswith(prefixes)]
+    evaluated = [now.artifact for now in stands if now.state == "current" and now.artifact]
+    rows: Iterable[dict[str, Any]]
+    if views:
+        exporting.write_views(trained, settings, folder, base_dtype, evaluated)
+        render.say(f"{folder}: {', '.join(f'{view} ({name})' for view, name in exporting.VIEWS.items())}")
+        rows = exporting.check_views(trained, settings, folder, prompts, render.say) if prompts else ()
+    else:
+        form: Form = "merged" if merged else "adapter"
+        exporting.write(trained[target], settings, folder, form, base_dtype, evaluated)
+        render.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
+        check = exporting.check
+        rows = check(trained[target], settings, folder, form, prompts, render.say) if prompts else ()
+    _tell(rows)
+    if repository is not None:
+        render.say(f"pushed to {exporting.push(folder, repository)}")
+
+
+def _refuse(target: str, merged: bool, base_dtype: bool, views: bool) -> None:
     if target not in ("sft", "rl"):
         raise ConfigError(f"--target {target}: expected sft or rl")
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the type of its base")
-    if target not in steps:
-        raise no_path()
-    store = Store(settings.root)
-    artifact = current(store, steps[target])
-    form: Form = "merged" if merged else "adapter"
-    stands = [state(store, step) for name, step in steps.items() if name.startswith(f"eval:{target}@")]
-    evaluated = [now.artifact for now in stands if now.state == "current" and now.artifact]
-    exporting.write(artifact, settings, folder, form, base_dtype, evaluated)
-    render.say(f"{folder}: {form} of {target} {artifact.manifest['key']}")
-    for row in exporting.check(artifact, settings, folder, form, prompts, render.say) if prompts else ():
+    if merged and views:
+        raise ConfigError("--views are adapters: a merged model has one mode")
+
+
+def _tell(rows: Iterable[dict[str, Any]]) -> None:
+    """What a check has found, a line for each engine or view."""
+    for row in rows:
         agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
         gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
         differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
         render.say(f"  {row['engine']}: {agree} {gap}; {differ}")
-    if repository is not None:
-        render.say(f"pushed to {exporting.push(folder, repository)}")
 
 
 def demo_data(

@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import Config, ModelSection
 from stages.data.rows import read
-from stages.engines import Pool, Question, Sampling, Served
-from stages.errors import ConfigError, OutputError, ServerError
+from stages.engines import Answer, Pool, Question, Sampling, Served
+from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import save_merged
-from stages.report.card import Form, card, hub_results
+from stages.report.card import Form, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
-    from stages.language.prompts import Renderer
+    from stages.language.prompts import Asked, Renderer
 
 LONGEST = 32
 """How many tokens of each answer a check generates."""
+VIEWS = {"fast": "sft", "slow": "rl"}
+"""The two modes of one adapter, and the stage whose adapter each of them is."""
 
 
 def write(
@@ -37,32 +41,65 @@ def write(
     model. evaluated: its evaluations, for the card and, of data sets on the hub, for `.eval_results/`.
     OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
     """
-    if out.exists():
-        raise OutputError(f"{out} exists", "name a folder that does not")
     if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )
-    from stages.lora import adapter, baselines
+    with _building(out) as partial:
+        _fill(partial, artifact, config, form, base_dtype)
+        (partial / "README.md").write_text(card(artifact, form, evaluated), encoding="utf-8")
+        if text := hub_results(evaluated):
+            (partial / ".eval_results").mkdir()
+            (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
 
+
+def write_views(
+    trained: dict[str, Artifact],
+    config: Config,
+    out: Path,
+    base_dtype: bool = False,
+    evaluated: Sequence[Artifact] = (),
+) -> None:
+    """Write `fast/`, the adapter of SFT, and `slow/`, that of RL, with a card that says how to serve both.
+
+    trained: the artifacts of sft and of rl. The other parameters and errors are those of `write`; ConfigError
+    for a baseline, which no server loads as a LoRA module.
+    """
+    if config.baseline is not None:
+        raise ConfigError(f"--views are two LoRA adapters, and {config.baseline.method} is none")
+    with _building(out) as partial:
+        for view, stage in VIEWS.items():
+            (partial / view).mkdir()
+            _fill(partial / view, trained[stage], config, "adapter", base_dtype)
+        text = card_of_views({view: trained[stage] for view, stage in VIEWS.items()}, partial, evaluated)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it at the end; OutputError if `out` exists."""
+    if out.exists():
+        raise OutputError(f"{out} exists", "name a folder that does not")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
+    yield partial
+    partial.rename(out)
+
+
+def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dtype: bool) -> None:
+    from stages.lora import adapter, baselines
+
     trained = artifact.path / "adapter"
     if form == "merged":
-        save_merged(config.model, trained, partial)
-    else:
-        shutil.copytree(trained, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
-        if base_dtype:
-            _cast(partial / adapter.ADAPTER, config.model)
-    (partial / "README.md").write_text(card(artifact, form, evaluated), encoding="utf-8")
-    if text := hub_results(evaluated):
-        (partial / ".eval_results").mkdir()
-        (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
-    partial.rename(out)
+        save_merged(config.model, trained, folder)
+        return
+    shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
+    if base_dtype:
+        _cast(folder / adapter.ADAPTER, config.model)
 
 
 def _cast(file: Path, model: ModelSection) -> None:
@@ -110,14 +147,7 @@ def check(
     of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
     the export is not what was trained.
     """
-    from stages.benchmarks import parity
-    from stages.benchmarks.replies import Recorded
-    from stages.language.prompts import Asked, Renderer
-    from stages.models.tokenizer import load_tokenizer
-
-    renderer: Renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    examples = read(config.data.model_copy(update={"limit": prompts}))
-    asked = [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
+    renderer, asked = _asked(config, prompts)
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
     base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
@@ -127,6 +157,64 @@ def check(
         with Pool() as pool:
             ready = pool.get(served, config.server, say)
             made = dict(ready.generate([Question(one.ids) for one in asked], sampling))
-        pairs = [(one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(asked)]
-        found = parity.check(pairs, base, artifact.path / "adapter", renderer.tokenizer, hint, say)
-        yield {"engine": engine, **found}
+        yield {"engine": engine, **_compared(asked, made, base, artifact, renderer, hint, say)}
+
+
+def check_views(
+    trained: dict[str, Artifact], config: Config, out: Path, prompts: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Serve both views by one vLLM server, ask them at once, the base before, and check whose answers came.
+
+    Yields one row per view, as `check` does. AnswerError if a view does not answer as its adapter does in
+    plain PEFT, or if its answers are all the base's, or the other view's.
+    """
+    from stages.engines.vllm import open_modules
+
+    renderer, asked = _asked(config, prompts)
+    sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
+    questions = [Question(one.ids) for one in asked]
+    with (
+        open_modules(config.model, {view: out / view for view in VIEWS}, config.server, say) as clients,
+        ThreadPoolExecutor(len(VIEWS)) as threads,
+    ):
+
+        def answers(name: str) -> dict[int, Answer]:
+            return dict(clients[name].generate(questions, sampling))
+
+        # On CPU, vLLM gives the last adapter to requests for the base among those for adapters (its PR 48421).
+        made = {config.model.name: answers(config.model.name)}
+        made |= zip(VIEWS, threads.map(answers, VIEWS), strict=True)
+    hint = f"do not serve {out}: remove it and export again; or, if they answer alike, check more prompts"
+    others = {"fast": config.model.name, "slow": "fast"}
+    for view, stage in VIEWS.items():
+        alike = sum(made[view][i].ids == made[others[view]][i].ids for i in range(len(asked)))
+        if alike == len(asked):
+            raise AnswerError(f"all {alike} answers of {view} are those of {others[view]}", hint)
+        found = _compared(asked, made[view], config.model, trained[stage], renderer, hint, say)
+        yield {"engine": f"vllm, {view}", **found}
+
+
+def _asked(config: Config, prompts: int) -> tuple[Renderer, list[Asked]]:
+    """The first `prompts` training prompts as the model receives them."""
+    from stages.language.prompts import Asked, Renderer
+    from stages.models.tokenizer import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(config.model), config.prompt)
+    examples = read(config.data.model_copy(update={"limit": prompts}))
+    return renderer, [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
+
+
+def _compared(
+    asked: list[Asked],
+    made: dict[int, Answer],
+    model: ModelSection,
+    artifact: Artifact,
+    renderer: Renderer,
+    hint: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    from stages.benchmarks import parity
+    from stages.benchmarks.replies import Recorded
+
+    pairs = [(one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(asked)]
+    return parity.check(pairs, model, artifact.path / "adapter", renderer.tokenizer, hint, say)

@@ -4,22 +4,29 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, Silent, make_step
+from conftest import ROOT, Silent, make_steps
 from huggingface_hub import RepoUrl
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from stages import export
-from stages.errors import AnswerError, OutputError, ServerError
+from stages.config import BaselineSection
+from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
+
+SETTINGS = ["sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
 
 
 @pytest.fixture(scope="module")
 def trained(begun):
-    config = begun("sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256")
-    for stage in ("score", "partition"):
-        make_step(config, stage)
-    return config, make_step(config, "sft")
+    config = begun(*SETTINGS)
+    return config, list(make_steps(config, "score", "partition", "sft").values())[-1][0]
+
+
+@pytest.fixture(scope="module")
+def another(begun):
+    """An adapter that answers otherwise."""
+    return list(make_steps(begun(*SETTINGS, "lora.std=0.3"), "score", "partition", "sft").values())[-1][0]
 
 
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
@@ -55,6 +62,39 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     export.write(artifact, half, tmp_path / "h", "adapter", base_dtype=True)
     assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, another, tmp_path):
+    config, artifact = trained
+    export.write_views({"sft": artifact, "rl": another}, config, tmp_path / "v")
+    for view, source in (("fast", artifact), ("slow", another)):
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "v" / view / name).read_bytes() == (
+                source.path / "adapter" / name
+            ).read_bytes()
+    text = (tmp_path / "v/README.md").read_text(encoding="utf-8")
+    served = f"vllm serve {config.model.name} --enable-lora --lora-modules fast=fast slow=slow"
+    assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
+    assert f"System message of slow: {config.prompt.system}" in text and "| fast | answers as" in text
+    ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
+    with pytest.raises(ConfigError, match="--views are two LoRA adapters, and ia3 is none"):
+        export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.vllm
+def test_one_server_has_both_views(trained, another, tmp_path):
+    """And a view under the wrong name, or the same one twice, is found out."""
+    config, artifact = trained
+    both = {"sft": artifact, "rl": another}
+    export.write_views(both, config, tmp_path / "v")
+    rows = list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
+    assert [row["engine"] for row in rows] == ["vllm, fast", "vllm, slow"]
+    assert all(row["agree"] >= 0.99 and row["differ_from_base"] for row in rows)
+    shutil.rmtree(tmp_path / "v/slow")
+    shutil.copytree(tmp_path / "v/fast", tmp_path / "v/slow")
+    with pytest.raises(AnswerError, match="all 4 answers of slow are those of fast"):
+        list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])

@@ -44,40 +44,82 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
     `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
     """
     port = _port(server.port)
-    log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
-    failed = True
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
-        model, module = served.model, None
+        model, modules = served.model, {}
         as_module = server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
         if served.adapter is not None and as_module:
-            module = served.adapter
+            modules = {MODULE: served.adapter}
         elif served.adapter is not None:
             say(f"merging {served.adapter}")
             save_merged(model, served.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
-        command = _command(model, server, port, served.vllm, module)
-        guard = subprocess.Popen(
-            guarded(command),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(served.devices),
-        )
-        try:
-            begun = time.monotonic()
-            say(f"starting a vLLM server for {served.model.name}, log in {log.name}")
-            _wait(guard, port, server.startup_s, log.name)
-            say(f"vLLM server ready after {time.monotonic() - begun:.0f} s")
-            name = MODULE if module else model.name
-            yield Client((f"http://{HOST}:{port}/v1",), name, "", server, lambda: _ended(guard, log.name))
-            failed = False
-        finally:
-            assert guard.stdin is not None
-            guard.stdin.close()
-            guard.wait()
-            log.close()
-            if not failed:
-                os.unlink(log.name)
+        command = _command(model, server, port, served.vllm, modules)
+        with _running(command, port, served.devices, server, say, served.model.name) as ended:
+            yield Client((_address(port),), MODULE if modules else model.name, "", server, ended)
+
+
+@contextmanager
+def open_modules(
+    model: ModelSection, modules: dict[str, Path], server: ServerSection, say: Callable[[str], None]
+) -> Iterator[dict[str, Client]]:
+    """One server for a model and several adapters of it, loaded at once: a client for each by its name.
+
+    The model itself is served under its own name.
+    """
+    port = _port(server.port)
+    command = _command(model, server, port, {}, modules)
+    with _running(command, port, None, server, say, model.name) as ended:
+        yield {name: Client((_address(port),), name, "", server, ended) for name in (model.name, *modules)}
+
+
+def lora_flags(modules: dict[str, Path]) -> list[str]:
+    """vLLM's arguments to serve these adapters, all at once, each as a model of that name."""
+    sizes = [
+        json.loads((m / "adapter_config.json").read_text(encoding="utf-8"))["r"] for m in modules.values()
+    ]
+    rank = next(size for size in RANKS if size >= max(sizes))
+    named = [f"{name}={folder}" for name, folder in modules.items()]
+    loaded = ["--max-loras", str(len(modules)), "--max-lora-rank", str(rank)]
+    return ["--enable-lora", "--lora-modules", *named, *loaded]
+
+
+def _address(port: int) -> str:
+    return f"http://{HOST}:{port}/v1"
+
+
+@contextmanager
+def _running(
+    command: list[str],
+    port: int,
+    devices: str | None,
+    server: ServerSection,
+    say: Callable[[str], None],
+    title: str,
+) -> Iterator[Callable[[], ServerError | None]]:
+    """The guarded server, once it is healthy; gives a call that says why it ended, if it has."""
+    log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
+    failed = True
+    guard = subprocess.Popen(
+        guarded(command),
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=_environment(devices),
+    )
+    try:
+        begun = time.monotonic()
+        say(f"starting a vLLM server for {title}, log in {log.name}")
+        _wait(guard, port, server.startup_s, log.name)
+        say(f"vLLM server ready after {time.monotonic() - begun:.0f} s")
+        yield lambda: _ended(guard, log.name)
+        failed = False
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+        log.close()
+        if not failed:
+            os.unlink(log.name)
 
 
 def _port(wanted: int | None) -> int:
@@ -103,7 +145,11 @@ def _flags(arguments: dict[str, Any]) -> list[str]:
 
 
 def _command(
-    model: ModelSection, server: ServerSection, port: int, further: dict[str, Any], module: Path | None = None
+    model: ModelSection,
+    server: ServerSection,
+    port: int,
+    further: dict[str, Any],
+    modules: dict[str, Path] | None = None,
 ) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
@@ -117,10 +163,8 @@ def _command(
     elif model.dtype != "auto":
         given["dtype"] = model.dtype
     command += _flags({**given, **server.vllm, **further})
-    if module is not None:
-        r = json.loads((module / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        rank = next(size for size in RANKS if size >= r)
-        command += ["--enable-lora", "--lora-modules", f"{MODULE}={module}", "--max-lora-rank", str(rank)]
+    if modules:
+        command += lora_flags(modules)
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from stages.data.rows import may_be_hub_id
+from stages.engines.vllm import lora_flags
 from stages.store.artifacts import Artifact
 from stages.sweep.formats import accuracy
 
@@ -60,11 +62,60 @@ tags: [lorapar, {method}]
 """
 
 
+def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
+    """The card of two adapters of one model that one server has, `fast` and `slow`.
+
+    folder: where they are now, below their names.
+    """
+    provenance = views["fast"].manifest["provenance"]
+    base, prompt = provenance["config"]["model"]["name"], provenance["config"]["prompt"]
+    flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
+    made = "\n".join(
+        f"| {view} | {what} | `{views[view].manifest['key']}` | "
+        f"{views[view].manifest['summary']['active_share']:.1%} |"
+        for view, what in (
+            ("fast", "answers as the System 1 rows do: SFT"),
+            ("slow", "works it out: GRPO on System 2 rows, from there"),
+        )
+    )
+    messages = {
+        view: prompt["by_system"].get(system, prompt["system"])
+        for view, system in (("fast", "1"), ("slow", "2"))
+    }
+    asks = "".join(f"\nSystem message of {view}: {text}\n" for view, text in messages.items() if text)
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [lorapar, lora]
+---
+
+# {base.rstrip("/").split("/")[-1]}, fast and slow
+
+Two modes of one model, made by lorapar (arXiv 2507.20999). One server has both beside the base model, and a
+request chooses by `model`:
+
+```
+vllm serve {base} {flags}
+curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "slow", "messages": [{{"role": "user", "content": "…"}}]}}'
+```
+
+On CPU, do not ask for the base model while an adapter answers: vLLM 0.31 then gives it an adapter (its PR 48421).
+{asks}
+| mode | | artifact | elements trained |
+|---|---|---|---|
+{made}
+
+{_results(evaluated)}"""
+
+
 def _results(evaluated: Sequence[Artifact]) -> str:
     """A Markdown table of accuracies with their intervals, and two line breaks; nothing if there are none."""
     lines = []
+    several = len({artifact.manifest["variant"].partition("@")[0] for artifact in evaluated}) > 1
     for artifact in evaluated:
-        _, _, name = artifact.manifest["variant"].partition("@")
+        target, _, name = artifact.manifest["variant"].partition("@")
+        name = f"{target}: {name}" if several else name
         measured = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         groups = {"all": "all", "system1": "System 1", "system2": "System 2"}
         for key, group in groups.items():
