@@ -181,7 +181,7 @@ def check_views(
         def answers(name: str) -> dict[int, Answer]:
             return dict(clients[name].generate(questions, sampling))
 
-        # On CPU, vLLM gives the last adapter to requests for the base among those for adapters (its PR 48421).
+        # On CPU, vLLM gives requests for the base among those for adapters an adapter, too (its PR 48421).
         made = {config.model.name: answers(config.model.name)}
         made |= zip(VIEWS, threads.map(answers, VIEWS), strict=True)
     hint = f"do not serve {out}: remove it and export again; or, if they answer alike, check more prompts"

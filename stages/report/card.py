@@ -100,7 +100,8 @@ curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "slow", "messages": [{{"role": "user", "content": "…"}}]}}'
 ```
 
-On CPU, do not ask for the base model while an adapter answers: vLLM 0.31 then gives it an adapter (its PR 48421).
+On CPU, do not ask for the base model while an adapter answers: vLLM 0.31 then gives it the adapter, too (its
+pull request 48421).
 {asks}
 | mode | | artifact | elements trained |
 |---|---|---|---|
