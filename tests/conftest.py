@@ -6,6 +6,7 @@ Commands run as a person runs them.
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,13 @@ def processes(mark: str) -> list[int]:
                 if mark.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
     return found
+
+
+def servers() -> list[str]:
+    """Living processes of a server; a dead one that nobody has waited for yet is none."""
+    shown = subprocess.run(["ps", "-eo", "stat,pid,args"], capture_output=True, text=True, check=True).stdout
+    found = [line for line in shown.splitlines() if "vllm.entrypoints" in line or "VLLM::" in line]
+    return [line for line in found if not line.startswith("Z")]
 
 
 def make_step(config: Config, name: str, force: bool = False) -> Artifact:

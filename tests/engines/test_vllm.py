@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, servers
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Question, Sampling, Served
@@ -27,13 +27,6 @@ BALLOTS = [
     Ballot("Question: 2 + 2?\nSteps:", (" one", " many")),
     Ballot([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
 ]
-
-
-def servers() -> list[str]:
-    """Living processes of a server; a dead one that nobody has waited for yet is none."""
-    shown = subprocess.run(["ps", "-eo", "stat,pid,args"], capture_output=True, text=True, check=True).stdout
-    found = [line for line in shown.splitlines() if "vllm.entrypoints" in line or "VLLM::" in line]
-    return [line for line in found if not line.startswith("Z")]
 
 
 def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):

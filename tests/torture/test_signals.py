@@ -1,13 +1,15 @@
 """Signals to every stage, alone or in a run: nothing stays behind, and the same command goes on."""
 
+import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, paths, processes
+from conftest import ROOT, paths, processes, servers
 from tally import FULL
 
 from stages.pipeline.plan import plan
@@ -59,3 +61,61 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
         steps = [step for step in plan(config).values() if step.stage.name == stage]
         if ended.returncode or any(state(Store(config.root), s).state != "current" for s in steps):
             tally.lost.append(f"{title}: then code {ended.returncode}: {ended.stderr[-300:]}")
+
+
+WAYS = [(who, number) for who in ("run", "stage", "group") for number in SIGNALS]
+WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper", "guard and keeper")]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
+    """A vLLM server, starting or answering, ends with the run, with its stage, and without its guards."""
+    file = tmp_path / "config.json"
+    config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, tmp_path), "data.limit=24"])
+    tree = config.model_dump(mode="json")
+    tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
+    for who, number in WAYS if FULL else tally.random.sample(WAYS, 1):
+        tally.tried += 1
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while not servers() and child.poll() is None:
+            time.sleep(0.1)
+        time.sleep(tally.random.uniform(0, 20))
+        _send(child, who, number)
+        try:
+            child.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            tally.hangs.append(f"{who}, {number.name}")
+            child.kill()
+        deadline = time.monotonic() + 20
+        while (servers() or processes(str(file))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        tally.left += [f"{who}, {number.name}: {line}" for line in (*servers(), *processes(str(file)))]
+
+
+def _send(run: subprocess.Popen, who: str, number: signal.Signals) -> None:
+    """The signal to the run, its stage, its process group, or those that stand by the server."""
+    if who == "group":
+        os.killpg(run.pid, number)
+        return
+    if who == "run":
+        run.send_signal(number)
+        return
+    table = [line.split(None, 2) for line in _ps("pid,ppid,args")]
+    parents = {int(pid): int(parent) for pid, parent, _ in table}
+    of_server = next(
+        (int(pid) for pid, _, args in table if "-m vllm.entrypoints" in args and "guard.py" not in args), 0
+    )
+    keeper = parents.get(of_server, 0)
+    guard = parents.get(keeper, 0)
+    chosen = {"stage": [parents.get(guard, 0)], "guard": [guard], "keeper": [keeper]}
+    for pid in chosen.get(who, [keeper, guard]):
+        if pid > 1:  # else it has ended by itself
+            os.kill(pid, number)
+
+
+def _ps(columns: str) -> list[str]:
+    done = subprocess.run(["ps", "-eo", columns], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[1:]
