@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 PINNED: dict[str, Any] = {
     "remove_unused_columns": True,
     "shuffle_dataset": False,
-    "loss_type": "nll",
     "completion_only_loss": None,  # the labels already leave out the prompt
     "assistant_only_loss": False,
     "max_length": None,  # rows are cut, dropped or refused by the renderer
@@ -96,6 +95,7 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
     return SFTConfig(
         **training.arguments(sft, steps, seed, checkpoints),
         **PINNED,
+        loss_type=sft.loss,
         per_device_train_batch_size=sft.micro_batch,
         gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
     )

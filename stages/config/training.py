@@ -120,6 +120,9 @@ class SftSection(TrainSection):
     system2_share: float = setting(
         0.0, "Cold start for RL: number of System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
     )
+    loss: Literal["nll", "dft"] = setting(
+        "nll", "nll, or dft: each token's loss is weighted by its probability (arXiv 2508.05629)."
+    )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
     dropout: float = setting(0.05, "LoRA dropout.", ge=0, lt=1)
@@ -208,7 +211,16 @@ class RlSection(TrainSection):
         ge=0,
     )
     drift_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "How token losses are averaged.")
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
+        "dapo", "How token losses are averaged; cispo: as dapo, with clipped ratios as weights (2506.13585)."
+    )
+    importance_sampling: Literal["token", "sequence"] = setting(
+        "token", "Ratios to the policy that sampled: of each token, or of the whole completion (GSPO)."
+    )
+    epsilon: float = setting(0.2, "How far a ratio may move from 1 before it is clipped.", gt=0)
+    epsilon_high: float | None = setting(
+        None, "The same upwards; none: epsilon. For loss cispo the largest ratio itself, e.g. 5.", gt=0
+    )
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group",
         "Divide advantages by the standard deviation of the rewards in the group or batch, or not at all.",
@@ -244,6 +256,22 @@ class RlSection(TrainSection):
         if (self.prompts_per_step * self.group) % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratios(self) -> "RlSection":
+        if self.importance_sampling == "sequence" and self.loss != "grpo":
+            raise ValueError(
+                f"importance_sampling sequence goes with loss grpo; {self.loss} would weigh a completion by "
+                "its length"
+            )
+        if self.loss == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
+        if self.top_p < 1 and self.rollouts.engine != "transformers":
+            raise ValueError(
+                f"top_p {self.top_p} with rollouts by vLLM: its probabilities are of the cut distribution, "
+                "the trainer's of the whole one, and every ratio would be wrong; leave top_p at 1"
             )
         return self
 

@@ -7,8 +7,9 @@ from conftest import labels_of, make_step
 from trl import GRPOTrainer
 
 from stages.engines.generation import continuations
-from stages.errors import DataError, MeaninglessError
+from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.language.prompts import Renderer
+from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 
 
@@ -37,6 +38,42 @@ def test_a_person_s_reward_gets_the_sandbox(ready, odd):
     made = make_step(ready(*odd), "rl")
     (step,) = json.loads((made.path / "history.json").read_text())
     assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        [
+            "rl.loss=grpo",
+            "rl.importance_sampling=sequence",
+            "rl.epsilon=3e-4",
+            "rl.epsilon_high=4e-4",
+        ],  # GSPO
+        ["rl.loss=cispo", "rl.epsilon_high=5"],
+        ["rl.epsilon_high=0.28"],  # DAPO's clip-higher
+    ],
+)
+def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
+    config = ready("rl.iterations=2", "rl.max_steps=2", *odd, *how)
+    made = make_step(config, "rl")
+    assert made.manifest["summary"]["moved"] > 0 and made.manifest["summary"]["frozen_drift"] == 0
+    assert load_adapted(config.model, made.path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (["rl.importance_sampling=sequence"], "dapo would weigh a completion by its length"),
+        (["rl.loss=cispo"], "loss cispo clips the ratio itself, at epsilon_high; set it"),
+        (
+            ["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"],
+            "every ratio would be wrong; leave top_p at 1",
+        ),
+    ],
+)
+def test_losses_that_would_be_wrong_are_refused(ready, how, told):
+    with pytest.raises(ConfigError, match=told):
+        ready(*how)
 
 
 def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, monkeypatch):

@@ -38,7 +38,7 @@ def inputs(config: Config, stage: str):
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 
-@pytest.mark.parametrize("how", ["sft.optimizer=adafactor", "sft.loraplus_ratio=16"])
+@pytest.mark.parametrize("how", ["sft.optimizer=adafactor", "sft.loraplus_ratio=16", "sft.loss=dft"])
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
     config = begun(*SFT, how)
     make_step(config, "sft")

@@ -100,11 +100,17 @@ def same(one, two) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("reference", ["base", "ref", None])
-@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, reference, iterations):
     """With the KL term to the base and to the SFT adapter, and without; in a second iteration some clip."""
     trainer, model = grpo
-    monkeypatch.setattr(trainer, "loss_type", kind)
+    monkeypatch.setattr(trainer, "loss_type", "grpo" if kind == "gspo" else kind)
+    if kind == "gspo":
+        monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
+        monkeypatch.setattr(trainer, "epsilon_low", 0.05)  # a mean over tokens moves less than a token
+        monkeypatch.setattr(trainer, "epsilon_high", 0.05)
+    if kind == "cispo":
+        monkeypatch.setattr(trainer, "epsilon_high", 1.1)
     monkeypatch.setattr(trainer, "beta", 0.04 if reference else 0.0)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     found = {}
@@ -120,7 +126,8 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
                     inputs["ref_per_token_logps"] = log_probs(trainer, model, inputs)[0]
         found[sharing] = trained(trainer, model, lambda inputs=inputs: trainer._compute_loss(model, inputs))
         metrics = found[sharing][2]
-        assert metrics["entropy"][0] > 0 and (iterations == 1) == (metrics["clip_ratio/region_mean"] == [0])
+        clipped = metrics.get("clip_ratio/region_mean") or metrics["cispo_clip_ratio"]
+        assert metrics["entropy"][0] > 0 and (iterations == 1) == (clipped == [0])
         assert (reference == "base") == (metrics.get("kl", [0])[0] > 1e-3)
     same(found[True], found[False])
     tokens = 5 + 2 + sum(LENGTHS)  # a prompt's last token belongs to its completions, whose last is not read
@@ -276,10 +283,12 @@ def sft_step(trainer, model, rows, number: int | None = None):
     return trained(trainer, model, lambda: trainer.compute_loss(model, inputs, num_items_in_batch=number))
 
 
+@pytest.mark.parametrize("loss", ["nll", "dft"])
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("kind", ["as rendered", *ROWS])
-def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, shares):
+def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, shares, loss):
     trainer, model = sft
+    monkeypatch.setattr(trainer.args, "loss_type", loss)
     rows = ROWS.get(kind) or [trainer.train_dataset[i] for i in range(4)]
     monkeypatch.setattr(trainer, "shares", shares)
     tokens, usual = [], flat.hidden
