@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
+from stages.errors import DataError
 from stages.language.prompts import Renderer
 from stages.lora import rehearsal, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
@@ -89,6 +91,13 @@ def run(
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 
 
+def _at_once(row: Labelled) -> Labelled:
+    """A System 1 row that teaches its answer without the steps to it."""
+    if row.system != 1 or row.example.gold is None:
+        return row
+    return replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))
+
+
 def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:
     from trl import SFTConfig
 
@@ -102,10 +111,19 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
 
 
 def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
-    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order."""
+    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
+
+    DataError if System 1 is to answer at once and none of its rows has an answer to give.
+    """
+    labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
         return decided(labels)
     fast = of_system(labels, 1)
+    if sft.system1_targets == "answer" and not any(example.gold for example in fast):
+        raise DataError(
+            f"sft.system1_targets is answer, and none of {len(fast)} System 1 rows has a verifiable answer",
+            "rows need `gold`, or a response that ends in `#### answer`",
+        )
     wanted = round(sft.system2_share * len(fast))
     slow = of_system(labels, 2) if wanted else []
     cold = random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))

@@ -120,6 +120,11 @@ class SftSection(TrainSection):
     system2_share: float = setting(
         0.0, "Cold start for RL: number of System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
     )
+    system1_targets: Literal["full", "answer"] = setting(
+        "full",
+        "What System 1 rows teach: their responses, or only the final answer, at once (rows without a "
+        "verifiable answer keep their responses).",
+    )
     loss: Literal["nll", "dft"] = setting(
         "nll", "nll, or dft: each token's loss is weighted by its probability (arXiv 2508.05629)."
     )

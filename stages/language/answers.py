@@ -120,10 +120,13 @@ def gold_of(response: str) -> str | None:
 
 
 def rewrite(response: str, gold: str | None, answer_format: str) -> str:
-    """A reference response in `answer_format`; responses without a gold answer stay as they are."""
+    """A reference response in `answer_format`; responses without a gold answer stay as they are.
+
+    One that is its answer alone has no reasoning in xml and is the one line in hash.
+    """
     if gold is None:
         return response
     reasoning = response.rpartition("####")[0].strip() if "####" in response else response.strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
-    return f"{reasoning}\n#### {gold}"
+    return f"{reasoning}\n#### {gold}".lstrip("\n")

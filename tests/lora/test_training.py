@@ -11,11 +11,13 @@ from conftest import Silent, make_step, make_steps
 from torch import nn
 
 from stages import sft
-from stages.config import Config, SftSection
+from stages.config import Config, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
+from stages.language.prompts import IGNORED, Renderer
 from stages.lora import adapter, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus, WarmUp
+from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.table import order
@@ -189,6 +191,25 @@ def test_rows_that_do_not_teach_to_stop_are_named(begun):
     assert warnings() == []
     (warning,) = warnings("data.max_length=160", "data.too_long=truncate")
     assert re.match(r"warning: \d+ of \d+ rows do not end in a stop token, such as \w{16}: ", warning)
+
+
+def test_system_1_may_learn_to_answer_at_once(tiny):
+    def row(n: int, system: int | None, response: str, gold: str | None) -> Labelled:
+        return Labelled(Example(str(n), f"{n}?", response, gold), system, {})
+
+    labels = [
+        row(0, 1, "Two and two.\n#### 4", "4"), row(1, 2, "Slowly.\n#### 5", "5"),
+        row(2, 1, "Nothing to verify.", None),
+    ]  # fmt: skip
+    section = SftSection(system1_targets="answer", system2_share=0.5)
+    given = sft._examples(labels, section, 0)
+    assert [e.response for e in given] == ["#### 4", "Slowly.\n#### 5", "Nothing to verify."]
+    renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
+    trained = [t for t in renderer.row(given[0]).labels if t != IGNORED]
+    assert renderer.tokenizer.decode(trained) == f"#### 4{renderer.end}"
+    assert [e.response for e in sft._examples(labels, SftSection(), 0)][0] == "Two and two.\n#### 4"
+    with pytest.raises(DataError, match="none of 1 System 1 rows has a verifiable answer"):
+        sft._examples(labels[1:], section, 0)
 
 
 def test_undecided_rows_are_trained_by_neither_stage(begun):
