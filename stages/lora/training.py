@@ -23,6 +23,7 @@ from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter, baselines, curves
 from stages.lora.masks import Masks
 from stages.lora.packed import PackedLinear
+from stages.lora.watchdog import Watchdog
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -201,7 +202,12 @@ def train(
     resumed = checkpoints.newest()
     if resumed:
         log.info("resuming from %s", resumed.name)
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    dog = Watchdog(checkpoints.folder)
+    trainer.add_callback(dog)
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        dog.stop()
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
     if team.size() > 1:

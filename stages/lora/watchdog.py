@@ -1,0 +1,111 @@
+"""Ends a training run whose step does not end, and says where it stands and which process is missing.
+
+A process that waits for the others in a collective is inside torch.distributed; one that is not is the one
+they wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers import TrainerCallback
+
+from stages import team
+from stages.errors import BusyError
+
+log = logging.getLogger(__name__)
+
+FACTOR = 20
+"""A step that takes so many times the median step has hung."""
+LEAST_S = 300.0
+"""No step that is shorter has hung: a checkpoint may be written, or others may use the machine."""
+KNOWN = 3
+"""Steps that a median is taken of at least."""
+TICK_S = 1.0
+SETTLE_S = 5.0
+"""The time in which all processes say where they stand."""
+SHOWN = 12
+"""Innermost calls that are shown of each process."""
+
+
+class Watchdog(TrainerCallback):
+    def __init__(self, folder: Path) -> None:
+        """folder: one that all processes of the run have in common."""
+        self._folder = folder
+        self._main = threading.get_ident()
+        self._steps: list[float] = []
+        self._step = 0
+        self._begun = time.monotonic()
+        self._ticks = 0
+        self._stopped = threading.Event()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for old in self._folder.glob("stuck-*.json"):
+            old.unlink(missing_ok=True)
+        self._begun = time.monotonic()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.monotonic()
+        self._steps.append(now - self._begun)
+        self._begun, self._ticks = now, 0
+        self._step = state.global_step
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        # Ticks are counted, and not the clock: a process that was stopped for a while has not hung.
+        while not self._stopped.wait(TICK_S):
+            self._ticks += 1
+            if len(self._steps) < KNOWN:
+                continue
+            limit = max(LEAST_S, FACTOR * median(self._steps))
+            if self._ticks * TICK_S > limit:
+                self._end(limit)
+
+    def _end(self, limit: float) -> None:
+        """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
+        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        waits = any("torch/distributed/" in frame.filename for frame in stack)
+        place = self._folder / f"stuck-{team.rank()}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(waits), encoding="utf-8")
+        shown = "".join(traceback.format_list(stack[-SHOWN:]))
+        who = f"process {team.rank()} " if team.size() > 1 else ""
+        log.error("%sstands here, innermost last:\n%s", who, shown.rstrip())
+        if team.size() > 1:
+            time.sleep(SETTLE_S)
+        error = BusyError(
+            f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
+            + self._missing(),
+            "where it stands is above; the same command goes on from the last checkpoint",
+        )
+        if not team.tell(error):
+            log.error("error: %s\n  hint: %s", error, error.hint)
+        os._exit(error.exit_code)
+
+    def _missing(self) -> str:
+        """The processes that the others wait for: those that say nothing, or are in no collective."""
+        if team.size() == 1:
+            return ""
+        found = []
+        for rank in range(team.size()):
+            try:
+                waits = json.loads((self._folder / f"stuck-{rank}.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                waits = False
+            if not waits:
+                found.append(str(rank))
+        if not found:
+            return ": all processes wait for one another"
+        return f": the others wait for process {', '.join(found)}"

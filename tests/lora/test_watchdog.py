@@ -1,0 +1,88 @@
+"""A step that does not end ends the run, which says where it stands and for whom the others wait."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import logging, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from stages import team
+from stages.lora import watchdog
+logging.basicConfig(format="%(message)s", stream=sys.stderr)
+watchdog.LEAST_S, watchdog.TICK_S, watchdog.SETTLE_S = 0.6, 0.05, 1.0
+dog = watchdog.Watchdog(Path(sys.argv[1]))
+dog.on_train_begin(None, None, None)
+for step in range(1, 6):
+    time.sleep(0.01)
+    dog.on_step_end(None, SimpleNamespace(global_step=step), None)
+print("five steps", flush=True)
+def a_reward_that_hangs():
+    time.sleep(60)
+"""
+ALONE = SCRIPT + "a_reward_that_hangs()"
+ENDS = SCRIPT + "dog.stop(); time.sleep(1.5)"
+TOGETHER = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+""" + SCRIPT + "dist.all_reduce(torch.ones(1)) if team.rank() != 1 else a_reward_that_hangs()"  # fmt: skip
+
+
+def run(code: str, folder: object, **more: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **more},
+    )
+
+
+def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
+    begun = time.monotonic()
+    child = run(ALONE, tmp_path)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 75 and time.monotonic() - begun < 50
+    assert "in a_reward_that_hangs" in said
+    assert "error: step 6 has taken 1 s, 20 times the median or more\n  hint: where it stands" in said
+
+
+def test_a_run_that_ends_is_left_alone(tmp_path):
+    child = run(ENDS, tmp_path)
+    assert "stands here" not in child.communicate(timeout=60)[1] and child.returncode == 0
+
+
+def test_a_run_that_was_stopped_for_a_while_has_not_hung(tmp_path):
+    child = run(SCRIPT + "time.sleep(0.3)", tmp_path)
+    assert child.stdout.readline()
+    os.kill(child.pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(child.pid, signal.SIGCONT)
+    assert "stands here" not in child.communicate(timeout=60)[1] and child.returncode == 0
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_missing_one_is_named(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    failure = str(tmp_path / "failure.json")
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LORAPAR_FAILURE": failure}
+    children = [run(TOGETHER, tmp_path / "beats", RANK=str(rank), **shared) for rank in range(3)]
+    said = [child.communicate(timeout=60)[1] for child in children]
+    codes = [child.returncode for child in children]
+    assert 75 in codes and 0 not in codes, said  # who waits may see first that another has ended
+    assert "process 1 stands here" in said[1] and "in a_reward_that_hangs" in said[1]
+    assert "in all_reduce" in said[0] and "in a_reward_that_hangs" not in said[0]
+    text = (tmp_path / "failure.json").read_text(encoding="utf-8")
+    assert "step 6 has taken 1 s" in text and ": the others wait for process 1" in text
