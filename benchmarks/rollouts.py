@@ -12,7 +12,7 @@ import statistics
 import time
 
 from stages.config import LoraSection, ModelSection
-from stages.config.training import RolloutsSection
+from stages.config.rl import RolloutsSection
 from stages.engines import Sampling
 from stages.engines.generation import continuations
 from stages.lora import adapter, merged, rollouts

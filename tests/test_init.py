@@ -126,7 +126,8 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     GPTNeoXForCausalLM(config).save_pretrained(folder)
     found, said = written(rows(300), model=folder)
     assert found["prompt"]["template"] == "plain"
-    assert found["lora"]["target_modules"] == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+    assert found["lora"]["target_modules"] == "all-linear"
+    assert "(dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
 
 

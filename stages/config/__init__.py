@@ -11,12 +11,12 @@ from pydantic import ValidationInfo, model_validator
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, known, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
+from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
     BaselineSection,
     LaunchSection,
     PartitionSection,
-    RlSection,
     ScoreSection,
     SftSection,
     TrainSection,

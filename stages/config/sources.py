@@ -1,10 +1,13 @@
 """The base model, rows, the prompt and the adapter."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config.fields import Section, named, setting
+
+ALL_LINEAR = "all-linear"
+"""In place of target modules; PEFT's word."""
 
 Engine = Annotated[str, named("engines", also="auto")]
 
@@ -82,7 +85,7 @@ class LoraSection(Section):
     alpha: float = setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-        "Modules of the base model that get an adapter.",
+        "Modules of the base model that get an adapter; all-linear: all linear ones but the head.",
         min_length=1,
     )
     init: Literal["normal", "pissa", "olora", "orthogonal", "default"] = setting(
@@ -94,6 +97,11 @@ class LoraSection(Section):
         "Subtract the initial B₀A₀, to start from the base model; auto: for pissa, olora and orthogonal.",
     )
     rslora: bool = setting(False, "Scale the update by alpha / √r instead of alpha / r.")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all(cls, modules: Any) -> Any:
+        return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
     @model_validator(mode="after")
     def _even(self) -> "LoraSection":

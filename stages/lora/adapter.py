@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.config import LoraSection
+from stages.config.sources import ALL_LINEAR
 from stages.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -28,15 +29,28 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_model.safetensors"
 
 
-def check_targets(base: nn.Module, lora: LoraSection) -> None:
-    """ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists."""
-    linear = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
+    """`lora` with the names of the base's modules that get an adapter.
+
+    ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists.
+    """
+    linear = linear_modules(base)
+    if lora.target_modules == [ALL_LINEAR]:
+        return lora.model_copy(update={"target_modules": sorted(linear)})
     missing = [name for name in lora.target_modules if name not in linear]
     if missing:
         raise ConfigError(
             f"lora.target_modules: no {', '.join(missing)} in {type(base).__name__}",
-            f"choose from: {', '.join(sorted(linear))}",
+            f"choose from: {', '.join([*sorted(linear), ALL_LINEAR])}",
         )
+    return lora
+
+
+def linear_modules(base: PreTrainedModel) -> set[str]:
+    """The last parts of the names of all linear modules but the head."""
+    head = base.get_output_embeddings()
+    found = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {name.rpartition(".")[2] for name in found}
 
 
 def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
@@ -54,7 +68,7 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
 
 def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """`base` with the initial adapter A₀, B₀ that `lora` and the seed give, compensated if `lora` says so."""
-    check_targets(base, lora)
+    lora = with_targets(base, lora)
     start = None if lora.init == "normal" else _peft_start(base, lora, seed)
     model = get_peft_model(base, _lora_config(lora, 0.0, lora.compensated, False))
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +130,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """`base` with the adapter of `folder`; ArtifactError unless every name and shape fits."""
-    check_targets(base, lora)
+    lora = with_targets(base, lora)
     model = get_peft_model(base, _lora_config(lora, dropout, lora.compensated, False))
     stored, wanted = read(folder), lora_layers(model)
     if stored.keys() != wanted.keys():

@@ -10,7 +10,7 @@ import torch
 
 from stages import team
 from stages.config import BaselineSection, ModelSection
-from stages.config.training import RolloutsSection
+from stages.config.rl import RolloutsSection
 from stages.engines.vllm import ON_CPU
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged

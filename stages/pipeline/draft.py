@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from stages.config import Config, LoraSection
+from stages.config.sources import ALL_LINEAR
 from stages.pipeline.survey import Lengths, Survey
 
 FAR = 2
@@ -47,9 +48,9 @@ def choices(found: Survey, model: str, data: str, tests: dict[str, str]) -> list
         chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
     if found.section.system:
         chosen.append(Choice("prompt.system", found.section.system, "so that answers can be verified"))
-    if missing := sorted(set(LoraSection().target_modules) - set(found.linear)):
-        why = f"all linear modules of the model, which has no {', '.join(missing)}"
-        chosen.append(Choice("lora.target_modules", found.linear, why))
+    if missing := sorted(set(LoraSection().target_modules) - found.linear):
+        why = f"{', '.join(sorted(found.linear))}: the model has no {', '.join(missing)}"
+        chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
     if found.labelled:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     return [*chosen, *_rl(found), *_eval(found, tests)]

@@ -59,7 +59,7 @@ class Survey:
     """How the rows were rendered."""
     positions: int | None
     """Tokens that the model can read, if its config says."""
-    linear: list[str]
+    linear: set[str]
     """Names of the linear modules that the base model has, without its head."""
 
 
@@ -121,18 +121,14 @@ def _kind(example: Example) -> str:
     return "letter" if letter(example.gold, whole=True) else "text"
 
 
-def _model(model: ModelSection) -> tuple[int | None, list[str]]:
+def _model(model: ModelSection) -> tuple[int | None, set[str]]:
     """What the model's config says: the tokens it can read, and its linear modules by their last names."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from stages.lora.adapter import linear_modules
+
     with reading("model", model), torch.device("meta"):
         config = AutoConfig.from_pretrained(model.name, revision=model.revision)
         base = AutoModelForCausalLM.from_config(config)
-    head = base.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    return getattr(config, "max_position_embeddings", None), sorted(linear)
+    return getattr(config, "max_position_embeddings", None), linear_modules(base)

@@ -7,13 +7,13 @@ from itertools import product
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
 from stages.lora import adapter
 from stages.lora.merged import MergedCopy
-from stages.models.base import load_base
+from stages.models.base import load_adapted, load_base
 
 INITS = ["normal", "pissa", "olora", "default"]
 
@@ -59,8 +59,6 @@ def test_the_paper_s_init_does_not(tiny):
 
 def test_pissa_trains_as_pissa_on_the_residual(tiny):
     """Base − s·B₀A₀ + s·BA, PEFT's own form, against [A; A₀], [B, −B₀] on the unchanged base."""
-    from peft import LoraConfig, get_peft_model
-
     lora = LoraSection(r=4, alpha=8, init="pissa")
     ours = adapter.initial(base(tiny), lora, 0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=lora.target_modules, init_lora_weights="pissa")
@@ -90,6 +88,21 @@ def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, boun
 def test_missing_target_modules(tiny):
     with pytest.raises(ConfigError, match=r"lora.target_modules: no q_prj in LlamaForCausalLM"):
         adapter.initial(base(tiny), LoraSection(target_modules=["q_prj", "k_proj"]), 0)
+
+
+@pytest.mark.parametrize("init", ["normal", "pissa"])
+def test_all_linear_modules_are_those_of_peft(tiny, tmp_path, init):
+    lora = LoraSection(r=4, target_modules="all-linear", init=init)
+    model = adapter.initial(base(tiny), lora, 0)
+    theirs = get_peft_model(base(tiny), LoraConfig(r=4, target_modules="all-linear"))
+    assert adapter.lora_layers(model).keys() == adapter.lora_layers(theirs).keys()
+    assert "o_proj" in str(adapter.lora_layers(model).keys())
+    adapter.save(model, tmp_path / "a", str(tiny))
+    again = load_adapted(ModelSection(name=str(tiny), dtype="float32"), tmp_path / "a")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
+    assert adapter.attach(base(tiny), lora, tmp_path / "a")
+    with pytest.raises(ConfigError, match="no all-linear in LlamaForCausalLM"):
+        adapter.initial(base(tiny), LoraSection(target_modules=["q_proj", "all-linear"]), 0)
 
 
 def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):

@@ -13,7 +13,7 @@ from conftest import ROOT, make_step
 from torch import Tensor
 from trl.generation import vllm_generation
 
-from stages.config.training import RolloutsSection
+from stages.config.rl import RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import adapter, merged, rollouts
 from stages.models.base import load_base

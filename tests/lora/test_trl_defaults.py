@@ -19,7 +19,7 @@ import trl
 
 from stages import rl, sft
 from stages.config import RlSection, SftSection
-from stages.config.training import RolloutsSection
+from stages.config.rl import RolloutsSection
 from stages.store.checkpoints import Checkpoints
 
 REVIEWED = Path(__file__).with_name("trl_defaults.json")

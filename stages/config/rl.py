@@ -1,0 +1,175 @@
+"""GRPO and how its completions are sampled."""
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import ValidationInfo, model_validator
+
+from stages.config.evaluation import SandboxSection
+from stages.config.fields import Section, WithoutFalse, known, refuse, setting
+from stages.config.training import AutoOff, TrainSection
+
+
+class RolloutsSection(Section):
+    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting(
+        "transformers",
+        "Sampling by the trainer, by vLLM on the trainer's GPUs, or by a vLLM server on other GPUs.",
+    )
+    base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", identity=False)
+    gpu_memory: float = setting(0.3, "Share of each GPU for a colocated vLLM.", identity=False, gt=0, lt=1)
+    tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", identity=False, gt=0)
+    sleep: bool = setting(
+        False, "Free the memory of a colocated vLLM during optimizer steps.", identity=False
+    )
+    correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
+        setting(
+            "sequence_mask",
+            "Importance sampling between vLLM's probabilities and the trainer's: ratios of sequences or of "
+            "tokens are masked or truncated.",
+        )
+    )
+    correction_max: float = setting(3.0, "Ratio above which the correction masks or truncates.", gt=0)
+
+    @model_validator(mode="after")
+    def _server(self) -> "RolloutsSection":
+        if (self.engine == "vllm_server") != (self.base_url is not None):
+            raise ValueError("base_url goes with engine vllm_server, and only with it")
+        return self
+
+
+class RlSection(TrainSection):
+    start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
+    data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
+    prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
+    system1_share: float = setting(
+        0.0,
+        "Share of these prompts that are System 1 rows, replayed so that RL unlearns none of them.",
+        ge=0,
+        lt=1,
+    )
+    resample: int = setting(
+        0,
+        "How many times a step draws other prompts for System 2 groups whose rewards are all equal.",
+        ge=0,
+    )
+    group: int = setting(8, "Completions per prompt.", gt=1)
+    micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
+    shared_prompts: AutoOff = setting(
+        "auto",
+        "Compute each prompt once for all its completions, where the architecture allows it; "
+        "off: TRL's own way.",
+    )
+    iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
+    temperature: float = setting(1.0, "Sampling temperature.", gt=0)
+    top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
+    top_k: int = setting(0, "Sample only among this many likeliest tokens; 0: among all.", ge=0)
+    max_prompt: int = setting(128, "Longest prompt in tokens.", gt=0)
+    too_long: Literal["error", "drop", "truncate_left"] = setting(
+        "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt tokens."
+    )
+    max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
+    kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
+    kl_reference: Literal["auto", "base", "sft"] = setting(
+        "auto", "Reference model of the KL term; auto: sft if RL starts from there, base for a baseline."
+    )
+    kl_bias_correction: bool = setting(
+        False, "Multiply the KL term by the importance ratio, as DeepSeek-V3.2 does and GRPO does not."
+    )
+    drift_prompts: int = setting(
+        16,
+        "System 1 prompts that RL never trains on, on which its KL divergence from its start is logged; "
+        "0, or data all: none.",
+        ge=0,
+    )
+    drift_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
+        "dapo", "How token losses are averaged; cispo: as dapo, with clipped ratios as weights (2506.13585)."
+    )
+    importance_sampling: Literal["token", "sequence"] = setting(
+        "token", "Ratios to the policy that sampled: of each token, or of the whole completion (GSPO)."
+    )
+    epsilon: float = setting(0.2, "How far a ratio may move from 1 before it is clipped.", gt=0)
+    epsilon_high: float | None = setting(
+        None, "The same upwards; none: epsilon. For loss cispo the largest ratio itself, e.g. 5.", gt=0
+    )
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group",
+        "Divide advantages by the standard deviation of the rewards in the group or batch, or not at all.",
+    )
+    rewards: Annotated[dict[str, float], WithoutFalse] = setting(
+        {"correctness": 2.0},
+        "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or trl.NAME.",
+        min_length=1,
+    )
+    rewards_file: str | None = setting(
+        None,
+        "Python file with your own reward functions, with the signature that TRL expects.",
+        identity=False,
+    )
+    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", identity=False)
+    rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
+    dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
+    save_steps: int = setting(
+        5,
+        "Optimizer steps between checkpoints; a killed run continues from the last one.",
+        identity=False,
+        gt=0,
+    )
+    max_equal_steps: int = setting(
+        20,
+        "Stop after this many steps in a row in which all rewards of each group are equal.",
+        identity=False,
+        gt=0,
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> "RlSection":
+        if (self.prompts_per_step * self.group) % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratios(self) -> "RlSection":
+        if self.importance_sampling == "sequence" and self.loss != "grpo":
+            raise ValueError(
+                f"importance_sampling sequence goes with loss grpo; {self.loss} would weigh a completion by "
+                "its length"
+            )
+        if self.loss == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
+        if self.top_p < 1 and self.rollouts.engine != "transformers":
+            raise ValueError(
+                f"top_p {self.top_p} with rollouts by vLLM: its probabilities are of the cut distribution, "
+                "the trainer's of the whole one, and every ratio would be wrong; leave top_p at 1"
+            )
+        return self
+
+    @property
+    def replayed(self) -> int:
+        """System 1 prompts of a step."""
+        return round(self.system1_share * self.prompts_per_step)
+
+    @model_validator(mode="after")
+    def _replays(self) -> "RlSection":
+        if self.system1_share and self.data == "all":
+            raise ValueError("system1_share goes with data system2; data all draws from both systems")
+        if self.system1_share and not 0 < self.replayed < self.prompts_per_step:
+            raise ValueError(
+                f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is {self.replayed}; "
+                "a step needs at least one prompt of each system"
+            )
+        alone = self.rollouts.engine == "transformers" or (
+            self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel == 1
+        )
+        if self.resample and not alone:
+            raise ValueError("resample needs rollouts that each process samples for itself")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards(self, info: ValidationInfo) -> "RlSection":
+        if registries := known(info):
+            for name in self.rewards:
+                refuse(partial(registries["rewards"].check, name, self.rewards_file))
+        return self
