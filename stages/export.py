@@ -41,7 +41,7 @@ def write(
     model. evaluated: its evaluations, for the card and, of data sets on the hub, for `.eval_results/`.
     OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
     """
-    if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
+    if form == "merged" and config.baseline is not None and config.baseline.trains_prompt:
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )

@@ -106,7 +106,7 @@ class Config(Section):
         if self.baseline.method == "prefix_tuning" and checkpointing:
             raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
         harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
-        if self.baseline.method != "ia3" and harness and set(self.eval.targets) != {"base"}:
+        if self.baseline.trains_prompt and harness and set(self.eval.targets) != {"base"}:
             raise ValueError(
                 f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt"
             )

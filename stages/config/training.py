@@ -50,11 +50,20 @@ LAUNCH = "How many processes run the stage."
 
 
 class BaselineSection(Section):
-    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(..., "Method, by PEFT.")
-    virtual_tokens: int = setting(
-        20, "Length of the trained prompt or prefix, in tokens (not for ia3).", gt=0
+    method: Literal[
+        "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"
+    ] = setting(
+        ..., "Method, by PEFT. Those from dora on take lora.target_modules, and dora lora.alpha and rslora."
     )
+    virtual_tokens: int = setting(20, "Length of the trained prompt or prefix, in tokens.", gt=0)
     encoder_hidden: int | None = setting(None, "Width of p_tuning's encoder; none: that of the model.", gt=0)
+    rank: int | None = setting(
+        None, "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera.", gt=0
+    )
+
+    @property
+    def trains_prompt(self) -> bool:
+        return self.method in ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 class ScoreSection(Section):

@@ -1,4 +1,4 @@
-"""The other PEFT methods of the paper's comparison, as PEFT implements them.
+"""The other PEFT methods of the paper's comparison, and others that are compared with LoRA, by PEFT.
 
 They are trained whole: nothing is scored, masked or frozen in part.
 """
@@ -6,20 +6,25 @@ They are trained whole: nothing is scored, masked or frozen in part.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
     IA3Config,
+    LoraConfig,
+    MissConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
+    ShiraConfig,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import save_file
 
-from stages.config import BaselineSection
+from stages.config import BaselineSection, LoraSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora import adapter
 
@@ -35,11 +40,17 @@ continue from that.
 """
 
 
-def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: Path | None) -> PeftModel:
+VERA_RANK = 256
+"""That of its paper (arXiv 2310.11454): it trains two vectors for each module, whatever the rank."""
+
+
+def attach(
+    base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, folder: Path | None
+) -> PeftModel:
     """`base` with a new adapter drawn from the seed, or with the one that `save` wrote into `folder`."""
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, _config(baseline))
+        model = get_peft_model(base, _config(base, baseline, lora, seed))
     except ValueError as error:
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:
@@ -47,9 +58,11 @@ def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: 
     return model  # type: ignore[return-value]
 
 
-def _config(baseline: BaselineSection) -> PeftConfig:
+def _config(base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int) -> PeftConfig:
     if baseline.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
+    if not baseline.trains_prompt:
+        return _of_modules(baseline, adapter.with_targets(base, lora), seed)
     tokens = baseline.virtual_tokens
     if baseline.method == "p_tuning":
         # An encoder_hidden of None stands for the width of the model.
@@ -58,6 +71,21 @@ def _config(baseline: BaselineSection) -> PeftConfig:
         )  # type: ignore[arg-type]
     kind = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+
+
+def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int) -> PeftConfig:
+    common = {"task_type": "CAUSAL_LM", "target_modules": list(lora.target_modules)}
+    rank = baseline.rank or lora.r
+    if baseline.method == "dora":
+        alpha: Any = lora.alpha
+        return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=lora.rslora, use_dora=True, **common)
+    if baseline.method == "vera":
+        return VeraConfig(r=baseline.rank or VERA_RANK, projection_prng_key=seed, **common)
+    if baseline.method == "randlora":
+        return RandLoraConfig(r=rank, projection_prng_key=seed, **common)
+    if baseline.method == "shira":
+        return ShiraConfig(r=rank, random_seed=seed, **common)
+    return MissConfig(r=rank, **common)
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -13,7 +13,7 @@ from stages.models.base import load_adapted, load_base
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 
-METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"]
+METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
 COMMON = [
     "eval.targets=[base,sft,rl]",
     "baseline.virtual_tokens=4",
@@ -47,7 +47,8 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method):
     folder = make_step(config, "sft").path / "adapter"
     ids = torch.arange(5, 25)[None]
     assert config.baseline is not None
-    trained = baselines.attach(load_base(config.model), config.baseline, 0, folder).eval()
+    base = load_base(config.model)
+    trained = baselines.attach(base, config.baseline, config.lora, config.seed, folder).eval()
     plain = load_adapted(config.model, folder)
     base = load_base(config.model)
     wanted = trained(ids).logits[:, -20:]
