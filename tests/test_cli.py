@@ -49,7 +49,7 @@ def config(tiny, demo_data, tmp_path):
             "partition.strategy=best",
             78,
             "error: partition.strategy: unknown strategy 'best'; "
-            "choose from: all, complement, importance, random, random_within, swapped\n",
+            "choose from: all, complement, importance, random, random_half, random_within, swapped, topk\n",
         ),
         (
             "model.name=/nowhere/m",

@@ -79,6 +79,9 @@ class PartitionSection(Section):
     theta: float = setting(
         0.9, "Share of a system's total importance that its most important elements must reach.", gt=0, le=1
     )
+    density: float = setting(
+        0.5, "Share of all elements that strategies topk and random_half take.", gt=0, le=1
+    )
     alpha: float = setting(
         1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1
     )

@@ -144,6 +144,27 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
             sets[system] = torch.ones(len(values), dtype=torch.bool)
         else:
             sets[system] = top_set(values, theta * exact_total(values), "sum")
+    return _split(sets, scores, section)
+
+
+@strategies.add()
+def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """As `importance`, but a system's set is the `density` of all elements with its highest scores.
+
+    With scorer grad2 these are the sensitive elements of SPT (arXiv 2303.08566).
+    """
+    sets = {}
+    for system, values in scores.items():
+        check(values + 0.0, system)
+        number = Fraction(int(_fraction(section.density) * len(values)))
+        sets[system] = top_set(values + 0.0, number, "count")
+    return _split(sets, scores, section)
+
+
+def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: PartitionSection) -> Split:
+    """The regions of two systems' sets, and the active elements, with α and β of those that are shared."""
+    import torch
+
     region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
     shared = (region == SHARED).nonzero().flatten()
     active = {}
@@ -193,13 +214,36 @@ def _reordered(split: Split, order: Tensor) -> Split:
 
 
 @strategies.add("unscored")
+def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """A random `density` of all elements, half by default, is shared and trained in both stages; no scores.
+
+    Source: LoRA-SP, arXiv 2403.08822, which freezes a random half.
+    """
+    import torch
+
+    _whole(section)
+    total = len(scores[1])
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[order[: int(_fraction(section.density) * total)]] = True
+    return Split(SHARED * chosen.to(torch.uint8), {"sft": chosen, "rl": chosen.clone()})
+
+
+@strategies.add("unscored")
 def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Plain LoRA: every element is shared and trained in both stages; no scores are needed."""
     import torch
 
-    if section.alpha != 1 or section.beta != 1:
-        raise ConfigError(
-            f"strategy all trains everything, got alpha {section.alpha}, beta {section.beta}", "set both to 1"
-        )
+    _whole(section)
     every = torch.ones_like(scores[1], dtype=torch.bool)
     return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), {"sft": every, "rl": every.clone()})
+
+
+def _whole(section: PartitionSection) -> None:
+    """ConfigError unless all shared elements are trained: without scores none of them comes first."""
+    if section.alpha != 1 or section.beta != 1:
+        raise ConfigError(
+            f"strategy {section.strategy} trains all shared elements, got alpha {section.alpha}, "
+            f"beta {section.beta}",
+            "set both to 1",
+        )

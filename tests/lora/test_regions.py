@@ -138,9 +138,32 @@ def test_complement_trains_what_importance_leaves_frozen():
     assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 
+@settings(max_examples=100)
+@given(st.lists(st.tuples(tied, tied), min_size=2, max_size=60), st.sampled_from([0.25, 0.5, 0.9, 1]))
+def test_topk_takes_so_many_of_each_system(pairs, density):
+    one, two = (list(values) for values in zip(*pairs, strict=True))
+    one[0] = two[0] = 1.0  # an importance of nothing but zeros is refused
+    found = split(one, two, strategy="topk", density=density)
+    number = int(Fraction(str(density)) * len(pairs))
+    for bit, values in ((1, one), (2, two)):
+        order = sorted(range(len(values)), key=lambda i: (-values[i], i))[:number]
+        assert (found.region & bit).nonzero().flatten().tolist() == sorted(order)
+    assert torch.equal(found.active["sft"], (found.region & 1).bool())
+
+
+def test_random_half_needs_no_scores_and_trains_one_half_in_both_stages():
+    found = split([0.0] * 101, [0.0] * 101, strategy="random_half")
+    assert found.region.tolist().count(SHARED) == 50 and found.region.tolist().count(NONE) == 51
+    assert torch.equal(found.active["sft"], found.active["rl"]) and int(found.active["rl"].sum()) == 50
+    assert torch.equal(found.region, split([0.0] * 101, [0.0] * 101, strategy="random_half").region)
+    assert int(split([0.0] * 10, [0.0] * 10, strategy="random_half", density=0.1).active["sft"].sum()) == 1
+    with pytest.raises(ConfigError, match="strategy random_half trains all shared elements, got .* beta 0.5"):
+        split([1.0], [1.0], strategy="random_half", beta=0.5)
+
+
 def test_all_trains_everything_and_refuses_alpha():
     assert split([0.0, 0.0], [0.0, 0.0], strategy="all").active["rl"].all()
-    with pytest.raises(ConfigError, match="strategy all trains everything, got alpha 0.5"):
+    with pytest.raises(ConfigError, match="strategy all trains all shared elements, got alpha 0.5"):
         split([1.0], [1.0], strategy="all", alpha=0.5)
 
 
