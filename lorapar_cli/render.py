@@ -10,6 +10,7 @@ from typing import Any
 from lorapar_cli import labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
+from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.plan import Step
 from stages.pipeline.state import State, state
@@ -244,6 +245,8 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print(
             "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left"
         )
+        if any(row["target"] in REGIONS for rows in tables.values() for row in rows):
+            print("regions alone are tested against the model that they are of")
 
 
 def _cell(row: dict[str, Any] | None) -> str:

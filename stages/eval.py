@@ -1,10 +1,13 @@
-"""eval: one target (base, init, sft or rl) answers one benchmark; every answer is graded."""
+"""eval: one target (base, init, sft, rl or a region of it) answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from stages.benchmarks.grading import Context, Grade
 from stages.benchmarks.metrics import brief, measured
 from stages.benchmarks.replies import Recorded, Replies
 from stages.config import (
+    REGIONS,
     BenchmarkSection,
     EvalSection,
     ModelSection,
@@ -50,7 +54,38 @@ def run(
     killed run does not ask for it again, and neither does a run with other labels, another limit or another
     grader. Only `job.again` sets earlier answers aside.
     """
-    target, adapter, progress = job.variant.partition("@")[0], job.adapter("score", "sft", "rl"), job.progress
+    with _adapter(job) as adapter:
+        return _evaluated(job, adapter, model, prompt, eval, benchmark, server, sandbox)
+
+
+@contextmanager
+def _adapter(job: Job) -> Iterator[Path | None]:
+    """The folder of the target's adapter; that of a region is there for this evaluation only."""
+    target = job.variant.partition("@")[0]
+    if target not in REGIONS:
+        yield job.adapter("score", "sft", "rl")
+        return
+    from stages.lora import ablation
+    from stages.lora.masks import Masks
+
+    masks = Masks.load(job.inputs["partition"].path / "masks.safetensors", "rl")
+    with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as name:
+        ablation.write(target, job.inputs["rl"].adapter, job.inputs["score"].adapter, masks, Path(name))
+        yield Path(name)
+        job.engines.close()  # what it serves is gone
+
+
+def _evaluated(
+    job: Job,
+    adapter: Path | None,
+    model: ModelSection,
+    prompt: PromptSection,
+    eval: EvalSection,
+    benchmark: BenchmarkSection,
+    server: ServerSection,
+    sandbox: SandboxSection | None,
+) -> dict[str, Any]:
+    target, progress = job.variant.partition("@")[0], job.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
         found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)

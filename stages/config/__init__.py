@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationInfo, model_validator
 
+from stages.config.evaluation import REGIONS as REGIONS
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, known, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
@@ -96,8 +97,8 @@ class Config(Section):
         if self.baseline is None:
             return self
         here = f"baseline {self.baseline.method}"
-        if "init" in self.eval.targets:
-            raise ValueError(f"{here} has no scored initial adapter; take init out of eval.targets")
+        if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
+            raise ValueError(f"{here} has no scored initial adapter; take {scored[0]} out of eval.targets")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
             raise ValueError(f"vllm cannot serve {here}; use engine transformers")
         if self.sft.loraplus_ratio or self.rl.loraplus_ratio:

@@ -8,6 +8,8 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from stages.config.fields import LONGEST, Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
+REGIONS = ("s1_only", "s2_only", "shared")
+"""Targets that are one region of the trained adapter."""
 Benchmark = Annotated[str, named("benchmarks")]
 
 
@@ -51,8 +53,12 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl"]] = setting(
-        ["base", "sft", "rl"], "Which models to evaluate.", identity=False, min_length=1
+    targets: list[Literal["base", "init", "sft", "rl", "s1_only", "s2_only", "shared"]] = setting(
+        ["base", "sft", "rl"],
+        "Which models to evaluate. s1_only, s2_only, shared: RL's adapter with the elements of that region "
+        "alone, the others as they were initially.",
+        identity=False,
+        min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = setting(
         {}, "Benchmarks, each under a name of your choice.", identity=False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.benchmarks import benchmarks
-from stages.config import Config
+from stages.config import REGIONS, Config
 from stages.language import reward_functions
 from stages.lora.regions import strategies
 from stages.pipeline import identity
@@ -104,6 +104,8 @@ def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, A
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
+    if target in REGIONS:
+        return (*labels, "score", "partition:rl", "rl")
     return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
 
 
@@ -177,7 +179,7 @@ STAGES = {
         ),
         Stage(
             name="eval",
-            help="Grade base, init, sft or rl on the benchmarks.",
+            help="Grade base, init, sft, rl or one region of it on the benchmarks.",
             needs=_eval_needs,
             sections=_eval_sections,
             outside=_eval_outside,

@@ -5,6 +5,7 @@ from typing import Any
 
 from stages.benchmarks.metrics import figures, graded, shares
 from stages.benchmarks.statistics import paired_p
+from stages.config import REGIONS
 from stages.pipeline.plan import Step
 from stages.pipeline.state import state
 from stages.records import OUTCOMES, Sample, read_samples
@@ -31,7 +32,10 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
 
 
 def compared(found: Answers) -> Iterator[dict[str, Any]]:
-    """Accuracies with intervals; p-values against the target before where both were asked the same items."""
+    """Accuracies with intervals; p-values where both were asked the same items.
+
+    They are against the target before, and those of regions against the model that they are regions of.
+    """
     groups = sorted(
         {name for target in found.values() for name in target}, key=lambda name: (name != "all", name)
     )
@@ -54,7 +58,7 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 "against": against,
                 "p": _p(found[against].get(group, []), answers[group]) if against else None,
             }
-        against = target
+        against = against if target in REGIONS else target
 
 
 def _p(before: list[Sample], after: list[Sample]) -> float | None:

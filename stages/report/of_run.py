@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.config import Config
+from stages.config import REGIONS, Config
 from stages.config.fields import Section as Settings
 from stages.lora import curves
 from stages.pipeline.plan import Step
@@ -62,7 +62,9 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """For each benchmark what the last training stage brought, with its test."""
     said = []
     for name, rows in tables.items():
-        whole = [row for row in rows if row["group"] == "all" and row["accuracy"] is not None]
+        whole = [
+            row for row in rows if row["group"] == "all" and row["target"] not in REGIONS and _graded(row)
+        ]
         if len(whole) < 2:
             continue
         last, before = whole[-1], whole[-2]
@@ -86,6 +88,8 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
             number = max(row["n"] for row in rows if row["group"] == group)
             lines.append([group, str(number), *(_cell(by.get((group, target))) for target in targets)])
         caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left."
+        if set(targets) & set(REGIONS):
+            caption += " Regions alone are tested against the model that they are of."
         parts.append(Grid([name, "n", *targets], lines, caption))
         series = {
             target: {
@@ -119,7 +123,7 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
     """Items that the last two targets of a benchmark answered unlike."""
     parts: list[Part] = []
     for name, rows in tables.items():
-        targets = list(dict.fromkeys(row["target"] for row in rows))[-2:]
+        targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in REGIONS][-2:]
         if len(targets) < 2:
             continue
         before, after = (_first(found[f"eval:{target}@{name}"]) for target in targets)

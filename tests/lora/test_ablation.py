@@ -1,0 +1,66 @@
+"""A region alone: its elements are RL's, all others those that training began with."""
+
+import pytest
+import torch
+from conftest import ROOT, make_steps
+from safetensors.torch import save_file
+
+from stages.errors import ArtifactError, ConfigError
+from stages.lora import ablation, adapter
+from stages.lora.masks import Masks
+from stages.lora.regions import NONE
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
+
+RL = ["rl.max_steps=1", "sft.lr=0.1", "eval.benchmarks.demo.limit=4"]
+TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
+
+
+@pytest.mark.parametrize("init", ["lora.init=normal", "lora.init=pissa"])
+def test_each_region_alone(begun, tmp_path, init):
+    steps = make_steps(begun(*RL, init), "score", "partition", "sft", "rl")
+    made = {name: artifact for name, (artifact, _) in steps.items()}
+    masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
+    start, trained = adapter.read(made["score"].adapter), adapter.read(made["rl"].adapter)
+    moved = 0
+    for target, region in ablation.KEPT.items():
+        ablation.write(target, made["rl"].adapter, made["score"].adapter, masks, tmp_path / target)
+        for name, weight in adapter.read(tmp_path / target).items():
+            here = adapter.full_mask(name, masks.region[name] == region, weight)
+            assert torch.equal(weight[here], trained[name][here])
+            assert torch.equal(weight[~here], start[name][~here])
+            moved += int((weight != start[name]).sum())
+    assert moved == sum(int((trained[name] != start[name]).sum()) for name in start) > 0
+    assert any(bool((region == NONE).any()) for region in masks.region.values())
+
+
+def test_what_does_not_fit_is_refused(begun, tmp_path):
+    made = {name: one for name, (one, _) in make_steps(begun(*RL), "score", "partition", "sft").items()}
+    masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
+    (tmp_path / "other").mkdir()
+    save_file({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other" / adapter.ADAPTER)
+    with pytest.raises(ArtifactError, match="are not of one adapter"):
+        ablation.write("shared", tmp_path / "other", made["score"].adapter, masks, tmp_path / "out")
+
+
+def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begun, lorapar, tmp_path):
+    settings = [*begun.home, *RL, TARGETS]
+    config = begun(*RL, TARGETS)
+    make_steps(config, "classify:demo", "sft", "rl", "eval")
+    steps = plan(resolved(config))
+    assert list(steps["eval:shared@demo"].inputs) == ["classify:demo", "score", "partition:rl", "rl"]
+    sets = [part for text in settings for part in ("--set", text)]
+    done = lorapar("show", ROOT / "configs/smoke.yaml", *sets)
+    assert done.code == 0 and "regions alone are tested against the model that they are of" in done.out
+    shown = next(line for line in done.out.splitlines() if line.startswith("demo"))
+    assert shown.split() == ["demo", "n", "rl", "s1_only", "s2_only", "shared"]
+
+
+def test_a_baseline_has_no_regions(begun):
+    with pytest.raises(ConfigError, match="no scored initial adapter; take shared out of eval.targets"):
+        begun("baseline.method=ia3", "eval.targets=[rl, shared]")
+
+
+def test_unknown_targets_are_refused(begun):
+    with pytest.raises(ConfigError, match="eval.targets"):
+        begun("eval.targets=[s3_only]")
