@@ -11,6 +11,7 @@ from lorapar_cli import render
 from lorapar_cli.tables import show, table
 from stages.config import DataSection, ModelSection
 from stages.errors import LoraparError, OutputError
+from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def init(
     ]
     path.write_text(draft.document(chosen, head, undecided), encoding="utf-8")
     try:
-        resolved(load(path, []))
+        plan(resolved(load(path, [])))
     except LoraparError:
         path.unlink()
         raise

@@ -75,9 +75,10 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     text = (tmp_path / "v/README.md").read_text(encoding="utf-8")
     served = f"vllm serve {config.model.name} --enable-lora --lora-modules fast=fast slow=slow"
     assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
-    assert f"System message of slow: {config.prompt.system}" in text and "| fast | answers as" in text
+    asked = f"`/v1/chat/completions`, system message: {config.prompt.system}"
+    assert f"- `fast`: {asked}" in text and f"- `slow`: {asked}" in text and "| fast | answers as" in text
     ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
-    with pytest.raises(ConfigError, match="--views are two LoRA adapters, and ia3 is none"):
+    with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

@@ -1,6 +1,7 @@
 """`lorapar init`: rows and a model in, a config that fits them out, and no guess that is not printed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,15 +101,42 @@ def test_labels_of_the_rows_are_taken(written):
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
 
 
-def test_test_rows_get_the_benchmark_that_reads_them(written, tmp_path):
-    mine, gsm = tmp_path / "train.jsonl", tmp_path / "gsm.jsonl"
-    mine.write_text('{"prompt": "Which?", "answer": "B"}', encoding="utf-8")
-    gsm.write_text(json.dumps(rows(1)[0]), encoding="utf-8")
-    found, said = written(rows(300), "--test", str(mine), "--test", str(gsm))
-    assert {name: part["kind"] for name, part in found["eval"]["benchmarks"].items()} == {
-        "jsonl-1": "jsonl", "gsm": "gsm8k",
+def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(written, tmp_path):
+    question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
+    files = {
+        "train.jsonl": {"prompt": "Which?", "answer": "B"},
+        "2024.jsonl": rows(1)[0],
+        "on.jsonl": question,
+        "a/on.jsonl": {"prompt": "Which?", "answer": "B"},
+    }
+    (tmp_path / "a").mkdir()
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+    found, said = written(rows(300), *(part for name in files for part in ("--test", str(tmp_path / name))))
+    made = found["eval"]["benchmarks"]
+    assert {name: part["kind"] for name, part in made.items()} == {
+        "jsonl": "jsonl", "2024": "gsm8k", "on": "mmlu", "jsonl-1": "jsonl",
     }  # fmt: skip
+    assert made["on"]["shots"] == 0 and "max_new_tokens" not in made["on"]
+    assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion"]
     assert "which rows measure success" not in said
+
+
+def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}",
+        encoding="utf-8",
+    )
+    found, said = written(rows(300), model=folder)
+    assert "prompt" not in found and "its chat template takes no system message" in said
+
+
+def test_one_row_that_looks_verifiable_changes_no_system_message(written):
+    plain = [{"instruction": f"Say {i}.", "output": f"Well, {i}."} for i in range(40)]
+    found, _ = written([*plain, {"instruction": "Write.", "output": "Text\n#### 3. Final thoughts"}])
+    assert "prompt" not in found and found["rl"]["rewards"] == {"text_overlap": 1.0}
 
 
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):
@@ -129,6 +157,7 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     assert found["lora"]["target_modules"] == "all-linear"
     assert "(dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
+    assert found["rl"]["max_prompt"] + found["rl"]["max_completion"] <= 64
 
 
 def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monkeypatch):

@@ -139,10 +139,12 @@ class RlSection(TrainSection):
             )
         if self.loss == "cispo" and self.epsilon_high is None:
             raise ValueError("loss cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
-        if self.top_p < 1 and self.rollouts.engine != "transformers":
+        by_vllm = self.rollouts.engine != "transformers"
+        if (self.top_p < 1 or self.top_k) and by_vllm and self.rollouts.correction != "none":
             raise ValueError(
-                f"top_p {self.top_p} with rollouts by vLLM: its probabilities are of the cut distribution, "
-                "the trainer's of the whole one, and every ratio would be wrong; leave top_p at 1"
+                f"top_p {self.top_p} and top_k {self.top_k} with rollouts by vLLM: its probabilities are of "
+                "the cut distribution, the trainer's of the whole one, and rollouts.correction would compare "
+                "them; leave them at 1 and 0, or set correction: none"
             )
         return self
 

@@ -20,7 +20,7 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
 from stages.engines.guard import guarded
 from stages.engines.openai import Client
-from stages.errors import BusyError, ServerError
+from stages.errors import BusyError, ConfigError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import resolve, warn_if_slow
 
@@ -73,11 +73,16 @@ def open_modules(
 
 
 def lora_flags(modules: dict[str, Path]) -> list[str]:
-    """vLLM's arguments to serve these adapters, all at once, each as a model of that name."""
+    """vLLM's arguments to serve these adapters, all at once, each as a model of that name.
+
+    ConfigError if a rank is larger than vLLM serves.
+    """
     sizes = [
         json.loads((m / "adapter_config.json").read_text(encoding="utf-8"))["r"] for m in modules.values()
     ]
-    rank = next(size for size in RANKS if size >= max(sizes))
+    rank = next((size for size in RANKS if size >= max(sizes)), None)
+    if rank is None:
+        raise ConfigError(f"an adapter has rank {max(sizes)}, and vLLM serves at most {RANKS[-1]}")
     named = [f"{name}={folder}" for name, folder in modules.items()]
     loaded = ["--max-loras", str(len(modules)), "--max-lora-rank", str(rank)]
     return ["--enable-lora", "--lora-modules", *named, *loaded]

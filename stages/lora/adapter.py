@@ -35,6 +35,10 @@ def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
     ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists.
     """
     linear = linear_modules(base)
+    if not linear:
+        raise ConfigError(
+            f"{type(base).__name__} has no linear modules but its head: no adapter can be put anywhere"
+        )
     if lora.target_modules == [ALL_LINEAR]:
         return lora.model_copy(update={"target_modules": sorted(linear)})
     missing = [name for name in lora.target_modules if name not in linear]

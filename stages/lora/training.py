@@ -202,7 +202,7 @@ def train(
     resumed = checkpoints.newest()
     if resumed:
         log.info("resuming from %s", resumed.name)
-    dog = Watchdog(checkpoints.folder)
+    dog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
     trainer.add_callback(dog)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

@@ -1,7 +1,8 @@
-"""Ends a training run whose step does not end, and says where it stands and which process is missing.
+"""Ends a training run whose step does not end, and says where its processes stand.
 
-A process that waits for the others in a collective is inside torch.distributed; one that is not is the one
-they wait for.
+One that is seen to wait, in a collective or in DDP's backward pass, waits for those that are elsewhere. With
+NCCL a process may wait in any call that needs a result: then all stacks are shown, and none is named. A call
+that never gives up the interpreter's lock is not noticed.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from stages.errors import BusyError
 log = logging.getLogger(__name__)
 
 FACTOR = 20
-"""A step that takes so many times the median step has hung."""
+"""A step that takes so many times the median step, and LONGEST times the longest one, has hung."""
+LONGEST = 3
 LEAST_S = 300.0
 """No step that is shorter has hung: a checkpoint may be written, or others may use the machine."""
 KNOWN = 3
-"""Steps that a median is taken of at least."""
+"""Steps that are needed to know how long one takes; of GRPO, those in which completions are sampled."""
+WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py")
+"""Files in which a process waits for the others, the last in its backward pass."""
 TICK_S = 1.0
-SETTLE_S = 5.0
+SETTLE_S = 15.0
 """The time in which all processes say where they stand."""
 SHOWN = 12
 """Innermost calls that are shown of each process."""
 
 
 class Watchdog(TrainerCallback):
-    def __init__(self, folder: Path) -> None:
-        """folder: one that all processes of the run have in common."""
-        self._folder = folder
+    def __init__(self, folder: Path, passes: int = 1) -> None:
+        """folder: one that all processes of the run have in common. passes: steps of which one samples."""
+        self._folder, self._known = folder, KNOWN * passes
         self._main = threading.get_ident()
         self._steps: list[float] = []
         self._step = 0
@@ -67,16 +71,16 @@ class Watchdog(TrainerCallback):
         # Ticks are counted, and not the clock: a process that was stopped for a while has not hung.
         while not self._stopped.wait(TICK_S):
             self._ticks += 1
-            if len(self._steps) < KNOWN:
+            if len(self._steps) < self._known:
                 continue
-            limit = max(LEAST_S, FACTOR * median(self._steps))
+            limit = max(LEAST_S, FACTOR * median(self._steps), LONGEST * max(self._steps))
             if self._ticks * TICK_S > limit:
                 self._end(limit)
 
     def _end(self, limit: float) -> None:
         """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
-        waits = any("torch/distributed/" in frame.filename for frame in stack)
+        waits = any(part in frame.filename for frame in stack for part in WAITING)
         place = self._folder / f"stuck-{team.rank()}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(waits), encoding="utf-8")
@@ -95,17 +99,16 @@ class Watchdog(TrainerCallback):
         os._exit(error.exit_code)
 
     def _missing(self) -> str:
-        """The processes that the others wait for: those that say nothing, or are in no collective."""
-        if team.size() == 1:
-            return ""
-        found = []
-        for rank in range(team.size()):
+        """The processes that others are seen to wait for, or that say nothing."""
+        waiting: list[str] = []
+        working: list[str] = []
+        silent: list[str] = []
+        for rank in range(team.size() if team.size() > 1 else 0):
             try:
                 waits = json.loads((self._folder / f"stuck-{rank}.json").read_text(encoding="utf-8"))
+                (waiting if waits else working).append(str(rank))
             except (OSError, ValueError):
-                waits = False
-            if not waits:
-                found.append(str(rank))
-        if not found:
-            return ": all processes wait for one another"
-        return f": the others wait for process {', '.join(found)}"
+                silent.append(str(rank))
+        if waiting and working:
+            return f": process {', '.join(waiting)} waits for process {', '.join(working)}"
+        return f": process {', '.join(silent)} says nothing" if silent else ""

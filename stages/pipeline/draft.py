@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from stages.benchmarks import benchmarks
 from stages.config import Config, LoraSection
 from stages.config.sources import ALL_LINEAR
 from stages.pipeline.survey import Lengths, Survey
@@ -69,6 +70,11 @@ def undecided(found: Survey, tests: dict[str, str]) -> list[str]:
         open_.append(
             "no row has a verifiable answer: RL rewards the overlap of words with the response, which is weak"
         )
+    if found.refuses_system:
+        open_.append(
+            "how the model is told to end in `#### answer`: its chat template takes no system message, and "
+            "SFT alone teaches it"
+        )
     if not tests:
         open_.append("which rows measure success: lorapar init … --test FILE")
     if not found.labelled:
@@ -96,13 +102,17 @@ def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
     for name, part in tree.items():
         if isinstance(part, Choice):
-            value = yaml.safe_dump(
-                part.value, default_flow_style=True, allow_unicode=True, width=10**6
-            ).removesuffix("...\n")
-            yield f"{indent}{name}: {value.strip()}" + (f" # {part.why}" if part.why else "")
+            value = _plain(part.value)
+            yield f"{indent}{_plain(name)}: {value}" + (f" # {part.why}" if part.why else "")
         else:
-            yield f"{indent}{name}:"
+            yield f"{indent}{_plain(name)}:"
             yield from _lines(part, indent + "  ")
+
+
+def _plain(value: Any) -> str:
+    """A value, or a name that would be read as another kind of value, as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
 
 
 def _lengths(found: Survey) -> list[Choice]:
@@ -131,6 +141,10 @@ def _rl(found: Survey) -> list[Choice]:
     prompt, why = _limit(found.prompt, found.positions)
     response, of_response = _limit(found.response, found.positions)
     completion = -(-round(response * ROOM) // STEP) * STEP
+    if found.positions is not None and prompt + completion > found.positions:
+        completion = max(found.positions - prompt, found.positions // 4)
+        prompt = found.positions - completion
+        of_response = f"{of_response}, and with its prompt the model reads {found.positions}"
     chosen = []
     fewest = int(len(found.rows.examples) / 2 / GROUPS)
     if fewest < defaults.prompts_per_step:
@@ -161,13 +175,19 @@ def _reward(found: Survey) -> tuple[dict[str, float], str]:
 
 def _eval(found: Survey, tests: dict[str, str]) -> list[Choice]:
     chosen: list[Choice] = []
-    for number, (path, kind) in enumerate(tests.items(), 1):
+    names: set[str] = set()
+    for path, kind in tests.items():
         word = _word(path).strip("-_")
-        unique = word not in ("", "train") and sum(_word(other) == _word(path) for other in tests) == 1
-        name = f"eval.benchmarks.{word if unique else f'{kind}-{number}'}"
+        tried = [word if word not in ("", "train") else kind]
+        tried += [f"{kind}-{number}" for number in range(1, len(tests) + 2)]
+        names.add(unique := next(name for name in tried if name not in names))
+        name = f"eval.benchmarks.{unique}"
         chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]
-        longest = next(c.value for c in _rl(found) if c.name == "rl.max_completion")
-        if kind != "mmlu":  # its answers are one letter
+        defaults = benchmarks.pick(kind).DEFAULTS
+        if defaults.get("shots"):
+            chosen.append(Choice(f"{name}.shots", 0, "no rows for worked examples are named"))
+        if "max_new_tokens" not in defaults:
+            longest = next(c.value for c in _rl(found) if c.name == "rl.max_completion")
             chosen.append(Choice(f"{name}.max_new_tokens", longest, "as many as in RL"))
     return chosen
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
-from stages.errors import DataError
+from stages.errors import ConfigError, DataError
 from stages.language.answers import letter, number
 from stages.language.prompts import IGNORED, Renderer
 from stages.models.reading import reading
@@ -57,6 +57,8 @@ class Survey:
     """The first row as the model sees it: the prompt, and what is trained."""
     section: PromptSection
     """How the rows were rendered."""
+    refuses_system: bool
+    """Whether the chat template takes no system message."""
     positions: int | None
     """Tokens that the model can read, if its config says."""
     linear: set[str]
@@ -72,9 +74,16 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
     kinds = Counter(_kind(example) for example in found.examples)
     section = PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
-        system=ASKS if set(kinds) & {"number", "letter"} else None,
+        system=ASKS if set(kinds) <= {"number", "letter", "text"} else None,
     )
-    renderer = Renderer(tokenizer, section)
+    refuses = False
+    try:
+        renderer = Renderer(tokenizer, section)
+    except ConfigError:
+        if section.system is None:
+            raise
+        refuses, section = True, section.model_copy(update={"system": None})
+        renderer = Renderer(tokenizer, section)
     rows = [renderer.row(example) for example in found.examples]
     asked = [sum(label == IGNORED for label in row.labels) for row in rows]
     first = rows[0].input_ids
@@ -90,6 +99,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
         section=section,
+        refuses_system=refuses,
         positions=positions,
         linear=linear,
     )

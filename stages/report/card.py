@@ -67,22 +67,19 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
 
     folder: where they are now, below their names.
     """
-    provenance = views["fast"].manifest["provenance"]
-    base, prompt = provenance["config"]["model"]["name"], provenance["config"]["prompt"]
+    config = views["fast"].manifest["provenance"]["config"]
+    base, revision = config["model"]["name"], config["model"]["revision"]
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
+    pinned = "" if revision == "main" else f" --revision {revision}"
     made = "\n".join(
         f"| {view} | {what} | `{views[view].manifest['key']}` | "
         f"{views[view].manifest['summary']['active_share']:.1%} |"
         for view, what in (
-            ("fast", "answers as the System 1 rows do: SFT"),
-            ("slow", "works it out: GRPO on System 2 rows, from there"),
+            ("fast", "answers as System 1 rows do: SFT"),
+            ("slow", "works it out: GRPO on System 2 rows"),
         )
     )
-    messages = {
-        view: prompt["by_system"].get(system, prompt["system"])
-        for view, system in (("fast", "1"), ("slow", "2"))
-    }
-    asks = "".join(f"\nSystem message of {view}: {text}\n" for view, text in messages.items() if text)
+    asked = "\n".join(_asked(view, config, stage, system) for view, stage, system in MODES)
     return f"""---
 base_model: {base}
 library_name: peft
@@ -91,23 +88,37 @@ tags: [lorapar, lora]
 
 # {base.rstrip("/").split("/")[-1]}, fast and slow
 
-Two modes of one model, made by lorapar (arXiv 2507.20999). One server has both beside the base model, and a
-request chooses by `model`:
+Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started in this folder, has both
+beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
 ```
-vllm serve {base} {flags}
-curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"model": "slow", "messages": [{{"role": "user", "content": "…"}}]}}'
+vllm serve {base}{pinned} {flags}
 ```
+
+{asked}
 
 On CPU, do not ask for the base model while an adapter answers: vLLM 0.31 then gives it the adapter, too (its
 pull request 48421).
-{asks}
+
 | mode | | artifact | elements trained |
 |---|---|---|---|
 {made}
 
 {_results(evaluated)}"""
+
+
+MODES = (("fast", "sft", "1"), ("slow", "rl", "2"))
+"""Each view with the stage that made it and the system whose rows it learned from."""
+
+
+def _asked(view: str, config: dict[str, Any], stage: str, system: str) -> str:
+    """How a view was asked while it was trained."""
+    prompt = config[stage]["prompt"] or config["prompt"]
+    message = prompt["by_system"].get(system, prompt["system"])
+    told = f", system message: {message}" if message else ""
+    if prompt["template"] == "chat":
+        return f"- `{view}`: `/v1/chat/completions`{told}"
+    return f"- `{view}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{told}"
 
 
 def _results(evaluated: Sequence[Artifact]) -> str:

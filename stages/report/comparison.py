@@ -34,13 +34,14 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
 def compared(found: Answers) -> Iterator[dict[str, Any]]:
     """Accuracies with intervals; p-values where both were asked the same items.
 
-    They are against the target before, and those of regions against the model that they are regions of.
+    They are against the target before, and those of regions against rl, of which they are regions.
     """
     groups = sorted(
         {name for target in found.values() for name in target}, key=lambda name: (name != "all", name)
     )
-    against: str | None = None
+    before: str | None = None
     for target, answers in found.items():
+        against = before if target not in REGIONS else "rl" if "rl" in found else None
         for group in groups:
             if group not in answers:
                 continue
@@ -58,7 +59,7 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 "against": against,
                 "p": _p(found[against].get(group, []), answers[group]) if against else None,
             }
-        against = against if target in REGIONS else target
+        before = before if target in REGIONS else target
 
 
 def _p(before: list[Sample], after: list[Sample]) -> float | None:

@@ -11,6 +11,8 @@ from stages.lora.masks import Masks
 from stages.lora.regions import NONE
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
+from stages.records import Sample
+from stages.report.comparison import compared
 
 RL = ["rl.max_steps=1", "sft.lr=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
@@ -54,6 +56,16 @@ def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begu
     assert done.code == 0 and "regions alone are tested against the model that they are of" in done.out
     shown = next(line for line in done.out.splitlines() if line.startswith("demo"))
     assert shown.split() == ["demo", "n", "rl", "s1_only", "s2_only", "shared"]
+
+
+def test_regions_are_tested_against_rl_wherever_it_is_listed():
+    def sample(correct: bool) -> Sample:
+        return Sample("a", 0, None, "", "", "", "", "", correct, correct, "correct" if correct else "wrong")
+
+    found = {name: {"all": [sample(True)]} for name in ("shared", "sft", "s1_only", "rl")}
+    assert {row["target"]: row["against"] for row in compared(found)} == {
+        "shared": "rl", "sft": None, "s1_only": "rl", "rl": "sft",
+    }  # fmt: skip
 
 
 def test_a_baseline_has_no_regions(begun):

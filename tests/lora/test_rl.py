@@ -65,10 +65,8 @@ def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
     [
         (["rl.importance_sampling=sequence"], "dapo would weigh a completion by its length"),
         (["rl.loss=cispo"], "loss cispo clips the ratio itself, at epsilon_high; set it"),
-        (
-            ["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"],
-            "every ratio would be wrong; leave top_p at 1",
-        ),
+        (["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
+        (["rl.top_k=20", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
     ],
 )
 def test_losses_that_would_be_wrong_are_refused(ready, how, told):

@@ -85,4 +85,4 @@ def test_of_several_processes_the_missing_one_is_named(tmp_path):
     assert "process 1 stands here" in said[1] and "in a_reward_that_hangs" in said[1]
     assert "in all_reduce" in said[0] and "in a_reward_that_hangs" not in said[0]
     text = (tmp_path / "failure.json").read_text(encoding="utf-8")
-    assert "step 6 has taken 1 s" in text and ": the others wait for process 1" in text
+    assert "step 6 has taken 1 s" in text and ": process 0, 2 waits for process 1" in text

@@ -63,6 +63,7 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             tally.lost.append(f"{title}: then code {ended.returncode}: {ended.stderr[-300:]}")
 
 
+SERVER = "vllm.entrypoints.openai.api_server"
 WAYS = [(who, number) for who in ("run", "stage", "group") for number in SIGNALS]
 WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper", "guard and keeper")]
 
@@ -71,18 +72,23 @@ WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper", "guard and keeper"
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
     """A vLLM server, starting or answering, ends with the run, with its stage, and without its guards."""
-    file = tmp_path / "config.json"
-    config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, tmp_path), "data.limit=24"])
-    tree = config.model_dump(mode="json")
-    tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
-    file.write_text(json.dumps(tree), encoding="utf-8")
-    command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
-    for who, number in WAYS if FULL else tally.random.sample(WAYS, 1):
+    for at, (who, number) in enumerate(WAYS if FULL else tally.random.sample(WAYS, 1)):
         tally.tried += 1
+        folder = tmp_path / str(at)  # else its votes would be there, and no server needed
+        folder.mkdir()
+        config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=360"])
+        tree = config.model_dump(mode="json")
+        tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
+        file = folder / "config.json"
+        file.write_text(json.dumps(tree), encoding="utf-8")
+        command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while not servers() and child.poll() is None:
-            time.sleep(0.1)
-        time.sleep(tally.random.uniform(0, 20))
+        answering = tally.random.random() < 0.5
+        for line in child.stderr:
+            if ("server ready" if answering else "starting a vLLM server") in line:
+                break
+        time.sleep(tally.random.uniform(0.3, 1 if answering else 15))
+        assert servers(), f"{who}, {number.name}: no server to be ended"
         _send(child, who, number)
         try:
             child.communicate(timeout=60)
@@ -105,15 +111,11 @@ def _send(run: subprocess.Popen, who: str, number: signal.Signals) -> None:
         return
     table = [line.split(None, 2) for line in _ps("pid,ppid,args")]
     parents = {int(pid): int(parent) for pid, parent, _ in table}
-    of_server = next(
-        (int(pid) for pid, _, args in table if "-m vllm.entrypoints" in args and "guard.py" not in args), 0
-    )
-    keeper = parents.get(of_server, 0)
-    guard = parents.get(keeper, 0)
-    chosen = {"stage": [parents.get(guard, 0)], "guard": [guard], "keeper": [keeper]}
-    for pid in chosen.get(who, [keeper, guard]):
-        if pid > 1:  # else it has ended by itself
-            os.kill(pid, number)
+    server = next(int(pid) for pid, _, args in table if args.split()[1:3] == ["-m", SERVER])
+    keeper = parents[server]
+    guard = parents[keeper]
+    for pid in {"stage": [parents[guard]], "guard": [guard], "keeper": [keeper]}.get(who, [keeper, guard]):
+        os.kill(pid, number)
 
 
 def _ps(columns: str) -> list[str]:
