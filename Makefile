@@ -61,7 +61,7 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 test: $(READY) ## Run the tests (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"
 
-torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thousand (about an hour; LORAPAR_SEED repeats)
+torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thousand (hours; LORAPAR_SEED repeats)
 	LORAPAR_TORTURE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/torture tests/sandbox/test_hostile.py
 
 check: $(READY) ## Lint, format, types, sizes
