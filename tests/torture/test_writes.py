@@ -114,12 +114,13 @@ def test_kills_before_each_write(pipeline, tally):
         again(pipeline, tally, stage, f"{stage}, killed at write {at}")
 
 
-@pytest.mark.parametrize(
-    ("error", "at_most"), [("ENOSPC", None), ("EACCES", None), ("EIO", 40), ("EMFILE", 40)]
-)
-def test_errors_from_each_write_on(pipeline, tally, error, at_most):
+AT_MOST = {"ENOSPC": None, "EACCES": None, "EIO": 40, "EMFILE": 40}
+
+
+@pytest.mark.parametrize("error", AT_MOST)
+def test_errors_from_each_write_on(pipeline, tally, error):
     number = getattr(errno, error)
-    for stage, at in points(pipeline, tally, at_most):
+    for stage, at in points(pipeline, tally, AT_MOST[error]):
         pipeline.back_to(stage)
         tally.tried += 1
         title = f"{stage}, {error} from write {at} on"
