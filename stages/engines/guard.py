@@ -3,8 +3,8 @@
 Used as `python guard.py COMMAND…` with a pipe as standard input, which closes when the starter ends or closes
 it. Two processes stand by the command. The guard leads a session of its own, so that signals to the starter's
 process group or terminal do not reach it. The keeper leads the session of the command: if the guard is
-killed, the keeper ends the command, and if the keeper is killed, the guard does. If both are, the kernel
-does.
+killed, the keeper ends the command, and if the keeper is killed, the guard does. If both are at once, the
+kernel ends the command, and what the command has started may live on.
 It imports nothing of lorapar, so that it starts at once.
 """
 
