@@ -44,7 +44,7 @@ def export(
 
     settings, steps = plan_of(config, set_)
     _refuse(target, merged, base_dtype, views)
-    targets = list(exporting.VIEWS.values()) if views else [target]
+    targets = [view.stage for view in exporting.VIEWS.values()] if views else [target]
     if not set(targets) <= set(steps):
         raise no_path()
     store = Store(settings.root)
@@ -55,7 +55,9 @@ def export(
     rows: Iterable[dict[str, Any]]
     if views:
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
-        render.say(f"{folder}: {', '.join(f'{view} ({name})' for view, name in exporting.VIEWS.items())}")
+        render.say(
+            f"{folder}: {', '.join(f'{name} ({view.stage})' for name, view in exporting.VIEWS.items())}"
+        )
         rows = exporting.check_views(trained, settings, folder, prompts, render.say) if prompts else ()
     else:
         form: Form = "merged" if merged else "adapter"

@@ -15,6 +15,7 @@ from stages.data.rows import read
 from stages.engines import Answer, Pool, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import save_merged
+from stages.report.card import VIEWS as VIEWS
 from stages.report.card import Form, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 LONGEST = 32
 """How many tokens of each answer a check generates."""
-VIEWS = {"fast": "sft", "slow": "rl"}
-"""The two modes of one adapter, and the stage whose adapter each of them is."""
 
 
 def write(
@@ -69,10 +68,11 @@ def write_views(
         what = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
         raise ConfigError(f"--views are served by vLLM, which cannot serve {what}")
     with _building(out) as partial:
-        for view, stage in VIEWS.items():
-            (partial / view).mkdir()
-            _fill(partial / view, trained[stage], config, "adapter", base_dtype)
-        text = card_of_views({view: trained[stage] for view, stage in VIEWS.items()}, partial, evaluated)
+        views = {name: trained[view.stage] for name, view in VIEWS.items()}
+        for name, artifact in views.items():
+            (partial / name).mkdir()
+            _fill(partial / name, artifact, config, "adapter", base_dtype)
+        text = card_of_views(views, partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -178,7 +178,7 @@ def check_views(
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
     questions = [Question(one.ids) for one in asked]
     with (
-        open_modules(config.model, {view: out / view for view in VIEWS}, config.server, say) as clients,
+        open_modules(config.model, {name: out / name for name in VIEWS}, config.server, say) as clients,
         ThreadPoolExecutor(len(VIEWS)) as threads,
     ):
 
@@ -190,14 +190,14 @@ def check_views(
         made |= zip(VIEWS, threads.map(answers, VIEWS), strict=True)
     hint = f"do not serve {out}: remove it and export again"
     others = {"fast": config.model.name, "slow": "fast"}
-    for view, stage in VIEWS.items():
-        found = _compared(asked, made[view], config.model, trained[stage], renderer, hint, say)
-        if all(made[view][i].ids == made[others[view]][i].ids for i in range(len(asked))):
-            told = f"all {len(asked)} answers of {view} are those of {others[view]}"
+    for name, view in VIEWS.items():
+        found = _compared(asked, made[name], config.model, trained[view.stage], renderer, hint, say)
+        if all(made[name][i].ids == made[others[name]][i].ids for i in range(len(asked))):
+            told = f"all {len(asked)} answers of {name} are those of {others[name]}"
             if found["worst_gap"] > 0:  # the adapter itself would have answered otherwise
                 raise AnswerError(told, hint)
             say(f"warning: {told}, and its adapter's own: check more prompts to tell them apart")
-        yield {"engine": f"vllm, {view}", **found}
+        yield {"engine": f"vllm, {name}", **found}
 
 
 def _asked(config: Config, prompts: int) -> tuple[Renderer, list[Asked]]:

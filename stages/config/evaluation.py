@@ -1,14 +1,15 @@
 """Benchmarks and the sandbox."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from stages.config.fields import LONGEST, Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
-REGIONS = ("s1_only", "s2_only", "shared")
+Region = Literal["s1_only", "s2_only", "shared"]
+REGIONS = get_args(Region)
 """Targets that are one region of the trained adapter."""
 Benchmark = Annotated[str, named("benchmarks")]
 
@@ -53,7 +54,7 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl", "s1_only", "s2_only", "shared"]] = setting(
+    targets: list[Literal["base", "init", "sft", "rl", Region]] = setting(
         ["base", "sft", "rl"],
         "Which models to evaluate. s1_only, s2_only, shared: RL's adapter with the elements of that region "
         "alone, the others as they were initially.",

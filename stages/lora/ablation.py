@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.config import REGIONS
 from stages.errors import ArtifactError
 from stages.lora import adapter
 from stages.lora.masks import Masks
 from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
 
-KEPT = {"s1_only": S1_ONLY, "s2_only": S2_ONLY, "shared": SHARED}
+KEPT = dict(zip(REGIONS, (S1_ONLY, S2_ONLY, SHARED), strict=True))
 """The region that each target of an evaluation keeps."""
 
 

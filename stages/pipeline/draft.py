@@ -54,7 +54,9 @@ def choices(found: Survey, model: str, data: str, tests: dict[str, str]) -> list
         chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
     if found.labelled:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
-    return [*chosen, *_rl(found), *_eval(found, tests)]
+    rl = _rl(found)
+    longest = next(choice.value for choice in rl if choice.name == "rl.max_completion")
+    return [*chosen, *rl, *_eval(tests, longest)]
 
 
 def undecided(found: Survey, tests: dict[str, str]) -> list[str]:
@@ -173,7 +175,7 @@ def _reward(found: Survey) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {most}"
 
 
-def _eval(found: Survey, tests: dict[str, str]) -> list[Choice]:
+def _eval(tests: dict[str, str], longest: int) -> list[Choice]:
     chosen: list[Choice] = []
     names: set[str] = set()
     for path, kind in tests.items():
@@ -187,7 +189,6 @@ def _eval(found: Survey, tests: dict[str, str]) -> list[Choice]:
         if defaults.get("shots"):
             chosen.append(Choice(f"{name}.shots", 0, "no rows for worked examples are named"))
         if "max_new_tokens" not in defaults:
-            longest = next(c.value for c in _rl(found) if c.name == "rl.max_completion")
             chosen.append(Choice(f"{name}.max_new_tokens", longest, "as many as in RL"))
     return chosen
 

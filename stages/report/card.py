@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,23 @@ from stages.store.artifacts import Artifact
 from stages.sweep.formats import accuracy
 
 Form = Literal["adapter", "merged"]
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the two modes of an adapter."""
+
+    stage: str
+    """The stage whose adapter it is."""
+    system: str
+    """The system whose rows it learned from, as the keys of `prompt.by_system` in a manifest."""
+    what: str
+
+
+VIEWS = {
+    "fast": View("sft", "1", "answers as System 1 rows do: SFT"),
+    "slow": View("rl", "2", "works it out: GRPO on System 2 rows"),
+}
 
 
 def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> str:
@@ -72,14 +90,11 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
     made = "\n".join(
-        f"| {view} | {what} | `{views[view].manifest['key']}` | "
-        f"{views[view].manifest['summary']['active_share']:.1%} |"
-        for view, what in (
-            ("fast", "answers as System 1 rows do: SFT"),
-            ("slow", "works it out: GRPO on System 2 rows"),
-        )
+        f"| {name} | {view.what} | `{views[name].manifest['key']}` | "
+        f"{views[name].manifest['summary']['active_share']:.1%} |"
+        for name, view in VIEWS.items()
     )
-    asked = "\n".join(_asked(view, config, stage, system) for view, stage, system in MODES)
+    asked = "\n".join(_asked(name, view, config) for name, view in VIEWS.items())
     return f"""---
 base_model: {base}
 library_name: peft
@@ -107,18 +122,14 @@ pull request 48421).
 {_results(evaluated)}"""
 
 
-MODES = (("fast", "sft", "1"), ("slow", "rl", "2"))
-"""Each view with the stage that made it and the system whose rows it learned from."""
-
-
-def _asked(view: str, config: dict[str, Any], stage: str, system: str) -> str:
+def _asked(name: str, view: View, config: dict[str, Any]) -> str:
     """How a view was asked while it was trained."""
-    prompt = config[stage]["prompt"] or config["prompt"]
-    message = prompt["by_system"].get(system, prompt["system"])
+    prompt = config[view.stage]["prompt"] or config["prompt"]
+    message = prompt["by_system"].get(view.system, prompt["system"])
     told = f", system message: {message}" if message else ""
     if prompt["template"] == "chat":
-        return f"- `{view}`: `/v1/chat/completions`{told}"
-    return f"- `{view}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{told}"
+        return f"- `{name}`: `/v1/chat/completions`{told}"
+    return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{told}"
 
 
 def _results(evaluated: Sequence[Artifact]) -> str:
