@@ -1,16 +1,12 @@
 """What the scripts beside this one measure with: paired ratios, times, and the peak of a process."""
 
 import random
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-MIB = 2**20
 
 
 def synchronize() -> None:
@@ -37,18 +33,7 @@ def interval(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.3f} [{medians[50]:.3f}, {medians[1949]:.3f}]"
 
 
-def high_water() -> int:
-    """Bytes at the highest point of this process; ru_maxrss would begin with those of its parent."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
-
-
-def highest() -> float:
-    """MiB at the highest point of this process or, on a GPU, of its device memory."""
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else high_water()) / MIB
-
-
 def peak(script: str, only: str) -> float:
-    """What `highest` gives in a process of its own: this command again, with `--only`, prints it last."""
+    """What `stages.footprint.peak` gives in a process of its own: this one with `--only`."""
     command = [sys.executable, script, *sys.argv[1:], "--only", only]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])

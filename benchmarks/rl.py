@@ -39,7 +39,9 @@ from pathlib import Path
 
 import torch
 from grpo import PARTS, SIDES, Bench, Shape
-from measure import highest, interval, peak
+from measure import interval, peak
+
+from stages import footprint
 
 TOKENS = 4400
 """Of a micro batch in the table at most: TRL keeps 2.9 MB per token of SmolLM2-135M for the backward pass."""
@@ -126,7 +128,7 @@ def main() -> None:
             side = bench.side(given.only, bench.base, shape, batches)
             for batch in batches:
                 side.step(batch)
-            print(highest())
+            print(footprint.peak())
         elif given.grow:
             grow(bench, shape)
         else:

@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from measure import highest, interval, peak, timed
+from measure import interval, peak, timed
 from torch import Tensor, nn
 
+from stages import footprint
 from stages.config import LoraSection, ModelSection
 from stages.lora import adapter
 from stages.lora.packed import PackedLinear
@@ -151,7 +152,7 @@ def main() -> None:
         for _ in range(2):
             way.gradients(ids)
             way.step()
-        print(highest())
+        print(footprint.peak())
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}

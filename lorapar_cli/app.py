@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import beginning, inspection, products, render, sweeping
+from lorapar_cli import beginning, inspection, planning, products, render, sweeping
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
@@ -194,7 +194,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "init": beginning.init,
     "sweep": sweeping.sweep,
     "report": sweeping.report,
-    "plan": inspection.plan_,
+    "plan": planning.plan,
     "status": inspection.status,
     "show": inspection.show,
     "export": products.export,

@@ -9,7 +9,6 @@ from lorapar_cli import render
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of
 from stages.config.yaml import annotated
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.plan import asked_for
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
 
@@ -19,18 +18,6 @@ def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) ->
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
     render.status({name: state(store, step) for name, step in steps.items()}, as_json)
-
-
-def plan_(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would do, and how long each step will take here, from a few seconds of measuring."""
-    from stages.pipeline.estimate import estimate
-
-    settings, steps = plan_of(config, set_)
-    store = Store(settings.root)
-    asked = asked_for(steps, None)
-    states = {name: state(store, step) for name, step in asked.items()}
-    todo = [step for name, step in asked.items() if states[name].state != "current"]
-    render.planned(states, estimate(settings, todo) if todo else {}, as_json)
 
 
 def show(

@@ -17,6 +17,7 @@ from stages.pipeline.state import State, state
 from stages.records import read_jsonl
 from stages.report import comparison
 from stages.store.artifacts import Artifact, Store
+from stages.store.estimates import spent
 
 LINE_EVERY_S = 5
 SETTLE_S = 0.2
@@ -121,14 +122,20 @@ def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
             )
         )
         return
-    say(
-        f"{name}: {made.path}"
-        + (f" in {made.manifest['provenance']['seconds']:.0f} s" if now else " is current")
-    )
+    say(f"{name}: {made.path}" + (f" in {_spent(made)}" if now else " is current"))
     if now:
         for line in _facts(made.manifest["summary"]):
             say(f"  {line}")
         labels.report(made.path)
+
+
+def _spent(made: Artifact) -> str:
+    """Time and memory of a step, and in brackets what `lorapar plan` had told."""
+    took, told = spent(made.manifest["provenance"])
+    parts = [f"{took.seconds:.0f} s" + (f" (planned {told.seconds:.0f})" if told.seconds is not None else "")]
+    if took.mib is not None:
+        parts.append(f"{took.mib:.0f} MiB" + (f" (planned {told.mib:.0f})" if told.mib is not None else ""))
+    return ", ".join(parts)
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:
@@ -160,24 +167,8 @@ def status(states: dict[str, State], as_json: bool) -> None:
     show(drawn)
 
 
-def planned(states: dict[str, State], seconds: dict[str, float | None], as_json: bool) -> None:
-    """What a run would do, with the time of each step and of all that can be told."""
-    if as_json:
-        print(
-            json.dumps({name: {"state": s.state, "seconds": seconds.get(name)} for name, s in states.items()})
-        )
-        return
-    drawn = table("step", "state", "takes about")
-    drawn.columns[1].justify = "left"
-    for name, now in states.items():
-        told = seconds.get(name)
-        drawn.add_row(
-            name, now.state, "" if name not in seconds else "not known" if told is None else duration(told)
-        )
-    show(drawn)
-    if seconds:
-        whole = duration(sum(told or 0 for told in seconds.values()))
-        print(f"together about {whole}; half as much or twice as much would be no surprise")
+def gib(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB"
 
 
 def duration(seconds: float) -> str:
@@ -191,6 +182,7 @@ def manifest(made: Artifact, as_json: bool) -> None:
         print(json.dumps(made.manifest))
         return
     say(str(made.path))
+    print(f"  took {_spent(made)}")
     for line in _facts(made.manifest["summary"]):
         print(f"  {line}")
     for name, entry in made.manifest["files"].items():

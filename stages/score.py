@@ -84,8 +84,12 @@ def run(
 def _moments(
     model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress
 ) -> Moments:
-    """The sums over these rows, in batches of similar length, so that little padding is needed."""
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    """The sums over these rows, in batches of similar length, so that little padding is needed.
+
+    The longest come first: what they took serves the others. From the shortest on, each batch would need larger
+    blocks of memory than are free, half as much again on a CPU.
+    """
+    rows = sorted(rows, key=lambda row: -len(row.input_ids))
     model.requires_grad_(False)
     model.eval()
 

@@ -3,11 +3,10 @@
 import importlib
 import inspect
 import itertools
-import json
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, ROOT, make_steps
+from conftest import CONFIGS, make_steps
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
@@ -164,24 +163,3 @@ def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage)
         found.append({path.name for path in (Path(config.runs_dir) / stage).glob("*.jsonl")})
         assert made["eval:base@demo"][0].manifest["provenance"]["dtype"] == dtype
     assert len(found[1]) == 2 * len(found[0]) > 0
-
-
-def test_the_time_of_each_step_is_told(smoke, lorapar):
-    config = smoke("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft]")
-    settings = [
-        f"{path}={value}"
-        for path, value in {
-            "model.name": config.model.name,
-            "data.path": config.data.path,
-            "data.limit": 16,
-            "eval.targets": "[sft]",
-            "eval.benchmarks.demo.path": config.eval.benchmarks["demo"].path,
-            "runs_dir": config.runs_dir,
-        }.items()
-    ]
-    sets = [part for setting in settings for part in ("--set", setting)]
-    told = json.loads(lorapar("plan", ROOT / "configs/smoke.yaml", *sets, "--json").out)
-    assert "rl" not in told and {row["state"] for row in told.values()} == {"missing", "stale"}
-    assert all(told[name]["seconds"] > 0 for name in ("classify:train", "score", "sft", "eval:sft@demo"))
-    done = lorapar("plan", ROOT / "configs/smoke.yaml", *sets)
-    assert done.out.startswith("step") and "together about" in done.out

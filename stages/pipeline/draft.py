@@ -12,7 +12,8 @@ import yaml
 from stages.benchmarks import benchmarks
 from stages.config import Config, LoraSection
 from stages.config.sources import ALL_LINEAR
-from stages.pipeline.survey import Lengths, Survey
+from stages.pipeline.lengths import Lengths
+from stages.pipeline.survey import Survey
 
 FAR = 2
 """The longest row sets a length, unless it is this many times as long as 99 % of the rows."""

@@ -1,95 +1,265 @@
-"""How long each step will take on this machine: tokens are counted, speeds are measured on the model.
+"""What each step will cost on this machine, in time and in memory: work is counted, its pieces are measured.
 
-A forward pass, a training step and a step of generation are timed for about a second each. What nobody can
-know before is assumed: half of the rows are System 1, completions are as long as they may be, and servers
-start at once.
+What nobody can know before is assumed: half of the rows are System 1, a trained model answers as long as the
+references are and an untrained one as long as it may, and servers start at once. Told is one process on one
+device that holds whole weights.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
 from stages.config import Config, PromptSection, Voter
 from stages.data.rows import read
+from stages.errors import DataError
 from stages.labelling.personas import SHOTS, Brief, personas, shots
-from stages.language.prompts import IGNORED, Renderer
+from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.lengths import Lengths
 from stages.pipeline.plan import Step
 from stages.records import Example
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from stages.models.layout import Flat
+    from stages.pipeline.probe import Piece, Probe
 
-SAMPLE = 32
-"""Rows from which lengths are taken."""
-ROWS, NEW = 16, 8
-"""Rows of a probe, and the tokens it generates."""
+SAMPLE, LONGEST = 5000, 64
+"""Rows from which lengths are taken: some drawn at random, and those of the longest texts."""
+BALLOTS = 64
+"""Votes in a batch that is measured."""
 SYSTEM1 = 0.5
 """Share of System 1 among the rows, before anybody has voted."""
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """Seconds, on this machine and for this model."""
+class Cost:
+    """Of one step; None is what cannot be told: it is done elsewhere, or by code that is not ours."""
 
-    forward: float
-    """Per token of a forward pass."""
-    train: float | None
-    """Per token of a forward and backward pass through an adapter; None where it was not measured."""
-    token: float
-    """Per token generated, in a batch of ROWS."""
+    seconds: float | None
+    mib: float | None
+    """The most memory in use: of the GPU, or without one of the process."""
+    knobs: str = ""
+    """The settings that lower the memory."""
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Mean numbers of tokens."""
+class Span:
+    """Lengths beside the setting that bounds them."""
 
-    prompt: float
-    row: float
-    """Prompt and reference response."""
+    what: str
+    lengths: Lengths
+    setting: str
+    limit: int
+    beyond: str
+    """What becomes of longer ones."""
 
 
-def estimate(config: Config, steps: list[Step]) -> dict[str, float | None]:
-    """Seconds for each step; None where it is done elsewhere, or by code that is not ours."""
-    tokenizer = load_tokenizer(config.model)
-    rows = {name: _items(config, name) for name in config.eval.benchmarks}
-    rows["train"] = read(config.data) if config.data.path else []
-    sample = next((examples for examples in (rows["train"], *rows.values()) if examples), [])[:SAMPLE]
-    if not sample:
-        return dict.fromkeys(step.name for step in steps)
-    # A model without chat template has other prompts for its stages; the lengths differ little.
-    prompt = config.prompt if tokenizer.chat_template else PromptSection(template="plain")
-    renderer = Renderer(tokenizer, prompt)
-    lengths = Lengths(
-        fmean(len(renderer.prompt_ids(example.prompt)) for example in sample),
-        fmean(len(renderer.row(example).input_ids) for example in sample),
-    )
-    trains = config.baseline is None and any(step.stage.name in ("score", "sft", "rl") for step in steps)
-    measured = _measure(config, tokenizer, lengths, trains)
-    number = len(rows["train"])
-    of_stage: dict[str, Callable[[str], float | None]] = {
-        "classify": lambda variant: _votes(config, rows[variant], tokenizer, measured),
-        "score": lambda _: _score(config, number, lengths, measured),
-        "partition": lambda _: 0.0,
-        "sft": lambda _: _sft(config, number, lengths, measured),
-        "rl": lambda _: _rl(config, number, lengths, measured),
-        "eval": lambda variant: _answers(config, variant.partition("@")[2], rows, lengths, measured),
-    }
-    found: dict[str, float | None] = {}
-    for step in steps:
-        of = of_stage.get(step.stage.name)
-        found[step.name] = of(step.variant) if of else None
-    return found
+@dataclass(frozen=True)
+class Estimate:
+    """What is to be told before a run."""
+
+    costs: dict[str, Cost]
+    spans: list[Span]
+    room: int | None = None
+    """Memory of the device, in MiB; None if nothing was measured."""
+
+
+def estimate(config: Config, steps: list[Step]) -> Estimate:
+    """The cost of these steps, from some seconds of measuring on the model."""
+    begun = time.perf_counter()
+    work = _Work(config, {step.stage.name for step in steps})
+    if not steps or not any(work.rows.values()):
+        return Estimate({step.name: Cost(None, None) for step in steps}, [])
+    from stages.pipeline.probe import Probe
+
+    work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
+    work.starting = time.perf_counter() - begun
+    return Estimate({step.name: work.cost(step) for step in steps}, work.spans(), work.probe.room)
+
+
+@dataclass
+class _Work:
+    """How much there is to do."""
+
+    config: Config
+    stages: set[str]
+    probe: Probe = field(init=False)
+    starting: float = field(init=False)
+    """Seconds until a process has loaded its libraries and the model."""
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        self.rows = {name: _items(config, name) for name in config.eval.benchmarks}
+        self.rows["train"] = read(config.data) if config.data.path else []
+        self.written: dict[str, tuple[Piece, Piece, int]] = {}
+        """By benchmark, because all targets write alike: see `Probe.writing`, and the answers in a batch."""
+        # Without training rows there is only the base to be evaluated.
+        self.sample = _sample(next(filter(None, (self.rows["train"], *self.rows.values())), []))
+
+    def cost(self, step: Step) -> Cost:
+        of: dict[str, Callable[[str], Cost]] = {
+            "classify": self._votes,
+            "score": self._score,
+            "partition": lambda _: Cost(0.0, None),
+            "sft": self._sft,
+            "rl": self._rl,
+            "eval": self._answers,
+        }
+        found = of[step.stage.name](step.variant) if step.stage.name in of else Cost(None, None)
+        if not found.seconds:
+            return found
+        mib = found.mib and max(found.mib, self.probe.loading.mib)
+        return Cost(found.seconds + self.starting, mib, found.knobs)
+
+    def spans(self) -> list[Span]:
+        """The lengths of training rows, where rows are trained on."""
+        found = []
+        data, rl = self.config.data, self.config.rl
+        if self.stages & {"score", "sft"}:
+            rows = Lengths.of(len(row.input_ids) for row in self._sft_rows)
+            found.append(Span("row", rows, "data.max_length", data.max_length, data.too_long))
+        if "rl" in self.stages:
+            found.append(Span("prompt of rl", self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long))
+            found.append(Span("response", self._responses, "rl.max_completion", rl.max_completion, "cut"))
+        return found
+
+    def _renderer(self, prompt: PromptSection | None) -> Renderer:
+        return Renderer(self.tokenizer, prompt or self.config.prompt)
+
+    @cached_property
+    def _sft_rows(self) -> list[Row]:
+        renderer = self._renderer(self.config.sft.prompt)
+        return [renderer.row(example) for example in self.sample]
+
+    @cached_property
+    def _rl_rows(self) -> list[Row]:
+        renderer = self._renderer(self.config.rl.prompt)
+        return [renderer.row(example) for example in self.sample]
+
+    @cached_property
+    def _mean(self) -> float:
+        """Of the rows of score and SFT, where too long ones are cut."""
+        return Lengths.of(len(row.input_ids) for row in self._sft_rows).within(self.config.data.max_length)
+
+    @cached_property
+    def _questions(self) -> Lengths:
+        return Lengths.of(_asked(row) for row in self._rl_rows)
+
+    @cached_property
+    def _responses(self) -> Lengths:
+        return Lengths.of(len(row.labels) - _asked(row) for row in self._rl_rows)
+
+    def _votes(self, variant: str) -> Cost:
+        section, examples = self.config.classify, self.rows[variant]
+        if section.strategy != "vote" or not examples:
+            return Cost(0.0, None)
+        if any(voter.model or voter.urls or voter.thinking for voter in section.voters):
+            return Cost(None, None)
+        seconds, mib = 0.0, 0.0
+        for voter in section.voters:
+            piece, number = self._ballots(voter, examples)
+            seconds += piece.seconds / number * len(examples) * voter.samples
+            mib = max(mib, piece.mib)
+        here = all(voter.engine == "transformers" for voter in section.voters)
+        return Cost(seconds, mib if here else None, "model.dtype, or choose a smaller model")
+
+    def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
+        """A batch of a voter's questions, and their number."""
+        classify, persona = self.config.classify, personas.pick(voter.persona)
+        worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+        brief = Brief(self.config.model.title, classify.show_answer, voter.words, worked)
+        ballots = [persona(example, brief) for example in _drawn(examples, BALLOTS)]
+        return self.probe.choosing(ballots), len(ballots)
+
+    def _score(self, _: str) -> Cost:
+        score = self.config.score
+        if strategies.has(self.config.partition.strategy, "unscored"):
+            return Cost(0.0, None)
+        rows = self._longest(score.batch_size)
+        piece = self.probe.scoring(rows)
+        number = 2 * min(score.examples, len(self.rows["train"]) / 2)
+        return Cost(number * self._mean * piece.seconds / _tokens(rows), piece.mib, "score.batch_size")
+
+    def _sft(self, _: str) -> Cost:
+        from stages.lora.training import steps_of
+
+        sft, config = self.config.sft, self.config
+        if config.baseline is not None:
+            return Cost(None, None)
+        number = len(self.rows["train"])
+        used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
+        steps = steps_of(math.ceil(used / sft.batch_size), sft)
+        rows = self._longest(sft.micro_batch)
+        piece = self.probe.tuning(rows, sft.gradient_checkpointing)
+        seconds = steps * sft.batch_size * self._mean * piece.seconds / _tokens(rows)
+        knobs = "sft.micro_batch, or set sft.gradient_checkpointing"
+        return Cost(seconds, piece.mib + self.probe.adapter_mib(), knobs)
+
+    def _rl(self, _: str) -> Cost:
+        from stages.lora.training import steps_of
+
+        rl, probe = self.config.rl, self.probe
+        if self.config.baseline is not None:
+            return Cost(None, None)
+        number = len(self.rows["train"])
+        used = number if rl.data == "all" else number * (1 - SYSTEM1)
+        steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
+        samples = rl.prompts_per_step * rl.group
+        prompts = sorted((row.input_ids[: _asked(row)][-rl.max_prompt :] for row in self._rl_rows), key=len)
+        groups = [ids for ids in reversed(prompts) for _ in range(rl.group)]
+        batch = groups[: rl.micro_batch]
+        piece = probe.steering(batch, rl.group, rl.max_completion, rl.gradient_checkpointing)
+        asked, answered = self._questions.within(rl.max_prompt), self._responses.within(rl.max_completion)
+        times = rl.group if rl.shared_prompts == "auto" and not rl.dropout else 1
+        learned = samples * (asked / times + answered)
+        measured = sum(map(len, batch)) / times + len(batch) * rl.max_completion
+        seconds, mib = learned / measured * piece.seconds, piece.mib + probe.adapter_mib()
+        if rl.rollouts.engine == "transformers":
+            read, token = probe.writing(groups[:samples], rl.max_completion)
+            seconds += (read.seconds * asked / len(groups[0]) + answered * token.seconds) / rl.iterations
+            mib = max(mib, token.mib) + probe.copy_mib()
+        elif rl.rollouts.engine == "vllm_colocate":
+            mib += rl.rollouts.gpu_memory * probe.room
+        knobs = "rl.micro_batch, or rl.max_completion, or set rl.gradient_checkpointing"
+        return Cost(steps * seconds, mib, knobs)
+
+    def _answers(self, variant: str) -> Cost:
+        target, _, name = variant.partition("@")
+        section, examples = self.config.eval.benchmarks[name], self.rows[name]
+        if not examples:
+            return Cost(None, None)
+        written = 1 if section.mode == "likelihood" else section.max_new_tokens
+        if name not in self.written:
+            renderer = self._renderer(section.prompt)
+            asked = _drawn(examples, self.config.server.batch_size)
+            prompts = [renderer.prompt_ids(example.prompt) for example in asked]
+            self.written[name] = (*self.probe.writing(prompts, written), len(asked))
+        read, token, batch = self.written[name]
+        if target not in ("base", "init"):
+            written = min(written, round(self._responses.mean))
+        each = (1 + section.shots) * read.seconds + (written - 1) * token.seconds
+        seconds = len(examples) * section.samples / batch * each
+        again = self.probe.weights_mib if self.config.eval.parity_items and target != "base" else 0
+        here = self.config.eval.engine == "transformers"
+        return Cost(seconds, max(read.mib, token.mib) + again if here else None, "server.batch_size")
+
+    def _longest(self, number: int) -> list[Row]:
+        """So many rows of greatest length; where there are fewer, some twice."""
+        fitting = [row for row in self._sft_rows if len(row.input_ids) <= self.config.data.max_length]
+        if not fitting:
+            raise DataError(f"no row fits into data.max_length {self.config.data.max_length}")
+        found = sorted(fitting, key=lambda row: len(row.input_ids))[-number:]
+        return (found * number)[:number]
 
 
 def _items(config: Config, name: str) -> list[Example]:
@@ -98,143 +268,20 @@ def _items(config: Config, name: str) -> list[Example]:
     return list(module.load(section)) if hasattr(module, "load") else []
 
 
-def _votes(
-    config: Config, examples: list[Example], tokenizer: PreTrainedTokenizerBase, measured: Speeds
-) -> float | None:
-    section = config.classify
-    if section.strategy != "vote" or not examples:
-        return 0.0
-    if any(voter.model or voter.urls for voter in section.voters):
-        return None
-    tokens = sum(
-        _ballot(config, voter, examples[:SAMPLE], tokenizer) * voter.samples for voter in section.voters
-    )
-    return tokens * len(examples) * measured.forward
+def _drawn(examples: list[Example], number: int) -> list[Example]:
+    return random.Random(0).sample(examples, min(number, len(examples)))
 
 
-def _ballot(config: Config, voter: Voter, sample: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Mean tokens of a voter's question, without the beginning that all its questions share."""
-    from stages.models.layout import common
-
-    worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
-    brief = Brief(config.model.title, config.classify.show_answer, voter.words, worked)
-    rows = []
-    for example in sample:
-        text = personas.pick(voter.persona)(example, brief).text
-        plain = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-        rows.append(list(tokenizer(plain)["input_ids"]))
-    return fmean(map(len, rows)) - (common(rows) if len(rows) > 1 else 0)
+def _sample(examples: list[Example]) -> list[Example]:
+    """Some at random, and those of the longest texts."""
+    longest = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))[-LONGEST:]
+    return list({example.id: example for example in [*_drawn(examples, SAMPLE), *longest]}.values())
 
 
-def _score(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float:
-    if strategies.has(config.partition.strategy, "unscored"):
-        return 0.0
-    return 2 * min(config.score.examples, rows / 2) * lengths.row * (measured.train or 0.0)
+def _asked(row: Row) -> int:
+    """Tokens of the prompt."""
+    return sum(label == IGNORED for label in row.labels)
 
 
-def _sft(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float | None:
-    from stages.lora.training import steps_of
-
-    sft = config.sft
-    if measured.train is None:
-        return None
-    used = rows if sft.data == "all" else rows * SYSTEM1 * (1 + sft.system2_share)
-    return steps_of(math.ceil(used / sft.batch_size), sft) * sft.batch_size * lengths.row * measured.train
-
-
-def _rl(config: Config, rows: int, lengths: Lengths, measured: Speeds) -> float | None:
-    from stages.lora.training import steps_of
-
-    rl = config.rl
-    if measured.train is None:
-        return None
-    used = rows if rl.data == "all" else rows * (1 - SYSTEM1)
-    steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
-    samples = rl.prompts_per_step * rl.group
-    prompts = rl.prompts_per_step if rl.shared_prompts == "auto" and not rl.dropout else samples
-    learned = (prompts * lengths.prompt + samples * rl.max_completion) * measured.train
-    read = rl.prompts_per_step * lengths.prompt  # rollouts read each prompt once in any case
-    sampled = read * measured.forward + samples * rl.max_completion * measured.token
-    return steps * (learned + sampled / rl.iterations)
-
-
-def _answers(
-    config: Config, name: str, rows: dict[str, list[Example]], lengths: Lengths, measured: Speeds
-) -> float | None:
-    section = config.eval.benchmarks[name]
-    if not rows[name]:
-        return None
-    written = 0 if section.mode == "likelihood" else section.max_new_tokens
-    each = lengths.prompt * (1 + section.shots) * measured.forward + written * measured.token
-    return len(rows[name]) * section.samples * each
-
-
-def _measure(config: Config, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, trains: bool) -> Speeds:
-    """trains: measure training, too. What is timed is computed as the stages compute it."""
-    import torch
-
-    from stages.engines import Sampling
-    from stages.engines.generation import continuations
-    from stages.models import flat
-    from stages.models.base import load_base
-    from stages.models.layout import Branch, Flat, Group
-
-    base = load_base(config.model)
-    size, prompt = max(2, round(lengths.row)), min(round(lengths.prompt), round(lengths.row) - 1)
-    ids = torch.randint(10, base.config.vocab_size, (ROWS, size), device=base.device)
-    rows = ids.tolist()
-    row = None
-    if flat.fits(base, rows[0]):
-        targets = [[IGNORED] * prompt + line[prompt:] for line in rows]
-        branches = [Branch(*pair) for pair in zip(rows, targets, strict=True)]
-        row = Flat.of([Group([], branches)], base.device)
-
-    @torch.no_grad()
-    def forward() -> None:
-        if row is None:
-            base(input_ids=ids, logits_to_keep=1)
-        else:
-            flat.hidden(base, row.input_ids, row.position_ids, row)
-
-    def generate(number: int) -> Callable[[], Any]:
-        return lambda: list(continuations(base, tokenizer, rows, Sampling(number, ())))
-
-    once = _seconds(forward)
-    written = (_seconds(generate(NEW + 1)) - _seconds(generate(1))) / NEW
-    step = _training(base, config, ids, row) if trains else None
-    return Speeds(once / ids.numel(), step and step / ids.numel(), max(written, 0.0) / ROWS)
-
-
-def _training(base: PreTrainedModel, config: Config, ids: Tensor, row: Flat | None) -> float:
-    """Seconds of a forward and backward pass; how the adapter begins does not matter."""
-    from stages.lora.adapter import initial
-    from stages.models import flat
-
-    lora = config.lora.model_copy(update={"init": "normal", "compensate": False})
-    adapted = initial(base, lora, config.seed).train()
-
-    def train() -> None:
-        if row is None:
-            adapted(input_ids=ids, labels=ids).loss.backward()
-        else:
-            flat.choose(adapted, row).log_probs.sum().backward()
-
-    return _seconds(train)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Time of one call, the mean over about a second, after one that does not count."""
-    import torch
-
-    def done() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    call()
-    done()
-    begun, number = time.perf_counter(), 0
-    while number == 0 or time.perf_counter() - begun < 1:
-        call()
-        done()
-        number += 1
-    return (time.perf_counter() - begun) / number
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(row.input_ids) for row in rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages import team
+from stages import footprint, team
 from stages.config import Config
 from stages.engines import Pool
 from stages.errors import ArtifactError, ConfigError, Ended
@@ -19,6 +19,7 @@ from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.state import State, current, rebuild, state
 from stages.pipeline.table import order, section
 from stages.progress import Progress
+from stages.store import estimates
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import key_of
@@ -54,6 +55,7 @@ def run_step(
         if force and team.first():
             job.checkpoints.clear()
         team.wait()
+        footprint.forget()
         begun = time.monotonic()
         reads = (*stage.sections(config, step.variant), *stage.given)
         summary = _called(verb, job, dict(section(config, path) for path in reads))
@@ -66,7 +68,7 @@ def run_step(
                     name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()
                 },
                 "summary": summary,
-                "provenance": _provenance(config, job, time.monotonic() - begun),
+                "provenance": _provenance(config, step, job, time.monotonic() - begun),
             }
             store.commit(stage.name, step.key, manifest)
             store.point_latest(stage.name, step.variant, step.key)
@@ -134,7 +136,7 @@ def _job(
     )
 
 
-def _provenance(config: Config, job: Job, seconds: float) -> dict[str, Any]:
+def _provenance(config: Config, step: Step, job: Job, seconds: float) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -146,6 +148,8 @@ def _provenance(config: Config, job: Job, seconds: float) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
+        "peak_mib": footprint.peaks(),
+        **({"estimated": told.model_dump()} if (told := estimates.told(config.root, step.key)) else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,26 +14,13 @@ from stages.language.answers import letter, number
 from stages.language.prompts import IGNORED, Renderer
 from stages.models.reading import reading
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.lengths import Lengths
 
 if TYPE_CHECKING:
     from stages.records import Example
 
 ASKS = "Work it out, then write the final answer after ####."
 """System message for rows whose answers can be verified: the words of the demo."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Numbers of tokens over the rows."""
-
-    median: int
-    p99: int
-    longest: int
-
-    @classmethod
-    def of(cls, numbers: list[int]) -> Lengths:
-        ordered = sorted(numbers)
-        return cls(*(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99, 1)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from stages.report.page import (
     render,
 )
 from stages.store.artifacts import Artifact, Store
+from stages.store.estimates import spent
 from stages.sweep.formats import accuracy, p_value
 
 SHOWN = 4
@@ -218,11 +219,18 @@ def _cost(found: dict[str, Artifact]) -> Grid:
     for name, artifact in found.items():
         provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
         share = summary.get("active_share")
+        took, told = spent(provenance)
         rows.append([
-            name, f"{provenance['seconds']:.0f}", str(provenance.get("processes", 1)),
-            provenance.get("dtype", ""), "" if share is None else f"{100 * share:.1f} %",
+            name, _rounded(took.seconds), _rounded(told.seconds), _rounded(took.mib), _rounded(told.mib),
+            str(provenance.get("processes", 1)), provenance.get("dtype", ""),
+            "" if share is None else f"{100 * share:.1f} %",
         ])  # fmt: skip
-    return Grid(["step", "seconds", "processes", "type", "active elements"], rows)
+    head = ["step", "seconds", "planned", "memory, MiB", "planned", "processes", "type", "active elements"]
+    return Grid(head, rows, "Planned: as `lorapar plan` told before.")
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _settings(config: Config, found: dict[str, Artifact]) -> list[Part]:

@@ -1,0 +1,48 @@
+"""What `lorapar plan` tells against what a run then takes, by step, on a machine that does nothing else.
+
+Makes all steps of a config in a store of its own, so that none is there before. Prints for each step seconds
+and MiB, planned and taken, with their ratios, and at last those of the whole.
+
+python benchmarks/plan.py [CONFIG] [--set section.key=value …]
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from stages.pipeline.plan import asked_for, plan
+from stages.pipeline.resolve import load, resolved
+from stages.store.artifacts import Store
+from stages.store.estimates import spent
+
+
+def main(path: str, flags: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as runs:
+        flags = [*flags, "--set", f"runs_dir={runs}"]
+        for command in ("plan", "run"):
+            asked = [sys.executable, "-m", "lorapar_cli", command, path, *flags, "--json"]
+            subprocess.run(asked, stdout=subprocess.DEVNULL, check=True)
+        config = resolved(load(Path(path), flags[1::2]))
+        store, together = Store(config.root), [0.0, 0.0]
+        print("step", "seconds", "planned", "ratio", "MiB", "planned", "ratio", sep="\t")
+        for name, step in asked_for(plan(config), None).items():
+            manifest = json.loads((store.folder(step.stage.name, step.key) / "manifest.json").read_bytes())
+            took, told = spent(manifest["provenance"])
+            together[0] += took.seconds or 0
+            together[1] += told.seconds or 0
+            print(name, *_beside(took.seconds, told.seconds), *_beside(took.mib, told.mib), sep="\t")
+        print("together", *_beside(*together), sep="\t")
+
+
+def _beside(took: float | None, told: float | None) -> tuple[str, str, str]:
+    if took is None or told is None:
+        return ("–" if took is None else f"{took:.0f}"), "–", "–"
+    return f"{took:.0f}", f"{told:.0f}", f"{told / took:.2f}" if took else "–"
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    named = given and not given[0].startswith("--")
+    main(given.pop(0) if named else "configs/demo.yaml", given)

@@ -1,0 +1,72 @@
+"""How much memory this process used at most, how much there is, in MiB (2²⁰ bytes)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MIB = 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def forget() -> None:
+    """Give freed memory back and begin the count of `peak` anew. Where the system cannot, nothing happens."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    with suppress(OSError):
+        _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, int]:
+    """The most that was used since `forget`: by the process, and if it has a GPU, of that by torch."""
+    found = {"process": _process()}
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        found["device"] = torch.cuda.max_memory_reserved() // MIB
+    return found
+
+
+def peak() -> int:
+    """Of the memory that is scarce: the GPU's, or without one the machine's."""
+    found = peaks()
+    return found.get("device", found["process"])
+
+
+def room() -> int:
+    """How much of it there is. The limit of a container or a batch job counts as the machine's."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1]) // MIB
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *_limits()]) // MIB
+
+
+def _limits() -> Iterator[int]:
+    """The limits of this process's control group and of those around it, in bytes; see cgroups(7)."""
+    lines = _MINE.read_text(encoding="utf-8").splitlines() if _MINE.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = _GROUPS / controllers / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # in version 2 `max` says that there is none
+                yield int((folder / name).read_text(encoding="utf-8"))
+
+
+def _process() -> int:
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE):
+            return int(found[1]) // 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // MIB

@@ -1,0 +1,219 @@
+"""What a model needs on this machine: pieces of the stages' work, computed as they do, timed and weighed.
+
+A piece is a batch of the size that the config asks for, of the longest rows. It is tried on one row, on a
+quarter and on a half of it first. Where more would take seconds, or more memory than there is, these tell it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages import footprint
+from stages.config import Config
+from stages.engines import Ballot, Sampling
+from stages.engines.generation import continuations
+from stages.engines.transformers import InProcess
+from stages.errors import lacks_memory
+from stages.language.prompts import Row
+from stages.lora import adapter
+from stages.lora.importance import moments
+from stages.lora.unpadded import group_of, groups_of
+from stages.models import flat
+from stages.models.base import load_base
+from stages.models.layout import Flat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LONG = 2.5
+"""Seconds; a piece that would take longer is not computed whole."""
+SHORT = 0.3
+"""Seconds; a piece that takes less is computed twice, and the quicker one counts."""
+FULL = 0.9
+"""Nor one that would need more than this share of the memory."""
+NEW = 8
+"""Tokens that are written to find out what one takes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A batch of work."""
+
+    seconds: float
+    mib: float
+    """The most memory that was used meanwhile, with the model and all libraries."""
+
+
+class Probe:
+    """The base model of a config with an adapter, on this process's device."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, trains: bool) -> None:
+        """trains: there will be pieces of a training stage."""
+        footprint.forget()
+        begun = time.perf_counter()
+        if trains:
+            import trl  # noqa: F401  # it takes memory and time in those stages, too
+        self.config, self.tokenizer = config, tokenizer
+        self.base: PreTrainedModel = load_base(config.model)
+        self.loading = Piece(time.perf_counter() - begun, footprint.peak())
+        self.room = footprint.room()
+        weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
+        self.weights_mib = sum(weights.values()) / footprint.MIB
+        self._adapted: Any = None
+
+    def choosing(self, ballots: Sequence[Ballot]) -> Piece:
+        """A batch of votes, of engine transformers."""
+        engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
+        return self._grown(lambda n: list(engine.choose(ballots[:n])), len(ballots))
+
+    def writing(self, prompts: Sequence[list[int]], tokens: int) -> tuple[Piece, Piece]:
+        """Prompts to be read, with the first token of each answer; then one more token of every answer.
+
+        tokens: of the longest answer; the second piece has room for it.
+        """
+        read = self._grown(lambda n: self._write(prompts[:n], 1), len(prompts))
+        some = self._grown(lambda n: self._write(prompts[:n], NEW + 1), len(prompts))
+        more = max(0, tokens - NEW) * len(prompts) * self._kept_bytes() / footprint.MIB
+        return read, Piece(max(0.0, some.seconds - read.seconds) / NEW, max(read.mib, some.mib) + more)
+
+    def scoring(self, rows: Sequence[Row]) -> Piece:
+        """A batch of score: the gradients of each row by itself."""
+        model = self._with_adapter()
+        layers, pad = adapter.lora_layers(model), self.tokenizer.pad_token_id
+
+        def work(n: int) -> None:
+            model.requires_grad_(False)
+            model.eval()
+            moments(model, layers, [list(rows[:n])], lambda _: None, pad)
+
+        return self._grown(work, len(rows))
+
+    def tuning(self, rows: Sequence[Row], checkpointing: bool) -> Piece:
+        """A micro batch of SFT, forward and backward."""
+        pairs = [(row.input_ids, row.labels) for row in rows]
+
+        def row(n: int) -> Flat:
+            ids, labels = (list(part) for part in zip(*pairs[:n], strict=True))
+            return Flat.of([group_of(ids, labels, shares=True)], self.base.device)
+
+        return self._trained(row, [list(ids) for ids, _ in pairs], checkpointing)
+
+    def steering(self, prompts: Sequence[list[int]], group: int, tokens: int, checkpointing: bool) -> Piece:
+        """A micro batch of GRPO, forward and backward: one of `prompts` for each of its completions.
+
+        tokens: of a completion; it repeats its prompt, as in `stages.lora.rehearsal`.
+        """
+        answers = [(ids * (1 + -(-tokens // len(ids))))[:tokens] for ids in prompts]
+
+        def row(n: int) -> Flat:
+            return Flat.of(groups_of(list(prompts[:n]), answers[:n]), self.base.device)
+
+        whole = [[*ids, *answer] for ids, answer in zip(prompts, answers, strict=True)]
+        return self._trained(row, whole, checkpointing, step=group)
+
+    def _trained(
+        self, row: Callable[[int], Flat], padded: list[list[int]], checkpointing: bool, step: int = 1
+    ) -> Piece:
+        """padded: the same rows for an architecture that computes each by itself, all as long."""
+        model = self._with_adapter()
+
+        def work(n: int) -> None:
+            model.train()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(model.prefix in name)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+            if flat.fits(model, padded[0]):
+                flat.choose(model, row(n)).log_probs.sum().backward()
+            else:
+                width = max(map(len, padded))
+                ids = torch.tensor([(ids * width)[:width] for ids in padded[:n]], device=self.base.device)
+                model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+            if checkpointing:
+                model.gradient_checkpointing_disable()
+
+        return self._grown(work, len(padded), step)
+
+    def _with_adapter(self) -> Any:
+        """How the adapter begins does not matter here."""
+        if self._adapted is None:
+            lora = self.config.lora
+            rank = lora.r * (2 if lora.compensated else 1)
+            lora = lora.model_copy(update={"init": "normal", "compensate": False, "r": rank})
+            self._adapted = adapter.initial(self.base, lora, self.config.seed)
+        return self._adapted
+
+    def copy_mib(self) -> float:
+        """The copy of the base that rollouts on a CPU merge the adapter into."""
+        here = self.base.device.type == "cpu" and not self.config.model.load_in_4bit
+        return self.weights_mib if here else 0.0
+
+    def adapter_mib(self) -> float:
+        """Gradients, Adam's two moments and the index of a packed adapter of which every element trains."""
+        layers = adapter.lora_layers(self._with_adapter()).values()
+        return sum(layer.weight.numel() for layer in layers) * 16 / footprint.MIB
+
+    def _write(self, prompts: Sequence[list[int]], tokens: int) -> None:
+        model = self.base if self._adapted is None else self._adapted
+        list(continuations(model, self.tokenizer, list(prompts), Sampling(tokens, ()), slots=len(prompts)))
+
+    def _kept_bytes(self) -> int:
+        """Keys and values of one token, in all layers."""
+        config = self.base.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width * self.base.dtype.itemsize)
+
+    def _grown(self, work: Callable[[int], Any], whole: int, step: int = 1) -> Piece:
+        """What `work` on so many rows needs; step: how many rows belong together."""
+        sizes = sorted({min(whole, -(-whole // part // step) * step) for part in (whole, 4, 2, 1)})
+        work(sizes[0])  # the first pass of a kind takes longer
+        tried = [(0, Piece(0.0, self.loading.mib))]
+        for size in sizes:
+            told = _line(tried, size)
+            if told and (told.seconds > LONG or told.mib > FULL * self.room):
+                break
+            try:
+                tried.append((size, _weighed(functools.partial(work, size))))
+            except Exception as error:
+                if not lacks_memory(error) or size == sizes[0]:
+                    raise
+                break
+        size, piece = tried[-1]
+        return piece if size == whole else _line(tried, whole) or piece
+
+
+def _line(tried: list[tuple[int, Piece]], size: int) -> Piece | None:
+    """What is to be expected of so many rows after the last two trials; None after fewer."""
+    if len(tried) < 2:
+        return None
+    (few, less), (many, more) = tried[-2:]
+    further = (size - many) / (many - few)
+    return Piece(
+        more.seconds + further * max(0.0, more.seconds - less.seconds),
+        more.mib + further * max(0.0, more.mib - less.mib),
+    )
+
+
+def _weighed(call: Callable[[], Any]) -> Piece:
+    footprint.forget()
+    seconds = _timed(call)
+    if seconds < SHORT:
+        seconds = min(seconds, _timed(call))
+    return Piece(seconds, footprint.peak())
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

@@ -1,0 +1,50 @@
+"""What `lorapar plan` told of steps, kept beside the artifacts: each manifest then says how good it was."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+NAME = ".estimates.json"
+
+
+class Told(BaseModel):
+    """Of one step."""
+
+    seconds: float | None = None
+    mib: float | None = None
+
+
+_FILE = TypeAdapter(dict[str, Told])
+
+
+def tell(root: Path, found: dict[str, Told]) -> None:
+    """Keep them by the keys of their steps. A store that cannot be written stays without."""
+    told = {**_read(root), **found}  # by others or before
+    with suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = root / f"{NAME}.{os.getpid()}"
+        temporary.write_bytes(_FILE.dump_json(told))
+        os.replace(temporary, root / NAME)
+
+
+def told(root: Path, key: str) -> Told | None:
+    """What was told of a step, if anything."""
+    return _read(root).get(key)
+
+
+def spent(provenance: dict[str, Any]) -> tuple[Told, Told]:
+    """What a manifest says that its step took, and what had been told before."""
+    peaks = provenance.get("peak_mib", {})  # older ones have none
+    took = Told(seconds=provenance["seconds"], mib=peaks.get("device", peaks.get("process")))
+    return took, Told.model_validate(provenance.get("estimated", {}))
+
+
+def _read(root: Path) -> dict[str, Told]:
+    with suppress(OSError, ValueError):  # a damaged file is as good as none: it only serves to compare
+        return _FILE.validate_json((root / NAME).read_bytes())
+    return {}

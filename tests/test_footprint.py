@@ -1,0 +1,39 @@
+"""How much memory a process used and may use."""
+
+import numpy as np
+import pytest
+
+from stages import footprint
+
+
+def test_the_peak_is_of_what_was_used_since_it_was_forgotten():
+    footprint.forget()
+    before = footprint.peaks()["process"]
+    block = np.ones(200 * footprint.MIB // 8)
+    assert 195 <= footprint.peaks()["process"] - before <= 230
+    del block
+    footprint.forget()
+    assert footprint.peaks()["process"] - before < 50
+    assert footprint.peak() < footprint.room()
+
+
+@pytest.mark.parametrize(
+    ("mine", "files", "limit"),
+    [
+        ("0::/", {"memory.max": "max\n"}, None),
+        ("0::/job", {"memory.max": "max\n", "job/memory.max": f"{300 * footprint.MIB}\n"}, 300),
+        ("0::/job/step", {"job/memory.max": f"{300 * footprint.MIB}", "job/step/memory.max": "max"}, 300),
+        ("3:cpu:/a\n4:memory:/a", {"memory/a/memory.limit_in_bytes": f"{200 * footprint.MIB}"}, 200),
+        ("3:cpu:/a", {"cpu/a/memory.limit_in_bytes": "1"}, None),
+    ],
+)
+def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, monkeypatch):
+    whole = footprint.room()
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "cgroup").write_text(mine + "\n")
+    monkeypatch.setattr(footprint, "_MINE", tmp_path / "cgroup")
+    monkeypatch.setattr(footprint, "_GROUPS", tmp_path)
+    assert footprint.room() == (limit or whole)
+    assert whole > 300

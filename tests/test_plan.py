@@ -1,0 +1,134 @@
+"""What a run will cost, told before: lengths, time, memory, and what does not fit."""
+
+import json
+
+import pytest
+from conftest import ROOT, make_steps
+
+from stages import footprint
+from stages.pipeline.lengths import Lengths
+from stages.pipeline.probe import Piece, Probe
+from stages.store import estimates
+from stages.store.estimates import Told
+
+STEPS = ("classify:train", "score", "sft", "rl", "eval:sft@demo")
+
+
+@pytest.fixture
+def asked(smoke, lorapar):
+    """Runs `lorapar plan` on the smoke config with few rows; returns what it prints, and the config."""
+    sets = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft, rl]")
+    config = smoke(*sets)
+    paths = {
+        "model.name": config.model.name,
+        "data.path": config.data.path,
+        "eval.benchmarks.demo.path": config.eval.benchmarks["demo"].path,
+        "runs_dir": config.runs_dir,
+    }
+
+    def run(*more: str):
+        settings = [*(f"{name}={value}" for name, value in paths.items()), *sets]
+        flags = [part for setting in settings for part in ("--set", setting)]
+        return lorapar("plan", ROOT / "configs/smoke.yaml", *flags, *more), config
+
+    return run
+
+
+def test_time_memory_and_lengths_are_told_and_kept(asked):
+    told = json.loads(asked("--json")[0].out)
+    assert {row["state"] for row in told["steps"].values()} == {"missing", "stale"}
+    for name in STEPS:
+        assert told["steps"][name]["seconds"] > 0
+        assert 0 < told["steps"][name]["mib"] < told["memory_mib"]
+    rows = told["tokens"]["row"]
+    assert rows["rows"] == 16 and 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
+    done, config = asked()
+    assert done.out.startswith("step") and "together about" in done.out and "does not fit" not in done.out
+    made = make_steps(config, "classify", "score")
+    provenance = made["score"][0].manifest["provenance"]
+    took, before = estimates.spent(provenance)
+    assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
+
+
+def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
+    monkeypatch.setattr(footprint, "room", lambda: 50)
+    done, _ = asked("--set", "rl.max_completion=3")
+    assert "16: cut" in done.out
+    assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
+
+
+def test_what_a_baseline_costs_is_not_told(asked):
+    told = json.loads(asked("--set", "baseline.method=dora", "--json")[0].out)["steps"]
+    assert told["sft"] == {"state": "stale", "seconds": None, "mib": None}
+    assert told["eval:sft@demo"]["seconds"] > 0
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """A probe to which a row takes as many seconds and MiB as `of_a_row` says; `sizes` are those tried."""
+    made = object.__new__(Probe)
+    made.room, made.loading, made.sizes = 1000, Piece(9.0, 100.0), []
+    monkeypatch.setattr(footprint, "forget", lambda: None)
+    monkeypatch.setattr(footprint, "peak", lambda: 100 + made.of_a_row[1] * made.sizes[-1])
+
+    def timed(call):
+        call()
+        return made.of_a_row[0] * made.sizes[-1]
+
+    monkeypatch.setattr("stages.pipeline.probe._timed", timed)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mib", "tried"),
+    [
+        (0.01, 1, [1, 16, 32, 64]),
+        (0.05, 1, [1, 16, 32]),
+        (0.01, 20, [1, 16, 32]),
+        (9, 1, [1]),
+        (0.01, 90, [1]),
+    ],
+)
+def test_a_piece_that_is_too_long_or_too_large_is_told_from_parts(probe, seconds, mib, tried):
+    probe.of_a_row = seconds, mib
+    found = probe._grown(probe.sizes.append, 64)
+    assert sorted(set(probe.sizes)) == tried
+    assert found == Piece(pytest.approx(64 * seconds), pytest.approx(100 + 64 * mib))
+
+
+def test_rows_that_belong_together_are_tried_together(probe):
+    probe.of_a_row = 0.001, 1
+    probe._grown(probe.sizes.append, 32, step=8)
+    assert sorted(set(probe.sizes)) == [8, 16, 32]
+
+
+def test_memory_that_runs_out_ends_the_trials_but_of_one_row_it_is_an_error(probe):
+    probe.of_a_row = 0.01, 1
+
+    def room_for(most):
+        def work(n):
+            if n > most:
+                raise MemoryError
+            probe.sizes.append(n)
+
+        return work
+
+    assert probe._grown(room_for(20), 64) == Piece(pytest.approx(0.64), pytest.approx(164))
+    with pytest.raises(MemoryError):
+        probe._grown(room_for(0), 64)
+
+
+def test_estimates_survive_damage_and_a_store_that_cannot_be_written(tmp_path):
+    estimates.tell(tmp_path, {"a": Told(seconds=1, mib=2)})
+    estimates.tell(tmp_path, {"b": Told(seconds=3, mib=None)})
+    assert estimates.told(tmp_path, "a") == Told(seconds=1, mib=2)
+    assert estimates.told(tmp_path, "b").mib is None and estimates.told(tmp_path, "c") is None
+    (tmp_path / estimates.NAME).write_text('{"a": 7}')
+    assert estimates.told(tmp_path, "a") is None
+    estimates.tell(tmp_path / estimates.NAME, {"a": Told()})  # a file, not a folder
+
+
+def test_lengths():
+    found = Lengths.of([5, 1, 9, 3])
+    assert (found.median, found.p99, found.longest, found.mean) == (3, 9, 9, 4.5)
+    assert found.beyond(5) == 1 and found.within(4) == 3
