@@ -119,6 +119,8 @@ class _Work:
         if not found.seconds:
             return found
         mib = found.mib and max(found.mib, self.probe.loading.mib)
+        if mib and step.stage.name not in ("sft", "rl"):
+            mib -= self.probe.trainer_mib
         return Cost(found.seconds + self.starting, mib, found.knobs)
 
     def spans(self) -> list[Span]:

@@ -57,8 +57,8 @@ class Probe:
         """trains: there will be pieces of a training stage."""
         footprint.forget()
         begun = time.perf_counter()
-        if trains:
-            import trl  # noqa: F401  # it takes memory and time in those stages, too
+        self.trainer_mib = _trainer() if trains else 0
+        """What the library of the trainers takes, which the other stages do without."""
         self.config, self.tokenizer = config, tokenizer
         self.base: PreTrainedModel = load_base(config.model)
         self.loading = Piece(time.perf_counter() - begun, footprint.peak())
@@ -189,6 +189,16 @@ class Probe:
                 break
         size, piece = tried[-1]
         return piece if size == whole else _line(tried, whole) or piece
+
+
+def _trainer() -> int:
+    import peft  # noqa: F401  # all stages have it
+
+    footprint.forget()
+    before = footprint.peak()
+    from trl import GRPOTrainer, SFTTrainer  # noqa: F401
+
+    return footprint.peak() - before
 
 
 def _line(tried: list[tuple[int, Piece]], size: int) -> Piece | None:
