@@ -221,10 +221,17 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
     for name, rows in tables.items():
         targets = list(dict.fromkeys(row["target"] for row in rows))
         drawn = table(name, "n", *targets)
-        for group in dict.fromkeys(row["group"] for row in rows):
-            of_group = {row["target"]: row for row in rows if row["group"] == group}
-            n = max(row["n"] for row in of_group.values())
-            drawn.add_row(group, str(n), *(_cell(of_group.get(target)) for target in targets))
+        groups: dict[str, dict[str, Any]] = {
+            group: {} for group in dict.fromkeys(row["group"] for row in rows)
+        }
+        for row in rows:
+            groups[row["group"]][row["target"]] = row
+        for group, of in groups.items():
+            n = max(row["n"] for row in of.values())
+            drawn.add_row(group, str(n), *(_cell(of.get(target)) for target in targets))
+        for group, of in groups.items():
+            if any(row["tokens"] is not None for row in of.values()):
+                drawn.add_row(f"tokens, {group}", "", *(_tokens(of.get(target)) for target in targets))
         whole = [next(r for r in rows if r["target"] == t and r["group"] == "all") for t in targets]
         if any(row["flexible"] != row["accuracy"] for row in whole):
             drawn.add_row("all, flexible", "", *(f"{percent(row['flexible'])}" for row in whole))
@@ -235,10 +242,15 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print()
     if tables:
         print(
-            "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left"
+            "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left\n"
+            "tokens: mean length of an answer"
         )
         if any(row["target"] in REGIONS for rows in tables.values() for row in rows):
             print("regions alone are tested against the model that they are of")
+
+
+def _tokens(row: dict[str, Any] | None) -> str:
+    return "–" if row is None or row["tokens"] is None else f"{row['tokens']:.0f}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -18,6 +18,7 @@ from stages.lora.drift import Drift
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.pool import Pool
+from stages.lora.ratios import Ratios
 from stages.lora.replay import Replay
 from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactRollouts
@@ -191,8 +192,9 @@ def _trainer(
     from trl import GRPOTrainer
 
     class Trainer(
-        Healthy, ExactRollouts, LoraPlus, WarmUp, Replay, Resampling, SharedPrompts, Written, GRPOTrainer
-    ):
+        Healthy, ExactRollouts, LoraPlus, WarmUp,
+        Replay, Resampling, Ratios, SharedPrompts, Written, GRPOTrainer,
+    ):  # fmt: skip
         ratio = rl.loraplus_ratio
 
     trainer = Trainer(

@@ -34,7 +34,8 @@ def brief(metrics: dict[str, Any]) -> dict[str, Any]:
 def figures(samples: list[Sample]) -> dict[str, Any]:
     """Accuracy by both readings with 95 % intervals over items, outcome counts, and pass@k where it exists.
 
-    `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers.
+    `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers, and
+    `tokens` is their mean length. Choices have none.
     """
     outcomes = Counter(sample.outcome for sample in samples)
     items = graded(samples)
@@ -44,6 +45,9 @@ def figures(samples: list[Sample]) -> dict[str, Any]:
         of_items = list(shares(items, reading).values())
         result[f"accuracy{name}"] = sum(of_items) / len(of_items) if of_items else None
         result[f"interval{name}"] = interval(of_items) if of_items else None
+    written = [sample.extra["tokens"] for sample in samples if "tokens" in sample.extra]
+    if written:
+        result["tokens"] = sum(written) / len(written)
     counts = [(len(part), sum(s.correct for s in part)) for part in items.values()]
     fewest = min((n for n, _ in counts), default=1)
     for k in (1, 5, 10, 100):

@@ -55,6 +55,7 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 "low": low,
                 "high": high,
                 "flexible": measures["accuracy_flexible"],
+                "tokens": measures.get("tokens"),
                 **{name: measures[name] for name in OUTCOMES},
                 "against": against,
                 "p": _p(found[against].get(group, []), answers[group]) if against else None,

@@ -88,7 +88,12 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
         for group in groups:
             number = max(row["n"] for row in rows if row["group"] == group)
             lines.append([group, str(number), *(_cell(by.get((group, target))) for target in targets)])
-        caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left."
+        for group in groups:
+            written = [by.get((group, target), {}).get("tokens") for target in targets]
+            if any(written):
+                lines.append([f"tokens, {group}", "", *("–" if n is None else f"{n:.0f}" for n in written)])
+        caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left; "
+        caption += "tokens: mean length of an answer."
         if set(targets) & set(REGIONS):
             caption += " Regions alone are tested against the model that they are of."
         parts.append(Grid([name, "n", *targets], lines, caption))
