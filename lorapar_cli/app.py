@@ -92,12 +92,12 @@ def _stage_command(stage: Stage) -> None:
 
 def _chosen(steps: list[Step], only: list[str] | None) -> list[Step]:
     """Those of the variants named by --only; all without one."""
-    variants = [step.variant for step in steps]
+    variants = [step.title for step in steps]
     if unknown := set(only or ()) - set(variants):
         raise ConfigError(
             f"--only {sorted(unknown)[0]}: there is no such variant", f"choose from: {', '.join(variants)}"
         )
-    return [step for step in steps if not only or step.variant in only]
+    return [step for step in steps if not only or step.title in only]
 
 
 for _stage in STAGES.values():

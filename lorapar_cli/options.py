@@ -26,7 +26,7 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="NAME",
-        help="Only this variant: train or a benchmark's labels; masks of sft or of rl.",
+        help="Only this variant: train or a benchmark's labels; score or rl; masks of sft or of rl.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]

@@ -1,4 +1,7 @@
-"""score: the initial adapter A₀, B₀ and, for each system, the importance of every one of its elements."""
+"""score: the initial adapter A₀, B₀ and, for each system, the importance of every one of its elements.
+
+Where RL asks for it (`rl.rescore`), also the importances in the adapter of SFT.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +45,18 @@ def run(
 ) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
-    Importance is one float32 per element of the trainable part of each LoRA weight, stored under `s1/` and
-    `s2/`. Returns for each system the number of examples, their mean loss, and the weight of the formula's
-    second-order term.
+    The variant `rl` scores the adapter of SFT instead, and writes no `init/`. Importance is one float32 per
+    element of the trainable part of each LoRA weight, stored under `s1/` and `s2/`. Returns for each system
+    the number of examples, their mean loss, and the weight of the formula's second-order term.
     """
     base = load_base(model)
-    peft_model = adapter.initial(base, lora, seed)
+    tuned = job.adapter("sft")
+    peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
     if team.first():
-        adapter.save(peft_model, job.out / "init", model.name)
+        if not tuned:
+            adapter.save(peft_model, job.out / "init", model.name)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if "classify" not in job.inputs:

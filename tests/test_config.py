@@ -174,7 +174,7 @@ def test_names_that_a_benchmark_cannot_have(tmp_path, name):
     assert message(path) == f"eval.benchmarks: {name!r} cannot be the name of a benchmark"
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
 def test_an_init_that_would_break_the_base_needs_compensation(tmp_path, init):
     path = written(tmp_path, f"model: {{name: x}}\nlora: {{init: {init}}}\n")
     assert message(path, "lora.compensate=false") == (

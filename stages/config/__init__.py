@@ -93,6 +93,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rescored(self, info: ValidationInfo) -> "Config":
+        if not self.rl.rescore:
+            return self
+        registries = known(info)
+        unscored = registries and registries["strategies"].has(self.partition.strategy, "unscored")
+        for wrong, why in (
+            (self.rl.start_from != "sft", "rl starts from the initial adapter"),
+            (self.baseline is not None, "a baseline is trained whole"),
+            (bool(unscored), f"strategy {self.partition.strategy} reads no scores"),
+        ):
+            if wrong:
+                raise ValueError(f"rl.rescore scores the adapter of SFT for RL, and {why}")
+        return self
+
+    @model_validator(mode="after")
     def _baseline(self) -> "Config":
         if self.baseline is None:
             return self

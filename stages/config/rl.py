@@ -39,6 +39,11 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
+    rescore: bool = setting(
+        False,
+        "Choose RL's elements by importances scored again, at the SFT adapter (2604.14010).",
+        identity=False,
+    )
     data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     system1_share: float = setting(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.config import LoraSection
-from stages.config.sources import ALL_LINEAR
+from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str
     """A₀ and B₀ as PEFT initialises them, on a copy where PEFT would subtract B₀A₀ from the base weight."""
     torch.manual_seed(seed)
     init = True if lora.init == "default" else lora.init
-    subtracts = lora.init in ("pissa", "olora")
+    subtracts = lora.init in SUBTRACTED
     model = get_peft_model(copy.deepcopy(base) if subtracts else base, _lora_config(lora, 0.0, False, init))
     start = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()

@@ -36,6 +36,8 @@ SAMPLE, LONGEST = 5000, 64
 """Rows from which lengths are taken: some drawn at random, and those of the longest texts."""
 BALLOTS = 64
 """Votes in a batch that is measured."""
+LAST = {"score": 1, "sft": 2, "rl": 3}
+"""Stages whose work is measured after that of all others, in this order."""
 SYSTEM1 = 0.5
 """Share of System 1 among the rows, before anybody has voted."""
 
@@ -83,7 +85,11 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
 
     work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
     work.starting = time.perf_counter() - begun
-    return Estimate({step.name: work.cost(step) for step in steps}, work.spans(), work.probe.room)
+    # What training leaves in memory would count for what is measured after it.
+    found = {
+        step.name: work.cost(step) for step in sorted(steps, key=lambda step: LAST.get(step.stage.name, 0))
+    }
+    return Estimate({step.name: found[step.name] for step in steps}, work.spans(), work.probe.room)
 
 
 @dataclass

@@ -4,7 +4,7 @@ A step is a stage, or one variant of it: for classify the training rows or those
 the masks of SFT or of RL, for eval one target at one benchmark.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ class Step:
     def name(self) -> str:
         return f"{self.stage.name}:{self.variant}" if self.variant else self.stage.name
 
+    @property
+    def title(self) -> str:
+        """What tells it from the other steps of its stage: the variant; of the plain one the stage's name."""
+        return self.variant or self.stage.name
+
 
 def plan(config: Config) -> dict[str, Step]:
     """All steps of a config with their keys, in an order in which each follows its inputs.
@@ -40,12 +45,20 @@ def plan(config: Config) -> dict[str, Step]:
         raise no_path("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
-    for stage in order(config):
-        for variant in stage.variants(config):
-            needs = stage.needs(config, variant)
-            if set(needs) <= set(steps):  # without training rows there is only the base to evaluate
-                step = _step(config, stage, variant, {name: steps[name] for name in needs}, cache)
-                steps[step.name] = step
+    waiting = [(stage, variant) for stage in order(config) for variant in stage.variants(config)]
+
+    def ready() -> Iterator[tuple[Stage, str]]:
+        """The first step in line whose inputs are there; the line is asked again after each."""
+        while found := next(
+            (one for one in waiting if set(one[0].needs(config, one[1])) <= steps.keys()), None
+        ):
+            waiting.remove(found)
+            yield found
+
+    for stage, variant in ready():  # without training rows there is only the base to evaluate
+        inputs = {name: steps[name] for name in stage.needs(config, variant)}
+        step = _step(config, stage, variant, inputs, cache)
+        steps[step.name] = step
     return steps
 
 

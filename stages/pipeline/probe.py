@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +39,8 @@ SHORT = 0.3
 """Seconds; a piece that takes less is computed twice, and the quicker one counts."""
 FULL = 0.9
 """Nor one that would need more than this share of the memory."""
-NEW = 8
-"""Tokens that are written to find out what one takes."""
+FEW, NEW = 4, 16
+"""Tokens of a prompt that are read, and tokens that are written after it, to find out what one takes."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,12 @@ class Probe:
         tokens: of the longest answer; the second piece has room for it.
         """
         read = self._grown(lambda n: self._write(prompts[:n], 1), len(prompts))
-        some = self._grown(lambda n: self._write(prompts[:n], NEW + 1), len(prompts))
-        more = max(0, tokens - NEW) * len(prompts) * self._kept_bytes() / footprint.MIB
-        return read, Piece(max(0.0, some.seconds - read.seconds) / NEW, max(read.mib, some.mib) + more)
+        # Behind short prompts, so that the time to read them does not hide that of a token.
+        short = [ids[-FEW:] for ids in prompts]
+        first = self._grown(lambda n: self._write(short[:n], 1), len(prompts))
+        some = self._grown(lambda n: self._write(short[:n], NEW + 1), len(prompts))
+        room = len(prompts) * (max(map(len, prompts)) + tokens) * self._kept_bytes() / footprint.MIB
+        return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, max(read.mib, some.mib + room))
 
     def scoring(self, rows: Sequence[Row]) -> Piece:
         """A batch of score: the gradients of each row by itself."""
@@ -162,8 +167,14 @@ class Probe:
         return sum(layer.weight.numel() for layer in layers) * 16 / footprint.MIB
 
     def _write(self, prompts: Sequence[list[int]], tokens: int) -> None:
+        """By the merged copy, or where there is none through the adapter, if there is one by now."""
+        merged = self._adapted.disable_adapter() if self._adapted and self.copy_mib() else nullcontext()
         model = self.base if self._adapted is None else self._adapted
-        list(continuations(model, self.tokenizer, list(prompts), Sampling(tokens, ()), slots=len(prompts)))
+        with merged:
+            made = continuations(
+                model, self.tokenizer, list(prompts), Sampling(tokens, ()), slots=len(prompts)
+            )
+            deque(made, maxlen=0)
 
     def _kept_bytes(self) -> int:
         """Keys and values of one token, in all layers."""

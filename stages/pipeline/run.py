@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,11 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float) -> dict[st
 
 @dataclass(frozen=True)
 class Task:
-    """What a whole run has to do for one stage."""
+    """What a whole run has to do for one stage, or for those of its steps that come at this point."""
 
     stage: str
     variants: list[str]
-    """Which of the stage's steps are asked for; empty: all there are."""
+    """Titles of the stage's steps that are asked for; empty: all there are."""
     states: list[State]
     force: bool
 
@@ -182,7 +183,7 @@ class Task:
 
 
 def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str | None) -> Iterator[Task]:
-    """What a run from `first` to `last` does, stage by stage: only what is asked for and its ancestors.
+    """What a run from `first` to `last` does, in order: only what is asked for and its ancestors.
 
     Each task is looked at when its turn comes, after those before it are done. `first` is built again.
     ConfigError if there is no stage of that name.
@@ -199,10 +200,10 @@ def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str |
         raise ConfigError(
             f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
         )
-    for name in todo:
-        mine = [step for step in wanted.values() if step.stage.name == name]
+    for name, group in groupby(wanted.values(), key=lambda step: step.stage.name):
+        mine = list(group)
         every = [step for step in steps.values() if step.stage.name == name]
-        if mine:
+        if name in todo:
             store = Store(config.root)  # a new one: it remembers what it has verified
-            variants = [step.variant for step in mine] if len(mine) < len(every) else []
+            variants = [step.title for step in mine] if len(mine) < len(every) else []
             yield Task(name, variants, [state(store, step) for step in mine], force=first == name)

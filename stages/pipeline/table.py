@@ -67,8 +67,19 @@ def _classify_variants(config: Config) -> tuple[str, ...]:
     return (*(["train"] if config.data.path else []), *labelled)
 
 
-def _score_needs(config: Config, _: str) -> tuple[str, ...]:
-    return () if strategies.has(config.partition.strategy, "unscored") else ("classify:train",)
+def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
+    if strategies.has(config.partition.strategy, "unscored"):
+        return ()
+    return ("classify:train", "sft") if scored == "rl" else ("classify:train",)
+
+
+def _score_variants(config: Config) -> tuple[str, ...]:
+    """Of the initial adapter, and where RL asks for it of SFT's."""
+    return () if config.data.path is None else ("", "rl") if config.rl.rescore else ("",)
+
+
+def _partition_needs(config: Config, trained: str) -> tuple[str, ...]:
+    return ("score:rl",) if trained == "rl" and config.rl.rescore else ("score",)
 
 
 def _model(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
@@ -149,13 +160,13 @@ STAGES = {
             needs=_score_needs,
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
             outside=_model,
-            variants=lambda config: ("",) if config.data.path else (),
+            variants=_score_variants,
             version=2,
         ),
         Stage(
             name="partition",
             help="Split the elements into S1-only, S2-only and shared, and write the masks of SFT and of RL.",
-            needs=lambda config, trained: ("score",),
+            needs=_partition_needs,
             sections=lambda config, trained: ("partition", "seed"),
             outside=lambda config, trained, cache: {},
             variants=lambda config: ("sft", "rl"),

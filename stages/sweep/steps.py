@@ -71,7 +71,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
         # `auto` is another engine where there is another device, on a cluster's login node for one.
         sets = ["--set", f"eval.targets=[{target}]", "--set", f"eval.engine={cell.config.eval.engine}"]
         return [*command, *sets, "--benchmark", benchmark]
-    return [*command, "--only", step.variant] if step.variant else command
+    return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
 
 
 def measured(nodes: dict[Place, Node]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from stages.lora import adapter
 from stages.lora.merged import MergedCopy
 from stages.models.base import load_adapted, load_base
 
-INITS = ["normal", "pissa", "olora", "default"]
+INITS = ["normal", "pissa", "pissa_niter_16", "olora", "default"]
 
 
 def base(tiny, dtype="float32"):

@@ -1,0 +1,81 @@
+"""One line for each option that other libraries have: is it trained, saved, loaded by plain PEFT, and served?
+
+Makes SFT and RL of the smoke config with each option, exports RL's adapter, and has `lorapar export --check`
+compare answers of each engine, a real vLLM server among them, with those of plain PEFT. Prints Markdown.
+
+python benchmarks/options.py [--only NAME …]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import load, resolved
+from stages.store.artifacts import Store
+
+CONFIG = Path("configs/smoke.yaml")
+OPTIONS = {
+    "lora.target_modules all-linear": ["lora.target_modules=all-linear"],
+    "lora.init pissa_niter_16": ["lora.init=pissa_niter_16"],
+    "lora.init olora": ["lora.init=olora"],
+    "lora.rslora": ["lora.rslora=true"],
+    "strategy topk, scorer grad2 (SPT)": ["partition.strategy=topk", "score.scorer=grad2"],
+    "strategy random_half (LoRA-SP)": ["partition.strategy=random_half"],
+    "rl.rescore": ["rl.rescore=true"],
+    "rl.importance_sampling sequence (GSPO)": ["rl.importance_sampling=sequence", "rl.loss=grpo"],
+    "rl.epsilon_high (clip-higher)": ["rl.epsilon_high=0.28"],
+    "rl.loss cispo": ["rl.loss=cispo", "rl.epsilon_high=5"],
+    "sft.loss dft": ["sft.loss=dft"],
+    "sft.system1_targets answer": ["sft.system1_targets=answer"],
+    **{
+        f"baseline {name}": [f"baseline.method={name}"]
+        for name in ("dora", "miss", "randlora", "shira", "vera")
+    },
+}
+ALWAYS = ["rl.max_steps=2", "eval.targets=[rl]"]
+
+
+def lorapar(*arguments: str) -> list[str]:
+    """Lines that the command says; those of an error, too."""
+    command = [sys.executable, "-m", "lorapar_cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+
+
+def line(settings: list[str], folder: Path) -> list[str]:
+    """Cells: how many elements moved, and what the check of the export says of each engine."""
+    settings = [*ALWAYS, *settings, f"runs_dir={folder / 'runs'}"]
+    flags = [part for text in settings for part in ("--set", text)]
+    said = lorapar("run", str(CONFIG), *flags, "--to", "rl")
+    config = resolved(load(CONFIG, settings))
+    step = plan(config)["rl"]
+    manifest = Store(config.root).folder("rl", step.key) / "manifest.json"
+    if not manifest.exists():
+        return [next((text for text in said if text.startswith("error")), "failed"), "", ""]
+    summary = json.loads(manifest.read_bytes())["summary"]
+    trained = f"{summary['moved']} of {summary['active']}"
+    said = lorapar("export", str(CONFIG), str(folder / "out"), "--check", "4", *flags)
+    saved = "yes" if (folder / "out/adapter_model.safetensors").exists() else "no"
+    checked = [text.strip() for text in said if text.startswith(("  ", "error"))]
+    return [trained, saved, "<br>".join(checked)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", action="append", choices=OPTIONS, metavar="NAME")
+    wanted = parser.parse_args().only or list(OPTIONS)
+    print(
+        "| option | elements moved by RL | saved | answers against plain PEFT's |",
+        "| --- | --- | --- | --- |",
+        sep="\n",
+    )
+    for name in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            print("", name, *line(OPTIONS[name], Path(folder)), "", sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

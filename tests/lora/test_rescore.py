@@ -1,0 +1,78 @@
+"""RL's elements chosen by importances at the adapter of SFT."""
+
+import pytest
+import torch
+from conftest import ROOT, make_steps
+
+from stages.errors import ConfigError
+from stages.lora.masks import read_importance
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
+from stages.pipeline.run import tasks
+
+RL = ["rl.max_steps=1", "sft.lr=0.1", "score.examples=4"]
+AGAIN = "rl.rescore=true"
+
+
+def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
+    before, now = (plan(resolved(begun(*RL, *more))) for more in ((), (AGAIN,)))
+    differ = [name for name in now if name not in before or now[name].key != before[name].key]
+    assert [name for name in differ if not name.startswith("eval")] == ["score:rl", "partition:rl", "rl"]
+    assert list(now["score:rl"].inputs) == ["classify:train", "sft"]
+    assert list(now["partition:rl"].inputs) == ["score:rl"] and list(now["partition:sft"].inputs) == ["score"]
+    config = resolved(begun(*RL, AGAIN, "eval.targets=[rl]"))
+    assert [(task.stage, task.variants) for task in tasks(config, plan(config), None, "rl")] == [
+        ("classify", ["train"]),
+        ("score", ["score"]),
+        ("partition", ["sft"]),
+        ("sft", []),
+        ("score", ["rl"]),
+        ("partition", ["rl"]),
+        ("rl", []),
+    ]
+
+
+def test_importance_is_taken_where_sft_ended(begun):
+    made = {
+        name: one
+        for name, (one, _) in make_steps(begun(*RL, AGAIN), "score", "partition", "sft", "rl").items()
+    }
+    first, again = (
+        read_importance(made[name].path / "importance.safetensors") for name in ("score", "score:rl")
+    )
+    assert not (made["score:rl"].path / "init").exists()
+    assert all(first[system].keys() == again[system].keys() for system in (1, 2))
+    assert not all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    assert made["rl"].manifest["summary"]["frozen_drift"] == 0
+    assert made["rl"].manifest["summary"]["active"] == made["partition:rl"].manifest["summary"]["active"]
+    # magnitude is |φ|: of the file that SFT wrote
+    weighed = make_steps(begun(*RL, AGAIN, "score.scorer=magnitude"), "score", "partition:sft", "sft")
+    from stages.lora import adapter
+
+    weights = adapter.read(weighed["sft"][0].adapter)
+    found = read_importance(weighed["score:rl"][0].path / "importance.safetensors")
+    assert all(torch.equal(value, weights[name].abs()) for name, value in found[2].items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("rl.start_from=init", "rl starts from the initial adapter"),
+        ("baseline.method=dora", "a baseline is trained whole"),
+        ("partition.strategy=all", "strategy all reads no scores"),
+    ],
+)
+def test_where_there_is_nothing_to_score_again(smoke, setting, why):
+    with pytest.raises(ConfigError, match=why):
+        smoke(AGAIN, setting)
+
+
+def test_each_step_of_score_can_be_made_alone(begun, lorapar):
+    settings = [*begun.home, *RL, AGAIN, "sft.lr=0.2"]  # no other test has trained this SFT
+    sets = [part for text in settings for part in ("--set", text)]
+    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "score")
+    assert done.code == 0
+    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "rl")
+    assert done.code == 66 and "run: lorapar" in done.err
+    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "sft")
+    assert done.code == 78 and "choose from: score, rl" in done.err
