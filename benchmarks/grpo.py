@@ -255,9 +255,13 @@ def _questions(path: str) -> list[str]:
 
 
 def _words(tokenizer: Any) -> list[str]:
-    """Texts of one token each which stay one token beside each other: words with a space before them."""
+    """Texts of one token each which stay one token beside each other: words with a space before them.
+
+    A tokenizer of bytes has none; then letters.
+    """
     texts = {tokenizer.decode([i]) for i in range(len(tokenizer))}
-    words = sorted(text for text in texts if text[0:1] == " " and text[1:].isascii() and text[1:].isalpha())
+    plain = [text for text in texts if text.isascii() and text.strip().isalpha()]
+    words = sorted(text for text in plain if text[0] == " " and text[1:].isalpha()) or sorted(plain)
     most = min(map(len, tokenizer(words)["input_ids"]))  # one, and what is added to every text
     return [w for w, ids in zip(words, tokenizer(words)["input_ids"], strict=True) if len(ids) == most]
 

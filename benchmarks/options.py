@@ -8,6 +8,7 @@ python benchmarks/options.py [--only NAME …]
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -59,8 +60,11 @@ def line(settings: list[str], folder: Path) -> list[str]:
     trained = f"{summary['moved']} of {summary['active']}"
     said = lorapar("export", str(CONFIG), str(folder / "out"), "--check", "4", *flags)
     saved = "yes" if (folder / "out/adapter_model.safetensors").exists() else "no"
-    checked = [text.strip() for text in said if text.startswith(("  ", "error"))]
-    return [trained, saved, "<br>".join(checked)]
+    checked = [
+        f"{engine} {share}" for engine, share in re.findall(r"^  (\w+): (\S+) of", "\n".join(said), re.M)
+    ]
+    refused = [text for text in said if text.startswith("error")]
+    return [trained, saved, ", ".join(checked + refused)]
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=OPTIONS, metavar="NAME")
     wanted = parser.parse_args().only or list(OPTIONS)
     print(
-        "| option | elements moved by RL | saved | answers against plain PEFT's |",
+        "| option | elements moved by RL | saved | tokens served that plain PEFT would choose |",
         "| --- | --- | --- | --- |",
         sep="\n",
     )
