@@ -13,10 +13,10 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/final.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test torture check fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test torture gpu-check check fix clean $(STAGES)
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo "$(STAGES)" | tr ' ' '\n' | sed 's/$$/\tRun this stage of CONFIG=file (SET="key=value …")/' | expand -t 12
 
 setup: $(READY) ## Make the virtual environment and install everything
@@ -63,6 +63,9 @@ test: $(READY) ## Run the tests (no network, no GPU)
 
 torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thousand (hours; LORAPAR_SEED repeats)
 	LORAPAR_TORTURE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/torture tests/sandbox/test_hostile.py
+
+gpu-check: $(READY) ## Show in one table what works and what it costs on a GPU (FLAGS=--small: in miniature, without one)
+	$(BIN)/python benchmarks/gpu.py $(FLAGS)
 
 check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/ruff check .

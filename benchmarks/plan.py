@@ -22,7 +22,7 @@ def main(path: str, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory() as runs:
         flags = [*flags, "--set", f"runs_dir={runs}"]
         for command in ("plan", "run"):
-            asked = [sys.executable, "-m", "lorapar_cli", command, path, *flags, "--json"]
+            asked = [sys.executable, "-m", "lorapar_cli", command, path, *flags]
             subprocess.run(asked, stdout=subprocess.DEVNULL, check=True)
         config = resolved(load(Path(path), flags[1::2]))
         store, together = Store(config.root), [0.0, 0.0]

@@ -15,11 +15,19 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def forget() -> None:
-    """Give freed memory back and begin the count of `peak` anew. Where the system cannot, nothing happens."""
+def give_back() -> None:
+    """Give the system the memory that is free in this process; the C library keeps it otherwise.
+
+    Where the library cannot, nothing happens.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def forget() -> None:
+    """Give freed memory back and begin the count of `peak` anew, as far as the system can."""
+    give_back()
     with suppress(OSError):
         _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():

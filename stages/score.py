@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages import team
+from stages import footprint, team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.language.prompts import Renderer, Row
 from stages.lora import adapter
@@ -70,6 +70,7 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
         mine = rows[team.rank() :: team.size()]
+        footprint.give_back()  # what the other system left is in pieces too small for the longest rows
         job.progress.start(f"score System {system}", len(mine))
         sums = _moments(peft_model, mine, score.batch_size, renderer, job.progress)
         _add_up(sums)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,14 +76,12 @@ class Estimate:
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
-    begun = time.perf_counter()
     work = _Work(config, {step.stage.name for step in steps})
     if not steps or not any(work.rows.values()):
         return Estimate({step.name: Cost(None, None) for step in steps}, [])
     from stages.pipeline.probe import Probe
 
     work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
-    work.starting = time.perf_counter() - begun
     # What training leaves in memory would count for what is measured after it.
     found = {
         step.name: work.cost(step) for step in sorted(steps, key=lambda step: LAST.get(step.stage.name, 0))
@@ -99,8 +96,6 @@ class _Work:
     config: Config
     stages: set[str]
     probe: Probe = field(init=False)
-    starting: float = field(init=False)
-    """Seconds until a process has loaded its libraries and the model."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -124,10 +119,10 @@ class _Work:
         found = of[step.stage.name](step.variant) if step.stage.name in of else Cost(None, None)
         if not found.seconds:
             return found
-        mib = found.mib and max(found.mib, self.probe.loading.mib)
-        if mib and step.stage.name not in ("sft", "rl"):
-            mib -= self.probe.trainer_mib
-        return Cost(found.seconds + self.starting, mib, found.knobs)
+        probe, trains = self.probe, step.stage.name in ("sft", "rl")
+        seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
+        mib = found.mib and max(found.mib, probe.loading.mib) - (0 if trains else probe.trainer.mib)
+        return Cost(seconds, mib, found.knobs)
 
     def spans(self) -> list[Span]:
         """The lengths of training rows, where rows are trained on."""
@@ -193,7 +188,7 @@ class _Work:
         score = self.config.score
         if strategies.has(self.config.partition.strategy, "unscored"):
             return Cost(0.0, None)
-        rows = self._longest(score.batch_size)
+        rows = self._longest(2 * score.batch_size)
         piece = self.probe.scoring(rows)
         number = 2 * min(score.examples, len(self.rows["train"]) / 2)
         return Cost(number * self._mean * piece.seconds / _tokens(rows), piece.mib, "score.batch_size")
@@ -234,7 +229,8 @@ class _Work:
         seconds, mib = learned / measured * piece.seconds, piece.mib + probe.adapter_mib()
         if rl.rollouts.engine == "transformers":
             read, token = probe.writing(groups[:samples], rl.max_completion)
-            seconds += (read.seconds * asked / len(groups[0]) + answered * token.seconds) / rl.iterations
+            last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
+            seconds += (read.seconds * asked / len(groups[0]) + last * token.seconds) / rl.iterations
             mib = max(mib, token.mib) + probe.copy_mib()
         elif rl.rollouts.engine == "vllm_colocate":
             mib += rl.rollouts.gpu_memory * probe.room
@@ -253,11 +249,14 @@ class _Work:
             prompts = [renderer.prompt_ids(example.prompt) for example in asked]
             self.written[name] = (*self.probe.writing(prompts, written), len(asked))
         read, token, batch = self.written[name]
+        mean, last = written, written
         if target not in ("base", "init"):
-            written = min(written, round(self._responses.mean))
-        each = (1 + section.shots) * read.seconds + (written - 1) * token.seconds
-        seconds = len(examples) * section.samples / batch * each
-        again = self.probe.weights_mib if self.config.eval.parity_items and target != "base" else 0
+            mean, last = (min(written, round(n)) for n in (self._responses.mean, self._responses.p99))
+        each = (1 + section.shots) * read.seconds + (mean - 1) * token.seconds
+        seconds = len(examples) * section.samples / batch * each + (last - mean) * token.seconds
+        again = 0.0
+        if self.config.eval.parity_items and target != "base":
+            again, seconds = self.probe.weights_mib, seconds + self.probe.loading.seconds
         here = self.config.eval.engine == "transformers"
         return Cost(seconds, max(read.mib, token.mib) + again if here else None, "server.batch_size")
 
@@ -266,7 +265,7 @@ class _Work:
         fitting = [row for row in self._sft_rows if len(row.input_ids) <= self.config.data.max_length]
         if not fitting:
             raise DataError(f"no row fits into data.max_length {self.config.data.max_length}")
-        found = sorted(fitting, key=lambda row: len(row.input_ids))[-number:]
+        found = sorted(fitting, key=lambda row: -len(row.input_ids))[:number]
         return (found * number)[:number]
 
 

@@ -1,7 +1,7 @@
 """What a model needs on this machine: pieces of the stages' work, computed as they do, timed and weighed.
 
-A piece is a batch of the size that the config asks for, of the longest rows. It is tried on one row, on a
-quarter and on a half of it first. Where more would take seconds, or more memory than there is, these tell it.
+A piece is a batch of the size that the config asks for, of the longest rows. It is tried on one row, on two,
+on four, and so on. Where more would take seconds, or more memory than there is, the last two tell of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stages.models.layout import Flat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONG = 2.5
+LONG = 6.0
 """Seconds; a piece that would take longer is not computed whole."""
 SHORT = 0.3
 """Seconds; a piece that takes less is computed twice, and the quicker one counts."""
@@ -57,10 +57,10 @@ class Probe:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, trains: bool) -> None:
         """trains: there will be pieces of a training stage."""
+        self.trainer = _trainer() if trains else Piece(0.0, 0.0)
+        """The library of the trainers, which the other stages do without."""
         footprint.forget()
         begun = time.perf_counter()
-        self.trainer_mib = _trainer() if trains else 0
-        """What the library of the trainers takes, which the other stages do without."""
         self.config, self.tokenizer = config, tokenizer
         self.base: PreTrainedModel = load_base(config.model)
         self.loading = Piece(time.perf_counter() - begun, footprint.peak())
@@ -88,16 +88,18 @@ class Probe:
         return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, max(read.mib, some.mib + room))
 
     def scoring(self, rows: Sequence[Row]) -> Piece:
-        """A batch of score: the gradients of each row by itself."""
+        """Two batches of score, the gradients of each row by itself; the second does not quite fit where the
+        first was, which takes memory."""
         model = self._with_adapter()
         layers, pad = adapter.lora_layers(model), self.tokenizer.pad_token_id
 
         def work(n: int) -> None:
             model.requires_grad_(False)
             model.eval()
-            moments(model, layers, [list(rows[:n])], lambda _: None, pad)
+            batches = [list(rows[: n // 2]), list(rows[n // 2 : n])]
+            moments(model, layers, batches, lambda _: None, pad)
 
-        return self._grown(work, len(rows))
+        return self._grown(work, len(rows), step=2)
 
     def tuning(self, rows: Sequence[Row], checkpointing: bool) -> Piece:
         """A micro batch of SFT, forward and backward."""
@@ -185,38 +187,36 @@ class Probe:
 
     def _grown(self, work: Callable[[int], Any], whole: int, step: int = 1) -> Piece:
         """What `work` on so many rows needs; step: how many rows belong together."""
-        sizes = sorted({min(whole, -(-whole // part // step) * step) for part in (whole, 4, 2, 1)})
-        work(sizes[0])  # the first pass of a kind takes longer
-        tried = [(0, Piece(0.0, self.loading.mib))]
-        for size in sizes:
-            told = _line(tried, size)
-            if told and (told.seconds > LONG or told.mib > FULL * self.room):
-                break
+        size = min(step, whole)
+        work(size)  # the first pass of a kind takes longer
+        tried = [(size, _weighed(functools.partial(work, size)))]
+        while (now := tried[-1])[0] < whole:
+            size = min(2 * now[0], whole)
+            if size / now[0] * now[1].seconds > LONG or _line(tried, size).mib > FULL * self.room:
+                return _line(tried, whole)
             try:
                 tried.append((size, _weighed(functools.partial(work, size))))
             except Exception as error:
-                if not lacks_memory(error) or size == sizes[0]:
-                    raise
-                break
-        size, piece = tried[-1]
-        return piece if size == whole else _line(tried, whole) or piece
+                if lacks_memory(error):
+                    return _line(tried, whole)
+                raise
+        return tried[-1][1]
 
 
-def _trainer() -> int:
+def _trainer() -> Piece:
     import peft  # noqa: F401  # all stages have it
 
     footprint.forget()
-    before = footprint.peak()
+    before, begun = footprint.peak(), time.perf_counter()
     from trl import GRPOTrainer, SFTTrainer  # noqa: F401
 
-    return footprint.peak() - before
+    return Piece(time.perf_counter() - begun, footprint.peak() - before)
 
 
-def _line(tried: list[tuple[int, Piece]], size: int) -> Piece | None:
-    """What is to be expected of so many rows after the last two trials; None after fewer."""
-    if len(tried) < 2:
-        return None
-    (few, less), (many, more) = tried[-2:]
+def _line(tried: list[tuple[int, Piece]], size: int) -> Piece:
+    """What is to be expected of so many rows after the last two trials; after one, in proportion."""
+    many, more = tried[-1]
+    few, less = tried[-2] if len(tried) > 1 else (0, Piece(0.0, more.mib))
     further = (size - many) / (many - few)
     return Piece(
         more.seconds + further * max(0.0, more.seconds - less.seconds),
