@@ -6,17 +6,18 @@ Needs no hub: models have random weights of real shapes (0.5 and 7 billion param
 one. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its own
 with a limit in time. The table says what it found, and how long it took; a part that fails stops no other.
 
-- doctor: versions, device, number types.
+- doctor: versions, device, number types, sandbox.
 - pipeline: all six stages of the smoke config with vLLM for votes, rollouts and answers, and that no frozen
   element moved.
 - tests: on the device, those of frozen elements, exact resume, 4 bits, padding and equality with TRL.
-- sft, rl: time of a step and peak of memory against TRL on plain LoRA (`sft.py`, `rl.py` beside this).
+- sft, rl: time of a step, of RL also the peak of memory, against TRL on plain LoRA (`sft.py`, `rl.py`).
 - plan: what is planned against what is taken (`plan.py`).
 - processes: SFT and RL of the smoke config on all devices (DDP); two processes on a CPU.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 
 from stages.data.demo import write
+from stages.errors import LoraparError
 from stages.models.fetch import fetch
 
 HERE = Path(__file__).parent
@@ -40,6 +42,8 @@ SHAPES = {  # of Qwen2.5-0.5B and LLaMA-2-7B
 }  # fmt: skip
 TOKENS = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """The tokenizer is that of `lorapar fetch tiny-random`."""
+NAMES = ("doctor", "pipeline", "tests", "sft", "rl", "plan", "processes")
+ROWS = "data/demo/train.jsonl"
 TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts")
 
 
@@ -73,61 +77,40 @@ def parts(small: bool) -> list[Part]:
     served = ["classify.voters=[{persona: steps, engine: vllm}]", "eval.engine=vllm", *rollouts]
     devices = f"launch={{backend: ddp, processes: {torch.cuda.device_count() if cuda else 2}}}"
     which = [f"tests/lora/test_{name}.py" for name in (TESTS[3:5] if small else TESTS)]
-    few = ["--pairs", "2"] if small else ["--pairs", "5"]
-    kind = ["--dtype", "float32" if small else "bfloat16"]
+    few = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     shapes = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
-    rows = "data/demo/train.jsonl"
-    models = ["tiny-random"] if small else ["models/smollm2-135m-q4", *SHAPES]
-    plan = ["configs/smoke.yaml"] if small else ["configs/demo.yaml"]
+    models = ["tiny-random"] if small else ["smollm2-135m-q4", *SHAPES]
+    config = f"configs/{'smoke' if small else 'demo'}.yaml"
+    facts = r"^[+ -] (?:device|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
+    frozen, speed = r"frozen_drift: \S+", r".*(?:ratio|peak|TRL).*"
     return [
+        Part("doctor", lambda m, s: ["-m", "lorapar_cli", "doctor"], facts, 1),
+        Part("pipeline", lambda m, s: smoke(m, s, *served), frozen, 8),
+        Part("tests", lambda m, s: ["-m", "pytest", *which], r"^.*\d+ passed.*", 10),
+        *(Part(f"sft, {m}", lambda m, s: [f"{HERE}/sft.py", m, ROWS, *few], speed, 5, m) for m in models),
+        *(Part(f"rl, {m}", lambda m, s: [f"{HERE}/rl.py", m, *few, *shapes], speed, 5, m) for m in models),
         Part(
-            "doctor",
-            lambda m, s: ["-m", "lorapar_cli", "doctor"],
-            r"^[+ -] (?:device|torch|float|bfloat).*",
-            1,
+            "plan",
+            lambda m, s: [f"{HERE}/plan.py", config, "--set", f"model.name={m}"],
+            r"^(?:sft|rl|together).*",
+            8,
+            models[0],
         ),
-        Part("pipeline", lambda m, s: smoke(m, s, *served), r"frozen_drift: \S+", 8),
-        Part("tests", lambda m, s: ["-m", "pytest", *which], r"^\d+ passed.*|^\d+ failed.*", 10),
-        *(
-            Part(
-                f"sft, {m}",
-                lambda m, s: [f"{HERE}/sft.py", m, rows, *few, *kind],
-                r".*ratio.*|.*peak.*",
-                5,
-                m,
-            )
-            for m in models
-        ),
-        *(
-            Part(
-                f"rl, {m}",
-                lambda m, s: [f"{HERE}/rl.py", m, *few, *kind, *shapes],
-                r".*ratio.*|.*peak.*",
-                5,
-                m,
-            )
-            for m in models
-        ),
-        Part("plan", lambda m, s: [f"{HERE}/plan.py", *plan, "--set", f"model.name={m}"], r"^together.*", 8)
-        if small
-        else Part("plan", lambda m, s: [f"{HERE}/plan.py", *plan], r"^(?:sft|rl|together).*", 8),
-        Part(
-            "processes", lambda m, s: smoke(m, s, f"sft.{devices}", f"rl.{devices}"), r"frozen_drift: \S+", 8
-        ),
+        Part("processes", lambda m, s: smoke(m, s, f"sft.{devices}", f"rl.{devices}"), frozen, 8),
     ]
 
 
 def model(name: str, scratch: Path) -> Path:
-    """The folder of a model: fetched, given, or made with random weights and a tokenizer of bytes."""
+    """The folder of a model: fetched, or made with random weights and a tokenizer of bytes."""
     if name not in SHAPES:
-        return Path(name) if "/" in name else fetch(name, Path("models"))[0]
+        return fetch(name, Path("models"))[0]
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = scratch / name
     if not folder.exists():
-        with torch.device("cuda"):
-            made = LlamaForCausalLM(LlamaConfig(**SHAPES[name], **TOKENS)).bfloat16()
-        made.save_pretrained(str(folder))
+        torch.set_default_dtype(torch.bfloat16)  # on the CPU: this process must not hold the GPU's memory
+        LlamaForCausalLM(LlamaConfig(**SHAPES[name], **TOKENS)).save_pretrained(str(folder))
+        torch.set_default_dtype(torch.float32)
         AutoTokenizer.from_pretrained(str(fetch("tiny-random", Path("models"))[0])).save_pretrained(
             str(folder)
         )
@@ -136,12 +119,17 @@ def model(name: str, scratch: Path) -> Path:
 
 def line(part: Part, scratch: Path) -> dict[str, object]:
     begun = time.monotonic()
-    command = [sys.executable, *part.command(str(model(part.model, scratch)), str(scratch / part.name))]
+    # A training in one process takes one device, and refuses to see several.
+    seen = {} if part.name == "processes" else {"CUDA_VISIBLE_DEVICES": "0"}
+    code: int | str
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * part.minutes)
+        command = [sys.executable, *part.command(str(model(part.model, scratch)), str(scratch / part.name))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60 * part.minutes, env=os.environ | seen
+        )
         output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired:
-        output, code = "", "took too long"  # type: ignore[assignment]
+    except (OSError, RuntimeError, subprocess.TimeoutExpired, LoraparError) as error:
+        output, code = f"{type(error).__name__}: {error}", "none"
     found = re.findall(part.found, output, re.MULTILINE)
     told = [text.strip() for text in found] if code == 0 else output.strip().splitlines()[-3:]
     return {"part": part.name, "code": code, "seconds": round(time.monotonic() - begun), "found": told}
@@ -150,7 +138,7 @@ def line(part: Part, scratch: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--only", action="append", metavar="PART")
+    parser.add_argument("--only", action="append", choices=NAMES, metavar="PART", help=", ".join(NAMES))
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     given = parser.parse_args()
     if not given.small and not torch.cuda.is_available():
@@ -161,7 +149,7 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         for part in parts(given.small):
-            if not given.only or part.name in given.only:
+            if not given.only or part.name.partition(",")[0] in given.only:
                 lines.append(line(part, Path(scratch)))
                 print(*(lines[-1][name] for name in ("part", "code", "seconds")), sep="\t")
                 print(*(f"\t{text}" for text in lines[-1]["found"]), sep="\n", flush=True)  # type: ignore[attr-defined]

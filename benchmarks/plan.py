@@ -30,8 +30,8 @@ def main(path: str, flags: list[str]) -> None:
         for name, step in asked_for(plan(config), None).items():
             manifest = json.loads((store.folder(step.stage.name, step.key) / "manifest.json").read_bytes())
             took, told = spent(manifest["provenance"])
-            together[0] += took.seconds or 0
-            together[1] += told.seconds or 0
+            if took.seconds is not None and told.seconds is not None:
+                together = [together[0] + took.seconds, together[1] + told.seconds]
             print(name, *_beside(took.seconds, told.seconds), *_beside(took.mib, told.mib), sep="\t")
         print("together", *_beside(*together), sep="\t")
 

@@ -15,7 +15,8 @@ from stages.store.artifacts import Store
 from stages.store.estimates import Told
 
 if TYPE_CHECKING:
-    from stages.pipeline.estimate import Estimate, Span
+    from stages.pipeline.estimate import Estimate
+    from stages.pipeline.lengths import Span
 
 
 def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
@@ -38,6 +39,8 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> N
 
 def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:
     """What a run would do, with the cost of each step and of all that can be told."""
+    from stages.pipeline.estimate import KNOBS
+
     if as_json:
         print(json.dumps(_plan_json(states, found)))
         return
@@ -58,7 +61,7 @@ def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:
         print(f"there are {gib(found.room)} of memory")
         for name, cost in found.costs.items():
             if cost.mib and cost.mib > found.room:
-                print(f"{name} does not fit: lower {cost.knobs}")
+                print(f"{name} does not fit: lower {KNOBS[name.partition(':')[0]]}")
 
 
 def _spans(spans: list[Span]) -> None:

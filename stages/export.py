@@ -169,7 +169,6 @@ def check_views(
     Yields one row per view, as `check` does. AnswerError if a view does not answer as its adapter does in
     plain PEFT; where it should answer otherwise than the base or the other view, and does not, that is said.
     """
-    from stages.benchmarks import parity
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
 
@@ -192,14 +191,15 @@ def check_views(
         made |= zip(VIEWS, threads.map(answers, VIEWS), strict=True)
     hint = f"do not serve {out}: remove it and export again"
     others = {"fast": config.model.name, "slow": "fast"}
-    rounding = 1e-3 if resolve(config.model) == "float32" else parity.TOLERANCE
+    # At the size of logits 16 bits resolve an eighth, and a tie is broken by chance.
+    rounding = 1e-3 if resolve(config.model) == "float32" else 0.125
     for name, view in VIEWS.items():
         found = _compared(asked, made[name], config.model, trained[view.stage], renderer, hint, say)
         if all(made[name][i].ids == made[others[name]][i].ids for i in range(len(asked))):
             told = f"all {len(asked)} answers of {name} are those of {others[name]}"
-            if found["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
-                raise AnswerError(told, hint)
             moved = trained[view.stage].manifest["summary"]["moved"]
+            if moved and found["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
+                raise AnswerError(told, hint)
             why = "check more prompts to tell them apart" if moved else f"{view.stage} moved no element"
             say(f"warning: {told}, and its adapter's own: {why}")
         yield {"engine": f"vllm, {name}", **found}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -30,29 +31,40 @@ def forget() -> None:
     give_back()
     with suppress(OSError):
         _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+    if torch := _in_use():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peaks() -> dict[str, int]:
-    """The most that was used since `forget`: by the process, and if it has a GPU, of that by torch."""
+    """The most that was used since `forget`: by the process, and of a GPU by torch in it, if it did."""
     found = {"process": _process()}
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        found["device"] = torch.cuda.max_memory_reserved() // MIB
+    if (torch := _in_use()) and (used := torch.cuda.max_memory_reserved()):
+        found["device"] = used // MIB
     return found
 
 
 def peak() -> int:
     """Of the memory that is scarce: the GPU's, or without one the machine's."""
     found = peaks()
-    return found.get("device", found["process"])
+    return found.get("device", 0) if _has_gpu() else found["process"]
+
+
+def _in_use() -> Any:
+    """torch if this process computes on a GPU. To ask the GPU alone would begin that, and take half a GiB."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
+
+
+def _has_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.cuda.is_available())
 
 
 def room() -> int:
     """How much of it there is. The limit of a container or a batch job counts as the machine's."""
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[1]) // MIB
+    if _has_gpu():
+        return int(sys.modules["torch"].cuda.mem_get_info()[1]) // MIB
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *_limits()]) // MIB
 

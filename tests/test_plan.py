@@ -92,8 +92,7 @@ def test_a_piece_that_is_too_long_or_too_large_is_told_from_parts(probe, seconds
     probe.of_a_row = seconds, mib
     found = probe._grown(probe.sizes.append, 64)
     assert sorted(set(probe.sizes)) == tried
-    whole = 100 + (64 if len(tried) > 1 else 1) * mib  # one row alone does not tell what another adds
-    assert found == Piece(pytest.approx(64 * seconds), pytest.approx(whole))
+    assert found == Piece(pytest.approx(64 * seconds), pytest.approx(100 + 64 * mib))
 
 
 def test_rows_that_belong_together_are_tried_together(probe):

@@ -1,8 +1,8 @@
 """What each step will cost on this machine, in time and in memory: work is counted, its pieces are measured.
 
 What nobody can know before is assumed: half of the rows are System 1, a trained model answers as long as the
-references are and an untrained one as long as it may, and servers start at once. Told is one process on one
-device that holds whole weights.
+references are and an untrained one as long as it may, servers start at once, and vLLM writes no faster than
+this process would. Told is one process on one device that holds whole weights.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
-from stages.config import Config, PromptSection, Voter
+from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection, Voter
 from stages.data.rows import read
-from stages.errors import DataError
+from stages.errors import DataError, lacks_memory
 from stages.labelling.personas import SHOTS, Brief, personas, shots
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.lengths import Lengths
+from stages.pipeline.lengths import Lengths, Span
 from stages.pipeline.plan import Step
 from stages.records import Example
 
@@ -48,20 +48,16 @@ class Cost:
     seconds: float | None
     mib: float | None
     """The most memory in use: of the GPU, or without one of the process."""
-    knobs: str = ""
-    """The settings that lower the memory."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """Lengths beside the setting that bounds them."""
-
-    what: str
-    lengths: Lengths
-    setting: str
-    limit: int
-    beyond: str
-    """What becomes of longer ones."""
+KNOBS = {
+    "classify": "model.dtype, or choose a smaller model",
+    "score": "score.batch_size",
+    "sft": "sft.micro_batch, or set sft.gradient_checkpointing",
+    "rl": "rl.micro_batch, or rl.max_completion, or set rl.gradient_checkpointing",
+    "eval": "server.batch_size",
+}
+"""The settings that lower the memory of a stage."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,8 @@ class _Work:
         self.rows["train"] = read(config.data) if config.data.path else []
         self.written: dict[str, tuple[Piece, Piece, int]] = {}
         """By benchmark, because all targets write alike: see `Probe.writing`, and the answers in a batch."""
-        # Without training rows there is only the base to be evaluated.
-        self.sample = _sample(next(filter(None, (self.rows["train"], *self.rows.values())), []))
+        self.sample = _sample(self.rows["train"])
+        self.rendered: dict[str, list[Row]] = {}
 
     def cost(self, step: Step) -> Cost:
         of: dict[str, Callable[[str], Cost]] = {
@@ -116,20 +112,25 @@ class _Work:
             "rl": self._rl,
             "eval": self._answers,
         }
-        found = of[step.stage.name](step.variant) if step.stage.name in of else Cost(None, None)
+        try:
+            found = of[step.stage.name](step.variant) if step.stage.name in of else Cost(None, None)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            return Cost(None, self.probe.room + 1)  # the smallest piece of it already
         if not found.seconds:
             return found
         probe, trains = self.probe, step.stage.name in ("sft", "rl")
         seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
         mib = found.mib and max(found.mib, probe.loading.mib) - (0 if trains else probe.trainer.mib)
-        return Cost(seconds, mib, found.knobs)
+        return Cost(seconds, mib)
 
     def spans(self) -> list[Span]:
         """The lengths of training rows, where rows are trained on."""
         found = []
         data, rl = self.config.data, self.config.rl
         if self.stages & {"score", "sft"}:
-            rows = Lengths.of(len(row.input_ids) for row in self._sft_rows)
+            rows = Lengths.of(len(row.input_ids) for row in self._rows("sft"))
             found.append(Span("row", rows, "data.max_length", data.max_length, data.too_long))
         if "rl" in self.stages:
             found.append(Span("prompt of rl", self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long))
@@ -139,42 +140,40 @@ class _Work:
     def _renderer(self, prompt: PromptSection | None) -> Renderer:
         return Renderer(self.tokenizer, prompt or self.config.prompt)
 
-    @cached_property
-    def _sft_rows(self) -> list[Row]:
-        renderer = self._renderer(self.config.sft.prompt)
-        return [renderer.row(example) for example in self.sample]
+    def _rows(self, stage: str) -> list[Row]:
+        """The sample as score, sft or rl has it."""
+        if stage not in self.rendered:
+            section: ScoreSection | SftSection | RlSection = getattr(self.config, stage)
+            renderer = self._renderer(section.prompt)
+            self.rendered[stage] = [renderer.row(example) for example in self.sample]
+        return self.rendered[stage]
 
-    @cached_property
-    def _rl_rows(self) -> list[Row]:
-        renderer = self._renderer(self.config.rl.prompt)
-        return [renderer.row(example) for example in self.sample]
-
-    @cached_property
-    def _mean(self) -> float:
-        """Of the rows of score and SFT, where too long ones are cut."""
-        return Lengths.of(len(row.input_ids) for row in self._sft_rows).within(self.config.data.max_length)
+    def _mean(self, stage: str) -> float:
+        """Tokens of a row, where too long ones are cut."""
+        return Lengths.of(len(row.input_ids) for row in self._rows(stage)).within(self.config.data.max_length)
 
     @cached_property
     def _questions(self) -> Lengths:
-        return Lengths.of(_asked(row) for row in self._rl_rows)
+        return Lengths.of(_asked(row) for row in self._rows("rl"))
 
     @cached_property
     def _responses(self) -> Lengths:
-        return Lengths.of(len(row.labels) - _asked(row) for row in self._rl_rows)
+        return Lengths.of(len(row.labels) - _asked(row) for row in self._rows("rl"))
 
     def _votes(self, variant: str) -> Cost:
         section, examples = self.config.classify, self.rows[variant]
         if section.strategy != "vote" or not examples:
             return Cost(0.0, None)
-        if any(voter.model or voter.urls or voter.thinking for voter in section.voters):
-            return Cost(None, None)
+        asked = section.voters
+        if self.config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in asked):
+            return Cost(None, None)  # the base itself votes in 16 bits
         seconds, mib = 0.0, 0.0
         for voter in section.voters:
             piece, number = self._ballots(voter, examples)
             seconds += piece.seconds / number * len(examples) * voter.samples
             mib = max(mib, piece.mib)
         here = all(voter.engine == "transformers" for voter in section.voters)
-        return Cost(seconds, mib if here else None, "model.dtype, or choose a smaller model")
+        return Cost(seconds, mib if here else None)
 
     def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
         """A batch of a voter's questions, and their number."""
@@ -188,10 +187,10 @@ class _Work:
         score = self.config.score
         if strategies.has(self.config.partition.strategy, "unscored"):
             return Cost(0.0, None)
-        rows = self._longest(2 * score.batch_size)
+        rows = self._longest("score", 2 * score.batch_size)
         piece = self.probe.scoring(rows)
         number = 2 * min(score.examples, len(self.rows["train"]) / 2)
-        return Cost(number * self._mean * piece.seconds / _tokens(rows), piece.mib, "score.batch_size")
+        return Cost(number * self._mean("score") * piece.seconds / _tokens(rows), piece.mib)
 
     def _sft(self, _: str) -> Cost:
         from stages.lora.training import steps_of
@@ -202,14 +201,14 @@ class _Work:
         number = len(self.rows["train"])
         used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
         steps = steps_of(math.ceil(used / sft.batch_size), sft)
-        rows = self._longest(sft.micro_batch)
-        piece = self.probe.tuning(rows, sft.gradient_checkpointing)
-        seconds = steps * sft.batch_size * self._mean * piece.seconds / _tokens(rows)
-        knobs = "sft.micro_batch, or set sft.gradient_checkpointing"
-        return Cost(seconds, piece.mib + self.probe.adapter_mib(), knobs)
+        rows = self._longest("sft", sft.micro_batch)
+        piece = self.probe.tuning(rows, sft)
+        seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
+        return Cost(seconds, piece.mib + self.probe.adapter_mib())
 
     def _rl(self, _: str) -> Cost:
         from stages.lora.training import steps_of
+        from stages.pipeline.probe import shares_prompts
 
         rl, probe = self.config.rl, self.probe
         if self.config.baseline is not None:
@@ -218,24 +217,28 @@ class _Work:
         used = number if rl.data == "all" else number * (1 - SYSTEM1)
         steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
         samples = rl.prompts_per_step * rl.group
-        prompts = sorted((row.input_ids[: _asked(row)][-rl.max_prompt :] for row in self._rl_rows), key=len)
+        prompts = sorted(
+            (row.input_ids[: _asked(row)][-rl.max_prompt :] for row in self._rows("rl")), key=len
+        )
         groups = [ids for ids in reversed(prompts) for _ in range(rl.group)]
         batch = groups[: rl.micro_batch]
-        piece = probe.steering(batch, rl.group, rl.max_completion, rl.gradient_checkpointing)
+        piece = probe.steering(batch, rl)
         asked, answered = self._questions.within(rl.max_prompt), self._responses.within(rl.max_completion)
-        times = rl.group if rl.shared_prompts == "auto" and not rl.dropout else 1
+        times = rl.group if shares_prompts(rl) else 1
         learned = samples * (asked / times + answered)
         measured = sum(map(len, batch)) / times + len(batch) * rl.max_completion
-        seconds, mib = learned / measured * piece.seconds, piece.mib + probe.adapter_mib()
-        if rl.rollouts.engine == "transformers":
-            read, token = probe.writing(groups[:samples], rl.max_completion)
-            last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
-            seconds += (read.seconds * asked / len(groups[0]) + last * token.seconds) / rl.iterations
+        vllm = rl.rollouts.engine != "transformers"
+        # The reference of the KL term, and what the completions had when they were sampled: forward alone.
+        more = bool(rl.kl_beta) + (rl.iterations > 1 or (vllm and rl.rollouts.correction != "none"))
+        seconds, mib = learned / measured * piece.seconds * (1 + more / 3), piece.mib + probe.adapter_mib()
+        read, token = probe.writing(groups[:samples], rl.max_completion)
+        last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
+        seconds += (read.seconds * asked / len(groups[0]) + last * token.seconds) / rl.iterations
+        if not vllm:
             mib = max(mib, token.mib) + probe.copy_mib()
         elif rl.rollouts.engine == "vllm_colocate":
             mib += rl.rollouts.gpu_memory * probe.room
-        knobs = "rl.micro_batch, or rl.max_completion, or set rl.gradient_checkpointing"
-        return Cost(steps * seconds, mib, knobs)
+        return Cost(steps * seconds, mib)
 
     def _answers(self, variant: str) -> Cost:
         target, _, name = variant.partition("@")
@@ -255,16 +258,19 @@ class _Work:
         each = (1 + section.shots) * read.seconds + (mean - 1) * token.seconds
         seconds = len(examples) * section.samples / batch * each + (last - mean) * token.seconds
         again = 0.0
-        if self.config.eval.parity_items and target != "base":
-            again, seconds = self.probe.weights_mib, seconds + self.probe.loading.seconds
+        if self.config.eval.parity_items and target != "base" and not section.temperature:
+            seconds += self.probe.loading.seconds
+            again = self.probe.second_mib()
         here = self.config.eval.engine == "transformers"
-        return Cost(seconds, max(read.mib, token.mib) + again if here else None, "server.batch_size")
+        return Cost(seconds, max(read.mib, token.mib) + again if here else None)
 
-    def _longest(self, number: int) -> list[Row]:
+    def _longest(self, stage: str, number: int) -> list[Row]:
         """So many rows of greatest length; where there are fewer, some twice."""
-        fitting = [row for row in self._sft_rows if len(row.input_ids) <= self.config.data.max_length]
+        limit, cut = self.config.data.max_length, self.config.data.too_long == "truncate"
+        rows = [Row(r.id, r.input_ids[:limit], r.labels[:limit]) if cut else r for r in self._rows(stage)]
+        fitting = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
         if not fitting:
-            raise DataError(f"no row fits into data.max_length {self.config.data.max_length}")
+            raise DataError(f"no row fits into data.max_length {limit}")
         found = sorted(fitting, key=lambda row: -len(row.input_ids))[:number]
         return (found * number)[:number]
 

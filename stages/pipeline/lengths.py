@@ -45,3 +45,15 @@ class Lengths:
     def within(self, limit: int) -> float:
         """The mean where longer ones end at the limit."""
         return sum(min(number, limit) for number in self.ordered) / len(self.ordered)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Lengths beside the setting that bounds them."""
+
+    what: str
+    lengths: Lengths
+    setting: str
+    limit: int
+    beyond: str
+    """What becomes of longer ones."""

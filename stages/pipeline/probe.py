@@ -1,7 +1,8 @@
 """What a model needs on this machine: pieces of the stages' work, computed as they do, timed and weighed.
 
-A piece is a batch of the size that the config asks for, of the longest rows. It is tried on one row, on two,
-on four, and so on. Where more would take seconds, or more memory than there is, the last two tell of it.
+A piece is a batch of the size that the config asks for, of the longest rows. It is tried on as few rows as
+make one (all completions of a prompt, a row for each of two batches), on twice as many, and so on. Where more
+would take seconds, or more memory than there is, the last two trials tell of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages import footprint
-from stages.config import Config
+from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
 from stages.engines.generation import continuations
 from stages.engines.transformers import InProcess
@@ -88,8 +89,10 @@ class Probe:
         return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, max(read.mib, some.mib + room))
 
     def scoring(self, rows: Sequence[Row]) -> Piece:
-        """Two batches of score, the gradients of each row by itself; the second does not quite fit where the
-        first was, which takes memory."""
+        """Two batches of score, the gradients of each row by itself.
+
+        The second does not quite fit where the first was, which takes memory.
+        """
         model = self._with_adapter()
         layers, pad = adapter.lora_layers(model), self.tokenizer.pad_token_id
 
@@ -101,33 +104,41 @@ class Probe:
 
         return self._grown(work, len(rows), step=2)
 
-    def tuning(self, rows: Sequence[Row], checkpointing: bool) -> Piece:
+    def tuning(self, rows: Sequence[Row], sft: SftSection) -> Piece:
         """A micro batch of SFT, forward and backward."""
         pairs = [(row.input_ids, row.labels) for row in rows]
 
         def row(n: int) -> Flat:
             ids, labels = (list(part) for part in zip(*pairs[:n], strict=True))
-            return Flat.of([group_of(ids, labels, shares=True)], self.base.device)
+            return Flat.of([group_of(ids, labels, shares=not sft.dropout)], self.base.device)
 
-        return self._trained(row, [list(ids) for ids, _ in pairs], checkpointing)
+        made = row if sft.padding_free == "auto" else None
+        return self._trained(made, [list(ids) for ids, _ in pairs], sft.gradient_checkpointing)
 
-    def steering(self, prompts: Sequence[list[int]], group: int, tokens: int, checkpointing: bool) -> Piece:
+    def steering(self, prompts: Sequence[list[int]], rl: RlSection) -> Piece:
         """A micro batch of GRPO, forward and backward: one of `prompts` for each of its completions.
 
-        tokens: of a completion; it repeats its prompt, as in `stages.lora.rehearsal`.
+        A completion repeats its prompt, as in `stages.lora.rehearsal`, and is as long as may be.
         """
+        tokens = rl.max_completion
         answers = [(ids * (1 + -(-tokens // len(ids))))[:tokens] for ids in prompts]
 
         def row(n: int) -> Flat:
             return Flat.of(groups_of(list(prompts[:n]), answers[:n]), self.base.device)
 
         whole = [[*ids, *answer] for ids, answer in zip(prompts, answers, strict=True)]
-        return self._trained(row, whole, checkpointing, step=group)
+        shared = shares_prompts(rl)
+        made, step = (row, rl.group) if shared else (None, 1)
+        return self._trained(made, whole, rl.gradient_checkpointing, step)
 
     def _trained(
-        self, row: Callable[[int], Flat], padded: list[list[int]], checkpointing: bool, step: int = 1
+        self,
+        row: Callable[[int], Flat] | None,
+        padded: list[list[int]],
+        checkpointing: bool,
+        step: int = 1,
     ) -> Piece:
-        """padded: the same rows for an architecture that computes each by itself, all as long."""
+        """row: so many rows without padding; None: as the library computes them. padded: all rows."""
         model = self._with_adapter()
 
         def work(n: int) -> None:
@@ -137,7 +148,7 @@ class Probe:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.enable_input_require_grads()
-            if flat.fits(model, padded[0]):
+            if row and flat.fits(model, padded[0]):
                 flat.choose(model, row(n)).log_probs.sum().backward()
             else:
                 width = max(map(len, padded))
@@ -160,8 +171,11 @@ class Probe:
 
     def copy_mib(self) -> float:
         """The copy of the base that rollouts on a CPU merge the adapter into."""
-        here = self.base.device.type == "cpu" and not self.config.model.load_in_4bit
-        return self.weights_mib if here else 0.0
+        return 0.0 if self.config.model.load_in_4bit else self.second_mib()
+
+    def second_mib(self) -> float:
+        """The base once more: on a GPU no stage holds it twice."""
+        return self.weights_mib if self.base.device.type == "cpu" else 0.0
 
     def adapter_mib(self) -> float:
         """Gradients, Adam's two moments and the index of a packed adapter of which every element trains."""
@@ -189,7 +203,7 @@ class Probe:
         """What `work` on so many rows needs; step: how many rows belong together."""
         size = min(step, whole)
         work(size)  # the first pass of a kind takes longer
-        tried = [(size, _weighed(functools.partial(work, size)))]
+        tried = [(0, Piece(0.0, self.loading.mib)), (size, _weighed(functools.partial(work, size)))]
         while (now := tried[-1])[0] < whole:
             size = min(2 * now[0], whole)
             if size / now[0] * now[1].seconds > LONG or _line(tried, size).mib > FULL * self.room:
@@ -203,6 +217,11 @@ class Probe:
         return tried[-1][1]
 
 
+def shares_prompts(rl: RlSection) -> bool:
+    """Whether each prompt is computed once for all its completions, where the architecture allows it."""
+    return rl.shared_prompts == "auto" and not rl.dropout
+
+
 def _trainer() -> Piece:
     import peft  # noqa: F401  # all stages have it
 
@@ -214,9 +233,8 @@ def _trainer() -> Piece:
 
 
 def _line(tried: list[tuple[int, Piece]], size: int) -> Piece:
-    """What is to be expected of so many rows after the last two trials; after one, in proportion."""
-    many, more = tried[-1]
-    few, less = tried[-2] if len(tried) > 1 else (0, Piece(0.0, more.mib))
+    """What is to be expected of so many rows after the last two trials."""
+    (few, less), (many, more) = tried[-2:]
     further = (size - many) / (many - few)
     return Piece(
         more.seconds + further * max(0.0, more.seconds - less.seconds),

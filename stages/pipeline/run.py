@@ -192,18 +192,18 @@ def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str |
     for name in (first, last):
         if name is not None and name not in names:
             raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
-    todo = names[names.index(first or names[0]) : names.index(last or names[-1]) + 1]
-    if not todo:
+    if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
     wanted = asked_for(steps, last)
-    if first is not None and not any(step.stage.name == first for step in wanted.values()):
+    # Of a stage, some steps may come later than others: after SFT, its adapter is scored for RL.
+    groups = [(name, list(of)) for name, of in groupby(wanted.values(), key=lambda step: step.stage.name)]
+    begin = 0 if first is None else next((i for i, (name, _) in enumerate(groups) if name == first), None)
+    if begin is None:
         raise ConfigError(
             f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
         )
-    for name, group in groupby(wanted.values(), key=lambda step: step.stage.name):
-        mine = list(group)
+    for name, mine in groups[begin:]:
         every = [step for step in steps.values() if step.stage.name == name]
-        if name in todo:
-            store = Store(config.root)  # a new one: it remembers what it has verified
-            variants = [step.title for step in mine] if len(mine) < len(every) else []
-            yield Task(name, variants, [state(store, step) for step in mine], force=first == name)
+        store = Store(config.root)  # a new one: it remembers what it has verified
+        variants = [step.title for step in mine] if len(mine) < len(every) else []
+        yield Task(name, variants, [state(store, step) for step in mine], force=first == name)

@@ -1,4 +1,7 @@
-"""What `lorapar plan` told of steps, kept beside the artifacts: each manifest then says how good it was."""
+"""What `lorapar plan` told of steps, kept beside the artifacts: each manifest then says how good it was.
+
+A step's key does not have settings that change only its cost; the last plan of a key is the one that counts.
+"""
 
 from __future__ import annotations
 
