@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.report import figures
-from stages.report.page import Grid, Part, Picture, Pictures
+from stages.report.page import Grid, Part, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -20,8 +20,16 @@ DOTS = 2000
 
 
 def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
+    made = _of(config, found.get("score"), found.get("partition:sft"), "")
+    if "score:rl" in found:
+        made.append(Text("For RL the elements were scored again, at the adapter of SFT."))
+        made += _of(config, found["score:rl"], found.get("partition:rl"), "for RL")
+    return made
+
+
+def _of(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> list[Part]:
+    """title: unlike others of the page."""
     made: list[Part] = []
-    score, masks = found.get("score"), found.get("partition:sft")
     if masks is not None:
         summary = masks.manifest["summary"]
         names = [name for name in ("s1_only", "s2_only", "shared", "none") if name in summary]
@@ -29,16 +37,16 @@ def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
         rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
         made.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
-        pictures = [_importance(config, score)]
+        pictures = [_importance(config, score, title)]
         if masks is not None:
-            pictures.append(both(score, masks, ""))
+            pictures.append(both(score, masks, title))
         made.append(Pictures(pictures))
     if masks is not None:
-        made += _regions(masks)
+        made += _regions(masks, title)
     return made
 
 
-def _importance(config: Config, score: Artifact) -> Picture:
+def _importance(config: Config, score: Artifact, title: str) -> Picture:
     from stages.lora.masks import flat, read_importance
 
     scores = read_importance(score.path / "importance.safetensors")
@@ -50,7 +58,7 @@ def _importance(config: Config, score: Artifact) -> Picture:
     }
     said = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
     text = f"Cumulative importance; {theta:g} of it is reached by about {said}."
-    return Picture(figures.svg(figures.cumulative(curves, theta), "importance"), text, text)
+    return Picture(figures.svg(figures.cumulative(curves, theta), f"importance {title}"), text, text)
 
 
 def both(score: Artifact, masks: Artifact, title: str) -> Picture:
@@ -68,7 +76,7 @@ def both(score: Artifact, masks: Artifact, title: str) -> Picture:
         for system, part in read_importance(score.path / "importance.safetensors").items()
     }
     first, second = (part / part.norm().clamp(min=1e-300) for part in (scores[1], scores[2]))
-    region = flat(Masks.load(masks.path / "masks.safetensors", "sft").region)
+    region = flat(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     seen = (first > 0) & (second > 0)
     groups = {}
     for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
@@ -99,12 +107,12 @@ def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
     return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
 
 
-def _regions(masks: Artifact) -> list[Part]:
+def _regions(masks: Artifact, of: str) -> list[Part]:
     """Heat maps of the share of each region, layer × module, A and B apart."""
     from stages.lora.masks import Masks
     from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
 
-    region = Masks.load(masks.path / "masks.safetensors", "sft").region
+    region = Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region
     made: list[Part] = []
     for factor in ("A", "B"):
         cells: dict[tuple[int, str], Tensor] = {}
@@ -130,6 +138,6 @@ def _regions(masks: Artifact) -> list[Part]:
                 f"Share of {title} elements in each {factor} matrix, by layer and module: from "
                 f"{min(map(min, shares)):.0f} to {max(map(max, shares)):.0f} %."
             )
-            pictures.append(Picture(figures.svg(drawn, f"{title}-{factor}"), text))
+            pictures.append(Picture(figures.svg(drawn, f"{title}-{factor} {of}"), text))
         made.append(Pictures(pictures))
     return made

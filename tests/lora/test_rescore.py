@@ -9,6 +9,8 @@ from stages.lora.masks import read_importance
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.run import tasks
+from stages.report import elements
+from stages.report.page import Pictures, Text
 
 RL = ["rl.max_steps=1", "sft.lr=0.1", "score.examples=4"]
 AGAIN = "rl.rescore=true"
@@ -76,3 +78,14 @@ def test_each_step_of_score_can_be_made_alone(begun, lorapar):
     assert done.code == 66 and "run: lorapar" in done.err
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "sft")
     assert done.code == 78 and "choose from: score, rl" in done.err
+
+
+def test_a_page_has_the_elements_of_both(begun):
+    config = begun(*RL, AGAIN)
+    made = make_steps(config, "score", "partition", "sft")
+    parts = elements.parts(config, {name: artifact for name, (artifact, _) in made.items()})
+    at = parts.index(Text("For RL the elements were scored again, at the adapter of SFT."))
+    assert [type(part) for part in parts[:at]] == [type(part) for part in parts[at + 1 :]]
+    assert parts[0].rows != parts[at + 1].rows
+    drawn = [picture.svg for part in parts if isinstance(part, Pictures) for picture in part.figures]
+    assert len(set(drawn)) == len(drawn)
