@@ -63,10 +63,10 @@ def _of_system(error: Exception, number: int) -> LoraparError:
     if number == errno.ENOENT:
         return MissingInputError(f"no file{where}: {reason}")
     if number in UNFIT:
-        return ConfigError(f"cannot use{where}: {reason}")
+        return ConfigError(f"cannot use{where or ' a file'}: {reason}")
     if number == errno.ENOMEM:
         return OutOfMemoryError("the machine ran out of memory", AGAIN)
-    return OutputError(f"cannot use{where}: {reason}", AGAIN)
+    return OutputError(f"cannot use{where or ' a file'}: {reason}", AGAIN)
 
 
 def _defect(error: Exception) -> LoraparError:
