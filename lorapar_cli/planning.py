@@ -71,7 +71,7 @@ def _spans(spans: list[Span]) -> None:
         lengths, longer = span.lengths, span.lengths.beyond(span.limit)
         drawn.add_row(
             span.what,
-            str(len(lengths.ordered)),
+            str(number) if (number := len(lengths.ordered)) == span.rows else f"{number} of {span.rows}",
             f"{lengths.mean:.0f}",
             *map(str, (lengths.median, lengths.p99, lengths.longest)),
             f"{span.setting} {span.limit}",
@@ -91,7 +91,8 @@ def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
         }
     tokens = {
         span.what: {
-            "rows": len(span.lengths.ordered),
+            "rows": span.rows,
+            "sample": len(span.lengths.ordered),
             "mean": span.lengths.mean,
             "median": span.lengths.median,
             "p99": span.lengths.p99,

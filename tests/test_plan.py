@@ -41,7 +41,10 @@ def test_time_memory_and_lengths_are_told_and_kept(asked):
         assert told["steps"][name]["seconds"] > 0
         assert 0 < told["steps"][name]["mib"] < told["memory_mib"]
     rows = told["tokens"]["row"]
-    assert rows["rows"] == 16 and 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
+    assert (
+        rows["rows"] == rows["sample"] == 16
+        and 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
+    )
     done, config = asked()
     assert done.out.startswith("step") and "together about" in done.out and "does not fit" not in done.out
     made = make_steps(config, "classify", "score")
@@ -54,6 +57,9 @@ def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
     monkeypatch.setattr(footprint, "room", lambda: 50)
     done, _ = asked("--set", "rl.max_completion=3")
     assert "16: cut" in done.out
+    monkeypatch.setattr("stages.pipeline.estimate.SAMPLE", 8)
+    monkeypatch.setattr("stages.pipeline.estimate.LONGEST", 0)
+    assert " 8 of 16 " in asked("--set", "rl.max_completion=3")[0].out
     assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
 
 

@@ -128,13 +128,15 @@ class _Work:
     def spans(self) -> list[Span]:
         """The lengths of training rows, where rows are trained on."""
         found = []
-        data, rl = self.config.data, self.config.rl
+        data, rl, n = self.config.data, self.config.rl, len(self.rows["train"])
         if self.stages & {"score", "sft"}:
             rows = Lengths.of(len(row.input_ids) for row in self._rows("sft"))
-            found.append(Span("row", rows, "data.max_length", data.max_length, data.too_long))
+            found.append(Span("row", n, rows, "data.max_length", data.max_length, data.too_long))
         if "rl" in self.stages:
-            found.append(Span("prompt of rl", self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long))
-            found.append(Span("response", self._responses, "rl.max_completion", rl.max_completion, "cut"))
+            found.append(
+                Span("prompt of rl", n, self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long)
+            )
+            found.append(Span("response", n, self._responses, "rl.max_completion", rl.max_completion, "cut"))
         return found
 
     def _renderer(self, prompt: PromptSection | None) -> Renderer:
@@ -287,8 +289,9 @@ def _drawn(examples: list[Example], number: int) -> list[Example]:
 
 def _sample(examples: list[Example]) -> list[Example]:
     """Some at random, and those of the longest texts."""
-    longest = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))[-LONGEST:]
-    return list({example.id: example for example in [*_drawn(examples, SAMPLE), *longest]}.values())
+    by_length = sorted(examples, key=lambda example: -len(example.prompt) - len(example.response))
+    chosen = [*_drawn(examples, SAMPLE), *by_length[:LONGEST]]
+    return list({example.id: example for example in chosen}.values())
 
 
 def _asked(row: Row) -> int:

@@ -52,6 +52,8 @@ class Span:
     """Lengths beside the setting that bounds them."""
 
     what: str
+    rows: int
+    """How many there are; the lengths may be of a sample of them."""
     lengths: Lengths
     setting: str
     limit: int
