@@ -32,8 +32,9 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> N
     states = {name: state(store, step) for name, step in asked.items()}
     todo = [step for name, step in asked.items() if states[name].state != "current"]
     found = estimate(settings, todo) if todo else Estimate({}, [])
-    costs = {step.key: found.costs[step.name] for step in todo}
-    estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
+    if todo:
+        costs = {step.key: found.costs[step.name] for step in todo}
+        estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
     _planned(states, found, as_json)
 
 

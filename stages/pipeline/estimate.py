@@ -73,7 +73,7 @@ class Estimate:
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
     work = _Work(config, {step.stage.name for step in steps})
-    if not steps or not any(work.rows.values()):
+    if not any(work.rows.values()):
         return Estimate({step.name: Cost(None, None) for step in steps}, [])
     from stages.pipeline.probe import Probe
 
@@ -106,7 +106,7 @@ class _Work:
     def cost(self, step: Step) -> Cost:
         of: dict[str, Callable[[str], Cost]] = {
             "classify": self._votes,
-            "score": self._score,
+            "score": lambda _: self._score,
             "partition": lambda _: Cost(0.0, None),
             "sft": self._sft,
             "rl": self._rl,
@@ -166,15 +166,15 @@ class _Work:
         section, examples = self.config.classify, self.rows[variant]
         if section.strategy != "vote" or not examples:
             return Cost(0.0, None)
-        asked = section.voters
-        if self.config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in asked):
+        voters = section.voters
+        if self.config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
             return Cost(None, None)  # the base itself votes in 16 bits
         seconds, mib = 0.0, 0.0
-        for voter in section.voters:
+        for voter in voters:
             piece, number = self._ballots(voter, examples)
             seconds += piece.seconds / number * len(examples) * voter.samples
             mib = max(mib, piece.mib)
-        here = all(voter.engine == "transformers" for voter in section.voters)
+        here = all(voter.engine == "transformers" for voter in voters)
         return Cost(seconds, mib if here else None)
 
     def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
@@ -185,7 +185,9 @@ class _Work:
         ballots = [persona(example, brief) for example in _drawn(examples, BALLOTS)]
         return self.probe.choosing(ballots), len(ballots)
 
-    def _score(self, _: str) -> Cost:
+    @cached_property
+    def _score(self) -> Cost:
+        """Scoring again for RL costs the same."""
         score = self.config.score
         if strategies.has(self.config.partition.strategy, "unscored"):
             return Cost(0.0, None)
