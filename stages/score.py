@@ -93,7 +93,7 @@ def _moments(
     """The sums over these rows, in batches of similar length, so that little padding is needed.
 
     The longest come first: what they took serves the others. From the shortest on, each batch would need
-    larger blocks of memory than are free, half as much again on a CPU.
+    larger blocks of memory than are free, a fifth more in all on a CPU.
     """
     rows = sorted(rows, key=lambda row: -len(row.input_ids))
     model.requires_grad_(False)

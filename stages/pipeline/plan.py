@@ -4,7 +4,7 @@ A step is a stage, or one variant of it: for classify the training rows or those
 the masks of SFT or of RL, for eval one target at one benchmark.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,12 @@ def plan(config: Config) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     waiting = [(stage, variant) for stage in order(config) for variant in stage.variants(config)]
 
-    def ready() -> Iterator[tuple[Stage, str]]:
-        """The first step in line whose inputs are there; the line is asked again after each."""
-        while found := next(
-            (one for one in waiting if set(one[0].needs(config, one[1])) <= steps.keys()), None
-        ):
-            waiting.remove(found)
-            yield found
+    def first_ready() -> tuple[Stage, str] | None:
+        return next((one for one in waiting if set(one[0].needs(config, one[1])) <= steps.keys()), None)
 
-    for stage, variant in ready():  # without training rows there is only the base to evaluate
+    while found := first_ready():  # without training rows there is only the base to evaluate
+        waiting.remove(found)
+        stage, variant = found
         inputs = {name: steps[name] for name in stage.needs(config, variant)}
         step = _step(config, stage, variant, inputs, cache)
         steps[step.name] = step
