@@ -25,6 +25,7 @@ OPTIONS = {
     "lora.init olora": ["lora.init=olora"],
     "lora.rslora": ["lora.rslora=true"],
     "strategy topk, scorer grad2 (SPT)": ["partition.strategy=topk", "score.scorer=grad2"],
+    "strategy topk, scorer moved": ["partition.strategy=topk", "score.scorer=moved"],
     "strategy random_half (LoRA-SP)": ["partition.strategy=random_half"],
     "rl.rescore": ["rl.rescore=true"],
     "rl.importance_sampling sequence (GSPO)": ["rl.importance_sampling=sequence", "rl.loss=grpo"],

@@ -31,7 +31,7 @@ PAD = 0
 
 
 def rows(given: argparse.Namespace, vocabulary: int) -> list[Row]:
-    """From the shortest to the longest, as score sorts them."""
+    """From the longest to the shortest, as score sorts them."""
     draw = random.Random(0)
     low, high = map(int, given.answer.split("-"))
     made = []
@@ -39,7 +39,7 @@ def rows(given: argparse.Namespace, vocabulary: int) -> list[Row]:
         answer = draw.randint(low, high)
         ids = [draw.randrange(10, vocabulary) for _ in range(given.prompt + answer)]
         made.append(Row(f"row {number}", ids, [IGNORED] * given.prompt + ids[given.prompt :]))
-    return sorted(made, key=lambda row: len(row.input_ids))
+    return sorted(made, key=lambda row: -len(row.input_ids))
 
 
 def plain(model: Any, weights: list[torch.nn.Parameter], batches: list[list[Row]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from stages import footprint, team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.language.prompts import Renderer, Row
-from stages.lora import adapter
+from stages.lora import adapter, pilot
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import flat, write_importance
 from stages.lora.regions import check
@@ -47,7 +47,8 @@ def run(
 
     The variant `rl` scores the adapter of SFT instead, and writes no `init/`. Importance is one float32 per
     element of the trainable part of each LoRA weight, stored under `s1/` and `s2/`. Returns for each system
-    the number of examples, their mean loss, and the weight of the formula's second-order term.
+    the number of examples, their mean loss (of a pilot run: before the step that takes them) and, without a
+    pilot run, the weight of the formula's second-order term.
     """
     base = load_base(model)
     tuned = job.adapter("sft")
@@ -69,19 +70,16 @@ def run(
         number = min(score.examples, len(examples[system]))
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
-        mine = rows[team.rank() :: team.size()]
         footprint.give_back()  # what the other system left is in pieces too small for the longest rows
-        job.progress.start(f"score System {system}", len(mine))
-        sums = _moments(peft_model, mine, score.batch_size, renderer, job.progress)
-        _add_up(sums)
-        scores[system] = _importance(peft_model, sums, lora, score.scorer)
+        job.progress.start(f"score System {system}", len(rows[team.rank() :: team.size()]))
+
+        def of(part: list[Row]) -> Moments:
+            return _moments(peft_model, part, score.batch_size, renderer, job.progress)
+
+        weigh = _by_pilot if scorers.has(score.scorer, "pilot") else _by_moments
+        scores[system], told = weigh(peft_model, rows, of, lora, score)
         check(flat(scores[system]), system)
-        summary[f"system{system}"] = {
-            "examples": sums.examples,
-            "too_long": long,
-            "mean_loss": sums.loss / sums.examples,
-            "second_order": _second_order(peft_model, sums, lora),
-        }
+        summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
     if team.first():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, "prompt": renderer.digest()}
@@ -90,12 +88,12 @@ def run(
 def _moments(
     model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress
 ) -> Moments:
-    """The sums over these rows, in batches of similar length, so that little padding is needed.
+    """The sums over these rows, by all processes, in batches of similar length: little padding is needed.
 
     The longest come first: what they took serves the others. From the shortest on, each batch would need
     larger blocks of memory than are free, a fifth more in all on a CPU.
     """
-    rows = sorted(rows, key=lambda row: -len(row.input_ids))
+    rows = sorted(rows[team.rank() :: team.size()], key=lambda row: -len(row.input_ids))
     model.requires_grad_(False)
     model.eval()
 
@@ -103,9 +101,11 @@ def _moments(
         for i in range(0, len(rows), batch_size):
             yield rows[i : i + batch_size]
 
-    return moments(
+    sums = moments(
         model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id
     )
+    _add_up(sums)
+    return sums
 
 
 def _add_up(sums: Moments) -> None:
@@ -116,15 +116,50 @@ def _add_up(sums: Moments) -> None:
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 
-def _importance(model: PeftModel, sums: Moments, lora: LoraSection, scorer: str) -> dict[str, Tensor]:
-    formula = scorers.pick(scorer)
-    scores = {}
+Weighed = tuple[dict[str, "Tensor"], dict[str, float]]
+"""Importance by parameter name, and what the summary tells of it."""
+
+
+def _by_moments(
+    model: PeftModel,
+    rows: list[Row],
+    sums_of: Callable[[list[Row]], Moments],
+    lora: LoraSection,
+    score: ScoreSection,
+) -> Weighed:
+    formula = scorers.pick(score.scorer)
+    sums, scores = sums_of(rows), {}
     for name, layer in adapter.lora_layers(model).items():
         value = adapter.trainable_part(name, layer.weight, lora).detach().float()
         gradient = adapter.trainable_part(name, sums.gradient[name] / sums.examples, lora).detach().float()
         fisher = adapter.trainable_part(name, sums.square[name] / sums.examples, lora)
         scores[name] = formula(value, gradient, fisher)
-    return scores
+    told = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
+    return scores, told
+
+
+def _by_pilot(
+    model: PeftModel,
+    rows: list[Row],
+    sums_of: Callable[[list[Row]], Moments],
+    lora: LoraSection,
+    score: ScoreSection,
+) -> Weighed:
+    formula, layers = scorers.pick(score.scorer), adapter.lora_layers(model)
+    steps = min(score.pilot_steps, len(rows))
+    after, sums = pilot.trained(
+        layers, lora, (rows[step::steps] for step in range(steps)), sums_of, score.pilot_lr
+    )
+    scores = {
+        name: formula(
+            *(
+                adapter.trainable_part(name, weight, lora).detach().float()
+                for weight in (layer.weight, after[name])
+            )
+        )
+        for name, layer in layers.items()
+    }
+    return scores, {"mean_loss": sum(one.loss for one in sums) / len(rows)}
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:

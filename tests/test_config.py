@@ -194,7 +194,7 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
     assert "sft.lr: input should be a valid number, unable to parse string as a number, got 'fast'" in text
     assert (
-        "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, taylor1, taylor2"
+        "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, moved, taylor1, taylor2"
         in text
     )
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from stages.models.layout import Flat
 
 scorers: Registry = Registry("scorer")
-"""Trait `product`: the score is gradient times value, which is zero everywhere while B = 0."""
+"""Trait `product`: the score is gradient times value, which is zero everywhere while B = 0. Trait `pilot`:
+the score takes the value after a pilot run (`pilot.py`) in place of gradient and Fisher."""
 
 
 @dataclass
@@ -70,6 +71,12 @@ def grad2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|φ|: needs no gradients and is the same for both systems."""
     return value.abs()
+
+
+@scorers.add("pilot")
+def moved(value: Tensor, after: Tensor) -> Tensor:
+    """|φ′ − φ|: how far a pilot run of `score.pilot_steps` moves the element (after arXiv 2505.11711)."""
+    return (after - value).abs()
 
 
 @contextmanager

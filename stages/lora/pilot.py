@@ -1,0 +1,50 @@
+"""A pilot run: a few steps of plain LoRA on one system's examples, to see which elements it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from stages.lora import adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stages.config import LoraSection
+    from stages.lora.importance import Moments
+
+Batch = TypeVar("Batch")
+
+
+def trained(
+    weights: dict[str, nn.Linear],
+    lora: LoraSection,
+    batches: Iterable[Batch],
+    gradients: Callable[[Batch], Moments],
+    lr: float,
+) -> tuple[dict[str, Tensor], list[Moments]]:
+    """The weights after one AdamW step for each batch, and what `gradients` gave for each.
+
+    All elements of the trainable parts are trained, at a constant rate and without weight decay. The layers
+    themselves are left as they were.
+    """
+    import torch
+
+    before = {name: layer.weight.detach().clone() for name, layer in weights.items()}
+    optimizer = torch.optim.AdamW([layer.weight for layer in weights.values()], lr=lr, weight_decay=0)
+    found = []
+    for batch in batches:
+        sums = gradients(batch)
+        for name, layer in weights.items():
+            whole = torch.zeros_like(layer.weight)
+            mean = adapter.trainable_part(name, sums.gradient[name] / sums.examples, lora)
+            adapter.trainable_part(name, whole, lora).copy_(mean)
+            layer.weight.grad = whole
+        optimizer.step()
+        found.append(sums)
+    after = {name: layer.weight.detach().clone() for name, layer in weights.items()}
+    with torch.no_grad():
+        for name, layer in weights.items():
+            layer.weight.copy_(before[name])
+            layer.weight.grad = None
+    return after, found

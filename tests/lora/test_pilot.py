@@ -1,0 +1,89 @@
+"""Importance by a pilot run: AdamW on all elements, against the same by autograd."""
+
+import pytest
+import torch
+from conftest import ROOT, make_steps
+from test_importance import adapted, rows
+
+from stages.config import LoraSection
+from stages.lora import adapter, pilot
+from stages.lora.importance import moments, scorers
+from stages.lora.masks import read_importance
+from stages.models.losses import answer_losses, collate
+
+LR = 1e-2
+BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
+
+
+def by_autograd(model, lora) -> dict[str, torch.Tensor]:
+    """The weights after one AdamW step for each batch, on the mean of the rows' losses."""
+    layers = adapter.lora_layers(model)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
+    for batch in BATCHES:
+        optimizer.zero_grad()
+        answer_losses(model, collate(batch, 0, torch.device("cpu"))).mean().backward()
+        for name, layer in layers.items():
+            whole = torch.zeros_like(layer.weight)
+            adapter.trainable_part(name, whole, lora).fill_(1)
+            layer.weight.grad *= whole
+        optimizer.step()
+    return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, compensate):
+    lora = LoraSection(r=3, compensate=compensate)
+    wanted = by_autograd(adapted(tiny, lora, torch.float64), lora)
+    model = adapted(tiny, lora, torch.float64)
+    model.requires_grad_(False)
+    layers = adapter.lora_layers(model)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+
+    def gradients(batch):
+        return moments(model, layers, [batch], lambda _: None, 0)
+
+    after, sums = pilot.trained(layers, lora, BATCHES, gradients, LR)
+    assert [one.examples for one in sums] == [3, 2, 2]
+    moved = 0.0
+    for name, layer in layers.items():
+        # Losses are float32, and AdamW moves an element by a whole rate where its gradient is all rounding.
+        torch.testing.assert_close(after[name], wanted[name], rtol=0, atol=1e-2 * LR)
+        assert torch.equal(layer.weight, before[name]) and layer.weight.grad is None
+        distance = scorers.pick("moved")(before[name], after[name])
+        moved += float(adapter.trainable_part(name, distance, lora).sum())
+        adapter.trainable_part(name, distance, lora).zero_()
+        assert not distance.any(), name  # what is not trained has not moved
+    assert moved > 0
+
+
+def test_scorer_moved_makes_masks_that_sft_trains(begun):
+    few = ["score.scorer=moved", "score.examples=6", "score.pilot_steps=3", "lora.init=default"]
+    config = begun(*few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.lr=0.1")
+    made = {
+        n: one for n, (one, _) in make_steps(config, "classify:train", "score", "partition", "sft").items()
+    }
+    summary = made["score"].manifest["summary"]["system1"]
+    assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
+    scores = read_importance(made["score"].path / "importance.safetensors")
+    largest = max(float(one.max()) for one in scores[1].values())
+    assert 0 < largest <= 3.1 * config.score.pilot_lr  # three steps of AdamW, of one rate each at most
+    assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
+    trained = made["sft"].manifest["summary"]
+    assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
+
+
+@pytest.mark.slow
+def test_two_processes_move_what_one_does(begun, lorapar):
+    """Also where a step has fewer rows than there are processes."""
+    few = ["score.scorer=moved", "score.examples=3", "score.pilot_steps=2"]
+    made = make_steps(begun(*few), "classify:train", "score")["score"][0]
+    alone = read_importance(made.path / "importance.safetensors")
+    settings = [*begun.home, *few, "score.launch.backend=ddp", "score.launch.processes=2"]
+    flags = (part for text in settings for part in ("--set", text))
+    assert lorapar("score", ROOT / "configs/smoke.yaml", *flags, "--force").code == 0
+    again = read_importance(made.path / "importance.safetensors")
+    for system in (1, 2):
+        for name, scores in alone[system].items():
+            torch.testing.assert_close(again[system][name], scores, rtol=1e-3, atol=1e-6)
