@@ -195,6 +195,8 @@ class Bench:
                 ]
             ids = self.renderer.tokenizer(texts)["input_ids"]
             lengths = [draw.randint(*shape.completion) for _ in range(shape.prompts * shape.group)]
+            for row in range(round(self.given.equal * shape.prompts) * shape.group):
+                lengths[row] += lengths[row] % 2 - 1  # odd, as all of its group
             made.append(Batch(dict(zip(texts, ids, strict=True)), lengths))
         return made
 

@@ -1,7 +1,7 @@
 """What a GRPO step costs: lorapar's and TRL's on plain LoRA, side by side in one process.
 
     python benchmarks/rl.py MODEL [--prompts 8] [--group 8] [--prompt 64] [--completion 8-40]
-        [--micro-batch 16] [--pairs 5] [--share 0.4] [--grow] [--no-memory]
+        [--micro-batch 16] [--pairs 5] [--share 0.4] [--equal 0] [--grow] [--no-memory]
 
 Theirs: an untouched `trl.GRPOTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the
 trainer of `lorapar rl`, with `--share` of the elements packed (random masks), shared prompts, and on CPU a
@@ -14,8 +14,9 @@ rewards, advantages, all micro batches, clipping, AdamW, the schedule, logging. 
 `train` does before and after that epoch does not count. The parts: rollouts, the trainer's call that samples
 (ours merges the weights in it); loss + backward, `training_step` less what prepares its inputs; update, from
 clipping to the optimizer's end; rest, all else. In each pair both do one step on the same prompts, in an
-order drawn at random; one step each before warms up. Ratios are theirs / ours, medians of pairs, with a
-bootstrap interval.
+order drawn at random; one step each before warms up. In a share `--equal` of the groups all lengths are odd,
+so that their completions earn the same. Ratios are theirs / ours, medians of pairs, with a bootstrap
+interval.
 
 Both write completions of the same lengths, uniform in `--completion`, drawn in advance for each row. The same
 function sees to it on both sides: just before a token is drawn, it writes into the logits, so that no stop
@@ -58,7 +59,8 @@ def setting(bench: Bench) -> str:
     given, isa = bench.given, os.environ.get("ONEDNN_MAX_CPU_ISA", "not set")
     return (
         f"{given.model}, {given.dtype}, attention {given.attention}, {given.share:g} of the elements active, "
-        f"{given.pairs} pairs, {torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA {isa}, "
+        f"{given.equal:g} of the groups with equal rewards, {given.pairs} pairs, "
+        f"{torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA {isa}, "
         f"device {bench.base.device}"
     )
 
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--equal", type=float, default=0, help="share of groups with equal rewards")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="eager")
     parser.add_argument("--grow", action="store_true", help="a table of ratios by group and prompt instead")

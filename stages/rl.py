@@ -22,6 +22,7 @@ from stages.lora.ratios import Ratios
 from stages.lora.replay import Replay
 from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactRollouts
+from stages.lora.silent import Silent
 from stages.lora.unpadded import SharedPrompts
 from stages.lora.writing import Writer, Written
 from stages.models.base import load_base
@@ -193,7 +194,7 @@ def _trainer(
 
     class Trainer(
         Healthy, ExactRollouts, LoraPlus, WarmUp,
-        Replay, Resampling, Ratios, SharedPrompts, Written, GRPOTrainer,
+        Replay, Resampling, Ratios, Silent, SharedPrompts, Written, GRPOTrainer,
     ):  # fmt: skip
         ratio = rl.loraplus_ratio
 

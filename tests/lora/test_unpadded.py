@@ -92,7 +92,8 @@ def same(one, two) -> None:
     (loss, slope, logged), (wanted, usual, metrics) = one, two
     assert loss == pytest.approx(wanted, abs=1e-5)
     assert usual.norm() > 1e-4 and float((slope - usual).norm() / usual.norm()) < 1e-4
-    logged = {name: values for name, values in logged.items() if name != "tokens_saved"}
+    ours = ("tokens_saved", "completions_skipped")
+    logged = {name: values for name, values in logged.items() if name not in ours}
     assert logged.keys() == metrics.keys()
     for name, values in metrics.items():
         assert logged[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
@@ -132,6 +133,59 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
     same(found[True], found[False])
     tokens = 5 + 2 + sum(LENGTHS)  # a prompt's last token belongs to its completions, whose last is not read
     assert found[True][2]["tokens_saved"] == pytest.approx([1 - tokens / (8 * (6 + 8))])
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("silent", [[0, 1, 2, 3], [1, 4, 7], [1, 2, 3, 4, 5, 6, 7]])
+def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, kind, iterations, silent):
+    """And yet the loss and its gradient are TRL's, which computes all."""
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "loss_type", "grpo" if kind == "gspo" else kind)
+    if kind == "gspo":
+        monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
+    if kind == "cispo":
+        monkeypatch.setattr(trainer, "epsilon_high", 1.1)
+    monkeypatch.setattr(trainer, "beta", 0.0)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
+    inputs, found, computed = batch(), {}, []
+    inputs["advantages"][silent] = 0
+    usual = unpadded.groups_of
+    monkeypatch.setattr(
+        unpadded, "groups_of", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
+    )
+    if iterations == 2:
+        noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
+    computed.clear()
+    for sharing in (True, False):
+        monkeypatch.setattr(trainer, "sharing", sharing)
+        found[sharing] = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))
+    assert computed == [[LENGTHS[row] for row in range(8) if row not in silent]]
+    (loss, slope, logged), (wanted, whole, metrics) = found[True], found[False]
+    assert loss == pytest.approx(wanted, abs=1e-5)
+    assert whole.norm() > 1e-4 and float((slope - whole).norm() / whole.norm()) < 1e-4
+    assert logged.pop("completions_skipped") == [len(silent) / 8]
+    differ = {"tokens_saved", "entropy"}
+    assert logged.keys() - differ == metrics.keys() - differ and logged["entropy"][0] > 0
+    for name in metrics.keys() - differ:
+        assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def test_where_no_completion_has_an_advantage_one_is_computed(grpo, monkeypatch):
+    """Its gradient is zero; entropy is its own."""
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "beta", 0.0)
+    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
+    inputs = batch()
+    inputs["advantages"].zero_()
+    loss, slope, logged = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))
+    assert loss == 0 and not slope.any() and logged["completions_skipped"] == [1]
+    with torch.no_grad():
+        entropies = log_probs(trainer, model, inputs)[1]
+    assert logged["entropy"][0] == pytest.approx(float(entropies[0].sum()) / LENGTHS[0], rel=1e-4)
 
 
 def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo, monkeypatch):
