@@ -15,6 +15,7 @@ import torch
 
 from stages import footprint, team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.errors import MeaninglessError
 from stages.language.prompts import Renderer, Row
 from stages.lora import adapter, pilot
 from stages.lora.importance import Moments, moments, scorers
@@ -147,9 +148,11 @@ def _by_pilot(
 ) -> Weighed:
     formula, layers = scorers.pick(score.scorer), adapter.lora_layers(model)
     steps = min(score.pilot_steps, len(rows))
-    after, sums = pilot.trained(
-        layers, lora, (rows[step::steps] for step in range(steps)), sums_of, score.pilot_lr
-    )
+    batches = (rows[step::steps] for step in range(steps))
+    try:
+        after, sums = pilot.trained(layers, lora, batches, sums_of, score.pilot_lr)
+    except MeaninglessError as error:
+        raise MeaninglessError(f"{error}, in the pilot run", "lower score.pilot_lr") from None
     scores = {
         name: formula(
             *(

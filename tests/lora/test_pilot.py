@@ -6,6 +6,7 @@ from conftest import ROOT, make_steps
 from test_importance import adapted, rows
 
 from stages.config import LoraSection
+from stages.errors import MeaninglessError
 from stages.lora import adapter, pilot
 from stages.lora.importance import moments, scorers
 from stages.lora.masks import read_importance
@@ -72,6 +73,12 @@ def test_scorer_moved_makes_masks_that_sft_trains(begun):
     assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
     trained = made["sft"].manifest["summary"]
     assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
+
+
+def test_a_pilot_run_that_explodes_names_its_rate(begun):
+    with pytest.raises(MeaninglessError, match=r"loss is not finite for \w+, in the pilot run") as caught:
+        make_steps(begun("score.scorer=moved", "score.pilot_lr=1e30"), "classify:train", "score")
+    assert caught.value.hint == "lower score.pilot_lr"
 
 
 @pytest.mark.slow
