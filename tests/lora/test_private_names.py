@@ -17,9 +17,11 @@ from trl.trainer.utils import RepeatSampler
 from stages.lora.health import Healthy
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.packed import PackedLinear
+from stages.lora.ratios import Ratios
 from stages.lora.replay import Replay
 from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactResume, ExactRollouts
+from stages.lora.silent import Silent
 from stages.lora.unpadded import PaddingFree, SharedPrompts
 from stages.lora.writing import Written
 
@@ -47,6 +49,7 @@ METHODS = {
             "image_sizes token_type_ids mm_token_type_ids image_position_ids"
         ),
         "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+        "_compute_loss": "model inputs",
         "_calculate_rewards": "inputs prompts completions completion_ids_list",
     },
     VLLMGeneration: {"_iter_named_params": ""},
@@ -117,9 +120,11 @@ def test_no_private_override_is_missing_here():
         ExactRollouts,
         LoraPlus,
         WarmUp,
+        Silent,
         SharedPrompts,
         Replay,
         Resampling,
+        Ratios,
         Written,
         PaddingFree,
         PackedLinear,
