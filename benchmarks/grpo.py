@@ -196,7 +196,8 @@ class Bench:
             ids = self.renderer.tokenizer(texts)["input_ids"]
             lengths = [draw.randint(*shape.completion) for _ in range(shape.prompts * shape.group)]
             for row in range(round(self.given.equal * shape.prompts) * shape.group):
-                lengths[row] += lengths[row] % 2 - 1  # odd, as all of its group
+                if lengths[row] % 2 == 0:  # to an odd one, as all of its group have
+                    lengths[row] += 1 if lengths[row] < shape.completion[1] else -1
             made.append(Batch(dict(zip(texts, ids, strict=True)), lengths))
         return made
 

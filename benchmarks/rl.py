@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
 
+    if round(given.equal * given.prompts) != given.equal * given.prompts or (given.equal and given.grow):
+        parser.error("--equal must be a share of whole prompts, and is not for --grow")
     low, high = map(int, given.completion.split("-"))
     shape = Shape(given.prompts, given.group, given.prompt, (low, high), given.micro_batch)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,6 @@ import torch
 
 from stages import footprint, team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
-from stages.errors import MeaninglessError
 from stages.language.prompts import Renderer, Row
 from stages.lora import adapter, pilot
 from stages.lora.importance import Moments, moments, scorers
@@ -48,8 +47,8 @@ def run(
 
     The variant `rl` scores the adapter of SFT instead, and writes no `init/`. Importance is one float32 per
     element of the trainable part of each LoRA weight, stored under `s1/` and `s2/`. Returns for each system
-    the number of examples, their mean loss (of a pilot run: before the step that takes them) and, without a
-    pilot run, the weight of the formula's second-order term.
+    the number of examples, their mean loss (of a pilot run: before the step that takes them) and the weight
+    of the formula's second-order term, or the steps of the pilot run.
     """
     base = load_base(model)
     tuned = job.adapter("sft")
@@ -72,18 +71,26 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
         footprint.give_back()  # what the other system left is in pieces too small for the longest rows
-        job.progress.start(f"score System {system}", len(rows[team.rank() :: team.size()]))
+        by_pilot = scorers.has(score.scorer, "pilot")
+        steps = min(pilot.STEPS, number) if by_pilot else 1
+        batches = [rows[step::steps] for step in range(steps)]
+        job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
 
-        def of(part: list[Row]) -> Moments:
-            return _moments(peft_model, part, score.batch_size, renderer, job.progress)
+        def sums_of(batch: list[Row]) -> Moments:
+            return _moments(peft_model, batch, score.batch_size, renderer, job.progress)
 
-        weigh = _by_pilot if scorers.has(score.scorer, "pilot") else _by_moments
-        scores[system], told = weigh(peft_model, rows, of, lora, score)
+        weigh = _by_pilot if by_pilot else _by_moments
+        scores[system], told = weigh(peft_model, batches, sums_of, lora, scorers.pick(score.scorer))
         check(flat(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
     if team.first():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, "prompt": renderer.digest()}
+
+
+def _mine(rows: list[Row]) -> list[Row]:
+    """Those of this process."""
+    return rows[team.rank() :: team.size()]
 
 
 def _moments(
@@ -94,7 +101,7 @@ def _moments(
     The longest come first: what they took serves the others. From the shortest on, each batch would need
     larger blocks of memory than are free, a fifth more in all on a CPU.
     """
-    rows = sorted(rows[team.rank() :: team.size()], key=lambda row: -len(row.input_ids))
+    rows = sorted(_mine(rows), key=lambda row: -len(row.input_ids))
     model.requires_grad_(False)
     model.eval()
 
@@ -123,12 +130,12 @@ Weighed = tuple[dict[str, "Tensor"], dict[str, float]]
 
 def _by_moments(
     model: PeftModel,
-    rows: list[Row],
+    batches: list[list[Row]],
     sums_of: Callable[[list[Row]], Moments],
     lora: LoraSection,
-    score: ScoreSection,
+    formula: Callable[..., Tensor],
 ) -> Weighed:
-    formula = scorers.pick(score.scorer)
+    [rows] = batches
     sums, scores = sums_of(rows), {}
     for name, layer in adapter.lora_layers(model).items():
         value = adapter.trainable_part(name, layer.weight, lora).detach().float()
@@ -141,28 +148,21 @@ def _by_moments(
 
 def _by_pilot(
     model: PeftModel,
-    rows: list[Row],
+    batches: list[list[Row]],
     sums_of: Callable[[list[Row]], Moments],
     lora: LoraSection,
-    score: ScoreSection,
+    formula: Callable[..., Tensor],
 ) -> Weighed:
-    formula, layers = scorers.pick(score.scorer), adapter.lora_layers(model)
-    steps = min(score.pilot_steps, len(rows))
-    batches = (rows[step::steps] for step in range(steps))
-    try:
-        after, sums = pilot.trained(layers, lora, batches, sums_of, score.pilot_lr)
-    except MeaninglessError as error:
-        raise MeaninglessError(f"{error}, in the pilot run", "lower score.pilot_lr") from None
+    layers = adapter.lora_layers(model)
+    after, loss = pilot.trained(layers, lora, batches, sums_of)
+
+    def part(name: str, weight: Tensor) -> Tensor:
+        return adapter.trainable_part(name, weight, lora).detach().float()
+
     scores = {
-        name: formula(
-            *(
-                adapter.trainable_part(name, weight, lora).detach().float()
-                for weight in (layer.weight, after[name])
-            )
-        )
-        for name, layer in layers.items()
+        name: formula(part(name, layer.weight), part(name, after[name])) for name, layer in layers.items()
     }
-    return scores, {"mean_loss": sum(one.loss for one in sums) / len(rows)}
+    return scores, {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:

@@ -61,8 +61,8 @@ class RlSection(TrainSection):
     micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
     shared_prompts: AutoOff = setting(
         "auto",
-        "Compute each prompt once for all its completions, where the architecture allows it, and in training "
-        "no completion that has no advantage; off: TRL's own way.",
+        "Compute each prompt once for all its completions, where the architecture allows it, and without a "
+        "KL term train on no completion whose advantage is zero; off: TRL's own way.",
     )
     iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0)

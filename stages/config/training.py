@@ -70,10 +70,6 @@ class ScoreSection(Section):
     scorer: Scorer = setting("taylor2", "Importance formula.")
     examples: int = setting(100, "Examples per system.", gt=0)
     batch_size: int = setting(8, "Examples per forward pass.", identity=False, gt=0)
-    pilot_steps: int = setting(
-        12, "Steps in which the pilot run of scorer moved trains on the examples, each of them once.", gt=0
-    )
-    pilot_lr: float = setting(2e-4, "Learning rate of that pilot run.", gt=0)
     launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 

@@ -173,19 +173,38 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
         assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
 
 
-def test_where_no_completion_has_an_advantage_one_is_computed(grpo, monkeypatch):
-    """Its gradient is zero; entropy is its own."""
+def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, monkeypatch):
+    """Its gradient is zero, and no metric tells of it."""
     trainer, model = grpo
+    sizes, usual = [], unpadded.groups_of
+    monkeypatch.setattr(
+        unpadded, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
+    )
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     inputs = batch()
     inputs["advantages"].zero_()
     loss, slope, logged = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))
-    assert loss == 0 and not slope.any() and logged["completions_skipped"] == [1]
+    assert loss == 0 and not slope.any() and logged["completions_skipped"] == [7 / 8]
+    assert sizes == [[min(LENGTHS)]] and not logged["entropy"] and not logged["tokens_saved"]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_entropy_is_that_of_the_completions_computed(grpo, monkeypatch, fits):
+    """Also where each is computed with its prompt, because the model does not fit."""
+    trainer, model = grpo
+    monkeypatch.setattr(trainer, "beta", 0.0)
+    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
+    monkeypatch.setattr(flat, "fits", lambda *_: fits)
+    inputs = batch()
+    inputs["advantages"][:GROUP] = 0
+    logged = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))[2]
     with torch.no_grad():
-        entropies = log_probs(trainer, model, inputs)[1]
-    assert logged["entropy"][0] == pytest.approx(float(entropies[0].sum()) / LENGTHS[0], rel=1e-4)
+        entropies = log_probs(trainer, model, inputs)[1][GROUP:]
+    assert logged["entropy"][0] == pytest.approx(float(entropies.sum()) / sum(LENGTHS[GROUP:]), rel=1e-4)
+    assert logged["completions_skipped"] == [0.5] and bool(logged.get("tokens_saved")) == fits
 
 
 def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo, monkeypatch):
