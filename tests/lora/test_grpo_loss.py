@@ -8,7 +8,7 @@ from torch import Tensor
 from stages.lora import adapter, training
 from stages.models.base import load_base
 
-BETA = 0.04
+BETA = 0.5  # of a size at which the correction stands out from the rounding of float32, on any CPU
 
 
 def completions_of(base) -> dict[str, Tensor]:
@@ -71,4 +71,4 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
         assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)  # a small difference of terms near 1
         apart[corrected] = float((gradient(model, loss) - oracle).norm() / oracle.norm())
     assert apart.keys() == {False, True}, "the correction is on by default"
-    assert apart[False] < 1e-5 and apart[True] > 10 * apart[False]
+    assert apart[False] < 1e-4 and apart[True] > 10 * apart[False]
