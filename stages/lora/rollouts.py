@@ -58,9 +58,12 @@ def _on_cpu() -> None:
     for name, value in {**ON_CPU, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         os.environ.setdefault(name, value)
     from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
 
-    # With oneDNN vLLM repacks its weights once and drops the originals, so new weights could not be loaded.
+    # For oneDNN, and small ones for AMX, vLLM repacks its weights once and drops the originals: new weights
+    # could not be loaded.
     _custom_ops._supports_onednn = False
+    utils.check_cpu_sgl_kernel = lambda *_: False
 
 
 def _check_server(rollouts: RolloutsSection, model: str) -> None:

@@ -138,10 +138,11 @@ def test_bitsandbytes_repacks_where_it_is_told_not_to():
     assert "self.support_avx512bf16_for_cpu" in inspect.getsource(modules.Linear4bit)
 
 
-def test_vllm_asks_whether_there_is_onednn():
+def test_vllm_asks_whether_there_is_onednn_and_amx():
     pytest.importorskip("vllm")
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
 
     assert isinstance(_custom_ops._supports_onednn, bool)
-    assert "ops._supports_onednn" in inspect.getsource(utils)
+    gemm = inspect.getsource(utils.dispatch_cpu_unquantized_gemm)
+    assert "ops._supports_onednn" in gemm and "check_cpu_sgl_kernel(" in gemm
