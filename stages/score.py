@@ -71,16 +71,14 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
         footprint.give_back()  # what the other system left is in pieces too small for the longest rows
-        by_pilot = scorers.has(score.scorer, "pilot")
-        steps = min(pilot.STEPS, number) if by_pilot else 1
+        steps = min(pilot.STEPS, number) if scorers.has(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
 
         def sums_of(batch: list[Row]) -> Moments:
             return _moments(peft_model, batch, score.batch_size, renderer, job.progress)
 
-        weigh = _by_pilot if by_pilot else _by_moments
-        scores[system], told = weigh(peft_model, batches, sums_of, lora, scorers.pick(score.scorer))
+        scores[system], told = _importance(peft_model, batches, sums_of, lora, score.scorer)
         check(flat(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
     if team.first():
@@ -124,45 +122,35 @@ def _add_up(sums: Moments) -> None:
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 
-Weighed = tuple[dict[str, "Tensor"], dict[str, float]]
-"""Importance by parameter name, and what the summary tells of it."""
-
-
-def _by_moments(
+def _importance(
     model: PeftModel,
     batches: list[list[Row]],
     sums_of: Callable[[list[Row]], Moments],
     lora: LoraSection,
-    formula: Callable[..., Tensor],
-) -> Weighed:
-    [rows] = batches
-    sums, scores = sums_of(rows), {}
-    for name, layer in adapter.lora_layers(model).items():
-        value = adapter.trainable_part(name, layer.weight, lora).detach().float()
-        gradient = adapter.trainable_part(name, sums.gradient[name] / sums.examples, lora).detach().float()
-        fisher = adapter.trainable_part(name, sums.square[name] / sums.examples, lora)
-        scores[name] = formula(value, gradient, fisher)
-    told = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
+    scorer: str,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Importance by parameter name, and what the summary tells of it."""
+    formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
+    if scorers.has(scorer, "pilot"):
+        after, loss = pilot.trained(layers, lora, batches, sums_of)
+        told = {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
+
+        def read(name: str) -> tuple[Tensor, ...]:
+            return (after[name],)
+
+    else:
+        [rows] = batches
+        sums = sums_of(rows)
+        told = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
+
+        def read(name: str) -> tuple[Tensor, ...]:
+            return sums.gradient[name] / sums.examples, sums.square[name] / sums.examples
+
+    scores = {}
+    for name, layer in layers.items():
+        whole = (layer.weight, *read(name))
+        scores[name] = formula(*(adapter.trainable_part(name, t, lora).detach().float() for t in whole))
     return scores, told
-
-
-def _by_pilot(
-    model: PeftModel,
-    batches: list[list[Row]],
-    sums_of: Callable[[list[Row]], Moments],
-    lora: LoraSection,
-    formula: Callable[..., Tensor],
-) -> Weighed:
-    layers = adapter.lora_layers(model)
-    after, loss = pilot.trained(layers, lora, batches, sums_of)
-
-    def part(name: str, weight: Tensor) -> Tensor:
-        return adapter.trainable_part(name, weight, lora).detach().float()
-
-    scores = {
-        name: formula(part(name, layer.weight), part(name, after[name])) for name, layer in layers.items()
-    }
-    return scores, {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:

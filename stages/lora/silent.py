@@ -36,7 +36,7 @@ class Silent:
             return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
         metrics = self._metrics["train"]
         rows = inputs["advantages"].nonzero().flatten()
-        told = {name: len(metrics[name]) for name in OF_COMPUTED}
+        before = {name: list(metrics[name]) for name in OF_COMPUTED if name in metrics}
         # One at least, the shortest: each process of several has to take part in the backward pass.
         self._computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
         self._old = inputs.get("old_per_token_logps")
@@ -46,8 +46,9 @@ class Silent:
         finally:
             self._computed = None
         if not len(rows):
-            for name, number in told.items():
-                del metrics[name][number:]
+            for name in OF_COMPUTED:
+                metrics.pop(name, None)  # an empty list would be logged as None
+            metrics.update(before)
         return loss
 
     def _get_per_token_logps_and_entropies(

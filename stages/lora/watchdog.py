@@ -53,8 +53,9 @@ class Watchdog(TrainerCallback):
         self._stopped = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for old in self._folder.glob("stuck-*.json"):
-            old.unlink(missing_ok=True)
+        self._said(team.rank()).unlink(
+            missing_ok=True
+        )  # of a run before; the other processes may have begun and said theirs
         self._begun = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -81,9 +82,8 @@ class Watchdog(TrainerCallback):
         """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(part in frame.filename for frame in stack for part in WAITING)
-        place = self._folder / f"stuck-{team.rank()}.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(waits), encoding="utf-8")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._said(team.rank()).write_text(json.dumps(waits), encoding="utf-8")
         shown = "".join(traceback.format_list(stack[-SHOWN:]))
         who = f"process {team.rank()} " if team.size() > 1 else ""
         log.error("%sstands here, innermost last:\n%s", who, shown.rstrip())
@@ -98,6 +98,10 @@ class Watchdog(TrainerCallback):
             log.error("error: %s\n  hint: %s", error, error.hint)
         os._exit(error.exit_code)
 
+    def _said(self, rank: int) -> Path:
+        """Where a process says whether it waits."""
+        return self._folder / f"stuck-{rank}.json"
+
     def _missing(self) -> str:
         """The processes that others are seen to wait for, or that say nothing."""
         waiting: list[str] = []
@@ -105,7 +109,7 @@ class Watchdog(TrainerCallback):
         silent: list[str] = []
         for rank in range(team.size() if team.size() > 1 else 0):
             try:
-                waits = json.loads((self._folder / f"stuck-{rank}.json").read_text(encoding="utf-8"))
+                waits = json.loads(self._said(rank).read_text(encoding="utf-8"))
                 (waiting if waits else working).append(str(rank))
             except (OSError, ValueError):
                 silent.append(str(rank))
