@@ -5,6 +5,9 @@ from math import comb, sqrt
 from statistics import NormalDist
 
 Z = NormalDist().inv_cdf(0.975)
+DECIMALS = 9
+"""Of shares and their differences. Two thirds less one third is one number, and another float than one third
+less none: unrounded, a test of ranks would tell ties apart by their rounding errors."""
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
@@ -27,6 +30,7 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
     one, so that there is no variance to estimate. In the second case the interval errs on the wide side: a
     mean of shares varies no more than a mean of items that are right or wrong.
     """
+    shares = [round(share, DECIMALS) for share in shares]
     if len(set(shares)) == 1 or all(share in (0, 1) for share in shares):
         return wilson(sum(shares), len(shares))
     from scipy.stats import sem, t
@@ -36,13 +40,17 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
     return max(0.0, float(low)), min(1.0, float(high))
 
 
+def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [round(b - a, DECIMALS) for a, b in zip(before, after, strict=True)]
+
+
 def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     """Two-sided p-value of the hypothesis that two targets do equally well on the same items.
 
     before, after: each item's share of correct answers. Exact McNemar test where every difference is -1, 0 or
     1, else Wilcoxon's signed-rank test.
     """
-    differences = [b - a for a, b in zip(before, after, strict=True)]
+    differences = _differences(before, after)
     if not any(differences):
         return 1.0
     from scipy.stats import binomtest, wilcoxon
@@ -61,7 +69,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     """
     from scipy.stats import sem, t
 
-    differences = [b - a for a, b in zip(before, after, strict=True)]
+    differences = _differences(before, after)
     number = len(differences)
     mean = sum(differences) / number
     if len(set(differences)) == 1:

@@ -69,9 +69,11 @@ class TableFile(Section):
     def _names(self) -> TableFile:
         if bool(self.rows) == bool(self.grid):
             raise ValueError("a table has rows or a grid")
+        names = self.settings()
         for text in self.columns.values():
             _check(text)
-        names = self.settings()
+        for row, own in names.items():
+            _check_own(row, own)
         for row in self.paper:
             if row not in names:
                 raise ValueError(f"paper has values for {row!r}, which is no row")
@@ -110,8 +112,8 @@ class Column:
 
     @classmethod
     def of(cls, text: str) -> Column:
-        text, _, less = text.partition(" - ")
-        if less:
+        text, minus, less = text.partition(" - ")
+        if minus:
             return replace(cls.of(text), less=cls.of(less))
         if "@" in text:
             step, _, rest = text.partition(".")
@@ -124,8 +126,12 @@ class Column:
         return self.step.startswith("eval:")
 
     @property
+    def parts(self) -> list[Column]:
+        return [self, *([self.less] if self.less else [])]
+
+    @property
     def steps(self) -> list[str]:
-        return [self.step, *(self.less.steps if self.less else [])]
+        return [part.step for part in self.parts]
 
 
 def _accuracy(text: str) -> bool:
@@ -134,14 +140,27 @@ def _accuracy(text: str) -> bool:
 
 
 def _check(text: str) -> None:
-    """ValueError if a column's text is no accuracy and no value of a summary."""
-    column: Column | None = Column.of(text)
-    while column is not None:
+    """ValueError if a column's text is no accuracy, no difference of two, and no value of a summary."""
+    parts = [Column.of(part) for part in text.split(" - ")]
+    if len(parts) > 2 or (len(parts) == 2 and not all(part.graded for part in parts)):
+        raise ValueError(f"column {text!r}: a difference is one TARGET@BENCHMARK less another")
+    for column in parts:
         if not column.graded and not column.rest:
             raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
         if column.graded and column.rest not in ("", "system1", "system2") and "=" not in column.rest:
             raise ValueError(f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE")
-        column = column.less
+
+
+def _check_own(row: str, own: dict[str, Any]) -> None:
+    """ValueError unless a row's `base` is a path and its `columns` are texts, or null for one it lacks."""
+    if not isinstance(own.get("base", ""), str):
+        raise ValueError(f"row {row!r}: base must be a path, got {own['base']!r}")
+    columns = own.get("columns", {})
+    if not isinstance(columns, dict) or not all(isinstance(text, str | None) for text in columns.values()):
+        raise ValueError(f"row {row!r}: columns must be names with what they show, or null, got {columns!r}")
+    for text in columns.values():
+        if text is not None:
+            _check(text)
 
 
 def is_table(path: Path) -> bool:

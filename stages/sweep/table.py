@@ -115,7 +115,7 @@ def _elsewhere(column: Column, config: Config) -> Column:
     """The column on another base: at its only benchmark, unless it has the one that the table names."""
     target, _, name = column.step.partition("@")
     benchmarks = list(config.eval.benchmarks)
-    if not column.graded or name in benchmarks or len(benchmarks) != 1:
+    if not column.graded or len(benchmarks) != 1:
         return column
     less = _elsewhere(column.less, config) if column.less else None
     return Column(f"{target}@{benchmarks[0]}", column.rest, less)
@@ -138,7 +138,7 @@ def _same(cells: list[Cell]) -> dict[str, str]:
     same = {}
     for cell in cells:
         shown = tuple(
-            (name, cell.config.root, [cell.steps[step].key for step in column.steps], column.rest)
+            (name, cell.config.root, [(cell.steps[part.step].key, part.rest) for part in column.parts])
             for name, column in cell.columns.items()
         )
         other = seen.setdefault(f"{cell.seed} {shown}", cell.row)

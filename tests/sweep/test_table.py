@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, make_steps
 
-from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p
+from stages.benchmarks.statistics import interval, paired_p
 from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl
 from stages.store.digests import sha256_file
@@ -100,6 +100,8 @@ def test_rows_that_another_base_makes_the_same_are_left_out(small):
     with pytest.raises(ConfigError, match="rows 'θ .9' and 'β 0' are the same"):
         table(path)
     assert table(path, base=small.with_name("base.yaml")).rows == ["θ .9", "θ .5"]
+    own = "{columns: {gain: rl@demo - sft@demo.system1}}"
+    assert "β 0" in table(changed(small, (rows[0], f'"β 0": {own}'))).rows  # it shows another difference
 
 
 def test_a_table_over_another(small, tmp_path):
@@ -145,6 +147,9 @@ def test_all_mistakes_are_said_at_once(small):
     assert "column 'RL': no row has init@demo; evaluated are base@demo, sft@demo, rl@demo" in said
 
 
+OF_HALF = '"θ .5": {partition.theta: 0.5}'
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -159,6 +164,12 @@ def test_all_mistakes_are_said_at_once(small):
             "active: partition",
             "expected TARGET@BENCHMARK or STEP.VALUE",
         ),
+        ("rl@demo - sft@demo", "rl@demo - sft@demo - base@demo", "one TARGET@BENCHMARK less another"),
+        ("rl@demo - sft@demo", "rl@demo - rl.steps", "one TARGET@BENCHMARK less another"),
+        (OF_HALF, '"θ .5": {base: 3}', "row 'θ .5': base must be a path, got 3"),
+        (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must be names with what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must be names with what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: rl@demo.sytem1}}', "no group 'sytem1'"),
         ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot.y 'Sft' is no column of accuracies"),
         ("compare:", "plot: {x: actve, y: SFT}\ncompare:", "plot.x 'actve' is no column"),
         ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
@@ -332,17 +343,6 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     assert (half.mean, half.n, half.seeds) == (-0.25, 4, 2) and half.low < -0.25 < half.high
     assert found.comparisons["β 0"].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
-
-
-@pytest.mark.parametrize(("change", "low", "high"), [(0, -0.3, 0.3), (1, 0.7, 1)])
-def test_differences_without_variance_have_an_interval(change, low, high):
-    before = [0.0] * 10
-    found = paired_difference(before, [b + change for b in before])
-    assert found == (change, pytest.approx(low), pytest.approx(high))
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):

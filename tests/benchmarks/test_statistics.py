@@ -1,0 +1,34 @@
+"""Paired tests and differences."""
+
+import pytest
+from scipy.stats import wilcoxon
+
+from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p, wilson
+
+
+@pytest.mark.parametrize("parts", [3, 5, 6, 7])
+def test_a_test_of_ranks_knows_ties_among_shares(parts):
+    """Equal differences are ties wherever they lie: 2/3 - 1/3 and 1/3 - 0 are two floats."""
+    counts = [(i % parts, i % parts + 1) for i in range(35)] + [(1 + i % parts, i % parts) for i in range(20)]
+    before, after = ([count / parts for count in side] for side in zip(*counts, strict=True))
+    assert len({b - a for a, b in zip(before, after, strict=True)}) > 2
+    p = wilcoxon([b - a for a, b in counts]).pvalue
+    assert p == pytest.approx(0.043, abs=0.001)
+    assert paired_p(before, after) == pytest.approx(p, rel=1e-12)
+
+
+def test_equal_differences_of_shares_are_seen_as_such():
+    found = paired_difference([0, 1 / 3, 2 / 3], [1 / 3, 2 / 3, 1.0])
+    assert found == pytest.approx((1 / 3, -2 / 3, 1.0))
+    assert interval([1 / 3, 1 - 2 / 3, 2 / 3 - 1 / 3]) == pytest.approx(wilson(1, 3))
+
+
+@pytest.mark.parametrize(("change", "low", "high"), [(0, -0.3, 0.3), (1, 0.7, 1)])
+def test_differences_without_variance_have_an_interval(change, low, high):
+    before = [0.0] * 10
+    found = paired_difference(before, [b + change for b in before])
+    assert found == (change, pytest.approx(low), pytest.approx(high))
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
