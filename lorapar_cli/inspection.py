@@ -9,7 +9,7 @@ from lorapar_cli import render
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of
 from stages.config.yaml import annotated
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.state import state
+from stages.pipeline.state import current, state
 from stages.store.artifacts import Store
 
 
@@ -26,17 +26,22 @@ def show(
         str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
     ] = None,
     set_: Overrides = None,
-    samples: Annotated[bool, typer.Option("--samples", help="Show graded answers of an evaluation.")] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Show graded answers of an evaluation (eval:TARGET).")
+    ] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
     by: Annotated[
         str, typer.Option("--by", help="Split the results by this field of the test rows.")
     ] = "system",
-    limit: Annotated[int, typer.Option("--limit", help="How many samples.")] = 5,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many samples.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Show an artifact's manifest, graded samples, or the table of results."""
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
+    evaluated = [name for name, step in steps.items() if step.stage.name == "eval"]
+    if samples and (stage is None or not stage.startswith("eval")):
+        raise ConfigError("--samples goes with an evaluation", f"choose from: {', '.join(evaluated)}")
     if stage is None:
         render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
         return
@@ -49,6 +54,10 @@ def show(
             raise MissingInputError(
                 f"{step.name} is {now.state} ({now.why})", f"run: lorapar run {config} --to {step.stage.name}"
             )
+        if now.state == "damaged":
+            current(store, step)
+        if now.state == "stale":
+            render.say(f"{step.name} is stale: {now.why}")
         if samples:
             render.samples(now.artifact, wrong, limit)
         else:

@@ -160,8 +160,8 @@ def status(states: dict[str, State], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: {"state": s.state, "why": s.why} for name, s in states.items()}))
         return
-    drawn = table("step", "state", "why")
-    drawn.columns[1].justify = drawn.columns[2].justify = "left"
+    drawn = table("step", "state", "why", text="why")
+    drawn.columns[1].justify = "left"
     for name, s in states.items():
         drawn.add_row(name, s.state, s.why)
     show(drawn)
@@ -268,8 +268,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def places(store: Store, steps: dict[str, Step]) -> None:
     """Where each artifact lies, with the share of active elements."""
-    drawn = table("artifact", "active elements", "where")
-    drawn.columns[2].justify = "left"
+    drawn = table("artifact", "active elements", "where", text="where")
     for name, step in steps.items():
         now = state(store, step)
         if now.artifact is not None and now.state == "current":

@@ -147,11 +147,23 @@ def test_mistakes_of_voters(tmp_path, voter, text):
             "samples: 4",
             "eval.benchmarks.gsm8k: samples 4 of a greedy answer are all the same; set temperature",
         ),
+        ("kind: jsonl", "eval.benchmarks: gsm8k needs a path, a file or a hub id"),
+        ("kind: lm_eval", "eval.benchmarks: gsm8k needs tasks"),
+        ("limit: 3, seed: 1, limit: 4", "'limit' is there twice, in lines 2 and 2"),
     ],
 )
 def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
     path = written(tmp_path, f"model: {{name: x}}\neval: {{benchmarks: {{gsm8k: {{{setting}}}}}}}\n")
-    assert message(path).startswith(text)
+    assert text in message(path).removeprefix(f"{path} is not YAML: ")
+
+
+def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path):
+    text = "model: {name: x}\nsft: {lr: 0.1}\nrl: {epochs: 2}\nsft: {epochs: 3}\n"
+    path = written(tmp_path, text)
+    assert message(path) == f"{path} is not YAML: 'sft' is there twice, in lines 2 and 4"
+    merged = "model: {name: x}\nsft: &train {lr: 0.1, epochs: 2}\nrl: {<<: *train, epochs: 3}\n"
+    config = load(written(tmp_path, merged))
+    assert (config.sft.epochs, config.rl.lr, config.rl.epochs) == (2, 0.1, 3)
 
 
 def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):

@@ -144,7 +144,7 @@ def test_a_rebuild_with_the_same_content_changes_nothing(copied):
     assert not any(now for _, now in make_steps(config).values())
 
 
-def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied):
+def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied, tmp_path):
     config = copied()
     file = config.root / "partition/latest-sft/masks.safetensors"
     data = bytearray(file.read_bytes())
@@ -155,8 +155,33 @@ def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied):
             ArtifactError, match="partition:sft is damaged: sha256 of .*masks.safetensors differs"
         ) as caught:
             make_steps(config, name)
-        assert caught.value.hint == "rebuild it: lorapar partition CONFIG --force"
-    assert make_steps(config, "partition", force=True)["partition:rl"][1]
+        folder = file.parent.resolve()
+        assert caught.value.hint == f"move {folder} away and run the same command again"
+    folder.rename(tmp_path / "away")
+    made = make_steps(config)
+    assert [name for name, (_, now) in made.items() if now] == ["partition:sft"]
+
+
+def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp_path):
+    config = copied()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    answers = lorapar("show", file, "eval:rl", "--samples", "--limit", "2")
+    assert answers.code == 0 and answers.out.count("--- ") == 2 and "is stale" not in answers.err
+    other = lorapar("show", file, "--by", "knid")
+    assert other.code == 78 and "error: no item has a field 'knid'" in other.err
+    assert "kind" in other.err.splitlines()[1]
+    stage = lorapar("show", file, "sft", "--samples")
+    assert stage.code == 78 and stage.err.startswith("error: --samples goes with an evaluation")
+    samples = config.root / "eval/latest-rl@demo/samples.jsonl"
+    samples.write_text(samples.read_text(encoding="utf-8").replace('"correct": false', '"correct": true'))
+    forged = lorapar("show", file, "eval:rl", "--samples")
+    assert forged.code == 78 and "eval:rl@demo is damaged: " in forged.err and not forged.out
+    (config.root / "sft/latest").resolve().rename(tmp_path / "away")
+    gone = lorapar("show", file, "sft")
+    assert gone.code == 66 and "sft is missing" in gone.err
+    stale = lorapar("show", file, "eval:sft", "--samples", "--limit", "1")
+    assert stale.code == 0 and "eval:sft@demo is stale: sft is missing" in stale.err and stale.out
 
 
 def test_votes_are_never_asked_again(copied):

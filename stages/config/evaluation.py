@@ -109,3 +109,12 @@ class EvalSection(Section):
                 entry = {**brought, **entry, "kind": kind}
             filled[name] = entry
         return filled
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _have_rows(cls, entries: dict[str, BenchmarkSection], info: ValidationInfo) -> Any:
+        for name, entry in entries.items():
+            if known(info).get("benchmarks") and entry.path is None and not entry.tasks:
+                needed = "tasks" if entry.kind == "lm_eval" else "a path, a file or a hub id"
+                raise ValueError(f"{name} needs {needed}")
+        return entries

@@ -87,10 +87,26 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = _parsed(text, f"--set {override[:200]}")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which of two equal keys would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        assert isinstance(node, yaml.MappingNode)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if first := lines.get((key.tag, key.value)):
+                    raise ValueError(f"{key.value!r} is there twice, in lines {first} and {line}")
+                lines[key.tag, key.value] = line
+        return node
+
+
 def _parsed(text: str, where: str) -> Any:
     """The value of a YAML text; ConfigError for what is none, or none that a machine can work with."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
         _check(value, {}, 0)
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply") from None

@@ -47,7 +47,7 @@ def run_step(
         if not force and (there := _there(store, step, now)):
             return there, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
-            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
+            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
         team.wait()  # the others have seen what is there, too
         out = (
             store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)

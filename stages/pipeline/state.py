@@ -76,12 +76,12 @@ def current(store: Store, step: Step) -> Artifact:
         assert now.artifact is not None
         return now.artifact
     if now.state == "damaged":
-        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(step))
+        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
     raise MissingInputError(
         f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}"
     )
 
 
-def rebuild(step: Step) -> str:
-    """The hint for a damaged artifact."""
-    return f"rebuild it: lorapar {step.stage.name} CONFIG --force"
+def rebuild(store: Store, step: Step) -> str:
+    """The hint for a damaged artifact: what is around it, such as journals of answers, is of use still."""
+    return f"move {store.folder(step.stage.name, step.key)} away and run the same command again"

@@ -6,6 +6,7 @@ from typing import Any
 from stages.benchmarks.metrics import figures, graded, shares
 from stages.benchmarks.statistics import paired_p
 from stages.config import REGIONS
+from stages.errors import ConfigError
 from stages.pipeline.plan import Step
 from stages.pipeline.state import state
 from stages.records import OUTCOMES, Sample, read_samples
@@ -16,18 +17,25 @@ Answers = dict[str, dict[str, list[Sample]]]
 
 
 def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str, Any]]]:
-    """Per benchmark one row for each target and group; `by` is `system` or a field of the items."""
+    """Per benchmark one row for each target and group; `by` is `system` or a field of the items.
+
+    ConfigError if no item has that field.
+    """
     found: dict[str, Answers] = {}
+    fields = {"system"}
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
         now = state(store, step)
         if now.state == "current" and now.artifact is not None:
             answers = found.setdefault(benchmark, {}).setdefault(target, {})
             for sample in read_samples(now.artifact.path / "samples.jsonl"):
+                fields |= sample.extra.keys()
                 value = sample.system if by == "system" else sample.extra.get(by)
                 group = f"{by} {value}" if by == "system" else str(value)
                 for name in ("all", *([] if value is None else [group])):
                     answers.setdefault(name, []).append(sample)
+    if found and by not in fields:
+        raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
     return {benchmark: list(compared(answers)) for benchmark, answers in found.items()}
 
 
