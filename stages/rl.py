@@ -58,7 +58,8 @@ PINNED: dict[str, Any] = {
 }
 """The other arguments of GRPOTrainer on which a result may depend; see `training.PINNED`."""
 
-SHOWN = ("reward", "frac_reward_zero_std", "completions/mean_length")
+LENGTH = "completions/mean_length"
+SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
 """What is logged of a step that its line shows."""
 
 
@@ -122,15 +123,20 @@ def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
 
 
 def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
-    """What the steps earned and cost; quarters are those of the steps in which completions were sampled."""
-    sampled = [row for row in history if "reward" in row]
+    """What the steps earned and cost; quarters are those of the steps in which completions were sampled.
+
+    A reward is None where no reward applied to any completion.
+    """
+    sampled = [row for row in history if LENGTH in row]
     quarter = max(1, len(sampled) // 4)
+    quarters = sampled[:quarter], sampled[-quarter:]
+    first, last = ([row["reward"] for row in part if "reward" in row] for part in quarters)
     drift = [row[DRIFT] for row in history if DRIFT in row]
     return {
         "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
-        "reward_first_quarter": fmean(row["reward"] for row in sampled[:quarter]),
-        "reward_last_quarter": fmean(row["reward"] for row in sampled[-quarter:]),
-        "length_last_quarter": fmean(row["completions/mean_length"] for row in sampled[-quarter:]),
+        "reward_first_quarter": fmean(first) if first else None,
+        "reward_last_quarter": fmean(last) if last else None,
+        "length_last_quarter": fmean(row[LENGTH] for row in sampled[-quarter:]),
         "completions": int(sum(per_step + row.get("resampled/completions", 0) for row in sampled)),
         **({"kl_from_start": drift[-1]} if drift else {}),
     }

@@ -71,7 +71,7 @@ def run(
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
         footprint.give_back()  # what the other system left is in pieces too small for the longest rows
-        steps = min(pilot.STEPS, number) if scorers.has(score.scorer, "pilot") else 1
+        steps = min(pilot.STEPS, len(rows)) if scorers.has(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
 

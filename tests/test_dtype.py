@@ -1,5 +1,6 @@
 """What `model.dtype: auto` means on the CPU at hand, and on one that is held to AVX2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,16 @@ def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Pat
     assert len(warnings) == 1  # said once, obeyed twice
     assert "this CPU multiplies it" in warnings[0]
     assert warnings[0].endswith(" times slower than float32; auto takes float32 here")
+
+
+@pytest.mark.parametrize(("able", "taken"), [(True, "bfloat16"), (False, "float32")])
+def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, tmp_path: Path, able, taken):
+    """No loss is scaled here, and GRPO's gradients are small."""
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: able)
+    assert dtype.resolve(ModelSection(name=str(tmp_path))) == taken
 
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])

@@ -113,7 +113,9 @@ class RlSection(TrainSection):
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", identity=False)
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
-    dropout: float = setting(0.0, "LoRA dropout.", ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
+    )
     save_steps: int = setting(
         5,
         "Optimizer steps between checkpoints; a killed run continues from the last one.",

@@ -140,7 +140,9 @@ class SftSection(TrainSection):
     )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
     micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
-    dropout: float = setting(0.05, "LoRA dropout.", ge=0, lt=1)
+    dropout: float = setting(
+        0.05, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
+    )
     padding_free: AutoOff = setting(
         "auto",
         "Compute a micro batch as one row without padding, where the architecture allows it; "

@@ -169,8 +169,8 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
         prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
     if not prompt.strip() or not response.strip():
         raise _Empty("prompt or response is empty")
-    gold = row.get("gold")
-    gold = gold_of(response) if gold is None else str(gold)
+    given = row.get("gold")
+    gold = gold_of(response) if given is None or not str(given).strip() else str(given)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     digest = hashlib.sha256(canonical([prompt, response])).hexdigest()[:16]
     return Example(digest, prompt, response, gold, extra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,7 @@ def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> 
         how = {"do_sample": True, **drawn}
     if ends.texts:
         how["stopping_criteria"] = [_AtText(ends, width)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _no_defaults_of(model):
         torch.manual_seed(seed)
         written = model.generate(
             input_ids=ids,
@@ -224,6 +225,22 @@ def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> 
             **how,
         )[:, width:]
     return [_answer(row, ends) for row in written.tolist()]
+
+
+@contextmanager
+def _no_defaults_of(model: Any) -> Iterator[None]:
+    """Inside, the model's generation_config.json, such as its penalties, changes nothing that is written.
+
+    The library would fill in what it is not told, and no other way of writing here reads that file.
+    """
+    from transformers import GenerationConfig
+
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
 
 
 class _AtText:

@@ -24,6 +24,7 @@ _ONE_NUMBER = re.compile(
     r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
 )
 _AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
+_LAST_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)\s*\Z")
 _OPENED, _CLOSED = "<answer>", "</answer>"
 LONGEST_NUMBER = 200
 """Characters that a text with its unit may have to be read as one number."""
@@ -50,9 +51,10 @@ def extract(text: str, answer_format: str) -> Extracted:
 
 def _after_hashes(text: str) -> str | None:
     found = _AFTER_HASHES.findall(text)
-    if not found:
-        return None
-    line = str(found[-1])
+    return _without_stop(found[-1]) if found else None
+
+
+def _without_stop(line: str) -> str:
     return line.removesuffix(".").strip() or line.strip()
 
 
@@ -115,8 +117,12 @@ def _plain(text: str) -> str:
 
 
 def gold_of(response: str) -> str | None:
-    """The verifiable answer of a reference response: the text after its last `####`."""
-    return extract(response, "hash").strict
+    """The verifiable answer of a reference response that ends in `#### answer`, else None.
+
+    Further up `####` is a heading, or whatever its author meant by it.
+    """
+    found = _LAST_LINE.search(response)
+    return _without_stop(found[1]) if found else None
 
 
 def rewrite(response: str, gold: str | None, answer_format: str) -> str:
@@ -126,7 +132,8 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
     """
     if gold is None:
         return response
-    reasoning = response.rpartition("####")[0].strip() if "####" in response else response.strip()
+    found = _LAST_LINE.search(response)
+    reasoning = response[: found.start() if found else None].strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
     return f"{reasoning}\n#### {gold}".lstrip("\n")

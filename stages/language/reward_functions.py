@@ -21,6 +21,8 @@ TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 """TRL's rewards that need no arguments, as `trl.NAME`; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
 """Parameters that a reward may have and that no row has to supply."""
+TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "environments"}
+"""Names that mean something else to TRL: a row's field of that name is kept from it."""
 
 
 def check(name: str, file: str | None) -> None:
@@ -50,6 +52,16 @@ def columns(name: str, function: Reward) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
     return [name for name in needed if name not in PASSED]
+
+
+def optional(rows: list[dict[str, Any]]) -> set[str]:
+    """The fields that all rows have, as a text, number or truth value: rewards get them without asking.
+
+    A field of lists or objects, or of several types, reaches only a reward that has a parameter for it.
+    """
+    kinds = [{name: type(value) for name, value in row.items()} for row in rows]
+    common = set.intersection(*({*kind.items()} for kind in kinds))
+    return {name for name, kind in common if kind in (str, int, float, bool) and name not in TAKEN}
 
 
 def needs_sandbox(name: str, file: str | None) -> bool:
@@ -155,7 +167,7 @@ def _of_trl(name: str) -> Reward:
     def reward(completions: list[str], gold: list[str] | None = None, **given: Any) -> list[float | None]:
         said = [[{"role": "assistant", "content": text}] for text in completions]
         solution = {"solution": gold} if gold else {}
-        return function(completions=said, **solution, **given)  # type: ignore[no-any-return]
+        return function(completions=said, **given | solution)  # type: ignore[no-any-return]
 
     return reward
 

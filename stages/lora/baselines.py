@@ -45,12 +45,20 @@ VERA_RANK = 256
 
 
 def attach(
-    base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, folder: Path | None
+    base: PreTrainedModel,
+    baseline: BaselineSection,
+    lora: LoraSection,
+    seed: int,
+    folder: Path | None,
+    dropout: float = 0.0,
 ) -> PeftModel:
-    """`base` with a new adapter drawn from the seed, or with the one that `save` wrote into `folder`."""
+    """`base` with a new adapter drawn from the seed, or with the one that `save` wrote into `folder`.
+
+    dropout: of the adapter's input, for the methods that have one in PEFT.
+    """
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, _config(base, baseline, lora, seed))
+        model = get_peft_model(base, _config(base, baseline, lora, seed, dropout))
     except ValueError as error:
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:
@@ -58,11 +66,13 @@ def attach(
     return model  # type: ignore[return-value]
 
 
-def _config(base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int) -> PeftConfig:
+def _config(
+    base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float
+) -> PeftConfig:
     if baseline.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
     if not baseline.trains_prompt:
-        return _of_modules(baseline, adapter.with_targets(base, lora), seed)
+        return _of_modules(baseline, adapter.with_targets(base, lora), seed, dropout)
     tokens = baseline.virtual_tokens
     if baseline.method == "p_tuning":
         # An encoder_hidden of None stands for the width of the model.
@@ -73,19 +83,28 @@ def _config(base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection,
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
-def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int) -> PeftConfig:
+def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float) -> PeftConfig:
     common = {"task_type": "CAUSAL_LM", "target_modules": list(lora.target_modules)}
     rank = baseline.rank or lora.r
     if baseline.method == "dora":
         alpha: Any = lora.alpha
-        return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=lora.rslora, use_dora=True, **common)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            use_rslora=lora.rslora,
+            use_dora=True,
+            **common,
+        )
     if baseline.method == "vera":
-        return VeraConfig(r=baseline.rank or VERA_RANK, projection_prng_key=seed, **common)
+        return VeraConfig(
+            r=baseline.rank or VERA_RANK, projection_prng_key=seed, vera_dropout=dropout, **common
+        )
     if baseline.method == "randlora":
-        return RandLoraConfig(r=rank, projection_prng_key=seed, **common)
+        return RandLoraConfig(r=rank, projection_prng_key=seed, randlora_dropout=dropout, **common)
     if baseline.method == "shira":
         return ShiraConfig(r=rank, random_seed=seed, **common)
-    return MissConfig(r=rank, **common)
+    return MissConfig(r=rank, miss_dropout=dropout, **common)
 
 
 def save(model: PeftModel, folder: Path) -> None:

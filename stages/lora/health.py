@@ -130,12 +130,13 @@ class Watch(TrainerCallback):
         self.progress.start(f"{self.what}, from step {done}" if done else self.what, self.steps - done)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+        self, args: Any, state: Any, control: Any, logs: dict[str, float | None] | None = None, **_: Any
     ) -> None:
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        values = [f"{name.split('/')[-1]} {logs[name]:.3g}" for name in self.shown if name in logs]
+        found = [(name.split("/")[-1], logs.get(name)) for name in self.shown]
+        values = [f"{name} {value:.3g}" for name, value in found if value is not None]
         self.progress.advance(1, "  ".join(values))
         equal = equal_rewards(state.log_history)
         if not self.patience or not equal:

@@ -89,8 +89,8 @@ class Pool:
         replayed = [row for row in fast if all(row.get(name) is not None for name in columns)]
         replayed = replayed if rl.replayed else []
         _enough(kept, replayed, rl, long)
-        read = {"prompt", "question", *columns}
         used = kept + replayed
+        read = {"prompt", "question", *columns} | reward_functions.optional(used)
         return cls(
             rows=Dataset.from_list([{name: row[name] for name in read} for row in used]),
             tokens=tokens,

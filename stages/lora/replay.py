@@ -56,7 +56,8 @@ class Replay:
     """Mixin for GRPOTrainer, to stand before it among the base classes.
 
     Set `pool` and `replayed` before `train`. What is logged of the rewards and lengths of all completions is
-    then logged for each system, too, as `system1/…` and `system2/…`.
+    then logged for each system, too, as `system1/…` and `system2/…`. `frac_reward_zero_std` is always the
+    share of groups that teach nothing.
     """
 
     pool: Pool
@@ -67,10 +68,19 @@ class Replay:
     num_generations: int
     reward_weights: Tensor
     _metrics: Any
+    _equal: Tensor
+    """Of the step's groups, whether their completions earned the same."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         usual = super()._get_train_sampler(dataset)  # type: ignore[misc]
         return Mixed(usual, self.pool.replayed, self.replayed) if self.replayed else usual
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        found = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.model.training:
+            # TRL looks at the deviation that it divides by: under `batch` that of all completions together.
+            self._metrics["train"]["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
+        return found
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids: list[list[int]]
@@ -78,18 +88,20 @@ class Replay:
         found: Tensor = super()._calculate_rewards(  # type: ignore[misc]
             inputs, prompts, completions, completion_ids
         )
+        rewards = summed(found, self.reward_weights)
+        self._equal = equal_groups(rewards, self.num_generations)
         if self.replayed and self.model.training:
             local = [
                 torch.tensor(values, device=found.device)
                 for values in (list(map(self.pool.is_replayed, prompts)), list(map(len, completion_ids)))
             ]
             fast, lengths = self.accelerator.gather(local)
-            self._log_by_system(summed(found, self.reward_weights), fast, lengths.float())
+            self._log_by_system(rewards, fast, lengths.float())
         return found
 
     def _log_by_system(self, rewards: Tensor, fast: Tensor, lengths: Tensor) -> None:
         """All (completions,), of all processes. fast: whether a completion's prompt is of System 1."""
-        equal = equal_groups(rewards, self.num_generations).float()
+        equal = self._equal.float()
         of_groups = fast[:: self.num_generations]
         for name, rows, groups in (("system1", fast, of_groups), ("system2", ~fast, ~of_groups)):
             values = {

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from stages.errors import ArtifactError
 from stages.lora import adapter, baselines
+from stages.lora.packed import PackedLinear
 from stages.store.checkpoints import Checkpoints
 
 
@@ -44,17 +45,22 @@ class ExactResume:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save only the trained adapter: no reference adapter, no tokenizer, no pickled arguments."""
-        if adapter.lora_layers(self.model):
+        if self._packed():
             self.model.save_pretrained(output_dir, selected_adapters=["default"])
         else:
             baselines.save(self.model, Path(output_dir or self.args.output_dir))
 
+    def _packed(self) -> dict[str, PackedLinear]:
+        """The layers of a partition, of which some elements train. A baseline trains all of its weights."""
+        layers = adapter.lora_layers(self.model)  # DoRA has such layers, too, beside its magnitudes
+        return {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not adapter.lora_layers(self.model):
+        if not self._packed():
             baselines.load(self.model, Path(resume_from_checkpoint))
             return
         stored = adapter.read(Path(resume_from_checkpoint))
-        layers = adapter.lora_layers(self.model)
+        layers = self._packed()
         if stored.keys() != layers.keys():
             raise ArtifactError(f"{resume_from_checkpoint} does not fit the adapter")
         for name, layer in layers.items():

@@ -167,7 +167,7 @@ class Start:
         seed: int,
     ) -> PeftModel:
         if baseline is not None:
-            return baselines.attach(base, baseline, lora, seed, self.folder)
+            return baselines.attach(base, baseline, lora, seed, self.folder, dropout)
         assert self.folder is not None
         return adapter.attach(base, lora, self.folder, dropout)
 

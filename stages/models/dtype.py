@@ -33,8 +33,10 @@ With AVX-512 alone bfloat16 is emulated, at 0.4 of float32's speed.
 def resolve(model: ModelSection) -> str:
     """The type of the base weights: `model.dtype` or, for `auto`, the checkpoint's type if native here.
 
-    Gives `float32`, `bfloat16` or `float16`; with a GPU also `auto`, if the checkpoint tells no type.
-    On a CPU that does not multiply the checkpoint's type natively, `auto` means float32.
+    Gives `float32` or `bfloat16`; with a GPU also `auto`, if the checkpoint tells no type.
+    On a CPU that does not multiply the checkpoint's type natively, `auto` means float32. float16 becomes
+    bfloat16 on a GPU that has it, else float32: small gradients vanish in float16, and nothing here scales
+    the loss.
     """
     return model.dtype if model.dtype != "auto" else _auto(model.name, model.revision)
 
@@ -53,7 +55,9 @@ def _auto(name: str, revision: str) -> str:
         raise
     stored = "auto" if found is None else str(found).removeprefix("torch.")
     if torch.cuda.is_available():
-        return stored
+        if stored != "float16":
+            return stored
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if stored == "bfloat16" and native_bfloat16() else "float32"
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -77,6 +78,19 @@ def test_greedy_answers_are_the_library_s(model, tokenizer, kind):
     wanted = by_library(model, tokenizer, PROMPTS[kind], sampling)
     for slots in (1, 2, 3, 64):
         assert answers(model, tokenizer, PROMPTS[kind], sampling, slots=slots) == wanted
+
+
+def test_what_a_model_s_own_file_says_of_sampling_changes_nothing(model, tokenizer, monkeypatch):
+    sampling = Sampling(12, ())
+    wanted = by_library(model, tokenizer, PROMPTS["different"], sampling)
+    own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=2, min_new_tokens=2, num_beams=2)
+    monkeypatch.setattr(model, "generation_config", own)
+    told = [
+        model.generate(torch.tensor([ids]), max_new_tokens=12)[0, len(ids) :] for ids in PROMPTS["different"]
+    ]
+    assert [ids.tolist() for ids in told] != [answer.ids for answer in wanted]
+    assert by_library(model, tokenizer, PROMPTS["different"], sampling) == wanted
+    assert model.generation_config is own
 
 
 def test_answers_longer_than_the_first_memory_are_the_library_s(model, tokenizer, monkeypatch):

@@ -46,11 +46,31 @@ def test_equality(answer, gold, right):
     assert same(answer, gold) is right
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "#### Step 1: Install\nRun it.\n#### Step 2: Write\nCreate app.py.\nThen run it.",
+        "```\n######## build ########\n```",
+        "##### 5",
+        "Write `####` before it.\nThat is all.",
+    ],
+)
+def test_a_heading_is_no_answer(response):
+    """A response that does not end in `#### answer` stays whole."""
+    assert gold_of(response) is None
+    assert rewrite(response, gold_of(response), "hash") == response
+    assert rewrite(response, "5", "hash") == f"{response}\n#### 5"
+    assert f"<reasoning>\n{response}\n</reasoning>" in rewrite(response, "5", "xml")
+
+
 def test_targets_are_rewritten():
     response = "3 * 4 = 12.\n#### 12"
     assert gold_of(response) == "12"
     assert rewrite(response, "12", "hash") == response
     assert rewrite(response, "12", "xml") == "<reasoning>\n3 * 4 = 12.\n</reasoning>\n<answer>\n12\n</answer>"
     assert rewrite("free text", None, "xml") == "free text"
+    assert gold_of("So it is 5. #### 5.\n\n") == "5"
+    other = "3 * 4 = 12.\n#### 13"  # its row has a gold answer of its own
+    assert rewrite(other, "12", "hash") == response
     for style in ("hash", "xml"):
         assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"

@@ -114,6 +114,13 @@ def test_columns_are_what_a_reward_must_be_given():
         reward_functions.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
 
 
+def test_rewards_get_the_fields_that_all_rows_have():
+    """Of one simple type, and of no name that is TRL's own: it takes `image` for a picture."""
+    row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
+    rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
+    assert reward_functions.optional(rows) == {"gold", "level"}
+
+
 def test_rewards_of_trl_take_plain_text():
     reward = reward_functions.load("trl.think_format_reward", None)
     assert reward(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]

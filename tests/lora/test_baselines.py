@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from stages.errors import ConfigError
 from stages.lora import adapter, baselines
+from stages.models import flat
 from stages.models.base import load_adapted, load_base
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
@@ -40,6 +41,15 @@ def test_sft_rl_and_eval_run(begun, method, dtype):
         assert summary["active_share"] == 1 and summary["moved"] > 0.9 * summary["elements"] > 0
     first, second = (load_file(artifact.path / "adapter" / baselines.STATE) for artifact in made[:2])
     assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_reaches_the_methods_that_have_one(begun, method):
+    config = chosen(begun, method)
+    assert config.baseline is not None
+    adapted = baselines.attach(load_base(config.model), config.baseline, config.lora, 0, None, 0.5)
+    without = method in ("shira", "ia3") or config.baseline.trains_prompt
+    assert flat.drops_out(adapted) == (not without)
 
 
 @pytest.mark.parametrize("method", METHODS)

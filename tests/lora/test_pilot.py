@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
+from conftest import ROOT, labels_of, make_steps
 from test_importance import adapted, rows
 
 from stages.config import LoraSection
+from stages.language.prompts import Renderer
 from stages.lora import adapter, pilot
 from stages.lora.importance import moments, scorers
 from stages.lora.masks import read_importance
 from stages.models.losses import answer_losses, collate
+from stages.models.tokenizer import load_tokenizer
 
 LR = 1e-2
 BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
@@ -73,6 +75,18 @@ def test_scorer_moved_makes_masks_that_sft_trains(begun):
     assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
     trained = made["sft"].manifest["summary"]
     assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
+
+
+def test_rows_that_are_dropped_leave_no_empty_step(begun):
+    """The examples are fewer than the steps of the pilot run would be, and of these some are too long."""
+    renderer = Renderer(load_tokenizer(begun().model), begun().prompt)
+    slow = [renderer.row(row.example) for row in labels_of(begun()) if row.system == 2]
+    lengths = sorted(len(row.input_ids) for row in slow)
+    few = ["score.scorer=moved", "score.examples=12", "data.too_long=drop"]
+    config = begun(*few, f"data.max_length={lengths[len(lengths) // 2]}")
+    summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
+    told = summary["system2"]
+    assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]
 
 
 @pytest.mark.slow

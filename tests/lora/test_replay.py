@@ -9,7 +9,7 @@ from conftest import labels_of, make_step, trainer_of
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.lora import adapter
 from stages.lora.drift import NAME, Drift
 from stages.lora.replay import Mixed, equal_groups, summed
@@ -20,6 +20,18 @@ def odd(completions, **_):
 
 def same(completions, **_):
     return [1.0] * len(completions)
+
+def of_the_question(completions, question, **_):
+    return [float(len(q)) for q in question]
+
+def sometimes(completions, **columns):
+    CALLS.append(sorted(columns))
+    return [None if len(CALLS) == 2 else float(sum(map(ord, t)) % 97) for t in completions]
+
+def never(completions, **_):
+    return [None] * len(completions)
+
+CALLS = []
 
 def odd_of_some(completions, question, **_):
     return [sum(map(ord, t)) % 97 if len(q) % 2 else 1.0 for t, q in zip(completions, question)]
@@ -155,6 +167,27 @@ def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward
         assert len({tuple(q for q in questions if of[q] == 1) for questions in draws}) == 1
         assert (step["resampled/groups"], step["resampled/completions"]) == (6, 24)
         assert step["frac_reward_zero_std"] == 1 and step["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_groups_without_signal_are_seen_however_rewards_are_scaled(with_reward, scale):
+    """All of a group earn the same, and each group something else."""
+    config = with_reward("of_the_question", f"rl.scale_rewards={scale}")
+    made = make_step(config, "rl")
+    assert [step["frac_reward_zero_std"] for step in history(made)] == [1, 1, 1]
+    assert made.manifest["summary"]["equal_reward_steps"] == 3
+
+
+def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(with_reward):
+    made = make_step(with_reward("sometimes"), "rl")
+    steps = history(made)
+    assert ["reward" in step for step in steps] == [True, False, True]
+    assert [step["frac_reward_zero_std"] for step in steps] == [0, 1, 0]
+    assert made.manifest["summary"]["completions"] == 3 * 16
+    with pytest.raises(MeaninglessError, match="all rewards were equal in 2 steps in a row"):
+        make_step(with_reward("never", "rl.max_equal_steps=2"), "rl")
+    summary = make_step(with_reward("never"), "rl").manifest["summary"]
+    assert summary["reward_last_quarter"] is None
 
 
 def test_only_equal_groups_are_drawn_again(with_reward, watched):

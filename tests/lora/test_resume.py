@@ -113,7 +113,7 @@ def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch
     killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)
 
 
-@pytest.mark.parametrize("method", ["p_tuning", "ia3"])
+@pytest.mark.parametrize("method", ["p_tuning", "ia3", "dora"])
 def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
     config = begun(*SFT, f"baseline.method={method}", "baseline.encoder_hidden=16", "eval.targets=[sft]")
     killed_at(config, "sft", [5], monkeypatch, baselines.STATE)

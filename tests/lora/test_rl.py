@@ -27,8 +27,9 @@ def odd(tmp_path):
         "def odd(completions, sandbox, **_):\n"
         "    assert sandbox.name == 'unsafe-no-sandbox'\n"
         "    return [float(sum(map(ord, text)) % 97) for text in completions]\n"
-        "def given(completions, **given):\n"
-        "    return [float('sandbox' in given)] * len(completions)\n"
+        "def given(completions, gold=None, **given):\n"
+        "    read = gold and given['response'] and given['question'] and given['id']\n"
+        "    return [float('sandbox' in given or not read)] * len(completions)\n"
     )
     unsafe = "rl.sandbox.backend=unsafe-no-sandbox"
     return [f"rl.rewards_file={path}", "rl.rewards={odd: 1, given: 1}", unsafe]
