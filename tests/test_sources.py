@@ -4,7 +4,8 @@ import json
 import pytest
 from conftest import make_step
 
-from stages.config import DataSection, SourceSection
+from stages.benchmarks import jsonl
+from stages.config import BenchmarkSection, DataSection, SourceSection
 from stages.data import rows as data
 from stages.engines import Pool
 from stages.errors import ConfigError, DataError, MissingInputError
@@ -142,3 +143,18 @@ def test_a_multi_turn_conversation_is_refused(tmp_path):
 def test_limit_takes_the_first(tmp_path):
     rows = [{"question": str(i), "answer": "A"} for i in range(5)]
     assert [e.prompt for e in read(tmp_path, *rows, limit=2)] == ["0", "1"]
+
+
+def test_items_of_an_own_benchmark_count_once(tmp_path):
+    """Else two answers to one question would pass for two answers of one item."""
+    path = tmp_path / "own.jsonl"
+    rows = [
+        {"prompt": "2 + 2?", "answer": 4},
+        {"prompt": "B?", "answer": "B"},
+        {"prompt": "2 + 2?", "answer": 4},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"duplicate id: .*own.jsonl:3 repeats .*own.jsonl:1"):
+        jsonl.load(BenchmarkSection(path=str(path)))
+    found = jsonl.load(BenchmarkSection(path=str(path), duplicates="first"))
+    assert [(example.prompt, example.gold) for example in found] == [("2 + 2?", "4"), ("B?", "B")]

@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.benchmarks.grading import Context, Grade, bad_rows, by_answer, by_prompt
 from stages.config import BenchmarkSection
-from stages.data.rows import table, text_field
+from stages.data.rows import once, table, text_field
 from stages.language.answers import extract, letter, number
 from stages.records import Example
 from stages.store.digests import canonical
@@ -21,7 +21,7 @@ GROUPS = ()
 
 def load(section: BenchmarkSection) -> list[Example]:
     where, rows = table(section)
-    examples, bad = [], []
+    found, bad = [], []
     for at, row in rows:
         try:
             prompt, answer = text_field(row, "prompt"), str(row["answer"]).strip()
@@ -38,9 +38,10 @@ def load(section: BenchmarkSection) -> list[Example]:
             continue
         extra = {k: v for k, v in row.items() if k not in ("prompt", "answer", "grade")}
         digest = hashlib.sha256(canonical([prompt, answer])).hexdigest()[:16]
-        examples.append(Example(digest, prompt, answer, answer, {**extra, "grade": kind}))
+        example = Example(digest, prompt, answer, answer, {**extra, "grade": kind})
+        found.append((f"{where}:{at}", example))
     bad_rows("jsonl", bad, "prompt, answer")
-    return examples
+    return once(found, section)
 
 
 _LETTER = re.compile("[A-J]")

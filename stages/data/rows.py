@@ -50,37 +50,43 @@ def read_rows(source: SourceSection) -> Rows:
     where, rows = table(source)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
-    examples: list[Example] = []
+    found: list[tuple[str, Example]] = []
     bad: list[str] = []
     empty = 0
-    seen: dict[str, int] = {}
-    repeated: list[str] = []
     for number, row in rows:
         try:
-            example = _example(kind, row)
+            found.append((f"{where}:{number}", _example(kind, row)))
         except _Empty as error:
             if source.empty == "error":
                 bad.append(f"{where}:{number}: {error}")
             empty += 1
-            continue
         except (KeyError, ValueError, TypeError) as error:
             bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
-            continue
-        if example.id in seen:
-            repeated.append(f"{where}:{number} repeats {where}:{seen[example.id]}")
-        seen.setdefault(example.id, number)
-        examples.append(example)
     if bad:
         hint = f"format {kind} needs {', '.join(FIELDS[kind])}"
         raise problems("bad row", bad, f"{hint}; empty: drop leaves out empty ones" if empty else hint)
     if empty:
         log.info("%s: %d rows without prompt or response left out", where, empty)
+    examples = once(found, source)
+    return Rows(examples, kind, empty, len(found) - len(examples))
+
+
+def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
+    """The examples, each with its place, without those whose id was there before.
+
+    DataError instead if `source.duplicates` says so.
+    """
+    first: dict[str, tuple[str, Example]] = {}
+    repeated = []
+    for place, example in found:
+        if example.id in first:
+            repeated.append(f"{place} repeats {first[example.id][0]}")
+        first.setdefault(example.id, (place, example))
     if repeated and source.duplicates == "error":
         raise problems("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
-        log.info("%s: %d repeated rows left out", where, len(repeated))
-        examples = list({e.id: e for e in reversed(examples)}.values())[::-1]
-    return Rows(examples, kind, empty, len(repeated))
+        log.info("%s: %d repeated rows left out", source.path, len(repeated))
+    return [example for _, example in first.values()]
 
 
 def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
