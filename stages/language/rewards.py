@@ -1,7 +1,7 @@
 """GRPO rewards, one function each, in TRL's signature: texts of completions in, one float per completion out.
 
-TRL passes the columns of the rows by name: `question`, `gold`, `response`, `answer_format`, and every further
-field that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the settings) are adapted to the
+TRL passes the columns of the rows by name: `id`, `question`, `gold`, `response`, `answer_format`, and every
+further text, number or truth value that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the settings) are adapted to the
 answer format in use.
 """
 
