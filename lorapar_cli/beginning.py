@@ -37,7 +37,7 @@ def init(
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
-    kinds = {test: benchmark_of(test) for test in tests or ()}
+    kinds = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
     found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"))
     chosen, undecided = draft.choices(found, model, data, kinds), draft.undecided(found, kinds)
     _tell(found)

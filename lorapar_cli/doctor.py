@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from stages import footprint
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -20,9 +22,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """One finding after the other; the slow ones (torch, the sandbox's self-test) come last."""
     yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
-    yield Finding(
-        "system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"
-    )
+    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {_cores()}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "peft", "trl"):
         found = _version(package)
@@ -33,6 +33,11 @@ def examine() -> Iterator[Finding]:
     yield _device()
     yield _types()
     yield from _sandboxes()
+
+
+def _cores() -> str:
+    usable = footprint.cores()
+    return f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
 
 
 def _version(package: str) -> str | None:

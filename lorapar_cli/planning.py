@@ -56,13 +56,20 @@ def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:
         print()
         _spans(found.spans)
     if found.costs:
-        whole = duration(sum(cost.seconds or 0 for cost in found.costs.values()))
-        print(f"\ntogether about {whole}; half as much or twice as much would be no surprise")
+        print("\n" + _together([cost.seconds for cost in found.costs.values()]))
     if found.room is not None:
         print(f"there are {gib(found.room)} of memory")
         for name, cost in found.costs.items():
             if cost.mib and cost.mib > found.room:
                 print(f"{name} does not fit: lower {KNOBS[name.partition(':')[0]]}")
+
+
+def _together(seconds: list[float | None]) -> str:
+    known = [each for each in seconds if each is not None]
+    if not known:
+        return "how long it takes is not known"
+    rest = "" if len(known) == len(seconds) else ", and what is not known"
+    return f"together about {duration(sum(known))}{rest}; half as much or twice as much would be no surprise"
 
 
 def _spans(spans: list[Span]) -> None:

@@ -75,8 +75,11 @@ def run(
         given = {e.id: box.vote(e) for e in examples}
         voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
     rows, held, twos = decide(examples, voices, classify)
-    write_labels(job.out / "labels.jsonl", _swapped(rows, classify))
-    return report.report(rows, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say)
+    written = _swapped(rows, classify)
+    write_labels(job.out / "labels.jsonl", written)
+    # The report is about the votes, the counts about the labels that others read.
+    told = report.report(rows, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say)
+    return {**told, **report.counts(written)}
 
 
 def _unvoted(examples: list[Example], classify: ClassifySection, trained: bool) -> list[Labelled]:
@@ -159,11 +162,11 @@ def _ask_all(
         running = [threads.submit(beside, found) for found in lanes.values()]
         try:
             lane(own, job.engines)
+            for done in running:
+                done.result()
         except BaseException:
             stop.set()
             raise
-    for done in running:
-        done.result()
 
 
 class _Once:

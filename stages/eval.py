@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import footprint
 from stages import sandbox as sandboxes
 from stages.benchmarks import benchmarks
 from stages.benchmarks.grading import Context, Grade
@@ -223,7 +223,7 @@ def _graded(
             extra={**example.extra, **found.extra, **given.extra},
         )
 
-    with ThreadPoolExecutor(os.cpu_count() if context.sandbox else 1) as pool:
+    with ThreadPoolExecutor(footprint.cores() if context.sandbox else 1) as pool:
         return list(pool.map(one, which))
 
 

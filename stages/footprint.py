@@ -1,4 +1,4 @@
-"""How much memory this process used at most, how much there is, in MiB (2²⁰ bytes)."""
+"""What this process has of the machine: cores, and how much memory it used at most, in MiB (2²⁰ bytes)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from typing import Any
 MIB = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Cores that this process may use: fewer than the machine has in a job that was given some of them."""
+    return len(os.sched_getaffinity(0))
 
 
 def give_back() -> None:

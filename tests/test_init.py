@@ -76,7 +76,7 @@ def test_empty_and_repeated_rows_are_counted_and_left_out(written):
 @pytest.mark.parametrize(
     ("more", "reward", "told"),
     [
-        ({"gold": "B"}, "letter_match", "all answers are letters"),
+        ({"gold": "B"}, "correctness", "mostly a letter"),
         ({"gold": "Paris"}, "correctness", "mostly a text"),
         ({"test": "def check(f): pass", "entry_point": "f"}, "code_tests", "they run in the sandbox"),
     ],
@@ -97,8 +97,11 @@ def test_rows_without_answers_are_not_passed_over(written):
 
 
 def test_labels_of_the_rows_are_taken(written):
-    found, said = written(rows(8, system=1) + rows(9, system=2)[8:])
+    found, said = written(rows(290, system=1) + rows(302, system=2)[290:])
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
+    assert found["rl"]["prompts_per_step"] == 2 and "there are 12 System 2 rows" in said
+    Path("c.yaml").unlink()
+    assert "no row is labelled System 2" in written(rows(8, system=1))[1]
 
 
 def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(written, tmp_path):
@@ -120,6 +123,19 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
     assert made["on"]["shots"] == 0 and "max_new_tokens" not in made["on"]
     assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion"]
     assert "which rows measure success" not in said
+
+
+def test_answers_of_any_test_rows_may_be_as_long_as_in_rl_and_odd_rows_are_left_out(written, tmp_path):
+    """Those of words are read as the demonstration set's are, whose own answers are short."""
+    words = [{"prompt": f"Capital {i}?", "completion": f"It is\n#### town {i}"} for i in range(4)]
+    for name, given in (("words", words), ("odd", [*words, words[0], {"prompt": "", "completion": "x"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    tests = (part for name in ("words", "odd") for part in ("--test", str(tmp_path / f"{name}.jsonl")))
+    made = written(rows(300), *tests)[0]
+    part = made["eval"]["benchmarks"]
+    assert part["words"]["max_new_tokens"] == part["odd"]["max_new_tokens"] == made["rl"]["max_completion"]
+    assert "duplicates" not in part["words"]
+    assert (part["odd"]["empty"], part["odd"]["duplicates"]) == ("drop", "first")
 
 
 def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
@@ -168,7 +184,8 @@ def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monke
     assert done.code == 73 and Path("rows.yaml").read_text(encoding="utf-8") == "mine"
     Path("odd.jsonl").write_text('{"a": 1}', encoding="utf-8")
     assert lorapar("init", "odd.jsonl", "--model", tiny).code == 65
-    assert lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl").code == 65
+    done = lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl")
+    assert done.code == 65 and "\n  jsonl: bad row" in done.err
     assert lorapar("init", "rows.jsonl", "--model", "./none", "--out", "c.yaml").code == 66
     assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
     assert not Path("c.yaml").exists() and not Path("odd.yaml").exists()

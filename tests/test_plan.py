@@ -1,10 +1,12 @@
 """What a run will cost, told before: lengths, time, memory, and what does not fit."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, make_steps
 
+from lorapar_cli import planning
 from stages import footprint
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
@@ -67,6 +69,13 @@ def test_what_a_baseline_costs_is_not_told(asked):
     told = json.loads(asked("--set", "baseline.method=dora", "--json")[0].out)["steps"]
     assert told["sft"] == {"state": "stale", "seconds": None, "mib": None}
     assert told["eval:sft@demo"]["seconds"] > 0
+    said = asked("--set", "baseline.method=dora")[0].out
+    assert re.search(r"together about .*, and what is not known; half as much", said)
+
+
+def test_a_total_of_nothing_that_is_known_is_none():
+    assert planning._together([None, None]) == "how long it takes is not known"
+    assert planning._together([30, None]).startswith("together about 30 s, and what is not known;")
 
 
 @pytest.fixture

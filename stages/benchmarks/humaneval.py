@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.benchmarks.grading import Context, Grade, bad_rows
 from stages.config import BenchmarkSection
 from stages.data.rows import table, text_field
-from stages.language.code import STOP, code_of
+from stages.language.code import STOP, code_of, stub
 from stages.language.prompts import Asked
 from stages.records import Example
 from stages.sandbox import SandboxFailure
@@ -38,8 +38,9 @@ def load(section: BenchmarkSection) -> list[Example]:
     for number, row in rows:
         try:
             prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
+            stub(prompt)
             examples.append(Example(task, prompt, solution, None, {"test": tests, "entry_point": entry}))
-        except ValueError as error:
+        except (ValueError, SyntaxError) as error:
             bad.append(f"{where}:{number}: {error}")
     bad_rows("humaneval", bad, "task_id, prompt, canonical_solution, test, entry_point")
     return examples
@@ -64,7 +65,7 @@ def grade(example: Example, output: str, context: Context) -> Grade:
     if program is None:
         return Grade(None, None, False, False, extra={"verdict": "no code"})
     try:
-        verdict = context.sandbox.check(program, tests, entry, setup=example.prompt)
+        verdict = context.sandbox.check(program, tests, entry, setup=stub(example.prompt))
         # The benchmark's own verdict can differ only where program and tests ran at all.
         doubtful = verdict.status in ("failed", "suspicious", "crashed", "flooded")
         standard = verdict.passed or (doubtful and context.sandbox.plain(program, tests, entry))

@@ -19,7 +19,9 @@ class BenchmarkSection(SourceSection):
     label: bool = setting(
         True, "Let the voters label the rows too, so that results are split by system.", not_for="classify"
     )
-    shots: int = setting(0, "Worked examples in the prompt.", not_for="classify", ge=0)
+    shots: int = setting(
+        0, "Worked examples in the prompt; 0 with lm_eval: as many as the task has.", not_for="classify", ge=0
+    )
     shots_path: str | None = setting(
         None, "File with the worked examples; none: the same hub data set.", identity=False
     )

@@ -21,6 +21,8 @@ from stages.engines.reply import Completion, Reply, count_of, models_of
 from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
+BUSY = ("408", "425", "429", "502", "503", "504")
+"""Statuses of a server that may answer the same request later."""
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
 """Room for a word and for what a model writes around it."""
@@ -182,7 +184,11 @@ class Client:
                 choice = await session.send("POST", path, body, self._completion)
                 chosen = choice.tokens[0][0].strip()
                 kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
-            except (ConfigError, ItemFailed, LookupError, ValueError):
+            except (ConfigError, LookupError, ValueError):
+                kept = False
+            except ItemFailed as error:
+                if error.failure.reason in ("timeout", "transport") or error.failure.detail[:3] in BUSY:
+                    raise  # it says nothing of what the server can do
                 kept = False
             self._constrains[path] = kept
         return self._constrains[path]

@@ -22,14 +22,51 @@ def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
     if not code.strip():
         return None
     # The prompt goes first, so that a rewritten function can use what the prompt defines or imports.
-    return f"{prompt}    pass\n\n{code}\n" if _defines(code, entry) else f"{prompt}{code}\n"
+    return f"{stub(prompt)}\n{code}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n{code}\n"
+
+
+def stub(prompt: str) -> str:
+    """The beginning of a function as a program that runs: with `pass`, if there is no docstring to end it.
+
+    SyntaxError if it is no beginning of a program either.
+    """
+    text = f"{prompt.rstrip()}\n"
+    if _parses(text):
+        return text
+    last = text.splitlines()[-1] if text.strip() else ""
+    indent = last[: len(last) - len(last.lstrip())]
+    found = [whole for more in ("", "    ") if _parses(whole := f"{text}{indent}{more}pass\n")]
+    if not found:
+        raise SyntaxError("the prompt is no beginning of a Python program")
+    return found[0]
+
+
+_FENCED = re.compile(
+    r"(?:^(?P<indent>[ \t]*)```[^\n`]*|```(?:[Pp]ython|py)?[ \t]*)\n(?P<code>.*?)(?:```|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A line that opens a block may name any language; within a line the fence opens Python or nothing."""
 
 
 def code_block(output: str, entry: str) -> str:
-    """The last code block that defines the function `entry`, else the last one, else the whole text."""
-    blocks = re.findall(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", output, re.DOTALL)
+    """The last code block that defines the function `entry`, else the last one, else the whole text.
+
+    A block whose fence is indented, as in a list, loses that indentation.
+    """
+    blocks = [
+        re.sub(f"^{found['indent'] or ''}", "", found["code"], flags=re.MULTILINE)
+        for found in _FENCED.finditer(output)
+    ]
     with_entry = [block for block in blocks if _defines(block, entry)]
     return str((with_entry or blocks or [output])[-1])
+
+
+def _parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _defines(code: str, entry: str) -> bool:

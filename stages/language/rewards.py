@@ -1,19 +1,19 @@
 """GRPO rewards, one function each, in TRL's signature: texts of completions in, one float per completion out.
 
 TRL passes the columns of the rows by name: `id`, `question`, `gold`, `response`, `answer_format`, and every
-further text, number or truth value that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the settings) are adapted to the
-answer format in use.
+further text, number or truth value that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the
+settings) are adapted to the answer format in use.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from stages import footprint
 from stages.language.answers import extract, letter, number, same
 from stages.language.code import code_block
 from stages.registry import Registry
@@ -143,5 +143,5 @@ def code_tests(
     def passes(text: str, tests: str, entry: str) -> float:
         return float(sandbox.check(code_block(text, entry), tests, entry).passed)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(footprint.cores()) as pool:
         return list(pool.map(passes, completions, test, entry_point))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from stages.benchmarks import benchmarks
-from stages.config import Config, LoraSection
+from stages.config import BenchmarkSection, Config, LoraSection
 from stages.config.sources import ALL_LINEAR
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.survey import Survey
@@ -22,7 +22,7 @@ ROOM = 1.25
 STEP = 16
 """Lengths are rounded up to multiples of this."""
 GROUPS = 4
-"""Steps of RL that the System 2 rows should give at least, if half of the rows are System 2."""
+"""Steps of RL that the System 2 rows, those labelled so or half of all, should give at least."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Choice:
     why: str = ""
 
 
-def choices(found: Survey, model: str, data: str, tests: dict[str, str]) -> list[Choice]:
+def choices(found: Survey, model: str, data: str, tests: list[BenchmarkSection]) -> list[Choice]:
     """All settings that differ from the defaults for these rows.
 
-    tests: for each file of test rows, the benchmark that reads it.
+    tests: the files of test rows, each with the benchmark that reads it.
     """
     run = _word(data).lstrip("-") or "default"
     chosen = [Choice("run", run), Choice("model.name", model), Choice("data.path", data)]
@@ -53,14 +53,14 @@ def choices(found: Survey, model: str, data: str, tests: dict[str, str]) -> list
     if missing := sorted(set(LoraSection().target_modules) - found.linear):
         why = f"{', '.join(sorted(found.linear))}: the model has no {', '.join(missing)}"
         chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
-    if found.labelled:
+    if found.slow is not None:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     rl = _rl(found)
     longest = next(choice.value for choice in rl if choice.name == "rl.max_completion")
     return [*chosen, *rl, *_eval(tests, longest)]
 
 
-def undecided(found: Survey, tests: dict[str, str]) -> list[str]:
+def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
     """What the rows do not say, and who has to decide it."""
     open_ = []
     some, number = found.answers["none"], found.answers.total()
@@ -78,9 +78,11 @@ def undecided(found: Survey, tests: dict[str, str]) -> list[str]:
             "how the model is told to end in `#### answer`: its chat template takes no system message, and "
             "SFT alone teaches it"
         )
+    if found.slow == 0:
+        open_.append("what RL trains on: no row is labelled System 2")
     if not tests:
         open_.append("which rows measure success: lorapar init … --test FILE")
-    if not found.labelled:
+    if found.slow is None:
         open_.append(
             "who votes: one voter, the model itself, is the default; more and larger ones agree better "
             "(lorapar list personas; classify.voters, classify.system2_share)"
@@ -149,10 +151,14 @@ def _rl(found: Survey) -> list[Choice]:
         prompt = found.positions - completion
         of_response = f"{of_response}, and with its prompt the model reads {found.positions}"
     chosen = []
-    fewest = int(len(found.rows.examples) / 2 / GROUPS)
+    rows = len(found.rows.examples)
+    slow, there = (
+        (rows / 2, f"{rows} rows") if found.slow is None else (found.slow, f"{found.slow} System 2 rows")
+    )
+    fewest = int(slow / GROUPS)
     if fewest < defaults.prompts_per_step:
         number = 1 << max(fewest, 1).bit_length() - 1
-        chosen.append(Choice("rl.prompts_per_step", number, f"there are {len(found.rows.examples)} rows"))
+        chosen.append(Choice("rl.prompts_per_step", number, f"there are {there}"))
     chosen += [
         Choice("rl.max_prompt", prompt, why),
         Choice("rl.max_completion", completion, f"responses, with a quarter more: {of_response}"),
@@ -170,26 +176,28 @@ def _reward(found: Survey) -> tuple[dict[str, float], str]:
         return {
             "text_overlap": 1.0
         }, f"{lacking} of {found.answers.total()} rows have no answer to compare with"
-    if kinds == {"letter"}:
-        return {"letter_match": 1.0}, "all answers are letters"
     most = found.answers.most_common(1)[0][0]
     return {"correctness": 1.0}, f"each row has an answer, mostly a {most}"
 
 
-def _eval(tests: dict[str, str], longest: int) -> list[Choice]:
+def _eval(tests: list[BenchmarkSection], longest: int) -> list[Choice]:
     chosen: list[Choice] = []
     names: set[str] = set()
-    for path, kind in tests.items():
+    for test in tests:
+        kind, path = test.kind, str(test.path)
         word = _word(path).strip("-_")
         tried = [word if word not in ("", "train") else kind]
         tried += [f"{kind}-{number}" for number in range(1, len(tests) + 2)]
         names.add(unique := next(name for name in tried if name not in names))
         name = f"eval.benchmarks.{unique}"
         chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]
+        if test.duplicates == "first":
+            chosen.append(Choice(f"{name}.empty", "drop", "some rows are empty or repeat one before"))
+            chosen.append(Choice(f"{name}.duplicates", "first"))
         defaults = benchmarks.pick(kind).DEFAULTS
         if defaults.get("shots"):
             chosen.append(Choice(f"{name}.shots", 0, "no rows for worked examples are named"))
-        if "max_new_tokens" not in defaults:
+        if "max_new_tokens" not in defaults or "revision" not in defaults:  # of its own rows, not of these
             chosen.append(Choice(f"{name}.max_new_tokens", longest, "as many as in RL"))
     return chosen
 

@@ -78,8 +78,12 @@ def of_source(source: SourceSection, cache: DigestCache) -> str:
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
-    """Where the worked examples of a benchmark's prompt come from, if there are any."""
-    return {"shots": of_source(shots_source(benchmark), cache)} if benchmark.shots else {}
+    """Where the worked examples of a benchmark's prompt come from, if there are any.
+
+    The evaluation harness has its own.
+    """
+    named = benchmark.shots and not benchmark.tasks
+    return {"shots": of_source(shots_source(benchmark), cache)} if named else {}
 
 
 def of_file(name: str, path: str | None, cache: DigestCache) -> dict[str, str]:

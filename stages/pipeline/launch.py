@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages import team
+from stages import footprint, team
 from stages.config import LaunchSection
 from stages.engines import guard
 from stages.errors import ConfigError, LoraparError, MissingInputError
@@ -26,7 +26,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
-        environment = {"OMP_NUM_THREADS": str(_threads(launch)), **os.environ, team.FAILURE: str(failure)}
+        environment = {**_threads(launch), **os.environ, team.FAILURE: str(failure)}
         code = guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
@@ -38,9 +38,6 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
 
 
 def _command(launch: LaunchSection) -> list[str]:
-    import torch
-
-    gpus = torch.cuda.device_count()
     if launch.config is not None:
         if not Path(launch.config).is_file():
             raise MissingInputError(
@@ -49,7 +46,7 @@ def _command(launch: LaunchSection) -> list[str]:
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend in NOT_RUN:
         raise ConfigError(f"launch.backend: {NOT_RUN[launch.backend]}", "use ddp")
-    processes = launch.processes or gpus
+    processes, gpus = _processes(launch)
     if not processes:
         raise ConfigError(
             "launch.processes is not set, and there is no GPU to count", "--set STAGE.launch.processes=2"
@@ -59,5 +56,16 @@ def _command(launch: LaunchSection) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
-def _threads(launch: LaunchSection) -> int:
-    return max(1, (os.cpu_count() or 1) // (launch.processes or 1))
+def _processes(launch: LaunchSection) -> tuple[int, int]:
+    """How many processes there will be on this machine, and how many GPUs there are."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return launch.processes or gpus, gpus
+
+
+def _threads(launch: LaunchSection) -> dict[str, str]:
+    """Each process's share of the cores that this one may use; accelerate's file knows its own number."""
+    if launch.config is not None:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, footprint.cores() // max(1, _processes(launch)[0])))}

@@ -33,8 +33,8 @@ class Survey:
     prompt: Lengths
     response: Lengths
     row: Lengths
-    labelled: bool
-    """Whether every row says in the field `system` which system it is."""
+    slow: int | None
+    """Rows of System 2, if every row says in the field `system` which system it is; else None."""
     never_stops: list[str]
     """Ids of rows whose last trained token does not stop an answer."""
     stops: list[str]
@@ -73,6 +73,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
     rows = [renderer.row(example) for example in found.examples]
     asked = [sum(label == IGNORED for label in row.labels) for row in rows]
     first = rows[0].input_ids
+    labels = [example.extra.get("system") for example in found.examples]
     positions, linear = _model(model)
     return Survey(
         rows=found,
@@ -80,7 +81,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
         prompt=Lengths.of(asked),
         response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
         row=Lengths.of([len(row.labels) for row in rows]),
-        labelled=all(example.extra.get("system") in (1, 2) for example in found.examples),
+        slow=labels.count(2) if set(labels) <= {1, 2} else None,
         never_stops=renderer.never_stop(rows),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
@@ -91,20 +92,28 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
     )
 
 
-def benchmark_of(path: str) -> str:
-    """The benchmark that can read a file's rows, published ones first; DataError if none can."""
+def benchmark_of(path: str) -> BenchmarkSection:
+    """The benchmark that can read a file's rows, published ones first, and how it reads them.
+
+    All rows if it can, else without empty and repeated ones. DataError with each benchmark's reason if none
+    can.
+    """
     local_file(BenchmarkSection(path=path))
     found = {name: benchmarks.pick(name) for name in benchmarks.names()}
     readers = [name for name, module in found.items() if hasattr(module, "load")]
-    for name in sorted(readers, key=lambda name: "revision" not in found[name].DEFAULTS):
+    readers.sort(key=lambda name: "revision" not in found[name].DEFAULTS)
+    sections = [BenchmarkSection(path=path, kind=name) for name in readers]
+    sections += [one.model_copy(update={"empty": "drop", "duplicates": "first"}) for one in sections]
+    reasons = {}
+    for section in sections:
         try:
-            found[name].load(BenchmarkSection(path=path, kind=name))
-        except DataError:
+            found[section.kind].load(section)
+        except DataError as error:
+            reasons[section.kind] = str(error).splitlines()[0]
             continue
-        return name
-    raise DataError(
-        f"no benchmark can read the rows of {path}", "prompt and answer in each row: lorapar list benchmarks"
-    )
+        return section
+    told = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    raise DataError(f"no benchmark can read the rows of {path}{told}", "see: lorapar list benchmarks")
 
 
 def _kind(example: Example) -> str:

@@ -30,8 +30,8 @@ class View:
 
 
 VIEWS = {
-    "fast": View("sft", "1", "answers as System 1 rows do: SFT"),
-    "slow": View("rl", "2", "works it out: GRPO on System 2 rows"),
+    "fast": View("sft", "1", "answers at once: SFT"),
+    "slow": View("rl", "2", "works it out: then GRPO"),
 }
 
 
@@ -39,11 +39,12 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> 
     """A model card, made from the manifest of the adapter and the metrics of its evaluations."""
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    base = manifest["provenance"]["config"]["model"]["name"]
+    model = manifest["provenance"]["config"]["model"]
+    base = model["name"]
     if form == "adapter":
         library = "peft"
         load = (
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{base}"{_pinned(model)})\n'
             'model = PeftModel.from_pretrained(model, "this folder")'
         )
     else:
@@ -58,8 +59,7 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> 
     what = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
-base_model: {base}
-library_name: {library}
+{_of_hub(base)}library_name: {library}
 tags: [lorapar, {method}]
 ---
 
@@ -80,6 +80,15 @@ tags: [lorapar, {method}]
 """
 
 
+def _of_hub(base: str) -> str:
+    """The line that names the base model, if it can be one of the hub's: a folder is refused there."""
+    return f"base_model: {base}\n" if may_be_hub_id(base) else ""
+
+
+def _pinned(model: dict[str, Any]) -> str:
+    return "" if model["revision"] == "main" else f', revision="{model["revision"]}"'
+
+
 def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
     """The card of two adapters of one model that one server has, `fast` and `slow`.
 
@@ -90,14 +99,13 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
     made = "\n".join(
-        f"| {name} | {view.what} | `{views[name].manifest['key']}` | "
+        f"| {name} | {view.what} on {_rows(view, config)} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
     asked = "\n".join(_asked(name, view, config) for name, view in VIEWS.items())
     return f"""---
-base_model: {base}
-library_name: peft
+{_of_hub(base)}library_name: peft
 tags: [lorapar, lora]
 ---
 
@@ -120,6 +128,16 @@ pull request 48421).
 {made}
 
 {_results(evaluated)}"""
+
+
+def _rows(view: View, config: dict[str, Any]) -> str:
+    """The rows that a view's stage trained on."""
+    section = config[view.stage]
+    if section["data"] == "all":
+        return "all rows"
+    own = f"System {view.system} rows"
+    other = section["system2_share"] if view.stage == "sft" else section["system1_share"]
+    return f"{own} and some of System {3 - int(view.system)}" if other else own
 
 
 def _asked(name: str, view: View, config: dict[str, Any]) -> str:

@@ -83,6 +83,17 @@ def test_a_server_that_refuses_to_constrain_is_read(code):
         assert ask(mock, CHAT)[0].shares in ((0.0, 1.0), (1.0, 0.0))
 
 
+@pytest.mark.parametrize("busy", [("status", (429, {}, "busy")), ("status", (503, {}, "starting"))])
+def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain(busy):
+    """The question that met it fails, and is asked again by the next run; the others get probabilities."""
+    faults = iter([busy] * transport.TRIES)
+    with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
+        found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
+    assert isinstance(found[0], Failure) and found[0].reason == "server_error"
+    two = probability(CHAT.text[0]["content"])
+    assert [found[i].shares[1] for i in (1, 2)] == pytest.approx([two, two])
+
+
 def test_a_thought_is_not_the_answer():
     with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
         ballot = Ballot(CHAT.text, CHAT.words, thought=100, temperature=0.6, seed=7)

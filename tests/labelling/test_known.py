@@ -74,8 +74,12 @@ def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
         smoke("classify.strategy=known", "classify.known=intended", "data.limit=24"),
         smoke(*known, "classify.swap=true"),
     )
-    for config in (with_file, of_field, swapped):
-        make_step(config, "classify:train")
+    counts = [
+        make_step(config, "classify:train").manifest["summary"]["system1"]
+        for config in (with_file, of_field, swapped)
+    ]
+    ones = sum(system == 1 for system in wanted.values())
+    assert counts == [ones, ones, len(wanted) - ones]
     assert {row.example.id: row.system for row in labels_of(with_file)} == wanted
     assert labels_of(of_field) == labels_of(with_file)
     assert {row.example.id: 3 - row.system for row in labels_of(swapped)} == wanted

@@ -9,6 +9,7 @@ import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.language import reward_functions
+from stages.language.code import code_of, stub
 from stages.language.rewards import rewards
 from stages.sandbox import Limits, choose
 
@@ -94,10 +95,32 @@ def test_code_is_run_in_the_sandbox():
         "def square(x): return x ** 2",
         "no code",
         "```python\nimport os\nos._exit(0)\n```",
+        "```bash\npip install x\n```\nThen:\n```python3\ndef square(x):\n    return x * x\n```\nDone.",
+        "1. So:\n   ```PYTHON\n   def square(x):\n       return x * x\n   ```\n2. Done.",
+        "```text\n4 is 2 * 2\n```\nHence ```python\ndef square(x):\n    return x * x```\nwith ```x``` in it.",
     ]
     box = choose("auto", Limits(5, 512), lambda text: None)
-    given = {"test": [TEST] * 5, "entry_point": ["square"] * 5, "sandbox": box}
-    assert rewards.pick("code_tests")(completions=texts, **given) == [1.0, 0.0, 1.0, 0.0, 0.0]
+    given = {"test": [TEST] * 8, "entry_point": ["square"] * 8, "sandbox": box}
+    assert rewards.pick("code_tests")(completions=texts, **given) == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "def f(x):\n    # twice\n",
+        'def f(x):\n    """Twice."""',
+        'def f(x):\n  """Twice."""\n',
+        'def f(x):\n\t"""Twice."""\n',
+        "def f(x):",
+        "import math\n\ndef f(x):\n    if x:\n",
+    ],
+)
+def test_any_beginning_of_a_function_can_be_run(prompt):
+    answer = "```python\ndef f(x):\n    return 2 * x\n```"
+    for text in (stub(prompt), code_of(answer, prompt, "f", chat=True)):
+        compile(text, "", "exec")
+    with pytest.raises(SyntaxError, match="no beginning of a Python program"):
+        stub("Write a function.")
 
 
 def test_columns_are_what_a_reward_must_be_given():

@@ -16,8 +16,10 @@ import torch
 from conftest import ROOT, make_step
 from safetensors.torch import load_file
 
+from stages.config import LaunchSection
 from stages.lora import adapter
 from stages.lora.masks import Masks, read_importance
+from stages.pipeline import launch
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.store.artifacts import Store
@@ -261,6 +263,16 @@ def test_what_was_not_tested_is_refused(begun, lorapar, backend):
     )
     assert done.code == 78
     assert f"error: launch.backend: {backend} was tested as" in done.err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "threads"), [(8, {}, 2), (0, {"processes": 4}, 4), (8, {"config": "a"}, None)]
+)
+def test_processes_share_the_cores_that_there_are(monkeypatch, gpus, given, threads):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    found = launch._threads(LaunchSection(backend="ddp", **given))
+    assert found == ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
 def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):

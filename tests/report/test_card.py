@@ -53,9 +53,13 @@ def test_the_card_shows_all_results_with_intervals(evaluated, tmp_path):
         "key": "abc", "stage": "rl",
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
         "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"lr": 0.1}}},
-        "provenance": {"config": {"model": {"name": "org/m"}}, "versions": {"lorapar": "1"}},
+        "provenance": {
+            "config": {"model": {"name": "org/m", "revision": "b" * 40}}, "versions": {"lorapar": "1"},
+        },
     }  # fmt: skip
     text = card(Artifact(tmp_path, manifest), "adapter", evaluated)
+    assert text.startswith("---\nbase_model: org/m\n")
+    assert f'from_pretrained("org/m", revision="{"b" * 40}")' in text
     assert "| gsm8k, all | 27.6 [24.6, 30.6] | 1000 |" in text
     assert "| demo, System 2 | 53.0 [50.0, 56.0] | 400 |" in text and "System 1" not in text
     assert "| benchmark" not in card(Artifact(tmp_path, manifest), "adapter")
