@@ -18,7 +18,8 @@ _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def cores() -> int:
     """Cores that this process may use: fewer than the machine has in a job that was given some of them."""
-    return len(os.sched_getaffinity(0))
+    able = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(able(0)) if able else os.cpu_count() or 1
 
 
 def give_back() -> None:

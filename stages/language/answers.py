@@ -24,7 +24,7 @@ _ONE_NUMBER = re.compile(
     r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
 )
 _AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
-_LAST_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)\s*\Z")
+_HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENED, _CLOSED = "<answer>", "</answer>"
 LONGEST_NUMBER = 200
 """Characters that a text with its unit may have to be read as one number."""
@@ -121,8 +121,15 @@ def gold_of(response: str) -> str | None:
 
     Further up `####` is a heading, or whatever its author meant by it.
     """
-    found = _LAST_LINE.search(response)
-    return _without_stop(found[1]) if found else None
+    closing = _closing(response)
+    return _without_stop(closing[1]) if closing else None
+
+
+def _closing(response: str) -> tuple[str, str] | None:
+    """What stands before `#### answer` in the last line, and that answer."""
+    found = _HASHES.search(response, response.rstrip().rfind("\n") + 1)
+    answer = response[found.end() :].strip() if found else ""
+    return (response[: found.start()], answer) if found and answer else None
 
 
 def rewrite(response: str, gold: str | None, answer_format: str) -> str:
@@ -132,8 +139,8 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
     """
     if gold is None:
         return response
-    found = _LAST_LINE.search(response)
-    reasoning = response[: found.start() if found else None].strip()
+    closing = _closing(response)
+    reasoning = (closing[0] if closing else response).strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
     return f"{reasoning}\n#### {gold}".lstrip("\n")
