@@ -81,7 +81,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
         prompt=Lengths.of(asked),
         response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
         row=Lengths.of([len(row.labels) for row in rows]),
-        slow=labels.count(2) if set(labels) <= {1, 2} else None,
+        slow=labels.count(2) if all(label in (1, 2) for label in labels) else None,
         never_stops=renderer.never_stop(rows),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
