@@ -5,7 +5,7 @@ from math import comb, sqrt
 from statistics import NormalDist
 
 Z = NormalDist().inv_cdf(0.975)
-DECIMALS = 9
+DECIMALS = 12
 """Of shares and their differences. Two thirds less one third is one number, and another float than one third
 less none: unrounded, a test of ranks would tell ties apart by their rounding errors."""
 
