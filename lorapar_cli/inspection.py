@@ -39,11 +39,12 @@ def show(
     """Show an artifact's manifest, graded samples, or the table of results."""
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
-    evaluated = [name for name, step in steps.items() if step.stage.name == "eval"]
+    evaluations = [step for step in steps.values() if step.stage.name == "eval"]
     if samples and (stage is None or not stage.startswith("eval")):
-        raise ConfigError("--samples goes with an evaluation", f"choose from: {', '.join(evaluated)}")
+        names = ", ".join(step.name for step in evaluations)
+        raise ConfigError("--samples goes with an evaluation", f"choose from: {names}")
     if stage is None:
-        render.results(store, [s for s in steps.values() if s.stage.name == "eval"], by, as_json)
+        render.results(store, evaluations, by, as_json)
         return
     found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
     if not found:

@@ -21,8 +21,6 @@ from stages.engines.reply import Completion, Reply, count_of, models_of
 from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
-BUSY = ("408", "425", "429", "502", "503", "504")
-"""Statuses of a server that may answer the same request later."""
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
 """Room for a word and for what a model writes around it."""
@@ -187,8 +185,8 @@ class Client:
             except (ConfigError, LookupError, ValueError):
                 kept = False
             except ItemFailed as error:
-                if error.failure.reason in ("timeout", "transport") or error.failure.detail[:3] in BUSY:
-                    raise  # it says nothing of what the server can do
+                if error.busy:
+                    raise
                 kept = False
             self._constrains[path] = kept
         return self._constrains[path]

@@ -35,16 +35,19 @@ R = TypeVar("R")
 class Trouble(Exception):
     """A failure that may pass: worth another try."""
 
-    def __init__(self, reason: str, detail: str, retry_after: float = 0.0) -> None:
+    def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
+        """busy: it says nothing of what the server can do, only that it did not do it now."""
         super().__init__(detail)
-        self.reason, self.retry_after = reason, retry_after
+        self.reason, self.busy = reason, busy
 
 
 class ItemFailed(Exception):
     """One item cannot be answered; the others can."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
+        """busy: as in Trouble."""
         super().__init__(detail)
+        self.busy = busy
         self.failure = Failure(reason, detail)
 
 
@@ -198,7 +201,7 @@ class Session:
                     f"{transport.urls[0]}/{path} does not answer: {trouble}",
                     "run the same command again; the answers so far are kept",
                 ) from None
-            raise ItemFailed(trouble.reason, str(trouble)) from None
+            raise ItemFailed(trouble.reason, str(trouble), trouble.busy) from None
 
     async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """The reply to a request that a server need not understand; None if there is none."""
@@ -233,12 +236,13 @@ class Session:
                 response = await self.http.request(method, url, json=body)
         except (TimeoutError, httpx.TimeoutException):
             transport.rest(base)
-            raise Trouble("timeout", f"no answer in {transport.server.timeout_s:g} s") from None
+            detail = f"no answer in {transport.server.timeout_s:g} s"
+            raise Trouble("timeout", detail, busy=True) from None
         except httpx.HTTPError as error:
             transport.rest(base)
             if ended := transport.ended():
                 raise ended from None
-            raise Trouble("transport", f"{type(error).__name__} {error}".strip()) from None
+            raise Trouble("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
         if response.status_code >= 400:
             self._refusal(url, response)
         try:
@@ -258,7 +262,7 @@ class Session:
         if code in (408, 425, 429) or code >= 500:
             wait = min(_seconds(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
             transport._free_at = max(transport._free_at, time.monotonic() + wait)
-            raise Trouble("server_error", text)
+            raise Trouble("server_error", text, busy=code not in (500, 501))
         signs = ("context length", "too long", "max_model_len")
         if code in (400, 413, 422) and any(words in text.lower() for words in signs):
             raise ItemFailed("too_long", text)

@@ -151,11 +151,11 @@ def _rl(found: Survey) -> list[Choice]:
         prompt = found.positions - completion
         of_response = f"{of_response}, and with its prompt the model reads {found.positions}"
     chosen = []
-    rows = len(found.rows.examples)
-    slow, there = (
-        (rows / 2, f"{rows} rows") if found.slow is None else (found.slow, f"{found.slow} System 2 rows")
-    )
-    fewest = int(slow / GROUPS)
+    slow, there = found.slow, f"{found.slow} System 2 rows"
+    if slow is None:
+        rows = len(found.rows.examples)
+        slow, there = rows // 2, f"{rows} rows"
+    fewest = slow // GROUPS
     if fewest < defaults.prompts_per_step:
         number = 1 << max(fewest, 1).bit_length() - 1
         chosen.append(Choice("rl.prompts_per_step", number, f"there are {there}"))

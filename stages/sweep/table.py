@@ -112,8 +112,8 @@ def _yaml(value: Any) -> str:
 
 
 def _elsewhere(column: Column, config: Config) -> Column:
-    """The column on another base: at its only benchmark, unless it has the one that the table names."""
-    target, _, name = column.step.partition("@")
+    """The column on another base: at its benchmark, if it has one only."""
+    target = column.step.partition("@")[0]
     benchmarks = list(config.eval.benchmarks)
     if not column.graded or len(benchmarks) != 1:
         return column
