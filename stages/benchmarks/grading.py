@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,18 @@ class Context:
     sandbox: Sandbox | None = None
 
 
-def by_answer(example: Example, output: str, context: Context) -> Grade:
-    """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way."""
+def by_answer(
+    example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = same
+) -> Grade:
+    """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way.
+
+    What is right as it stands is right in the flexible reading, too.
+    """
     assert example.gold is not None
     found = extract(output, context.answer_format)
-    correct, correct_flexible = same(found.strict, example.gold), same(found.flexible, example.gold)
-    return Grade(found.strict, found.flexible, correct, correct_flexible)
+    if equal(found.strict, example.gold):
+        return Grade(found.strict, found.strict, True, True)
+    return Grade(found.strict, found.flexible, False, equal(found.flexible, example.gold))
 
 
 def with_gold(examples: list[Example]) -> list[Example]:

@@ -1,10 +1,11 @@
 """Extracts and compares final answers. Rewards and benchmarks both use it, so SFT, RL and eval agree.
 
-An answer is a number if it can be read as one (commas, currency, units, `%`, decimals, fractions, mixed
-numbers, a Unicode minus, bold type), else text.
+An answer is a number if it can be read as one (commas between thousands, currency, units, `%`, decimals,
+fractions, mixed numbers, `5 million`, a Unicode minus, bold type), else text.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,16 +13,20 @@ from fractions import Fraction
 # cost nothing), but for _ONE_NUMBER, which sees short texts only.
 _MINUS = r"[-\u2010-\u2013\u2212\uFE63\uFF0D]"
 _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
-_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# Groups of three, or in India's way of two before the last; seven are enough, and keep the search linear.
+_WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
+_DIGITS = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)"
+_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALED = rf"\s?(?i:({'|'.join(_SCALE)})s?\b)"
 # A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
-    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*\d[\d,]*)?)"
+    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*{_WHOLE})?)(?:{_SCALED.replace('(d', '(?:d')})?"
 )
 _ONE_NUMBER = re.compile(
     rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?"
     rf"(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
-    r"(?:\s*/\s*(?P<below>\d[\d,]*))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
+    rf"(?:\s*/\s*(?P<below>{_WHOLE}))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
 )
 _AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
@@ -37,16 +42,27 @@ class Extracted:
     strict: str | None
     """In the format asked for."""
     flexible: str | None
-    """The strict answer, or the last number of the text, or its last word."""
+    """The strict answer, or the last number of the text, or its last word. A strict answer that is no number
+    gives way to the last number in it and behind it: `####` before it may have been a heading."""
 
 
 def extract(text: str, answer_format: str) -> Extracted:
     """Read the final answer of a model's text; the last occurrence counts."""
     strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
-    if strict is not None:
+    if strict is None:
+        return Extracted(None, last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
+    if number(strict) is not None:
         return Extracted(strict, strict)
-    candidates = _NUMBER.findall(text) or re.findall(r"\w+", text)
-    return Extracted(None, candidates[-1] if candidates else None)
+    behind = strict if answer_format == "xml" else text[text.rindex("####") :]
+    return Extracted(strict, last_number(behind) or strict)
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, as it is written there."""
+    found = None
+    for found in _NUMBER.finditer(text):
+        pass
+    return found[0] if found else None
 
 
 def _after_hashes(text: str) -> str | None:
@@ -70,18 +86,31 @@ def _in_tags(text: str) -> str | None:
 def number(text: str) -> Fraction | None:
     """The exact value of a text that is one number, else None.
 
-    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.` and `5 apples a day`. Words may follow the
-    number, but no other number and no operator: `2 + 2` and `3 hours 20 minutes` are not one number.
+    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words may
+    follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½` and `3 and a half` are
+    not one number.
     """
+    found = _measure(text)
+    return found[0] if found else None
+
+
+def _measure(text: str) -> tuple[Fraction, list[str]] | None:
+    """The value of a text that is one number, and the words of its unit, in the singular and without case."""
     text = text.strip()
     match = _ONE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if not match or (match["sign"] and match["inner"]) or (match["whole"] and not match["below"]):
         return None
-    below = int((match["below"] or "1").replace(",", ""))
-    if below == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", match["unit"]):
+    below, unit = int((match["below"] or "1").replace(",", "")), match["unit"]
+    if below == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", unit):
         return None
     value = Fraction(match["value"].replace(",", "")) / below + int(match["whole"] or 0)
-    return -value if match["sign"] or match["inner"] else value
+    while scaled := re.match(_SCALED, unit):
+        value, unit = value * _SCALE[scaled[1].lower()], unit[scaled.end() :]
+    if re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
+        return None
+    words = re.findall(r"[^\W\d_]+", unit.casefold())
+    unit_words = [word.removesuffix("s") or word for word in words if word != "percent"]
+    return (-value if match["sign"] or match["inner"] else value), unit_words
 
 
 def letter(text: str, whole: bool = False) -> str | None:
@@ -100,16 +129,26 @@ def letter(text: str, whole: bool = False) -> str | None:
 
 
 def same(answer: str | None, gold: str) -> bool:
-    """Whether an answer equals the gold answer: as numbers if gold is one, else as text.
+    """Whether an answer equals the gold answer: as numbers if gold is one, else as `same_text`.
 
-    Texts are compared without case and without punctuation at their edges.
+    If both have a unit, one begins with the other's: `7 days a week` is `7 days`, `7 weeks` is not.
     """
     if answer is None:
         return False
-    wanted = number(gold)
-    if wanted is not None:
-        return number(answer) == wanted
-    return _plain(answer) == _plain(gold)
+    wanted = _measure(gold)
+    if wanted is None:
+        return same_text(answer, gold)
+    found = _measure(answer)
+    return (
+        found is not None
+        and found[0] == wanted[0]
+        and all(mine == its for mine, its in zip(found[1], wanted[1], strict=False))
+    )
+
+
+def same_text(answer: str | None, gold: str) -> bool:
+    """Whether two texts are equal, without case and without punctuation at their edges."""
+    return answer is not None and _plain(answer) == _plain(gold)
 
 
 def _plain(text: str) -> str:

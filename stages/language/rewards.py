@@ -106,7 +106,7 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
 
 @rewards.add()
 def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the last number of the text equals gold, whatever its format."""
+    """1 if the answer in the format equals gold, or else the last number of the text does."""
     found = [extract(text, style).flexible for text, style in zip(completions, answer_format, strict=True)]
     return [float(same(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
 

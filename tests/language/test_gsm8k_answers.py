@@ -42,17 +42,20 @@ def test_numbers_in_their_places(written, value, place, strict):
 ODD = [
     ("#### 12 dollars", 12, 12), ("#### 12 dollars per day", 12, 12), ("#### 12%", 12, 12),
     ("#### 12 %", 12, 12), ("#### 12.", 12, 12), ("#### **12**", 12, 12), ("#### $12.", 12, 12),
-    ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### 12kg", 12, 12), ("#### 5 m/s", None, None),
-    ("#### 3 hours 20 minutes", None, None), ("#### 2 + 2", None, None), ("#### x = 4", None, None),
+    ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### 12kg", 12, 12), ("#### 5 m/s", None, 5),
+    ("#### 3 hours 20 minutes", None, 20), ("#### 2 + 2", None, 2), ("#### x = 4", None, 4),
     ("#### twelve", None, None), ("#### ", None, None), ("####", None, None), ("", None, None),
-    ("#### 3/0", None, None), ("#### 1 2", None, None), ("#### 4-", None, None), ("### 5", None, 5),
-    ("##### 5", 5, 5), ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, None), ("it takes 3-5 days", None, 5),
+    ("#### 3/0", None, None), ("#### 1 2", None, 2), ("#### 4-", None, 4), ("### 5", None, 5),
+    ("##### 5", 5, 5), ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
     ("(4)-2", None, 2), ("8 - 3 = 5", None, 5), ("a total of 1,200, at least", None, 1200),
     ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12), ("**Answer: 12**", None, 12),
     ("There are none.", None, None), ("x=-4", None, -4), ("it is -4 degrees", None, -4), ("10/2=5", None, 5),
-    ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, None), ("#### 1.5e3", None, None),
+    ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, 7), ("#### 1.5e3", None, 3),
     ("12:30", None, 30), ("USD 40", None, 40), ("#### USD 40", 40, 40), ("$ 40", None, 40),
-    ("#### $ 40", 40, 40),
+    ("#### $ 40", 40, 40), ("So.\n#### Final Answer:\n**18**", None, 18), ("#### Answer: 18", None, 18),
+    ("#### Conclusion\nJanet makes $18 a day.", None, 18), ("#### $\\boxed{18}$", None, 18),
+    ("#### 3½", None, 3), ("#### 3 and a half", None, 3), ("#### 1,2", None, 2), ("#### 5 million", 5e6, 5e6),
+    ("#### 2 dozen eggs", 24, 24), ("it is 5 hundred thousand", None, 500), ("#### 1,00,000", 1e5, 1e5),
 ]  # fmt: skip
 
 
