@@ -77,5 +77,6 @@ fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove runs, the demonstration set and fetched models
-	rm -rf runs data models
+clean: ## Remove runs, the demonstration set and fetched models, and nothing of yours
+	rm -rf runs data/demo models/smollm2-135m-q4 models/tiny-random
+	rmdir --ignore-fail-on-non-empty data models 2>/dev/null || true

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -36,8 +37,8 @@ app = typer.Typer(
 )
 
 
-def _unsafe(unsafe: bool) -> list[str]:
-    return ["eval.sandbox.backend=unsafe-no-sandbox"] if unsafe else []
+def _unsafe(unsafe: bool, *stages: str) -> list[str]:
+    return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 
 
 def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
@@ -120,7 +121,7 @@ def eval_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    overrides = [*(set_ or []), *_unsafe(unsafe)]
+    overrides = [*(set_ or []), *_unsafe(unsafe, "eval")]
     if harness is not None:
         if harness != "lm-eval" or not tasks:
             raise ConfigError(f"--harness {harness}: expected --harness lm-eval --tasks NAME,…")
@@ -155,7 +156,7 @@ def run(
     unsafe: Unsafe = False,
 ) -> None:
     """Run what is missing or stale, each stage in a process of its own."""
-    set_ = [*(set_ or []), *_unsafe(unsafe)]
+    set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     ran = shown = False
     for task in tasks(settings, steps, first, last):
@@ -217,12 +218,17 @@ def _end(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command; an error becomes two lines and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # on CPU it recommends another package at each start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     if team.launched():  # a launcher ends its processes itself, unless it is killed
         guard.end_with_parent()
     else:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def init(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Training rows: a JSON Lines file, or a hub id.")
+        str,
+        typer.Argument(metavar="DATA", help="Training rows: a JSON Lines file, or a hub id without subsets."),
     ],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")],
     out: Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 def entries(tasks: str, task_files: Path | None, limit: int | None) -> dict[str, str]:
     """Benchmark name → override: one entry for each task, so that each becomes an artifact and a table."""
     found = {}
-    for task in tasks.split(","):
+    for task in map(str.strip, tasks.split(",")):
         name = f"lm-eval-{re.sub(r'[^0-9A-Za-z_-]', '-', task)}"
         entry = {"kind": "lm_eval", "tasks": [task], "limit": limit, "path": task_files and str(task_files)}
         found[name] = (

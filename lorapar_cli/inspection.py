@@ -1,14 +1,16 @@
 """Commands that look and change nothing."""
 
+import shlex
 import sys
 from typing import Annotated
 
 import typer
 
 from lorapar_cli import render
-from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of
+from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, sets
 from stages.config.yaml import annotated
-from stages.errors import ConfigError, MissingInputError
+from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.pipeline.plan import Step
 from stages.pipeline.state import current, state
 from stages.store.artifacts import Store
 
@@ -27,25 +29,36 @@ def show(
     ] = None,
     set_: Overrides = None,
     samples: Annotated[
-        bool, typer.Option("--samples", help="Show graded answers of an evaluation (eval:TARGET).")
+        bool,
+        typer.Option(
+            "--samples", help="Show graded answers of an evaluation (eval:TARGET); so do --wrong, --limit."
+        ),
     ] = False,
     wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
     by: Annotated[
-        str, typer.Option("--by", help="Split the results by this field of the test rows.")
-    ] = "system",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many samples.")] = 5,
+        str | None,
+        typer.Option("--by", help="Split the results by this field of the test rows; system if left out."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="How many samples; 5 if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show an artifact's manifest, graded samples, or the table of results."""
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
     evaluations = [step for step in steps.values() if step.stage.name == "eval"]
+    samples |= wrong or limit is not None
     if samples and (stage is None or not stage.startswith("eval")):
         names = ", ".join(step.name for step in evaluations)
         raise ConfigError("--samples goes with an evaluation", f"choose from: {names}")
     if stage is None:
-        render.results(store, evaluations, by, as_json)
+        if not any(state(store, step).state == "current" for step in evaluations):
+            raise _nothing(store, evaluations, f"{config}{_again(set_)}")
+        render.results(store, evaluations, by or "system", as_json)
         return
+    if by is not None:
+        raise ConfigError("--by goes with the results of all evaluations", f"lorapar show {config} --by {by}")
     found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
     if not found:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
@@ -53,16 +66,33 @@ def show(
         now = state(store, step)
         if now.artifact is None:
             raise MissingInputError(
-                f"{step.name} is {now.state} ({now.why})", f"run: lorapar run {config} --to {step.stage.name}"
+                f"{step.name} is {now.state} ({now.why})",
+                f"run: lorapar run {config}{_again(set_)} --to {step.stage.name}",
             )
         if now.state == "damaged":
             current(store, step)
         if now.state == "stale":
             render.say(f"{step.name} is stale: {now.why}")
         if samples:
-            render.samples(now.artifact, wrong, limit)
+            render.samples(now.artifact, wrong, limit or 5, as_json)
         else:
             render.manifest(now.artifact, as_json)
+
+
+def _again(overrides: list[str] | None) -> str:
+    """The overrides as they are typed."""
+    return "".join(f" {shlex.quote(part)}" for part in sets(overrides))
+
+
+def _nothing(store: Store, evaluations: list[Step], typed: str) -> LoraparError:
+    """Why there are no results to be shown."""
+    if not evaluations:
+        return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
+    first = state(store, evaluations[0])
+    return MissingInputError(
+        f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
+        f"run: lorapar run {typed}",
+    )
 
 
 def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:

@@ -29,7 +29,9 @@ Only = Annotated[
         help="Only this variant: train or a benchmark's labels; score or rl; masks of sft or of rl.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per artifact.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON: an object for each artifact, or for each sample.")
+]
 
 
 def sets(overrides: list[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from lorapar_cli import labels
@@ -32,9 +33,10 @@ def nothing_to_do() -> None:
 
 
 def error(problem: LoraparError) -> None:
-    say(f"error: {problem}")
-    if problem.hint:
-        say(f"  hint: {problem.hint}")
+    with suppress(OSError):  # where a full disk has the log, the exit code still tells
+        say(f"error: {problem}")
+        if problem.hint:
+            say(f"  hint: {problem.hint}")
 
 
 class Progress:
@@ -202,12 +204,16 @@ def findings(found: Iterable[Finding]) -> bool:
     return needed
 
 
-def samples(made: Artifact, wrong: bool, limit: int) -> None:
+def samples(made: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
     rows = [row for _, row in read_jsonl(made.path / "samples.jsonl") if not (wrong and row["correct"])]
     for row in rows[:limit]:
+        if as_json:
+            print(json.dumps(row, ensure_ascii=False))
+            continue
         system = f"System {row['system']}  " if row["system"] else ""
         gold = f"gold {row['gold']}  read {row['strict']}  " if row["gold"] is not None else ""
-        verdict = f" ({row['extra']['verdict']}: {row['extra']['why']})" if row["extra"].get("why") else ""
+        extra = row["extra"]  # the rows may have a field of that name
+        verdict = f" ({extra['verdict']}: {extra['why']})" if "verdict" in extra and extra.get("why") else ""
         print(f"--- {row['id']}  {system}{gold}{row['outcome']}{verdict}")
         print(f"{row['prompt']}{row['output']}")
 
@@ -219,6 +225,9 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print(json.dumps(tables))
         return
     for name, rows in tables.items():
+        if not rows:  # of the harness's tasks that have no accuracy
+            print(f"{name}: no graded answers; metrics.json of its artifacts has the harness's own figures\n")
+            continue
         targets = list(dict.fromkeys(row["target"] for row in rows))
         drawn = table(name, "n", *targets)
         groups: dict[str, dict[str, Any]] = {

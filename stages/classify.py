@@ -115,7 +115,14 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
         brief = Brief(model.title, classify.show_answer, voter.words, worked)
         # A model's data type changes its votes. It is known for models that run here, not for remote servers.
         answering = identity if voter.urls else f"{identity} {resolve(asked)}"
-        boxes.append(Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes"))
+        box = Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes")
+        for other in boxes:
+            if box.shares(other) and voter.urls != other.voter.urls:
+                raise ConfigError(
+                    f"classify.voters: {other.title} and {name} are one model and persona at two addresses",
+                    "of one model, name both in one base_url: [URL, URL]; else serve it under another name",
+                )
+        boxes.append(box)
     return boxes
 
 

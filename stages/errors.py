@@ -35,7 +35,7 @@ class MissingInputError(LoraparError):
 
 
 class ServerError(LoraparError):
-    """A model server does not start or does not answer. The same command resumes."""
+    """A server does not start or answer, or a step of training does not end. The same command resumes."""
 
     exit_code = 69
 
@@ -53,7 +53,7 @@ class OutOfMemoryError(LoraparError):
 
 
 class BusyError(LoraparError):
-    """Another process holds the stage, or a port."""
+    """Another process makes the same artifact."""
 
     exit_code = 75
 

@@ -46,7 +46,7 @@ def write(
         )
     with _building(out) as partial:
         _fill(partial, artifact, config, form, base_dtype)
-        (partial / "README.md").write_text(card(artifact, form, evaluated), encoding="utf-8")
+        (partial / "README.md").write_text(card(artifact, form, evaluated, base_dtype), encoding="utf-8")
         if text := hub_results(evaluated):
             (partial / ".eval_results").mkdir()
             (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
@@ -109,7 +109,8 @@ def _cast(file: Path, model: ModelSection) -> None:
     from stages.models.base import load_base
 
     dtype = load_base(model).dtype
-    weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+    # SHiRA keeps positions in the same file.
+    weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
 
 

@@ -138,7 +138,8 @@ def read_labels(path: Path) -> list[Labelled]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    return [Sample(**row) for _, row in read_jsonl(path)]
+    """The graded answers; none of a task whose metric is no accuracy."""
+    return [Sample(**row) for _, row in parse_jsonl(_lines(path), path)]
 
 
 def of_system(rows: list[Labelled], system: int) -> list[Example]:

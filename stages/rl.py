@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from stages.pipeline.job import Job
-    from stages.progress import Progress
     from stages.sandbox import Sandbox
 
 PINNED: dict[str, Any] = {
@@ -86,7 +85,8 @@ def run(
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
-    rewards = _checked(functions, rl, sandbox, job.progress)
+    box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
+    rewards = _checked(functions, rl, box)
     sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
     writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
@@ -110,6 +110,7 @@ def run(
         "replayed_prompts": pool.replayed,
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": pool.long,
         "prompt": renderer.digest(),
+        **({"sandbox": box.name} if box else {}),
         **_earned(training.history(trainer), rl.prompts_per_step * rl.group),
         **summary,
     }
@@ -145,11 +146,9 @@ def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
 def _checked(
     functions: dict[str, Callable[..., Any]],
     rl: RlSection,
-    sandbox: SandboxSection | None,
-    progress: Progress,
+    box: Sandbox | None,
 ) -> list[Callable[..., Any]]:
     """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
-    box = sandboxes.of(sandbox, progress.say) if sandbox else None
 
     def fixed(name: str) -> dict[str, Sandbox | None]:
         return {"sandbox": box} if reward_functions.needs_sandbox(name, rl.rewards_file) else {}

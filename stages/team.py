@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import LoraparError
@@ -70,9 +71,9 @@ def tell(error: LoraparError) -> bool:
     """Leave the error for the parent; False if no parent waits for it. Only the first error is kept."""
     if not launched() or FAILURE not in os.environ:
         return False
-    try:
-        with open(os.environ[FAILURE], "x", encoding="utf-8") as file:
+    own = f"{os.environ[FAILURE]}.{os.getpid()}"
+    with suppress(OSError):  # another's is there, or the disk is full
+        with open(own, "w", encoding="utf-8") as file:
             json.dump([error.exit_code, str(error), error.hint], file)
-    except FileExistsError:
-        pass
+        os.link(own, os.environ[FAILURE])  # whole or not at all
     return True

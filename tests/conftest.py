@@ -80,6 +80,11 @@ def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
     ]
 
 
+def no_sandbox(why: str) -> None:
+    """Skip a test, or fail it where the machine must have the sandbox."""
+    (pytest.fail if os.environ.get("LORAPAR_REQUIRE_SANDBOX") else pytest.skip)(why)
+
+
 def processes(mark: str) -> list[int]:
     """Those that have the text in their command line."""
     found = []
@@ -182,6 +187,7 @@ def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         from lorapar_cli.app import main
 
         monkeypatch.setattr(sys, "argv", ["lorapar", *map(str, arguments)])
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")  # which the command sets for good
         capfd.readouterr()
         code = 0
         try:

@@ -1,9 +1,11 @@
 """What a person sees: exact sentences, exit codes, and a start without the heavy libraries."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, paths
@@ -54,7 +56,22 @@ def config(tiny, demo_data, tmp_path):
         (
             "model.name=/nowhere/m",
             66,
-            "error: no model folder /nowhere/m\n  hint: fetch the demo's: lorapar fetch smollm2-135m-q4\n",
+            "error: no model folder /nowhere/m\n  hint: a hub id is NAME or OWNER/NAME\n",
+        ),
+        (
+            "model.name=elsewhere/tiny-random",
+            66,
+            "error: no model folder elsewhere/tiny-random\n"
+            "  hint: lorapar fetch tiny-random makes it, in models/\n",
+        ),
+        *(
+            (f"model.name={name}", 66, f"error: no local folder and no hub model '{name}' (")
+            for name in ("my model", "meta--llama/x", "models.")
+        ),
+        (
+            "data.path=data/demo/none.jsonl",
+            66,
+            "error: no data file data/demo/none.jsonl\n  hint: lorapar demo-data data/demo writes it\n",
         ),
         ("data.path=none.jsonl", 66, "error: no data file none.jsonl\n"),
         ("data.path=/tmp", 66, "error: /tmp is a folder, not a file\n"),
@@ -105,7 +122,7 @@ def test_a_stage_before_its_inputs(lorapar, config):
     assert done.code == 66
     assert done.err == (
         "error: score is stale (classify:train is missing (not run yet))\n"
-        "  hint: run: lorapar run CONFIG --to score\n"
+        "  hint: run: lorapar run CONFIG --to score, with the same --set\n"
     )
 
 
@@ -127,9 +144,9 @@ def test_a_port_in_use(lorapar, config):
         busy.listen()
         port = busy.getsockname()[1]
         from stages.engines.vllm import _port
-        from stages.errors import BusyError
+        from stages.errors import ServerError
 
-        with pytest.raises(BusyError, match=f"server.port {port} is in use"):
+        with pytest.raises(ServerError, match=f"server.port {port} is in use"):
             _port(port)
 
 
@@ -203,3 +220,56 @@ def test_make_knows_every_stage():
 
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(STAGES) <= {line.split()[0] for line in shown.splitlines()}
+
+
+def test_a_run_of_which_nothing_can_be_made_says_so(lorapar, config):
+    done = lorapar("run", *config, "--set", "data.path=null", "--to", "sft")
+    assert done.code == 78 and "data.path is not set" in done.err
+
+
+def test_results_that_are_not_there(lorapar, config):
+    done = lorapar("show", *config, "--set", "partition.theta=0.5")
+    assert done.code == 66 and "no evaluation is current: eval:base@demo is" in done.err
+    assert f"run: lorapar run {config[0]} --set" in done.err and "--set partition.theta=0.5" in done.err
+    done = lorapar("show", *config, "sft", "--set", "partition.theta=0.5")
+    assert done.code == 66 and done.err.rstrip().endswith("--set partition.theta=0.5 --to sft")
+    for more in (["sft", "--wrong"], ["--limit", "3"]):
+        assert "--samples goes with an evaluation" in lorapar("show", *config, *more).err
+    assert "--by goes with the results of all" in lorapar("show", *config, "eval:sft", "--by", "kind").err
+
+
+def test_bare_programs_run_in_rl_too(lorapar, config, monkeypatch):
+    """`eval` has RL made as it is."""
+    seen = []
+    monkeypatch.setattr("lorapar_cli.app.plan_of", lambda path, sets: seen.append(sets) or (None, {}))
+    lorapar("run", "c.yaml", "--unsafe-no-sandbox")
+    lorapar("eval", "c.yaml", "--unsafe-no-sandbox", "--set", "seed=1")
+    bare = "sandbox.backend=unsafe-no-sandbox"
+    assert seen == [[f"rl.{bare}", f"eval.{bare}"], ["seed=1", f"eval.{bare}"]]
+
+
+def test_an_error_that_cannot_be_printed_has_its_code():
+    """As in a sweep, where the log is on the disk that is full."""
+    command = f"{sys.executable} -m lorapar_cli status nofile.yaml 2>/dev/full"
+    assert subprocess.run(command, shell=True).returncode == 66
+
+
+def test_a_terminal_without_a_letter():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "lorapar_cli", "config"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"\\u" in done.stdout
+
+
+def test_stages_do_not_import_from_the_folder_they_stand_in(tiny, demo_data, tmp_path):
+    (tmp_path / "statistics.py").write_text("raise SystemExit(99)")
+    sets = [part for text in paths(tiny, demo_data, tmp_path) for part in ("--set", text)]
+    command = [
+        Path(sys.executable).with_name("lorapar"),
+        "run",
+        ROOT / "configs/smoke.yaml",
+        "--to",
+        "classify",
+    ]
+    sets += ["--set", "classify.strategy=random", "--set", "data.limit=8"]
+    assert subprocess.run([*command, *sets], cwd=tmp_path).returncode == 0

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
+from lorapar_cli.harness import entries
 from stages.config import Config
 from stages.config.fields import identity
 from stages.config.yaml import annotated
@@ -318,3 +319,64 @@ def test_a_long_chain_of_files(tmp_path):
     for i in range(70):
         (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n")
     assert "is extended over more than 64 files" in message(tmp_path / "0.yaml")
+
+
+def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
+    """An alias is one object in several places, and so is a section below a merge key."""
+    path = written(
+        tmp_path,
+        "model: {name: x}\nprompt: &p {template: plain, answer_format: hash}\n"
+        "sft: {prompt: *p}\nrl: {prompt: *p}\n"
+        "eval: {benchmarks: {a: &a {kind: demo, path: a, prompt: {template: plain}}, b: {<<: *a}}}\n",
+    )
+    found = load(path, ["rl.prompt.answer_format=xml", "eval.benchmarks.b.prompt.template=chat"])
+    assert [s.answer_format for s in (found.prompt, found.sft.prompt, found.rl.prompt)] == [
+        "hash",
+        "hash",
+        "xml",
+    ]
+    assert [found.eval.benchmarks[name].prompt.template for name in "ab"] == ["plain", "chat"]
+
+
+def test_a_reference_that_does_not_exist_is_refused(tmp_path):
+    path = written(tmp_path, "model: {name: x}\nrl: {start_from: init, kl_reference: sft, kl_beta: .1}\n")
+    assert "kl_reference sft goes with start_from sft, got start_from init" in message(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ('model.name="a\\0b"', "has a character 0"),
+        (
+            "eval.benchmarks.x={kind: demo, path: a, mode: likelihood}",
+            "mode likelihood is for mmlu alone, got kind demo",
+        ),
+        (
+            "eval.benchmarks.x={kind: lm_eval, tasks: [t], seed: 3, top_p: .5}",
+            "x: seed, top_p: the harness's tasks",
+        ),
+        *(
+            (
+                f"classify.voters=[{{engine: openai, model: m, base_url: '{url}'}}]",
+                "is no address: expected http",
+            )
+            for url in (
+                "http://[::1",
+                "http://localhost:99999/v1",
+                "ftp://x/",
+                "localhost:80",
+                "http://a b/v1",
+            )
+        ),
+    ],
+)
+def test_what_could_not_work_is_refused_before_anything_runs(tmp_path, override, told):
+    assert told in message(written(tmp_path, "model: {name: x}\n"), override)
+
+
+def test_the_harness_s_entry_of_the_command_line_is_no_mistake():
+    (entry,) = entries(" gsm8k", None, 3).items()
+    assert entry == (
+        "lm-eval-gsm8k",
+        'eval.benchmarks.lm-eval-gsm8k={"kind": "lm_eval", "tasks": ["gsm8k"], "limit": 3}',
+    )

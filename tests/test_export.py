@@ -1,6 +1,8 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
+import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from stages import export
 from stages.config import BaselineSection
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
+from stages.report.card import card_of_views
 
 SETTINGS = ["sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
 
@@ -63,6 +66,13 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     export.write(artifact, half, tmp_path / "h", "adapter", base_dtype=True)
     assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert "started from, rounded to the base's type" in (tmp_path / "h/README.md").read_text()
+    # As SHiRA has them: positions, which 16 bits cannot count.
+    file = tmp_path / "more.safetensors"
+    save_file({"a": torch.ones(2), "indices": torch.tensor([257, 1001], dtype=torch.int32)}, file)
+    export._cast(file, half.model)
+    cast = load_file(file)
+    assert cast["a"].dtype == torch.bfloat16 and cast["indices"].tolist() == [257, 1001]
 
 
 def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, another, tmp_path):
@@ -80,6 +90,18 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     assert f"- `fast`: {asked}" in text and f"- `slow`: {asked}" in text
     assert "| fast | answers at once: SFT on System 1 rows and some of System 2 |" in text
     assert "| slow | works it out: then GRPO on System 2 rows |" in text
+    # Each view tells of its own stage's settings: SFT's artifact may be older than RL's.
+    manifest = copy.deepcopy(another.manifest)
+    changed = manifest["provenance"]["config"]["rl"]
+    changed["prompt"] = {
+        **manifest["provenance"]["config"]["prompt"],
+        "template": "plain",
+        "system": "Think.",
+    }
+    changed["system1_share"] = 0.25
+    text = card_of_views({"fast": artifact, "slow": replace(another, manifest=manifest)}, tmp_path / "v")
+    assert f"- `fast`: {asked}" in text and "GRPO on System 2 rows and some of System 1 |" in text
+    assert "- `slow`: `/v1/completions`, with the prompts of template `plain`, system message: Think." in text
     ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
     with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")

@@ -38,6 +38,16 @@ def test_of_two_answers_to_one_question_the_later_one_counts(tmp_path: Path):
     assert Journal(path, Anything)["a", 0] == {"mass": 2}
 
 
+class Share(BaseModel):
+    share: float
+
+
+def test_an_answer_has_the_types_of_its_shape(tmp_path: Path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"question": "a", "sample": 0, "share": "0.5", "more": "x"}\n')
+    assert Journal(path, Share)["a", 0] == {"share": 0.5, "more": "x"}
+
+
 def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
     one, two = Journal(tmp_path / "j.jsonl", Anything), Journal(tmp_path / "j.jsonl", Anything)
     with one.writing(print):

@@ -229,20 +229,26 @@ def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
 
 
 def test_voters_at_several_servers_run_side_by_side(config):
-    slow = lambda n, path, body: time.sleep(0.05)  # noqa: E731
-    with serve(Mock(slow)) as one, serve(Mock(slow, weights="b")) as two:
+    at: dict[str, list[float]] = {"a": [], "b": []}
+
+    def slow(name):
+        return lambda n, path, body: (at[name].append(time.monotonic()), time.sleep(0.05))[1]
+
+    with serve(Mock(slow("a"))) as one, serve(Mock(slow("b"), weights="b")) as two:
+        two.models = [{"id": "jury"}]
         voters = [
-            {"model": "judge", "base_url": m.url, "persona": "judge", "name": n}
-            for n, m in (("a", one), ("b", two))
+            {"model": model, "base_url": m.url, "persona": "judge", "name": n}
+            for n, m, model in (("a", one, "judge"), ("b", two, "jury"))
         ]
-        given = config(one.url)
-        given = settings_with(given, voters)
-        begun = time.monotonic()
-        artifact = classify(given)
-        both = time.monotonic() - begun
+        artifact = classify(settings_with(config(one.url), voters))
+        with pytest.raises(ConfigError, match="a and b are one model and persona at two addresses"):
+            classify(settings_with(config(one.url), [{**voter, "model": "judge"} for voter in voters]))
     votes = read_labels(artifact.path / "labels.jsonl")[0].votes
     assert list(votes) == ["a", "b"] and len(one.log) == len(two.log)
-    assert both < 2 * 0.05 * len(one.log) / QUICK["concurrency"] + 2
+    middle = {name: sorted(times)[len(times) // 2] for name, times in at.items()}
+    assert middle["a"] < max(at["b"]) and middle["b"] < max(
+        at["a"]
+    )  # each is half done before the other ends
 
 
 def settings_with(config, voters):

@@ -1,11 +1,13 @@
+import datetime
 import gzip
 import json
 
 import pytest
 from conftest import make_step
 
-from stages.benchmarks import jsonl
-from stages.config import BenchmarkSection, DataSection, SourceSection
+from stages.benchmarks import humaneval, jsonl, mmlu
+from stages.benchmarks.grading import Context
+from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import rows as data
 from stages.engines import Pool
 from stages.errors import ConfigError, DataError, MissingInputError
@@ -101,6 +103,9 @@ def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
         data.read(SourceSection(path=str(path)))
     text = refused(tmp_path, '{"question": "\\ud83d", "answer": "A"}')
     assert text == "bad row: /data.jsonl:1: field question has half of a surrogate pair"
+    # In a field that nothing reads it would end classify after all votes.
+    text = refused(tmp_path, '{"question": "Q", "answer": "A", "note": ["\\ud83d"]}')
+    assert text == "bad row: /data.jsonl:1: field note has half of a surrogate pair"
 
 
 def test_a_voter_is_the_commit_that_it_names(smoke, monkeypatch):
@@ -158,3 +163,101 @@ def test_items_of_an_own_benchmark_count_once(tmp_path):
         jsonl.load(BenchmarkSection(path=str(path)))
     found = jsonl.load(BenchmarkSection(path=str(path), duplicates="first"))
     assert [(example.prompt, example.gold) for example in found] == [("2 + 2?", "4"), ("B?", "B")]
+
+
+def test_dates_of_a_hub_data_set_become_texts(monkeypatch):
+    rows = [{"question": f"Q{n}", "answer": "A", "at": datetime.date(2026, 11, n)} for n in (1, 2, 3)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    found = data.read(SourceSection(path="me/rows", limit=2))
+    assert [example.extra for example in found] == [{"at": "2026-11-01"}, {"at": "2026-11-02"}]
+
+
+@pytest.mark.parametrize("gold", [["3"], {"a": 1}, True])
+def test_a_gold_answer_is_text_or_a_number(tmp_path, gold):
+    told = f"data.jsonl:1: a verifiable answer must be text or a number, got {type(gold).__name__}"
+    assert told in refused(tmp_path, {"question": "Q", "answer": "A", "gold": gold})
+    source = BenchmarkSection(path=written(tmp_path, {"prompt": "P", "answer": gold}).path)
+    with pytest.raises(DataError, match=told):
+        jsonl.load(source)
+
+
+def test_items_without_prompt_or_answer(tmp_path):
+    rows = [("P", None), ("P", " "), ("", "A"), ("P", 0)]
+    path = written(tmp_path, *({"prompt": p, "answer": a} for p, a in rows)).path
+    with pytest.raises(DataError, match=r"(?s)3 × bad row.*jsonl:1: prompt or answer is empty"):
+        jsonl.load(BenchmarkSection(path=path))
+    assert [e.gold for e in jsonl.load(BenchmarkSection(path=path, empty="drop"))] == ["0"]
+
+
+def test_a_text_is_graded_as_text(tmp_path):
+    row = {"prompt": "Which book?", "answer": "1984 by George Orwell", "grade": "text"}
+    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, row).path))
+    context = Context("hash", False)
+    for answer, right in (
+        ("1984 by George Orwell.", True),
+        ("1984 by Aldous Huxley", False),
+        ("1984", False),
+    ):
+        assert jsonl.grade(item, f"#### {answer}", context).correct is right
+
+
+def test_the_names_of_alpaca_and_dolly_for_one_field(tmp_path):
+    (example,) = read(
+        tmp_path, {"instruction": "I", "input": "X", "context": "", "output": "", "response": "R"}
+    )
+    assert (example.prompt, example.response) == ("I\n\nX", "R")
+    assert "says something else than its other name" in refused(
+        tmp_path, {"instruction": "I", "output": "good", "response": "bad"}
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"path": "me/hub-copy", "split": "train"},
+        {"path": "me/hub-copy", "split": "test", "shots_split": "test"},
+        {"path": "data.jsonl"},
+        {"path": "data.jsonl", "shots_path": "data.jsonl"},
+    ],
+)
+def test_worked_examples_are_not_the_rows_that_are_asked(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()
+    with pytest.raises(ConfigError, match="2 shots of gsm8k need shots_path: rows that are not asked"):
+        data.shots_source(BenchmarkSection(kind="gsm8k", shots=2, **settings))
+    other = settings | {"shots_path": "other.jsonl"}
+    assert data.shots_source(BenchmarkSection(kind="gsm8k", shots=2, **other)).path == "other.jsonl"
+
+
+class Plain:
+    """In place of a renderer."""
+
+    section = PromptSection(template="plain")
+
+    def prompt(self, question, shots, of):
+        return f"{shots} {question}"
+
+    def ids(self, text):
+        return []
+
+
+def test_worked_examples_of_an_own_benchmark_may_have_its_form(tmp_path):
+    asked = written(tmp_path, {"prompt": "2 + 2?", "answer": "4"})
+    for row in ({"prompt": "1 + 1?", "answer": "2"}, {"question": "1 + 1?", "answer": "It is.\n#### 2"}):
+        shown = written(tmp_path, row, name="shots.jsonl")
+        section = BenchmarkSection(path=asked.path, shots=1, shots_path=shown.path)
+        (one,) = jsonl.ask(jsonl.load(section), section, Plain())
+        assert "('1 + 1?'" in one.text and "#### 2" in one.text
+    both = section.model_copy(
+        update={"shots_path": written(tmp_path, {"prompt": "2 + 2?", "answer": 4}, name="b").path}
+    )
+    with pytest.raises(DataError, match=r"a worked example is asked, too: 2 \+ 2\?"):
+        jsonl.ask(jsonl.load(both), both, Plain())
+
+
+def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
+    path = written(tmp_path, {"question": "Q", "choices": list("abcd"), "answer": 0}).path
+    with pytest.raises(DataError, match="field subject must be text, got nothing"):
+        mmlu.ask([], BenchmarkSection(path="me/other", shots=1, shots_path=path), Plain())
+    with pytest.raises(ConfigError, match="humaneval has no worked examples, got shots 1"):
+        humaneval.load(BenchmarkSection(path=path, shots=1))

@@ -116,7 +116,7 @@ def test_a_stale_input_is_an_error_with_the_command(copied):
         MissingInputError, match=r"partition:sft is missing \(partition.theta was 0.9, now 0.8\)"
     ) as caught:
         make_steps(copied("partition.theta=0.8"), "sft")
-    assert caught.value.hint == "run: lorapar run CONFIG --to partition"
+    assert caught.value.hint == "run: lorapar run CONFIG --to partition, with the same --set"
 
 
 def test_a_rebuilt_input_makes_what_follows_stale(copied):

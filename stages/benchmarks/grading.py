@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages.data.rows import read, shots_source
 from stages.errors import DataError
 from stages.language.answers import extract, rewrite, same
 from stages.language.prompts import Asked
 from stages.records import Example, problems
 
 if TYPE_CHECKING:
-    from stages.config import BenchmarkSection
+    from stages.config import BenchmarkSection, SourceSection
     from stages.language.prompts import Renderer
     from stages.sandbox import Sandbox
 
@@ -64,24 +65,32 @@ def with_gold(examples: list[Example]) -> list[Example]:
     return examples
 
 
-def by_prompt(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
-    """The renderer's prompts, after `section.shots` worked examples in the answer format."""
+def by_prompt(
+    examples: list[Example],
+    section: BenchmarkSection,
+    renderer: Renderer,
+    worked: Callable[[SourceSection], list[Example]] = read,
+) -> list[Asked]:
+    """The renderer's prompts, after `section.shots` worked examples in the answer format.
+
+    worked: reads them from their source.
+    """
     shots: list[tuple[str, str]] = []
     if section.shots:
-        from stages.data.rows import read, shots_source
-
-        rows = read(shots_source(section).model_copy(update={"limit": section.shots}))
+        rows = worked(shots_source(section).model_copy(update={"limit": section.shots}))
         if len(rows) < section.shots:
             where = section.shots_path or section.path
             raise DataError(f"{where} has {len(rows)} rows for {section.shots} shots")
+        if both := {row.prompt for row in rows} & {example.prompt for example in examples}:
+            raise DataError(f"a worked example is asked, too: {min(both):.200}", "take others: shots_path")
         style = renderer.section.answer_format
         shots = [(row.prompt, rewrite(row.response, row.gold, style)) for row in rows]
     # In the plain template a model that has answered goes on and writes the next question.
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
     asked = []
     for example in examples:
-        text, ids = renderer.prompt(example.prompt, shots), renderer.prompt_ids(example.prompt, shots)
-        asked.append(Asked(text, ids, stop))
+        text = renderer.prompt(example.prompt, shots, of=example)
+        asked.append(Asked(text, renderer.ids(text), stop))
     return asked
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.benchmarks.grading import Context, Grade, bad_rows
 from stages.config import BenchmarkSection
 from stages.data.rows import table, text_field
+from stages.errors import ConfigError
 from stages.language.code import STOP, code_of, stub
 from stages.language.prompts import Asked
 from stages.records import Example
@@ -33,6 +34,8 @@ SANDBOX = True
 
 
 def load(section: BenchmarkSection) -> list[Example]:
+    if section.shots:
+        raise ConfigError(f"humaneval has no worked examples, got shots {section.shots}", "leave shots out")
     where, rows = table(section)
     examples, bad = [], []
     for number, row in rows:
@@ -52,10 +55,10 @@ _FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
     if renderer.section.template == "chat":
         request = "Complete this Python function. Answer with the whole function in one code block."
-        texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", of=e.prompt) for e in examples]
+        texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", of=e) for e in examples]
         return [Asked(text, renderer.ids(text)) for text in texts]
     # The last line break is left out: most tokenizers merge it with the indentation that follows.
-    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip(), of=e.prompt), STOP) for e in examples]
+    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip(), of=e), STOP) for e in examples]
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:

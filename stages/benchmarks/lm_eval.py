@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, ModelSection, ServerSection
-from stages.errors import ConfigError, MissingInputError
+from stages.errors import ConfigError, MissingInputError, lacks_memory
 from stages.records import Sample, write_jsonl
 
 if TYPE_CHECKING:
@@ -54,18 +56,34 @@ def run(
         batch_size=server.batch_size,
         backend="causal",
     )
-    found = lm_eval.simple_evaluate(
-        model=served,
-        tasks=list(section.tasks),
-        task_manager=tasks,
-        num_fewshot=section.shots or None,
-        limit=section.limit,
-        apply_chat_template=section.prompt is not None and section.prompt.template == "chat",
-        log_samples=True,
-        bootstrap_iters=0,
-        confirm_run_unsafe_code=False,
-    )
+    with _running(section.tasks):
+        found = lm_eval.simple_evaluate(
+            model=served,
+            tasks=list(section.tasks),
+            task_manager=tasks,
+            num_fewshot=section.shots or None,
+            limit=section.limit,
+            apply_chat_template=section.prompt is not None and section.prompt.template == "chat",
+            log_samples=True,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=False,
+        )
     return _write(found, f"lm-eval {lm_eval.__version__}", section, target, out)
+
+
+@contextmanager
+def _running(tasks: list[str]) -> Iterator[None]:
+    """Turn whatever the harness or a task's own code raises into a sentence that names the tasks."""
+    try:
+        yield
+    except Exception as error:
+        if lacks_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {first}",
+            "its task file and its data must be there; code of a model runs in kind humaneval alone",
+        ) from error
 
 
 def _task_manager(section: BenchmarkSection) -> Any:

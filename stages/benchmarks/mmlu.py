@@ -11,7 +11,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from stages.benchmarks.grading import Context, Grade, bad_rows
-from stages.config import BenchmarkSection
+from stages.config import BenchmarkSection, SourceSection
 from stages.data.rows import shots_source, table, text_field
 from stages.errors import DataError
 from stages.language.answers import extract, letter
@@ -54,7 +54,7 @@ _OF_CATEGORY = {
 CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for subject in subjects.split()}
 
 
-def load(section: BenchmarkSection) -> list[Example]:
+def load(section: SourceSection) -> list[Example]:
     """Rows have `subject`, `question`, `choices` and `answer` (an index). Repeated rows all count."""
     where, rows = table(section)
     examples, bad = [], []
@@ -99,20 +99,17 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", of=example.prompt)
+        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", of=example)
         likelihood = section.mode == "likelihood"
         asked.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
     return asked
 
 
 def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
-    _, rows = table(shots_source(section))
     found: dict[str, list[Example]] = {}
-    for number, row in rows:
-        of_subject = found.setdefault(row["subject"], [])
-        if len(of_subject) < section.shots:
-            of_subject.append(_example(row, number))
-    return found
+    for example in load(shots_source(section)):
+        found.setdefault(example.extra["subject"], []).append(example)
+    return {subject: examples[: section.shots] for subject, examples in found.items()}
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import LONGEST, Section, known, named, setting, without_false
+from stages.config.fields import Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 Region = Literal["s1_only", "s2_only", "shared"]
@@ -43,7 +43,14 @@ class BenchmarkSection(SourceSection):
     def _fits(self) -> "BenchmarkSection":
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
+        if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
+            raise ValueError(f"mode likelihood is for mmlu alone, got kind {self.kind}")
+        if self.kind == "lm_eval" and (vain := self.model_fields_set & _OF_THE_HARNESS):
+            raise ValueError(f"{', '.join(sorted(vain))}: the harness's tasks have their own; leave it out")
         return self
+
+
+_OF_THE_HARNESS = {"mode", "max_new_tokens", "temperature", "top_p", "samples", "seed"}
 
 
 class SandboxSection(Section):
@@ -51,7 +58,7 @@ class SandboxSection(Section):
         "auto",
         "Sandbox for programs that a model wrote; auto: bubblewrap, or landlock if that fails its self-test.",
     )
-    seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0, le=LONGEST)
+    seconds: float = setting(5, "Wall time of one program with all its tests.", gt=0, le=86400)
     memory_mb: int = setting(512, "Address space of one program, in MiB.", ge=64)
 
 

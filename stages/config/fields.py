@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -107,3 +108,14 @@ def identity(value: Any, *readers: str) -> Any:
     if isinstance(value, list | tuple):
         return [identity(item, *readers) for item in value]
     return value
+
+
+def check_url(name: str, url: str) -> None:
+    """ValueError unless this is the address of a server."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:  # of a port or a host that is none
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        raise ValueError(f"{name} {url!r} is no address: expected http://HOST:PORT/…")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from stages.config.fields import LONGEST, Plain, Section, named, setting
+from stages.config.fields import LONGEST, Plain, Section, check_url, named, setting
 from stages.config.sources import Engine, ModelSection
 
 Persona = Annotated[str, named("personas")]
@@ -73,6 +73,8 @@ class Voter(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Voter":
+        for url in self.urls:
+            check_url("base_url", url)
         if self.engine == "openai" and not self.base_url:
             raise ValueError("engine openai needs base_url")
         if self.base_url and self.engine not in ("openai", "auto"):

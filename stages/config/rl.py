@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
-from stages.config.fields import Section, WithoutFalse, known, refuse, setting
+from stages.config.fields import Section, WithoutFalse, check_url, known, refuse, setting
 from stages.config.training import AutoOff, TrainSection
 
 
@@ -34,6 +34,8 @@ class RolloutsSection(Section):
     def _server(self) -> "RolloutsSection":
         if (self.engine == "vllm_server") != (self.base_url is not None):
             raise ValueError("base_url goes with engine vllm_server, and only with it")
+        if self.base_url is not None:
+            check_url("base_url", self.base_url)
         return self
 
 
@@ -103,7 +105,8 @@ class RlSection(TrainSection):
     )
     rewards: Annotated[dict[str, float], WithoutFalse] = setting(
         {"correctness": 2.0},
-        "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or trl.NAME.",
+        "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or of TRL "
+        "trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward.",
         min_length=1,
     )
     rewards_file: str | None = setting(
@@ -159,6 +162,12 @@ class RlSection(TrainSection):
     def replayed(self) -> int:
         """System 1 prompts of a step."""
         return round(self.system1_share * self.prompts_per_step)
+
+    @model_validator(mode="after")
+    def _refers(self) -> "RlSection":
+        if self.kl_reference == "sft" and self.start_from != "sft":
+            raise ValueError(f"kl_reference sft goes with start_from sft, got start_from {self.start_from}")
+        return self
 
     @model_validator(mode="after")
     def _replays(self) -> "RlSection":

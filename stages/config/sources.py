@@ -17,8 +17,8 @@ class ModelSection(Section):
     revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "Type of the base weights; auto: that of the checkpoint, bfloat16 for float16, or float32 where the "
-        "machine does not multiply bfloat16 natively.",
+        "Type of the base weights; auto: that of the checkpoint, but on a CPU float32 unless it multiplies "
+        "bfloat16 natively; float16 becomes bfloat16 on a GPU that has it, else float32.",
     )
     load_in_4bit: bool = setting(
         False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."

@@ -81,9 +81,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.key=value")
     *path, last = name.strip().split(".")
     for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
+        below = tree.get(part, {})
+        if not isinstance(below, dict):
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
+        tree[part] = dict(below)  # an alias in the file is one object in two places
+        tree = tree[part]
     tree[last] = _parsed(text, f"--set {override[:200]}")
 
 
@@ -124,6 +126,8 @@ def _check(value: Any, sizes: dict[int, int], depth: int) -> int:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
     if isinstance(value, str):
         value.encode()  # a lone surrogate can be written into no file
+        if "\0" in value:
+            raise ValueError("it has a character 0, which no name can have")
         return 1
     if not isinstance(value, dict | list):
         return 1

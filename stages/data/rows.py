@@ -6,6 +6,7 @@ answer. If it has none, the answer is read from `#### answer` in the response.
 """
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,26 @@ def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Exampl
 
 
 def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """The name of a source and its first `limit` rows, unchanged, each with its number."""
+    """The name of a source and its first `limit` rows, each with its number.
+
+    Rows are as they stand there, but for values of a hub data set that JSON has not: dates become texts.
+    DataError lists every row with half of a surrogate pair, which no file could hold.
+    """
     file = local_file(source)
-    if file:
-        return str(source.path), read_jsonl(file)[: source.limit]
+    rows = read_jsonl(file)[: source.limit] if file else _of_hub(source)
+    where = str(source.path)
+    broken = [
+        f"{where}:{number}: field {name} has half of a surrogate pair"
+        for number, row in rows
+        for name, value in row.items()
+        if not encodes([name, value])
+    ]
+    if broken:
+        raise problems("bad row", broken)
+    return where, rows
+
+
+def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     assert source.path is not None
     import datasets
 
@@ -101,13 +118,25 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
         loaded = datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise MissingInputError(
             f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}"
         ) from None
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
-    return source.path, [(number, dict(row)) for number, row in enumerate(loaded, 1)][: source.limit]
+    return [
+        (number, json.loads(json.dumps(row, default=str)))
+        for number, row in zip(range(1, (source.limit or len(loaded)) + 1), loaded, strict=False)
+    ]
+
+
+def encodes(value: Any) -> bool:
+    """Whether a file can hold a value, which it cannot with half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def local_file(source: SourceSection) -> Path | None:
@@ -118,9 +147,10 @@ def local_file(source: SourceSection) -> Path | None:
     if path.is_file():
         return path
     if not may_be_hub_id(source.path):
-        raise MissingInputError(
-            f"{path} is a folder, not a file" if path.is_dir() else f"no data file {path}"
-        )
+        if path.is_dir():
+            raise MissingInputError(f"{path} is a folder, not a file")
+        hint = "lorapar demo-data data/demo writes it" if path.parent == Path("data/demo") else None
+        raise MissingInputError(f"no data file {path}", hint)
     return None
 
 
@@ -150,11 +180,16 @@ def text_field(row: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         got = "nothing" if value is None else type(value).__name__
         raise ValueError(f"field {name} must be text, got {got}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {name} has half of a surrogate pair") from None
     return value
+
+
+def gold_field(value: Any) -> str:
+    """A verifiable answer that a row gives as text or as a number; empty if it gives none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"a verifiable answer must be text or a number, got {type(value).__name__}")
+    return str(value).strip()
 
 
 class _Empty(ValueError):
@@ -163,9 +198,8 @@ class _Empty(ValueError):
 
 def _example(kind: str, row: dict[str, Any]) -> Example:
     if kind == "alpaca":
-        row = {SYNONYMS.get(name, name): value for name, value in row.items()}
-        context = row.get("input") or ""
-        prompt = text_field(row, "instruction") + (f"\n\n{context}" if context else "")
+        row = _in_alpaca(row)
+        prompt = instruction(row)
         response, used = text_field(row, "output"), {"instruction", "input", "output"}
     elif kind == "messages":
         prompt, response = _conversation(row["messages"])
@@ -175,11 +209,27 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
         prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
     if not prompt.strip() or not response.strip():
         raise _Empty("prompt or response is empty")
-    given = row.get("gold")
-    gold = gold_of(response) if given is None or not str(given).strip() else str(given)
+    gold = gold_field(row.get("gold")) or gold_of(response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     digest = hashlib.sha256(canonical([prompt, response])).hexdigest()[:16]
     return Example(digest, prompt, response, gold, extra)
+
+
+def instruction(row: dict[str, Any]) -> str:
+    """What a row in the format of alpaca, or of Dolly, asks."""
+    context = _in_alpaca(row).get("input") or ""
+    return text_field(row, "instruction") + (f"\n\n{context}" if context else "")
+
+
+def _in_alpaca(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with alpaca's names for its fields; an empty field gives way to its synonym."""
+    found: dict[str, Any] = {}
+    for given, value in row.items():
+        name = SYNONYMS.get(given, given)
+        if found.get(name) and value and found[name] != value:
+            raise ValueError(f"field {given} says something else than its other name does")
+        found[name] = found.get(name) or value
+    return found
 
 
 def _conversation(messages: Any) -> tuple[str, str]:
@@ -196,13 +246,13 @@ def _conversation(messages: Any) -> tuple[str, str]:
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:
-    """The source of the worked examples in a benchmark's prompts."""
-    if benchmark.shots_path is None and benchmark.path and Path(benchmark.path).exists():
+    """The source of the worked examples in a benchmark's prompts; ConfigError if it is that of the items."""
+    path = benchmark.shots_path or benchmark.path
+    if path == benchmark.path and (benchmark.shots_split == benchmark.split or Path(path or "").exists()):
         raise ConfigError(
             f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked",
-            "or shots: 0",
+            "or shots: 0; of a hub data set, shots_split or split would do",
         )
-    path = benchmark.shots_path or benchmark.path
     return SourceSection(
         path=path, subset=benchmark.subset, split=benchmark.shots_split, revision=benchmark.revision
     )

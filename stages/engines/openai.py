@@ -38,7 +38,10 @@ PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My f
 
 @contextmanager
 def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
-    client = Client(served.urls, served.model.name, os.environ.get(served.api_key_env, ""), server)
+    key = os.environ.get(served.api_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the key in {served.api_key_env} has characters that no key has", "type it again")
+    client = Client(served.urls, served.model.name, key, server)
     say(f"asking {client.model} at {', '.join(served.urls)}")
     yield client
 

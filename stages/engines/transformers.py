@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import nn
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.engines.generation import continuations, padded
-from stages.errors import ConfigError
+from stages.errors import ConfigError, MeaninglessError
 from stages.language.prompts import chat
 from stages.models import flat
 from stages.models.base import load_merged
@@ -63,7 +64,7 @@ class InProcess:
         """
         pairs = enumerate(self._prepared(list(ballots)))
         prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
-        longest = self.model.config.max_position_embeddings
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
         too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
         for i, length in too_long:
             yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
@@ -76,6 +77,11 @@ class InProcess:
             for row, (_, words, i) in zip(rows, part, strict=True):
                 found = row[torch.tensor(words, device=row.device)]
                 mass = float(found.sum())
+                if not math.isfinite(mass):
+                    raise MeaninglessError(
+                        "the model's outputs are not numbers",
+                        "try model.dtype=float32, or look at its weights",
+                    )
                 shares = tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words)
                 yield i, Choice(shares, mass)
 

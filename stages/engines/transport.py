@@ -28,6 +28,8 @@ LONGEST_WAIT_S = 60
 ALIVE_S = 5
 REST_S = 15
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that no proxy is asked for."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -90,9 +92,10 @@ class Transport:
         At most `server.concurrency` requests are in flight, and items are taken only as needed. ServerError
         if the servers are dead, ConfigError if they refuse what is asked for.
         """
+        http = self._client()
         loop = asyncio.new_event_loop()
         done: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        session = Session(self, self._client())
+        session = Session(self, http)
         numbered = iter(enumerate(items))
         workers = [
             loop.create_task(_work(session, numbered, ask, done)) for _ in range(self.server.concurrency)
@@ -136,7 +139,16 @@ class Transport:
         # One connection per request: on a kept one, a reply that is sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return httpx.AsyncClient(headers=headers, timeout=self.server.timeout_s, limits=limits)
+        here = all(httpx.URL(url).host in LOOPBACK for url in self.urls)
+        try:
+            return httpx.AsyncClient(
+                headers=headers, timeout=self.server.timeout_s, limits=limits, trust_env=not here
+            )
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"the proxy that the environment names cannot be used: {error}",
+                "see HTTP_PROXY, ALL_PROXY, NO_PROXY",
+            ) from None
 
     async def _next(self, done: asyncio.Queue[tuple[int, Any]]) -> tuple[int, Any]:
         try:
@@ -279,5 +291,5 @@ def _seconds(retry_after: str) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
 from stages.engines.guard import guarded
 from stages.engines.openai import Client
-from stages.errors import BusyError, ConfigError, ServerError
+from stages.errors import ConfigError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import resolve, warn_if_slow
 
@@ -132,8 +133,13 @@ def _port(wanted: int | None) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, wanted or 0))
-        except OSError:
-            raise BusyError(f"server.port {wanted} is in use", "leave it out for a free one") from None
+        except OSError as error:
+            reason = (
+                "is in use"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be had: {str(error.strerror).lower()}"
+            )
+            raise ServerError(f"server.port {wanted} {reason}", "leave it out for a free one") from None
         return int(probe.getsockname()[1])
 
 
@@ -197,7 +203,7 @@ def _wait(guard: subprocess.Popen[bytes], port: int, limit: float, log: str) -> 
         if ended := _ended(guard, log):
             raise ended
         try:
-            if httpx.get(f"http://{HOST}:{port}/health", timeout=2).status_code == 200:
+            if httpx.get(f"http://{HOST}:{port}/health", timeout=2, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

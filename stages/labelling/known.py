@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stages.data.rows import instruction
 from stages.errors import DataError
 from stages.records import Example, Labelled, problems, read_jsonl
 
@@ -30,9 +31,8 @@ def labelled(examples: list[Example], field: str, file: Path | None, needed: boo
     found: dict[str, int] = {}
     wrong = []
     for key, value in given.items():
-        match = re.fullmatch(r"\s*(?:system\s*)?([12])(?:\.0)?\s*", str(value), re.IGNORECASE)
-        if match:
-            found[key] = int(match[1])
+        if system := system_of(value):
+            found[key] = system
         elif value is not None:
             wrong.append(f"{key[:60]}: {value!r}")
     if wrong:
@@ -45,6 +45,12 @@ def labelled(examples: list[Example], field: str, file: Path | None, needed: boo
     if without:
         log.warning("%d of %d examples have no label in %s: they stay undecided", without, len(rows), where)
     return rows
+
+
+def system_of(value: Any) -> int | None:
+    """1 or 2 if a label says so, as a number or in words: `2`, `System 2`."""
+    match = re.fullmatch(r"\s*(?:system\s*)?([12])(?:\.0)?\s*", str(value), re.IGNORECASE)
+    return int(match[1]) if match else None
 
 
 def _of_file(path: Path, field: str) -> dict[str, Any]:
@@ -62,7 +68,8 @@ def _of_file(path: Path, field: str) -> dict[str, Any]:
 def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     bad = []
     for number, row in read_jsonl(path):
-        keys = [row[name].strip() for name in KEYS if isinstance(row.get(name), str)]
+        asked = {**row, "instruction": instruction(row)} if "instruction" in row else row
+        keys = [asked[name].strip() for name in KEYS if isinstance(asked.get(name), str)]
         if not keys or field not in row:
             bad.append(f"{path}:{number}")
         yield from ((key, row.get(field)) for key in keys)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.data.rows import encodes
 from stages.engines import Ballot
 from stages.errors import DataError
+from stages.labelling.known import system_of
 from stages.records import Example, problems, read_jsonl
 from stages.registry import Registry
 
@@ -53,8 +55,9 @@ def read_judged(path: Path) -> list[Judged]:
     """Rows with question, answer and system (1 or 2); DataError lists all that lack one of them."""
     found, bad = [], []
     for number, row in read_jsonl(path):
-        if row.get("system") in (1, 2) and isinstance(row.get("question"), str):
-            found.append(Judged(row["question"], str(row.get("answer", "")), row["system"]))
+        system = system_of(row.get("system"))
+        if system and isinstance(row.get("question"), str) and encodes(row):
+            found.append(Judged(row["question"], str(row.get("answer", "")), system))
         else:
             bad.append(f"{path}:{number}")
     if bad:

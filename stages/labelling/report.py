@@ -12,6 +12,7 @@ from stages.config import ClassifySection
 from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.labelling.decide import Voice
+from stages.labelling.known import system_of
 from stages.labelling.votes import Votes
 from stages.records import Labelled
 
@@ -79,8 +80,7 @@ def _known(rows: list[Labelled], field: str, votes: dict[str, dict[str, float]])
     """Comparison of labels, votes and surface scores with the labels in `field`; None if no row has one."""
     known: dict[str, int] = {}
     for row in rows:
-        system = row.example.extra.get(field)
-        if system in (1, 2):
+        if system := system_of(row.example.extra.get(field)):
             known[row.example.id] = system
     if not known:
         return None

@@ -70,6 +70,10 @@ class Votes:
         """Example id and reason for each question that got no answer."""
         self.asked = 0
 
+    def shares(self, other: Votes) -> bool:
+        """Whether another voter is, as far as anybody said, the same model: its answers are in the same journal."""
+        return self._journal.path == other._journal.path
+
     def take(self, examples: list[Example]) -> None:
         """Set the examples to vote on."""
         self.examples = examples
@@ -98,6 +102,8 @@ class Votes:
         probes = engine.fingerprint() if isinstance(engine, Client) and self.voter.urls else []
         with self._journal.writing(say):
             known = self._journal.notes.get("fingerprint")
+            if not isinstance(known, list) or len(known) != len(probes):
+                known = None
             if probes and known and not same_model(probes, known):
                 number = self._journal.set_aside()
                 say(

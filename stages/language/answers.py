@@ -4,6 +4,7 @@ An answer is a number if it can be read as one (commas between thousands, curren
 fractions, mixed numbers, `5 million`, a Unicode minus, bold type), else text.
 """
 
+import collections
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -59,10 +60,8 @@ def extract(text: str, answer_format: str) -> Extracted:
 
 def last_number(text: str) -> str | None:
     """The last number of a text, as it is written there."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return found[0] if found else None
+    last = collections.deque(_NUMBER.finditer(text), maxlen=1)
+    return last[0][0] if last else None
 
 
 def _after_hashes(text: str) -> str | None:
@@ -86,9 +85,9 @@ def _in_tags(text: str) -> str | None:
 def number(text: str) -> Fraction | None:
     """The exact value of a text that is one number, else None.
 
-    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words may
-    follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½` and `3 and a half` are
-    not one number.
+    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words
+    may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½` and `3 and a half`
+    are not one number.
     """
     found = _measure(text)
     return found[0] if found else None

@@ -1,7 +1,9 @@
 """Decides what counts as code in a model's text, for HumanEval and for the reward `code_tests`."""
 
 import ast
+import bisect
 import re
+from collections.abc import Iterator
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
 """Texts that end a function: the paper's and four more, which cannot be part of a function's body either."""
@@ -41,11 +43,11 @@ def stub(prompt: str) -> str:
     return found[0]
 
 
-_FENCED = re.compile(
-    r"(?:^(?P<indent>[ \t]*)```[^\n`]*|```(?:[Pp]ython|py)?[ \t]*)\n(?P<code>.*?)(?:```|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
-"""A line that opens a block may name any language; within a line the fence opens Python or nothing."""
+# A line that opens a block may name any language; within a line the fence opens Python or nothing.
+_OPENS = re.compile(r"(?:^(?P<indent>[ \t]*)```[^\n`]*|```(?:[Pp]ython|py)?[ \t]*)\n", re.MULTILINE)
+DOUBTS = 8
+"""Blocks with a fence inside that are parsed to find their end; a text of thousands would take minutes."""
+_CLOSES = re.compile(r"^([ \t]*)```[ \t]*$", re.MULTILINE)
 
 
 def code_block(output: str, entry: str) -> str:
@@ -53,12 +55,44 @@ def code_block(output: str, entry: str) -> str:
 
     A block whose fence is indented, as in a list, loses that indentation.
     """
-    blocks = [
-        re.sub(f"^{found['indent'] or ''}", "", found["code"], flags=re.MULTILINE)
-        for found in _FENCED.finditer(output)
-    ]
+    blocks = list(_blocks(output))
     with_entry = [block for block in blocks if _defines(block, entry)]
-    return str((with_entry or blocks or [output])[-1])
+    return (with_entry or blocks or [output])[-1]
+
+
+def _blocks(output: str) -> Iterator[str]:
+    """What stands between fences.
+
+    A block ends at the next fence that stands alone in its line and as far to the right as its own, so that
+    one in a docstring does not end it. Without such a fence, or where only what stands before the first of
+    any kind is a program, that first one ends it.
+    """
+    closing: dict[str, list[int]] = {}
+    for found in _CLOSES.finditer(output):
+        closing.setdefault(found[1], []).append(found.start())
+    at = doubts = 0
+    while opened := _OPENS.search(output, at):
+        at = opened.end()
+        line = output.rfind("\n", 0, opened.start()) + 1
+        if opened["indent"] is None and output.count("```", line, opened.start()) % 2:
+            continue  # it closes what began in this line
+        indent = opened["indent"] or ""
+        ends = closing.get(indent, [])
+        later = bisect.bisect_left(ends, at)
+        end = ends[later] if later < len(ends) else len(output)
+        first = output.find("```", at, end)
+        if first >= 0 and later < len(ends):
+            doubts += 1
+            whole, cut = (_outdented(output[at:stop], indent) for stop in (end, first))
+            end = first if doubts <= DOUBTS and not _parses(whole) and _parses(cut) else end
+        elif first >= 0:
+            end = first
+        yield _outdented(output[at:end], indent)
+        at = end + 3
+
+
+def _outdented(code: str, indent: str) -> str:
+    return re.sub(f"^{indent}", "", code, flags=re.MULTILINE) if indent else code
 
 
 def _parses(text: str) -> bool:

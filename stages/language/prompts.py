@@ -71,10 +71,10 @@ class Renderer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, section: PromptSection, labels: Iterable[Labelled] = ()
     ) -> None:
-        """labels: of the questions to come, for `prompt.by_system`."""
+        """labels: of the examples to come, for `prompt.by_system`."""
         self.tokenizer = tokenizer
         self.section = section
-        self.labels = {row.example.prompt: row.system for row in labels} if section.by_system else {}
+        self.labels = {row.example.id: row.system for row in labels}
         if section.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 "prompt.template is chat, and the tokenizer has no chat template",
@@ -92,14 +92,14 @@ class Renderer:
             stops.add(ends[0])
         self.stop_ids = sorted(stops)
 
-    def _system(self, question: str) -> str | None:
-        """The system message; that for all if the question has no label."""
-        label = self.labels.get(question)
+    def _system(self, of: Example | None) -> str | None:
+        """The system message; that for all if the example has no label."""
+        label = self.labels.get(of.id) if of else None
         return (
             self.section.system if label is None else self.section.by_system.get(label, self.section.system)
         )
 
-    def _messages(self, question: str, shots: Shots, of: str) -> list[dict[str, str]]:
+    def _messages(self, question: str, shots: Shots, of: Example | None) -> list[dict[str, str]]:
         system = self._system(of)
         messages = [{"role": "system", "content": system}] if system else []
         for asked, answer in shots:
@@ -107,20 +107,20 @@ class Renderer:
             messages.append({"role": "assistant", "content": answer})
         return [*messages, {"role": "user", "content": question}]
 
-    def prompt(self, question: str, shots: Shots = (), of: str | None = None) -> str:
+    def prompt(self, question: str, shots: Shots = (), of: Example | None = None) -> str:
         """The text that a model continues, with worked examples (question, answer) before the question.
 
-        of: the question as it is labelled, if another text is put in its place.
+        of: the example that is asked, whose label chooses the system message.
 
         The template `bare` has the form of the reference script of arXiv 2507.20999: the question and EOS,
         then the answer and EOS. Our scoring rows have that last EOS too, but the script's do not. Worked
         examples have the same form.
         """
         if self.section.template == "chat":
-            return chat(self.tokenizer, self._messages(question, shots, of or question))
+            return chat(self.tokenizer, self._messages(question, shots, of))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
-        message = self._system(of or question)
+        message = self._system(of)
         system = f"{message}\n\n" if message else ""
         worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
         return f"{system}{worked}Question: {question}\nAnswer:\n"
@@ -128,10 +128,10 @@ class Renderer:
     def prompt_ids(self, question: str, shots: Shots = ()) -> list[int]:
         return self.ids(self.prompt(question, shots))
 
-    def few_shot(self, head: str, shots: Shots, last: str, of: str) -> tuple[str, list[int]]:
+    def few_shot(self, head: str, shots: Shots, last: str, of: Example) -> tuple[str, list[int]]:
         """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat.
 
-        of: the question as it is labelled.
+        of: the example that is asked.
         """
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
@@ -153,7 +153,7 @@ class Renderer:
 
     def row(self, example: Example) -> Row:
         """The prompt and the reference response, which is rewritten into the answer format and closed."""
-        prompt = self.prompt_ids(example.prompt)
+        prompt = self.ids(self.prompt(example.prompt, of=example))
         response = rewrite(example.response, example.gold, self.section.answer_format)
         answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
@@ -192,6 +192,6 @@ class Renderer:
     def _end(self) -> str:
         if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
-        turns = [*self._messages("?", (), "?"), {"role": "assistant", "content": "@@"}]
+        turns = [*self._messages("?", (), None), {"role": "assistant", "content": "@@"}]
         tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]
         return tail.strip() or str(self.tokenizer.eos_token)

@@ -8,8 +8,10 @@ import importlib.util
 import inspect
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from stages.errors import ConfigError, DataError, LoraparError, MeaninglessError, MissingInputError
@@ -57,11 +59,18 @@ def columns(name: str, function: Reward) -> list[str]:
 def optional(rows: list[dict[str, Any]]) -> set[str]:
     """The fields that all rows have, as a text, number or truth value: rewards get them without asking.
 
-    A field of lists or objects, or of several types, reaches only a reward that has a parameter for it.
+    A field of lists or objects, of several types, or of numbers beyond 64 bits, reaches only a reward that
+    has a parameter for it.
     """
     kinds = [{name: type(value) for name, value in row.items()} for row in rows]
     common = set.intersection(*({*kind.items()} for kind in kinds))
-    return {name for name, kind in common if kind in (str, int, float, bool) and name not in TAKEN}
+    plain = {name for name, kind in common if kind in (str, int, float, bool) and name not in TAKEN}
+    return plain - beyond(rows, plain)
+
+
+def beyond(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
+    """Which of these fields hold a whole number of more than 64 bits, which no column takes."""
+    return {n for n in names for row in rows if type(row[n]) is int and not -(2**63) <= row[n] < 2**63}
 
 
 def needs_sandbox(name: str, file: str | None) -> bool:
@@ -186,11 +195,11 @@ def _defined(file: str) -> dict[str, ast.FunctionDef]:
 
 @functools.cache
 def _module(file: str) -> Any:
-    spec = importlib.util.spec_from_file_location("lorapar_rewards_file", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader("lorapar_rewards_file", file)  # whatever the file is called
+    module = ModuleType(loader.name)
+    module.__file__ = file
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         raise ConfigError(f"rl.rewards_file {file} does not load: {type(error).__name__}: {error}") from error
     return module

@@ -137,7 +137,9 @@ def code_tests(
 ) -> list[float]:
     """1 if the row's `test` (`def check(candidate)` as in HumanEval) passes on its function `entry_point`.
 
-    The test runs in the sandbox.
+    The test runs in the sandbox, and the function in another: arguments and results cross as plain data of
+    built-in types, exceptions as the built-in ones that they are. Other results fail, as do tests of what was
+    printed and functions that are given as arguments.
     """
 
     def passes(text: str, tests: str, entry: str) -> float:

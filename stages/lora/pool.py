@@ -79,8 +79,8 @@ class Pool:
         reward_functions.require(needed, trained)
         fast = [_row(row.example, renderer) for row in labels if row.system == 1 and rl.data == "system2"]
         # Of one question there may be rows with several responses, and even with both labels.
-        other = {row["prompt"] for row in trained}
-        fast = list({row["prompt"]: row for row in fast if row["prompt"] not in other}.values())
+        other = {row["question"] for row in trained}
+        fast = list({row["prompt"]: row for row in fast if row["question"] not in other}.values())
         tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + fast}
         kept, long = _fitting(trained, tokens, rl)
         fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt]
@@ -90,6 +90,8 @@ class Pool:
         replayed = replayed if rl.replayed else []
         _enough(kept, replayed, rl, long)
         used = kept + replayed
+        if large := reward_functions.beyond(used, columns):
+            raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
         read = {"prompt", "question", *columns} | reward_functions.optional(used)
         return cls(
             rows=Dataset.from_list([{name: row[name] for name in read} for row in used]),
@@ -110,7 +112,7 @@ def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
         "gold": example.gold,
         "response": example.response,
         "answer_format": renderer.section.answer_format,
-        "prompt": renderer.prompt(example.prompt),
+        "prompt": renderer.prompt(example.prompt, of=example),
     }
 
 

@@ -103,7 +103,10 @@ class SharedPrompts:
     _step: int
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """As TRL's, but that one shuffles completions over the micro batches."""
+        """As TRL's, but that one shuffles completions over the micro batches.
+
+        Here groups stand by length, but for bnpo, whose loss depends on what is in a micro batch together.
+        """
         if not self.sharing or not self.model.training:
             return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         from trl.trainer.utils import split_tensor_dict
@@ -111,7 +114,9 @@ class SharedPrompts:
         slices = self.args.steps_per_generation
         if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
             made = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
-            self._buffered_inputs = split_tensor_dict(_by_length(made, self.args.num_generations), slices)
+            if self.args.loss_type != "bnpo":
+                made = _by_length(made, self.args.num_generations)
+            self._buffered_inputs = split_tensor_dict(made, slices)
         return self._buffered_inputs[self._step % slices]
 
     def _get_per_token_logps_and_entropies(

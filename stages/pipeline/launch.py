@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from stages import footprint, team
 from stages.config import LaunchSection
 from stages.engines import guard
-from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.errors import ConfigError, LoraparError, MissingInputError, OutOfMemoryError, ServerError
 
 NOT_RUN = {
     "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; "
@@ -33,8 +36,12 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
             error = LoraparError(message, hint)
             error.exit_code = exit_code
             raise error
+        if code == 128 + signal.SIGKILL:
+            raise OutOfMemoryError(
+                "the launcher was killed, probably for lack of memory", "lower micro_batch"
+            )
         if code:
-            raise LoraparError(f"the launcher ended with code {code}", "what its processes said stands above")
+            raise ServerError(f"the launcher ended with code {code}", "what its processes said stands above")
 
 
 def _command(launch: LaunchSection) -> list[str]:
@@ -42,6 +49,16 @@ def _command(launch: LaunchSection) -> list[str]:
         if not Path(launch.config).is_file():
             raise MissingInputError(
                 f"launch.config {launch.config} is not a file", "write it with: accelerate config"
+            )
+        try:
+            settings = yaml.safe_load(Path(launch.config).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"launch.config {launch.config} is not YAML: {' '.join(str(error).split())}"
+            ) from None
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
             )
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend in NOT_RUN:

@@ -13,6 +13,7 @@ from typing import Any
 
 from stages import footprint, team
 from stages.config import Config
+from stages.data.rows import no_path
 from stages.engines import Pool
 from stages.errors import ArtifactError, ConfigError, Ended
 from stages.pipeline.job import Job
@@ -195,6 +196,8 @@ def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str |
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
     wanted = asked_for(steps, last)
+    if not wanted:
+        raise no_path()
     # Of a stage, some steps may come later than others: after SFT, its adapter is scored for RL.
     groups = [(name, list(of)) for name, of in groupby(wanted.values(), key=lambda step: step.stage.name)]
     begin = 0 if first is None else next((i for i, (name, _) in enumerate(groups) if name == first), None)

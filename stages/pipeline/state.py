@@ -78,7 +78,8 @@ def current(store: Store, step: Step) -> Artifact:
     if now.state == "damaged":
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
     raise MissingInputError(
-        f"{step.name} is {now.state} ({now.why})", f"run: lorapar run CONFIG --to {step.stage.name}"
+        f"{step.name} is {now.state} ({now.why})",
+        f"run: lorapar run CONFIG --to {step.stage.name}, with the same --set",
     )
 
 

@@ -35,8 +35,11 @@ VIEWS = {
 }
 
 
-def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> str:
-    """A model card, made from the manifest of the adapter and the metrics of its evaluations."""
+def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), base_dtype: bool = False) -> str:
+    """A model card, made from the manifest of the adapter and the metrics of its evaluations.
+
+    base_dtype: whether the adapter was rounded to the base's type.
+    """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
     model = manifest["provenance"]["config"]["model"]
@@ -52,7 +55,8 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = ()) -> 
         load = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
     baseline = identity["baseline"]
     method = baseline["method"] if baseline else "lora"
-    rest = "all that the method has" if baseline else "the others are those that it started from, to the bit"
+    kept = "to the bit" if form == "merged" or not base_dtype else "rounded to the base's type"
+    rest = "all that the method has" if baseline else f"the others are those that it started from, {kept}"
     plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
     settings = {**(baseline or identity["lora"]), **plain}
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
@@ -94,16 +98,16 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
 
     folder: where they are now, below their names.
     """
-    config = views["fast"].manifest["provenance"]["config"]
-    base, revision = config["model"]["name"], config["model"]["revision"]
+    configs = {name: artifact.manifest["provenance"]["config"] for name, artifact in views.items()}
+    base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
     made = "\n".join(
-        f"| {name} | {view.what} on {_rows(view, config)} | `{views[name].manifest['key']}` | "
+        f"| {name} | {view.what} on {_rows(view, configs[name])} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
-    asked = "\n".join(_asked(name, view, config) for name, view in VIEWS.items())
+    asked = "\n".join(_asked(name, view, configs[name]) for name, view in VIEWS.items())
     return f"""---
 {_of_hub(base)}library_name: peft
 tags: [lorapar, lora]

@@ -194,7 +194,7 @@ def _labels(found: dict[str, Artifact]) -> list[Part]:
             continue
         report = json.loads(file.read_text(encoding="utf-8"))
         rows = [
-            [voter, str(v["valid"]), f"{100 * v['system2_share']:.0f} %", _number(v["held_out_auc"])]
+            [voter, str(v["valid"]), _percent(v["system2_share"]), _number(v["held_out_auc"])]
             for voter, v in report["voters"].items()
         ]
         parts.append(Grid(["voter", "votes", "votes 2", "AUC, held out"], rows))
@@ -217,6 +217,10 @@ def _labels(found: dict[str, Artifact]) -> list[Part]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _cost(found: dict[str, Artifact]) -> Grid:

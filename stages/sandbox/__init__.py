@@ -18,7 +18,8 @@ __all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "examine"
 SAFE = ("bubblewrap", "landlock")
 HINT = (
     "install bubblewrap (apt install bubblewrap); on Ubuntu 23.10 or later also: sysctl -w "
-    "kernel.apparmor_restrict_unprivileged_userns=0; see lorapar doctor"
+    "kernel.apparmor_restrict_unprivileged_userns=0; see lorapar doctor. Without one, at your own risk: "
+    "--set eval.sandbox.backend=unsafe-no-sandbox, or rl. in place of eval."
 )
 
 

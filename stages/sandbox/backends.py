@@ -140,7 +140,7 @@ def landlock(role: str, limits: Limits) -> Iterator[Start]:
 def none(role: str, limits: Limits) -> Iterator[Start]:
     """Only limits of the process: the program can read, write, connect and start whatever its user can."""
     command = _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process())
-    yield Start(command, {"PATH": "/usr/bin:/bin"})
+    yield Start([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
 
 
 BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

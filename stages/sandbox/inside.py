@@ -1,4 +1,4 @@
-"""Runs in a sandbox, with the standard library only: `inside.py ROLE LIMITS`.
+"""Runs in a sandbox, with the standard library only: `inside.py ROLE LIMITS [--die-with-parent]`.
 
 A program and its tests never share a process. The `candidate` loads the program and answers calls of its
 function. The `judge` runs the tests against a stand-in for that function, which sends each call over a pipe,
@@ -23,6 +23,7 @@ from typing import Any
 
 MAX_LINE = 4 * 2**20
 MAX_ITEMS = 10**6
+PR_SET_PDEATHSIG = 1
 
 
 class Strange(Exception):
@@ -128,7 +129,10 @@ def _said(error: BaseException) -> str:
 
 
 def candidate(channel: Channel, job: dict[str, str]) -> None:
-    """Job {program, entry}. Sends "loaded" or {"broken": why}, then value, raised or strange per call."""
+    """Job {program, entry}. Sends "loaded" or {"broken": why}, then value, raised or strange per call.
+
+    Arguments that the call has changed are sent, too, as `changed`.
+    """
     space: dict[str, Any] = {"__name__": "program"}  # a `__main__` part does not run
     try:
         exec(compile(job["program"], "program", "exec"), space)
@@ -138,14 +142,30 @@ def candidate(channel: Channel, job: dict[str, str]) -> None:
         return
     channel.send("loaded")
     while True:
-        arguments, named = map(decode, channel.receive())
+        sent = channel.receive()
+        arguments, named = map(decode, sent)
+        answer: dict[str, Any]
         try:
             answer = {"value": encode(function(*arguments, **named))}
         except Strange as error:
             answer = {"strange": str(error)}
         except BaseException as error:
-            answer = {"raised": [type(error).__name__, str(error)[:300]]}
+            kind = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
+            answer = {"raised": [kind.__name__, str(error)[:300]]}
+        with contextlib.suppress(Strange):
+            now = [encode(arguments), encode(named)]
+            if now != sent:
+                answer["changed"] = now
         channel.send(answer)
+
+
+def _change(kept: Any, now: Any) -> None:
+    """Make a caller's list, dict or set what the call has made of it."""
+    if isinstance(kept, list | bytearray) and type(kept) is type(now):
+        kept[:] = now
+    elif isinstance(kept, set | dict) and isinstance(now, set | dict):
+        kept.clear()
+        kept.update(now)
 
 
 def judge(channel: Channel, job: dict[str, str]) -> None:
@@ -155,6 +175,10 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
     def stand_in(*arguments: Any, **named: Any) -> Any:
         channel.send([encode(list(arguments)), encode(named)])
         answer = channel.receive()
+        if "changed" in answer:
+            listed, by_name = map(decode, answer["changed"])
+            for mine, its in [*zip(arguments, listed, strict=True), *((named[n], by_name[n]) for n in named)]:
+                _change(mine, its)
         if "value" in answer:
             return decode(answer["value"])
         if "strange" in answer:
@@ -195,7 +219,17 @@ def plain(channel: Channel, job: dict[str, str]) -> None:
     channel.send({"verdict": verdict, "why": why})
 
 
+def _die_with_parent() -> None:
+    """As the sandboxes see to it themselves."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
+    if "--die-with-parent" in sys.argv:
+        _die_with_parent()
     channel = Channel()
     channel.send("ready")
     limit(json.loads(sys.argv[2]))

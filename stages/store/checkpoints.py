@@ -54,7 +54,7 @@ class Checkpoints:
         numbers = {}
         for path in self.folder.glob("checkpoint-*"):
             number = path.name.removeprefix("checkpoint-")
-            if number.isdigit():
+            if number.isdecimal():
                 numbers[path] = int(number)
         return sorted(numbers, key=numbers.__getitem__, reverse=True)
 

@@ -148,7 +148,8 @@ class Journal:
                     continue
                 question = _Asked.model_validate(row)
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
-                self._shape.model_validate(answer)
+                # A text that reads as a number is one from here on.
+                answer |= self._shape.model_validate(answer).model_dump(exclude_unset=True)
             except ValidationError as error:
                 raise ArtifactError(
                     f"{self.path}:{number} is no answer: {faults(error)[0]}",

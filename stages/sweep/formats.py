@@ -7,6 +7,7 @@ import io
 import shlex
 from collections.abc import Callable
 
+from stages.sweep.file import Column
 from stages.sweep.results import Comparison, Results, Value
 
 
@@ -97,23 +98,27 @@ def legend(results: Results) -> str:
 
 
 def csv_text(results: Results) -> str:
-    """One line for each row and column."""
+    """One line for each row and column; accuracies, and those of the paper, as shares of 1."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper"])
+    writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper", "p"])
     for (row, name), value in results.values.items():
-        published = results.table.file.paper.get(row, {}).get(name, "")
+        published: float | str = results.table.file.paper.get(row, {}).get(name, "")
+        if published != "" and Column.of(results.table.file.columns[name]).graded:
+            published = round(float(published) / 100, 6)
         if value is None:
-            writer.writerow([row, name, "", "", "", "", "", "", published])
+            writer.writerow([row, name, "", "", "", "", "", "", published, ""])
             continue
         blank = ["" if x is None else x for x in (value.low, value.high, value.n)]
         of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
-        writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published])
+        p = "" if value.p is None else value.p
+        writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
     return out.getvalue()
 
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "θ": r"$\theta$"}
+_LATEX |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
 _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarrow$", "−": "$-$", "×": r"$\times$"}
 
 

@@ -18,7 +18,7 @@ from stages.sweep.steps import Node, Place
 BUSY, NO_SERVER = 75, 69
 """Exit codes after which a step is tried again: another process makes the same, or its server was gone."""
 TRIES = 3
-"""Of a step whose server was gone; a busy one waits as long as it takes."""
+"""Of a step whose server was gone; one that another process makes waits as long as it takes."""
 PAUSE = 20.0
 """Seconds before a step is tried again."""
 TICK = 0.2
@@ -121,7 +121,7 @@ class Sweep:
             self.places.append(device)
             node = self.nodes[place]
             seconds = time.monotonic() - begun
-            self.tries[place] = self.tries.get(place, 0) + 1
+            self.tries[place] = self.tries.get(place, 0) + (code == NO_SERVER)
             if code == 0 and not is_current(node, self.stores):
                 self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds)
                 self.say(f"made something else, its inputs have changed: {node.title}; see {self.log(node)}")

@@ -5,6 +5,7 @@ Nothing stays running on the login node: a later call looks at the queue, and su
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from stages.engines.guard import guarded
-from stages.errors import ConfigError, MissingInputError, ServerError
+from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
 from stages.sweep.local import BUSY
 from stages.sweep.steps import Node, Place
 
@@ -31,6 +33,8 @@ PAUSE = 60.0
 """Seconds before a step is tried again that another process is making."""
 OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout"}
 """Parameters of submitit that are no one else's to set."""
+KINDS: dict[str, type] = {"setup": list, "srun_args": list, "additional_parameters": dict}
+"""What a text would pass for until a job is submitted."""
 
 
 class Call:
@@ -57,7 +61,9 @@ class Call:
             preexec_fn=_deaf,
         )
         # Not Popen.wait: it holds a lock, and `checkpoint` interrupts it to wait for the same child.
-        return os.waitstatus_to_exitcode(os.waitpid(self._child.pid, 0)[1])
+        status = os.waitpid(self._child.pid, 0)[1]
+        self._child = None
+        return os.waitstatus_to_exitcode(status)
 
     def checkpoint(self) -> Any:
         """Called by submitit from a signal handler; what this returns is then run by the requeued job."""
@@ -66,7 +72,8 @@ class Call:
         if self._child is not None:
             assert self._child.stdin is not None
             self._child.stdin.close()
-            os.waitpid(self._child.pid, 0)
+            with contextlib.suppress(ChildProcessError):  # it had ended before we were told
+                os.waitpid(self._child.pid, 0)
         return DelayedSubmission(Call(self.command))
 
 
@@ -93,7 +100,7 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "jobs.lock"):
             if self.record.is_file():
-                self.jobs = json.loads(self.record.read_text(encoding="utf-8"))
+                self.jobs = self._recorded()
             alive = queued()
             of: dict[Place, str] = {}
             new: set[Place] = set()
@@ -114,6 +121,15 @@ class Cluster:
                 self.say(f"job {of[place]} submitted: {node.title}")
             return of
 
+    def _recorded(self) -> dict[str, str]:
+        try:
+            return TypeAdapter(dict[str, str]).validate_json(self.record.read_bytes())
+        except ValidationError:
+            raise ArtifactError(
+                f"{self.record} is no record of jobs",
+                "move it away; jobs that are still queued would then be submitted again: scancel them",
+            ) from None
+
     def _again(self, known: str, node: Node, here: bool) -> None:
         """Say why a step is submitted anew, and take back the job that waits in vain."""
         if here:
@@ -131,22 +147,26 @@ class Cluster:
 
     def _job(self, node: Node, after: list[str]) -> str:
         from submitit import SlurmExecutor
-        from submitit.core.utils import FailedJobError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         executor = SlurmExecutor(self.folder / "slurm", max_num_timeout=REQUEUED)
         given = {**self.settings.get("default", {}), **self.settings.get(node.stage, {})}
         extra = {"kill-on-invalid-dep": "yes", **given.pop("additional_parameters", {})}
-        executor.update_parameters(
-            job_name=_name(node),
-            stderr_to_stdout=True,
-            signal_delay_s=PATIENCE_S,
-            additional_parameters=extra,
-            **({"dependency": f"afterok:{':'.join(after)}"} if after else {}),
-            **given,
-        )
         try:
+            executor.update_parameters(
+                job_name=_name(node),
+                stderr_to_stdout=True,
+                signal_delay_s=PATIENCE_S,
+                additional_parameters=extra,
+                **({"dependency": f"afterok:{':'.join(after)}"} if after else {}),
+                **given,
+            )
             return str(executor.submit(Call(node.command)).job_id)
-        except FailedJobError as error:
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"submitit takes no such settings: {error}", "see the file of --slurm"
+            ) from None
+        except (FailedJobError, FailedSubmissionError) as error:
             raise ServerError(f"Slurm refuses {node.title}: {error}", "see the file of --slurm") from None
 
 
@@ -164,7 +184,8 @@ def queued() -> dict[tuple[str, str], str]:
     except subprocess.CalledProcessError as error:
         raise ServerError(f"squeue failed: {error.stderr.strip()}") from None
     lines = (line.split(maxsplit=2) for line in done.stdout.splitlines())
-    return {(number, name): state for number, state, name in lines}
+    # Other lines name a cluster, or a job without a name.
+    return {(parts[0], parts[2]): parts[1] for parts in lines if len(parts) == 3 and parts[0].isdecimal()}
 
 
 def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
@@ -187,6 +208,11 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
             wrong.append(f"{name}: expected default or a stage, with settings below it")
         else:
             wrong += [f"{name}.{key}: {choice}" for key in part.keys() - allowed]
+            wrong += [
+                f"{name}.{key}: expected {kind.__name__}, got {part[key]!r}"
+                for key, kind in KINDS.items()
+                if not isinstance(part.get(key, kind()), kind)
+            ]
     if not wrong and "time" not in tree.get("default", {}):
         wrong.append("default.time is missing: minutes that a job may take")
     if wrong:

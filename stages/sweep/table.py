@@ -57,6 +57,8 @@ def table(
     rows, or those that a pattern such as `QKV*` fits. more: further `key=value` settings.
     """
     file = read(path)
+    if any(name.partition("=")[0].strip() == "seed" for name in more or ()):
+        raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
     names = file.settings()
     chosen = {text: [n for n in names if n == text or fnmatchcase(n, text)] for text in only or ()}
     if unknown := [text for text, matched in chosen.items() if not matched]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from mock_server import Mock, probability, serve
 
-from stages.config import ServerSection
-from stages.engines import Ballot, Choice, Failure, Question, Sampling, transport
+from stages.config import ModelSection, ServerSection
+from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport
 from stages.engines.openai import Client, word_of
 from stages.errors import ConfigError, ServerError
 
@@ -227,7 +227,15 @@ def test_retry_after_is_waited_for(no_waiting):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)]
+    ("text", "seconds"),
+    [
+        ("3", 3),
+        ("-1", 0),
+        ("soon", 0),
+        ("", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0),
+    ],
 )
 def test_retry_after_in_all_its_forms(text, seconds):
     assert transport._seconds(text) == seconds
@@ -258,3 +266,18 @@ def test_what_is_too_long_is_not_sent(words, fits):
     assert isinstance(found, Choice) is fits and bool(sent) is fits
     if not fits:
         assert (found.reason, found.detail) == ("too_long", "4089 tokens, and judge has room for 4088")
+
+
+def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
+    served = Served("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
+    monkeypatch.setenv("MY_KEY", "sk-\u201csecret\u201d")
+    with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
+        openai.open(served, QUICK, print).__enter__()
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    transport.Transport(("http://127.0.0.1:80/v1", "http://localhost/v1"), "", ServerSection())._client()
+    with pytest.raises(ConfigError, match="the proxy that the environment names cannot be used"):
+        transport.Transport(("http://example.org/v1",), "", ServerSection())._client()

@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from stages.config import ModelSection
 from stages.engines import Ballot, Question, Sampling
 from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
-from stages.errors import ConfigError
+from stages.errors import ConfigError, MeaninglessError
 from stages.models import flat
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -113,6 +113,12 @@ def test_a_thought_comes_before_the_choice(engine):
     )
     assert with_thought == pytest.approx(written, abs=1e-6) and with_thought == pytest.approx(again, abs=1e-6)
     assert plain != pytest.approx(with_thought, abs=1e-6)
+
+
+def test_outputs_that_are_no_numbers_are_no_votes(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_last_logits", lambda prompts: torch.full((len(prompts), 300), torch.nan))
+    with pytest.raises(MeaninglessError, match="the model's outputs are not numbers"):
+        list(engine.choose([Ballot("Is it?", (" Yes", " No"))]))
 
 
 def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):

@@ -8,8 +8,9 @@ from conftest import labels_of, make_step
 
 from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
+from stages.labelling import report
 from stages.labelling.known import labelled
-from stages.records import Example, read_labels
+from stages.records import Example, Labelled, read_labels
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
 
@@ -33,6 +34,24 @@ def test_labels_of_the_rows_themselves():
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert [row.system for row in labelled(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
+
+
+def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
+    """An instruction with its input is another question than the instruction alone."""
+    rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
+    lines = [
+        {"instruction": "Translate.", "context": "gato", "system": 2},
+        {"instruction": "Translate.", "system": 1},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row.system for row in labelled(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
+
+
+def test_the_report_reads_labels_as_the_stage_does():
+    written = ("1", "2", "System 2", 1, None, "fast")
+    rows = [Labelled(Example(f"{n}", "Q", "A", None, {"system": x}), 1, {}) for n, x in enumerate(written)]
+    known = report._known(rows, "system", {})
+    assert known["n"] == 4 and known["agreement"] == 0.5
 
 
 def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):

@@ -54,8 +54,19 @@ def test_labelled_examples():
     assert len(shots(SHOTS, 5)) == 4
 
 
+def test_labels_of_a_user_s_examples_may_be_written_as_elsewhere(tmp_path):
+    lines = ['{"question": "q", "answer": "a", "system": 2.0}', '{"question": "r", "system": "System 1"}']
+    (tmp_path / "h.jsonl").write_text("\n".join(lines))
+    assert [row.system for row in read_judged(tmp_path / "h.jsonl")] == [2, 1]
+
+
 @pytest.mark.parametrize(
-    "row", ['{"question": "q", "answer": "a", "system": 3}', '{"answer": "a", "system": 1}']
+    "row",
+    [
+        '{"question": "q", "answer": "a", "system": 3}',
+        '{"answer": "a", "system": 1}',
+        '{"question": "q", "answer": "\\ud83d", "system": 1}',
+    ],
 )
 def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
     (tmp_path / "h.jsonl").write_text(row + "\n")

@@ -40,10 +40,11 @@ def test_extraction(text, style, strict, flexible):
     [
         ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False),
         ("paris.", "Paris", True), ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
-        ("4 June", "4 July", False), ("7 weeks", "7 days", False), ("12 m", "12 km", False), ("7", "7 days", True),
-        ("7 days a week", "7 days", True), ("1 day", "1 days", True), ("5 m²", "5 m", False), ("5%", "5", True),
-        ("5 percent", "5%", True), ("$5", "5 dollars", True), ("5 million", "5", False), ("3½", "3", False),
-        ("5 million", "5,000,000", True), ("34", "(3,4)", False), ("1,2", "12", False), ("(3,4)", "(3,4)", True),
+        ("4 June", "4 July", False), ("7 weeks", "7 days", False), ("12 m", "12 km", False),
+        ("7", "7 days", True), ("7 days a week", "7 days", True), ("1 day", "1 days", True),
+        ("5 m²", "5 m", False), ("5%", "5", True), ("5 percent", "5%", True), ("$5", "5 dollars", True),
+        ("5 million", "5", False), ("3½", "3", False), ("5 million", "5,000,000", True), ("1,2", "12", False),
+        ("34", "(3,4)", False), ("(3,4)", "(3,4)", True),
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):

@@ -40,16 +40,19 @@ def test_plain_row(tokenizer):
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_a_system_message_by_label(tokenizer, template):
-    """A question without a label, or with one that has no message, gets the one for all."""
+    """An example without a label, or with one that has no message, gets the one for all.
+
+    A question with another response is another example, and may have another label.
+    """
     section = PromptSection(system="Be good.", by_system={1: "Be quick."}, template=template)
-    examples = {label: replace(EXAMPLE, prompt=f"{label} + 2?") for label in (1, 2, None)}
+    examples = {label: replace(EXAMPLE, id=str(label)) for label in (1, 2, None)}
     labels = [Labelled(example, label, {}) for label, example in examples.items()]
     renderer = Renderer(tokenizer, section, labels)
     for label, example in examples.items():
         wanted, other = ("quick", "good") if label == 1 else ("good", "quick")
-        assert wanted in (text := renderer.prompt(example.prompt)) and other not in text
+        assert wanted in (text := renderer.prompt(example.prompt, of=example)) and other not in text
         assert tokenizer.decode(renderer.row(example).input_ids).startswith(text)
-    assert "good" in Renderer(tokenizer, section).prompt("1 + 2?")
+    assert "good" in Renderer(tokenizer, section).prompt(EXAMPLE.prompt, of=examples[1])
     with pytest.raises(ValidationError, match="template bare has no system message"):
         PromptSection(by_system={2: "Think."}, template="bare")
 
@@ -67,7 +70,7 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
     assert renderer.stop_ids == [tokenizer.eos_token_id]
     assert renderer.prompt("b", [("a", "1")]) == "a<|im_end|>1<|im_end|>b<|im_end|>"
-    assert tokenizer.decode(renderer.few_shot("", [], "def f():", of="")[1]) == f"{bos}def f():"
+    assert tokenizer.decode(renderer.few_shot("", [], "def f():", of=EXAMPLE)[1]) == f"{bos}def f():"
 
 
 @pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])

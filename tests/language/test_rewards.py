@@ -9,7 +9,7 @@ import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.language import reward_functions
-from stages.language.code import code_of, stub
+from stages.language.code import code_block, code_of, stub
 from stages.language.rewards import rewards
 from stages.sandbox import Limits, choose
 
@@ -123,6 +123,27 @@ def test_any_beginning_of_a_function_can_be_run(prompt):
         stub("Write a function.")
 
 
+F = "```"
+DOC = f'def f():\n    """Doc\n    {F}\n    f()\n    {F}\n    """\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        (f"{F}python\n{DOC}{F}\nDone", DOC),
+        (f"{F}python\ndef f():\n    return '{F}'\n{F}\nDone", f"def f():\n    return '{F}'\n"),
+        (f"The name is {F}f{F}\n{F}python\ndef f(): pass\n{F}\nDone", "def f(): pass\n"),
+        (f"{F}python\ndef f(): pass{F}\nDone\n{F}\nother\n{F}", "def f(): pass"),
+        (f"{F}python\ndef f(): pass{F} Done", "def f(): pass"),
+        (f"1. Like this:\n   {F}py\n   def f(): pass\n   {F}\n2. Done", "def f(): pass\n"),
+        (f"So {F}python\ndef f(): pass\n{F}\nDone", "def f(): pass\n"),
+        (f"{F}python\ndef f(): pass", "def f(): pass"),
+    ],
+)  # fmt: skip
+def test_a_code_block_ends_at_its_own_fence(text, program):
+    assert code_block(text, "f") == program
+
+
 def test_columns_are_what_a_reward_must_be_given():
     def needs(name, file=None):
         return reward_functions.columns(name, reward_functions.load(name, file))
@@ -130,6 +151,8 @@ def test_columns_are_what_a_reward_must_be_given():
     assert needs("correctness") == ["gold", "answer_format"]
     assert needs("code_tests") == ["test", "entry_point"]
     assert needs("text_overlap") == ["response"]
+    rows = [{"a": 1, "b": 2**63, "c": "x"}, {"a": 2**63 - 1, "b": 1, "c": "y"}]
+    assert reward_functions.optional(rows) == {"a", "c"}
     assert needs("trl.think_format_reward") == []
     with pytest.raises(
         DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"

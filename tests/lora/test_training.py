@@ -231,3 +231,10 @@ def test_all_rows_undecided_is_an_error():
     with pytest.raises(DataError, match="all 3 examples are undecided") as caught:
         decided(rows)
     assert caught.value.hint == "other voters, or lower classify.min_agreement and classify.quorum"
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "steps"), [(50, 1.1, 55), (25, 2.2, 55), (3, 0.5, 2), (7, 1, 7)]
+)
+def test_steps_are_exact(batches, epochs, steps):
+    assert training.steps_of(batches, SftSection(epochs=epochs)) == steps

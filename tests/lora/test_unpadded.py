@@ -290,7 +290,12 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(begun, monkeypatc
         "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
     )
     odd = [f"rl.rewards_file={rewards}", "rl.rewards={odd: 1}"]
-    config = lambda *more: begun(*TWO_STEPS, *odd, f"rl.kl_reference={reference}", *more)  # noqa: E731
+
+    def config(*more):
+        """Where RL starts from is no matter here, so that `sft` is the adapter as it was initially."""
+        made = begun(*TWO_STEPS, *odd, *more)
+        return made.model_copy(update={"rl": made.rl.model_copy(update={"kl_reference": reference})})
+
     usual, none = steps_of(config("rl.shared_prompts=off"), monkeypatch)
     whole, groups = steps_of(config(), monkeypatch)
     half, parts = steps_of(config("rl.micro_batch=2"), monkeypatch)
@@ -458,3 +463,13 @@ def test_the_model_s_own_call_is_untouched(sft):
     wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
     torch.testing.assert_close(found.log_probs, torch.cat([torch.zeros(1), wanted])[None], rtol=0, atol=2e-5)
     assert found.label_mask.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize(("loss", "sorts"), [("dapo", True), ("bnpo", False)])
+def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(begun, monkeypatch, loss, sorts):
+    """BNPO divides by the tokens of a micro batch: those of short completions would weigh more."""
+    seen = []
+    usual = unpadded._by_length
+    monkeypatch.setattr(unpadded, "_by_length", lambda *given: seen.append(1) or usual(*given))
+    make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.drift_prompts=0", f"rl.loss={loss}"), "rl")
+    assert bool(seen) is sorts

@@ -51,9 +51,16 @@ def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
     begun = time.monotonic()
     child = run(ALONE, tmp_path)
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 75 and time.monotonic() - begun < 50
+    assert child.returncode == 69 and time.monotonic() - begun < 50
     assert "in a_reward_that_hangs" in said
     assert "error: step 6 has taken 1 s, 20 times the median or more\n  hint: where it stands" in said
+
+
+def test_a_full_disk_does_not_keep_it_from_ending(tmp_path):
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    child = run(SCRIPT + full + "a_reward_that_hangs()", tmp_path)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 69 and "in a_reward_that_hangs" in said
 
 
 def test_a_run_that_ends_is_left_alone(tmp_path):
@@ -82,7 +89,7 @@ def test_of_several_processes_the_missing_one_is_named(tmp_path):
     children = [run(TOGETHER, tmp_path / "beats", RANK=str(rank), **shared) for rank in range(3)]
     said = [child.communicate(timeout=60)[1] for child in children]
     codes = [child.returncode for child in children]
-    assert 75 in codes and 0 not in codes, said  # who waits may see first that another has ended
+    assert 69 in codes and 0 not in codes, said  # who waits may see first that another has ended
     assert "process 1 stands here" in said[1] and "in a_reward_that_hangs" in said[1]
     assert "in all_reduce" in said[0] and "in a_reward_that_hangs" not in said[0]
     text = (tmp_path / "failure.json").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import struct
 import subprocess
 
 import pytest
+from conftest import no_sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ TESTS = "def check(f):\n    assert f(1, b=2) == 3\n    assert f([1], [(2, None)]
 def safe(request):
     problems = selftest(backends.BACKENDS[request.param])
     if problems:
-        pytest.skip(f"{request.param}: {problems[0]}")
+        no_sandbox(f"{request.param}: {problems[0]}")
     return Sandbox(request.param, Limits(seconds=2))
 
 
@@ -88,6 +89,32 @@ def test_tests_may_use_what_the_prompt_defines(safe):
     assert safe.check(
         ADD, "def check(f):\n    assert f(1, 1) == two()", "add", setup="def two(): return 2"
     ).passed
+
+
+IN_PLACE = """
+def check(f):
+    x, y, z = [3, [1], 2], {"a": [1]}, {1}
+    assert f(x, y, named=z) is None
+    assert x == [[1, 7], 2, 3, 9] and y == {"b": [1]} and z == {2}
+"""
+
+
+def test_what_a_function_makes_of_its_arguments_comes_back(safe):
+    program = (
+        "def f(x, y, named):\n    x[1].append(7)\n    x[:] = [x[1], x[2], x[0], 9]\n"
+        "    y['b'] = y.pop('a')\n    named.add(2)\n    named.remove(1)\n"
+    )
+    assert safe.check(program, IN_PLACE, "f").passed
+    assert not safe.check("def f(x, y, named): pass", IN_PLACE, "f").passed
+    strange = program + "    x.append(object())\n"  # stays outside
+    assert safe.check(strange, IN_PLACE, "f").status == "failed"
+
+
+def test_an_exception_of_the_program_s_own_is_the_built_in_one_that_it_is(safe):
+    tests = "def check(f):\n    try: f()\n    except LookupError: pass\n    else: assert 0"
+    own = "class Own(KeyError): pass\ndef f(): raise Own('no')"
+    assert safe.check(own, tests, "f").passed
+    assert not safe.check(own.replace("KeyError", "ValueError"), tests, "f").passed
 
 
 def test_a_suspicious_result_that_the_tests_swallow_stays_suspicious(safe):
@@ -252,10 +279,18 @@ def test_filters(arch, machine, names, kind):
         assert _action(program, arch, 0x40000000 | names["read"]) == "kill"  # the x32 calls
 
 
-def test_nothing_of_the_sandbox_outlives_a_killed_caller(safe, tmp_path):
+def test_nothing_of_the_sandbox_outlives_a_killed_caller(safe):
+    ends_with_its_caller(safe.name)
+
+
+def test_nor_does_a_program_that_runs_bare():
+    ends_with_its_caller("unsafe-no-sandbox")
+
+
+def ends_with_its_caller(name):
     code = (
-        "from stages.sandbox import *; "
-        f"Sandbox({safe.name!r}, Limits(seconds=60)).check('while True: pass', '', 'f')"
+        f"from stages.sandbox import *; Sandbox({name!r}, Limits(seconds=60))"
+        ".check('import time; time.sleep(60)', '', 'f')"
     )
     caller = subprocess.Popen([inside.sys.executable, "-c", code])
     assert _wait(lambda: len(_children()) > 0)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from stages.errors import ConfigError, MissingInputError
+from stages.errors import ConfigError, MissingInputError, ServerError
 from stages.pipeline.table import STAGES
 from stages.sweep import slurm, steps
 from stages.sweep.table import table
@@ -141,6 +141,11 @@ def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submi
         ("rl: {tme: 5}", "rl.tme: choose from account, "),
         ("rl: {job_name: x, time: 5}", "rl.job_name: choose from account, "),
         ("rl: {time: 5}", "default.time is missing"),
+        (
+            "default: {time: 5, setup: module load cuda}",
+            "default.setup: expected list, got 'module load cuda'",
+        ),
+        ("rl: {additional_parameters: gpu}", "rl.additional_parameters: expected dict, got 'gpu'"),
         ("- 1", "list: expected default or a stage"),
         ("rl: {", "is not YAML"),
     ],
@@ -150,6 +155,36 @@ def test_wrong_settings_are_refused(tmp_path, text, said):
     file.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(said)):
         slurm.settings(file, list(STAGES))
+
+
+def test_a_record_that_is_none_is_named(path, lorapar, submitted):
+    record = path.parent / "runs/sweeps/jobs.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    for text in (b"[]", b'{"a": ["x"]}', b"{", b"\xff"):
+        record.write_bytes(text)
+        done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
+        assert done.code == 78 and "jobs.json is no record of jobs" in done.err
+    record.unlink()
+
+
+def test_lines_of_squeue_that_name_no_job_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho 'CLUSTER: alpha'; echo '7 RUNNING '; echo '8 PENDING a b'\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert slurm.queued() == {("8", "a b"): "PENDING"}
+
+
+def test_a_reply_of_sbatch_that_is_none(tmp_path, monkeypatch):
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho hello\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    node = SimpleNamespace(stage="sft", title="sft k", step=SimpleNamespace(key="k"), command=["x"])
+    cluster = slurm.Cluster(tmp_path, {"default": {"time": 1}}, print)
+    with pytest.raises(ServerError, match="Slurm refuses sft k: .*hello"):
+        cluster._job(node, [])
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
@@ -165,6 +200,20 @@ def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 78
+
+
+def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
+    """As while another process makes the artifact: there is no child then."""
+    call = slurm.Call(["x"])
+    monkeypatch.setattr(slurm, "guarded", lambda command: [sys.executable, "-c", "raise SystemExit(75)"])
+
+    def told(seconds):
+        assert call.checkpoint().function.command == ["x"]
+        raise TimeoutError
+
+    monkeypatch.setattr(slurm.time, "sleep", told)
+    with pytest.raises(TimeoutError):
+        call()
 
 
 def test_a_signal_in_the_middle_ends_the_step_and_gives_another_run(tmp_path):

@@ -8,7 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from stages.benchmarks.statistics import interval, paired_p
 from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl
 from stages.store.digests import sha256_file
-from stages.sweep import local, steps
+from stages.sweep import formats, local, steps
 from stages.sweep.file import Column, read
 from stages.sweep.results import results
 from stages.sweep.table import table
@@ -83,6 +83,12 @@ def test_the_tables_of_the_project_are_sound_on_a_small_base(path, small):
     assert all(cell.columns for cell in found.cells)
     published = {(row, name) for row, part in found.file.paper.items() for name in part if row in found.rows}
     assert published <= {(cell.row, name) for cell in found.cells for name in cell.columns}
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
+def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data):
+    data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
+    assert table(path, base=ROOT / "configs/demo.yaml", more=[f"model.name={tiny}", *data]).cells
 
 
 @pytest.mark.parametrize("path", [p for p in OF_THE_PAPER if p != ON_THE_DEMO], ids=lambda p: p.stem)
@@ -185,6 +191,8 @@ def test_a_missing_file_and_row_are_said(small, tmp_path):
         read(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="no row 'θ 7'"):
         table(small, only=["θ 7"])
+    with pytest.raises(ConfigError, match="--set seed: a table has seeds of its own"):
+        table(small, more=["seed=5"])
 
 
 def test_a_grid_is_all_with_all(small):
@@ -343,6 +351,14 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     assert (half.mean, half.n, half.seeds) == (-0.25, 4, 2) and half.low < -0.25 < half.high
     assert found.comparisons["β 0"].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
+    lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
+    head = lines["row", "column"]
+    of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
+    assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
+    assert float(of_gain["p"]) == gain.p
+    certain = replace(gain, p=1e-9)
+    found.values["θ .9", "gain"] = certain
+    assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
@@ -381,7 +397,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
     assert re.search(r"\| \+0\.0 \[-18\.8, \+18\.8\], p = 1 \|$", row)
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
-    assert len(rows) == 15 and rows[0]["paper"] == "27.6" and rows[0]["items"] == "16"
+    assert len(rows) == 15 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
     assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
     page = (tmp_path / "out/report.html").read_text()
     assert "A small table" in page and "(paper: 27.6)" in page and page.count("<svg") == 2
@@ -439,6 +455,9 @@ def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
 
 def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
     children.codes = {"score": [75] * 9}
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert {outcome.how for outcome in ended} == {"done"}
+    children.codes, children.started = {"score": [75] * 3 + [69, 75, 69]}, []
     _, ended, _ = swept_by(children, small, tmp_path)
     assert {outcome.how for outcome in ended} == {"done"}
     children.codes, children.started = {"score": [69] * 9}, []

@@ -1,0 +1,34 @@
+"""Artifacts that lack what others have are shown all the same."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+from lorapar_cli import render
+from stages.records import Sample, write_jsonl
+from stages.report import comparison, of_run
+from stages.store.artifacts import Artifact
+
+
+def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "samples.jsonl").touch()
+    now = SimpleNamespace(state="current", artifact=Artifact(tmp_path, {}))
+    monkeypatch.setattr(comparison, "state", lambda store, step: now)
+    steps = [SimpleNamespace(variant=f"{target}@perplexity") for target in ("sft", "rl")]
+    assert comparison.tables(None, steps, "system") == {"perplexity": []}
+    render.results(None, steps)
+    assert "perplexity: no graded answers; metrics.json" in capsys.readouterr().out
+
+
+def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
+    row = Sample("a", 0, None, "Q", "A", None, "A", "A", True, True, "correct", {"why": "it is so"})
+    write_jsonl(tmp_path / "samples.jsonl", [asdict(row)])
+    render.samples(Artifact(tmp_path, {}), wrong=False, limit=1)
+    assert capsys.readouterr().out == "--- a  correct\nQA\n"
+
+
+def test_a_voter_without_a_valid_vote(tmp_path):
+    voter = {"valid": 0, "system2_share": None, "held_out_auc": None}
+    (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}}))
+    (text, grid) = of_run._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
+    assert text.text == "train: 3 examples." and grid.rows == [["judge", "0", "–", "–"]]
