@@ -71,7 +71,7 @@ class Votes:
         self.asked = 0
 
     def shares(self, other: Votes) -> bool:
-        """Whether another voter is, as far as anybody said, the same model: its answers are in the same journal."""
+        """Whether both keep their answers in one journal: they are one model, for all that was said."""
         return self._journal.path == other._journal.path
 
     def take(self, examples: list[Example]) -> None:
