@@ -102,6 +102,7 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
     broken = [
         f"{where}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
+        if not encodes(row)
         for name, value in row.items()
         if not encodes([name, value])
     ]

@@ -83,6 +83,19 @@ def spoilt(data: bytes, rng: random.Random) -> bytes:
     return b"" if data else b"x"
 
 
+def says_the_same(before: bytes, after: bytes) -> bool:
+    """As with one more line break at the end: what is sealed is the content."""
+    try:
+        return bool(json.loads(before) == json.loads(after))
+    except ValueError:
+        return False
+
+
+def test_says_the_same():
+    assert says_the_same(b'{"a": 1}', b'{"a": 1}\n') and not says_the_same(b'{"a": 1}', b'{"a": 2}')
+    assert not says_the_same(b'{"a": 1}', b'{"a": 1}x')
+
+
 def test_damaged_files(store, tally):
     """Artifacts: manifests and what they list. The step is then not current, whatever it is called."""
     root = store.root
@@ -95,7 +108,7 @@ def test_damaged_files(store, tally):
         file = tally.random.choice(files)
         before = file.read_bytes()
         after = spoilt(before, tally.random)
-        if after == before:
+        if after == before or (file.name == "manifest.json" and says_the_same(before, after)):
             continue
         file.write_bytes(after)
         folder = root / Path(*file.relative_to(root).parts[:2])
