@@ -59,9 +59,9 @@ def config(tiny, demo_data, tmp_path):
             "error: no model folder /nowhere/m\n  hint: a hub id is NAME or OWNER/NAME\n",
         ),
         (
-            "model.name=elsewhere/tiny-random",
+            "model.name=elsewhere/models/tiny-random",
             66,
-            "error: no model folder elsewhere/tiny-random\n"
+            "error: no model folder elsewhere/models/tiny-random\n"
             "  hint: lorapar fetch tiny-random makes it, in models/\n",
         ),
         *(

@@ -45,12 +45,14 @@ class BenchmarkSection(SourceSection):
             raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
             raise ValueError(f"mode likelihood is for mmlu alone, got kind {self.kind}")
-        if self.kind == "lm_eval" and (vain := self.model_fields_set & _OF_THE_HARNESS):
-            raise ValueError(f"{', '.join(sorted(vain))}: the harness's tasks have their own; leave it out")
+        fields = type(self).model_fields
+        vain = [name for name in _OF_THE_HARNESS if getattr(self, name) != fields[name].default]
+        if self.kind == "lm_eval" and vain:
+            raise ValueError(f"{', '.join(vain)}: the harness's tasks have their own; leave it out")
         return self
 
 
-_OF_THE_HARNESS = {"mode", "max_new_tokens", "temperature", "top_p", "samples", "seed"}
+_OF_THE_HARNESS = ("max_new_tokens", "samples", "seed", "temperature", "top_p")
 
 
 class SandboxSection(Section):

@@ -200,7 +200,7 @@ class _Empty(ValueError):
 def _example(kind: str, row: dict[str, Any]) -> Example:
     if kind == "alpaca":
         row = _in_alpaca(row)
-        prompt = instruction(row)
+        prompt = _instruction(row)
         response, used = text_field(row, "output"), {"instruction", "input", "output"}
     elif kind == "messages":
         prompt, response = _conversation(row["messages"])
@@ -217,8 +217,15 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
 
 
 def instruction(row: dict[str, Any]) -> str:
-    """What a row in the format of alpaca, or of Dolly, asks."""
-    context = _in_alpaca(row).get("input") or ""
+    """What a row in the format of alpaca, or of Dolly, asks; DataError if it says two things."""
+    try:
+        return _instruction(_in_alpaca(row))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    context = row.get("input") or ""
     return text_field(row, "instruction") + (f"\n\n{context}" if context else "")
 
 

@@ -134,11 +134,8 @@ def _port(wanted: int | None) -> int:
         try:
             probe.bind((HOST, wanted or 0))
         except OSError as error:
-            reason = (
-                "is in use"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be had: {str(error.strerror).lower()}"
-            )
+            taken = error.errno == errno.EADDRINUSE
+            reason = "is in use" if taken else f"cannot be had: {error.strerror}"
             raise ServerError(f"server.port {wanted} {reason}", "leave it out for a free one") from None
         return int(probe.getsockname()[1])
 

@@ -68,8 +68,9 @@ def _of_file(path: Path, field: str) -> dict[str, Any]:
 def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     bad = []
     for number, row in read_jsonl(path):
-        asked = {**row, "instruction": instruction(row)} if "instruction" in row else row
-        keys = [asked[name].strip() for name in KEYS if isinstance(asked.get(name), str)]
+        if isinstance(row.get("instruction"), str):
+            row = {**row, "instruction": instruction(row)}
+        keys = [row[name].strip() for name in KEYS if isinstance(row.get(name), str)]
         if not keys or field not in row:
             bad.append(f"{path}:{number}")
         yield from ((key, row.get(field)) for key in keys)

@@ -18,11 +18,11 @@ _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
 _WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
 _DIGITS = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)"
 _SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALED = rf"\s?(?i:({'|'.join(_SCALE)})s?\b)"
+_SCALED = rf"\s?(?i:(?:{'|'.join(_SCALE)})s?\b)"
 # A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
-    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*{_WHOLE})?)(?:{_SCALED.replace('(d', '(?:d')})?"
+    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*{_WHOLE})?)(?:{_SCALED})?"
 )
 _ONE_NUMBER = re.compile(
     rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?"
@@ -51,14 +51,14 @@ def extract(text: str, answer_format: str) -> Extracted:
     """Read the final answer of a model's text; the last occurrence counts."""
     strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
     if strict is None:
-        return Extracted(None, last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
+        return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
     if number(strict) is not None:
         return Extracted(strict, strict)
     behind = strict if answer_format == "xml" else text[text.rindex("####") :]
-    return Extracted(strict, last_number(behind) or strict)
+    return Extracted(strict, _last_number(behind) or strict)
 
 
-def last_number(text: str) -> str | None:
+def _last_number(text: str) -> str | None:
     """The last number of a text, as it is written there."""
     last = collections.deque(_NUMBER.finditer(text), maxlen=1)
     return last[0][0] if last else None
@@ -104,7 +104,8 @@ def _measure(text: str) -> tuple[Fraction, list[str]] | None:
         return None
     value = Fraction(match["value"].replace(",", "")) / below + int(match["whole"] or 0)
     while scaled := re.match(_SCALED, unit):
-        value, unit = value * _SCALE[scaled[1].lower()], unit[scaled.end() :]
+        value *= _SCALE[scaled[0].strip().lower().removesuffix("s")]
+        unit = unit[scaled.end() :]
     if re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
         return None
     words = re.findall(r"[^\W\d_]+", unit.casefold())

@@ -87,7 +87,7 @@ def arguments(
         "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": math.ceil(exact(section.warmup) * steps),
+        "warmup_steps": math.ceil(_exact(section.warmup) * steps),
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,
@@ -284,10 +284,10 @@ def accumulation(samples: int, micro_batch: int) -> int:
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
     """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
-    steps = math.ceil(exact(section.epochs) * batches * passes)
+    steps = math.ceil(_exact(section.epochs) * batches * passes)
     return min(steps, section.max_steps or steps)
 
 
-def exact(value: float) -> Fraction:
+def _exact(value: float) -> Fraction:
     """The decimal as typed: 50 batches times 1.1 are 55, and a float's product is a little more."""
     return Fraction(str(value))

@@ -47,6 +47,14 @@ def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
     assert [row.system for row in labelled(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
 
 
+def test_an_instruction_that_is_no_text_names_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "id0", "instruction": null, "system": 1}\n')
+    assert labelled(ROWS, "system", tmp_path / "a.jsonl")[0].system == 1
+    (tmp_path / "a.jsonl").write_text('{"instruction": "I", "input": "a", "context": "b", "system": 1}\n')
+    with pytest.raises(DataError, match="says something else than its other name"):
+        labelled(ROWS, "system", tmp_path / "a.jsonl")
+
+
 def test_the_report_reads_labels_as_the_stage_does():
     written = ("1", "2", "System 2", 1, None, "fast")
     rows = [Labelled(Example(f"{n}", "Q", "A", None, {"system": x}), 1, {}) for n, x in enumerate(written)]
