@@ -30,6 +30,8 @@ REST_S = 15
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that no proxy is asked for."""
+Done = tuple[int, Any, asyncio.Event]
+"""Index and answer of an item, and what to set when it is dealt with; -1: a worker has no more items."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -89,12 +91,13 @@ class Transport:
     ) -> Iterator[tuple[int, R | Failure]]:
         """Yield the index of each item and its answer, as soon as it is there.
 
-        At most `server.concurrency` requests are in flight, and items are taken only as needed. ServerError
-        if the servers are dead, ConfigError if they refuse what is asked for.
+        At most `server.concurrency` items are asked and not yet dealt with by the caller, who has dealt with
+        one when asking for the next: a kill loses no more. ServerError if the servers are dead, ConfigError
+        if they refuse what is asked for.
         """
         http = self._client()
         loop = asyncio.new_event_loop()
-        done: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        done: asyncio.Queue[Done] = asyncio.Queue()
         session = Session(self, http)
         numbered = iter(enumerate(items))
         workers = [
@@ -102,7 +105,7 @@ class Transport:
         ]
         try:
             while True:
-                i, found = loop.run_until_complete(self._next(done))
+                i, found, dealt_with = loop.run_until_complete(self._next(done))
                 if isinstance(found, Exception):
                     raise found
                 if i < 0:
@@ -111,6 +114,7 @@ class Transport:
                         return
                     continue
                 yield i, found
+                dealt_with.set()
         finally:
             loop.run_until_complete(_end(asyncio.all_tasks(loop), session.http))
             loop.close()
@@ -150,7 +154,7 @@ class Transport:
                 "see HTTP_PROXY, ALL_PROXY, NO_PROXY",
             ) from None
 
-    async def _next(self, done: asyncio.Queue[tuple[int, Any]]) -> tuple[int, Any]:
+    async def _next(self, done: asyncio.Queue[Done]) -> Done:
         try:
             return await asyncio.wait_for(done.get(), self.server.stall_s)
         except TimeoutError:
@@ -172,18 +176,21 @@ async def _pause(seconds: float) -> None:
 
 
 async def _work(
-    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[tuple[int, Any]]
+    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[Done]
 ) -> None:
+    dealt_with = asyncio.Event()
     try:
         for i, item in numbered:
+            dealt_with.clear()
             try:
-                done.put_nowait((i, await ask(session, item)))
+                done.put_nowait((i, await ask(session, item), dealt_with))
             except ItemFailed as failed:
-                done.put_nowait((i, failed.failure))
+                done.put_nowait((i, failed.failure, dealt_with))
+            await dealt_with.wait()
     except Exception as error:  # for the caller, who reads the queue
-        done.put_nowait((0, error))
+        done.put_nowait((0, error, dealt_with))
     else:
-        done.put_nowait((-1, None))
+        done.put_nowait((-1, None, dealt_with))
 
 
 class Session:

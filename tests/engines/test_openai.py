@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -249,6 +250,18 @@ def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
         one.fault = lambda n, path, body: ("reset", None)
         found = dict(client.choose([Ballot(f"r{i}", TEXT.words) for i in range(40)]))
     assert all(isinstance(choice, Choice) for choice in found.values()) and len(found) == 40
+
+
+def test_no_more_is_asked_than_a_kill_may_lose():
+    """However long the caller takes with an answer: a journal's disk may be slow."""
+    with serve(Mock()) as mock:
+        client, seen = Client((mock.url,), None, "", QUICK), []
+        before = len(mock.log)
+        for number, _ in enumerate(client.choose([TEXT] * 40)):
+            time.sleep(0.03)
+            seen.append(len(mock.log) - before - number)
+    # One more finds out about the words.
+    assert len(seen) == 40 and max(seen) <= QUICK.concurrency + 1
 
 
 def test_unlike_servers_of_one_model_are_noticed():
