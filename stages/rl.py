@@ -73,6 +73,8 @@ def run(
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
+    from transformers import GenerationConfig
+
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
@@ -81,7 +83,8 @@ def run(
     steps = training.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
     base = load_base(model)
-    base.generation_config.eos_token_id = renderer.stop_ids  # where TRL looks for it
+    # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
+    base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)

@@ -352,6 +352,14 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
             "mode likelihood is for mmlu alone, got kind demo",
         ),
         (
+            "eval.benchmarks.x={kind: lm_eval, tasks: [t], prompt: {answer_format: xml}}",
+            "the harness takes a template and a system message, and no more",
+        ),
+        (
+            "eval.benchmarks.x={kind: lm_eval, tasks: [t], shots_path: x.jsonl}",
+            "shots_path: the harness's tasks have their own; leave it out",
+        ),
+        (
             "eval.benchmarks.x={kind: lm_eval, tasks: [t], seed: 3, top_p: .5}",
             "x: seed, top_p: the harness's tasks",
         ),

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,25 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_the_card_of_views_says_what_came_first_and_finds_a_local_base(
+    trained, another, tmp_path, monkeypatch
+):
+    config, artifact = trained
+    export.write_views({"sft": artifact, "rl": another}, config, tmp_path / "out/v")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/m").mkdir(parents=True)
+    views = {}
+    for name, made in (("fast", artifact), ("slow", another)):
+        manifest = copy.deepcopy(made.manifest)
+        settings = manifest["provenance"]["config"]
+        settings["model"]["name"] = "models/m"
+        settings["sft"]["start_from"], settings["rl"]["start_from"] = "rl", "init"
+        views[name] = replace(made, manifest=manifest)
+    text = card_of_views(views, Path("out/v"))
+    assert "vllm serve ../../models/m --enable-lora" in text
+    assert "answers at once: then SFT on" in text and "works it out: GRPO on" in text
 
 
 @pytest.mark.vllm

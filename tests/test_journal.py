@@ -139,3 +139,24 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, line):
     with pytest.raises(ArtifactError, match=f"{path}:2 is no answer: ") as caught:
         Journal(path, Choice)
     assert caught.value.hint == "move the file away, and the same command asks again"
+
+
+def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):
+    """A nearly full disk takes part of a write without an error."""
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, Anything)
+    with journal.writing(print):
+        journal.keep(("a", 0), {})
+        usual = journal._file
+
+        class Full:
+            def write(self, line):
+                return usual.write(line[:9])
+
+        journal._file = Full()
+        with pytest.raises(OSError, match="No space left"):
+            journal.keep(("b", 0), {})
+        journal._file = usual
+        journal.keep(("c", 0), {})
+    found = Journal(path, Anything)
+    assert ("a", 0) in found and ("b", 0) not in found and ("c", 0) in found

@@ -84,6 +84,38 @@ def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change
     assert {name for name in ALL if one[name].key != two[name].key} == changed
 
 
+@pytest.mark.parametrize(
+    ("strategy", "unread", "read"),
+    [
+        (
+            "classify.strategy=known",
+            ["classify.seed=3", "classify.rule=unanimous", "classify.voters=[{}]"],
+            "swap",
+        ),
+        ("classify.strategy=random", ["classify.known=x", "classify.quorum=1"], "seed"),
+    ],
+)
+def test_labels_that_no_voter_gives_are_keyed_without_voters(smoke, strategy, unread, read):
+    one = plan(resolved(smoke(strategy)))
+    for change in unread:
+        assert plan(resolved(smoke(strategy, change)))["sft"].key == one["sft"].key, change
+    assert plan(resolved(smoke(strategy, f"classify.{read}=1")))["sft"].key != one["sft"].key
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unread", "read"),
+    [("all", "theta=.5", None), ("topk", "theta=.5", "density=.3"), ("importance", "density=.3", "theta=.5")],
+)
+def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
+    one, two, three = (
+        plan(resolved(smoke(f"partition.strategy={strategy}", *[f"partition.{c}" for c in change if c])))[
+            "sft"
+        ].key
+        for change in ([], [unread], [read])
+    )
+    assert one == two and (one == three) == (read is None)
+
+
 def test_arguments_of_the_server_count_where_it_answers(smoke):
     served = ("eval.engine=vllm", "eval.benchmarks.demo.label=false")
     one, two, three = (

@@ -2,12 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
+from stages.pipeline.estimate import Cost, _Work
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
 from stages.store import estimates
@@ -59,8 +61,8 @@ def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
     monkeypatch.setattr(footprint, "room", lambda: 50)
     done, _ = asked("--set", "rl.max_completion=3")
     assert "16: cut" in done.out
-    monkeypatch.setattr("stages.pipeline.estimate.SAMPLE", 8)
-    monkeypatch.setattr("stages.pipeline.estimate.LONGEST", 0)
+    monkeypatch.setattr("stages.pipeline.lengths.SAMPLE", 8)
+    monkeypatch.setattr("stages.pipeline.lengths.LONGEST", 0)
     assert " 8 of 16 " in asked("--set", "rl.max_completion=3")[0].out
     assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
 
@@ -76,6 +78,16 @@ def test_what_a_baseline_costs_is_not_told(asked):
 def test_a_total_of_nothing_that_is_known_is_none():
     assert planning._together([None, None]) == "how long it takes is not known"
     assert planning._together([30, None]).startswith("together about 30 s, and what is not known;")
+
+
+def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_model():
+    work = object.__new__(_Work)
+    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5))
+    work.starting, work.started = 8, set()
+    work._answers = work._sft = lambda _: Cost(1.0, 20.0)
+    stages = ("eval", "eval", "sft")
+    steps = [SimpleNamespace(stage=SimpleNamespace(name=name), variant="") for name in stages]
+    assert [work.cost(step).seconds for step in steps] == [1 + 2 + 8, 1 + 2, 1 + 2 + 4 + 8]
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def run(
             num_fewshot=section.shots or None,
             limit=section.limit,
             apply_chat_template=section.prompt is not None and section.prompt.template == "chat",
+            system_instruction=section.prompt.system if section.prompt else None,
             log_samples=True,
             bootstrap_iters=0,
             confirm_run_unsafe_code=False,

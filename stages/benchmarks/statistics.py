@@ -5,6 +5,8 @@ from math import comb, sqrt
 from statistics import NormalDist
 
 Z = NormalDist().inv_cdf(0.975)
+FEW, PERMUTATIONS = 50, 9999
+"""Items that differ, and how many permutations of their signs are drawn: of up to 13 items all there are."""
 DECIMALS = 12
 """Of shares and their differences. Two thirds less one third is one number, and another float than one third
 less none: unrounded, a test of ranks would tell ties apart by their rounding errors."""
@@ -48,17 +50,18 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     """Two-sided p-value of the hypothesis that two targets do equally well on the same items.
 
     before, after: each item's share of correct answers. Exact McNemar test where every difference is -1, 0 or
-    1, else Wilcoxon's signed-rank test.
+    1, else Wilcoxon's signed-rank test over the items that differ: where they are FEW, by permutations, as a
+    normal approximation then gives p-values too small.
     """
-    differences = _differences(before, after)
-    if not any(differences):
+    differing = [difference for difference in _differences(before, after) if difference]
+    if len(differing) < 2:
         return 1.0
-    from scipy.stats import binomtest, wilcoxon
+    from scipy.stats import PermutationMethod, binomtest, wilcoxon
 
-    if all(difference in (-1, 0, 1) for difference in differences):
-        gained, lost = differences.count(1), differences.count(-1)
-        return float(binomtest(gained, gained + lost).pvalue)
-    return float(wilcoxon(differences).pvalue)
+    if all(difference in (-1, 1) for difference in differing):
+        return float(binomtest(differing.count(1), len(differing)).pvalue)
+    few = PermutationMethod(n_resamples=PERMUTATIONS, rng=0) if len(differing) <= FEW else "asymptotic"
+    return float(wilcoxon(differing, method=few).pvalue)
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

@@ -49,10 +49,16 @@ class BenchmarkSection(SourceSection):
         vain = [name for name in _OF_THE_HARNESS if getattr(self, name) != fields[name].default]
         if self.kind == "lm_eval" and vain:
             raise ValueError(f"{', '.join(vain)}: the harness's tasks have their own; leave it out")
+        if self.kind == "lm_eval" and self.prompt:
+            mine = self.prompt.model_dump(exclude={"template", "system"})
+            if mine != PromptSection().model_dump(exclude={"template", "system"}):
+                raise ValueError("prompt: the harness takes a template and a system message, and no more")
         return self
 
 
-_OF_THE_HARNESS = ("max_new_tokens", "samples", "seed", "temperature", "top_p")
+_OF_THE_HARNESS = (
+    "max_new_tokens", "samples", "seed", "temperature", "top_p", "split", "shots_path", "shots_split",
+)  # fmt: skip
 
 
 class SandboxSection(Section):

@@ -18,9 +18,12 @@ from pydantic import (
 from stages.errors import LoraparError
 
 
-def setting(default: Any, doc: str, identity: bool = True, not_for: str = "", **constraints: Any) -> Any:
-    """A field. `not_for` names the stage, or variant of one, that reads its section but not this field."""
-    marks: dict[str, Any] = {"identity": identity, "not_for": not_for}
+def setting(
+    default: Any, doc: str, identity: bool = True, not_for: str | tuple[str, ...] = (), **constraints: Any
+) -> Any:
+    """A field. `not_for` names what does not read it, though it reads the section: see `identity`."""
+    names = not_for if isinstance(not_for, str) else " ".join(not_for)
+    marks: dict[str, Any] = {"identity": identity, "not_for": names}
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
@@ -96,13 +99,17 @@ class Section(BaseModel):
 def identity(value: Any, *readers: str) -> Any:
     """The part of a section that determines a result, as plain JSON values.
 
-    readers: the names of the stage and of its variant. Fields that are `not_for` one of them are left out.
+    readers: the names of the stage and of its variant; a section's own strategy is another, for what is below
+    it, too. Fields that are `not_for` one of them are left out.
     """
     if isinstance(value, Section):
+        readers = (*readers, getattr(value, "strategy", ""))
         kept = {}
         for name, field in type(value).model_fields.items():
             marks = field.json_schema_extra
-            if not isinstance(marks, dict) or (marks["identity"] and marks["not_for"] not in readers):
+            if not isinstance(marks, dict) or (
+                marks["identity"] and not set(str(marks["not_for"]).split()) & set(readers)
+            ):
                 kept[name] = identity(getattr(value, name), *readers)
         return kept
     if isinstance(value, list | tuple):

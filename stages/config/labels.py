@@ -118,6 +118,10 @@ class ServerSection(Section):
     )
 
 
+UNVOTED = ("known", "random")
+"""Strategies without voters."""
+
+
 class ClassifySection(Section):
     strategy: Literal["vote", "known", "random"] = setting(
         "vote",
@@ -130,20 +134,29 @@ class ClassifySection(Section):
         identity=False,
     )
     swap: bool = setting(False, "Control: exchange the labels System 1 and System 2.")
-    voters: list[Voter] = setting([Voter()], "The voters.", min_length=1)
+    voters: list[Voter] = setting([Voter()], "The voters.", not_for=UNVOTED, min_length=1)
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = setting(
-        "majority", "How votes become a label; the mean probability decides a tie."
+        "majority", "How votes become a label; the mean probability decides a tie.", not_for=UNVOTED
     )
     quorum: float = setting(
-        0.5, "An example is undecided if fewer than this share of the voters gave a valid vote.", ge=0, le=1
+        0.5,
+        "An example is undecided if fewer than this share of the voters gave a valid vote.",
+        not_for=UNVOTED,
+        ge=0,
+        le=1,
     )
     min_agreement: float = setting(
-        0, "An example is undecided if the larger side has less than this share of the votes.", ge=0, le=1
+        0,
+        "An example is undecided if the larger side has less than this share of the votes.",
+        not_for=UNVOTED,
+        ge=0,
+        le=1,
     )
-    show_answer: bool = setting(True, "Show the voters the reference answer too.")
+    show_answer: bool = setting(True, "Show the voters the reference answer too.", not_for=UNVOTED)
     system2_share: float | None = setting(
         None,
         "Known share of System 2; each voter then votes 2 for that share, and calibration is not used.",
+        not_for="known",
         gt=0,
         lt=1,
     )
@@ -156,6 +169,7 @@ class ClassifySection(Section):
         "system",
         "Field of the rows that may hold a known label (1 or 2); the report compares labels with it, and "
         "strategy known takes it.",
+        not_for="random",
     )
     max_failed: float = setting(
         0.01,
@@ -171,4 +185,4 @@ class ClassifySection(Section):
         ge=0,
         le=1,
     )
-    seed: int = setting(0, "Seed of strategy random and of sampled votes.")
+    seed: int = setting(0, "Seed of strategy random and of sampled votes.", not_for="known")

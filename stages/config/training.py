@@ -74,13 +74,26 @@ class ScoreSection(Section):
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 
 
+BY_DENSITY = ("topk", "random_half")
+BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
+"""Strategies, by what says how many elements they take."""
+
+
 class PartitionSection(Section):
     strategy: Strategy = setting("importance", "How the elements are split.")
     theta: float = setting(
-        0.9, "Share of a system's total importance that its most important elements must reach.", gt=0, le=1
+        0.9,
+        "Share of a system's total importance that its most important elements must reach.",
+        not_for=("all", *BY_DENSITY),
+        gt=0,
+        le=1,
     )
     density: float = setting(
-        0.5, "Share of all elements that strategies topk and random_half take.", gt=0, le=1
+        0.5,
+        "Share of all elements that strategies topk and random_half take.",
+        not_for=("all", *BY_THETA),
+        gt=0,
+        le=1,
     )
     alpha: float = setting(
         1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1

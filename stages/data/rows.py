@@ -250,7 +250,7 @@ def _conversation(messages: Any) -> tuple[str, str]:
             f"field messages: expected user and assistant, after an optional system, got {roles}"
         )
     texts = [text_field(m, "content") for m in messages]
-    return "\n\n".join(texts[:-1]), texts[-1]
+    return "\n\n".join(text for text in texts[:-1] if text.strip()), texts[-1]
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:

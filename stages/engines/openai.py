@@ -20,6 +20,7 @@ from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, 
 from stages.engines.reply import Completion, Reply, count_of, models_of
 from stages.engines.transport import ItemFailed, Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
+from stages.language.answers import after_thought
 
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
@@ -267,10 +268,7 @@ def word_of(text: str, words: tuple[str, ...]) -> int | None:
     Reading is strict: the first or last line after the thought must be the word and nothing else. Case,
     spaces, punctuation, markup and a leading "the answer is" are ignored.
     """
-    _, ended, after = text.rpartition("</think>")
-    if not ended and "<think>" in after:
-        return None
-    lines = [line for line in after.splitlines() if line.strip()]
+    lines = [line for line in after_thought(text).splitlines() if line.strip()]
     plain = [_bare(word) for word in words]
     found = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _bare(line)) in plain}
     return found.pop() if len(found) == 1 else None

@@ -16,6 +16,7 @@ from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.engines.generation import continuations, padded
 from stages.errors import ConfigError, MeaninglessError
+from stages.language.answers import THOUGHT
 from stages.language.prompts import chat
 from stages.models import flat
 from stages.models.base import load_merged
@@ -31,8 +32,10 @@ BATCH = 16
 """Prompts of a batch of choices, where the architecture needs padding."""
 WORTH_KEEPING = 32
 """Length in tokens from which such a batch keeps the beginning of its prompts."""
-END = "</think>"
-"""The end of a thought; added if the thought did not end by itself."""
+END = THOUGHT[1]
+"""Added to a thought that did not end by itself."""
+THOUGHTS = 4
+"""Batches of thoughts after which choices are made, so that a kill loses no more of them."""
 HEAD_ROWS = 2048
 """Rows of a head that are converted to float32 at a time, few enough to stay in the processor's cache.
 
@@ -55,14 +58,22 @@ class InProcess:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    @torch.no_grad()
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
         """One forward pass per batch; the words' probabilities are read at the first token that differs.
 
         Prompts with the same beginning (such as worked examples) follow each other, and each batch computes
-        the beginning once. A voter that thinks writes its thought first.
+        the beginning once. A voter that thinks writes its thought first; thoughts take long, so the choices
+        of some are made before others think.
         """
-        pairs = enumerate(self._prepared(list(ballots)))
+        every = list(ballots)
+        size = THOUGHTS * self.batch_size if any(ballot.thought for ballot in every) else max(1, len(every))
+        for at in range(0, len(every), size):
+            for i, choice in self._chosen(every[at : at + size]):
+                yield at + i, choice
+
+    @torch.no_grad()
+    def _chosen(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+        pairs = enumerate(self._prepared(ballots))
         prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
         too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
@@ -200,8 +211,17 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> t
 
     ConfigError unless these next tokens are all different.
     """
-    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    tokens = [_continuing(tokenizer, word) for word in words]
     same = common(tokens)
     if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
         raise ConfigError(f"the words {words} do not differ in one token")
     return tokens[0][:same], [ids[same] for ids in tokens]
+
+
+def _continuing(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """The tokens of a word that continues a text: some tokenizers put a space before whatever begins one."""
+    alone: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if not word[:1].isspace():
+        return alone
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("x", f"x{word}"))
+    return whole[len(before) :] if whole[: len(before)] == before else alone

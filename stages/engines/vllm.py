@@ -29,6 +29,8 @@ HOST = "127.0.0.1"
 MODULE = "adapter"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
+KEY = "VLLM_API_KEY"
+"""A server that is given one answers nobody without it, and this one listens to this machine alone."""
 
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Environment of vLLM on CPU.
@@ -179,11 +181,12 @@ def _command(
 def _environment(devices: str | None) -> dict[str, str]:
     """The server's environment. By default vLLM refuses more than a few stop texts; HumanEval has ten."""
     visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
+    inherited = {name: value for name, value in os.environ.items() if name != KEY}
     return {
         **({} if _have_gpu() else ON_CPU),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_STOP_STRINGS": "64",
-        **os.environ,
+        **inherited,
         **visible,
     }
 

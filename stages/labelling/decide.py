@@ -55,7 +55,8 @@ def decide(
       `quorum`, the example is undecided (None).
     - Rules majority and weighted: the side with more voters, or more weight. A tie is decided by the mean
       calibrated probability, and if that is 0.5 too, for 2.
-    - Rule mean_probability: 2 if the mean is above 0.5. Rule unanimous: undecided unless all agree.
+    - Rule mean_probability: 2 if the mean is above 0.5; if it is 0.5, the side with more voters. Rule
+      unanimous: undecided unless all agree.
     - If the larger side has less than `min_agreement` of the voters (or weight), the example is undecided.
     """
     held, twos = {}, {}
@@ -85,7 +86,7 @@ def _label(said: list[tuple[float, bool, float]], section: ClassifySection) -> i
         return None
     if section.rule == "unanimous":
         return {0.0: 1, 1.0: 2}.get(two)
-    if section.rule == "mean_probability":
+    if section.rule == "mean_probability" and abs(mean - 0.5) > 1e-9:
         return 2 if mean > 0.5 else 1
     if abs(two - 0.5) < 1e-9:
         return 2 if mean >= 0.5 else 1

@@ -22,22 +22,26 @@ KEYS = ("id", "question", "prompt", "instruction")
 def labelled(examples: list[Example], field: str, file: Path | None, needed: bool = True) -> list[Labelled]:
     """Each example with its label from its own field, or from the file; undecided where there is none.
 
-    The file is one JSON object, id or question → label, or JSON Lines with one of KEYS and `field`. A label
-    is 1 or 2, also as `System 1`. DataError lists every one that is something else, and says if labels are
-    `needed` and there is none.
+    The file is one JSON object, id or question → label, or JSON Lines with one of KEYS and `field`. An id is
+    that of lorapar's artifacts, or the row's own field `id`. A label is 1 or 2, also as `System 1`. DataError
+    lists every one that is something else or contradicts another, and says if labels are `needed` and there
+    is none.
     """
-    given = _of_file(file, field) if file else {e.id: e.extra[field] for e in examples if field in e.extra}
+    given = _of_file(file, field) if file else [(e.id, e.extra[field]) for e in examples if field in e.extra]
     where = str(file) if file else f"the field {field}"
-    found: dict[str, int] = {}
+    found: dict[str, set[int]] = {}
     wrong = []
-    for key, value in given.items():
+    for key, value in given:
         if system := system_of(value):
-            found[key] = system
+            found.setdefault(key, set()).add(system)
         elif value is not None:
             wrong.append(f"{key[:60]}: {value!r}")
     if wrong:
         raise problems(f"label in {where} that is neither 1 nor 2", wrong)
-    rows = [Labelled(e, found.get(e.id, found.get(e.prompt.strip())), {}) for e in examples]
+    names = {e.id: next((name for name in _names(e) if name in found), None) for e in examples}
+    if twice := sorted({name[:60] for name in names.values() if name and len(found[name]) > 1}):
+        raise problems(f"row with both labels in {where}", twice)
+    rows = [Labelled(e, min(found[name]) if (name := names[e.id]) else None, {}) for e in examples]
     without = sum(row.system is None for row in rows)
     if needed and without == len(rows):
         hint = "a JSON object of id or question → 1 or 2" if file else "name it: classify.known"
@@ -47,13 +51,19 @@ def labelled(examples: list[Example], field: str, file: Path | None, needed: boo
     return rows
 
 
+def _names(example: Example) -> list[str]:
+    """By which a file may name an example, the surest first."""
+    own = example.extra.get("id")
+    return [example.id, *([str(own)] if own is not None else []), example.prompt.strip()]
+
+
 def system_of(value: Any) -> int | None:
     """1 or 2 if a label says so, as a number or in words: `2`, `System 2`."""
     match = re.fullmatch(r"\s*(?:system\s*)?([12])(?:\.0)?\s*", str(value), re.IGNORECASE)
     return int(match[1]) if match else None
 
 
-def _of_file(path: Path, field: str) -> dict[str, Any]:
+def _of_file(path: Path, field: str) -> list[tuple[str, Any]]:
     if path.suffix == ".json":
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
@@ -61,8 +71,8 @@ def _of_file(path: Path, field: str) -> dict[str, Any]:
             raise DataError(f"{path} is not JSON: {error}") from None
         if not isinstance(given, dict):
             raise DataError(f"{path} must hold one object, got {type(given).__name__}")
-        return {str(key).strip(): value for key, value in given.items()}
-    return dict(_lines(path, field))
+        return [(str(key).strip(), value) for key, value in given.items()]
+    return list(_lines(path, field))
 
 
 def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
@@ -70,7 +80,7 @@ def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     for number, row in read_jsonl(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
-        keys = [row[name].strip() for name in KEYS if isinstance(row.get(name), str)]
+        keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
         if not keys or field not in row:
             bad.append(f"{path}:{number}")
         yield from ((key, row.get(field)) for key in keys)

@@ -17,8 +17,9 @@ _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
 # Groups of three, or in India's way of two before the last; seven are enough, and keep the search linear.
 _WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
 _DIGITS = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)"
-_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALED = rf"\s?(?i:(?:{'|'.join(_SCALE)})s?\b)"
+_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "k": 10**3}
+# `5k` is 5,000; `5 K` and `5m` have a unit.
+_SCALED = rf"(?:\s?(?i:(?:{'|'.join(name for name in _SCALE if name != 'k')})s?\b)|[kK]\b)"
 # A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
@@ -32,6 +33,18 @@ _ONE_NUMBER = re.compile(
 _AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENED, _CLOSED = "<answer>", "</answer>"
+THOUGHT = ("<think>", "</think>")
+"""What stands around the thought of a model that thinks first."""
+_NAMES = r"\s*\(?([A-J])\b(?!')"
+_SAYS = [
+    re.compile(rf"{says}{_NAMES}", re.IGNORECASE)
+    for says in (
+        r"answer(?: is|:)?(?:\s+(?:choice|option))?",
+        r"(?:choice|option)(?: is|:)",
+        r"(?:choice|option)",
+    )
+]
+"""Ways to name a choice, those that say which is right before those that may speak of any."""
 LONGEST_NUMBER = 200
 """Characters that a text with its unit may have to be read as one number."""
 
@@ -47,8 +60,16 @@ class Extracted:
     gives way to the last number in it and behind it: `####` before it may have been a heading."""
 
 
+def after_thought(text: str) -> str:
+    """What a model says after its thought: nothing if the thought has no end, and all if there is none."""
+    opened, closed = THOUGHT
+    _, ended, after = text.rpartition(closed)
+    return "" if not ended and opened in text else after
+
+
 def extract(text: str, answer_format: str) -> Extracted:
-    """Read the final answer of a model's text; the last occurrence counts."""
+    """Read the final answer of a model's text, after its thought; the last occurrence counts."""
+    text = after_thought(text)
     strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
     if strict is None:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
@@ -116,16 +137,18 @@ def _measure(text: str) -> tuple[Fraction, list[str]] | None:
 def letter(text: str, whole: bool = False) -> str | None:
     """The choice, A to J, that a text names: its first letter or, unless `whole`, the one it says is right.
 
-    `B`, `(B)`, `B.` and `B) because` begin with a letter; `Because` and `A dog` do not.
+    `B`, `(B)`, `B.` and `B) because` begin with a letter; `Because` and `A dog` do not. What is said last
+    counts, but other choices may be spoken of after `the answer is B`. A thought does not count.
     """
+    text = after_thought(text)
     begins = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
     if begins or whole:
         return begins[1] if begins else None
-    says = re.findall(r"(?:answer|choice|option)(?: is|:)?\s*\(?([A-J])\b(?!')", text, re.IGNORECASE)
-    says = [found for found in says if found.isupper()] or re.findall(
-        r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text
-    )
-    return says[-1] if says else None
+    for says in _SAYS:
+        if named := [found for found in says.findall(text) if found.isupper()]:
+            return named[-1]
+    loose = re.findall(r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text)
+    return loose[-1] if loose else None
 
 
 def same(answer: str | None, gold: str) -> bool:

@@ -5,8 +5,12 @@ import bisect
 import re
 from collections.abc import Iterator
 
+from stages.language.answers import after_thought
+
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
 """Texts that end a function: the paper's and four more, which cannot be part of a function's body either."""
+
+_FUTURE = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
 
 
 def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
@@ -23,8 +27,16 @@ def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
     code = code_block(output, entry)
     if not code.strip():
         return None
+    future, code = _future(code)
     # The prompt goes first, so that a rewritten function can use what the prompt defines or imports.
-    return f"{stub(prompt)}\n{code}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n{code}\n"
+    before = f"{stub(prompt)}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n"
+    return f"{future}{before}{code}\n"
+
+
+def _future(code: str) -> tuple[str, str]:
+    """The imports from `__future__`, which must come before all else, and the rest."""
+    found = _FUTURE.findall(code)
+    return "".join(f"{line}\n" for line in found), _FUTURE.sub("", code) if found else code
 
 
 def stub(prompt: str) -> str:
@@ -53,8 +65,9 @@ _CLOSES = re.compile(r"^([ \t]*)```[ \t]*$", re.MULTILINE)
 def code_block(output: str, entry: str) -> str:
     """The last code block that defines the function `entry`, else the last one, else the whole text.
 
-    A block whose fence is indented, as in a list, loses that indentation.
+    A thought before it does not count. A block whose fence is indented, as in a list, loses that indentation.
     """
+    output = after_thought(output)
     blocks = list(_blocks(output))
     with_entry = [block for block in blocks if _defines(block, entry)]
     return (with_entry or blocks or [output])[-1]

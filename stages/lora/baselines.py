@@ -40,6 +40,8 @@ continue from that.
 """
 
 
+RANDLORA_ALPHA = 20
+"""Times the rank, as PEFT says; its own default is that of rank 32, whatever the rank."""
 VERA_RANK = 256
 """That of its paper (arXiv 2310.11454): it trains two vectors for each module, whatever the rank."""
 
@@ -101,7 +103,13 @@ def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout
             r=baseline.rank or VERA_RANK, projection_prng_key=seed, vera_dropout=dropout, **common
         )
     if baseline.method == "randlora":
-        return RandLoraConfig(r=rank, projection_prng_key=seed, randlora_dropout=dropout, **common)
+        return RandLoraConfig(
+            r=rank,
+            randlora_alpha=RANDLORA_ALPHA * rank,
+            projection_prng_key=seed,
+            randlora_dropout=dropout,
+            **common,
+        )
     if baseline.method == "shira":
         return ShiraConfig(r=rank, random_seed=seed, **common)
     return MissConfig(r=rank, miss_dropout=dropout, **common)

@@ -22,9 +22,9 @@ class Drift(TrainerCallback):
     """Logs KL(start ‖ policy), where start is the policy at the time this is built.
 
     It is estimated on one answer by the start to each prompt: the mean over their tokens of r − 1 − log r,
-    where r is the policy's probability over the start's (http://joschu.net/blog/kl-approx.html). Answers are
-    sampled as rollouts are: `rl.top_p` and `rl.top_k` cut the start's distribution. It draws no number of the
-    trainer's, and changes nothing.
+    where r is the policy's probability over the start's (http://joschu.net/blog/kl-approx.html). Both are
+    distributions as rollouts are sampled from: at `rl.temperature`, and for the answers cut by `rl.top_p` and
+    `rl.top_k`. It draws no number of the trainer's, and changes nothing.
     """
 
     def __init__(

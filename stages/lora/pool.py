@@ -36,7 +36,7 @@ class Pool:
     held_out: list[list[int]]
     """Token ids of System 1 prompts that RL never trains on."""
     long: int
-    """How many prompts are too long."""
+    """How many prompts to train on are too long."""
 
     @property
     def slow(self) -> int:
@@ -83,7 +83,11 @@ class Pool:
         fast = list({row["prompt"]: row for row in fast if row["question"] not in other}.values())
         tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + fast}
         kept, long = _fitting(trained, tokens, rl)
-        fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt]
+        if rl.replayed or rl.too_long != "error":
+            fast, long_fast = _fitting(fast, tokens, rl)
+            long += long_fast if rl.replayed else 0
+        else:  # no reason to stop: only the drift is measured on them
+            fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt]
         random.Random(f"{seed} held out").shuffle(fast)
         held_out, fast = fast[: rl.drift_prompts], fast[rl.drift_prompts :]
         replayed = [row for row in fast if all(row.get(name) is not None for name in columns)]

@@ -16,11 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from stages.errors import ArtifactError
 from stages.lora import adapter, baselines
 from stages.lora.packed import PackedLinear
 from stages.store.checkpoints import Checkpoints
+
+
+class AsAsked(TrainerCallback):
+    """Checkpoints as often as is asked for now: the library goes on as the run before did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps
 
 
 class ExactResume:
@@ -77,7 +85,7 @@ class ExactResume:
         tensors: dict[str, Tensor] = {}
         other: dict[str, dict[str, Any]] = {}
         for index, values in whole["state"].items():
-            for name, value in values.items():
+            for name, value in _unwrapped(values).items():
                 if isinstance(value, Tensor):
                     tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
                 else:
@@ -127,6 +135,18 @@ class ExactResume:
         random.setstate((version, tuple(internal), gauss))
         kind, words, *rest = state["numpy"]
         np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter: bitsandbytes puts its own part into a dict, with tables that all parameters
+    share, which safetensors refuses. It takes back what is unwrapped, too."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            found |= {key: part.clone() if isinstance(part, Tensor) else part for key, part in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 class ExactRollouts(ExactResume):

@@ -24,6 +24,7 @@ from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter, baselines, curves
 from stages.lora.masks import Masks
 from stages.lora.packed import PackedLinear
+from stages.lora.resume import AsAsked
 from stages.lora.watchdog import Watchdog
 from stages.store.checkpoints import Checkpoints
 
@@ -79,6 +80,10 @@ def arguments(
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
+        )
+    if section.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optimizer adamw_8bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'"
         )
     # The library's `constant` ignores the warm-up without a warning.
     scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
@@ -205,6 +210,7 @@ def train(
         log.info("resuming from %s", resumed.name)
     dog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
     trainer.add_callback(dog)
+    trainer.add_callback(AsAsked())
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import types
+from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -107,16 +108,14 @@ class SharedPrompts:
 
         Here groups stand by length, but for bnpo, whose loss depends on what is in a micro batch together.
         """
-        if not self.sharing or not self.model.training:
+        if not self.sharing or not self.model.training or self.args.loss_type == "bnpo":
             return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         from trl.trainer.utils import split_tensor_dict
 
         slices = self.args.steps_per_generation
         if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
             made = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
-            if self.args.loss_type != "bnpo":
-                made = _by_length(made, self.args.num_generations)
-            self._buffered_inputs = split_tensor_dict(made, slices)
+            self._buffered_inputs = split_tensor_dict(_by_length(made, self.args.num_generations), slices)
         return self._buffered_inputs[self._step % slices]
 
     def _get_per_token_logps_and_entropies(
@@ -132,8 +131,32 @@ class SharedPrompts:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies of completions, (rows, logits_to_keep), and no auxiliary loss.
 
-        Both are zero behind the end of a completion.
+        Both are zero behind the end of a completion. Passes that only compare, of the reference and of the
+        policy that sampled, drop nothing out: else equal models would differ.
         """
+        with nullcontext() if torch.is_grad_enabled() else flat.evaluating(self.model):
+            return self._found(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **more,
+            )
+
+    def _found(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool,
+        compute_aux_loss: bool,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows = input_ids.split(batch_size or len(input_ids))
         masks = attention_mask.split(batch_size or len(input_ids))
         if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):

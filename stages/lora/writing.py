@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages import team
 from stages.engines.generation import continuations
 from stages.lora import packed
+from stages.models.flat import evaluating
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,7 @@ class Written:
     """Mixin for GRPOTrainer, to stand before it: prompts come with their tokens, and `writer` completes them.
 
     Set `pool` and `writer` before `train`. A writer without a copy leaves completions to TRL: by vLLM, or by
-    generating through the adapter.
+    generating through the adapter, of which nothing drops out then.
     """
 
     pool: Pool
@@ -58,7 +59,7 @@ class Written:
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
-            with packed.fixed(self.writer.adapted):
+            with packed.fixed(self.writer.adapted), evaluating(self.writer.adapted):
                 return super()._generate_single_turn(prompt_ids, *args, **given)  # type: ignore[misc]
         again = f" {self.attempt}" if self.attempt else ""
         seed = f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}{again}"

@@ -1,15 +1,16 @@
 """What each step will cost on this machine, in time and in memory: work is counted, its pieces are measured.
 
 What nobody can know before is assumed: half of the rows are System 1, a trained model answers as long as the
-references are and an untrained one as long as it may, servers start at once, and vLLM writes no faster than
-this process would. Told is one process on one device that holds whole weights.
+references are and an untrained one as long as it may, servers start at once, vLLM writes no faster than this
+process would, and all steps of a stage are made by one command, which starts once. Told is one process on one
+device that holds whole weights.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ from stages.labelling.personas import SHOTS, Brief, personas, shots
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.lengths import Lengths, Span
+from stages.pipeline.lengths import Lengths, Span, drawn, sampled
 from stages.pipeline.plan import Step
 from stages.records import Example
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLE, LONGEST = 5000, 64
-"""Rows from which lengths are taken: some drawn at random, and those of the longest texts."""
 BALLOTS = 64
 """Votes in a batch that is measured."""
 LAST = {"score": 1, "sft": 2, "rl": 3}
@@ -75,12 +74,15 @@ class Estimate:
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
+    begun = time.perf_counter()
     work = _Work(config, {step.stage.name for step in steps})
     if not any(work.rows.values()):
         return Estimate({step.name: Cost(None, None) for step in steps}, [])
     from stages.pipeline.probe import Probe
 
     work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
+    measured = work.probe.loading.seconds + work.probe.trainer.seconds
+    work.starting = time.perf_counter() - begun - measured
     # What training leaves in memory would count for what is measured after it.
     found = {
         step.name: work.cost(step) for step in sorted(steps, key=lambda step: LAST.get(step.stage.name, 0))
@@ -95,15 +97,20 @@ class _Work:
     config: Config
     stages: set[str]
     probe: Probe = field(init=False)
+    starting: float = field(init=False)
+    """Seconds until a command has its libraries, its tokenizer and its rows."""
+    started: set[str] = field(default_factory=set)
+    """Stages of which a step has been told that starts."""
 
     def __post_init__(self) -> None:
         config = self.config
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         self.rows = {name: _items(config, name) for name in config.eval.benchmarks}
         self.rows["train"] = read(config.data) if config.data.path else []
-        self.written: dict[str, tuple[Piece, Piece, int]] = {}
-        """By benchmark, because all targets write alike: see `Probe.writing`, and the answers in a batch."""
-        self.sample = _sample(self.rows["train"])
+        self.written: dict[str, tuple[Piece, Piece, Piece, int]] = {}
+        """By benchmark, because all targets write alike: see `Probe.writing`, a prompt read by itself,
+        and the answers in a batch."""
+        self.sample = sampled(self.rows["train"])
         self.rendered: dict[str, list[Row]] = {}
 
     def cost(self, step: Step) -> Cost:
@@ -123,8 +130,11 @@ class _Work:
             return Cost(None, self.probe.room + 1)  # the smallest piece of it already
         if not found.seconds:
             return found
-        probe, trains = self.probe, step.stage.name in ("sft", "rl")
+        probe, stage = self.probe, step.stage.name
+        trains, starts = stage in ("sft", "rl"), stage not in self.started
+        self.started.add(stage)
         seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
+        seconds += self.starting if starts else 0
         mib = found.mib and max(found.mib, probe.loading.mib) - (0 if trains else probe.trainer.mib)
         return Cost(seconds, mib)
 
@@ -185,7 +195,7 @@ class _Work:
         classify, persona = self.config.classify, personas.pick(voter.persona)
         worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
         brief = Brief(self.config.model.title, classify.show_answer, voter.words, worked)
-        ballots = [persona(example, brief) for example in _drawn(examples, BALLOTS)]
+        ballots = [persona(example, brief) for example in drawn(examples, BALLOTS)]
         return self.probe.choosing(ballots), len(ballots)
 
     @cached_property
@@ -259,20 +269,21 @@ class _Work:
         written = 1 if section.mode == "likelihood" else section.max_new_tokens
         if name not in self.written:
             renderer = self._renderer(section.prompt)
-            asked = _drawn(examples, self.config.server.batch_size)
+            asked = drawn(examples, self.config.server.batch_size)
             prompts = [renderer.prompt_ids(example.prompt) for example in asked]
-            self.written[name] = (*self.probe.writing(prompts, written), len(asked))
-        read, token, batch = self.written[name]
+            alone = self.probe.reading(prompts[:1])
+            self.written[name] = (*self.probe.writing(prompts, written), alone, len(asked))
+        read, token, alone, batch = self.written[name]
         mean, last = written, written
         if target not in ("base", "init"):
             mean, last = (min(written, round(n)) for n in (self._responses.mean, self._responses.p99))
         each = (1 + section.shots) * read.seconds + (mean - 1) * token.seconds
         seconds = len(examples) * section.samples / batch * each + (last - mean) * token.seconds
-        again = 0.0
-        if self.config.eval.parity_items and target != "base" and not section.temperature:
-            seconds += self.probe.loading.seconds
+        again, here = 0.0, self.config.eval.engine == "transformers"
+        checked = 0 if section.temperature else min(self.config.eval.parity_items, len(examples))
+        if checked and not (here and target == "base"):
+            seconds += self.probe.loading.seconds + checked * (1 + (target != "base")) * alone.seconds
             again = self.probe.second_mib()
-        here = self.config.eval.engine == "transformers"
         return Cost(seconds, max(read.mib, token.mib) + again if here else None)
 
     def _longest(self, stage: str, number: int) -> list[Row]:
@@ -290,17 +301,6 @@ def _items(config: Config, name: str) -> list[Example]:
     section = config.eval.benchmarks[name]
     module = benchmarks.pick(section.kind)
     return list(module.load(section)) if hasattr(module, "load") else []
-
-
-def _drawn(examples: list[Example], number: int) -> list[Example]:
-    return random.Random(0).sample(examples, min(number, len(examples)))
-
-
-def _sample(examples: list[Example]) -> list[Example]:
-    """Some at random, and those of the longest texts."""
-    by_length = sorted(examples, key=lambda example: -len(example.prompt) - len(example.response))
-    chosen = [*_drawn(examples, SAMPLE), *by_length[:LONGEST]]
-    return list({example.id: example for example in chosen}.values())
 
 
 def _asked(row: Row) -> int:

@@ -1,11 +1,17 @@
-"""How long rows are, in tokens."""
+"""How long rows are, in tokens, and which of many rows tell of it."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+
+from stages.records import Example
+
+SAMPLE, LONGEST = 5000, 64
+"""Rows from which lengths are taken: some drawn at random, and those of the longest texts."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,15 @@ class Span:
     limit: int
     beyond: str
     """What becomes of longer ones."""
+
+
+def drawn(examples: list[Example], number: int) -> list[Example]:
+    """So many of them at random, always the same, or all."""
+    return random.Random(0).sample(examples, min(number, len(examples)))
+
+
+def sampled(examples: list[Example]) -> list[Example]:
+    """Some at random, and those of the longest texts."""
+    by_length = sorted(examples, key=lambda example: -len(example.prompt) - len(example.response))
+    chosen = [*drawn(examples, SAMPLE), *by_length[:LONGEST]]
+    return list({example.id: example for example in chosen}.values())

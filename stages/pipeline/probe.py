@@ -75,12 +75,16 @@ class Probe:
         engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
         return self._grown(lambda n: list(engine.choose(ballots[:n])), len(ballots))
 
+    def reading(self, prompts: Sequence[list[int]]) -> Piece:
+        """Prompts to be read, with the first token of each answer."""
+        return self._grown(lambda n: self._write(prompts[:n], 1), len(prompts))
+
     def writing(self, prompts: Sequence[list[int]], tokens: int) -> tuple[Piece, Piece]:
-        """Prompts to be read, with the first token of each answer; then one more token of every answer.
+        """See `reading`; then one more token of every answer.
 
         tokens: of the longest answer; the second piece has room for it.
         """
-        read = self._grown(lambda n: self._write(prompts[:n], 1), len(prompts))
+        read = self.reading(prompts)
         # Behind short prompts, so that the time to read them does not hide that of a token.
         short = [ids[-FEW:] for ids in prompts]
         first = self._grown(lambda n: self._write(short[:n], 1), len(prompts))

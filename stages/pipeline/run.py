@@ -53,12 +53,12 @@ def run_step(
         out = (
             store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
         )
+        footprint.forget()
+        begun = time.monotonic()
         job = _job(config, step, inputs, out, force, progress, engines)
         if force and team.first():
             job.checkpoints.clear()
         team.wait()
-        footprint.forget()
-        begun = time.monotonic()
         reads = (*stage.sections(config, step.variant), *stage.given)
         summary = _called(verb, job, dict(section(config, path) for path in reads))
         team.wait()

@@ -152,7 +152,7 @@ STAGES = {
             outside=_classify_outside,
             variants=_classify_variants,
             given=("model",),
-            version=4,
+            version=5,
         ),
         Stage(
             name="score",
@@ -178,7 +178,7 @@ STAGES = {
             needs=_trains("sft", other="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             outside=_model,
-            version=5,
+            version=6,
         ),
         Stage(
             name="rl",
@@ -186,7 +186,7 @@ STAGES = {
             needs=_trains("rl", other="sft"),
             sections=_rl_sections,
             outside=_rl_outside,
-            version=5,
+            version=6,
         ),
         Stage(
             name="eval",
@@ -195,7 +195,7 @@ STAGES = {
             sections=_eval_sections,
             outside=_eval_outside,
             variants=_eval_variants,
-            version=5,
+            version=6,
         ),
     ]
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,18 @@ class View:
     system: str
     """The system whose rows it learned from, as the keys of `prompt.by_system` in a manifest."""
     what: str
+    by: str
+    """How it learned."""
 
 
 VIEWS = {
-    "fast": View("sft", "1", "answers at once: SFT"),
-    "slow": View("rl", "2", "works it out: then GRPO"),
+    "fast": View("sft", "1", "answers at once", "SFT"),
+    "slow": View("rl", "2", "works it out", "GRPO"),
 }
+NF4 = (
+    'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    "bnb_4bit_compute_dtype=torch.{dtype})"
+)
 
 
 def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), base_dtype: bool = False) -> str:
@@ -42,37 +49,34 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), bas
     """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    model = manifest["provenance"]["config"]["model"]
-    base = model["name"]
-    if form == "adapter":
-        library = "peft"
-        load = (
-            f'model = AutoModelForCausalLM.from_pretrained("{base}"{_pinned(model)})\n'
-            'model = PeftModel.from_pretrained(model, "this folder")'
-        )
-    else:
-        library = "transformers"
-        load = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    made_by = manifest["provenance"]["config"]
+    model, base = made_by["model"], made_by["model"]["name"]
+    dtype = manifest["provenance"].get("dtype", "")
+    load = _loading(form, model, dtype)
     baseline = identity["baseline"]
     method = baseline["method"] if baseline else "lora"
-    kept = "to the bit" if form == "merged" or not base_dtype else "rounded to the base's type"
-    rest = "all that the method has" if baseline else f"the others are those that it started from, {kept}"
     plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
-    settings = {**(baseline or identity["lora"]), **plain}
+    chosen = {} if baseline else made_by["partition"]
+    settings = {
+        "base in": f"NF4, {dtype}" if model["load_in_4bit"] else dtype,
+        **chosen,
+        **(baseline or identity["lora"]),
+        **plain,
+    }
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
     what = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
-{_of_hub(base)}library_name: {library}
+{_of_hub(base)}library_name: {"peft" if form == "adapter" else "transformers"}
 tags: [lorapar, {method}]
 ---
 
-# {base.rstrip("/").split("/")[-1]} after {f"{method} {stage}" if baseline else f"LoRA-PAR {stage}"}
+# {base.rstrip("/").split("/")[-1]} after {_method(made_by)} {stage}
 
 {what} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
 {trained} were trained in this stage, in
-{summary["steps"]} steps; {rest}.
+{summary["steps"]} steps{_rest(form, made_by, base_dtype)}.
 
 ```python
 {load}
@@ -82,6 +86,40 @@ tags: [lorapar, {method}]
 |---|---|
 {rows}
 """
+
+
+def _loading(form: Form, model: dict[str, Any], dtype: str) -> str:
+    """The lines of code that load it."""
+    if form == "merged":
+        return 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    four = f", quantization_config={NF4.format(dtype=dtype)}" if model["load_in_4bit"] else ""
+    return (
+        f'model = AutoModelForCausalLM.from_pretrained("{model["name"]}"{_pinned(model)}{four})\n'
+        'model = PeftModel.from_pretrained(model, "this folder")'
+    )
+
+
+def _method(made_by: dict[str, Any]) -> str:
+    """What a person would call it."""
+    if made_by["baseline"]:
+        return str(made_by["baseline"]["method"])
+    strategy = made_by["partition"]["strategy"]
+    return {"importance": "LoRA-PAR", "all": "LoRA"}.get(strategy, f"LoRA-PAR ({strategy})")
+
+
+def _rest(form: Form, made_by: dict[str, Any], base_dtype: bool) -> str:
+    """What became of the elements that were not trained, and of a base in 4 bits."""
+    if form == "merged":
+        four = made_by["model"]["load_in_4bit"]
+        return (
+            ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
+            if four
+            else ""
+        )
+    if made_by["baseline"]:
+        return "; all that the method has"
+    kept = "rounded to the base's type" if base_dtype else "to the bit"
+    return f"; the others are those that it started from, {kept}"
 
 
 def _of_hub(base: str) -> str:
@@ -103,7 +141,7 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
     made = "\n".join(
-        f"| {name} | {view.what} on {_rows(view, configs[name])} | `{views[name].manifest['key']}` | "
+        f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
@@ -119,7 +157,7 @@ Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started 
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
 ```
-vllm serve {base}{pinned} {flags}
+vllm serve {_seen_from(folder, base)}{pinned} {flags}
 ```
 
 {asked}
@@ -132,6 +170,17 @@ pull request 48421).
 {made}
 
 {_results(evaluated)}"""
+
+
+def _learned(view: View, config: dict[str, Any]) -> str:
+    after = "" if config[view.stage]["start_from"] == "init" else "then "
+    return f"{view.what}: {after}{view.by} on {_rows(view, config)}"
+
+
+def _seen_from(folder: Path, base: str) -> str:
+    """The name of a base for a command that starts in a folder."""
+    local = not Path(base).is_absolute() and Path(base).is_dir()
+    return os.path.relpath(base, folder) if local else base
 
 
 def _rows(view: View, config: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
             for sample in read_samples(now.artifact.path / "samples.jsonl"):
                 fields |= sample.extra.keys()
                 value = sample.system if by == "system" else sample.extra.get(by)
-                group = f"{by} {value}" if by == "system" else str(value)
+                # "all" is the group of all items, whatever a field may have.
+                group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
                 for name in ("all", *([] if value is None else [group])):
                     answers.setdefault(name, []).append(sample)
     if found and by not in fields:

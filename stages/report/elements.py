@@ -117,13 +117,14 @@ def _regions(masks: Artifact, of: str) -> list[Part]:
     for factor in ("A", "B"):
         cells: dict[tuple[int, str], Tensor] = {}
         for name, tensor in region.items():
-            match = re.search(rf"\.(\d+)\..*?(\w+)\.lora_{factor}\b", name)
+            match = re.search(rf"\.(\d+)\.([\w.]+)\.lora_{factor}\b", name)
             if match:
-                cells[int(match[1]), match[2].removesuffix("_proj")] = tensor
+                cells[int(match[1]), match[2]] = tensor
         if not cells:
             continue
         layers = sorted({layer for layer, _ in cells})
         modules = list(dict.fromkeys(module for _, module in cells))
+        names = _short(modules)
         pictures = []
         for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
             shares = [
@@ -133,7 +134,7 @@ def _regions(masks: Artifact, of: str) -> list[Part]:
                 ]
                 for at in layers
             ]
-            drawn = figures.heat([str(layer) for layer in layers], modules, shares, f"{title}, {factor}, %")
+            drawn = figures.heat([str(layer) for layer in layers], names, shares, f"{title}, {factor}, %")
             text = (
                 f"Share of {title} elements in each {factor} matrix, by layer and module: from "
                 f"{min(map(min, shares)):.0f} to {max(map(max, shares)):.0f} %."
@@ -141,3 +142,10 @@ def _regions(masks: Artifact, of: str) -> list[Part]:
             pictures.append(Picture(figures.svg(drawn, f"{title}-{factor} {of}"), text))
         made.append(Pictures(pictures))
     return made
+
+
+def _short(modules: list[str]) -> list[str]:
+    """The last part of each module's path, where no other ends alike; `_proj` goes without saying."""
+    last = [path.rpartition(".")[2] for path in modules]
+    shown = [name if last.count(name) == 1 else path for name, path in zip(last, modules, strict=True)]
+    return [name.removesuffix("_proj") for name in shown]

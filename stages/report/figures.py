@@ -17,6 +17,8 @@ Given = ParamSpec("Given")
 
 INK = "#010203"
 """Stands for the colour of the page's text; no figure has it otherwise."""
+STYLES = ("-", "--", ":", "-.")
+"""Of lines, where there are more of them than colours."""
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -204,7 +206,7 @@ WINDOW = 5
 
 @styled
 def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
-    """Logged values by step, one thin line for each seed, in the colour of its row; moving means over WINDOW.
+    """Logged values by step, moving means over WINDOW: a thin line for each seed, in the look of its row.
 
     runs: row → histories. panels: title → name of the values.
     """
@@ -221,11 +223,19 @@ def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
                     for at in range(len(points))
                 ]
                 steps = [step for step, _ in points]
-                axes.plot(steps, means, color=PALETTE[number % len(PALETTE)], linewidth=0.9, alpha=0.8)
+                axes.plot(steps, means, **_look(number), linewidth=0.9, alpha=0.8)
         axes.set(title=title, xlabel="optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     for number, row in enumerate(runs):
-        axes.plot([], [], color=PALETTE[number % len(PALETTE)], label=row)
+        axes.plot([], [], **_look(number), label=row)
     figure.legend(fontsize=8, loc="outside right upper")
     return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour and style of the line of a row, unlike those of all others up to the 24th."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "linestyle": STYLES[number // len(PALETTE) % len(STYLES)],
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from stages.benchmarks.metrics import graded, shares
 from stages.config import REGIONS, Config
 from stages.config.fields import Section as Settings
 from stages.lora import curves
@@ -132,13 +133,15 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
         targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in REGIONS][-2:]
         if len(targets) < 2:
             continue
-        before, after = (_first(found[f"eval:{target}@{name}"]) for target in targets)
-        both = [item for item in after if item in before]
-        won = [i for i in both if after[i].correct and not before[i].correct]
-        lost = [i for i in both if before[i].correct and not after[i].correct]
-        parts.append(
-            Text(f"{name}: {targets[1]} wins {len(won)} and loses {len(lost)} of {len(both)} items.")
-        )
+        earlier, later = (_answers(found[f"eval:{target}@{name}"]) for target in targets)
+        less, more = shares(earlier), shares(later)
+        both = [item for item in more if item in less]
+        won = [item for item in both if more[item] > less[item]]
+        lost = [item for item in both if more[item] < less[item]]
+        several = " by their shares of right answers" if any(len(later[item]) > 1 for item in both) else ""
+        told = f"{name}: {targets[1]} wins {len(won)} and loses {len(lost)} of {len(both)} items{several}."
+        parts.append(Text(told))
+        before, after = ({item: given[0] for item, given in part.items()} for part in (earlier, later))
         shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
         parts.append(
             Items(
@@ -160,12 +163,9 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
     return parts
 
 
-def _first(artifact: Artifact) -> dict[str, Sample]:
-    """The first answer to each item."""
-    found: dict[str, Sample] = {}
-    for sample in read_samples(artifact.path / "samples.jsonl"):
-        found.setdefault(sample.id, sample)
-    return found
+def _answers(artifact: Artifact) -> dict[str, list[Sample]]:
+    """Those to each item that count."""
+    return graded(list(read_samples(artifact.path / "samples.jsonl")))
 
 
 def _training(found: dict[str, Artifact]) -> list[Part]:

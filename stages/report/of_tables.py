@@ -33,12 +33,10 @@ def _verdict(results: Results) -> str:
     if compare is None or not known:
         return ""
     told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
-    number = (
-        "All other rows"
-        if len(known) == len(results.comparisons)
-        else f"{len(known)} of {len(results.comparisons)} rows"
-    )
-    begin = f"{results.table.file.title}. {number} are compared with {compare.against!r} on {compare.on}: "
+    others = len(results.table.rows) - (compare.against in results.table.rows)
+    number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
+    verb = "is" if len(known) == 1 < others else "are"
+    begin = f"{results.table.file.title}. {number} {verb} compared with {compare.against!r} on {compare.on}: "
     named = [f"{row!r} {100 * known[row].mean:+.1f} (p = {p:.2g})" for row, p in told.items() if p < 0.05]
     how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
     if not named:
@@ -91,7 +89,7 @@ def _over(results: Results, plot: Plot, name: str) -> Picture | None:
         x, y = results.values.get((row, plot.x)), results.values.get((row, plot.y))
         group, colon, _ = row.partition(": ")
         if y and y.n and colon and x:
-            series.setdefault(group, []).append((x.mean, _mark(y)))
+            series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, _mark(y)))
         elif y and y.n and not colon:
             lines[row] = 100 * y.mean
     published: dict[str, list[tuple[float, float]]] = {}
@@ -103,7 +101,7 @@ def _over(results: Results, plot: Plot, name: str) -> Picture | None:
             lines[f"{row}, published"] = values[plot.y]
     if not series:
         return None
-    drawn = figures.over(series, published, lines, f"{plot.x} (share)", f"{plot.y}, %")
+    drawn = figures.over(series, published, lines, plot.x, f"{plot.y}, %")
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
     return Picture(figures.svg(drawn, name), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -119,7 +120,10 @@ class Journal:
     def _append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         # One write, so that a kill leaves a whole line or an unfinished one.
-        self._file.write(line)
+        if self._file.write(line) < len(line):
+            # Half a line must not be followed by another one, should there be room again.
+            os.truncate(self.path, self._read_to)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._read_to += len(line)
 
     def _begin(self) -> None:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 
 from stages.sweep.file import Column
-from stages.sweep.results import Comparison, Results, Value
+from stages.sweep.results import Results, Value
 
 
 def markdown(results: Results, command: str) -> str:
@@ -31,7 +31,7 @@ def grid(results: Results) -> tuple[list[str], list[list[str]]]:
     for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]
         if compared:
-            cells.append(_compared(results.comparisons[row]) if row in results.comparisons else "")
+            cells.append(_compared(results, row))
         rows.append([row, *cells])
     return head, rows
 
@@ -63,7 +63,10 @@ def accuracy(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _compared(found: Comparison | None) -> str:
+def _compared(results: Results, row: str) -> str:
+    if row not in results.comparisons:
+        return ""
+    found = results.comparisons[row]
     if found is None:
         return "missing"
     return _points(found.mean, found.low, found.high, found.p)

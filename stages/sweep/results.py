@@ -67,9 +67,9 @@ class Artifacts:
 class Results:
     table: Table
     values: dict[tuple[str, str], Value | None]
-    """By row and column; None while an artifact of it is missing."""
+    """By row and column: None while an artifact of it is missing, no entry where there is nothing to show."""
     comparisons: dict[str, Comparison | None]
-    """By row, where the table compares; without the row that the others are compared with."""
+    """By row, where the table compares, as in `values`; without the row that the others are compared with."""
     artifacts: Artifacts
     """What the values were read from."""
 
@@ -90,12 +90,13 @@ def results(table: Table) -> Results:
         for row in table.rows:
             cells = [cell for cell in table.cells if cell.row == row]
             if first and row != against and all(compare.on in cell.columns for cell in first + cells):
-                comparisons[row] = reader.comparison(first, cells, compare.on)
+                with suppress(_NothingToShow):
+                    comparisons[row] = reader.comparison(first, cells, compare.on)
     return Results(table, values, comparisons, reader.artifacts)
 
 
 class _NothingToShow(Exception):
-    """The artifacts are there, and have no such value."""
+    """The artifacts are there, and have no such value, or no item in common."""
 
 
 class _Reader:
@@ -134,10 +135,7 @@ class _Reader:
         if len(before) < len(cells) or len(after) < len(cells):
             return None
         found = _paired(before, after)
-        of_seeds = [_paired([one], [two]) for one, two in zip(before, after, strict=True)]
-        if found is None or None in of_seeds:
-            return None
-        means = [one.mean for one in of_seeds if one]
+        means = [_paired([one], [two]).mean for one, two in zip(before, after, strict=True)]
         return Value(found.mean, found.low, found.high, found.n, means, found.p)
 
     def comparison(self, first: list[Cell], other: list[Cell], name: str) -> Comparison | None:
@@ -172,12 +170,12 @@ def group(text: str) -> Callable[[Sample], bool]:
     return lambda sample: str(sample.extra.get(name)) == value
 
 
-def _paired(before: list[Shares], after: list[Shares]) -> Comparison | None:
-    """Lists by seed; None if no item is in all of them."""
+def _paired(before: list[Shares], after: list[Shares]) -> Comparison:
+    """Lists by seed; _NothingToShow if no item is in all of them."""
     earlier, later = _mean(before), _mean(after)
     both = [item for item in later if item in earlier]
     if not both:
-        return None
+        raise _NothingToShow
     pairs = [earlier[item] for item in both], [later[item] for item in both]
     mean, low, high = paired_difference(*pairs)
     return Comparison(mean, low, high, paired_p(*pairs), len(both), len(before))

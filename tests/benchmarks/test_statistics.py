@@ -1,15 +1,18 @@
 """Paired tests and differences."""
 
+from math import comb
+
 import pytest
 from scipy.stats import wilcoxon
 
-from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p, wilson
+from stages.benchmarks.statistics import FEW, holm, interval, paired_difference, paired_p, wilson
 
 
 @pytest.mark.parametrize("parts", [3, 5, 6, 7])
 def test_a_test_of_ranks_knows_ties_among_shares(parts):
     """Equal differences are ties wherever they lie: 2/3 - 1/3 and 1/3 - 0 are two floats."""
     counts = [(i % parts, i % parts + 1) for i in range(35)] + [(1 + i % parts, i % parts) for i in range(20)]
+    assert len(counts) > FEW
     before, after = ([count / parts for count in side] for side in zip(*counts, strict=True))
     assert len({b - a for a, b in zip(before, after, strict=True)}) > 2
     p = wilcoxon([b - a for a, b in counts]).pvalue
@@ -32,3 +35,15 @@ def test_differences_without_variance_have_an_interval(change, low, high):
 
 def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+
+
+@pytest.mark.parametrize(("differing", "exact"), [(1, 1), (4, 1 / 8), (5, 1 / 16), (7, 1 / 64)])
+def test_few_items_that_differ_have_no_smaller_p_than_their_signs_allow(differing, exact):
+    before, after = [0.0] * 1000, [1 / 3] * differing + [0.0] * (1000 - differing)
+    assert paired_p(before, after) == pytest.approx(exact)
+
+
+def test_some_more_are_told_by_permutations():
+    before, after = [1 / 3] * 200, [2 / 3] * 15 + [0.0] * 5 + [1 / 3] * 180
+    signs = sum(comb(20, k) for k in range(6)) / 2**19  # all ranks are equal: a test of signs
+    assert paired_p(before, after) == pytest.approx(signs, abs=0.01)

@@ -9,7 +9,7 @@ import pytest
 from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport
+from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport, vllm
 from stages.engines.openai import Client, word_of
 from stages.errors import ConfigError, ServerError
 
@@ -294,3 +294,10 @@ def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):
     transport.Transport(("http://127.0.0.1:80/v1", "http://localhost/v1"), "", ServerSection())._client()
     with pytest.raises(ConfigError, match="the proxy that the environment names cannot be used"):
         transport.Transport(("http://example.org/v1",), "", ServerSection())._client()
+
+
+def test_a_key_for_servers_is_not_handed_to_our_own(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_OTHER", "kept")
+    made = vllm._environment(None)
+    assert "VLLM_API_KEY" not in made and made["VLLM_OTHER"] == "kept"

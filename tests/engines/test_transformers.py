@@ -5,7 +5,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection
-from stages.engines import Ballot, Question, Sampling
+from stages.engines import Ballot, Question, Sampling, transformers
 from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models import flat
@@ -176,3 +176,29 @@ def test_the_head_is_the_model_s_own_again_after_choices(tiny):
     engine, _ = sixteen_bits(tiny)
     list(engine.choose([Ballot([40, 9], ("A", "B"))]))
     assert engine.model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
+
+
+def test_a_word_behind_a_text_has_the_tokens_that_it_has_there():
+    """Some tokenizers of SentencePiece put a space before every text: alone, ` A` would be two tokens."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "▁", "x", "A", "B", "▁x", "▁A", "▁B"]
+    merges = [("▁", "x"), ("▁", "A"), ("▁", "B")]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert tokenizer.tokenize(" A") == ["▁", "▁A"] and tokenizer.tokenize("x A") == ["▁x", "▁A"]
+    assert word_tokens(tokenizer, (" A", " B")) == ([], [6, 7])
+
+
+def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
+    written = []
+    usual = transformers.continuations
+    count = lambda *given: written.extend(given[2]) or usual(*given)  # noqa: E731
+    monkeypatch.setattr(transformers, "continuations", count)
+    ballots = [Ballot([40, 9, 60 + i], ("A", "B"), thought=2) for i in range(40)]
+    made = engine.choose(ballots)
+    first = next(made)
+    assert len(written) == transformers.THOUGHTS * engine.batch_size < 40
+    assert sorted([first[0], *(i for i, _ in made)]) == list(range(40))

@@ -123,3 +123,13 @@ def test_items_of_a_benchmark_may_be_without_labels(smoke):
     made = make_step(config, "classify:demo")
     assert made.manifest["summary"]["undecided"] == 16
     assert {row.system for row in read_labels(made.path / "labels.jsonl")} == {None}
+
+
+def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apart(tmp_path):
+    rows = [Example("a", "Q", "short", None, {"id": 7}), Example("b", "Q", "long", None, {"id": "x"})]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "Q", "system": 1}\n{"question": "Q", "system": 2}\n')
+    with pytest.raises(DataError, match="row with both labels in .*: Q"):
+        labelled(rows, "system", path)
+    path.write_text('{"question": "Q", "id": 7, "system": 1}\n{"question": "Q", "id": "x", "system": 2}\n')
+    assert [row.system for row in labelled(rows, "system", path)] == [1, 2]

@@ -134,6 +134,13 @@ def test_a_known_share_sets_each_voter_s_threshold():
     assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, system2_share=0.5) == [2, 2, 1, 1]
 
 
+@pytest.mark.parametrize("rule", ["majority", "mean_probability"])
+@pytest.mark.parametrize("votes", [[0, 0, 0, *[1] * 7], [*[0] * 5, *[1] * 5], [i / 10 for i in range(10)]])
+def test_the_known_share_is_reached_by_either_rule(rule, votes):
+    """The last of the share is the threshold itself, and so is whatever ties with it."""
+    assert labels({"a": votes}, rule=rule, system2_share=0.5).count(2) == 5
+
+
 def test_a_threshold_moves_votes_and_probabilities():
     votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}
     assert labels(votes, thresholds={"a": 0.75, "b": 0.5}, rule="mean_probability") == [1, 1, 2]

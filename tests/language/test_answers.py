@@ -1,12 +1,13 @@
 import pytest
 
-from stages.language.answers import extract, gold_of, number, rewrite, same
+from stages.language.answers import extract, gold_of, letter, number, rewrite, same
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12),
+        ("5k", 5000), ("$1.5K.", 1500), ("5 K", 5), ("5 km", 5),
         ("7.", 7), (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None),
         ("1 2", None), ("2 + 2", None),
     ],
@@ -79,3 +80,34 @@ def test_targets_are_rewritten():
     assert rewrite(other, "12", "hash") == response
     for style in ("hash", "xml"):
         assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("The answer is B because option A is wrong.", "B"),
+        ("The correct answer is C. Option A is too small, option D is too large.", "C"),
+        ("Answer: (C). Choice D would need more.", "C"),
+        ("The answer is option D.", "D"),
+        ("The right choice is B; option A is too small.", "B"),
+        ("The answer is A. No, the answer is B.", "B"),
+        ("Option A is too small, so option C", "C"),
+        ("<think>The answer is A, or B?</think> C", "C"),
+        ("<think>The answer is A", None),
+    ],
+)
+def test_the_choice_that_is_said_to_be_right(text, named):
+    assert letter(text) == named
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("<think>Maybe #### 5? No: 2 + 4 is 6.</think> The answer is 6.", None, "6"),
+        ("Maybe 5?</think>\n#### 6", "6", "6"),  # the prompt had opened it
+        ("<think>I will write #### 18 at the end. But wait", None, None),
+    ],
+)
+def test_a_thought_is_no_answer(text, strict, flexible):
+    found = extract(text, "hash")
+    assert (found.strict, found.flexible) == (strict, flexible)

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from stages.benchmarks.grading import by_prompt
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
-from stages.language.prompts import IGNORED, Renderer
+from stages.language.prompts import IGNORED, Renderer, chat
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled
 
@@ -114,3 +115,9 @@ def test_rows_that_are_too_long(tokenizer, policy, kept):
     rows, counted = renderer.rows([EXAMPLE, long], DataSection(max_length=150, too_long=policy))
     assert (len(rows), counted) == (kept, 1)
     assert all(len(row.input_ids) <= 150 for row in rows)
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_on_every_day(tokenizer):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
+    assert chat(dated, [{"role": "user", "content": "Hi"}]) == "Today Date: 26 Jul 2024 Hi"

@@ -250,3 +250,18 @@ def test_none_is_a_reward_that_does_not_apply():
 def test_a_reward_of_the_wrong_length_stops():
     with pytest.raises(MeaninglessError, match="reward odd gave 1 values for 2 completions"):
         reward_functions.checked("odd", lambda completions: [1.0])(completions=["a", "b"])
+
+
+def test_code_in_a_thought_is_a_draft():
+    draft = "<think>\n```python\ndef f(x):\n    return 0\n```\n"
+    assert code_of(draft, "def f(x):\n", "f", chat=True) is None
+    answer = f"{draft}</think>\n```python\ndef f(x):\n    return 1\n```\n"
+    assert "return 1" in code_of(answer, "def f(x):\n", "f", chat=True)
+
+
+def test_imports_from_the_future_come_first():
+    answer = "```python\nfrom __future__ import annotations\n\ndef f(x: X) -> int:\n    return x + 1\n```"
+    program = code_of(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
+    found = {}
+    exec(compile(program, "program", "exec"), found)
+    assert found["f"](1) == 2

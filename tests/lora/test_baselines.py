@@ -149,3 +149,11 @@ def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", adapter.ADAPTER, "adapter_config.json"}
     assert "after prompt_tuning sft" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_the_scale_of_randlora_does_not_depend_on_the_rank(begun, rank):
+    config = chosen(begun, "randlora", f"baseline.rank={rank}")
+    adapted = baselines.attach(load_base(config.model), config.baseline, config.lora, 0, None, 0)
+    scales = {layer.scaling["default"] for layer in adapted.modules() if hasattr(layer, "randlora_lambda")}
+    assert scales == {20}

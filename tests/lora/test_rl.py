@@ -1,14 +1,19 @@
 """What the rl stage makes of its settings."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import labels_of, make_step
+from transformers import GenerationMixin
 from trl import GRPOTrainer
 
+from stages import rl
 from stages.engines.generation import continuations
 from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.language import reward_functions
 from stages.language.prompts import Renderer
+from stages.lora.pool import Pool
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 
@@ -97,7 +102,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     monkeypatch.setattr("stages.lora.writing.continuations", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
-    cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left")
+    cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left", "rl.drift_prompts=0")
     with pytest.raises(MeaninglessError, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
@@ -112,3 +117,52 @@ def test_top_k_reaches_the_sampling(ready, odd):
     for top_k, equal_steps in ((0, 0), (1, 1)):
         summary = make_step(ready(*odd, f"rl.top_k={top_k}"), "rl").manifest["summary"]
         assert summary["equal_reward_steps"] == equal_steps
+
+
+def test_trl_s_own_sampling_knows_nothing_of_the_model_s_generation_file_and_drops_nothing_out(
+    ready, odd, monkeypatch
+):
+    """No other way of writing reads it, and log-probabilities would be those of another distribution."""
+    seen, usual, loads = [], GenerationMixin.generate, rl.load_base
+
+    def strict(model):
+        base = loads(model)
+        base.generation_config.no_repeat_ngram_size = 1
+        return base
+
+    def generate(self, *given, **more):
+        made = usual(self, *given, **more)
+        seen.append((self.training, any(len(set(row)) < len(row) for row in made[:, -8:].tolist())))
+        return made
+
+    monkeypatch.setattr(rl, "load_base", strict)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    trl = ["baseline.method=dora", "eval.targets=[rl]", "rl.dropout=0.5", "rl.max_completion=32"]
+    make_step(ready(*trl, *odd), "rl")
+    assert seen and not any(training for training, _ in seen) and any(repeats for _, repeats in seen)
+
+
+def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
+    renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
+    mixed = ["rl.system1_share=0.25", "rl.drift_prompts=0"]
+    lengths = {
+        system: [
+            len(renderer.prompt_ids(row.example.prompt)) for row in labels_of(ready()) if row.system == system
+        ]
+        for system in (1, 2)
+    }
+    longest = max(lengths[1])
+    labels = [
+        replace(row, system=1 if len(renderer.prompt_ids(row.example.prompt)) >= longest else row.system)
+        for row in labels_of(ready())
+    ]
+    functions = {name: reward_functions.load(name, None) for name in ready().rl.rewards}
+
+    def pool(how: str):
+        config = ready(*mixed, f"rl.max_prompt={longest - 1}", f"rl.too_long={how}")
+        return Pool.of(labels, renderer, config.rl, functions, 0)
+
+    with pytest.raises(DataError, match=f"longer than rl.max_prompt {longest - 1}"):
+        pool("error")
+    dropped, cut = pool("drop"), pool("truncate_left")
+    assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from stages.language.prompts import IGNORED, Renderer
 from stages.lora import adapter, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus, WarmUp
+from stages.lora.resume import AsAsked, ExactResume
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
@@ -238,3 +240,46 @@ def test_all_rows_undecided_is_an_error():
 )
 def test_steps_are_exact(batches, epochs, steps):
     assert training.steps_of(batches, SftSection(epochs=epochs)) == steps
+
+
+def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
+    """bitsandbytes keeps it in a dict of its own, with tables that parameters share."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def trained(weights):
+        parameters = [nn.Parameter(w.clone()) for w in weights]
+        optimizer = bnb.optim.AdamW8bit(parameters, lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        made = SimpleNamespace(
+            optimizer=optimizer, lr_scheduler=schedule, args=SimpleNamespace(should_save=True)
+        )
+        return made, parameters
+
+    def step(made, parameters, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        made.optimizer.step()
+
+    one, mine = trained([torch.ones(8192), torch.ones(5000)])
+    step(one, mine, 0)
+    ExactResume._save_optimizer_and_scheduler(one, str(tmp_path))
+    two, others = trained(mine)
+    ExactResume._load_optimizer_and_scheduler(two, str(tmp_path))
+    for made, parameters in ((one, mine), (two, others)):
+        step(made, parameters, 1)
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+    assert not torch.equal(mine[0], torch.ones(8192))
+
+
+def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    section = SftSection(optimizer="adamw_8bit")
+    with pytest.raises(ConfigError, match="adamw_8bit: bitsandbytes is not installed"):
+        training.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
+
+
+def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
+    state = SimpleNamespace(save_steps=25)
+    AsAsked().on_train_begin(SimpleNamespace(save_steps=5), state, None)
+    assert state.save_steps == 5

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from stages.language.prompts import IGNORED
@@ -467,9 +468,28 @@ def test_the_model_s_own_call_is_untouched(sft):
 
 @pytest.mark.parametrize(("loss", "sorts"), [("dapo", True), ("bnpo", False)])
 def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(begun, monkeypatch, loss, sorts):
-    """BNPO divides by the tokens of a micro batch: those of short completions would weigh more."""
-    seen = []
-    usual = unpadded._by_length
+    """BNPO divides by the tokens of a micro batch: those of short completions would weigh more.
+
+    Also if each group were a micro batch: TRL's own shuffling mixes them.
+    """
+    seen, mixed = [], []
+    usual, shuffle = unpadded._by_length, grpo_trainer.shuffle_sequence_dict
     monkeypatch.setattr(unpadded, "_by_length", lambda *given: seen.append(1) or usual(*given))
+    monkeypatch.setattr(
+        grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
+    )
     make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.drift_prompts=0", f"rl.loss={loss}"), "rl")
-    assert bool(seen) is sorts
+    assert bool(seen) is sorts is not bool(mixed)
+
+
+def test_nothing_drops_out_of_passes_that_only_compare(begun, monkeypatch):
+    """Else the KL term between two equal models would not be zero."""
+    seen, usual = set(), unpadded.SharedPrompts._found
+
+    def found(self, model, *given, **more):
+        seen.add((torch.is_grad_enabled(), model.training))
+        return usual(self, model, *given, **more)
+
+    monkeypatch.setattr(unpadded.SharedPrompts, "_found", found)
+    make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.dropout=0.5", "rl.kl_beta=0.1"), "rl")
+    assert seen == {(True, True), (False, False)}

@@ -48,18 +48,41 @@ def test_the_hub_gets_what_was_measured_on_its_data_sets(evaluated):
     assert hub_results(evaluated[1:]) == hub_results([]) == ""
 
 
-def test_the_card_shows_all_results_with_intervals(evaluated, tmp_path):
-    manifest = {
+@pytest.fixture
+def manifest() -> dict:
+    return {
         "key": "abc", "stage": "rl",
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
         "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"lr": 0.1}}},
         "provenance": {
-            "config": {"model": {"name": "org/m", "revision": "b" * 40}}, "versions": {"lorapar": "1"},
+            "config": {
+                "model": {"name": "org/m", "revision": "b" * 40, "load_in_4bit": False},
+                "baseline": None, "partition": {"strategy": "importance", "theta": 0.9},
+            },
+            "versions": {"lorapar": "1"}, "dtype": "bfloat16",
         },
     }  # fmt: skip
+
+
+def test_the_card_shows_all_results_with_intervals(evaluated, manifest, tmp_path):
     text = card(Artifact(tmp_path, manifest), "adapter", evaluated)
     assert text.startswith("---\nbase_model: org/m\n")
     assert f'from_pretrained("org/m", revision="{"b" * 40}")' in text
     assert "| gsm8k, all | 27.6 [24.6, 30.6] | 1000 |" in text
     assert "| demo, System 2 | 53.0 [50.0, 56.0] | 400 |" in text and "System 1" not in text
     assert "| benchmark" not in card(Artifact(tmp_path, manifest), "adapter")
+
+
+def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path):
+    made = Artifact(tmp_path, manifest)
+    config = manifest["provenance"]["config"]
+    assert "# m after LoRA-PAR rl" in card(made, "adapter") and "| theta | 0.9 |" in card(made, "adapter")
+    assert "to the bit" in card(made, "adapter") and "4 bits" not in card(made, "merged")
+    config["partition"]["strategy"] = "all"
+    assert "# m after LoRA rl" in card(made, "adapter")
+    config["partition"]["strategy"] = "random"
+    assert "# m after LoRA-PAR (random) rl" in card(made, "adapter")
+    config["model"]["load_in_4bit"] = True
+    adapter, merged = card(made, "adapter"), card(made, "merged")
+    assert "load_in_4bit=True" in adapter and "| base in | NF4, bfloat16 |" in adapter
+    assert "Trained and evaluated on the base in 4 bits" in merged and "to the bit" not in merged

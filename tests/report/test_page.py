@@ -3,13 +3,18 @@
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_steps
 from matplotlib.figure import Figure
 
-from stages.report import figures
+from stages.records import Sample, write_jsonl
+from stages.report import elements, figures, of_run, of_tables
 from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
+from stages.store.artifacts import Artifact
+from stages.sweep.results import Comparison
 
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
@@ -45,6 +50,9 @@ def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
     assert [len(line.get_xdata()) for line in lines] == [8, 3, 8] and len({x.get_color() for x in lines}) == 2
     assert list(lines[0].get_ydata()) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]  # means over up to five steps
     assert not any(len(line.get_xdata()) for line in other.lines)
+    many = figures.trainings({str(row): [history] for row in range(24)}, {"reward": "reward"})
+    drawn = [line for line in many.axes[0].lines if len(line.get_xdata())]
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
 
 
 def test_a_section_without_parts_is_left_out():
@@ -133,3 +141,40 @@ def test_a_browser_shows_the_page(run, lorapar, tmp_path):
     )  # fmt: skip
     (width,) = re.findall(r"<title>(\d+)</title>", done.stdout)
     assert int(width) <= 500
+
+
+def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
+    def answers(name: str, *items: list[bool | None]) -> Artifact:
+        """Whether each answer to each item is right; None: it was refused."""
+        rows = [
+            Sample(
+                f"i{at}", n, None, "Q", f"{right}", None, None, None, bool(right), bool(right),
+                "refused" if right is None else "correct",
+            )
+            for at, item in enumerate(items)
+            for n, right in enumerate(item)
+        ]  # fmt: skip
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "samples.jsonl", (asdict(row) for row in rows))
+        return Artifact(tmp_path / name, {})
+
+    found = {
+        "eval:sft@b": answers("sft", [True, False, False], [True, True, True], [True, True, True]),
+        "eval:rl@b": answers("rl", [False, True, True], [True, True, True], [None, True, True]),
+    }
+    told, items = of_run._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
+    assert told.text == "b: rl wins 1 and loses 0 of 2 items by their shares of right answers."
+    assert len(items.items) == 1
+
+
+def test_modules_that_end_alike_are_shown_by_their_paths():
+    assert elements._short(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
+
+
+def test_the_verdict_says_how_many_rows_are_compared():
+    compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, 3)}
+    file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
+    whole = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B"]), comparisons=compared)
+    part = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B", "C"]), comparisons=compared)
+    assert of_tables._verdict(whole).startswith("T. All other rows are compared with 'A'")
+    assert of_tables._verdict(part).startswith("T. 1 of 2 other rows is compared with 'A'")
