@@ -39,7 +39,7 @@ def init(
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     kinds = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
-    found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"))
+    found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), kinds)
     chosen, undecided = draft.choices(found, model, data, kinds), draft.undecided(found, kinds)
     _tell(found)
     print("\nwhat follows for the config, where it differs from the defaults:")

@@ -13,12 +13,15 @@ from stages.errors import (
     MissingInputError,
     OutOfMemoryError,
     OutputError,
+    ServerError,
     lacks_memory,
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 UNFIT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR}
+NETWORK = ("httpx", "httpcore")
+"""Libraries all of whose exceptions are of it."""
 LONG = 200
 """Characters of a name that are shown."""
 AGAIN = "nothing that is finished is lost: the same command goes on"
@@ -30,6 +33,9 @@ def sentence(error: Exception) -> LoraparError:
         return error
     if lacks_memory(error):
         return OutOfMemoryError("the machine ran out of memory", AGAIN)
+    if isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in NETWORK:
+        told = " ".join(str(error).split())[:LONG]
+        return ServerError(f"the network, or a server: {type(error).__name__} {told}".strip(), AGAIN)
     number = _number(error)
     if number is not None:
         return _of_system(error, number)
@@ -52,8 +58,12 @@ def _number(error: Exception) -> int | None:
 
 def _of_system(error: Exception, number: int) -> LoraparError:
     name = getattr(error, "filename", None)
+    if name is None and not isinstance(error, OSError):  # its text may say where
+        told = " ".join(str(error).split())
+        reason = f"{os.strerror(number).lower()} ({told[:LONG]})"
+    else:
+        reason = os.strerror(number).lower()
     where = f" {name if len(name) < LONG else name[:LONG] + '…'}" if isinstance(name, str) else ""
-    reason = os.strerror(number).lower()
     if number in FULL:
         return OutputError(f"cannot write{where}: {reason}", f"make room; {AGAIN}")
     if number in FORBIDDEN:

@@ -43,11 +43,9 @@ def _voters(voters: dict[str, Any]) -> None:
 def _pairs(agreement: dict[str, Any]) -> None:
     rows = table("pair of voters", "equal", "Cohen's kappa")
     for pair, found in agreement["pairs"].items():
-        kappa = (
-            "–"
-            if found["kappa"] is None
-            else f"{found['kappa']:.2f} [{found['interval'][0]:.2f}–{found['interval'][1]:.2f}]"
-        )
+        kappa = "–" if found["kappa"] is None else f"{found['kappa']:.2f}"
+        if found["interval"]:
+            kappa += f" [{found['interval'][0]:.2f}–{found['interval'][1]:.2f}]"
         rows.add_row(pair, f"{percent(found['equal'])}%", kappa)
     if agreement["fleiss_kappa"] is not None and len(agreement["pairs"]) > 1:
         rows.add_row("all, Fleiss' kappa", "", f"{agreement['fleiss_kappa']:.2f}")

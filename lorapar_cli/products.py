@@ -1,5 +1,6 @@
 """Commands that write something beside the stages: an exported adapter, the demonstration set, a model."""
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,8 @@ def export(
     evaluated = [now.artifact for now in stands if now.state == "current" and now.artifact]
     rows: Iterable[dict[str, Any]]
     if views:
+        if prompts and not importlib.util.find_spec("vllm"):
+            raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
         render.say(
             f"{folder}: {', '.join(f'{name} ({view.stage})' for name, view in exporting.VIEWS.items())}"

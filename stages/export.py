@@ -87,8 +87,11 @@ def _building(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
-    yield partial
-    partial.rename(out)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dtype: bool) -> None:
@@ -172,9 +175,6 @@ def check_views(
     """
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
-
-    if not importlib.util.find_spec("vllm"):
-        raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
 
     renderer, asked = _asked(config, prompts)
     sampling = Sampling(LONGEST, tuple(renderer.stop_ids))

@@ -89,7 +89,7 @@ def run(
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
     box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
-    rewards = _checked(functions, rl, box)
+    rewards = _checked(functions, rl, box, pool.encoded)
     sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
     writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
@@ -150,13 +150,17 @@ def _checked(
     functions: dict[str, Callable[..., Any]],
     rl: RlSection,
     box: Sandbox | None,
+    decoded: frozenset[str],
 ) -> list[Callable[..., Any]]:
     """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
 
     def fixed(name: str) -> dict[str, Sandbox | None]:
         return {"sandbox": box} if reward_functions.needs_sandbox(name, rl.rewards_file) else {}
 
-    return [reward_functions.checked(name, function, **fixed(name)) for name, function in functions.items()]
+    return [
+        reward_functions.checked(name, function, decoded, **fixed(name))
+        for name, function in functions.items()
+    ]
 
 
 def _arguments(

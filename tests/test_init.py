@@ -1,6 +1,7 @@
 """`lorapar init`: rows and a model in, a config that fits them out, and no guess that is not printed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
         for line in Path("c.yaml").read_text(encoding="utf-8").splitlines():
             reason = line.partition(" # ")[2]
             assert reason in done.out, "a reason that was not printed"
+            assert reason or not re.match(r" +\w+: ", line) or WITHOUT_REASON.search(line), line
         return found, done.out
 
     return write
@@ -39,6 +41,9 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
 
 def rows(number: int, **more: object) -> list[dict]:
     return [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}", **more} for i in range(number)]
+
+
+WITHOUT_REASON = re.compile("name|path|duplicates: first")
 
 
 def test_numbers(written):
@@ -54,7 +59,7 @@ def test_numbers(written):
 def test_lengths_hold_all_rows_but_far_ones(tiny, written):
     found, _ = written(rows(300))
     file = found["data"]["path"]
-    seen = survey(ModelSection(name=str(tiny)), DataSection(path=file))
+    seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + draft.STEP
     assert seen.prompt.longest <= found["rl"]["max_prompt"] < seen.prompt.longest + draft.STEP
     assert seen.response.longest < found["rl"]["max_completion"]
@@ -189,3 +194,25 @@ def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monke
     assert lorapar("init", "rows.jsonl", "--model", "./none", "--out", "c.yaml").code == 66
     assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
     assert not Path("c.yaml").exists() and not Path("odd.yaml").exists()
+
+
+def test_answers_of_the_test_rows_alone_are_asked_for_too(written, tmp_path):
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"prompt": "3 + 4?", "answer": "7"}\n', encoding="utf-8")
+    found, _ = written(
+        [{"prompt": f"Say {i}.", "completion": f"{i}, gladly"} for i in range(40)], "--test", test
+    )
+    assert found["prompt"]["system"].endswith("after ####.")
+
+
+def test_long_rows_get_a_server_with_room(written):
+    long = rows(40)
+    long[3]["answer"] = "word " * 3000 + "\n#### 8"
+    long[4]["answer"] = "word " * 2900 + "\n#### 8"
+    found, _ = written(long)
+    assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096 or "server" not in found
+
+
+def test_labels_in_words_are_labels(written):
+    found, said = written(rows(40, system="System 2"))
+    assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said

@@ -45,6 +45,8 @@ class BenchmarkSection(SourceSection):
             raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
             raise ValueError(f"mode likelihood is for mmlu alone, got kind {self.kind}")
+        if self.kind == "humaneval" and self.shots:
+            raise ValueError("humaneval has no worked examples; leave out shots")
         fields = type(self).model_fields
         vain = [name for name in _OF_THE_HARNESS if getattr(self, name) != fields[name].default]
         if self.kind == "lm_eval" and vain:

@@ -31,7 +31,9 @@ class Voter(Section):
     )
     persona: Persona = setting("role_play", "Prompt and label words of this voter.")
     words: tuple[str, str] | None = setting(None, "Label words for System 1 and 2; none: the persona's.")
-    shots: int = setting(16, "Worked examples of a few-shot persona, half of each system.", ge=2)
+    shots: int = setting(
+        16, "Worked examples of a few-shot persona, half of each system.", ge=2, multiple_of=2
+    )
     shots_path: str | None = setting(
         None,
         "File with the worked examples (question, answer, system); none: lorapar's own.",
@@ -85,6 +87,11 @@ class Voter(Section):
             raise ValueError(f"revision {self.revision} needs model, and goes with no base_url")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} samples of a greedy voter are all the same; set temperature")
+        if self.temperature and not self.thinking and not self.base_url:
+            raise ValueError(
+                f"temperature {self.temperature}: of a voter that does not think, on this machine, the "
+                "probabilities themselves are read; leave it out"
+            )
         return self
 
 
@@ -186,3 +193,9 @@ class ClassifySection(Section):
         le=1,
     )
     seed: int = setting(0, "Seed of strategy random and of sampled votes.", not_for="known")
+
+    @model_validator(mode="after")
+    def _reads(self) -> "ClassifySection":
+        if self.labels_file and self.strategy == "vote":
+            raise ValueError("labels_file is read by strategy known: set it, or leave labels_file out")
+        return self

@@ -8,6 +8,8 @@ its models but gives no answer for `server.stall_s` seconds is dead too.
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -92,32 +94,35 @@ class Transport:
         """Yield the index of each item and its answer, as soon as it is there.
 
         At most `server.concurrency` items are asked and not yet dealt with by the caller, who has dealt with
-        one when asking for the next: a kill loses no more. ServerError if the servers are dead, ConfigError
-        if they refuse what is asked for.
+        one when asking for the next: a kill loses no more. `items` is read in another thread. ServerError if
+        the servers are dead, ConfigError if they refuse what is asked for.
         """
         http = self._client()
-        loop = asyncio.new_event_loop()
-        done: asyncio.Queue[Done] = asyncio.Queue()
+        done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         session = Session(self, http)
         numbered = iter(enumerate(items))
-        workers = [
-            loop.create_task(_work(session, numbered, ask, done)) for _ in range(self.server.concurrency)
-        ]
+        loop = asyncio.new_event_loop()
+        # In a thread of its own: a signal's exception rises in the caller's, and would be lost inside a task.
+        thread = threading.Thread(target=_until_stopped, args=(loop,), name="requests", daemon=True)
+        working = self.server.concurrency
         try:
-            while True:
-                i, found, dealt_with = loop.run_until_complete(self._next(done))
+            thread.start()
+            for _ in range(working):
+                asyncio.run_coroutine_threadsafe(_work(session, numbered, ask, done), loop)
+            while working:
+                i, found, dealt_with = self._next(done)
                 if isinstance(found, Exception):
                     raise found
                 if i < 0:
-                    workers.pop()
-                    if not workers:
-                        return
+                    working -= 1
                     continue
                 yield i, found
-                dealt_with.set()
+                loop.call_soon_threadsafe(dealt_with.set)
         finally:
-            loop.run_until_complete(_end(asyncio.all_tasks(loop), session.http))
-            loop.close()
+            if thread.is_alive():  # then it ends by itself, should a signal rise here
+                ended = asyncio.run_coroutine_threadsafe(_end(session.http), loop)
+                ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+                thread.join()
 
     def one(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
         """The answer to a single question; AnswerError if there is none."""
@@ -154,17 +159,25 @@ class Transport:
                 "see HTTP_PROXY, ALL_PROXY, NO_PROXY",
             ) from None
 
-    async def _next(self, done: asyncio.Queue[Done]) -> Done:
+    def _next(self, done: queue.SimpleQueue[Done]) -> Done:
         try:
-            return await asyncio.wait_for(done.get(), self.server.stall_s)
-        except TimeoutError:
+            return done.get(timeout=self.server.stall_s)
+        except queue.Empty:
             raise ServerError(
                 f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s",
                 "restart the server; the answers so far are kept",
             ) from None
 
 
-async def _end(tasks: set[asyncio.Task[Any]], http: httpx.AsyncClient) -> None:
+def _until_stopped(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+async def _end(http: httpx.AsyncClient) -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -176,21 +189,21 @@ async def _pause(seconds: float) -> None:
 
 
 async def _work(
-    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: asyncio.Queue[Done]
+    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: queue.SimpleQueue[Done]
 ) -> None:
     dealt_with = asyncio.Event()
     try:
         for i, item in numbered:
             dealt_with.clear()
             try:
-                done.put_nowait((i, await ask(session, item), dealt_with))
+                done.put((i, await ask(session, item), dealt_with))
             except ItemFailed as failed:
-                done.put_nowait((i, failed.failure, dealt_with))
+                done.put((i, failed.failure, dealt_with))
             await dealt_with.wait()
     except Exception as error:  # for the caller, who reads the queue
-        done.put_nowait((0, error, dealt_with))
+        done.put((0, error, dealt_with))
     else:
-        done.put_nowait((-1, None, dealt_with))
+        done.put((-1, None, dealt_with))
 
 
 class Session:

@@ -26,7 +26,8 @@ from stages.models.base import save_merged
 from stages.models.dtype import resolve, warn_if_slow
 
 HOST = "127.0.0.1"
-MODULE = "adapter"
+MODULE = f"adapter-{os.getpid()}"
+"""What an adapter is served as: another process's server, on the same port, knows no model of that name."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
 KEY = "VLLM_API_KEY"

@@ -47,8 +47,8 @@ def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[flo
 def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Fleiss' kappa of all voters and Cohen's kappa of each pair, on the examples for which all voted.
 
-    votes: for each voter, 1 or 2 per example id. Cohen's kappa has a 95 % interval. A kappa is None where it
-    does not exist because all votes are equal.
+    votes: for each voter, 1 or 2 per example id. Cohen's kappa has a 95 % interval where each of the two gave
+    both votes: else it is 0 by definition. A kappa is None where all votes are equal, and it does not exist.
     """
     import numpy as np
     from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
@@ -66,9 +66,11 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
             np.add.at(counts, (table[:, a] - 1, table[:, b] - 1), 1)
             equal = float((table[:, a] == table[:, b]).mean())
             kappa = interval = None
-            if len(np.unique(table[:, [a, b]])) > 1:
+            if all(len(np.unique(table[:, one])) > 1 for one in (a, b)):
                 found = cohens_kappa(counts)
                 kappa, interval = float(found.kappa), [float(found.kappa_low), float(found.kappa_upp)]
+            elif len(np.unique(table[:, [a, b]])) > 1:
+                kappa = 0.0
             pairs[f"{titles[a]} | {titles[b]}"] = {"equal": equal, "kappa": kappa, "interval": interval}
     return {"examples": len(common), "fleiss_kappa": whole, "pairs": pairs}
 

@@ -50,6 +50,6 @@ def calibrate(
 
 
 def _spread(values: list[float], number: int) -> list[float]:
-    """`number` of the values, taken at equal steps from the sorted list."""
+    """`number` of the values: the middles of as many equal parts of the sorted list."""
     ordered = sorted(values)
-    return [ordered[i * len(ordered) // number] for i in range(number)]
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * number)] for i in range(number)]

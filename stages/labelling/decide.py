@@ -89,5 +89,5 @@ def _label(said: list[tuple[float, bool, float]], section: ClassifySection) -> i
     if section.rule == "mean_probability" and abs(mean - 0.5) > 1e-9:
         return 2 if mean > 0.5 else 1
     if abs(two - 0.5) < 1e-9:
-        return 2 if mean >= 0.5 else 1
+        return 2 if mean >= 0.5 - 1e-9 else 1
     return 2 if two > 0.5 else 1

@@ -68,9 +68,14 @@ def read_judged(path: Path) -> list[Judged]:
 
 
 def shots(path: Path, number: int) -> tuple[Judged, ...]:
-    """The first `number` examples of a file, System 1 and System 2 in turn."""
+    """The first `number` examples of a file, System 1 and System 2 in turn; DataError if there are fewer."""
     rows = read_judged(path)
     ones, twos = ([row for row in rows if row.system == k] for k in (1, 2))
+    if 2 * min(len(ones), len(twos)) < number:
+        raise DataError(
+            f"{number} shots need {number // 2} examples of each system, and {path.name} has {len(ones)} and "
+            f"{len(twos)}"
+        )
     return tuple(row for pair in zip(ones, twos, strict=False) for row in pair)[: number - number % 2]
 
 

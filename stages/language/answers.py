@@ -17,7 +17,8 @@ _MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
 # Groups of three, or in India's way of two before the last; seven are enough, and keep the search linear.
 _WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
 _DIGITS = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)"
-_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "k": 10**3}
+_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9}
+_SCALE["trillion"] = 10**12
 # `5k` is 5,000; `5 K` and `5m` have a unit.
 _SCALED = rf"(?:\s?(?i:(?:{'|'.join(name for name in _SCALE if name != 'k')})s?\b)|[kK]\b)"
 # A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
@@ -25,19 +26,22 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
     rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*{_WHOLE})?)(?:{_SCALED})?"
 )
+_PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
 _ONE_NUMBER = re.compile(
     rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?"
     rf"(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
-    rf"(?:\s*/\s*(?P<below>{_WHOLE}))?(?P<unit>[^\d+*/=^<>]*)[*_`]*"
+    rf"(?:\s*/\s*(?P<below>{_WHOLE}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*"
 )
 _AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENED, _CLOSED = "<answer>", "</answer>"
 THOUGHT = ("<think>", "</think>")
 """What stands around the thought of a model that thinks first."""
-_NAMES = r"\s*\(?([A-J])\b(?!')"
+# No article and no pronoun; behind "the answer is" a reason may follow A.
+_LETTER = r"([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')"
+_SAID = _LETTER.replace("A(?! [a-z])", r"A(?! (?!(?:because|since|as|and|or|but|not|for|so|due)\b)[a-z])")
 _SAYS = [
-    re.compile(rf"{says}{_NAMES}", re.IGNORECASE)
+    re.compile(rf"(?i:{says}\s*)\(?{_SAID}")
     for says in (
         r"answer(?: is|:)?(?:\s+(?:choice|option))?",
         r"(?:choice|option)(?: is|:)",
@@ -45,6 +49,8 @@ _SAYS = [
     )
 ]
 """Ways to name a choice, those that say which is right before those that may speak of any."""
+_EDGES = " .!?,:;\"'*。，！？：；、“”‘’„«»…·।؟،"
+"""Punctuation that is no part of a text where it stands at its edges."""
 LONGEST_NUMBER = 200
 """Characters that a text with its unit may have to be read as one number."""
 
@@ -75,7 +81,7 @@ def extract(text: str, answer_format: str) -> Extracted:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
     if number(strict) is not None:
         return Extracted(strict, strict)
-    behind = strict if answer_format == "xml" else text[text.rindex("####") :]
+    behind = strict if answer_format == "xml" else text[text.rindex(strict) :]
     return Extracted(strict, _last_number(behind) or strict)
 
 
@@ -145,10 +151,16 @@ def letter(text: str, whole: bool = False) -> str | None:
     if begins or whole:
         return begins[1] if begins else None
     for says in _SAYS:
-        if named := [found for found in says.findall(text) if found.isupper()]:
-            return named[-1]
-    loose = re.findall(r"\b([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')", text)
+        if named := says.findall(text):
+            return str(named[-1])
+    loose = re.findall(rf"\b{_LETTER}", text)
     return loose[-1] if loose else None
+
+
+def right(answer: str | None, gold: str) -> bool:
+    """Whether an extracted answer is the `same` as gold, or names it where it is a letter from A to J."""
+    names = answer is not None and re.fullmatch(r"\s*[A-J]\s*", gold)
+    return same(answer, gold) or bool(names and letter(str(answer)) == gold.strip())
 
 
 def same(answer: str | None, gold: str) -> bool:
@@ -175,7 +187,7 @@ def same_text(answer: str | None, gold: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().strip(" .!?,:;\"'*").split())
+    return " ".join(text.casefold().strip(_EDGES).split())
 
 
 def gold_of(response: str) -> str | None:

@@ -3,6 +3,7 @@
 import ast
 import bisect
 import re
+import textwrap
 from collections.abc import Iterator
 
 from stages.language.answers import after_thought
@@ -100,7 +101,9 @@ def _blocks(output: str) -> Iterator[str]:
             end = first if doubts <= DOUBTS and not _parses(whole) and _parses(cut) else end
         elif first >= 0:
             end = first
-        yield _outdented(output[at:end], indent)
+        block = _outdented(output[at:end], indent)
+        # One that was opened behind a list's mark is indented as the list is.
+        yield textwrap.dedent(block) if opened["indent"] is None and not _parses(block) else block
         at = end + 3
 
 

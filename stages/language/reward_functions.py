@@ -6,16 +6,27 @@ import ast
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stages.errors import ConfigError, DataError, LoraparError, MeaninglessError, MissingInputError
+from stages.errors import (
+    ConfigError,
+    DataError,
+    LoraparError,
+    MeaninglessError,
+    MissingInputError,
+    SandboxError,
+    lacks_memory,
+)
 from stages.language.rewards import rewards
+from stages.sandbox.pair import SandboxFailure
 
 Reward = Callable[..., list[float | None]]
 
@@ -23,6 +34,8 @@ TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 """TRL's rewards that need no arguments, as `trl.NAME`; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
 """Parameters that a reward may have and that no row has to supply."""
+RESPONSES = ("answer", "output", "completion", "solution", "ground_truth", "target")
+"""Names that others have for what is called response or gold here."""
 TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "environments"}
 """Names that mean something else to TRL: a row's field of that name is kept from it."""
 
@@ -56,21 +69,35 @@ def columns(name: str, function: Reward) -> list[str]:
     return [name for name in needed if name not in PASSED]
 
 
+def named(function: Reward) -> set[str]:
+    """The fields that a reward has a parameter for, also one with a default."""
+    return set(inspect.signature(function).parameters) - TAKEN
+
+
 def optional(rows: list[dict[str, Any]]) -> set[str]:
     """The fields that all rows have, as a text, number or truth value: rewards get them without asking.
 
     A field of lists or objects, of several types, or of numbers beyond 64 bits, reaches only a reward that
-    has a parameter for it.
+    has a parameter for it. Whole numbers and fractions are one type.
     """
-    kinds = [{name: type(value) for name, value in row.items()} for row in rows]
+    kinds = [
+        {name: float if type(value) is int else type(value) for name, value in row.items()} for row in rows
+    ]
     common = set.intersection(*({*kind.items()} for kind in kinds))
-    plain = {name for name, kind in common if kind in (str, int, float, bool) and name not in TAKEN}
+    plain = {name for name, kind in common if kind in (str, float, bool) and name not in TAKEN}
     return plain - beyond(rows, plain)
+
+
+def encoded(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
+    """Those of these fields that a column of one type would change: they go through it as JSON."""
+    kinds = {name: {type(row.get(name)) for row in rows} - {type(None)} for name in names}
+    large = beyond(rows, kinds)
+    return frozenset(n for n, found in kinds.items() if len(found) > 1 or found & {list, dict} or n in large)
 
 
 def beyond(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
     """Which of these fields hold a whole number of more than 64 bits, which no column takes."""
-    return {n for n in names for row in rows if type(row[n]) is int and not -(2**63) <= row[n] < 2**63}
+    return {n for n in names for row in rows if type(row.get(n)) is int and not -(2**63) <= row[n] < 2**63}
 
 
 def needs_sandbox(name: str, file: str | None) -> bool:
@@ -81,8 +108,8 @@ def needs_sandbox(name: str, file: str | None) -> bool:
     return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
 
 
-def checked(name: str, function: Reward, **fixed: Any) -> Reward:
-    """`function` with the arguments `fixed`, and with checks.
+def checked(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
+    """`function` with the arguments `fixed`, the columns `decoded` from JSON, and with checks.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
     the sample.
@@ -90,9 +117,14 @@ def checked(name: str, function: Reward, **fixed: Any) -> Reward:
 
     def reward(completions: list[str], **given: Any) -> list[float | None]:
         call = functools.partial(function, **fixed)
+        given |= {key: [json.loads(text) for text in given[key]] for key in decoded if key in given}
         try:
             values = list(call(completions=completions, **given))
+        except SandboxFailure as error:
+            raise SandboxError(f"reward {name}: {error}", "see: lorapar doctor") from error
         except Exception as error:
+            if isinstance(error, LoraparError) or lacks_memory(error):
+                raise  # nothing of the reward's
             raise _raised(name, error, completions, given, call) from error
         if len(values) != len(completions):
             raise MeaninglessError(
@@ -130,7 +162,7 @@ def _raised(
     return MeaninglessError(
         f"reward {name} raised {type(error).__name__}: {error}; "
         f"sample {at + 1} of {number}: {completions[at]!r}{asked}",
-        "mend the reward and run the same command: training resumes from its last checkpoint",
+        "mend the reward and run the same command; with another rewards_file RL begins anew",
     )
 
 
@@ -154,6 +186,8 @@ def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
             hint = f"add the field {column} to the rows, or leave the reward out of rl.rewards"
             if column == "gold":
                 hint = "rows need `gold`, or a response that ends in `#### answer`"
+            elif column in RESPONSES:
+                hint = "lorapar calls a row's answer `response`, and what can be verified of it `gold`"
             raise DataError(
                 f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
                 f"(first: {lacking[0]['id']})",
@@ -198,6 +232,7 @@ def _module(file: str) -> Any:
     loader = SourceFileLoader("lorapar_rewards_file", file)  # whatever the file is called
     module = ModuleType(loader.name)
     module.__file__ = file
+    sys.modules[loader.name] = module  # dataclasses and pickle look for it there
     try:
         loader.exec_module(module)
     except Exception as error:

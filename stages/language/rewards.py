@@ -8,13 +8,14 @@ settings) are adapted to the answer format in use.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stages import footprint
-from stages.language.answers import extract, letter, number, same
+from stages.language.answers import extract, letter, number, right
 from stages.language.code import code_block
 from stages.registry import Registry
 
@@ -26,20 +27,24 @@ rewards: Registry = Registry("reward")
 # The groups (?>…) keep the first answer tag that they find: else a text of many tags takes quadratic time.
 _WHOLE = {
     "xml": re.compile(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n?", re.DOTALL),
-    "hash": re.compile(r"[^#]+\n#### [^\n#]+\n?"),
+    "hash": re.compile(r"(?:(?>(?:(?!\n?####).)+)\n)?#### [^\n#]+\n?", re.DOTALL),
 }
 _LOOSE = {
     "xml": re.compile(r"\s*<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>", re.DOTALL),
     "hash": re.compile(r".*####\s*\S+", re.DOTALL),
 }
+_APART = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(
+    rf"[{_APART}]|[^\s{_APART}]+"
+)  # each character of scripts that put no spaces between words
 _TAGS = {"xml": ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>"), "hash": ("\n#### ",)}
 
 
 @rewards.add()
 def correctness(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the strictly extracted answer equals gold."""
+    """1 if the strictly extracted answer equals gold, or names its letter."""
     pairs = zip(completions, gold, answer_format, strict=True)
-    return [float(same(extract(text, style).strict, wanted)) for text, wanted, style in pairs]
+    return [float(right(extract(text, style).strict, wanted)) for text, wanted, style in pairs]
 
 
 @rewards.add()
@@ -96,6 +101,7 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
     scores = []
     for text, style in zip(completions, answer_format, strict=True):
         tags = _TAGS[style]
+        text = f"\n{text}" if style == "hash" else text  # the answer may be all there is
         score = sum(text.count(tag) == 1 for tag in tags) / len(tags)
         if style == "xml" and text.count(tags[-1]) == 1:
             # The paper's weight is 0.5 and its penalty 0.001 a character, so 0.002 here.
@@ -108,7 +114,7 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
 def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the answer in the format equals gold, or else the last number of the text does."""
     found = [extract(text, style).flexible for text, style in zip(completions, answer_format, strict=True)]
-    return [float(same(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
+    return [float(right(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
 
 
 @rewards.add()
@@ -124,7 +130,8 @@ def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[
 
 
 def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", text.casefold()))
+    spaced = (c if c == "_" or unicodedata.category(c)[0] in "LNM" else " " for c in text.casefold())
+    return Counter(_WORD.findall("".join(spaced)))
 
 
 def _f1(text: Counter[str], wanted: Counter[str]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable
@@ -37,6 +38,8 @@ class Pool:
     """Token ids of System 1 prompts that RL never trains on."""
     long: int
     """How many prompts to train on are too long."""
+    encoded: frozenset[str]
+    """Columns that hold JSON, because their values have several types, or are lists or objects."""
 
     @property
     def slow(self) -> int:
@@ -96,14 +99,20 @@ class Pool:
         used = kept + replayed
         if large := reward_functions.beyond(used, columns):
             raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
-        read = {"prompt", "question", *columns} | reward_functions.optional(used)
+        there = set().union(*used)
+        asked = there & set().union(*(reward_functions.named(function) for function in functions.values()))
+        read = {"prompt", "question", *columns} | reward_functions.optional(used) | asked
+        as_json = reward_functions.encoded(used, read)
         return cls(
-            rows=Dataset.from_list([{name: row[name] for name in read} for row in used]),
+            rows=Dataset.from_list(
+                [{n: json.dumps(row.get(n)) if n in as_json else row.get(n) for n in read} for row in used]
+            ),
             tokens=tokens,
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in used},
             replayed=len(replayed),
             held_out=[tokens[row["prompt"]] for row in held_out],
             long=long,
+            encoded=as_json,
         )
 
 

@@ -94,7 +94,7 @@ class Watchdog(TrainerCallback):
         error = ServerError(
             f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
             + self._missing(),
-            "where it stands is above; the same command goes on from the last checkpoint",
+            "where it stands is above; the same command, without --force, goes on from the last checkpoint",
         )
         if not team.tell(error):
             log.error("error: %s\n  hint: %s", error, error.hint)

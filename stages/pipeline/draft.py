@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from stages.benchmarks import benchmarks
-from stages.config import BenchmarkSection, Config, LoraSection
+from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.survey import Survey
@@ -19,6 +19,8 @@ FAR = 2
 """The longest row sets a length, unless it is this many times as long as 99 % of the rows."""
 ROOM = 1.25
 """Completions may be longer than the references by this factor."""
+VOTE = 512
+"""Tokens of a voter's own text, or fewer."""
 STEP = 16
 """Lengths are rounded up to multiples of this."""
 GROUPS = 4
@@ -48,6 +50,9 @@ def choices(found: Survey, model: str, data: str, tests: list[BenchmarkSection])
     chosen += _lengths(found)
     if found.section.template == "plain":
         chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
+        if found.slow is None:
+            why = "a voter without a chat; see: lorapar list personas"
+            chosen.append(Choice("classify.voters", [{"persona": "steps"}], why))
     if found.section.system:
         chosen.append(Choice("prompt.system", found.section.system, "so that answers can be verified"))
     if missing := sorted(set(LoraSection().target_modules) - found.linear):
@@ -56,8 +61,8 @@ def choices(found: Survey, model: str, data: str, tests: list[BenchmarkSection])
     if found.slow is not None:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     rl = _rl(found)
-    longest = next(choice.value for choice in rl if choice.name == "rl.max_completion")
-    return [*chosen, *rl, *_eval(tests, longest)]
+    limits = {choice.name: choice.value for choice in rl}
+    return [*chosen, *rl, *_server(found, limits), *_eval(tests, limits["rl.max_completion"])]
 
 
 def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
@@ -80,6 +85,8 @@ def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
         )
     if found.slow == 0:
         open_.append("what RL trains on: no row is labelled System 2")
+    if found.slow == len(found.rows.examples):
+        open_.append("what SFT trains on, and the importance of System 1: no row is labelled System 1")
     if not tests:
         open_.append("which rows measure success: lorapar init … --test FILE")
     if found.slow is None:
@@ -165,6 +172,17 @@ def _rl(found: Survey) -> list[Choice]:
         Choice("rl.rewards", *_reward(found)),
     ]
     return chosen
+
+
+def _server(found: Survey, limits: dict[str, Any]) -> list[Choice]:
+    """Room for the longest votes and answers, where a server that lorapar starts would have less."""
+    most = max(limits["rl.max_prompt"] + limits["rl.max_completion"], found.row.longest) + VOTE
+    if most <= ServerSection().max_model_len:
+        return []
+    room = min(most, found.positions or most)
+    return [
+        Choice("server.max_model_len", room, "the longest row, or prompt with its answer, and a voter's text")
+    ]
 
 
 def _reward(found: Survey) -> tuple[dict[str, float], str]:

@@ -10,6 +10,7 @@ from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError
+from stages.labelling.known import system_of
 from stages.language.answers import letter, number
 from stages.language.prompts import IGNORED, Renderer
 from stages.models.reading import reading
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ASKS = "Work it out, then write the final answer after ####."
 """System message for rows whose answers can be verified: the words of the demo."""
+VERIFIED = {"number", "letter", "text"}
+READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
+"""Benchmarks that read an answer where the prompt asks for it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,11 @@ class Survey:
     """Names of the linear modules that the base model has, without its head."""
 
 
-def survey(model: ModelSection, data: DataSection) -> Survey:
-    """Read all rows and render them; no weights are loaded."""
+def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]) -> Survey:
+    """Read all rows and render them; no weights are loaded.
+
+    tests: the files of test rows. Where they or the rows have answers to verify, the prompt asks for them.
+    """
     tokenizer = load_tokenizer(model)
     found = read_rows(data)
     if not found.examples:
@@ -60,7 +67,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
     kinds = Counter(_kind(example) for example in found.examples)
     section = PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
-        system=ASKS if set(kinds) <= {"number", "letter", "text"} else None,
+        system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )
     refuses = False
     try:
@@ -73,7 +80,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
     rows = [renderer.row(example) for example in found.examples]
     asked = [sum(label == IGNORED for label in row.labels) for row in rows]
     first = rows[0].input_ids
-    labels = [example.extra.get("system") for example in found.examples]
+    labels = [system_of(example.extra.get("system")) for example in found.examples]
     positions, linear = _model(model)
     return Survey(
         rows=found,
@@ -81,7 +88,7 @@ def survey(model: ModelSection, data: DataSection) -> Survey:
         prompt=Lengths.of(asked),
         response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
         row=Lengths.of([len(row.labels) for row in rows]),
-        slow=labels.count(2) if all(label in (1, 2) for label in labels) else None,
+        slow=labels.count(2) if None not in labels else None,
         never_stops=renderer.never_stop(rows),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),

@@ -87,6 +87,11 @@ class TableFile(Section):
             raise ValueError(f"plot.x {self.plot.x!r} is no column")
         if self.plot and not _accuracy(self.columns.get(self.plot.y, "")):
             raise ValueError(f"plot.y {self.plot.y!r} is no column of accuracies")
+        tested = {self.compare and self.compare.on, self.plot and self.plot.y}
+        for row, own in names.items():
+            for name, text in (own.get("columns") or {}).items():
+                if name in tested and text is not None and not _accuracy(text):
+                    raise ValueError(f"row {row!r}: its own {name!r} is compared or plotted, and no accuracy")
         return self
 
     def settings(self) -> dict[str, dict[str, Any]]:

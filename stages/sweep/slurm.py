@@ -33,7 +33,9 @@ PAUSE = 60.0
 """Seconds before a step is tried again that another process is making."""
 OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout"}
 """Parameters of submitit that are no one else's to set."""
-KINDS: dict[str, type] = {"setup": list, "srun_args": list, "additional_parameters": dict}
+MOST_MINUTES = 60 * 24 * 31
+"""More is no time in minutes: YAML reads 24:00:00 as 86,400."""
+KINDS: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
 """What a text would pass for until a job is submitted."""
 
 
@@ -213,6 +215,8 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
                 for key, kind in KINDS.items()
                 if not isinstance(part.get(key, kind()), kind)
             ]
+            if isinstance(minutes := part.get("time", 1), int) and not 0 < minutes <= MOST_MINUTES:
+                wrong.append(f"{name}.time: expected minutes, got {minutes}")
     if not wrong and "time" not in tree.get("default", {}):
         wrong.append("default.time is missing: minutes that a job may take")
     if wrong:

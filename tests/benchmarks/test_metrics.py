@@ -1,13 +1,16 @@
 """Intervals at their edges, and refused answers, which drop their item from metrics and tables alike."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy.stats import binomtest, sem, t
 
+from stages.benchmarks import jsonl, mmlu
+from stages.benchmarks.grading import Context
 from stages.benchmarks.metrics import measured
 from stages.benchmarks.statistics import interval, wilson
-from stages.records import Sample
+from stages.records import Example, Sample
 from stages.report.comparison import compared
 
 
@@ -70,3 +73,34 @@ def test_without_a_graded_item_there_is_no_accuracy():
     assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
     (row,) = compared({"base": {"all": samples}})
     assert (row["accuracy"], row["low"], row["high"], row["p"]) == (None, None, None, None)
+
+
+def test_several_answers_and_groups_of_a_benchmark():
+    samples = [
+        replace(sample, extra={"subject": "law" if sample.id in "ab" else "art"})
+        for sample in answers(
+            {"a": ["correct"] * 4, "b": ["correct", *["wrong"] * 3], "c": ["wrong"] * 4, "d": ["correct"] * 4}
+        )
+    ]
+    more = [replace(sample, id="e") for sample in samples if sample.id == "d"]
+    whole = measured([*samples, *more], ("subject",))["all"]
+    assert whole["n"] == 5 and whole["pass@1"] == pytest.approx((1 + 1 / 4 + 0 + 1 + 1) / 5)
+    assert whole["macro_over_subject"] == pytest.approx(((1 + 1 / 4) / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "strict", "flexible"),
+    [
+        ("B", True, True),
+        (" B.", True, True),
+        ("The answer is B.", False, True),
+        ("A", False, False),
+        ("?", False, False),
+    ],
+)
+def test_letters_of_mmlu_and_of_a_file(said, strict, flexible):
+    context = Context("hash", False, None)
+    found = mmlu.grade(Example("a", "Q", "B", "B", {"subject": "law"}), said, context)
+    assert (found.correct, found.correct_flexible) == (strict, flexible)
+    found = jsonl.grade(Example("a", "Q", "B", "B", {"grade": "letter"}), f"#### {said}", context)
+    assert found.correct is (strict or flexible)

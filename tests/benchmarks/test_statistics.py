@@ -1,11 +1,12 @@
 """Paired tests and differences."""
 
+from itertools import combinations
 from math import comb
 
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
-from stages.benchmarks.statistics import FEW, holm, interval, paired_difference, paired_p, wilson
+from stages.benchmarks.statistics import FEW, holm, interval, paired_difference, paired_p, pass_at, wilson
 
 
 @pytest.mark.parametrize("parts", [3, 5, 6, 7])
@@ -47,3 +48,19 @@ def test_some_more_are_told_by_permutations():
     before, after = [1 / 3] * 200, [2 / 3] * 15 + [0.0] * 5 + [1 / 3] * 180
     signs = sum(comb(20, k) for k in range(6)) / 2**19  # all ranks are equal: a test of signs
     assert paired_p(before, after) == pytest.approx(signs, abs=0.01)
+
+
+def test_the_interval_of_a_difference_is_that_of_student_s_t():
+    before, after = [0, 1 / 3, 1, 0, 2 / 3, 1], [1, 2 / 3, 1, 0, 1, 0.5]
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    wanted = ttest_1samp(changes, 0).confidence_interval()
+    found = paired_difference(before, after)
+    assert found == pytest.approx((sum(changes) / 6, wanted.low, wanted.high))
+
+
+@pytest.mark.parametrize("correct", [0, 1, 3, 6])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(k, correct):
+    answers = [True] * correct + [False] * (6 - correct)
+    draws = list(combinations(answers, k))
+    assert pass_at(k, 6, correct) == pytest.approx(sum(map(any, draws)) / len(draws))

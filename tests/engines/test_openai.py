@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import signal
+import threading
 import time
 from dataclasses import replace
+from email.utils import formatdate
 
 import pytest
 from mock_server import Mock, probability, serve
@@ -236,9 +239,11 @@ def test_retry_after_is_waited_for(no_waiting):
         ("", 0),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0),
+        (formatdate(2_000_000_030, usegmt=True), 30),
     ],
 )
-def test_retry_after_in_all_its_forms(text, seconds):
+def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
     assert transport._seconds(text) == seconds
 
 
@@ -301,3 +306,31 @@ def test_a_key_for_servers_is_not_handed_to_our_own(monkeypatch):
     monkeypatch.setenv("VLLM_OTHER", "kept")
     made = vllm._environment(None)
     assert "VLLM_API_KEY" not in made and made["VLLM_OTHER"] == "kept"
+
+
+def test_a_signal_at_any_moment_ends_what_is_asked():
+    """Its exception is neither lost in a task nor turned into another one, and no thread stays."""
+
+    class Told(BaseException):
+        pass
+
+    def told(*_: object) -> None:
+        raise Told
+
+    usual = signal.signal(signal.SIGALRM, told)
+    try:
+        with serve(Mock()) as mock:
+            served = threading.active_count()
+            for moment in range(1, 60, 2):
+                client = Client((mock.url,), None, "", QUICK)
+                signal.setitimer(signal.ITIMER_REAL, moment / 1000)
+                with pytest.raises(Told):
+                    for _ in range(1000):
+                        list(client.choose([TEXT] * 8))
+            deadline = time.monotonic() + 5
+            while threading.active_count() > served and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert threading.active_count() <= served, [thread.name for thread in threading.enumerate()]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)

@@ -28,7 +28,7 @@ def votes(folder, number: int, **voter) -> Votes:
 
 
 def test_bad_answers_are_counted_among_all_answers(tmp_path):
-    many = votes(tmp_path, 20, samples=5, temperature=0.5)
+    many = votes(tmp_path, 20, samples=5, temperature=0.5, thinking={})
     list(many.ask(Echo(4), print))
     many.check(max_failed=0, max_invalid=0.1)  # 4 of 100
     with pytest.raises(AnswerError, match="4 of 100 answers are none of its words, e.g. 'hm'"):
@@ -45,7 +45,7 @@ def test_bad_answers_that_another_run_got_count_too(tmp_path):
 
 
 def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
-    voter = Voter(persona="simplicity", temperature=0.5)
+    voter = Voter(persona="simplicity", temperature=0.5, thinking={})
     for seed in (0, 1):
         made = Votes(voter, "v", "m", "x", Brief("m", False), seed, tmp_path)
         made.take([Example("a", "Q?", "A", None)])

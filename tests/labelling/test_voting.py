@@ -116,6 +116,12 @@ def test_ties_go_by_the_mean_probability():
     assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
 
 
+@pytest.mark.parametrize("high", [0.51, 0.58, 0.59, 0.63, 0.73, 0.9])
+def test_an_even_tie_is_system_2_whatever_its_rounding(high):
+    low = 1 - high
+    assert labels({"a": [high, low], "b": [low, high]}) == [2, 2]
+
+
 def test_agreement_below_the_minimum_is_undecided():
     assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
 
@@ -164,6 +170,18 @@ def test_an_unbalanced_file_does_not_move_the_threshold():
     assert calibrate("held_out", rows, [0.8 if r.system == 2 else 0.7 for r in rows], []).threshold == 0.75
 
 
+@pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (28, 4), (2, 60)])
+def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
+    """Of scores that are symmetric about a half."""
+
+    def spread(number: int, middle: float) -> list[float]:
+        return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
+
+    rows = [Judged(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
+    given = [*spread(ones, 0.4), *spread(twos, 0.6)]
+    assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
+
+
 def test_content_free_calibration_is_what_empty_questions_get():
     odds = calibrate("content_free", JUDGED, [None] * 24, [0.9, 0.9, None])
     assert odds.threshold == pytest.approx(0.9) and odds.auc is None
@@ -195,6 +213,8 @@ def test_kappas_against_worked_tables():
     same = kappas({"a": {"1": 2, "2": 2}, "b": {"1": 2, "2": 2}})
     assert same["fleiss_kappa"] is None and same["pairs"]["a | b"]["kappa"] is None
     assert kappas({"a": {"1": 1}}) == {}
+    one_way = kappas({"a": {"1": 2, "2": 1, "3": 1}, "b": {"1": 1, "2": 1, "3": 1}})["pairs"]["a | b"]
+    assert (one_way["kappa"], one_way["interval"]) == (0, None)
 
 
 def test_agreement_with_known_labels():

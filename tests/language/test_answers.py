@@ -7,7 +7,8 @@ from stages.language.answers import extract, gold_of, letter, number, rewrite, s
     ("text", "value"),
     [
         ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12),
-        ("5k", 5000), ("$1.5K.", 1500), ("5 K", 5), ("5 km", 5),
+        ("5 thousand", 5000), ("2 million", 2 * 10**6), ("1 billion", 10**9), ("5 trillion", 5 * 10**12),
+        ("5k", 5000), ("$1.5K.", 1500), ("5 K", 5), ("5 km", 5), ("5 km/h", 5), ("3/x", None),
         ("7.", 7), (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None),
         ("1 2", None), ("2 + 2", None),
     ],
@@ -92,6 +93,11 @@ def test_targets_are_rewritten():
         ("The right choice is B; option A is too small.", "B"),
         ("The answer is A. No, the answer is B.", "B"),
         ("Option A is too small, so option C", "C"),
+        ("Answer: I think it is B.", "B"),
+        ("The answer is I believe B", "B"),
+        ("The answer is A good one", None),
+        ("The answer is A because B is wrong.", "A"),
+        ("answer: B", "B"),
         ("<think>The answer is A, or B?</think> C", "C"),
         ("<think>The answer is A", None),
     ],
@@ -111,3 +117,28 @@ def test_the_choice_that_is_said_to_be_right(text, named):
 def test_a_thought_is_no_answer(text, strict, flexible):
     found = extract(text, "hash")
     assert (found.strict, found.flexible) == (strict, flexible)
+
+
+@pytest.mark.parametrize(
+    ("text", "flexible"),
+    [
+        ("#### Answer: 18\n\n####", "18"),
+        ("#### The total is 18\n###########", "18"),
+        ("#### Answer: 18\n#### \nDone", "18"),
+        ("#### 7 of these\n#### Then 8 and 9", "9"),
+    ],
+)
+def test_the_flexible_reading_begins_at_the_answer_that_was_found(text, flexible):
+    assert extract(text, "hash").flexible == flexible
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same_"),
+    [
+        ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
+        ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),
+        ("5 trillion", "5", False),
+    ],
+)  # fmt: skip
+def test_more_equality(answer, gold, same_):
+    assert same(answer, gold) is same_

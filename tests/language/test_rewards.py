@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 
-from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
 from stages.language import reward_functions
 from stages.language.code import code_block, code_of, stub
 from stages.language.rewards import rewards
-from stages.sandbox import Limits, choose
+from stages.sandbox import Limits, SandboxFailure, choose
 
 XML = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>"
 HASH = "3 + 4 = 7.\n#### 7"
@@ -265,3 +265,68 @@ def test_imports_from_the_future_come_first():
     found = {}
     exec(compile(program, "program", "exec"), found)
     assert found["f"](1) == 2
+
+
+def test_a_letter_is_right_however_it_is_written():
+    said = ["#### B", "#### (B)", "#### B) because", "#### A"]
+    given = {"completions": said, "gold": ["B"] * 4, "answer_format": ["hash"] * 4}
+    assert rewards.pick("correctness")(**given) == [1, 1, 1, 0]
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    def overlap(text: str, wanted: str) -> float:
+        return rewards.pick("text_overlap")(completions=[text], response=[wanted])[0]
+
+    assert overlap("今天北京的天气很好适合散步", "今天北京的天气很好，适合出门散步。") == pytest.approx(
+        26 / 28
+    )
+    assert overlap("हिन्दी भाषा", "हिन्दी") == pytest.approx(2 / 3)
+    assert overlap("don't stop", "do not stop") == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "tags"),
+    [
+        ("2 + 2\n#### 4", 1, 1), ("#### 4", 1, 1), ("There are # 3\n#### 3", 1, 1), ("a #### 3", 0, 0),
+        ("#### 3\nmore\n#### 4", 0, 0), ("2\n#### 4\nmore", 0, 1),
+    ],
+)  # fmt: skip
+def test_the_format_of_hashes(text, strict, tags):
+    given = {"completions": [text], "answer_format": ["hash"]}
+    assert rewards.pick("strict_format")(**given) == [strict]
+    assert rewards.pick("tag_count")(**given) == [tags]
+
+
+def test_a_block_behind_a_list_mark_loses_the_list_s_indentation():
+    assert code_block("1. ```python\n   def f(x):\n       return 2*x\n   ```\n", "f").startswith("def f(x):")
+
+
+def test_a_file_of_rewards_may_have_dataclasses(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Point:\n    x: int\n"
+        "def far(completions, **_):\n    return [float(Point(1).x)] * len(completions)\n"
+    )
+    assert reward_functions.load("far", str(file))(completions=["a"]) == [1.0]
+
+
+def test_what_is_no_fault_of_a_reward_is_not_called_one():
+    def failing(error: Exception):
+        def reward(completions):
+            raise error
+
+        return reward_functions.checked("mine", reward)
+
+    with pytest.raises(SandboxError, match="reward mine: bwrap"):
+        failing(SandboxFailure("bwrap: no"))(completions=["a"])
+    with pytest.raises(MemoryError):
+        failing(MemoryError())(completions=["a"])
+    with pytest.raises(MeaninglessError, match="reward mine raised ValueError"):
+        failing(ValueError())(completions=["a"])
+
+
+def test_a_name_that_others_have_for_the_response_is_explained():
+    with pytest.raises(DataError) as caught:
+        reward_functions.require({"f": ["answer"]}, [{"id": "a"}])
+    assert "lorapar calls a row's answer `response`" in str(caught.value.hint)

@@ -193,3 +193,12 @@ def test_masks_come_back_as_written(tmp_path):
     assert torch.equal(flat(back.region), s.region)
     assert torch.equal(flat(back.active), s.active["rl"])
     assert back.active["a"].shape == (2, 1) and back.active["a"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("strategy", ["random", "random_within", "random_half"])
+def test_a_control_is_another_draw_with_another_seed(strategy):
+    section = PartitionSection(strategy=strategy)
+    scores = {system: tensor([float(i % 7 + system) for i in range(200)]) for system in (1, 2)}
+    one, same, two = (strategies.pick(strategy)(scores, section, seed, [100, 100]) for seed in (0, 0, 1))
+    assert one.region.tolist() == same.region.tolist() != two.region.tolist()
+    assert one.region.bincount().tolist() == two.region.bincount().tolist()

@@ -166,3 +166,25 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
         pool("error")
     dropped, cut = pool("drop"), pool("truncate_left")
     assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0
+
+
+def test_rewards_get_the_values_that_the_rows_have(ready):
+    """A column of one type would fill up objects and turn whole numbers into fractions."""
+    values = [{"city": "Paris"}, {"x": 1}, 3, 2.5, "three", ["a"], None, 2**70]
+
+    def mine(completions, target=None, **given):
+        seen.append((target, "more" in given and given["more"]))
+        return [0.0] * len(completions)
+
+    seen = []
+    config = ready("rl.drift_prompts=0")
+    labels = [
+        replace(row, example=replace(row.example, extra={"target": values[i % 8], "more": [3, 2.5][i % 2]}))
+        for i, row in enumerate(labels_of(config))
+    ]
+    renderer = Renderer(load_tokenizer(config.model), config.prompt)
+    pool = Pool.of(labels, renderer, config.rl, {"mine": mine}, 0)
+    reward = reward_functions.checked("mine", mine, pool.encoded)
+    reward(completions=["a"] * pool.slow, **{name: list(pool.rows[name]) for name in ("target", "more")})
+    wanted = [row.example.extra for row in labels if row.system == 2]
+    assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]

@@ -141,6 +141,8 @@ def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submi
         ("rl: {tme: 5}", "rl.tme: choose from account, "),
         ("rl: {job_name: x, time: 5}", "rl.job_name: choose from account, "),
         ("rl: {time: 5}", "default.time is missing"),
+        ("default: {time: 1-00:00:00}", "default.time: expected int, got '1-00:00:00'"),
+        ("default: {time: 24:00:00}", "default.time: expected minutes, got 86400"),
         (
             "default: {time: 5, setup: module load cuda}",
             "default.setup: expected list, got 'module load cuda'",

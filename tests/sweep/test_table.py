@@ -176,6 +176,11 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
         (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must be names with what they show, or"),
         (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must be names with what they show, or"),
         (OF_HALF, '"θ .5": {columns: {RL: rl@demo.sytem1}}', "no group 'sytem1'"),
+        (
+            OF_HALF,
+            '"θ .5": {columns: {SFT: rl@demo - sft@demo}}',
+            "its own 'SFT' is compared or plotted, and no",
+        ),
         ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot.y 'Sft' is no column of accuracies"),
         ("compare:", "plot: {x: actve, y: SFT}\ncompare:", "plot.x 'actve' is no column"),
         ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
