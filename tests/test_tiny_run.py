@@ -195,7 +195,14 @@ def test_votes_are_never_asked_again(copied):
 def test_more_samples_ask_only_for_the_new_ones(copied):
     def counted(samples: int) -> int:
         voters = json.dumps(
-            [{"engine": "transformers", "persona": "steps", "samples": samples, "temperature": 0.5}]
+            [
+                {
+                    "engine": "transformers",
+                    "samples": samples,
+                    "temperature": 0.5,
+                    "thinking": {"max_tokens": 4},
+                }
+            ]
         )
         config = copied(f"classify.voters={voters}", "data.limit=8")
         make_steps(config, "classify:train")

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -119,10 +120,11 @@ class Transport:
                 yield i, found
                 loop.call_soon_threadsafe(dealt_with.set)
         finally:
-            if thread.is_alive():  # then it ends by itself, should a signal rise here
-                ended = asyncio.run_coroutine_threadsafe(_end(session.http), loop)
-                ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-                thread.join()
+            try:
+                _stop(loop, thread, session.http)
+            except BaseException:  # a signal rose here
+                _stop(loop, thread, session.http)
+                raise
 
     def one(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
         """The answer to a single question; AnswerError if there is none."""
@@ -174,6 +176,16 @@ def _until_stopped(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient) -> None:
+    def begin() -> None:
+        loop.create_task(_end(http)).add_done_callback(lambda _: loop.stop())
+
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(begin)
+    if thread.is_alive():
+        thread.join()
 
 
 async def _end(http: httpx.AsyncClient) -> None:

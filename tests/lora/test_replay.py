@@ -63,12 +63,12 @@ def watched(monkeypatch):
 
     calls, usual = [], reward_functions.checked
 
-    def checked(name, function, **fixed):
+    def checked(name, function, decoded, **fixed):
         def seen(completions, question, **given):
             calls.append(question)
             return function(completions=completions, question=question, **given)
 
-        return usual(name, seen, **fixed)
+        return usual(name, seen, decoded, **fixed)
 
     monkeypatch.setattr(reward_functions, "checked", checked)
     return calls
