@@ -222,6 +222,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
