@@ -34,9 +34,8 @@ _LOOSE = {
     "hash": re.compile(r".*####\s*\S+", re.DOTALL),
 }
 _APART = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(
-    rf"[{_APART}]|[^\s{_APART}]+"
-)  # each character of scripts that put no spaces between words
+# Of scripts that put no spaces between words each character is one.
+_WORD = re.compile(rf"[{_APART}]|[^\s{_APART}]+")
 _TAGS = {"xml": ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>"), "hash": ("\n#### ",)}
 
 

@@ -134,43 +134,21 @@ class SharedPrompts:
         Both are zero behind the end of a completion. Passes that only compare, of the reference and of the
         policy that sampled, drop nothing out: else equal models would differ.
         """
-        with nullcontext() if torch.is_grad_enabled() else flat.evaluating(self.model):
-            return self._found(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **more,
-            )
-
-    def _found(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None,
-        compute_entropy: bool,
-        compute_aux_loss: bool,
-        **more: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows = input_ids.split(batch_size or len(input_ids))
         masks = attention_mask.split(batch_size or len(input_ids))
-        if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):
-            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **more,
-            )
-        made = [self._of_rows(model, *part, logits_to_keep) for part in zip(rows, masks, strict=True)]
+        with nullcontext() if torch.is_grad_enabled() else flat.evaluating(self.model):
+            if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):
+                return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size,
+                    compute_entropy,
+                    compute_aux_loss,
+                    **more,
+                )
+            made = [self._of_rows(model, *part, logits_to_keep) for part in zip(rows, masks, strict=True)]
         log_probs, entropies = (torch.cat(parts) for parts in zip(*made, strict=True))
         return log_probs, entropies if compute_entropy else None, None
 

@@ -74,7 +74,7 @@ ATTRIBUTES = {
     PreTrainedModel: ["hf_quantizer", "is_quantized"],
 }
 OWN = {
-    "_unsound", "_fits", "_found", "_of_rows", "_log_by_system",
+    "_unsound", "_fits", "_of_rows", "_log_by_system",
     "_drawn_again", "_sampled", "_rewards", "_to_draw", "_spare", "_local", "_packed",
 }  # fmt: skip
 """Private methods of the mixins that override nothing."""

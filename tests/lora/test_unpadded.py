@@ -484,12 +484,12 @@ def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(begun, 
 
 def test_nothing_drops_out_of_passes_that_only_compare(begun, monkeypatch):
     """Else the KL term between two equal models would not be zero."""
-    seen, usual = set(), unpadded.SharedPrompts._found
+    seen, usual = set(), grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies
 
     def found(self, model, *given, **more):
         seen.add((torch.is_grad_enabled(), model.training))
         return usual(self, model, *given, **more)
 
-    monkeypatch.setattr(unpadded.SharedPrompts, "_found", found)
+    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", found)
     make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.dropout=0.5", "rl.kl_beta=0.1"), "rl")
     assert seen == {(True, True), (False, False)}
