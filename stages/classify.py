@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
 from stages.data.rows import read
 from stages.engines import Pool, Served
+from stages.engines.beside import beside
 from stages.errors import ConfigError, DataError
 from stages.labelling import known, report
 from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
@@ -156,24 +157,13 @@ def _ask_all(
                 if stop.is_set():
                     return
 
-    def beside(boxes: list[Votes]) -> None:
-        try:
-            with Pool() as pool:
-                lane(boxes, pool)
-        except BaseException:
-            stop.set()
-            raise
+    def alone(boxes: list[Votes]) -> None:
+        with Pool() as pool:
+            lane(boxes, pool)
 
     own = lanes.pop("", [])
-    with ThreadPoolExecutor(max(1, len(lanes))) as threads:
-        running = [threads.submit(beside, found) for found in lanes.values()]
-        try:
-            lane(own, job.engines)
-            for done in running:
-                done.result()
-        except BaseException:
-            stop.set()
-            raise
+    with beside([partial(alone, found) for found in lanes.values()], stop):
+        lane(own, job.engines)
 
 
 class _Once:
