@@ -128,6 +128,13 @@ def test_rows_that_belong_together_are_tried_together(probe):
     assert sorted(set(probe.sizes)) == [8, 16, 32, 40]
 
 
+def test_of_more_than_may_be_tried_the_rest_is_told_from_these(probe):
+    probe.of_a_row = 0.01, 1
+    found = probe._grown(probe.sizes.append, 100, most=8)
+    assert sorted(set(probe.sizes)) == [1, 2, 4, 8]
+    assert found == Piece(pytest.approx(1), pytest.approx(200))
+
+
 def test_memory_that_runs_out_ends_the_trials_but_of_one_row_it_is_an_error(probe):
     probe.of_a_row = 0.01, 1
 

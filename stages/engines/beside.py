@@ -15,8 +15,8 @@ GRACE_S = 5
 def beside(calls: Iterable[Callable[[], None]], stop: threading.Event) -> Iterator[None]:
     """Make each call in a thread of its own while the block runs, and wait for them all.
 
-    What a call or the block raises sets `stop`, which the others are to obey, and is raised here. One that waits
-    for a server cannot: it has `GRACE_S` seconds, and then ends when the process does.
+    What a call or the block raises sets `stop`, which the others are to obey, and is raised here. One that
+    waits for a server cannot: it has `GRACE_S` seconds, and then ends when the process does.
     """
     running = [_begun(call, stop) for call in calls]
     try:
@@ -34,7 +34,8 @@ def _begun(call: Callable[[], None], stop: threading.Event) -> Future[None]:
 
     def work() -> None:
         try:
-            done.set_result(call())
+            call()
+            done.set_result(None)
         except BaseException as error:
             stop.set()
             done.set_exception(error)

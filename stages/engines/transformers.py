@@ -96,6 +96,10 @@ class InProcess:
                 shares = tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words)
                 yield i, Choice(shares, mass)
 
+    def at_once(self, ballots: list[Ballot]) -> int:
+        """How many of these, which do not think, one forward pass computes."""
+        return max(batches(sorted(ids for ids, _ in self._prepared(ballots))))
+
     def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
         stops = tuple(dict.fromkeys(text for question in questions for text in question.stop))
         prompts, seeds = [question.ids for question in questions], [question.seed for question in questions]

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BALLOTS = 64
-"""Votes in a batch that is measured."""
+BALLOTS = 256
+"""Votes of which it is found out how many make a batch."""
 LAST = {"score": 1, "sft": 2, "rl": 3}
 """Stages whose work is measured after that of all others, in this order."""
 SYSTEM1 = 0.5
@@ -107,9 +107,9 @@ class _Work:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         self.rows = {name: _items(config, name) for name in config.eval.benchmarks}
         self.rows["train"] = read(config.data) if config.data.path else []
-        self.written: dict[str, tuple[Piece, Piece, Piece, int]] = {}
-        """By benchmark, because all targets write alike: see `Probe.writing`, a prompt read by itself,
-        and the answers in a batch."""
+        self.written: dict[str, tuple[Piece, Piece, int, list[int]]] = {}
+        """By benchmark, because all targets write alike: see `Probe.writing`, the answers in a batch, and one
+        of the prompts."""
         self.sample = sampled(self.rows["train"])
         self.rendered: dict[str, list[Row]] = {}
 
@@ -196,7 +196,7 @@ class _Work:
         worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
         brief = Brief(self.config.model.title, classify.show_answer, voter.words, worked)
         ballots = [persona(example, brief) for example in drawn(examples, BALLOTS)]
-        return self.probe.choosing(ballots), len(ballots)
+        return self.probe.choosing(ballots)
 
     @cached_property
     def _score(self) -> Cost:
@@ -271,9 +271,8 @@ class _Work:
             renderer = self._renderer(section.prompt)
             asked = drawn(examples, self.config.server.batch_size)
             prompts = [renderer.prompt_ids(example.prompt) for example in asked]
-            alone = self.probe.reading(prompts[:1])
-            self.written[name] = (*self.probe.writing(prompts, written), alone, len(asked))
-        read, token, alone, batch = self.written[name]
+            self.written[name] = (*self.probe.writing(prompts, written), len(asked), prompts[0])
+        read, token, batch, prompt = self.written[name]
         mean, last = written, written
         if target not in ("base", "init"):
             mean, last = (min(written, round(n)) for n in (self._responses.mean, self._responses.p99))
@@ -282,9 +281,20 @@ class _Work:
         again, here = 0.0, self.config.eval.engine == "transformers"
         checked = 0 if section.temperature else min(self.config.eval.parity_items, len(examples))
         if checked and not (here and target == "base"):
-            seconds += self.probe.loading.seconds + checked * (1 + (target != "base")) * alone.seconds
+            seconds += self._checked(checked, prompt, mean, target != "base")
             again = self.probe.second_mib()
+        if target != "base":
+            seconds += self.probe.adapting  # after `_checked`, which puts one in
         return Cost(seconds, max(read.mib, token.mib) + again if here else None)
+
+    def _checked(self, items: int, prompt: list[int], answer: int, adapted: bool) -> float:
+        """Seconds of reading so many answers in plain PEFT, which loads the model once more."""
+        from stages.benchmarks.parity import LONGEST
+
+        length = len(prompt) + min(answer, LONGEST)
+        row = (prompt * length)[:length]
+        each = self.probe.comparing(row).seconds * (1 + adapted)  # beside the base's
+        return self.probe.loading.seconds + items * each + adapted * self.probe.adapting
 
     def _longest(self, stage: str, number: int) -> list[Row]:
         """So many rows of greatest length; where there are fewer, some twice."""

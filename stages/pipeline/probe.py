@@ -8,6 +8,7 @@ would take seconds, or more memory than there is, the last two trials tell of it
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
 
 LONG = 6.0
 """Seconds; a piece that would take longer is not computed whole."""
+BALLOTS = 64
+"""So many votes are computed at most, of a batch of more."""
 SHORT = 0.3
 """Seconds; a piece that takes less is computed twice, and the quicker one counts."""
 FULL = 0.9
 """Nor one that would need more than this share of the memory."""
-FEW, NEW = 4, 16
-"""Tokens of a prompt that are read, and tokens that are written after it, to find out what one takes."""
+NEW = 16
+"""Tokens that are written after a prompt, to find out what one takes."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,15 @@ class Probe:
         self.room = footprint.room()
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
         self.weights_mib = sum(weights.values()) / footprint.MIB
+        self.adapting = 0.0
+        """Seconds that the adapter took to be put in, where a piece has needed it."""
         self._adapted: Any = None
 
-    def choosing(self, ballots: Sequence[Ballot]) -> Piece:
-        """A batch of votes, of engine transformers."""
+    def choosing(self, ballots: list[Ballot]) -> tuple[Piece, int]:
+        """A batch of votes, of engine transformers, and how many of these votes that is."""
         engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
-        return self._grown(lambda n: list(engine.choose(ballots[:n])), len(ballots))
+        number = engine.at_once(ballots)
+        return self._grown(lambda n: list(engine.choose(ballots[:n])), number, most=BALLOTS), number
 
     def reading(self, prompts: Sequence[list[int]]) -> Piece:
         """Prompts to be read, with the first token of each answer."""
@@ -85,12 +91,22 @@ class Probe:
         tokens: of the longest answer; the second piece has room for it.
         """
         read = self.reading(prompts)
-        # Behind short prompts, so that the time to read them does not hide that of a token.
-        short = [ids[-FEW:] for ids in prompts]
-        first = self._grown(lambda n: self._write(short[:n], 1), len(prompts))
-        some = self._grown(lambda n: self._write(short[:n], NEW + 1), len(prompts))
+        # Behind one prompt, which is read once, so that the time to read does not hide that of a token.
+        same = [sorted(prompts, key=len)[len(prompts) // 2]] * len(prompts)
+        first = self._grown(lambda n: self._write(same[:n], 1), len(prompts))
+        some = self._grown(lambda n: self._write(same[:n], NEW + 1), len(prompts))
         room = len(prompts) * (max(map(len, prompts)) + tokens) * self._kept_bytes() / footprint.MIB
         return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, max(read.mib, some.mib + room))
+
+    def comparing(self, ids: list[int]) -> Piece:
+        """A prompt and its answer, by plain PEFT."""
+        model, row = self._with_adapter().eval(), torch.tensor([ids], device=self.base.device)
+
+        @torch.no_grad()
+        def work(_: int) -> None:
+            model(input_ids=row)
+
+        return self._grown(work, 1)
 
     def scoring(self, rows: Sequence[Row]) -> Piece:
         """Two batches of score, the gradients of each row by itself.
@@ -170,7 +186,9 @@ class Probe:
             lora = self.config.lora
             rank = lora.r * (2 if lora.compensated else 1)
             lora = lora.model_copy(update={"init": "normal", "compensate": False, "r": rank})
+            begun = time.perf_counter()
             self._adapted = adapter.initial(self.base, lora, self.config.seed)
+            self.adapting = time.perf_counter() - begun
         return self._adapted
 
     def copy_mib(self) -> float:
@@ -203,14 +221,18 @@ class Probe:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * config.num_hidden_layers * heads * width * self.base.dtype.itemsize)
 
-    def _grown(self, work: Callable[[int], Any], whole: int, step: int = 1) -> Piece:
-        """What `work` on so many rows needs; step: how many rows belong together."""
+    def _grown(self, work: Callable[[int], Any], whole: int, step: int = 1, most: float = math.inf) -> Piece:
+        """What `work` on so many rows needs.
+
+        step: how many rows belong together. most: how many are tried; what more need is told from these.
+        """
         size = min(step, whole)
         work(size)  # the first pass of a kind takes longer
         tried = [(0, Piece(0.0, self.loading.mib)), (size, _weighed(functools.partial(work, size)))]
         while (now := tried[-1])[0] < whole:
             size = min(2 * now[0], whole)
-            if size / now[0] * now[1].seconds > LONG or _line(tried, size).mib > FULL * self.room:
+            slow = size / now[0] * now[1].seconds > LONG
+            if slow or size > most or _line(tried, size).mib > FULL * self.room:
                 return _line(tried, whole)
             try:
                 tried.append((size, _weighed(functools.partial(work, size))))
