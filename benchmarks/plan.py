@@ -6,6 +6,7 @@ and MiB, planned and taken, with their ratios, and at last those of the whole.
 python benchmarks/plan.py [CONFIG] [--set section.key=value …]
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,13 +19,18 @@ from stages.store.artifacts import Store
 from stages.store.estimates import spent
 
 
-def main(path: str, flags: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
-        flags = [*flags, "--set", f"runs_dir={runs}"]
+        settings = [*given.set, f"runs_dir={runs}"]
+        flags = [part for setting in settings for part in ("--set", setting)]
         for command in ("plan", "run"):
-            asked = [sys.executable, "-m", "lorapar_cli", command, path, *flags]
+            asked = [sys.executable, "-m", "lorapar_cli", command, given.config, *flags]
             subprocess.run(asked, stdout=subprocess.DEVNULL, check=True)
-        config = resolved(load(Path(path), flags[1::2]))
+        config = resolved(load(Path(given.config), settings))
         store, together = Store(config.root), [0.0, 0.0]
         print("step", "seconds", "planned", "ratio", "MiB", "planned", "ratio", sep="\t")
         for name, step in asked_for(plan(config), None).items():
@@ -43,6 +49,4 @@ def _beside(took: float | None, told: float | None) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    named = given and not given[0].startswith("--")
-    main(given.pop(0) if named else "configs/demo.yaml", given)
+    main()

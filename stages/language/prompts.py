@@ -127,10 +127,13 @@ class Renderer:
             return chat(self.tokenizer, self._messages(question, shots, of))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
-        message = self._system(of)
-        system = f"{message}\n\n" if message else ""
         worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
-        return f"{system}{worked}Question: {question}\nAnswer:\n"
+        return f"{self._lead(of)}{worked}Question: {question}\nAnswer:\n"
+
+    def _lead(self, of: Example | None) -> str:
+        """What the template plain puts before everything."""
+        message = self._system(of)
+        return f"{message}\n\n" if message else ""
 
     def prompt_ids(self, question: str, shots: Shots = ()) -> list[int]:
         return self.ids(self.prompt(question, shots))
@@ -145,7 +148,7 @@ class Renderer:
             turns[0] = (head + turns[0][0], turns[0][1])
             text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], of))
         else:
-            text = head + "".join(f"{asked} {answer}\n\n" for asked, answer in shots) + last
+            text = self._lead(of) + head + "".join(f"{asked} {answer}\n\n" for asked, answer in shots) + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:

@@ -195,7 +195,7 @@ STAGES = {
             sections=_eval_sections,
             outside=_eval_outside,
             variants=_eval_variants,
-            version=6,
+            version=7,
         ),
     ]
 }

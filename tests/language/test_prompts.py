@@ -74,6 +74,12 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode(renderer.few_shot("", [], "def f():", of=EXAMPLE)[1]) == f"{bos}def f():"
 
 
+def test_a_system_message_stands_before_a_benchmarks_prompt(tokenizer):
+    renderer = Renderer(tokenizer, PromptSection(template="plain", system="Be brief."))
+    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", of=EXAMPLE)
+    assert text == "Be brief.\n\nAbout cats.\n\na? 1\n\nb?" and ids == renderer.ids(text)
+
+
 @pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])
 def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
     renderer = Renderer(tokenizer, PromptSection(template=template))
