@@ -30,7 +30,7 @@ Only = Annotated[
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON: an object for each artifact, or for each sample.")
+    bool, typer.Option("--json", help="Print JSON: an object for each artifact or sample, or one for all.")
 ]
 
 

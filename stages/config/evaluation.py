@@ -36,7 +36,9 @@ class BenchmarkSection(SourceSection):
     top_p: float = setting(1.0, "Nucleus sampling.", not_for="classify", gt=0, le=1)
     samples: int = setting(1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0)
     seed: int = setting(0, "Seed of sampled answers.", not_for="classify", ge=0)
-    prompt: PromptSection | None = setting(None, "Overrides `prompt`.", not_for="classify")
+    prompt: PromptSection | None = setting(
+        None, "Overrides `prompt`, of which tasks of lm_eval read nothing.", not_for="classify"
+    )
     tasks: list[str] = setting([], "Tasks of the evaluation harness (lm_eval).", not_for="classify")
 
     @model_validator(mode="after")

@@ -34,7 +34,8 @@ Optimizer = Annotated[str, AfterValidator(_element_wise)]
 
 class LaunchSection(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
-        "single", "single: one process; the others: several processes that work together."
+        "single",
+        "single: one process; ddp: several that work together; fsdp2 and zero2 are refused: they were not run.",
     )
     processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
     config: str | None = setting(
@@ -90,7 +91,7 @@ class PartitionSection(Section):
     )
     density: float = setting(
         0.5,
-        "Share of all elements that strategies topk and random_half take.",
+        "Share of all elements that strategy topk takes for each system, and random_half in all.",
         not_for=("all", *BY_THETA),
         gt=0,
         le=1,
