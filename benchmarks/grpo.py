@@ -217,17 +217,22 @@ class Bench:
             tokenizer = self.renderer.tokenizer
             trainer = GRPOTrainer(model, odd, arguments, batches[0].rows(), processing_class=tokenizer)
         else:
-            ends.on_ours()
-            trainer = self._ours(base, section, arguments, batches)
+            trainer = self._ours(base, section, arguments, batches, ends)
         return Side(trainer, ends)
 
-    def _ours(self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch]) -> Any:
+    def _ours(
+        self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch], ends: Ends
+    ) -> Any:
         """As `stages.rl.run` makes it, from random masks."""
         merged = rollouts.copy_of(base, section.rollouts, self.section, None)
         model = adapter.initial(base, LoraSection(), seed=0)
+        if merged is None:
+            ends.on_theirs(model)
+        else:
+            ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [reward_functions.checked("odd", odd)]
-        pool = Pool(batches[0].rows(), tokens, {}, 0, [], 0)
+        pool = Pool(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion, tuple(self.renderer.stop_ids), 1.0)
         writer = Writer(model, merged, self.renderer.tokenizer, sampling)
         trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)

@@ -148,9 +148,10 @@ def _ask_all(
 
     def lane(boxes: list[Votes], pool: Pool) -> None:
         for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
-            engine = pool.get(_served(box.voter, model), server, progress.say)
+            # No name for the engine, which would keep it in memory beside the next.
+            asked = box.ask(pool.get(_served(box.voter, model), server, progress.say), progress.say)
             begin()
-            for number, _ in enumerate(box.ask(engine, progress.say), 1):
+            for number, _ in enumerate(asked, 1):
                 failed = f", {len(box.failures)} failed" if box.failures else ""
                 progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
                 box.check(classify.max_failed, classify.max_invalid, PATIENCE)

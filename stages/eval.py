@@ -88,6 +88,7 @@ def _evaluated(
     target, progress = job.variant.partition("@")[0], job.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
+        job.engines.close()  # the harness loads the model itself
         found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return found
     rows = _rows(job, benchmark)

@@ -160,8 +160,9 @@ def check(
     for engine in engines(config):
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
-            ready = pool.get(served, config.server, say)
-            made = dict(ready.generate([Question(one.ids) for one in asked], sampling))
+            # No name for the engine, which would keep it in memory beside the next.
+            questions = [Question(one.ids) for one in asked]
+            made = dict(pool.get(served, config.server, say).generate(questions, sampling))
         yield {"engine": engine, **_compared(asked, made, base, artifact, renderer, hint, say)}
 
 

@@ -23,13 +23,15 @@ def cores() -> int:
 
 
 def give_back() -> None:
-    """Give the system the memory that is free in this process; the C library keeps it otherwise.
+    """Give the system and the GPU the memory that is free in this process; libraries keep it otherwise.
 
-    Where the library cannot, nothing happens.
+    Where the C library cannot, nothing happens.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+    if torch := _in_use():
+        torch.cuda.empty_cache()
 
 
 def forget() -> None:
@@ -38,7 +40,6 @@ def forget() -> None:
     with suppress(OSError):
         _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
     if torch := _in_use():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

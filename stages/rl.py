@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
-from stages.errors import ConfigError
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
 from stages.lora import rehearsal, rollouts, training, unpadded
@@ -94,7 +93,7 @@ def run(
     writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
-        rollouts.from_base(trainer, peft_model)
+        rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
     trainer.sharing = rl.shared_prompts == "auto" and unpadded.may_share(peft_model)
     unpadded.accept(base)
     if rl.kl_beta and _holds_to_base(rl, baseline):
@@ -217,8 +216,6 @@ def _trainer(
         train_dataset=pool.rows,
         processing_class=renderer.tokenizer,
     )
-    if rl.resample and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ConfigError("rl.resample needs whole weights in each process", "use launch.backend=ddp")
     trainer.pool, trainer.writer = pool, writer
     trainer.replayed, trainer.attempts = rl.replayed, rl.resample
     return trainer

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import LoraparError
@@ -13,6 +14,8 @@ from stages.errors import LoraparError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LONGEST_S = 1800
+"""How long processes wait for each other: the trainers' own default."""
 FAILURE = "LORAPAR_FAILURE"
 """Environment variable that names the file in which a launched process leaves its error for the parent."""
 
@@ -64,7 +67,8 @@ def _state() -> Any:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    # NCCL's ten minutes would end a step of RL in which the others wait for the first one's samples.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=LONGEST_S))
 
 
 def tell(error: LoraparError) -> bool:

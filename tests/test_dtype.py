@@ -86,6 +86,19 @@ def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
     assert own[own.index("--dtype") + 1] == "float16"
 
 
+def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(monkeypatch, tiny, tmp_path):
+    """It would take bfloat16 for float32, and votes and answers would be kept under the wrong type."""
+    monkeypatch.setattr(vllm, "_have_gpu", lambda: True)
+    command = vllm._command(ModelSection(name=str(tiny)), ServerSection(), 1, {})
+    assert command[command.index("--dtype") + 1] == "float32"
+    few = json.loads((tiny / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(few))
+    assert "--dtype" not in vllm._command(ModelSection(name=str(tmp_path)), ServerSection(), 1, {})
+    assert "--dtype" in vllm._command(
+        ModelSection(name=str(tmp_path), dtype="bfloat16"), ServerSection(), 1, {}
+    )
+
+
 def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 

@@ -35,7 +35,7 @@ Optimizer = Annotated[str, AfterValidator(_element_wise)]
 class LaunchSection(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
         "single",
-        "single: one process; ddp: several that work together; fsdp2 and zero2 are refused: they were not run.",
+        "single: one process; ddp: several that work together; fsdp2 and zero2 are refused, as not tested.",
     )
     processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
     config: str | None = setting(

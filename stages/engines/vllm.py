@@ -23,7 +23,7 @@ from stages.engines.guard import guarded
 from stages.engines.openai import Client
 from stages.errors import ConfigError, ServerError
 from stages.models.base import save_merged
-from stages.models.dtype import resolve, warn_if_slow
+from stages.models.dtype import is_quantized, resolve, warn_if_slow
 
 HOST = "127.0.0.1"
 MODULE = f"adapter-{os.getpid()}"
@@ -168,11 +168,11 @@ def _command(
     given: dict[str, Any] = {"max_model_len": server.max_model_len, "generation_config": "vllm"}
     if not Path(model.name).exists():
         given["revision"] = model.revision
-    if not _have_gpu():
-        given["dtype"] = resolve(model)  # vLLM's `auto` ignores what the CPU can multiply
+    # vLLM's `auto` ignores what the CPU can multiply, and makes bfloat16 of float32 on a GPU. What is stored
+    # in less than 16 bits has kernels for some types only, and vLLM knows which.
+    if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
+        given["dtype"] = resolve(model)
         warn_if_slow(given["dtype"])
-    elif model.dtype != "auto":
-        given["dtype"] = model.dtype
     command += _flags({**given, **server.vllm, **further})
     if modules:
         command += lora_flags(modules)

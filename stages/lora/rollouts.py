@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers import set_seed
 
 from stages import team
 from stages.config import BaselineSection, ModelSection
@@ -125,18 +128,26 @@ def copy_of(
     return merged.MergedCopy(base) if here and mergeable else None
 
 
-def from_base(trainer: Any, adapted: PeftModel) -> None:
-    """Let the trainer's vLLM take its weights from `adapted` without touching them.
+def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:
+    """Let the trainer's vLLM take its weights from `adapted`, which it does not touch, and draw by `seed`.
 
-    ConfigError if the weights are sharded. LoraparError if this TRL lacks the method that is replaced here:
-    it would merge into the base.
+    LoraparError if this TRL lacks the method that is replaced here: it would merge into the base.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError("vLLM rollouts from sharded weights were not tested", "use launch.backend=ddp")
     if not hasattr(trainer.vllm_generation, "_iter_named_params"):
         raise LoraparError(
             "this TRL has no VLLMGeneration._iter_named_params",
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
-    trainer.vllm_generation._iter_named_params = lambda: merged.plain(adapted)
+    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merged.plain(adapted))
+    if rollouts.engine == "vllm_colocate":
+        # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
+        # Processes that share a model must draw alike.
+        set_seed(seed + team.rank() // rollouts.tensor_parallel)
+
+
+def _after_all_else(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """vLLM packs them in a stream of its own, which does not wait for the one that computes them."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    yield from weights

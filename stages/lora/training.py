@@ -197,6 +197,7 @@ def train(
     written and the one in `start`. It is 0; any other value breaks a promise of the code and is an
     AssertionError.
     """
+    _refuse_untested(trainer)
     drawn = None
     if start.active is not None:
         start.put_back(model)
@@ -231,6 +232,18 @@ def train(
     if counted["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
     return {"steps": trainer.state.global_step, **counted}
+
+
+def _refuse_untested(trainer: Any) -> None:
+    """What a file of accelerate's (`launch.config`) may ask for, and would end in wrong weights or steps."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError("training on sharded weights was not tested", "use launch.backend=ddp")
+    kind = trainer.accelerator.mixed_precision
+    if kind != "no":
+        raise ConfigError(
+            f"launch.config: mixed_precision {kind} is not model.dtype's doing, and no setting of a result",
+            "set mixed_precision to no in that file",
+        )
 
 
 def _digest(model: PeftModel) -> str:

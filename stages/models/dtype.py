@@ -61,6 +61,18 @@ def _auto(name: str, revision: str) -> str:
     return "bfloat16" if stored == "bfloat16" and native_bfloat16() else "float32"
 
 
+def is_quantized(model: ModelSection) -> bool:
+    """Whether the checkpoint itself has fewer bits (GPTQ, AWQ, fp8); False if it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        with reading("model", model):
+            found = AutoConfig.from_pretrained(model.name, revision=model.revision)
+    except LoraparError:
+        return False
+    return getattr(found, "quantization_config", None) is not None
+
+
 def native_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
     import torch

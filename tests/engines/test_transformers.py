@@ -1,11 +1,13 @@
 """The in-process engine: shared prompt beginnings, stop texts, and choices among several words."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from stages.config import ModelSection
-from stages.engines import Ballot, Question, Sampling, transformers
+from stages.config import ModelSection, ServerSection
+from stages.engines import Ballot, Pool, Question, Sampling, Served, transformers
 from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models import flat
@@ -26,6 +28,15 @@ def expected(engine, ids, words):
     before, tokens = word_tokens(engine.tokenizer, words)
     assert not before
     return logits[tokens].softmax(0).tolist()
+
+
+def test_no_model_stays_in_memory_beside_the_next(tiny, silent):
+    with Pool() as pool:
+        served = Served("transformers", ModelSection(name=str(tiny), dtype="float32"))
+        first = weakref.ref(pool.get(served, ServerSection(), silent.say).model)
+        assert first() is not None
+        pool.close()
+        assert first() is None
 
 
 usual = flat.fits

@@ -73,7 +73,7 @@ def zero2(model: nn.Module, vocabulary: int) -> dict[str, Tensor]:
 
 def main(way: str, folder: str, out: Path) -> None:
     dist.init_process_group("gloo")
-    base = load_base(ModelSection(name=folder, dtype="float32"))
+    base = load_base(ModelSection(name=folder, dtype="float32")).to("cpu")  # gloo
     model = adapter.initial(base, LoraSection(r=4), seed=0)
     layers = adapter.lora_layers(model)
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}

@@ -41,7 +41,7 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
         layer.weight.dtype == torch.uint8
         and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
     )
-    ids = torch.arange(5, 40)[None]
+    ids = torch.arange(5, 40, device=small.device)[None]
     gap = (small(ids).logits - large(ids).logits).float().norm() / large(ids).logits.float().norm()
     assert 0 < gap < 0.3
 

@@ -44,6 +44,11 @@ THOROUGH = "LORAPAR_THOROUGH" in os.environ
 """Every combination, not only those that differ most: seven minutes."""
 
 
+PAIR = torch.cuda.device_count() != 1
+"""Two processes can run: on a GPU each needs one of its own."""
+pair = pytest.mark.skipif(not PAIR, reason="two processes need two devices")
+
+
 def settings(stage: str, *more: str) -> list[str]:
     return [text.format(stage) for text in (*COMMON, *more)]
 
@@ -102,7 +107,7 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, tmp_path, capsys
     make_step(begun(), "sft")
     for what, (stage, objective) in STAGES.items():
         for optimizer, how in OPTIMIZERS.items():
-            for processes in (1, 2) if THOROUGH or optimizer == "AdamW" else (1,):
+            for processes in (1, 2) if PAIR and (THOROUGH or optimizer == "AdamW") else (1,):
                 config = begun(*settings(stage, *objective, *how))
                 made_by(begun, settings(stage, *objective, *how), stage, processes)
                 before, after, masks = files(config, stage)
@@ -150,6 +155,7 @@ def sharded(way: str, model: str, out: Path) -> str:
     )
 
 
+@pair
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(begun, capsys):
     """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; and scores."""
@@ -179,6 +185,7 @@ def test_two_processes_train_what_one_does(begun, capsys):
     assert float(one.norm()) > 0 and apart < 1e-3 and apart_scores < 1e-5
 
 
+@pair
 @pytest.mark.slow
 def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begun, tmp_path):
     """Two steps on the same completions, in micro batches of half a group."""
@@ -205,6 +212,7 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begu
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
 
 
+@pair
 @pytest.mark.slow
 def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
     """Two commands with a file each, as on two machines that share the folder of runs."""
@@ -245,6 +253,7 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
+@pair
 @pytest.mark.slow
 def test_an_error_of_one_process_is_the_command_s(begun):
     done = command(begun.home, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)

@@ -80,7 +80,8 @@ class Engine:
     def _sample(self, prompt: list[int], number: int) -> tuple[list[int], list[float]]:
         ids, values = list(prompt), []
         for _ in range(number):
-            scores = torch.log_softmax(self.model(torch.tensor([ids])).logits[0, -1].float(), -1)
+            row = torch.tensor([ids], device=self.model.device)
+            scores = torch.log_softmax(self.model(row).logits[0, -1].float(), -1)
             ids.append(int(torch.multinomial(scores.exp(), 1)))
             values.append(float(scores[ids[-1]]))
         return ids[len(prompt) :], values
@@ -151,13 +152,24 @@ def test_the_library_s_own_merging_drifts(begun):
 
 
 def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
-    trainer = SimpleNamespace(
-        is_fsdp_enabled=False, is_deepspeed_enabled=False, vllm_generation=SimpleNamespace()
-    )
+    trainer = SimpleNamespace(vllm_generation=SimpleNamespace())
     with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
-        rollouts.from_base(trainer, None)
+        rollouts.from_base(trainer, None, SERVER, 0)
     assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
     assert not vars(trainer.vllm_generation)
+
+
+def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch):
+    """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
+    generation = SimpleNamespace(_iter_named_params=None)
+    colocated = RolloutsSection(engine="vllm_colocate", tensor_parallel=2)
+    drawn = []
+    for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
+        monkeypatch.setattr(rollouts.team, "rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        rollouts.from_base(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
+        drawn.append(float(torch.rand(1)))
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):

@@ -65,7 +65,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
         max_grad_norm=1.0,
         seed=0,
         data_seed=0,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
         loss_type="nll",

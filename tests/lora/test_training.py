@@ -131,6 +131,22 @@ def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
         begun(f"sft.optimizer={name}")
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"is_fsdp_enabled": True}, "sharded weights was not tested"),
+        ({"is_deepspeed_enabled": True}, "sharded weights was not tested"),
+        ({"accelerator": SimpleNamespace(mixed_precision="fp16")}, "mixed_precision fp16"),
+    ],
+)
+def test_what_an_accelerate_file_may_not_ask_for(asked, said):
+    plain = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False}
+    trainer = SimpleNamespace(**plain | {"accelerator": SimpleNamespace(mixed_precision="no")})
+    training._refuse_untested(trainer)
+    with pytest.raises(ConfigError, match=said):
+        training._refuse_untested(SimpleNamespace(**vars(trainer) | asked))
+
+
 def test_the_reversed_order(begun):
     """RL from the initial adapter, SFT from RL's."""
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")

@@ -17,6 +17,7 @@ from stages.language.prompts import IGNORED
 from stages.lora import adapter, unpadded
 from stages.lora.unpadded import PaddingFree, SharedPrompts, accept, group_of, groups_of
 from stages.models import flat
+from stages.models.base import device
 from stages.models.layout import Branch, Flat, Group
 
 GROUP = 4
@@ -47,9 +48,8 @@ def sft(begun):
 
 def padded(rows: list[list[int]], fill: int, left: bool = False) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor(
-        [[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows]
-    )
+    filled = [[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows]
+    return torch.tensor(filled, device=device())
 
 
 def batch() -> dict[str, Tensor]:
@@ -64,8 +64,8 @@ def batch() -> dict[str, Tensor]:
         "prompt_mask": padded(ones(prompts), 0, left=True),
         "completion_ids": padded(completions, 0),
         "completion_mask": padded(ones(completions), 0),
-        "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1, 0.8, -0.9, 0.7, -0.6]),
-        "num_items_in_batch": torch.tensor(3 * sum(LENGTHS)),
+        "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1, 0.8, -0.9, 0.7, -0.6], device=device()),
+        "num_items_in_batch": torch.tensor(3 * sum(LENGTHS), device=device()),
     }
 
 
@@ -401,7 +401,7 @@ def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
     ids = list(row["input_ids"])
     for i in range(6, 14, 2):
         with torch.no_grad():
-            ids[i] = int(model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].argmax())
+            ids[i] = int(model(input_ids=torch.tensor([ids[:i]], device=device())).logits[0, -1].argmax())
     _, _, logged = sft_step(trainer, model, [{"input_ids": ids, "labels": [IGNORED] * 6 + ids[6:]}])
     assert logged["mean_token_accuracy"] == [0.5]
 
@@ -456,13 +456,14 @@ def test_a_group_of_rows_shares_no_token_after_which_one_is_predicted():
 def test_the_model_s_own_call_is_untouched(sft):
     """A row is asked for by its argument; else the forward pass is the one that TRL gave it."""
     _, model = sft
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[5, 6, 7, 8]], device=device())
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         row = Flat.of([Group([5], [Branch([6, 7], [7, 8])])], ids.device)
         found = model(flat=row)
     wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
-    torch.testing.assert_close(found.log_probs, torch.cat([torch.zeros(1), wanted])[None], rtol=0, atol=2e-5)
+    wanted = torch.cat([wanted.new_zeros(1), wanted])[None]
+    torch.testing.assert_close(found.log_probs, wanted, rtol=0, atol=2e-5)
     assert found.label_mask.tolist() == [[False, True, True]]
 
 
