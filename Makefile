@@ -71,6 +71,7 @@ check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/python tests/sizes.py
 
 fix: $(READY) ## Mend what the linter can

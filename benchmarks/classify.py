@@ -11,11 +11,12 @@ too.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Pool, Served
+from stages.engines import Ballot, Choice, Pool, Served
 from stages.engines.openai import word_of
 from stages.labelling.personas import SHOTS, Brief, personas, shots
 from stages.models.base import load_base
@@ -27,7 +28,7 @@ BATCHES = {1: 32, 4: 64, 16: 128, 64: 256}
 
 
 @torch.no_grad()
-def plain(model, tokenizer, ballots: list[Ballot], batch: int) -> list[int | None]:
+def plain(model: Any, tokenizer: Any, ballots: list[Ballot], batch: int) -> list[int | None]:
     """Generate four tokens for each prompt, padded on the left, and read one of the words from them."""
     found: list[int | None] = []
     for at in range(0, len(ballots), batch):
@@ -40,7 +41,7 @@ def plain(model, tokenizer, ballots: list[Ballot], batch: int) -> list[int | Non
     return found
 
 
-def chat(tokenizer, messages) -> str:
+def chat(tokenizer: Any, messages: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -80,10 +81,11 @@ def main() -> None:
                 begun = time.monotonic()
                 choices = dict(engine.choose(ballots))
                 report(best, f"engine {name}", len(ballots), time.monotonic() - begun)
-                votes[name] = {i: int(choice.shares[1] > choice.shares[0]) for i, choice in choices.items()}
+                shares = {i: choice.shares for i, choice in choices.items() if isinstance(choice, Choice)}
+                votes[name] = {i: int(two > one) for i, (one, two) in shares.items()}
     naive = max(rate for name, rate in best.items() if name.startswith("plain"))
     for name in given.engines:
-        equal = sum(votes[name][i] == vote for i, vote in votes["plain"].items())
+        equal = sum(votes[name].get(i) == vote for i, vote in votes["plain"].items())
         print(
             f"engine {name}: {best[f'engine {name}'] / naive:.1f} × the best plain loop, "
             f"{best[f'engine {name}'] / best['plain loop, batch 1']:.1f} × batch 1; "

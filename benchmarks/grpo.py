@@ -96,7 +96,7 @@ class Ends:
             self.write(logits, [line.item for line in lines], [len(line.ids) for line in lines])
             return PICK(writer, logits, lines)
 
-        generation._Writer._pick = pick  # type: ignore[method-assign]
+        generation._Writer._pick = pick  # type: ignore[method-assign, assignment]
 
 
 class _Force(LogitsProcessor):
@@ -164,7 +164,7 @@ class Side(TrainerCallback):
         return {part: made[part] for part in PARTS}
 
 
-def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [float(len(ids) % 2) for ids in completion_ids]
 
 
@@ -176,8 +176,8 @@ class Bench:
         self.section = ModelSection(name=given.model, dtype=given.dtype, attention=given.attention)
         self.base = load_base(self.section)
         tokenizer = load_tokenizer(self.section)
-        template = "chat" if tokenizer.chat_template else "plain"
-        self.renderer = Renderer(tokenizer, PromptSection(template=template))
+        section = PromptSection(template="chat" if tokenizer.chat_template else "plain")
+        self.renderer = Renderer(tokenizer, section)
         self.base.generation_config.eos_token_id = self.renderer.stop_ids
         self.questions = _questions(given.prompts_file) if given.prompts_file else []
         self.words = [] if self.questions else _words(tokenizer)

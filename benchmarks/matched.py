@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 NAMES = ("Ana", "Bo", "Cy", "Dora", "Eli", "Fay", "Gus", "Hana", "Ivo", "Jon", "Kai", "Lena")
 THINGS = ("pens", "shells", "bags", "stamps", "plums", "keys", "cards", "rings")
@@ -73,10 +74,10 @@ def days(rng: random.Random) -> Pair:
 KINDS = (holders, opening, boxes, ages, bags, days)
 
 
-def rows(pairs: int, seed: int) -> list[dict]:
+def rows(pairs: int, seed: int) -> list[dict[str, Any]]:
     """`pairs` pairs of unlike questions, kinds by turns."""
     rng = random.Random(seed)
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(found) < 2 * pairs:
         kind = KINDS[len(found) // 2 % len(KINDS)]
