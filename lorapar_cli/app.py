@@ -28,6 +28,7 @@ from stages.pipeline.run import Task, Verb, run_step, tasks
 from stages.pipeline.state import state
 from stages.pipeline.table import STAGES, Stage, order
 from stages.store.artifacts import Store
+from stages.sweep.steps import PLANNED
 
 app = typer.Typer(
     help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",
@@ -43,6 +44,12 @@ def _unsafe(unsafe: bool, *stages: str) -> list[str]:
 
 def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make the artifacts of these steps, one after the other, with one engine as long as it serves."""
+    planned = os.environ.get(PLANNED)
+    if planned and planned not in {step.key for step in steps}:
+        raise ConfigError(
+            f"{steps[0].name} is no longer what was planned: its config has changed since",
+            "call the sweep again",
+        )
     progress = render.Progress() if team.first() else render.Silence()
     with Pool() as engines:
         for step in steps:

@@ -78,9 +78,9 @@ def run(
     rows, held, twos = decide(examples, voices, classify)
     written = _swapped(rows, classify)
     write_labels(job.out / "labels.jsonl", written)
-    # The report is about the votes, the counts about the labels that others read.
-    told = report.report(rows, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say)
-    return {**told, **report.counts(written)}
+    return report.report(
+        written, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say
+    )
 
 
 def _unvoted(examples: list[Example], classify: ClassifySection, trained: bool) -> list[Labelled]:

@@ -107,11 +107,12 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
 
 
 def _cast(file: Path, model: ModelSection) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
 
-    from stages.models.base import load_base
+    from stages.models.dtype import resolve
 
-    dtype = load_base(model).dtype
+    dtype = getattr(torch, resolve(model))
     # SHiRA keeps positions in the same file.
     weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})

@@ -84,6 +84,7 @@ def run(
     base = load_base(model)
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
+    rollouts.name_revision(base, rl.rollouts, model)
     copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
@@ -106,7 +107,7 @@ def run(
         if start.active is not None:
             start.put_back(peft_model)
         trainer.add_callback(Drift(trainer, pool.held_out, writer, rl))
-    summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
+    summary = training.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {
         "prompts": pool.slow,
         "replayed_prompts": pool.replayed,

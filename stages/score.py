@@ -57,7 +57,7 @@ def run(
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
     if team.first():
         if not tuned:
-            adapter.save(peft_model, job.out / "init", model.name)
+            adapter.save(peft_model, job.out / "init", model)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if "classify" not in job.inputs:

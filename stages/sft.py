@@ -90,7 +90,7 @@ def run(
     trainer.vitals = Vitals(names, knobs)
     trainer.add_callback(rehearsal.of_sft(trainer, rows, sft.micro_batch))
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
-    summary = training.train(trainer, peft_model, start, job.out, model.name, job.checkpoints)
+    summary = training.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 
 

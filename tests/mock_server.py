@@ -36,7 +36,7 @@ class Mock:
         self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None
     ) -> None:
         self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
-        self.models = [{"id": "judge", "max_model_len": 4096}]
+        self.models: list[dict[str, Any]] | None = [{"id": "judge", "max_model_len": 4096}]
         self.log: list[str] = []
         self.answered: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -91,7 +91,7 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(200, {"data": mock.models})
+            self._send(404 if mock.models is None else 200, {"data": mock.models})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -99,6 +99,16 @@ def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(mon
     )
 
 
+def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how["revision"]))
+    )
+    vllm._fetch(ModelSection(name=str(tiny)), silent.say)
+    vllm._fetch(ModelSection(name="me/mine", revision="v1"), silent.say)
+    assert asked == [("me/mine", "v1")]
+
+
 def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 

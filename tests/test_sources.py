@@ -2,6 +2,7 @@ import datetime
 import gzip
 import json
 
+import datasets
 import pytest
 from conftest import make_step
 
@@ -167,9 +168,34 @@ def test_items_of_an_own_benchmark_count_once(tmp_path):
 
 def test_dates_of_a_hub_data_set_become_texts(monkeypatch):
     rows = [{"question": f"Q{n}", "answer": "A", "at": datetime.date(2026, 11, n)} for n in (1, 2, 3)]
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     found = data.read(SourceSection(path="me/rows", limit=2))
     assert [example.extra for example in found] == [{"at": "2026-11-01"}, {"at": "2026-11-02"}]
+
+
+@pytest.mark.parametrize(("here", "fits"), [("a" * 40, True), ("b" * 40, False), ("0.0.0", True)])
+def test_rows_of_another_commit_are_refused(monkeypatch, here, fits):
+    """Without a network the library takes whatever revision it had last."""
+
+    class Loaded(list):
+        cache_files = [{"filename": f"/cache/me___rows/default/0.0.0/{here}/rows-train.arrow"}]
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Loaded([{"question": "Q", "answer": "A"}]))
+    source = SourceSection(path="me/rows", revision="a" * 40)
+    if fits:
+        assert len(data.read(source)) == 1
+    else:
+        with pytest.raises(MissingInputError, match="me/rows is here as of bbb.*, not of revision aaa"):
+            data.read(source)
+
+
+def test_a_data_set_with_a_program_is_no_defect(monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found rows.py")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(MissingInputError, match="scripts are no longer supported"):
+        data.read(SourceSection(path="me/rows"))
 
 
 @pytest.mark.parametrize("gold", [["3"], {"a": 1}, True])

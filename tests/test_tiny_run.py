@@ -119,6 +119,12 @@ def test_a_stale_input_is_an_error_with_the_command(copied):
     assert caught.value.hint == "run: lorapar run CONFIG --to partition, with the same --set"
 
 
+def test_labels_made_again_from_the_same_votes_leave_the_rest_current(copied):
+    config = copied()
+    assert make_steps(config, "classify:train", force=True)["classify:train"][1]
+    assert not any(now for _, now in make_steps(config).values())
+
+
 def test_a_rebuilt_input_makes_what_follows_stale(copied):
     config = copied()
     for journal in (Path(config.runs_dir) / "votes").glob(

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {"label": False}
 METRICS = ("exact_match", "acc", "pass@1", "pass_at_1")
-"""Metrics that say right or wrong for one item. Of these, the first that a task reports is used."""
+"""Metrics that say right or wrong for one item, though in some tasks they are shares.
+
+The first is used that a task reports and that is 0 or 1 for all its items.
+"""
 
 
 def run(
@@ -133,11 +136,11 @@ def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
     by_item: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         by_item.setdefault(row["doc_id"], []).append(row)
+    metric = next((name for name in METRICS if all(row.get(name) in (0, 1) for row in rows)), None)
+    if metric is None:
+        return []
     samples = []
     for item, readings in by_item.items():
-        metric = next((name for name in METRICS if name in readings[0]), None)
-        if metric is None:
-            continue
         verdicts = [bool(reading[metric]) for reading in readings]
         first = readings[0]
         arguments = first["arguments"]

@@ -98,14 +98,14 @@ class Voter(Section):
 class ServerSection(Section):
     concurrency: int = setting(64, "Requests in flight.", identity=False, gt=0)
     timeout_s: float = setting(
-        120,
-        "Longest time for one request, in seconds; voters that think need more.",
+        600,
+        "Longest time for one request, in seconds, its wait on the server included; long thoughts need more.",
         identity=False,
         gt=0,
         le=LONGEST,
     )
     stall_s: float = setting(
-        300, "Seconds without any answer after which a server is given up.", identity=False, gt=0, le=LONGEST
+        900, "Seconds without any answer after which a server is given up.", identity=False, gt=0, le=LONGEST
     )
     batch_size: int = setting(64, "Answers that engine transformers writes at a time.", identity=False, gt=0)
     max_model_len: int = setting(

@@ -8,11 +8,13 @@ answer. If it has none, the answer is read from `#### answer` in the response.
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
+from stages.data.hub import commit
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.language.answers import gold_of
 from stages.records import Example, problems, read_jsonl
@@ -119,16 +121,27 @@ def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
         loaded = datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise MissingInputError(
-            f"no file and no hub data set {source.path!r}: {str(error).splitlines()[0]}"
-        ) from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}") from None
+    _of_commit(source, loaded)
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
     return [
         (number, json.loads(json.dumps(row, default=str)))
         for number, row in zip(range(1, (source.limit or len(loaded)) + 1), loaded, strict=False)
     ]
+
+
+def _of_commit(source: SourceSection, loaded: Any) -> None:
+    """MissingInputError if the rows are of another commit: offline the library takes whatever it had last."""
+    folders = {Path(file["filename"]).parent.name for file in loaded.cache_files}  # named by the commit
+    found = {name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)}
+    if found and found != {commit("dataset", str(source.path), source.revision)}:
+        raise MissingInputError(
+            f"{source.path} is here as of {', '.join(sorted(found))}, not of revision {source.revision}",
+            "fetch it once with a network, or name the revision that is here",
+        )
 
 
 def encodes(value: Any) -> bool:

@@ -8,19 +8,22 @@ asked for one word, and its reply is read strictly; so is the reply of a model t
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
-from stages.engines.reply import Completion, Reply, count_of, models_of
-from stages.engines.transport import ItemFailed, Session, Transport
+from stages.engines.reply import Completion, Listed, Reply, count_of, models_of
+from stages.engines.transport import ItemFailed, Refused, Session, Transport
+from stages.engines.words import shares_of, word_of
 from stages.errors import AnswerError, ConfigError, ServerError
-from stages.language.answers import after_thought
+
+log = logging.getLogger(__name__)
 
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
@@ -35,6 +38,33 @@ UNLIKELY = ("zebra", "quartz")
 """Words to choose from that no model would say: a server that answers with one of them can constrain."""
 PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My favorite theorem", "def load(")
 """Beginnings of texts; their greedy continuations tell one model from another."""
+
+
+T = TypeVar("T")
+
+
+class Dialect:
+    """How a server wants to be asked, where that is not as all others do: OpenAI's reasoning models."""
+
+    def __init__(self) -> None:
+        self._renamed = self._drawn = False
+
+    def put(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The request in the server's words."""
+        body = dict(body)
+        if self._renamed:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if self._drawn:
+            del body["temperature"]
+        return body
+
+    def learn(self, refusal: str) -> None:
+        """From a refusal that names what it wants otherwise."""
+        if "max_completion_tokens" in refusal:
+            self._renamed = True
+        elif "temperature" in refusal and not self._drawn:
+            self._drawn = True
+            log.warning("the server takes no temperature: its answers are drawn, and may differ next time")
 
 
 @contextmanager
@@ -65,8 +95,9 @@ class Client:
         """For each endpoint: whether the server keeps to given words."""
         self._told: str | None = None
         """What replies call the model."""
-        self._listed: set[str] = set()
-        """The models that the servers list."""
+        self._listed: dict[str, Listed] = {}
+        """The models that the servers list, by name."""
+        self._dialect = Dialect()
         self.model, self.max_model_len = self._look(model)
 
     def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
@@ -105,15 +136,24 @@ class Client:
         """Name and longest context of the model (0 if unknown); ConfigError unless every server serves it."""
         names, lengths = [], []
         for one in self.transport.singly():
-            served = one.one(lambda session, _: session.send("GET", "models", None, models_of), None)
-            if wanted is not None and served and wanted not in served:
+            served = self._list(one, wanted)
+            if wanted is not None and served and not any(entry.serves(wanted) for entry in served.values()):
                 raise ConfigError(f"{one.urls[0]} serves {', '.join(served)}, not {wanted}")
             if wanted is None and not served:
                 raise AnswerError(f"{one.urls[0]} lists no model")
-            self._listed |= served.keys()
+            self._listed |= served
             names.append(wanted or next(iter(served)))
-            lengths.append(served.get(names[-1], 0))
+            lengths.append(served[names[-1]].max_model_len if names[-1] in served else 0)
         return names[0], min(lengths)
+
+    def _list(self, one: Transport, wanted: str | None) -> dict[str, Listed]:
+        """What a server lists; nothing if it has no list and the model's name is known."""
+        try:
+            return one.one(lambda session, _: session.send("GET", "models", None, models_of), None)
+        except Refused as error:
+            if wanted is None or error.code not in (404, 405):
+                raise
+            return {}
 
     def _completion(self, reply: Any) -> Completion:
         """The only choice of a reply; ValueError if another model gave it.
@@ -123,10 +163,31 @@ class Client:
         """
         found = Reply.model_validate(reply)
         if self._told is None and found.model is not None:
-            self._told = self.model if found.model in self._listed else found.model
+            self._told = found.model if self._may_be(found.model) else self.model
         if found.model not in (None, self.model, self._told):
             raise ValueError(f"the reply is by {str(found.model)[:80]}, not by {self.model}")
         return found.choices[0]
+
+    def _may_be(self, name: str) -> bool:
+        """Whether a reply by `name` may be the model's: if it is not listed, or stands for the model.
+
+        An alias's reply names its dated version; of several names of a model vLLM's replies have the first.
+        """
+        other, mine = self._listed.get(name), self._listed.get(self.model)
+        if other is None or re.fullmatch(rf"{re.escape(self.model)}-\d[\d-]*", name):
+            return True
+        return mine is not None and mine.root is not None and mine.root == other.root
+
+    async def _post(self, session: Session, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """The reply, read; asked for again if the server names words that it wants otherwise."""
+        while True:
+            put = self._dialect.put(body)
+            try:
+                return await session.send("POST", path, put, read)  # type: ignore[no-any-return]
+            except (ConfigError, ItemFailed) as error:
+                self._dialect.learn(str(error))
+                if self._dialect.put(body) == put:
+                    raise
 
     def _content(self, reply: Any) -> str:
         return self._completion(reply).content
@@ -138,11 +199,11 @@ class Client:
         """A few greedy tokens, from a chat if the server knows no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
-            return str(await session.send("POST", "completions", {**body, "prompt": text}, self._content))
+            return await self._post(session, "completions", {**body, "prompt": text}, self._content)
         except (ConfigError, ItemFailed):
             messages = [{"role": "user", "content": f"Continue: {text}"}]
-            return str(
-                await session.send("POST", "chat/completions", {**body, "messages": messages}, self._content)
+            return await self._post(
+                session, "chat/completions", {**body, "messages": messages}, self._content
             )
 
     async def _choice(self, session: Session, ballot: Ballot) -> Choice:
@@ -153,8 +214,8 @@ class Client:
         while True:
             tokens = self._tokens.get(ballot.words, 1)
             path, body = self._constrained(ballot, ballot.words, tokens)
-            found = await session.send("POST", path, body, self._tokens_of)
-            if shares := _shares(found, ballot.words):
+            found = await self._post(session, path, body, self._tokens_of)
+            if shares := shares_of(found, ballot.words):
                 return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
             if tokens >= MAX_WORD_TOKENS:
                 raise ItemFailed(
@@ -183,7 +244,7 @@ class Client:
         path, body = self._constrained(ballot, UNLIKELY, 1)
         if path not in self._constrains:
             try:
-                choice = await session.send("POST", path, body, self._completion)
+                choice = await self._post(session, path, body, self._completion)
                 chosen = choice.tokens[0][0].strip()
                 kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
             except (ConfigError, LookupError, ValueError):
@@ -210,7 +271,7 @@ class Client:
         """The word in the model's reply, after its thought if it thinks."""
         path, body = self._asked(ballot, ballot.thought + REPLY_TOKENS)
         body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
-        text = await session.send("POST", path, body, self._content)
+        text = await self._post(session, path, body, self._content)
         which = word_of(text, ballot.words)
         shares = () if which is None else tuple(float(i == which) for i in range(len(ballot.words)))
         return Choice(shares, -1.0, text[-KEPT_TEXT:])
@@ -260,35 +321,3 @@ def _most_tokens(ballot: Ballot) -> int:
     return sum(
         MESSAGE_BYTES + len(part["content"].encode()) if isinstance(part, dict) else 1 for part in ballot.text
     )
-
-
-def word_of(text: str, words: tuple[str, ...]) -> int | None:
-    """Index of the word that a reply gives, or None if it gives no word or different ones.
-
-    Reading is strict: the first or last line after the thought must be the word and nothing else. Case,
-    spaces, punctuation, markup and a leading "the answer is" are ignored.
-    """
-    lines = [line for line in after_thought(text).splitlines() if line.strip()]
-    plain = [_bare(word) for word in words]
-    found = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _bare(line)) in plain}
-    return found.pop() if len(found) == 1 else None
-
-
-def _bare(text: str) -> str:
-    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
-    return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
-
-
-def _shares(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Each word's share at the first token whose alternatives fit exactly one word; None if there is none."""
-    before = ""
-    for token, alternatives in tokens:
-        mass = [0.0] * len(words)
-        for text, value in alternatives.items():
-            fits = [word.startswith(before + text) or (before + text).startswith(word) for word in words]
-            if sum(fits) == 1:
-                mass[fits.index(True)] += math.exp(value)
-        if sum(mass) > 0:
-            return tuple(part / sum(mass) for part in mass)
-        before += token
-    return None

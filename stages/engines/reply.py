@@ -5,9 +5,10 @@ ValueError for anything else, which the transport takes for an unreadable answer
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ROUNDING = 1e-3
 """How far above zero a log-probability may be: servers compute them in 16 bits."""
@@ -86,13 +87,27 @@ class Reply(_Shape):
     choices: list[Completion] = Field(min_length=1, max_length=1)
 
 
-class _Entry(_Shape):
+class Listed(_Shape):
+    """A model that a server lists."""
+
     id: str
-    max_model_len: Annotated[int, Field(ge=0)] | None = None
+    max_model_len: Annotated[int, Field(ge=0)] = 0
+    """Its longest context in tokens; 0 if it is not told."""
+    root: str | None = None
+    """What it is loaded from: vLLM lists each name of one model."""
+
+    @field_validator("max_model_len", mode="before")
+    @classmethod
+    def _untold(cls, value: Any) -> Any:
+        return 0 if value is None else value
+
+    def serves(self, name: str) -> bool:
+        """Whether a request for `name` goes to it: a gateway lists `*` for whatever it is asked for."""
+        return name == self.id or ("*" in self.id and fnmatchcase(name, self.id))
 
 
 class _Models(_Shape):
-    data: list[_Entry]
+    data: list[Listed]
 
 
 class _Count(_Shape):
@@ -104,6 +119,7 @@ def count_of(reply: Any) -> int:
     return _Count.model_validate(reply).count
 
 
-def models_of(reply: Any) -> dict[str, int]:
-    """The models that a server lists, each with its longest context in tokens; 0 if it is not told."""
-    return {entry.id: entry.max_model_len or 0 for entry in _Models.model_validate(reply).data}
+def models_of(reply: Any) -> dict[str, Listed]:
+    """The models that a server lists, by name; some have the list alone, not in `data`."""
+    found = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
+    return {entry.id: entry for entry in found.data}

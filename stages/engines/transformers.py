@@ -151,8 +151,9 @@ class InProcess:
                 thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
                 closed = self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
                 prompts[thinking[j]] += closed
+        tokens = {words: word_tokens(self.tokenizer, words) for words in {b.words for b in ballots}}
         for ballot, ids in zip(ballots, prompts, strict=True):
-            before, words = word_tokens(self.tokenizer, ballot.words)
+            before, words = tokens[ballot.words]
             yield ids + before, words
 
     def _ids(self, ballot: Ballot) -> list[int]:

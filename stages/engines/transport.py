@@ -48,6 +48,14 @@ class Trouble(Exception):
         self.reason, self.busy = reason, busy
 
 
+class Refused(ConfigError):
+    """The server refuses what every request asks for."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ItemFailed(Exception):
     """One item cannot be answered; the others can."""
 
@@ -312,7 +320,7 @@ class Session:
             raise ItemFailed("too_long", text)
         if code in (400, 413, 422) and transport.counts.answered > 1:  # one of them is the list of models
             raise ItemFailed("refused", text)
-        raise ConfigError(f"{url} refused: {text}")
+        raise Refused(code, f"{url} refused: {text}")
 
 
 def _seconds(retry_after: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import socket
@@ -11,12 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from stages import footprint
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
 from stages.engines.guard import guarded
@@ -30,6 +32,8 @@ MODULE = f"adapter-{os.getpid()}"
 """What an adapter is served as: another process's server, on the same port, knows no model of that name."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
+NOT_READ = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "metal/*")
+"""Files that vLLM does not read where there are safetensors; where there are none, it fetches them itself."""
 KEY = "VLLM_API_KEY"
 """A server that is given one answers nobody without it, and this one listens to this machine alone."""
 
@@ -47,6 +51,7 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
     `server.adapter` says whether an adapter is merged into a copy of the model or served as a LoRA module.
     `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
     """
+    _fetch(served.model, say)
     port = _port(server.port)
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, modules = served.model, {}
@@ -70,10 +75,24 @@ def open_modules(
 
     The model itself is served under its own name.
     """
+    _fetch(model, say)
     port = _port(server.port)
     command = _command(model, server, port, {}, modules)
     with _running(command, port, None, server, say, model.name) as ended:
         yield {name: Client((_address(port),), name, "", server, ended) for name in (model.name, *modules)}
+
+
+def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
+    """Have the files here before the server's time to start begins: it may be an hour's download.
+
+    What hinders it, vLLM says itself.
+    """
+    if not Path(model.name).exists():
+        from huggingface_hub import snapshot_download
+
+        say(f"fetching what is missing of {model.name}")
+        with suppress(Exception):
+            snapshot_download(model.name, revision=model.revision, ignore_patterns=list(NOT_READ))
 
 
 def lora_flags(modules: dict[str, Path]) -> list[str]:
@@ -106,6 +125,8 @@ def _running(
     title: str,
 ) -> Iterator[Callable[[], ServerError | None]]:
     """The guarded server, once it is healthy; gives a call that says why it ended, if it has."""
+    gc.collect()
+    footprint.give_back()  # the server asks for nearly all of a GPU, and this process may still hold some
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     guard = subprocess.Popen(

@@ -53,7 +53,6 @@ def report(
         calibration, given = found[box.title], valid[box.title]
         whole["voters"][box.title] = {
             "engine": box.voter.engine,
-            "asked_now": box.asked,
             "valid": len(given),
             "invalid": box.invalid(examples),
             "failed": dict(Counter(failure.reason for _, failure in box.failures)),

@@ -8,7 +8,6 @@ times with rslora). Its second half is frozen. The model starts as the base, who
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.config import LoraSection
+from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError
 
@@ -89,13 +88,20 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
 
 
 def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
-    """A₀ and B₀ as PEFT initialises them, on a copy where PEFT would subtract B₀A₀ from the base weight."""
+    """A₀ and B₀ as PEFT initialises them; where it subtracts B₀A₀ from the base, that is put back."""
     torch.manual_seed(seed)
     init = True if lora.init == "default" else lora.init
-    subtracts = lora.init in SUBTRACTED
-    model = get_peft_model(copy.deepcopy(base) if subtracts else base, _lora_config(lora, 0.0, False, init))
+    kept = {  # not on the device, which may have no room for the base twice
+        name: module.weight.detach().to("cpu", copy=True)
+        for name, module in base.named_modules()
+        if lora.init in SUBTRACTED
+        and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
+    }
+    model = get_peft_model(base, _lora_config(lora, 0.0, False, init))
     start = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
+    for name, weight in kept.items():
+        base.get_submodule(name).weight.data.copy_(weight)
     return start
 
 
@@ -166,8 +172,18 @@ def read(folder: Path, file: str = ADAPTER) -> dict[str, Tensor]:
         raise ArtifactError(f"cannot read the adapter in {folder}: {error}") from None
 
 
-def save(model: PeftModel, folder: Path, name: str) -> None:
-    """Write the `default` adapter into `folder` as plain PEFT files, with `name` as their base model."""
-    model.peft_config["default"].base_model_name_or_path = name
-    model.save_pretrained(str(folder), selected_adapters=["default"])
+def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
+    """Write the `default` adapter into `folder` as plain PEFT files for this base model."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base.name
+    config.revision = None if Path(base.name).is_dir() or base.revision == "main" else base.revision
+    write(model, folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template has nothing but placeholders
+
+
+def write(model: PeftModel, folder: Path) -> None:
+    """The `default` adapter's files, with the base that is named there.
+
+    No embeddings: PEFT would ask the hub whether the base's vocabulary is that of its main revision.
+    """
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)

@@ -54,7 +54,7 @@ class ExactResume:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save only the trained adapter: no reference adapter, no tokenizer, no pickled arguments."""
         if self._packed():
-            self.model.save_pretrained(output_dir, selected_adapters=["default"])
+            adapter.write(self.model, Path(output_dir or self.args.output_dir))
         else:
             baselines.save(self.model, Path(output_dir or self.args.output_dir))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import set_seed
 
@@ -126,6 +128,12 @@ def copy_of(
     here = base.device.type == "cpu" and rollouts.engine == "transformers"
     mergeable = baseline is None and not model.load_in_4bit
     return merged.MergedCopy(base) if here and mergeable else None
+
+
+def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection) -> None:
+    """TRL's vLLM loads what the base is called, at its main revision: call it by the files of this one."""
+    if rollouts.engine == "vllm_colocate" and model.revision != "main" and not Path(model.name).is_dir():
+        base.name_or_path = snapshot_download(model.name, revision=model.revision)
 
 
 def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:

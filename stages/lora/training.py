@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from stages import team
-from stages.config import BaselineSection, LoraSection, TrainSection
+from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter, baselines, curves
@@ -187,7 +187,7 @@ class Start:
 
 
 def train(
-    trainer: Any, model: PeftModel, start: Start, out: Path, name: str, checkpoints: Checkpoints
+    trainer: Any, model: PeftModel, start: Start, out: Path, base: ModelSection, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """Pack, train from the newest checkpoint or else from `start`, and write the results below `out`.
 
@@ -222,7 +222,7 @@ def train(
         assert team.agree(_digest(model)), "the processes ended with different adapters"
     if not team.first():
         return {}
-    adapter.save(model, out / "adapter", name)
+    adapter.save(model, out / "adapter", base)
     if drawn is not None:
         baselines.save(model, out / "adapter")
     logged = history(trainer)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stages.lora.merged import MergedCopy
     from stages.lora.pool import Pool
 
+AT_ONCE = 64
+"""Completions that TRL writes at a time, as many as are written here at a time."""
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -59,8 +62,15 @@ class Written:
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
+            # TRL would have all samples of a step in memory at once. vLLM has a scheduler of its own.
+            size = max(1, len(prompt_ids)) if self.args.use_vllm else AT_ONCE
+            write = super()._generate_single_turn  # type: ignore[misc]
             with packed.fixed(self.writer.adapted), evaluating(self.writer.adapted):
-                return super()._generate_single_turn(prompt_ids, *args, **given)  # type: ignore[misc]
+                every = range(0, len(prompt_ids), size)
+                parts = [write(prompt_ids[at : at + size], *args, **given) for at in every]
+            if len(parts) == 1:
+                return parts[0]
+            return [ids for made, *_ in parts for ids in made], *parts[0][1:]
         again = f" {self.attempt}" if self.attempt else ""
         seed = f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}{again}"
         return self.writer.write(prompt_ids, seed), None

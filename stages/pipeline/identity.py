@@ -1,13 +1,11 @@
 """The identity of what lies outside of a run: data, models, voters, and a person's own files."""
 
-import functools
 import json
-import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
+from stages.data.hub import commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
 from stages.models.fetch import MAKERS
@@ -76,7 +74,7 @@ def of_source(source: SourceSection, cache: DigestCache) -> str:
     ):  # data of the evaluation harness: path holds task files
         return cache.folder(Path(source.path)) if source.path else ""
     file = local_file(source)
-    return cache.file(file) if file else _hub_commit("dataset", str(source.path), source.revision)
+    return cache.file(file) if file else commit("dataset", str(source.path), source.revision)
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
@@ -104,22 +102,4 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
     if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1 or made:
         hint = f"lorapar fetch {path.name} makes it, in models/" if made else "a hub id is NAME or OWNER/NAME"
         raise MissingInputError(f"no model folder {model.name}", hint)
-    return _hub_commit("model", model.name, model.revision)
-
-
-@functools.cache
-def _hub_commit(kind: str, name: str, revision: str) -> str:
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    try:
-        return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
-    except Exception as error:  # offline, unknown, gated: each its own class, one meaning here
-        with suppress(ValueError, OSError):  # a name that can be none of the hub's
-            folder = repo_folder_name(repo_id=name, repo_type=kind)
-            reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
-            return reference.read_text(encoding="utf-8").strip()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MissingInputError(f"no local folder and no hub {kind} {name!r} ({reason})") from None
+    return commit("model", model.name, model.revision)

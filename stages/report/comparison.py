@@ -1,6 +1,8 @@
 """Targets side by side: the graded answers of all evaluations of a run, compared item by item."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from stages.benchmarks.metrics import figures, graded, shares
@@ -56,6 +58,7 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 continue
             measures = figures(answers[group])
             low, high = measures["interval"] or (None, None)
+            test = _tested(found[against].get(group, []), answers[group]) if against else None
             yield {
                 "target": target,
                 "group": group,
@@ -67,15 +70,29 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 "tokens": measures.get("tokens"),
                 **{name: measures[name] for name in OUTCOMES},
                 "against": against,
-                "p": _p(found[against].get(group, []), answers[group]) if against else None,
+                "p": test.p if test else None,
+                "tested": test.n if test else None,
+                "change": test.mean if test else None,
             }
         before = before if target in REGIONS else target
 
 
-def _p(before: list[Sample], after: list[Sample]) -> float | None:
-    """Paired test on the items that were graded for both targets."""
+@dataclass(frozen=True)
+class Test:
+    """A paired test, and the difference of the means, over n items."""
+
+    n: int
+    mean: float
+    p: float
+
+
+def _tested(before: list[Sample], after: list[Sample]) -> Test | None:
+    """On the items that were graded for both targets."""
     if {sample.id for sample in before} != {sample.id for sample in after}:
         return None
     earlier, now = shares(graded(before)), shares(graded(after))
     both = [item for item in now if item in earlier]
-    return paired_p([earlier[item] for item in both], [now[item] for item in both]) if both else None
+    if not both:
+        return None
+    one, two = [earlier[item] for item in both], [now[item] for item in both]
+    return Test(len(both), fmean(two) - fmean(one), paired_p(one, two))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -129,15 +130,16 @@ def _regions(masks: Artifact, of: str) -> list[Part]:
         for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
             shares = [
                 [
-                    100 * float((cells[at, m] == code).float().mean()) if (at, m) in cells else 0.0
+                    100 * float((cells[at, m] == code).float().mean()) if (at, m) in cells else math.nan
                     for m in modules
                 ]
                 for at in layers
             ]
+            there = [share for line in shares for share in line if not math.isnan(share)]
             drawn = figures.heat([str(layer) for layer in layers], names, shares, f"{title}, {factor}, %")
             text = (
                 f"Share of {title} elements in each {factor} matrix, by layer and module: from "
-                f"{min(map(min, shares)):.0f} to {max(map(max, shares)):.0f} %."
+                f"{min(there):.0f} to {max(there):.0f} %."
             )
             pictures.append(Picture(figures.svg(drawn, f"{title}-{factor} {of}"), text))
         made.append(Pictures(pictures))

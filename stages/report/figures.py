@@ -174,6 +174,8 @@ def heat(rows: list[str], columns: list[str], shares: list[list[float]], title: 
     drawn = axes.imshow(shares, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    # A hybrid model has such modules in some of its layers only.
+    axes.yaxis.set_major_formatter(lambda at, _: rows[int(at)] if at in range(len(rows)) else "")
     axes.set(title=title, ylabel="layer")
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8)

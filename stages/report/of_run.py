@@ -71,7 +71,10 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             continue
         last, before = whole[-1], whole[-2]
         change = 100 * (last["accuracy"] - before["accuracy"])
-        p = "" if last["p"] is None else f" (paired test over {last['n']} items, {p_value(last['p'])})"
+        p = ""
+        if last["p"] is not None:
+            change = 100 * last["change"]
+            p = f" (paired test over {last['tested']} items, {p_value(last['p'])})"
         said.append(
             f"{name}: {last['target']} answers {100 * last['accuracy']:.1f} % correctly, "
             f"{change:+.1f} points against {before['target']}{p}."
@@ -82,6 +85,9 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
 def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
     parts: list[Part] = []
     for name, rows in tables.items():
+        if not rows:
+            parts.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
+            continue
         targets = list(dict.fromkeys(row["target"] for row in rows))
         groups = list(dict.fromkeys(row["group"] for row in rows))
         by = {(row["group"], row["target"]): row for row in rows}

@@ -33,10 +33,11 @@ def _verdict(results: Results) -> str:
     if compare is None or not known:
         return ""
     told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
-    others = len(results.table.rows) - (compare.against in results.table.rows)
+    against = results.table.same.get(compare.against, compare.against)
+    others = len(results.table.rows) - (against in results.table.rows)
     number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
     verb = "is" if len(known) == 1 < others else "are"
-    begin = f"{results.table.file.title}. {number} {verb} compared with {compare.against!r} on {compare.on}: "
+    begin = f"{results.table.file.title}. {number} {verb} compared with {against!r} on {compare.on}: "
     named = [f"{row!r} {100 * known[row].mean:+.1f} (p = {p:.2g})" for row, p in told.items() if p < 0.05]
     how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
     if not named:

@@ -69,6 +69,8 @@ class TableFile(Section):
     def _names(self) -> TableFile:
         if bool(self.rows) == bool(self.grid):
             raise ValueError("a table has rows or a grid")
+        if empty := [name for name, values in self.grid.items() if not values]:
+            raise ValueError(f"grid: {empty[0]} has no values")
         names = self.settings()
         for text in self.columns.values():
             _check(text)

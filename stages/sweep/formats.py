@@ -26,7 +26,9 @@ def markdown(results: Results, command: str) -> str:
 def grid(results: Results) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and the cells of each row with its name before them."""
     file, compared = results.table.file, results.table.file.compare
-    head = ["", *file.columns, *([f"{compared.on}, less {compared.against!r}"] if compared else [])]
+    head = ["", *file.columns]
+    if compared:
+        head.append(f"{compared.on}, less {results.table.same.get(compared.against, compared.against)!r}")
     rows = []
     for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]
@@ -97,6 +99,12 @@ def legend(results: Results) -> str:
             "Differences in points, on the same items and seeds; p by the exact McNemar test where each item "
             "is right or wrong, else by Wilcoxon's signed-rank test, not corrected for the number of rows."
         )
+    if results.table.replaced:
+        rows, base = results.table.replaced, results.table.cells[0].base
+        said.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
+    if same := results.table.same:
+        told = "; ".join(f"{row} (as {other})" for row, other in same.items())
+        said.append(f"Left out, because this base makes them the same as another row: {told}.")
     return " ".join(said)
 
 

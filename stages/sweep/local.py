@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.engines.guard import guarded
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
-from stages.sweep.steps import Node, Place
+from stages.sweep.steps import PLANNED, Node, Place
 
 BUSY, NO_SERVER = 75, 69
 """Exit codes after which a step is tried again: another process makes the same, or its server was gone."""
@@ -100,7 +100,8 @@ class Sweep:
 
     def _spawn(self, place: Place, device: str | None) -> None:
         node = self.nodes[place]
-        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        environment = os.environ | {PLANNED: node.step.key}
+        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with self.log(node).open("ab") as log:
             child = subprocess.Popen(
                 guarded([sys.executable, "-m", "lorapar_cli", *node.command]),

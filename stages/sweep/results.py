@@ -101,7 +101,7 @@ class _NothingToShow(Exception):
 
 class _Reader:
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], list[Sample]] = {}
+        self.answers: dict[tuple[str, str], Shares] = {}
         self.artifacts = Artifacts()
 
     def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
@@ -156,8 +156,8 @@ class _Reader:
         if place not in self.answers:
             wanted = group(column.rest)
             samples = read_samples(artifact.path / "samples.jsonl")
-            self.answers[place] = [sample for sample in samples if wanted(sample)]
-        return shares(graded(self.answers[place]))
+            self.answers[place] = shares(graded([sample for sample in samples if wanted(sample)]))
+        return self.answers[place]
 
 
 def group(text: str) -> Callable[[Sample], bool]:

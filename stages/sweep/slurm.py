@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.engines.guard import guarded
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
-from stages.sweep.local import BUSY
-from stages.sweep.steps import Node, Place
+from stages.sweep.local import BUSY, is_current
+from stages.sweep.steps import PLANNED, Node, Place
 
 REQUEUED = 20
 """How often a job may come to the end of its time and go on."""
@@ -31,8 +31,10 @@ PATIENCE_S = 120
 """How long before the end of its time a job is told."""
 PAUSE = 60.0
 """Seconds before a step is tried again that another process is making."""
-OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout"}
+OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout", "teardown", "use_srun"}
 """Parameters of submitit that are no one else's to set."""
+OURS_OF_SLURM = {"dependency", "job-name", "job_name", "signal", "no-requeue", "array"}
+"""The same among `additional_parameters`, which submitit writes last."""
 MOST_MINUTES = 60 * 24 * 31
 """More is no time in minutes: YAML reads 24:00:00 as 86,400."""
 KINDS: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
@@ -46,8 +48,9 @@ class Call:
     servers, too.
     """
 
-    def __init__(self, command: list[str]) -> None:
-        self.command = command
+    def __init__(self, command: list[str], planned: str) -> None:
+        """planned: the key that it is to make."""
+        self.command, self.planned = command, planned
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
@@ -61,6 +64,7 @@ class Call:
             guarded([sys.executable, "-m", "lorapar_cli", *self.command]),
             stdin=subprocess.PIPE,
             preexec_fn=_deaf,
+            env=os.environ | {PLANNED: self.planned},
         )
         # Not Popen.wait: it holds a lock, and `checkpoint` interrupts it to wait for the same child.
         status = os.waitpid(self._child.pid, 0)[1]
@@ -76,7 +80,7 @@ class Call:
             self._child.stdin.close()
             with contextlib.suppress(ChildProcessError):  # it had ended before we were told
                 os.waitpid(self._child.pid, 0)
-        return DelayedSubmission(Call(self.command))
+        return DelayedSubmission(Call(self.command, self.planned))
 
 
 def _deaf() -> None:
@@ -115,6 +119,8 @@ class Cluster:
                     self.say(f"job {known} is {here.lower()}: {node.title}")
                     of[place] = known
                     continue
+                if known is not None and not here and is_current(node, {}):
+                    continue  # it ended after the steps were looked at
                 if known is not None:
                     self._again(known, node, bool(here))
                 of[place] = self._job(node, [of[before] for before in node.inputs if before in of])
@@ -163,7 +169,7 @@ class Cluster:
                 **({"dependency": f"afterok:{':'.join(after)}"} if after else {}),
                 **given,
             )
-            return str(executor.submit(Call(node.command)).job_id)
+            return str(executor.submit(Call(node.command, node.step.key)).job_id)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"submitit takes no such settings: {error}", "see the file of --slurm"
@@ -214,6 +220,11 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
                 f"{name}.{key}: expected {kind.__name__}, got {part[key]!r}"
                 for key, kind in KINDS.items()
                 if not isinstance(part.get(key, kind()), kind)
+            ]
+            further = part.get("additional_parameters")
+            wrong += [
+                f"{name}.additional_parameters.{key}: lorapar sets it, or a job would not go on where it was"
+                for key in sorted(OURS_OF_SLURM & further.keys() if isinstance(further, dict) else ())
             ]
             if isinstance(minutes := part.get("time", 1), int) and not 0 < minutes <= MOST_MINUTES:
                 wrong.append(f"{name}.time: expected minutes, got {minutes}")

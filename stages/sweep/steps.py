@@ -14,6 +14,8 @@ from stages.sweep.table import Cell
 
 Place = tuple[str, str, str]
 """Folder of the run, stage, key."""
+PLANNED = "LORAPAR_PLANNED"
+"""Environment variable with the key that a step is to make: a config may change while the step waits."""
 
 
 @dataclass

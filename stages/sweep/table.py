@@ -38,6 +38,8 @@ class Table:
     cells: list[Cell]
     same: dict[str, str]
     """Rows that are left out because another base makes them the same as an earlier row, with that row."""
+    replaced: list[str]
+    """Rows with a config of their own, which another base replaces."""
 
     @property
     def rows(self) -> list[str]:
@@ -66,7 +68,7 @@ def table(
     wanted = {name for matched in chosen.values() for name in matched}
     wrong: dict[str, list[str]] = {}
     cells = []
-    for seed in seeds or file.seeds:
+    for seed in dict.fromkeys(seeds or file.seeds):
         for name in names:
             if only and name not in wanted:
                 continue
@@ -81,7 +83,9 @@ def table(
         mistakes += [f"rows {other!r} and {row!r} are the same" for row, other in same.items()]
     if mistakes:
         raise refused(path, mistakes)
-    return Table(path, file, [cell for cell in cells if cell.row not in same], same)
+    left = [cell for cell in cells if cell.row not in same]
+    own = {cell.row: None for cell in left if base is not None and "base" in names[cell.row]}
+    return Table(path, file, left, same, list(own))
 
 
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, paths
 
+from stages.benchmarks import lm_eval as harness
 from stages.benchmarks import mmlu
 from stages.config import EvalSection, ModelSection
 from stages.pipeline.resolve import registries
@@ -84,6 +85,21 @@ def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp
     )
     assert lorapar("eval", *config, "--harness", "lm-eval").code == 78
     assert lorapar("eval", *config, "--tasks", "sums").code == 78
+
+
+@pytest.mark.parametrize(
+    ("rows", "right"),
+    [
+        ([{"acc": 1.0}, {"acc": 0}], [True, False]),
+        ([{"acc": 0.31}, {"acc": 1.0}], []),
+        ([{"bleu": 1}] * 2, []),
+    ],
+)
+def test_a_share_is_no_right_answer(rows, right):
+    """truthfulqa_mc2 calls a probability `acc`."""
+    common = {"arguments": [("P", {})], "resps": [], "filtered_resps": "x", "target": "t"}
+    found = harness._samples("task", [{"doc_id": i, **common, **row} for i, row in enumerate(rows)])
+    assert [sample.correct for sample in found] == right
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport, vllm
-from stages.engines.openai import Client, word_of
+from stages.engines.openai import Client
+from stages.engines.words import word_of
 from stages.errors import ConfigError, ServerError
 
 CHAT = Ballot([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
@@ -96,6 +97,43 @@ def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constra
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
     two = probability(CHAT.text[0]["content"])
     assert [found[i].shares[1] for i in (1, 2)] == pytest.approx([two, two])
+
+
+def test_a_server_that_wants_other_words_is_asked_in_these():
+    """OpenAI's reasoning models, which take neither temperature nor max_tokens."""
+
+    def strict(n, path, body):
+        if path.endswith("/completions") and not path.endswith("/chat/completions"):
+            return ("status", (404, {}, "no such path"))
+        for name, instead in (("max_tokens", "Use 'max_completion_tokens' instead."), ("temperature", "")):
+            if name in body:
+                return ("status", (400, {}, f"Unsupported parameter: '{name}'. {instead}"))
+        return ("status", (400, {}, "Unknown parameter: 'x'")) if "structured_outputs" in body else None
+
+    with serve(Mock(strict, constrains=False)) as mock:
+        client = Client((mock.url,), "judge", "", QUICK)
+        assert len(client.fingerprint()) == 5
+        found = dict(client.choose([CHAT] * 3))
+    assert all(choice.shares in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked"),
+    [([{"id": "*"}], "gpt-4o"), ([{"id": "openai/*"}], "openai/gpt-4o"), ([{"id": "judge"}], "judge")],
+)
+def test_what_a_gateway_lists(listed, asked):
+    with serve(Mock()) as mock:
+        mock.models = listed
+        assert Client((mock.url,), asked, "", QUICK).model == asked
+        if listed[0]["id"] != "*":
+            with pytest.raises(ConfigError, match="not another"):
+                Client((mock.url,), "another", "", QUICK)
+
+
+def test_a_server_without_a_list_is_believed_to_know_the_name(monkeypatch):
+    with serve(Mock()) as mock:
+        mock.models = None
+        assert Client((mock.url,), "judge", "", QUICK).model == "judge"
 
 
 def test_a_thought_is_not_the_answer():

@@ -31,7 +31,8 @@ TEXT = {
 def client(*replies: dict) -> Client:
     """One that asks for `m`, beside which the server lists `n`, and has had these replies."""
     found = Client.__new__(Client)
-    found.model, found._told, found._listed = "m", None, {"m", "n"}
+    found.model, found._told = "m", None
+    found._listed = models_of([{"id": "m"}, {"id": "n"}])
     for reply in replies:
         found._completion(reply)
     return found
@@ -47,7 +48,9 @@ def test_both_kinds_are_read():
         assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
     assert read(TEXT).ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
     assert count_of({"count": 7}) == 7
-    assert models_of({"data": [{"id": "m", "max_model_len": 9}, {"id": "n"}]}) == {"m": 9, "n": 0}
+    listed = [{"id": "m", "max_model_len": 9}, {"id": "n"}]
+    for reply in (listed, {"data": listed}):
+        assert {name: entry.max_model_len for name, entry in models_of(reply).items()} == {"m": 9, "n": 0}
 
 
 def changed(reply: dict, path: str, value: object) -> dict:
@@ -84,7 +87,7 @@ def test_an_odd_reply_is_none(reply, path, value):
 
 
 @pytest.mark.parametrize(
-    "reply", [None, [], "m", 7, {"data": None}, {"data": [{}]}, {"data": [{"id": "m", "max_model_len": -1}]}]
+    "reply", [None, [7], "m", 7, {"data": None}, {"data": [{}]}, {"data": [{"id": "m", "max_model_len": -1}]}]
 )
 def test_an_odd_list_of_models_is_none(reply):
     with pytest.raises(ValueError):
@@ -103,3 +106,24 @@ def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
             client(*before)._completion(TEXT | {"model": "n"})
     with pytest.raises(ValueError, match="the reply is by m-2024-08-06, not by m"):
         client(TEXT)._completion(alias)
+
+
+@pytest.mark.parametrize(
+    ("listed", "taken"),
+    [
+        ([{"id": "m"}, {"id": "m-2024-08-06"}], True),  # OpenAI's aliases
+        ([{"id": "m", "root": "/m"}, {"id": "m-2024-08-06", "root": "/m"}], True),
+        ([{"id": "m", "root": "/m"}, {"id": "m-large", "root": "/large"}], False),
+        ([{"id": "m"}, {"id": "m-large"}], False),
+        ([{"id": "m", "root": "/m"}, {"id": "first", "root": "/m"}], True),  # vLLM's --served-model-name
+    ],
+)
+def test_a_listed_name_may_stand_for_the_model(listed, taken):
+    found = client()
+    found._listed = models_of(listed)
+    reply = TEXT | {"model": listed[1]["id"]}
+    if taken:
+        assert found._completion(reply) == client()._completion(TEXT)
+    else:
+        with pytest.raises(ValueError, match="not by m"):
+            found._completion(reply)

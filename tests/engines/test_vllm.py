@@ -46,7 +46,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
     from stages.lora import adapter
 
     model = ModelSection(name=str(tiny), dtype="float32")
-    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, str(tiny))
+    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
     questions = [Question([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)]
     words = [Ballot(question.ids, (" a", " b", " c")) for question in questions]
     given, chosen = {}, {}

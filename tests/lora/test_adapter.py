@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
@@ -39,7 +39,7 @@ def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
     with torch.no_grad():  # as if trained: the first half of a compensated adapter moves
         for name, layer in adapter.lora_layers(model).items():
             adapter.trainable_part(name, layer.weight, lora).add_(0.01)
-    adapter.save(model, tmp_path / "a", str(tiny))
+    adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
     plain = PeftModel.from_pretrained(base(tiny), str(tmp_path / "a"))
     torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=0)
     again = adapter.attach(base(tiny), lora, tmp_path / "a")
@@ -97,7 +97,7 @@ def test_all_linear_modules_are_those_of_peft(tiny, tmp_path, init):
     theirs = get_peft_model(base(tiny), LoraConfig(r=4, target_modules="all-linear"))
     assert adapter.lora_layers(model).keys() == adapter.lora_layers(theirs).keys()
     assert "o_proj" in str(adapter.lora_layers(model).keys())
-    adapter.save(model, tmp_path / "a", str(tiny))
+    adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
     again = load_adapted(ModelSection(name=str(tiny), dtype="float32"), tmp_path / "a")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
     assert adapter.attach(base(tiny), lora, tmp_path / "a")
@@ -105,8 +105,30 @@ def test_all_linear_modules_are_those_of_peft(tiny, tmp_path, init):
         adapter.initial(base(tiny), LoraSection(target_modules=["q_proj", "all-linear"]), 0)
 
 
+def test_the_base_s_revision_is_named_and_no_hub_is_asked(tiny, tmp_path, monkeypatch):
+    """PEFT's own loaders take main otherwise."""
+    model = adapter.initial(base(tiny), LoraSection(), 0)
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked")
+    )
+    for name, revision, kept in (("a/b", "0" * 40, "0" * 40), ("a/b", "main", None), (str(tiny), "x", None)):
+        adapter.save(model, tmp_path, ModelSection(name=name, revision=revision))
+        config = PeftConfig.from_pretrained(str(tmp_path))
+        assert (config.base_model_name_or_path, config.revision) == (name, kept)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_subtracts_from_the_base_is_put_back(tiny, init):
+    changed = base(tiny)
+    adapter.initial(changed, LoraSection(r=4, init=init), 0)
+    before = dict(base(tiny).named_parameters())
+    after = {n.replace(".base_layer", ""): p for n, p in changed.named_parameters() if ".lora_" not in n}
+    after = {name.removeprefix("base_model.model."): p for name, p in after.items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
-    adapter.save(adapter.initial(base(tiny), LoraSection(r=4), 0), tmp_path / "a", "x")
+    adapter.save(adapter.initial(base(tiny), LoraSection(r=4), 0), tmp_path / "a", ModelSection(name="x"))
     with pytest.raises(ArtifactError, match=r"does not fit the model: .* is \(4, 64\), expected \(8, 64\)"):
         adapter.attach(base(tiny), LoraSection(r=8), tmp_path / "a")
     with pytest.raises(ArtifactError, match="is on one side only"):

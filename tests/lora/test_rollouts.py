@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import httpx
@@ -13,9 +14,11 @@ from conftest import ROOT, make_step
 from torch import Tensor
 from trl.generation import vllm_generation
 
+from stages.config import ModelSection
 from stages.config.rl import RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import adapter, merged, rollouts
+from stages.lora.writing import Written
 from stages.models.base import load_base
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
@@ -157,6 +160,39 @@ def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
         rollouts.from_base(trainer, None, SERVER, 0)
     assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
     assert not vars(trainer.vllm_generation)
+
+
+@pytest.mark.parametrize(("vllm", "sizes"), [(False, [64, 64, 2]), (True, [130])])
+def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
+    """All at once, the keys and values of 256 completions of a 7B model are 48 GiB."""
+    seen = []
+
+    class Theirs:
+        def _generate_single_turn(self, prompts, images):
+            seen.append(len(prompts))
+            return [[ids[0], 7] for ids in prompts], None
+
+    class Trainer(Written, Theirs):
+        args = SimpleNamespace(use_vllm=vllm)
+        writer = SimpleNamespace(copy=None, adapted=None)
+
+    monkeypatch.setattr("stages.lora.writing.packed.fixed", lambda _: nullcontext())
+    monkeypatch.setattr("stages.lora.writing.evaluating", lambda _: nullcontext())
+    made, logprobs = Trainer()._generate_single_turn([[n] for n in range(130)], None)
+    assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
+
+
+def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
+    monkeypatch.setattr(rollouts, "snapshot_download", lambda name, revision: f"/hub/{name}/{revision}")
+    for name, revision, called in (
+        ("a/b", "c1", "/hub/a/b/c1"),
+        ("a/b", "main", "a/b"),
+        (str(tiny), "c1", "a/b"),
+    ):
+        base = SimpleNamespace(name_or_path="a/b")
+        model = ModelSection(name=name, revision=revision)
+        rollouts.name_revision(base, RolloutsSection(engine="vllm_colocate"), model)
+        assert base.name_or_path == called
 
 
 def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch):

@@ -18,6 +18,8 @@ def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys
     assert comparison.tables(None, steps, "system") == {"perplexity": []}
     render.results(None, steps)
     assert "perplexity: no graded answers; metrics.json" in capsys.readouterr().out
+    (text,) = of_run._results({"perplexity": []})
+    assert text.text.startswith("perplexity: no graded answers")
 
 
 def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):

@@ -11,7 +11,7 @@ from conftest import make_steps
 from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
-from stages.report import elements, figures, of_run, of_tables
+from stages.report import comparison, elements, figures, of_run, of_tables
 from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
@@ -174,7 +174,35 @@ def test_modules_that_end_alike_are_shown_by_their_paths():
 def test_the_verdict_says_how_many_rows_are_compared():
     compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, 3)}
     file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
-    whole = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B"]), comparisons=compared)
-    part = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B", "C"]), comparisons=compared)
+    whole = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B"], same={}), comparisons=compared)
+    part = SimpleNamespace(
+        table=SimpleNamespace(file=file, rows=["A", "B", "C"], same={}), comparisons=compared
+    )
     assert of_tables._verdict(whole).startswith("T. All other rows are compared with 'A'")
     assert of_tables._verdict(part).startswith("T. 1 of 2 other rows is compared with 'A'")
+    other = SimpleNamespace(
+        table=SimpleNamespace(file=file, rows=["A1", "B"], same={"A": "A1"}), comparisons=compared
+    )
+    assert of_tables._verdict(other).startswith("T. All other rows are compared with 'A1'")
+
+
+def test_the_verdict_counts_the_items_that_both_have():
+    """One was refused for the first target; the difference is on the other two as well."""
+
+    def sample(item, correct, outcome=None):
+        outcome = outcome or ("correct" if correct else "wrong")
+        return Sample(item, 0, None, "Q", "A", None, "A", "A", correct, correct, outcome, {})
+
+    before = [sample("a", False), sample("b", False), sample("c", False, "refused")]
+    after = [sample("a", True), sample("b", False), sample("c", True)]
+    rows = list(comparison.compared({"base": {"all": before}, "sft": {"all": after}}))
+    assert (rows[1]["n"], rows[1]["tested"], rows[1]["change"]) == (3, 2, 0.5)
+    (said,) = of_run._verdicts({"demo": rows})
+    assert "+50.0 points against base (paired test over 2 items" in said
+
+
+def test_a_layer_without_a_module_is_no_layer_of_zeros():
+    figure = figures.heat(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only")
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert {"3", "7"} <= set(labels) and "0" not in labels

@@ -118,6 +118,18 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
     )
 
 
+def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lorapar, submitted, monkeypatch):
+    """Neither is what waited for it, which may be running by now."""
+    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
+    lorapar(*command)
+    ended = next(i for i, node in enumerate(steps.union(table(path).cells).values()) if node.stage == "sft")
+    submitted.queue = {job: how for job, how in submitted.queue.items() if job[0] != str(100 + ended)}
+    monkeypatch.setattr(slurm, "is_current", lambda node, stores: node.stage == "sft")
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: pytest.fail("cancelled"))
+    lorapar(*command)
+    assert len(submitted.jobs) == 13
+
+
 def above(node, nodes) -> set:
     """The places of all that a node is made from."""
     of = {other.place: other for other in nodes}
@@ -148,6 +160,12 @@ def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submi
             "default.setup: expected list, got 'module load cuda'",
         ),
         ("rl: {additional_parameters: gpu}", "rl.additional_parameters: expected dict, got 'gpu'"),
+        (
+            "rl: {additional_parameters: {dependency: singleton}}",
+            "additional_parameters.dependency: lorapar sets",
+        ),
+        ("rl: {use_srun: false}", "rl.use_srun: choose from account, "),
+        ("rl: {teardown: [x]}", "rl.teardown: choose from account, "),
         ("- 1", "list: expected default or a stage"),
         ("rl: {", "is not YAML"),
     ],
@@ -198,7 +216,7 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
 
 
 def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
-    call = slurm.Call(["list", "nothing"])
+    call = slurm.Call(["list", "nothing"], "")
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 78
@@ -206,7 +224,7 @@ def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
 
 def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
     """As while another process makes the artifact: there is no child then."""
-    call = slurm.Call(["x"])
+    call = slurm.Call(["x"], "")
     monkeypatch.setattr(slurm, "guarded", lambda command: [sys.executable, "-c", "raise SystemExit(75)"])
 
     def told(seconds):
@@ -224,7 +242,7 @@ def test_a_signal_in_the_middle_ends_the_step_and_gives_another_run(tmp_path):
     (tmp_path / "job.py").write_text(
         "import signal, sys\n"
         "from stages.sweep.slurm import Call\n"
-        "call = Call(['x'])\n"
+        "call = Call(['x'], '')\n"
         "def told(*_):\n"
         "    again = call.checkpoint()\n"
         "    assert again.function.command == ['x'] and again.function._child is None\n"

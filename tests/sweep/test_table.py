@@ -101,6 +101,13 @@ def test_the_tables_of_the_project_are_sound_as_they_are(path):
 def test_rows_that_another_base_makes_the_same_are_left_out(small):
     found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
     assert found.rows == ["GSM8K"] and found.same == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
+    said = formats.legend(results(found))
+    assert "the same as another row: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
+    assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 2, 3]).cells] == [2, 3]
+    labels = table(ROOT / "configs/tables/labels.yaml", base=small.with_name("base.yaml"))
+    assert labels.rows == labels.replaced and "replaces the configs that these rows" in formats.legend(
+        results(labels)
+    )
     rows = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}')
     path = changed(small, rows)
     with pytest.raises(ConfigError, match="rows 'θ .9' and 'β 0' are the same"):
@@ -213,6 +220,8 @@ def test_a_grid_is_all_with_all(small):
         ('against: "θ .9"', 'against: "alpha 0, beta 0.5"'),
     )
     assert table(path).rows == ["alpha 0, beta 0.5", "alpha 1, beta 0.5"]
+    with pytest.raises(ConfigError, match="grid: partition.beta has no values"):
+        table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
 
 
 def test_table_2_shares_what_it_can(small):
@@ -476,6 +485,17 @@ def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, m
     _, ended, said = swept_by(children, small, tmp_path)
     assert {o.node.stage for o in ended if o.how == "failed"} == {"sft"}
     assert any(line.startswith("made something else") for line in said)
+
+
+def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorapar, monkeypatch):
+    """Somebody edited the base while a job was waiting."""
+    cell = table(small, only=["θ .5"], seeds=[1]).cells[0]
+    node = next(node for node in steps.union([cell]).values() if node.stage == "score")
+    monkeypatch.setenv(steps.PLANNED, "0" * 12)
+    done = lorapar(*node.command)
+    assert done.code == 78 and "score is no longer what was planned" in done.err
+    monkeypatch.setenv(steps.PLANNED, node.step.key)
+    assert "no longer what was planned" not in lorapar(*node.command).err
 
 
 def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
