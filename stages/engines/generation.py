@@ -19,6 +19,8 @@ from stages.models.layout import Flat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SLOTS = 64
+"""Answers that are written at a time, unless a setting says otherwise."""
 FREE = 0.25
 """Share of the slots that must be free before other prompts take them, or before they are given up."""
 
@@ -49,7 +51,7 @@ def continuations(
     sampling: Sampling,
     stops: tuple[str, ...] = (),
     seeds: list[int] | None = None,
-    slots: int = 64,
+    slots: int = SLOTS,
 ) -> Iterator[tuple[int, Answer]]:
     """What the model writes after each prompt, as soon as it is written: the prompt's index and the answer.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages import team
-from stages.engines.generation import continuations
+from stages.engines.generation import SLOTS, continuations
 from stages.lora import packed
 from stages.models.flat import evaluating
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from stages.engines import Sampling
     from stages.lora.merged import MergedCopy
     from stages.lora.pool import Pool
-
-AT_ONCE = 64
-"""Completions that TRL writes at a time, as many as are written here at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Written:
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
             # TRL would have all samples of a step in memory at once. vLLM has a scheduler of its own.
-            size = max(1, len(prompt_ids)) if self.args.use_vllm else AT_ONCE
+            size = max(1, len(prompt_ids)) if self.args.use_vllm else SLOTS
             write = super()._generate_single_turn  # type: ignore[misc]
             with packed.fixed(self.writer.adapted), evaluating(self.writer.adapted):
                 every = range(0, len(prompt_ids), size)

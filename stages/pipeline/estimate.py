@@ -224,6 +224,7 @@ class _Work:
         return Cost(seconds, piece.mib + self.probe.adapter_mib())
 
     def _rl(self, _: str) -> Cost:
+        from stages.engines.generation import SLOTS
         from stages.lora.training import steps_of
         from stages.pipeline.probe import shares_prompts
 
@@ -252,9 +253,11 @@ class _Work:
         # The reference of the KL term, and what the completions had when they were sampled: forward alone.
         more = bool(rl.kl_beta) + (rl.iterations > 1 or (vllm and rl.rollouts.correction != "none"))
         seconds, mib = learned / measured * piece.seconds * (1 + more / 3), piece.mib + probe.adapter_mib()
-        read, token = probe.writing(groups[:samples], rl.max_completion)
+        written = groups[: min(samples, SLOTS)]
+        read, token = probe.writing(written, rl.max_completion)
         last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
-        seconds += (read.seconds * asked / len(groups[0]) + last * token.seconds) / rl.iterations
+        some = read.seconds * asked / len(groups[0]) + last * token.seconds
+        seconds += samples / len(written) * some / rl.iterations
         if not vllm:
             mib = max(mib, token.mib) + probe.copy_mib()
         elif rl.rollouts.engine == "vllm_colocate":
