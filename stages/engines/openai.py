@@ -8,7 +8,6 @@ asked for one word, and its reply is read strictly; so is the reply of a model t
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -18,12 +17,11 @@ from typing import Any, TypeVar
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
+from stages.engines.dialect import Dialect
 from stages.engines.reply import Completion, Listed, Reply, count_of, models_of
 from stages.engines.transport import ItemFailed, Refused, Session, Transport
 from stages.engines.words import shares_of, word_of
 from stages.errors import AnswerError, ConfigError, ServerError
-
-log = logging.getLogger(__name__)
 
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
@@ -41,30 +39,6 @@ PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My f
 
 
 T = TypeVar("T")
-
-
-class Dialect:
-    """How a server wants to be asked, where that is not as all others do: OpenAI's reasoning models."""
-
-    def __init__(self) -> None:
-        self._renamed = self._drawn = False
-
-    def put(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The request in the server's words."""
-        body = dict(body)
-        if self._renamed:
-            body["max_completion_tokens"] = body.pop("max_tokens")
-        if self._drawn:
-            del body["temperature"]
-        return body
-
-    def learn(self, refusal: str) -> None:
-        """From a refusal that names what it wants otherwise."""
-        if "max_completion_tokens" in refusal:
-            self._renamed = True
-        elif "temperature" in refusal and not self._drawn:
-            self._drawn = True
-            log.warning("the server takes no temperature: its answers are drawn, and may differ next time")
 
 
 @contextmanager
