@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,12 +152,13 @@ def _ask_all(
             # No name for the engine, which would keep it in memory beside the next.
             asked = box.ask(pool.get(_served(box.voter, model), server, progress.say), progress.say)
             begin()
-            for number, _ in enumerate(asked, 1):
-                failed = f", {len(box.failures)} failed" if box.failures else ""
-                progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
-                box.check(classify.max_failed, classify.max_invalid, PATIENCE)
-                if stop.is_set():
-                    return
+            with closing(asked):  # an error would keep it, and with it the lock of the journal
+                for number, _ in enumerate(asked, 1):
+                    failed = f", {len(box.failures)} failed" if box.failures else ""
+                    progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
+                    box.check(classify.max_failed, classify.max_invalid, PATIENCE)
+                    if stop.is_set():
+                        return
 
     def alone(boxes: list[Votes]) -> None:
         with Pool() as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +92,7 @@ class Votes:
                     wanted.setdefault(question, Wanted(example, sample))  # equal questions are asked once
         return list(wanted.values())
 
-    def ask(self, engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
+    def ask(self, engine: Engine, say: Callable[[str], None]) -> Generator[None, None, None]:
         """Ask the engine the missing questions and journal each answer as it arrives; yields after each.
 
         If a remote model gives other greedy answers than before, its weights have changed under the same
