@@ -9,9 +9,9 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
-from stages.pipeline.estimate import Cost, _Work
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
+from stages.pipeline.work import Cost, Work
 from stages.store import estimates
 from stages.store.estimates import Told
 
@@ -81,7 +81,7 @@ def test_a_total_of_nothing_that_is_known_is_none():
 
 
 def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_model():
-    work = object.__new__(_Work)
+    work = object.__new__(Work)
     work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5))
     work.starting, work.started = 8, set()
     work._answers = work._sft = lambda _: Cost(1.0, 20.0)

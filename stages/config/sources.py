@@ -1,5 +1,6 @@
 """The base model, rows, the prompt and the adapter."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -33,6 +34,15 @@ class ModelSection(Section):
     def title(self) -> str:
         """The last part of a path or hub id; role-playing voters are told this name."""
         return self.name.rstrip("/").split("/")[-1]
+
+    @property
+    def of_hub(self) -> bool:
+        return not Path(self.name).exists()
+
+    @property
+    def pinned(self) -> str | None:
+        """The revision of a hub model that a library would not take by itself; None if it would."""
+        return self.revision if self.of_hub and self.revision != "main" else None
 
 
 class SourceSection(Section):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages import footprint
 from stages.errors import ConfigError as ConfigError
 from stages.registry import Files
 
@@ -140,16 +139,11 @@ class Pool:
         return self._engine  # type: ignore[return-value]
 
     def close(self, *error: Any) -> None:
-        """Stop what was started; an engine that is closed because of an error keeps its log.
-
-        A model in this process leaves its memory free: a vLLM server that follows it asks for nearly all of
-        a GPU.
-        """
+        """Stop what was started; an engine that is closed because of an error keeps its log."""
         context, self._context, self._engine, self._served = self._context, None, None, None
         if context is not None:
             context.__exit__(*(error or (None, None, None)))
-            gc.collect()
-            footprint.give_back()
+            gc.collect()  # a model holds itself, and the next one needs its place
 
     def __enter__(self) -> Pool:
         return self

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
 from stages.engines.dialect import Dialect
+from stages.engines.faults import ItemFailed, Refused
 from stages.engines.reply import Completion, Listed, Reply, count_of, models_of
-from stages.engines.transport import ItemFailed, Refused, Session, Transport
+from stages.engines.transport import Session, Transport
 from stages.engines.words import shares_of, word_of
 from stages.errors import AnswerError, ConfigError, ServerError
 

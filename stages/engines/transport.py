@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ import tenacity
 
 from stages.config import ServerSection
 from stages.engines import Failure
+from stages.engines.faults import ItemFailed, Refused, Trouble, seconds_of
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6
@@ -37,33 +37,6 @@ Done = tuple[int, Any, asyncio.Event]
 """Index and answer of an item, and what to set when it is dealt with; -1: a worker has no more items."""
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Trouble(Exception):
-    """A failure that may pass: worth another try."""
-
-    def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
-        """busy: it says nothing of what the server can do, only that it did not do it now."""
-        super().__init__(detail)
-        self.reason, self.busy = reason, busy
-
-
-class Refused(ConfigError):
-    """The server refuses what every request asks for."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class ItemFailed(Exception):
-    """One item cannot be answered; the others can."""
-
-    def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
-        """busy: as in Trouble."""
-        super().__init__(detail)
-        self.busy = busy
-        self.failure = Failure(reason, detail)
 
 
 @dataclass
@@ -312,7 +285,7 @@ class Session:
         transport, code = self.transport, response.status_code
         text = f"{code} {' '.join(response.text[:200].split())}"
         if code in (408, 425, 429) or code >= 500:
-            wait = min(_seconds(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
+            wait = min(seconds_of(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
             transport._free_at = max(transport._free_at, time.monotonic() + wait)
             raise Trouble("server_error", text, busy=code not in (500, 501))
         signs = ("context length", "too long", "max_model_len")
@@ -321,15 +294,3 @@ class Session:
         if code in (400, 413, 422) and transport.counts.answered > 1:  # one of them is the list of models
             raise ItemFailed("refused", text)
         raise Refused(code, f"{url} refused: {text}")
-
-
-def _seconds(retry_after: str) -> float:
-    """Retry-After in either of its forms, as seconds from now; 0 if there is none."""
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0

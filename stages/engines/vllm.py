@@ -87,7 +87,7 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
 
     What hinders it, vLLM says itself.
     """
-    if not Path(model.name).exists():
+    if model.of_hub:
         from huggingface_hub import snapshot_download
 
         say(f"fetching what is missing of {model.name}")
@@ -187,7 +187,7 @@ def _command(
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # Without it a model's own generation settings (a repetition penalty, say) would change what is asked for.
     given: dict[str, Any] = {"max_model_len": server.max_model_len, "generation_config": "vllm"}
-    if not Path(model.name).exists():
+    if model.of_hub:
         given["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and makes bfloat16 of float32 on a GPU. What is stored
     # in less than 16 bits has kernels for some types only, and vLLM knows which.

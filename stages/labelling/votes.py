@@ -68,7 +68,6 @@ class Votes:
         """The examples to vote on."""
         self.failures: list[tuple[str, Failure]] = []
         """Example id and reason for each question that got no answer."""
-        self.asked = 0
 
     def shares(self, other: Votes) -> bool:
         """Whether both keep their answers in one journal: they are one model, for all that was said."""
@@ -120,7 +119,6 @@ class Votes:
                 yield
 
     def _keep(self, wanted: Wanted, found: Choice | Failure) -> None:
-        self.asked += 1
         if isinstance(found, Failure):
             self.failures.append((wanted.example.id, found))
             return

@@ -176,7 +176,7 @@ def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
     """Write the `default` adapter into `folder` as plain PEFT files for this base model."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = base.name
-    config.revision = None if Path(base.name).is_dir() or base.revision == "main" else base.revision
+    config.revision = base.pinned
     write(model, folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template has nothing but placeholders
 

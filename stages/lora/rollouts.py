@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,8 +131,8 @@ def copy_of(
 
 def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection) -> None:
     """TRL's vLLM loads what the base is called, at its main revision: call it by the files of this one."""
-    if rollouts.engine == "vllm_colocate" and model.revision != "main" and not Path(model.name).is_dir():
-        base.name_or_path = snapshot_download(model.name, revision=model.revision)
+    if rollouts.engine == "vllm_colocate" and model.pinned:
+        base.name_or_path = snapshot_download(model.name, revision=model.pinned)
 
 
 def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:

@@ -59,14 +59,13 @@ class Written:
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
-            # TRL would have all samples of a step in memory at once. vLLM has a scheduler of its own.
-            size = max(1, len(prompt_ids)) if self.args.use_vllm else SLOTS
             write = super()._generate_single_turn  # type: ignore[misc]
             with packed.fixed(self.writer.adapted), evaluating(self.writer.adapted):
-                every = range(0, len(prompt_ids), size)
-                parts = [write(prompt_ids[at : at + size], *args, **given) for at in every]
-            if len(parts) == 1:
-                return parts[0]
+                if self.args.use_vllm or len(prompt_ids) <= SLOTS:  # vLLM has a scheduler of its own
+                    return write(prompt_ids, *args, **given)
+                # TRL would have all samples of a step in memory at once.
+                every = range(0, len(prompt_ids), SLOTS)
+                parts = [write(prompt_ids[at : at + SLOTS], *args, **given) for at in every]
             return [ids for made, *_ in parts for ids in made], *parts[0][1:]
         again = f" {self.attempt}" if self.attempt else ""
         seed = f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}{again}"

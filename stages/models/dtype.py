@@ -44,11 +44,9 @@ def resolve(model: ModelSection) -> str:
 @functools.cache
 def _auto(name: str, revision: str) -> str:
     import torch
-    from transformers import AutoConfig
 
     try:
-        with reading("model", ModelSection(name=name, revision=revision)):
-            found = AutoConfig.from_pretrained(name, revision=revision).dtype
+        found = _config(ModelSection(name=name, revision=revision)).dtype
     except LoraparError:
         if torch.cuda.is_available():
             return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
@@ -63,14 +61,17 @@ def _auto(name: str, revision: str) -> str:
 
 def is_quantized(model: ModelSection) -> bool:
     """Whether the checkpoint itself has fewer bits (GPTQ, AWQ, fp8); False if it cannot be read."""
-    from transformers import AutoConfig
-
     try:
-        with reading("model", model):
-            found = AutoConfig.from_pretrained(model.name, revision=model.revision)
+        return getattr(_config(model), "quantization_config", None) is not None
     except LoraparError:
         return False
-    return getattr(found, "quantization_config", None) is not None
+
+
+def _config(model: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    with reading("model", model):
+        return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
 def native_bfloat16() -> bool:

@@ -33,7 +33,7 @@ def _verdict(results: Results) -> str:
     if compare is None or not known:
         return ""
     told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
-    against = results.table.same.get(compare.against, compare.against)
+    against = results.table.against
     others = len(results.table.rows) - (against in results.table.rows)
     number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
     verb = "is" if len(known) == 1 < others else "are"

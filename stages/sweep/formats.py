@@ -28,7 +28,7 @@ def grid(results: Results) -> tuple[list[str], list[list[str]]]:
     file, compared = results.table.file, results.table.file.compare
     head = ["", *file.columns]
     if compared:
-        head.append(f"{compared.on}, less {results.table.same.get(compared.against, compared.against)!r}")
+        head.append(f"{compared.on}, less {results.table.against!r}")
     rows = []
     for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]

@@ -85,11 +85,10 @@ def results(table: Table) -> Results:
                     values[row, name] = reader.value(cells, name)
     comparisons = {}
     if compare := table.file.compare:
-        against = table.same.get(compare.against, compare.against)
-        first = [cell for cell in table.cells if cell.row == against]
+        first = [cell for cell in table.cells if cell.row == table.against]
         for row in table.rows:
             cells = [cell for cell in table.cells if cell.row == row]
-            if first and row != against and all(compare.on in cell.columns for cell in first + cells):
+            if first and row != table.against and all(compare.on in cell.columns for cell in first + cells):
                 with suppress(_NothingToShow):
                     comparisons[row] = reader.comparison(first, cells, compare.on)
     return Results(table, values, comparisons, reader.artifacts)

@@ -42,6 +42,12 @@ class Table:
     """Rows with a config of their own, which another base replaces."""
 
     @property
+    def against(self) -> str | None:
+        """The row that the others are compared with, or the one that it is the same as."""
+        compare = self.file.compare
+        return self.same.get(compare.against, compare.against) if compare else None
+
+    @property
     def rows(self) -> list[str]:
         return list(dict.fromkeys(cell.row for cell in self.cells))
 

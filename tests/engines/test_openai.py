@@ -13,6 +13,7 @@ from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport, vllm
+from stages.engines.faults import seconds_of
 from stages.engines.openai import Client
 from stages.engines.words import word_of
 from stages.errors import ConfigError, ServerError
@@ -282,7 +283,7 @@ def test_retry_after_is_waited_for(no_waiting):
 )
 def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
-    assert transport._seconds(text) == seconds
+    assert seconds_of(text) == seconds
 
 
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():

@@ -180,6 +180,7 @@ def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
     monkeypatch.setattr("stages.lora.writing.evaluating", lambda _: nullcontext())
     made, logprobs = Trainer()._generate_single_turn([[n] for n in range(130)], None)
     assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
+    assert Trainer()._generate_single_turn([], None) == ([], None)  # a process with nothing to draw again
 
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):

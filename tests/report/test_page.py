@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from stages.report import comparison, elements, figures, of_run, of_tables
 from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
+from stages.sweep.table import Table
 
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
@@ -174,15 +176,14 @@ def test_modules_that_end_alike_are_shown_by_their_paths():
 def test_the_verdict_says_how_many_rows_are_compared():
     compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, 3)}
     file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
-    whole = SimpleNamespace(table=SimpleNamespace(file=file, rows=["A", "B"], same={}), comparisons=compared)
-    part = SimpleNamespace(
-        table=SimpleNamespace(file=file, rows=["A", "B", "C"], same={}), comparisons=compared
-    )
-    assert of_tables._verdict(whole).startswith("T. All other rows are compared with 'A'")
-    assert of_tables._verdict(part).startswith("T. 1 of 2 other rows is compared with 'A'")
-    other = SimpleNamespace(
-        table=SimpleNamespace(file=file, rows=["A1", "B"], same={"A": "A1"}), comparisons=compared
-    )
+
+    def of(rows, same):
+        cells = [SimpleNamespace(row=row) for row in rows]
+        return SimpleNamespace(table=Table(Path("t"), file, cells, same, []), comparisons=compared)
+
+    assert of_tables._verdict(of("AB", {})).startswith("T. All other rows are compared with 'A'")
+    assert of_tables._verdict(of("ABC", {})).startswith("T. 1 of 2 other rows is compared with 'A'")
+    other = of(["A1", "B"], {"A": "A1"})
     assert of_tables._verdict(other).startswith("T. All other rows are compared with 'A1'")
 
 

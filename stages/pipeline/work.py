@@ -1,0 +1,279 @@
+"""The work of each step, counted from a config and its rows, and what its pieces cost by `probe`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from stages.benchmarks import benchmarks
+from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection, Voter
+from stages.data.rows import read
+from stages.errors import DataError, lacks_memory
+from stages.labelling.personas import SHOTS, Brief, personas, shots
+from stages.language.prompts import IGNORED, Renderer, Row
+from stages.lora.regions import strategies
+from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.lengths import Lengths, Span, drawn, sampled
+from stages.pipeline.plan import Step
+from stages.records import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.pipeline.probe import Piece, Probe
+
+log = logging.getLogger(__name__)
+
+BALLOTS = 256
+"""Votes of which it is found out how many make a batch."""
+SYSTEM1 = 0.5
+"""Share of System 1 among the rows, before anybody has voted."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step; None is what cannot be told: it is done elsewhere, or by code that is not ours."""
+
+    seconds: float | None
+    mib: float | None
+    """The most memory in use: of the GPU, or without one of the process."""
+
+
+@dataclass
+class Work:
+    """How much there is to do."""
+
+    config: Config
+    stages: set[str]
+    probe: Probe = field(init=False)
+    starting: float = field(init=False)
+    """Seconds until a command has its libraries, its tokenizer and its rows."""
+    started: set[str] = field(default_factory=set)
+    """Stages of which a step has been told that starts."""
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        self.rows = {name: _items(config, name) for name in config.eval.benchmarks}
+        self.rows["train"] = read(config.data) if config.data.path else []
+        self.written: dict[str, tuple[Piece, Piece, int, list[int]]] = {}
+        """By benchmark, because all targets write alike: see `Probe.writing`, the answers in a batch, and one
+        of the prompts."""
+        self.sample = sampled(self.rows["train"])
+        self.rendered: dict[str, list[Row]] = {}
+
+    def cost(self, step: Step) -> Cost:
+        of: dict[str, Callable[[str], Cost]] = {
+            "classify": self._votes,
+            "score": lambda _: self._score,
+            "partition": lambda _: Cost(0.0, None),
+            "sft": self._sft,
+            "rl": self._rl,
+            "eval": self._answers,
+        }
+        try:
+            found = of[step.stage.name](step.variant) if step.stage.name in of else Cost(None, None)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            return Cost(None, self.probe.room + 1)  # the smallest piece of it already
+        if not found.seconds:
+            return found
+        probe, stage = self.probe, step.stage.name
+        trains, starts = stage in ("sft", "rl"), stage not in self.started
+        self.started.add(stage)
+        seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
+        seconds += self.starting if starts else 0
+        mib = found.mib and max(found.mib, probe.loading.mib) - (0 if trains else probe.trainer.mib)
+        return Cost(seconds, mib)
+
+    def spans(self) -> list[Span]:
+        """The lengths of training rows, where rows are trained on."""
+        found = []
+        data, rl, n = self.config.data, self.config.rl, len(self.rows["train"])
+        if self.stages & {"score", "sft"}:
+            rows = Lengths.of(len(row.input_ids) for row in self._rows("sft"))
+            found.append(Span("row", n, rows, "data.max_length", data.max_length, data.too_long))
+        if "rl" in self.stages:
+            found.append(
+                Span("prompt of rl", n, self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long)
+            )
+            found.append(Span("response", n, self._responses, "rl.max_completion", rl.max_completion, "cut"))
+        return found
+
+    def _renderer(self, prompt: PromptSection | None) -> Renderer:
+        return Renderer(self.tokenizer, prompt or self.config.prompt)
+
+    def _rows(self, stage: str) -> list[Row]:
+        """The sample as score, sft or rl has it."""
+        if stage not in self.rendered:
+            section: ScoreSection | SftSection | RlSection = getattr(self.config, stage)
+            renderer = self._renderer(section.prompt)
+            self.rendered[stage] = [renderer.row(example) for example in self.sample]
+        return self.rendered[stage]
+
+    def _mean(self, stage: str) -> float:
+        """Tokens of a row, where too long ones are cut."""
+        return Lengths.of(len(row.input_ids) for row in self._rows(stage)).within(self.config.data.max_length)
+
+    @cached_property
+    def _questions(self) -> Lengths:
+        return Lengths.of(_asked(row) for row in self._rows("rl"))
+
+    @cached_property
+    def _responses(self) -> Lengths:
+        return Lengths.of(len(row.labels) - _asked(row) for row in self._rows("rl"))
+
+    def _votes(self, variant: str) -> Cost:
+        section, examples = self.config.classify, self.rows[variant]
+        if section.strategy != "vote" or not examples:
+            return Cost(0.0, None)
+        voters = section.voters
+        if self.config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
+            return Cost(None, None)  # the base itself votes in 16 bits
+        seconds, mib = 0.0, 0.0
+        for voter in voters:
+            piece, number = self._ballots(voter, examples)
+            seconds += piece.seconds / number * len(examples) * voter.samples
+            mib = max(mib, piece.mib)
+        here = all(voter.engine == "transformers" for voter in voters)
+        return Cost(seconds, mib if here else None)
+
+    def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
+        """A batch of a voter's questions, and their number."""
+        classify, persona = self.config.classify, personas.pick(voter.persona)
+        worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+        brief = Brief(self.config.model.title, classify.show_answer, voter.words, worked)
+        ballots = [persona(example, brief) for example in drawn(examples, BALLOTS)]
+        return self.probe.choosing(ballots)
+
+    @cached_property
+    def _score(self) -> Cost:
+        """Scoring again for RL costs the same."""
+        score = self.config.score
+        if strategies.has(self.config.partition.strategy, "unscored"):
+            return Cost(0.0, None)
+        rows = self._longest("score", 2 * score.batch_size)
+        piece = self.probe.scoring(rows)
+        number = 2 * min(score.examples, len(self.rows["train"]) / 2)
+        return Cost(number * self._mean("score") * piece.seconds / _tokens(rows), piece.mib)
+
+    def _sft(self, _: str) -> Cost:
+        from stages.lora.training import steps_of
+
+        sft, config = self.config.sft, self.config
+        if config.baseline is not None:
+            return Cost(None, None)
+        number = len(self.rows["train"])
+        used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
+        steps = steps_of(math.ceil(used / sft.batch_size), sft)
+        rows = self._longest("sft", sft.micro_batch)
+        piece = self.probe.tuning(rows, sft)
+        seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
+        return Cost(seconds, piece.mib + self.probe.adapter_mib())
+
+    def _rl(self, _: str) -> Cost:
+        from stages.engines.generation import SLOTS
+        from stages.lora.training import steps_of
+        from stages.pipeline.probe import shares_prompts
+
+        rl, probe = self.config.rl, self.probe
+        if self.config.baseline is not None:
+            return Cost(None, None)
+        number = len(self.rows["train"])
+        used = number if rl.data == "all" else number * (1 - SYSTEM1)
+        steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
+        if not steps:
+            fill = f"{rl.prompts_per_step - rl.replayed} of a step"
+            log.warning("rl: about %d rows do not fill the %s: lower rl.prompts_per_step", used, fill)
+            return Cost(None, None)
+        samples = rl.prompts_per_step * rl.group
+        prompts = sorted(
+            (row.input_ids[: _asked(row)][-rl.max_prompt :] for row in self._rows("rl")), key=len
+        )
+        groups = [ids for ids in reversed(prompts) for _ in range(rl.group)]
+        batch = groups[: rl.micro_batch]
+        piece = probe.steering(batch, rl)
+        asked, answered = self._questions.within(rl.max_prompt), self._responses.within(rl.max_completion)
+        times = rl.group if shares_prompts(rl) else 1
+        learned = samples * (asked / times + answered)
+        measured = sum(map(len, batch)) / times + len(batch) * rl.max_completion
+        vllm = rl.rollouts.engine != "transformers"
+        # The reference of the KL term, and what the completions had when they were sampled: forward alone.
+        more = bool(rl.kl_beta) + (rl.iterations > 1 or (vllm and rl.rollouts.correction != "none"))
+        seconds, mib = learned / measured * piece.seconds * (1 + more / 3), piece.mib + probe.adapter_mib()
+        written = groups[: min(samples, SLOTS)]
+        read, token = probe.writing(written, rl.max_completion)
+        last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
+        some = read.seconds * asked / len(groups[0]) + last * token.seconds
+        seconds += samples / len(written) * some / rl.iterations
+        if not vllm:
+            mib = max(mib, token.mib) + probe.copy_mib()
+        elif rl.rollouts.engine == "vllm_colocate":
+            mib += rl.rollouts.gpu_memory * probe.room
+        return Cost(steps * seconds, mib)
+
+    def _answers(self, variant: str) -> Cost:
+        target, _, name = variant.partition("@")
+        section, examples = self.config.eval.benchmarks[name], self.rows[name]
+        if not examples:
+            return Cost(None, None)
+        written = 1 if section.mode == "likelihood" else section.max_new_tokens
+        if name not in self.written:
+            renderer = self._renderer(section.prompt)
+            asked = drawn(examples, self.config.server.batch_size)
+            prompts = [renderer.prompt_ids(example.prompt) for example in asked]
+            self.written[name] = (*self.probe.writing(prompts, written), len(asked), prompts[0])
+        read, token, batch, prompt = self.written[name]
+        mean, last = written, written
+        if target not in ("base", "init"):
+            mean, last = (min(written, round(n)) for n in (self._responses.mean, self._responses.p99))
+        each = (1 + section.shots) * read.seconds + (mean - 1) * token.seconds
+        seconds = len(examples) * section.samples / batch * each + (last - mean) * token.seconds
+        again, here = 0.0, self.config.eval.engine == "transformers"
+        checked = 0 if section.temperature else min(self.config.eval.parity_items, len(examples))
+        adapted = target != "base"
+        if checked and (adapted or not here):
+            seconds += self._checked(checked, prompt, mean, adapted)
+            again = self.probe.second_mib()
+        if adapted:
+            seconds += self.probe.adapting  # after `_checked`, which puts one in
+        return Cost(seconds, max(read.mib, token.mib) + again if here else None)
+
+    def _checked(self, items: int, prompt: list[int], answer: int, adapted: bool) -> float:
+        """Seconds of reading so many answers in plain PEFT, which loads the model once more."""
+        from stages.benchmarks.parity import LONGEST
+
+        length = len(prompt) + min(answer, LONGEST)
+        row = (prompt * length)[:length]
+        each = self.probe.comparing(row).seconds * (1 + adapted)  # beside the base's
+        return self.probe.loading.seconds + items * each + adapted * self.probe.adapting
+
+    def _longest(self, stage: str, number: int) -> list[Row]:
+        """So many rows of greatest length; where there are fewer, some twice."""
+        limit, cut = self.config.data.max_length, self.config.data.too_long == "truncate"
+        rows = [Row(r.id, r.input_ids[:limit], r.labels[:limit]) if cut else r for r in self._rows(stage)]
+        fitting = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
+        if not fitting:
+            raise DataError(f"no row fits into data.max_length {limit}")
+        found = sorted(fitting, key=lambda row: -len(row.input_ids))[:number]
+        return (found * number)[:number]
+
+
+def _items(config: Config, name: str) -> list[Example]:
+    section = config.eval.benchmarks[name]
+    module = benchmarks.pick(section.kind)
+    return list(module.load(section)) if hasattr(module, "load") else []
+
+
+def _asked(row: Row) -> int:
+    """Tokens of the prompt."""
+    return sum(label == IGNORED for label in row.labels)
+
+
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(row.input_ids) for row in rows)
