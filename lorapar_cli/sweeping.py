@@ -29,6 +29,14 @@ Rows = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="ROW", help="Only this row, or those that fit a pattern; repeatable."),
 ]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="COLUMN",
+        help="Only this column, or those that fit a pattern, and what it is made from; repeatable.",
+    ),
+]
 Seeds = Annotated[
     str | None, typer.Option(metavar="N,N", help="These seeds in place of the table's, separated by commas.")
 ]
@@ -38,6 +46,7 @@ def sweep(
     paths: TablePaths,
     base: Base = None,
     only: Rows = None,
+    column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
     jobs: Annotated[int | None, typer.Option(help="Steps at a time on this machine.", min=1)] = None,
@@ -51,7 +60,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
     """Make what is missing of tables; steps that their cells share are made once."""
-    found = [_planned(path, base, only, seeds, set_) for path in paths]
+    found = [_planned(path, base, only, column, seeds, set_) for path in paths]
     cells = [cell for one in found for cell in one.cells]
     nodes = union(cells)
     _announce(len(cells), nodes)
@@ -82,12 +91,18 @@ def sweep(
 
 
 def _planned(
-    path: Path, base: Path | None, only: list[str] | None, seeds: str | None, set_: list[str] | None
+    path: Path,
+    base: Path | None,
+    only: list[str] | None,
+    columns: list[str] | None,
+    seeds: str | None,
+    set_: list[str] | None,
 ) -> Table:
-    """The table; says which of its rows another base makes the same."""
-    found = cells_of(path, base, only, _numbers(seeds), set_)
+    """The table; says which of its rows another base, or fewer columns, make the same."""
+    found = cells_of(path, base, only, _numbers(seeds), set_, columns)
+    why = f"with {base}" if base else "in these columns"
     for row, other in found.same.items():
-        render.say(f"{path}: with {base}, row {row!r} is the same as {other!r} and is left out")
+        render.say(f"{path}: {why}, row {row!r} is the same as {other!r} and is left out")
     return found
 
 
@@ -141,6 +156,7 @@ def report(
     ],
     base: Base = None,
     only: Rows = None,
+    column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
 ) -> None:
@@ -149,7 +165,7 @@ def report(
 
     out.mkdir(parents=True, exist_ok=True)
     if not is_table(paths[0]):
-        if len(paths) > 1 or base or only or seeds:
+        if len(paths) > 1 or base or only or column or seeds:
             raise ConfigError(f"{paths[0]} is no table", "a page is on tables, or on one config alone")
         settings, steps = plan_of(paths[0], set_)
         again = ["run", str(paths[0]), *sets(set_)]
@@ -161,10 +177,11 @@ def report(
         raise ConfigError("two tables have the same name, and would be written to the same files")
     made = []
     for path in paths:
-        found = results(_planned(path, base, only, seeds, set_))
+        found = results(_planned(path, base, only, column, seeds, set_))
         again = ["sweep", str(path), *(["--base", str(base)] if base else [])]
         again += [part for row in only or () for part in ("--only", row)]
-        again += [*(["--seeds", seeds] if seeds else [])]
+        again += [part for name in column or () for part in ("--column", name)]
+        again += ["--seeds", seeds] if seeds else []
         again += sets(set_)
         made.append((found, formats.command(again)))
         (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")

@@ -96,6 +96,21 @@ class TableFile(Section):
                     raise ValueError(f"row {row!r}: its own {name!r} is compared or plotted, and no accuracy")
         return self
 
+    def narrowed(self, names: list[str]) -> TableFile:
+        """With these columns alone; rows are compared on the first accuracy if their own is not there."""
+        columns = {name: text for name, text in self.columns.items() if name in names}
+        others = self.columns.keys() - columns.keys()
+        rows = {
+            row: {**own, "columns": {n: v for n, v in own.get("columns", {}).items() if n not in others}}
+            for row, own in self.rows.items()
+        }
+        on = [name for name, text in columns.items() if _accuracy(text)]
+        compare = self.compare
+        if compare and compare.on not in columns:
+            compare = compare.model_copy(update={"on": on[0]}) if on else None
+        plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
+        return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Row → its settings; those of a grid are called by their values."""
         if self.rows:

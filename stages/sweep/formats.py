@@ -104,7 +104,7 @@ def legend(results: Results) -> str:
         said.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
     if same := results.table.same:
         told = "; ".join(f"{row} (as {other})" for row, other in same.items())
-        said.append(f"Left out, because this base makes them the same as another row: {told}.")
+        said.append(f"Left out, because they are the same as another row here: {told}.")
     return " ".join(said)
 
 

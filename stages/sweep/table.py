@@ -37,7 +37,8 @@ class Table:
     file: TableFile
     cells: list[Cell]
     same: dict[str, str]
-    """Rows that are left out because another base makes them the same as an earlier row, with that row."""
+    """Rows that are left out because with another base, or without some columns, they are the same as an
+    earlier row, with that row."""
     replaced: list[str]
     """Rows with a config of their own, which another base replaces."""
 
@@ -58,26 +59,25 @@ def table(
     only: list[str] | None = None,
     seeds: list[int] | None = None,
     more: list[str] | None = None,
+    columns: list[str] | None = None,
 ) -> Table:
     """The cells of a table file, planned. One ConfigError lists everything that is wrong with them.
 
-    base: replaces every config that the file names; rows that are then the same are left out. only: these
-    rows, or those that a pattern such as `QKV*` fits. more: further `key=value` settings.
+    base: replaces every config that the file names. only: these rows, or those that a pattern such as `QKV*`
+    fits. more: further `key=value` settings. columns: these alone, chosen as rows are. Rows that another
+    base, or fewer columns, make the same are left out.
     """
     file = read(path)
+    if columns:
+        file = file.narrowed(_chosen(path, "column", columns, list(file.columns)))
     if any(name.partition("=")[0].strip() == "seed" for name in more or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
     names = file.settings()
-    chosen = {text: [n for n in names if n == text or fnmatchcase(n, text)] for text in only or ()}
-    if unknown := [text for text, matched in chosen.items() if not matched]:
-        raise ConfigError(f"{path}: no row {unknown[0]!r}", f"choose from: {', '.join(names)}")
-    wanted = {name for matched in chosen.values() for name in matched}
+    wanted = _chosen(path, "row", only, list(names)) if only else list(names)
     wrong: dict[str, list[str]] = {}
     cells = []
     for seed in dict.fromkeys(seeds or file.seeds):
-        for name in names:
-            if only and name not in wanted:
-                continue
+        for name in wanted:
             try:
                 cells.append(_cell(path, file, name, seed, base, more or []))
             except LoraparError as error:
@@ -85,13 +85,21 @@ def table(
     mistakes = [f"row {', '.join(dict.fromkeys(rows))}: {error}" for error, rows in wrong.items()]
     mistakes += _lost(file, cells) if not only else []
     same = _same(cells)
-    if base is None:
+    if base is None and not columns:
         mistakes += [f"rows {other!r} and {row!r} are the same" for row, other in same.items()]
     if mistakes:
         raise refused(path, mistakes)
     left = [cell for cell in cells if cell.row not in same]
     own = {cell.row: None for cell in left if base is not None and "base" in names[cell.row]}
     return Table(path, file, left, same, list(own))
+
+
+def _chosen(path: Path, what: str, asked: list[str], names: list[str]) -> list[str]:
+    """The names, in their order, that are asked for, each by itself or by a pattern."""
+    fits = {text: [name for name in names if name == text or fnmatchcase(name, text)] for text in asked}
+    if unknown := [text for text, fitting in fits.items() if not fitting]:
+        raise ConfigError(f"{path}: no {what} {unknown[0]!r}", f"choose from: {', '.join(names)}")
+    return [name for name in names if any(name in fitting for fitting in fits.values())]
 
 
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:

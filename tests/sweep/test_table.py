@@ -102,7 +102,7 @@ def test_rows_that_another_base_makes_the_same_are_left_out(small):
     found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
     assert found.rows == ["GSM8K"] and found.same == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
     said = formats.legend(results(found))
-    assert "the same as another row: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
+    assert "the same as another row here: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
     assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 2, 3]).cells] == [2, 3]
     labels = table(ROOT / "configs/tables/labels.yaml", base=small.with_name("base.yaml"))
     assert labels.rows == labels.replaced and "replaces the configs that these rows" in formats.legend(
@@ -143,6 +143,33 @@ def test_a_base_is_beside_the_file_that_names_it(small, tmp_path):
 def test_rows_are_chosen_by_name_or_pattern(small):
     assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
     assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
+
+
+def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
+    one = table(small, columns=["SFT*", "active"], seeds=[1])
+    assert list(one.file.columns) == ["SFT", "SFT, System 2", "active"] and one.file.compare.on == "SFT"
+    assert {node.stage for node in steps.union(one.cells).values()} == {
+        "classify", "score", "partition", "sft", "eval",
+    }  # fmt: skip
+    assert one.same == {"β 0": "θ .9"}  # β plays no part before RL
+    other = table(small, columns=["RL", "gain"], seeds=[1])
+    assert other.file.compare.on == "RL" and other.rows == ["θ .9", "θ .5", "β 0"]
+    none = table(small, columns=["active"], seeds=[1])
+    assert none.file.compare is None and {n.stage for n in steps.union(none.cells).values()} <= {
+        "classify", "score", "partition",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no column 'DPO'"):
+        table(small, columns=["DPO"])
+
+
+def test_a_column_chosen_alone_leaves_rows_their_own(small):
+    row = '"β 0": {partition.theta: 0.9, partition.beta: 0}'
+    own = (row, '"β 0": {columns: {RL: base@demo, gain: null}}')
+    found = table(changed(small, own), columns=["RL"], seeds=[1])
+    assert [cell.columns["RL"].step for cell in found.cells] == ["eval:rl@demo"] * 2 + ["eval:base@demo"]
+    mistaken = (row, '"β 0": {columns: {DPO: base@demo}}')
+    with pytest.raises(ConfigError, match="'DPO' is no column"):
+        table(changed(small, mistaken), columns=["RL"])
 
 
 def test_all_mistakes_are_said_at_once(small):
