@@ -287,3 +287,22 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
         mmlu.ask([], BenchmarkSection(path="me/other", shots=1, shots_path=path), Plain())
     with pytest.raises(ConfigError, match="humaneval has no worked examples, got shots 1"):
         humaneval.load(BenchmarkSection(path=path, shots=1))
+
+
+@pytest.mark.parametrize(("accuracies", "readings"), [((0, 1), (False, True)), ((1, 0), (True, False))])
+def test_readings_of_the_harness_are_strict_first_and_flexible_last(accuracies, readings):
+    from stages.benchmarks import lm_eval
+
+    rows = [
+        {
+            "doc_id": 0,
+            "acc": value,
+            "arguments": [("P", {})],
+            "resps": [],
+            "filtered_resps": "x",
+            "target": "t",
+        }
+        for value in accuracies
+    ]
+    (found,) = lm_eval._samples("t", rows)
+    assert (found.correct, found.correct_flexible) == readings

@@ -71,7 +71,10 @@ def _compared(results: Results, row: str) -> str:
     found = results.comparisons[row]
     if found is None:
         return "missing"
-    return _points(found.mean, found.low, found.high, found.p)
+    told = _points(found.mean, found.low, found.high, found.p)
+    if len(found.of_seeds) > 1:
+        told += f"; by seed {', '.join(f'{100 * mean:+.1f}' for mean in found.of_seeds)}"
+    return told
 
 
 def _points(mean: float, low: float, high: float, p: float) -> str:
@@ -96,8 +99,9 @@ def legend(results: Results) -> str:
         )
     if results.comparisons or any(value.p is not None for value in graded):
         said.append(
-            "Differences in points, on the same items and seeds; p by the exact McNemar test where each item "
-            "is right or wrong, else by Wilcoxon's signed-rank test, not corrected for the number of rows."
+            "Differences in points, on the same items and seeds; p by an exact permutation test of their "
+            "mean over items (McNemar's where each item is right or wrong), not corrected for the number of "
+            "rows. Intervals and p take the training seeds as they are; other seeds may end elsewhere."
         )
     if results.table.replaced:
         rows, base = results.table.replaced, results.table.cells[0].base

@@ -45,7 +45,7 @@ class Comparison:
     high: float
     p: float
     n: int
-    seeds: int
+    of_seeds: list[float]
 
 
 class Artifacts:
@@ -134,8 +134,7 @@ class _Reader:
         if len(before) < len(cells) or len(after) < len(cells):
             return None
         found = _paired(before, after)
-        means = [_paired([one], [two]).mean for one, two in zip(before, after, strict=True)]
-        return Value(found.mean, found.low, found.high, found.n, means, found.p)
+        return Value(found.mean, found.low, found.high, found.n, found.of_seeds, found.p)
 
     def comparison(self, first: list[Cell], other: list[Cell], name: str) -> Comparison | None:
         """Over the items that were graded for both, in the seeds that both have."""
@@ -177,7 +176,13 @@ def _paired(before: list[Shares], after: list[Shares]) -> Comparison:
         raise _NothingToShow
     pairs = [earlier[item] for item in both], [later[item] for item in both]
     mean, low, high = paired_difference(*pairs)
-    return Comparison(mean, low, high, paired_p(*pairs), len(both), len(before))
+    alone = [_of_both(one, two) for one, two in zip(before, after, strict=True)]
+    return Comparison(mean, low, high, paired_p(*pairs), len(both), alone)
+
+
+def _of_both(one: Shares, two: Shares) -> float:
+    """The mean difference of the items that are in both."""
+    return statistics.fmean(two[item] - share for item, share in one.items() if item in two)
 
 
 def _mean(parts: list[Shares]) -> Shares:

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import binomtest, sem, t
 
 from stages.benchmarks import jsonl, mmlu
-from stages.benchmarks.grading import Context
-from stages.benchmarks.metrics import measured
+from stages.benchmarks.grading import Context, by_answer
+from stages.benchmarks.metrics import figures, measured
 from stages.benchmarks.statistics import interval, wilson
 from stages.records import Example, Sample
 from stages.report.comparison import compared
@@ -104,3 +104,39 @@ def test_letters_of_mmlu_and_of_a_file(said, strict, flexible):
     assert (found.correct, found.correct_flexible) == (strict, flexible)
     found = jsonl.grade(Example("a", "Q", "B", "B", {"grade": "letter"}), f"#### {said}", context)
     assert found.correct is (strict or flexible)
+
+
+def test_systems_have_their_own_items():
+    given = answers({"a": ["correct"], "b": ["wrong"], "c": ["wrong"]})
+    samples = [replace(one, system=system) for one, system in zip(given, (1, 2, 2), strict=True)]
+    whole = measured(samples, ())
+    assert [(whole[k]["n"], whole[k]["accuracy"]) for k in ("system1", "system2")] == [(1, 1), (2, 0)]
+
+
+def test_both_readings_have_their_own_accuracy():
+    given = answers({"a": ["wrong"], "b": ["correct"]})
+    found = figures([replace(one, correct_flexible=True) for one in given])
+    assert (found["accuracy"], found["accuracy_flexible"]) == (0.5, 1.0)
+    guessed = by_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
+    assert (guessed.strict, guessed.flexible) == (None, "18")
+    assert (guessed.correct, guessed.correct_flexible) == (False, True)
+
+
+def test_pass_at_k_and_tokens_by_hand():
+    found = figures(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
+    assert (found["pass@1"], found["pass@5"]) == pytest.approx((0.2, 0.5))
+    two = answers({"a": ["wrong"] * 2})
+    assert (
+        figures([replace(one, extra={"tokens": n}) for one, n in zip(two, (4, 10), strict=True)])["tokens"]
+        == 7
+    )
+
+
+def test_a_difference_of_two_targets_has_the_p_of_its_items():
+    """Seven won, one lost, two equal: 18 of 256 choices of signs."""
+    before, after = (
+        answers({str(i): ["correct" if right == "1" else "wrong"] for i, right in enumerate(given)})
+        for given in ("1000000011", "0111111111")
+    )
+    _, row = compared({"base": {"all": before}, "sft": {"all": after}})
+    assert (row["p"], row["change"]) == pytest.approx((18 / 256, 0.6))

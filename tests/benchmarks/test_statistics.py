@@ -1,24 +1,46 @@
 """Paired tests and differences."""
 
-from itertools import combinations
-from math import comb
+from itertools import combinations, product
 
+import numpy as np
 import pytest
-from scipy.stats import ttest_1samp, wilcoxon
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, permutation_test, ttest_1samp
 
-from stages.benchmarks.statistics import FEW, holm, interval, paired_difference, paired_p, pass_at, wilson
+from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p, pass_at, wilson
 
 
-@pytest.mark.parametrize("parts", [3, 5, 6, 7])
-def test_a_test_of_ranks_knows_ties_among_shares(parts):
-    """Equal differences are ties wherever they lie: 2/3 - 1/3 and 1/3 - 0 are two floats."""
-    counts = [(i % parts, i % parts + 1) for i in range(35)] + [(1 + i % parts, i % parts) for i in range(20)]
-    assert len(counts) > FEW
-    before, after = ([count / parts for count in side] for side in zip(*counts, strict=True))
-    assert len({b - a for a, b in zip(before, after, strict=True)}) > 2
-    p = wilcoxon([b - a for a, b in counts]).pvalue
-    assert p == pytest.approx(0.043, abs=0.001)
-    assert paired_p(before, after) == pytest.approx(p, rel=1e-12)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=9), st.integers(6, 7))
+def test_p_is_the_share_of_signs_that_lead_as_far(pairs, parts):
+    """Against all choices of signs, by whole numbers; 2/3 - 1/3 and 1/3 - 0 are two floats."""
+    changes = [b - a for a, b in pairs]
+    sums = [
+        sum(sign * d for sign, d in zip(signs, changes, strict=True))
+        for signs in product((-1, 1), repeat=len(pairs))
+    ]
+    exact = sum(abs(one) >= abs(sum(changes)) for one in sums) / len(sums)
+    before, after = ([count / parts for count in side] for side in zip(*pairs, strict=True))
+    assert paired_p(before, after) == pytest.approx(exact, abs=1e-12)
+
+
+def test_of_right_and_wrong_it_is_mcnemar_s():
+    """Seven won, one lost, two equal: 2 (C(8,0) + C(8,1)) / 2^8."""
+    before, after = [1, *[0] * 7, 1, 1], [0, *[1] * 7, 1, 1]
+    assert paired_p(before, after) == pytest.approx(18 / 256, abs=1e-12)
+    many = [0] * 300 + [1] * 200, [1] * 300 + [0] * 200
+    assert paired_p(*many) == pytest.approx(binomtest(300, 500).pvalue, rel=1e-6)
+    assert paired_p([0.5, 0.5], [0.5, 0.5]) == paired_p([], []) == 1
+
+
+def test_of_many_shares_it_is_scipy_s_by_drawn_signs():
+    before, after = [1 / 3] * 100, [2 / 3] * 40 + [1.0] * 5 + [0.0] * 30 + [1 / 3] * 25
+    changes = [round(3 * (b - a)) for a, b in zip(before, after, strict=True)]
+    drawn = permutation_test(
+        (changes,), np.sum, permutation_type="samples", n_resamples=20_000, vectorized=True, rng=0
+    )
+    assert paired_p(before, after) == pytest.approx(drawn.pvalue, abs=0.006)
+    assert 0.03 < drawn.pvalue < 0.06
 
 
 def test_equal_differences_of_shares_are_seen_as_such():
@@ -42,12 +64,6 @@ def test_holm():
 def test_few_items_that_differ_have_no_smaller_p_than_their_signs_allow(differing, exact):
     before, after = [0.0] * 1000, [1 / 3] * differing + [0.0] * (1000 - differing)
     assert paired_p(before, after) == pytest.approx(exact)
-
-
-def test_some_more_are_told_by_permutations():
-    before, after = [1 / 3] * 200, [2 / 3] * 15 + [0.0] * 5 + [1 / 3] * 180
-    signs = sum(comb(20, k) for k in range(6)) / 2**19  # all ranks are equal: a test of signs
-    assert paired_p(before, after) == pytest.approx(signs, abs=0.01)
 
 
 def test_the_interval_of_a_difference_is_that_of_student_s_t():

@@ -51,3 +51,14 @@ def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
         made.take([Example("a", "Q?", "A", None)])
         assert len(list(made.ask(Echo(0), print))) == 1
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
+
+
+def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
+    class Three:
+        def choose(self, ballots):
+            choices = [Choice((0.8, 0.2), -1.0), Choice((0.4, 0.6), -1.0), Choice((), -1.0, "hm")]
+            yield from zip(range(len(list(ballots))), choices, strict=True)
+
+    made = votes(tmp_path, 1, samples=3, temperature=0.5, thinking={})
+    list(made.ask(Three(), print))
+    assert made.vote(made.examples[0]) == pytest.approx(0.4)

@@ -11,6 +11,7 @@ from stages.labelling.agreement import auc, kappas, neighbours, surface, with_kn
 from stages.labelling.calibration import calibrate
 from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
+from stages.labelling.report import _of_known
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -207,6 +208,8 @@ def test_kappas_against_worked_tables():
     votes = {name: {str(i): pair[k] for i, pair in enumerate(pairs)} for k, name in enumerate("ab")}
     found = kappas(votes)
     assert found["pairs"]["a | b"]["kappa"] == pytest.approx(0.4) and found["pairs"]["a | b"]["equal"] == 0.7
+    # Fleiss, Cohen and Everitt: A .10972, B .10188, C .01, variance .2016 / (.25 × 50)
+    assert found["pairs"]["a | b"]["interval"] == pytest.approx([0.15109, 0.64891], abs=1e-4)
     share = 55 / 100
     chance = share**2 + (1 - share) ** 2
     assert found["fleiss_kappa"] == pytest.approx((0.7 - chance) / (1 - chance))
@@ -224,7 +227,9 @@ def test_agreement_with_known_labels():
         {"a": {"1": 0.1, "2": 0.9, "3": 0.4}},
     )
     assert (found["n"], found["undecided"], found["agreement"]) == (3, 1, pytest.approx(2 / 3))
-    assert found["known 2 labelled 1"] == 1 and found["auc"]["a"][0] == 1
+    assert [found[f"known {k} labelled {j}"] for k in (1, 2) for j in (1, 2)] == [1, 0, 1, 1]
+    assert found["interval"] == pytest.approx([0.20766, 0.93851], abs=1e-4)  # Wilson's of 2 of 3
+    assert found["auc"]["a"][0] == 1
 
 
 @pytest.mark.parametrize(
@@ -268,3 +273,57 @@ def test_the_matched_set_gives_nothing_away():
     for one, two in zip(found[::2], found[1::2], strict=True):
         alike = [values[one["question"]] == values[two["question"]] for values in scores.values()]
         assert all(alike), (one, two)
+
+
+def test_surface_by_hand():
+    text = "Ann has 1,200 pens and 3.5 kg in 2 boxes."
+    found = surface([Example("x", text, "", None)])
+    assert (found["words"]["x"], found["numbers"]["x"], found["yes/no form"]["x"]) == (10, 3, 0)
+
+
+def test_neighbours_are_others():
+    """On a line of seven, of which the last three are System 2: 1 to 5 are beside 0, and 1 to 5 beside 6."""
+    line = {"words": {str(i): float(i) for i in range(7)}}
+    found = neighbours(line, {str(i): 1 + (i > 3) for i in range(7)})
+    assert (found["0"], found["6"]) == (0.4, 0.4)
+
+
+def known_of(words: float) -> dict:
+    """Ten rows of which nine are labelled as known, a voter with AUC .8, and that of the number of words."""
+    cells = {
+        "known 1 labelled 1": 5,
+        "known 1 labelled 2": 0,
+        "known 2 labelled 1": 1,
+        "known 2 labelled 2": 4,
+    }
+    areas = {"v": (0.8, (0, 1)), "words": (words, (0, 1))}
+    return {"field": "s", "n": 10, "agreement": 0.9, "interval": [0.6, 0.98], **cells, "auc": areas}
+
+
+def test_a_surface_that_separates_as_well_is_warned_of_in_both_directions():
+    (said,) = _of_known(known_of(0.15), {"v"})
+    assert "(AUC 0.85 and 0.80)" in said
+    assert _of_known(known_of(0.25), {"v"}) == []
+
+
+def test_an_agreement_that_one_label_for_all_has_is_warned_of():
+    (said,) = _of_known(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
+    assert "one label for all would in 50%" in said
+
+
+def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
+    """20 twos, 15 of them above all of 10 ones: A = .75, Q1 = .6, Q2 = .642857, variance .00811607."""
+    area, interval = auc([2] * 15 + [0] * 5 + [1] * 10, [True] * 20 + [False] * 10)
+    assert (area, *interval) == pytest.approx((0.75, 0.573425, 0.926575), abs=1e-5)
+
+
+def test_a_threshold_without_content_is_the_mean_of_log_odds():
+    """Odds of 9 and 1: their geometric mean is 3."""
+    judged = read_judged(SHOTS)[:2]
+    assert calibrate("content_free", judged, [None, None], [0.9, 0.5]).threshold == pytest.approx(0.75)
+
+
+def test_worked_examples_have_their_own_words():
+    worked = (Judged("q1", "a", 1), Judged("q2", "b", 2))
+    text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
+    assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text

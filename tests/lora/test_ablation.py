@@ -76,3 +76,18 @@ def test_a_baseline_has_no_regions(begun):
 def test_unknown_targets_are_refused(begun):
     with pytest.raises(ConfigError, match="eval.targets"):
         begun("eval.targets=[s3_only]")
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [("s1_only", [[1, 0], [0, 0]]), ("s2_only", [[0, 2], [0, 0]]), ("shared", [[0, 0], [3, 0]])],
+)
+def test_a_region_by_hand(tmp_path, target, kept):
+    """Elements of System 1, of System 2, of both, and of none."""
+    name = "x.lora_A.weight"
+    masks = Masks({name: torch.tensor([[1, 2], [3, 0]], dtype=torch.uint8)}, {})
+    for folder, values in (("start", [[0.0, 0.0], [0.0, 0.0]]), ("rl", [[1.0, 2.0], [3.0, 4.0]])):
+        (tmp_path / folder).mkdir()
+        save_file({name: torch.tensor(values)}, tmp_path / folder / adapter.ADAPTER)
+    ablation.write(target, tmp_path / "rl", tmp_path / "start", masks, tmp_path / target)
+    assert adapter.read(tmp_path / target)[name].tolist() == kept

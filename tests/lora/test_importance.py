@@ -3,14 +3,20 @@
 And the formula against its definition.
 """
 
+import json
+
 import pytest
 import torch
+from conftest import make_steps
+from safetensors.torch import load_file
 
+from stages import score
 from stages.config import LoraSection, ModelSection
 from stages.errors import MeaninglessError
 from stages.language.prompts import IGNORED, Row
 from stages.lora import adapter
-from stages.lora.importance import moments, scorers
+from stages.lora.importance import Moments, moments, scorers
+from stages.lora.masks import read_importance, write_importance
 from stages.models.base import load_base
 from stages.models.losses import answer_losses, collate, of_row, unpadded
 
@@ -104,3 +110,40 @@ def test_a_module_that_runs_twice_is_refused(tiny):
     layers[1] = layers[0]
     with pytest.raises(MeaninglessError, match="runs 2 times in a forward pass"):
         moments(model, adapter.lora_layers(model), [rows()[:2]], lambda n: None, 0)
+
+
+def test_the_stage_scores_by_means_over_examples(tiny):
+    """Of two examples Σg = 2 and Σg² = 8: g = 1, F = 4, |φ - 2φ²|."""
+    lora = LoraSection(r=3)
+    model = adapted(tiny, lora, torch.float32)
+    layers = adapter.lora_layers(model)
+
+    def sums(rows):
+        first, second = ({n: torch.full_like(m.weight, x) for n, m in layers.items()} for x in (2.0, 8.0))
+        return Moments(first, second, 2, 3.0)
+
+    found, told = score._importance(model, [[]], sums, lora, "taylor2")
+    for name, layer in layers.items():
+        torch.testing.assert_close(found[name], (layer.weight - 2 * layer.weight**2).abs())
+    first = sum(float(m.weight.detach().abs().sum()) for m in layers.values())
+    second = sum(float((2 * m.weight.detach() ** 2).sum()) for m in layers.values())
+    assert told == {"mean_loss": 1.5, "second_order": pytest.approx(second / (first + second), rel=1e-4)}
+
+
+def test_importance_is_filed_by_system(tmp_path):
+    write_importance(tmp_path / "i", {1: {"a": torch.ones(2)}, 2: {"a": torch.full((2,), 3.0)}})
+    assert load_file(tmp_path / "i")["s1/a"].tolist() == [1, 1]
+    found = read_importance(tmp_path / "i")
+    assert {system: part["a"].tolist() for system, part in found.items()} == {1: [1, 1], 2: [3, 3]}
+
+
+def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
+    lines = (demo_data / "train.jsonl").read_text().splitlines()[:7]
+    labels = {json.loads(line)["question"]: 1 if i < 5 else 2 for i, line in enumerate(lines)}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    config = begun(
+        "classify.strategy=known", f"classify.labels_file={tmp_path / 'labels.json'}", "data.limit=7",
+        "score.examples=5",
+    )  # fmt: skip
+    made = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
+    assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,3 +203,27 @@ def test_a_control_is_another_draw_with_another_seed(strategy):
     one, same, two = (strategies.pick(strategy)(scores, section, seed, [100, 100]) for seed in (0, 0, 1))
     assert one.region.tolist() == same.region.tolist() != two.region.tolist()
     assert one.region.bincount().tolist() == two.region.bincount().tolist()
+
+
+@pytest.mark.parametrize("strategy", ["random", "random_within"])
+def test_controls_move_what_is_trained(strategy):
+    """Half of 1 + … + 100 is reached by the 30 largest (2565); 29 have 2494."""
+    one, two = [float(i) for i in range(1, 101)], [float(i) for i in range(100, 0, -1)]
+    real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy=strategy)
+    assert torch.bincount(control.region, minlength=4).tolist() == [40, 30, 30, 0]
+    for stage, only in (("sft", S1_ONLY), ("rl", S2_ONLY)):
+        assert torch.equal(control.active[stage], control.region == only)
+        assert not torch.equal(control.active[stage], real.active[stage])
+
+
+def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(begun):
+    made = make_steps(begun("partition.theta=0.5", "partition.alpha=0", "partition.beta=0"), "partition")
+    for stage, only in (("sft", S1_ONLY), ("rl", S2_ONLY)):
+        artifact, _ = made[f"partition:{stage}"]
+        masks = Masks.load(artifact.path / "masks.safetensors", stage)
+        assert all(torch.equal(masks.active[name], region == only) for name, region in masks.region.items())
+        told = artifact.manifest["summary"]
+        none, first, second, both = torch.bincount(flat(masks.region), minlength=4).tolist()
+        assert none and first and second and both
+        shares = first / (first + both), second / (second + both), both / (first + second + both)
+        assert (told["s1_only_share"], told["s2_only_share"], told["jaccard"]) == pytest.approx(shares)

@@ -188,3 +188,29 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
     reward(completions=["a"] * pool.slow, **{name: list(pool.rows[name]) for name in ("target", "more")})
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
+
+
+def test_what_the_steps_earned_by_hand():
+    rows = [
+        {"reward": float(n), rl.LENGTH: 10.0 * n, rl.DRIFT: n / 100, "resampled/completions": n % 2}
+        for n in range(1, 9)
+    ]
+    assert rl._earned(rows, 16) == {
+        "equal_reward_steps": 0,
+        "reward_first_quarter": 1.5,
+        "reward_last_quarter": 7.5,
+        "length_last_quarter": 75.0,
+        "completions": 8 * 16 + 4,
+        "kl_from_start": 0.08,
+    }
+
+
+def test_rewards_count_by_their_weights(ready, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def one(completions, **_): return [1.0] * len(completions)\n"
+        "def four(completions, **_): return [4.0] * len(completions)\n"
+    )
+    made = make_step(ready(f"rl.rewards_file={file}", "rl.rewards={one: 2, four: 0.5}"), "rl")
+    (row,) = [r for r in json.loads((made.path / "history.json").read_text()) if "reward" in r]
+    assert row["reward"] == 4  # without weights 5, with them exchanged 8.5

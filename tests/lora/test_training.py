@@ -299,3 +299,9 @@ def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
     state = SimpleNamespace(save_steps=25)
     AsAsked().on_train_begin(SimpleNamespace(save_steps=5), state, None)
     assert state.save_steps == 5
+
+
+def test_the_cold_start_is_a_share_of_the_system_1_rows():
+    rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
+    found = sft._examples(rows, SftSection(system2_share=0.3), 0)
+    assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3

@@ -34,3 +34,17 @@ def test_a_voter_without_a_valid_vote(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}}))
     (text, grid) = of_run._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
     assert text.text == "train: 3 examples." and grid.rows == [["judge", "0", "–", "–"]]
+
+
+def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
+    rows = [
+        Sample(name, 0, system, "Q", "A", None, "A", "A", right, right, "correct" if right else "wrong")
+        for name, system, right in (("a", 1, True), ("b", 2, False), ("c", 2, False))
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", (asdict(row) for row in rows))
+    now = SimpleNamespace(state="current", artifact=Artifact(tmp_path, {}))
+    monkeypatch.setattr(comparison, "state", lambda store, step: now)
+    found = comparison.tables(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
+    assert {row["group"]: (row["n"], row["accuracy"]) for row in found} == {
+        "all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0),
+    }  # fmt: skip

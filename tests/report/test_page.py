@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_steps
 from matplotlib.figure import Figure
 
@@ -174,7 +175,7 @@ def test_modules_that_end_alike_are_shown_by_their_paths():
 
 
 def test_the_verdict_says_how_many_rows_are_compared():
-    compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, 3)}
+    compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, [0.1, 0.1])}
     file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
 
     def of(rows, same):
@@ -207,3 +208,24 @@ def test_a_layer_without_a_module_is_no_layer_of_zeros():
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert {"3", "7"} <= set(labels) and "0" not in labels
+
+
+def test_the_verdict_is_corrected_for_the_number_of_rows():
+    file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
+    cells = [SimpleNamespace(row=row) for row in "ABC"]
+
+    def of(first: float, second: float) -> str:
+        compared = {
+            "B": Comparison(0.1, 0.05, 0.15, first, 100, [0.1]),
+            "C": Comparison(0.2, 0.1, 0.3, second, 100, [0.2]),
+        }
+        table = Table(Path("t"), file, cells, {}, [])
+        return of_tables._verdict(SimpleNamespace(table=table, comparisons=compared))
+
+    assert "no difference is told apart from chance" in of(0.03, 0.04)  # Holm's: .06 and .06
+    assert "'B' +10.0 (p = 0.02); 'C' +20.0 (p = 0.04)" in of(0.01, 0.04)
+
+
+def test_the_curve_of_importance_begins_with_the_most_important():
+    x, y = elements._cumulative(torch.tensor([1.0, 4.0, 2.0, 3.0]))
+    assert (x, y) == (pytest.approx([0.25, 0.5, 0.75, 1]), pytest.approx([0.4, 0.7, 0.9, 1]))

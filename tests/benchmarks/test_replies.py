@@ -1,0 +1,80 @@
+"""From what an engine gave to the text that is graded, and to the verdict."""
+
+import pytest
+
+from stages.benchmarks.grading import Context, Grade
+from stages.benchmarks.replies import Recorded, Replies
+from stages.config import BenchmarkSection, ModelSection, PromptSection
+from stages.engines import Answer
+from stages.eval import _graded, _outcome
+from stages.language.prompts import Asked, Renderer
+from stages.models.tokenizer import load_tokenizer
+from stages.records import Example, Labelled
+
+DEMO = BenchmarkSection(kind="demo", path="x.jsonl")
+
+
+class Silent:
+    def start(self, title, total):
+        pass
+
+    def advance(self, number):
+        pass
+
+    def say(self, line):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(ModelSection(name=str(tiny)))
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_choice_is_the_likeliest_word(tokenizer):
+    asked = Asked("", [], (), (" A", " B", " C", " D"))
+    assert Recorded(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
+
+
+def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
+    written = ids(tokenizer, "#### 5\nX\nQ #### 7")
+    given = Recorded(ids=written, complete=False).text(tokenizer, Asked("", [], ("\nQ", "\nX")))
+    assert (given.text, given.complete, given.extra) == ("#### 5", True, {"tokens": len(written)})
+
+
+def test_each_answer_is_graded_against_its_own_item(tokenizer):
+    golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
+    rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
+    recorded = {(i, 0): Recorded(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
+    asked, renderer = [Asked("", [])] * 3, Renderer(tokenizer, PromptSection())
+    found = _graded(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
+    assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
+        ("4", True, True, "correct"),
+        ("5", False, True, "unparsed"),
+        ("6", False, False, "truncated"),
+    ]
+
+
+def test_what_could_not_be_graded_is_no_wrong_answer():
+    assert _outcome(Grade(None, None, False, False, refused=True), True) == "refused"
+    assert _outcome(Grade("7", "7", False, False), True) == "wrong"
+
+
+def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
+    seeds = []
+
+    class Engine:
+        def generate(self, questions, sampling):
+            for i, question in enumerate(questions):
+                seeds.append(question.seed)
+                yield i, Answer([65 + i], True)
+
+    section = DEMO.model_copy(update={"samples": 3, "temperature": 0.8})
+    renderer = Renderer(tokenizer, PromptSection())
+    replies = Replies([Asked("x", [5])], section, renderer, {}, tmp_path, again=False)
+    replies.complete(Engine, "t", Silent())
+    assert len(set(seeds)) == 3
+    assert [replies.recorded[0, n].ids for n in range(3)] == [[65], [66], [67]]
