@@ -27,7 +27,9 @@ def timed(action, *arguments) -> float:  # type: ignore[no-untyped-def]
 
 
 def interval(ratios: list[float]) -> str:
-    """The median, and an interval of 95 % by bootstrap: `X [low, high]`."""
+    """The median and an interval of 95 % by bootstrap: `X [low, high]`. Of fewer than six their range."""
+    if len(ratios) < 6:
+        return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return f"{statistics.median(ratios):.3f} [{medians[50]:.3f}, {medians[1949]:.3f}]"

@@ -121,9 +121,9 @@ def eval_(
     harness: Annotated[
         str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness instead.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Its tasks, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of --harness, separated by commas.")] = None,
     task_files: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First N items of each of its tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N items of each of these tasks.", min=1)] = None,
     unsafe: Unsafe = False,
     force: Force = False,
     as_json: Json = False,
@@ -132,6 +132,8 @@ def eval_(
     if harness is not None:
         if harness != "lm-eval" or not tasks:
             raise ConfigError(f"--harness {harness}: expected --harness lm-eval --tasks NAME,…")
+        if only:
+            raise ConfigError("--benchmark and --harness exclude each other")
         found = entries(tasks, task_files, limit)
         overrides += found.values()
         only = list(found)

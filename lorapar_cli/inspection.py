@@ -64,13 +64,13 @@ def show(
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
     for step in found:
         now = state(store, step)
+        if now.state == "damaged":
+            current(store, step)
         if now.artifact is None:
             raise MissingInputError(
                 f"{step.name} is {now.state} ({now.why})",
                 f"run: lorapar run {config}{_again(set_)} --to {step.stage.name}",
             )
-        if now.state == "damaged":
-            current(store, step)
         if now.state == "stale":
             render.say(f"{step.name} is stale: {now.why}")
         if samples:
@@ -89,6 +89,8 @@ def _nothing(store: Store, evaluations: list[Step], typed: str) -> LoraparError:
     if not evaluations:
         return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
     first = state(store, evaluations[0])
+    if first.state == "damaged":
+        current(store, evaluations[0])
     return MissingInputError(
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
         f"run: lorapar run {typed}",

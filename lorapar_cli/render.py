@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from lorapar_cli import labels
@@ -15,7 +16,7 @@ from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.plan import Step
 from stages.pipeline.state import State, state
-from stages.records import read_jsonl
+from stages.records import read_samples
 from stages.report import comparison
 from stages.store.artifacts import Artifact, Store
 from stages.store.estimates import spent
@@ -205,8 +206,10 @@ def findings(found: Iterable[Finding]) -> bool:
 
 
 def samples(made: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
-    rows = [row for _, row in read_jsonl(made.path / "samples.jsonl") if not (wrong and row["correct"])]
-    for row in rows[:limit]:
+    graded = [asdict(sample) for sample in read_samples(made.path / "samples.jsonl")]
+    if not graded:
+        say("no graded answers; metrics.json has what the task measures")
+    for row in [row for row in graded if not (wrong and row["correct"])][:limit]:
         if as_json:
             print(json.dumps(row, ensure_ascii=False))
             continue

@@ -28,14 +28,12 @@ from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import (
     CONTENT_FREE,
     HELD_OUT,
-    SHOTS,
-    Brief,
     Judged,
     as_example,
+    brief_of,
     empty,
     personas,
     read_judged,
-    shots,
 )
 from stages.labelling.votes import Votes
 from stages.models.dtype import resolve
@@ -112,9 +110,7 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
             raise ConfigError(
                 f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place"
             )
-        few_shot = personas.has(voter.persona, "few-shot")
-        worked = shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots) if few_shot else ()
-        brief = Brief(model.title, classify.show_answer, voter.words, worked)
+        brief = brief_of(voter, model.title, classify.show_answer)
         # A model's data type changes its votes. It is known for models that run here, not for remote servers.
         answering = identity if voter.urls else f"{identity} {resolve(asked)}"
         box = Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.config import PartitionSection
+from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
 from stages.lora.masks import Masks, flat, read_importance
 from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
@@ -35,7 +36,10 @@ def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
     active = split.active[job.variant]
     if not bool(active.any()):
         raise MeaninglessError(
-            f"no element is active in {job.variant}", "raise partition.theta, alpha or beta"
+            f"no element is active in {job.variant}",
+            "raise partition.density"
+            if partition.strategy in BY_DENSITY
+            else f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}",
         )
     Masks.cut(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()

@@ -80,4 +80,4 @@ def tell(error: LoraparError) -> bool:
         with open(own, "w", encoding="utf-8") as file:
             json.dump([error.exit_code, str(error), error.hint], file)
         os.link(own, os.environ[FAILURE])  # whole or not at all
-    return True
+    return os.path.exists(os.environ[FAILURE])

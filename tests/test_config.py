@@ -352,6 +352,11 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
             "mode likelihood is for mmlu alone, got kind demo",
         ),
         (
+            "eval.benchmarks.x={kind: gsm8k, path: x.jsonl, tasks: [t]}",
+            "tasks are those of kind lm_eval, got kind gsm8k",
+        ),
+        ("eval.benchmarks.x={kind: lm_eval, path: folder}", "x needs tasks"),
+        (
             "eval.benchmarks.x={kind: lm_eval, tasks: [t], prompt: {answer_format: xml}}",
             "the harness takes a template and a system message, and no more",
         ),

@@ -57,6 +57,15 @@ def test_time_memory_and_lengths_are_told_and_kept(asked):
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
 
 
+def test_voters_with_worked_examples_of_a_person_s_own(asked, tmp_path):
+    """More of them than lorapar brings; they make the questions longer."""
+    rows = [{"question": f"What is {i}?", "answer": f"{i}", "system": 1 + i % 2} for i in range(32)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    voter = f"{{engine: transformers, persona: steps, shots: 32, shots_path: {tmp_path / 'mine.jsonl'}}}"
+    done, _ = asked("--set", f"classify.voters=[{voter}]", "--json")
+    assert done.code == 0 and json.loads(done.out)["steps"]["classify:train"]["seconds"] > 0
+
+
 def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
     monkeypatch.setattr(footprint, "room", lambda: 50)
     done, _ = asked("--set", "rl.max_completion=3")

@@ -49,6 +49,8 @@ class BenchmarkSection(SourceSection):
             raise ValueError(f"mode likelihood is for mmlu alone, got kind {self.kind}")
         if self.kind == "humaneval" and self.shots:
             raise ValueError("humaneval has no worked examples; leave out shots")
+        if self.tasks and self.kind not in ("", "lm_eval"):
+            raise ValueError(f"tasks are those of kind lm_eval, got kind {self.kind}")
         fields = type(self).model_fields
         vain = [name for name in _OF_THE_HARNESS if getattr(self, name) != fields[name].default]
         if self.kind == "lm_eval" and vain:
@@ -135,7 +137,7 @@ class EvalSection(Section):
     @classmethod
     def _have_rows(cls, entries: dict[str, BenchmarkSection], info: ValidationInfo) -> Any:
         for name, entry in entries.items():
-            if known(info).get("benchmarks") and entry.path is None and not entry.tasks:
-                needed = "tasks" if entry.kind == "lm_eval" else "a path, a file or a hub id"
-                raise ValueError(f"{name} needs {needed}")
+            harness = entry.kind == "lm_eval"
+            if known(info).get("benchmarks") and not (entry.tasks if harness else entry.path):
+                raise ValueError(f"{name} needs {'tasks' if harness else 'a path, a file or a hub id'}")
         return entries

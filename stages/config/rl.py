@@ -41,6 +41,13 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
+    lr: float = setting(5e-6, "Peak learning rate, as in the paper.", gt=0)
+    warmup: float = setting(
+        0.1, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
+    )
+    weight_decay: float = setting(0.1, "Weight decay.", ge=0)
+    adam_beta2: float = setting(0.99, "AdamW β₂.", ge=0, lt=1)
+    max_grad_norm: float = setting(0.1, "Gradients are clipped to this norm.", gt=0)
     rescore: bool = setting(
         False,
         "Choose RL's elements by importances scored again, at the SFT adapter (2604.14010).",
@@ -50,7 +57,7 @@ class RlSection(TrainSection):
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     system1_share: float = setting(
         0.0,
-        "Share of these prompts that are System 1 rows, replayed so that RL unlearns none of them.",
+        "Share of prompts_per_step that are System 1 rows, replayed so that RL unlearns none of them.",
         ge=0,
         lt=1,
     )
@@ -67,15 +74,17 @@ class RlSection(TrainSection):
         "KL term train on no completion whose advantage is zero; off: TRL's own way.",
     )
     iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
-    temperature: float = setting(1.0, "Sampling temperature.", gt=0)
+    temperature: float = setting(1.0, "Sampling temperature (the paper: 0.9).", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
-    top_k: int = setting(0, "Sample only among this many likeliest tokens; 0: among all.", ge=0)
+    top_k: int = setting(
+        0, "Sample only among this many likeliest tokens (the paper: 50); 0: among all.", ge=0
+    )
     max_prompt: int = setting(128, "Longest prompt in tokens.", gt=0)
     too_long: Literal["error", "drop", "truncate_left"] = setting(
         "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt tokens."
     )
     max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
-    kl_beta: float = setting(0.0, "Weight of the KL term.", ge=0)
+    kl_beta: float = setting(0.0, "Weight of the KL term (the paper: 0.04).", ge=0)
     kl_reference: Literal["auto", "base", "sft"] = setting(
         "auto", "Reference model of the KL term; auto: sft if RL starts from there, base for a baseline."
     )
@@ -90,14 +99,18 @@ class RlSection(TrainSection):
     )
     drift_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
-        "dapo", "How token losses are averaged; cispo: as dapo, with clipped ratios as weights (2506.13585)."
+        "dapo",
+        "How token losses are averaged (the paper: grpo); cispo: as dapo, with clipped ratios as weights "
+        "(2506.13585).",
     )
     importance_sampling: Literal["token", "sequence"] = setting(
         "token", "Ratios to the policy that sampled: of each token, or of the whole completion (GSPO)."
     )
     epsilon: float = setting(0.2, "How far a ratio may move from 1 before it is clipped.", gt=0)
     epsilon_high: float | None = setting(
-        None, "The same upwards; none: epsilon. For loss cispo the largest ratio itself, e.g. 5.", gt=0
+        None,
+        "How far a ratio may rise above 1; none: epsilon. For loss cispo the largest ratio itself, e.g. 5.",
+        gt=0,
     )
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group",

@@ -242,12 +242,12 @@ class Session:
         self.transport.counts.retried += 1
 
     async def _alive(self) -> bool:
-        try:
-            async with asyncio.timeout(ALIVE_S):
-                replies = [await self.http.get(f"{url}/models") for url in self.transport.urls]
-                return any(reply.status_code < 400 for reply in replies)
-        except (httpx.HTTPError, TimeoutError):
-            return False
+        for url in self.transport.urls:
+            with suppress(httpx.HTTPError, TimeoutError):
+                async with asyncio.timeout(ALIVE_S):
+                    if (await self.http.get(f"{url}/models")).status_code < 400:
+                        return True
+        return False
 
     async def _try(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
         transport = self.transport

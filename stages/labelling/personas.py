@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.data.rows import encodes
 from stages.engines import Ballot
@@ -15,6 +16,9 @@ from stages.errors import DataError
 from stages.labelling.known import system_of
 from stages.records import Example, problems, read_jsonl
 from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from stages.config import Voter
 
 personas: Registry = Registry("persona")
 """Traits: `chat`, for strong models, with a threshold of 0.5 (all others need calibration); `few-shot`, which
@@ -49,6 +53,16 @@ class Brief:
     words: tuple[str, str] | None = None
     """Label words for System 1 and 2; None: the persona's own."""
     shots: tuple[Judged, ...] = ()
+
+
+def brief_of(voter: Voter, target: str, show_answer: bool) -> Brief:
+    """What the voter's persona needs, with worked examples if it takes any.
+
+    target: name of the model that a role-playing voter plays.
+    """
+    file = Path(voter.shots_path) if voter.shots_path else SHOTS
+    worked = shots(file, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+    return Brief(target, show_answer, voter.words, worked)
 
 
 def read_judged(path: Path) -> list[Judged]:

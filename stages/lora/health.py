@@ -121,7 +121,7 @@ class Watch(TrainerCallback):
     def __init__(
         self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0
     ) -> None:
-        """patience: GRPO stops after this many optimizer steps in a row with equal rewards in every group."""
+        """patience: GRPO stops after sampling this many times in a row equal rewards in every group."""
         self.progress, self.what, self.steps = progress, what, steps
         self.shown, self.patience = shown, patience
 
@@ -138,9 +138,9 @@ class Watch(TrainerCallback):
         found = [(name.split("/")[-1], logs.get(name)) for name in self.shown]
         values = [f"{name} {value:.3g}" for name, value in found if value is not None]
         self.progress.advance(1, "  ".join(values))
+        if not self.patience or NO_SIGNAL not in logs:
+            return  # a later pass over the same completions
         equal = equal_rewards(state.log_history)
-        if not self.patience or not equal:
-            return
         if equal == 1:
             log.warning("all rewards were equal in step %d: the step taught nothing", state.global_step)
         if equal >= self.patience:
@@ -157,7 +157,11 @@ class Watch(TrainerCallback):
             control.should_save = False
 
 
+NO_SIGNAL = "frac_reward_zero_std"
+"""TRL's name for the share of a step's groups in which all rewards are equal."""
+
+
 def equal_rewards(history: list[dict[str, Any]]) -> int:
     """How many of the last steps in a row had equal rewards in every group."""
-    steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
+    steps = [row[NO_SIGNAL] for row in history if NO_SIGNAL in row]
     return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))

@@ -15,6 +15,7 @@ from transformers import set_seed
 from stages import team
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
+from stages.engines.transport import LOOPBACK
 from stages.engines.vllm import ON_CPU
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged
@@ -76,15 +77,16 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
     start = f"start it on other GPUs than the trainer's: VLLM_SERVER_DEV_MODE=1 vllm serve {model} {FLAGS}"
     url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
     try:
-        reply = httpx.get(url, params={"config_format": "json"}, timeout=30)
+        through_proxy = httpx.URL(url).host not in LOOPBACK
+        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=through_proxy)
         config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        mode = config.get("model_config", {}).get("logprobs_mode")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ServerError(
             f"rl.rollouts.base_url {rollouts.base_url}: {type(error).__name__}", start
         ) from None
-    if not isinstance(config, dict) or not config.get("weight_transfer_config"):
+    if not config.get("weight_transfer_config"):
         raise ServerError(f"the vLLM server at {rollouts.base_url} takes no new weights", start)
-    mode = config.get("model_config", {}).get("logprobs_mode")
     if rollouts.correction != "none" and mode != "processed_logprobs":
         raise ServerError(
             f"the vLLM server at {rollouts.base_url} reports {mode}, which would bias the correction", start

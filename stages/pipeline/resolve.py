@@ -51,8 +51,11 @@ def resolved(config: Config) -> Config:
         return auto if engine == "auto" else engine
 
     of_votes = "vllm" if have else "transformers"
+    asked = config.classify.strategy == "vote"
     voters = [
         voter.model_copy(update={"engine": settled(voter.engine, "openai" if voter.base_url else of_votes)})
+        if asked
+        else voter
         for voter in config.classify.voters
     ]
     # The driver's own device file: asking torch would load it for every command.

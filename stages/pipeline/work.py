@@ -13,7 +13,7 @@ from stages.benchmarks import benchmarks
 from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection, Voter
 from stages.data.rows import read
 from stages.errors import DataError, lacks_memory
-from stages.labelling.personas import SHOTS, Brief, personas, shots
+from stages.labelling.personas import brief_of, personas
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
@@ -146,8 +146,7 @@ class Work:
     def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
         """A batch of a voter's questions, and their number."""
         classify, persona = self.config.classify, personas.pick(voter.persona)
-        worked = shots(SHOTS, voter.shots) if personas.has(voter.persona, "few-shot") else ()
-        brief = Brief(self.config.model.title, classify.show_answer, voter.words, worked)
+        brief = brief_of(voter, self.config.model.title, classify.show_answer)
         ballots = [persona(example, brief) for example in drawn(examples, BALLOTS)]
         return self.probe.choosing(ballots)
 

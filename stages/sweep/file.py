@@ -15,6 +15,8 @@ from stages.errors import ConfigError, LoraparError, MissingInputError, faults
 
 OWN = ("base", "columns")
 """Keys of a row that are no settings."""
+SYSTEMS, FLEXIBLE = ("system1", "system2"), "flexible"
+"""What may stand behind TARGET@BENCHMARK beside FIELD=VALUE."""
 
 
 class Compare(Section):
@@ -50,15 +52,15 @@ class TableFile(Section):
     seeds: list[int] = setting([41], "Each row is run with each of them.", min_length=1)
     columns: dict[str, str] = setting(
         ...,
-        "What each column shows: TARGET@BENCHMARK, of a group with .system1 or .FIELD=VALUE behind it; one "
-        "such less another, as in `rl@demo - sft@demo`; or a value of a step's summary, such as "
-        "partition:sft.active_share.",
+        "What each column shows: TARGET@BENCHMARK, of a group with .system1 or .FIELD=VALUE behind it, or "
+        "with .flexible by the flexible reading of the answers; one such less another, as in "
+        "`rl@demo - sft@demo`; or a value of a step's summary, such as partition:sft.active_share.",
         min_length=1,
     )
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting(
         {}, "Published values, by row and column."
     )
-    compare: Compare | None = setting(None, "A paired test over items and seeds.")
+    compare: Compare | None = setting(None, "A test paired over items, of the same seeds.")
     plot: Plot | None = setting(None, "A figure of one column over another.")
     importance: bool = setting(
         False, "A figure for each row: importance of its elements for System 1 against that for System 2."
@@ -128,7 +130,7 @@ class Column:
 
     step: str
     rest: str
-    """Behind the step: a group of items, or the path in the summary."""
+    """Behind the step: a group of items, or how answers are read, or the path in the summary."""
     less: Column | None = None
     """What is subtracted, item by item."""
 
@@ -169,8 +171,10 @@ def _check(text: str) -> None:
     for column in parts:
         if not column.graded and not column.rest:
             raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
-        if column.graded and column.rest not in ("", "system1", "system2") and "=" not in column.rest:
-            raise ValueError(f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE")
+        if column.graded and column.rest not in ("", FLEXIBLE, *SYSTEMS) and "=" not in column.rest:
+            raise ValueError(
+                f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE; or {FLEXIBLE}"
+            )
 
 
 def _check_own(row: str, own: dict[str, Any]) -> None:

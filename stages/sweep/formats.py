@@ -7,7 +7,7 @@ import io
 import shlex
 from collections.abc import Callable
 
-from stages.sweep.file import Column
+from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import Results, Value
 
 
@@ -94,9 +94,13 @@ def legend(results: Results) -> str:
         items = sorted({v.n for v in graded if v.n is not None})
         span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
         said.append(
-            f"Accuracies in % over {span} items, in the mean over seeds; 95 % intervals are over items, each "
-            "with its mean over seeds."
+            f"Accuracies in % over {span} items, answers read strictly, in the mean over seeds; 95 % "
+            "intervals are over items, each with its mean over seeds."
         )
+    cells = results.table.cells
+    loose = {(c.row, name) for c in cells for name, column in c.columns.items() if column.rest == FLEXIBLE}
+    if loose:
+        said.append(f"Read flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(loose))}.")
     if results.comparisons or any(value.p is not None for value in graded):
         said.append(
             "Differences in points, on the same items and seeds; p by an exact permutation test of their "

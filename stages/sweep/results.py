@@ -14,7 +14,7 @@ from stages.benchmarks.statistics import interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
-from stages.sweep.file import Column
+from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
 from stages.sweep.table import Cell, Table
 
 Shares = dict[str, float]
@@ -152,9 +152,11 @@ class _Reader:
     def _shares(self, artifact: Artifact, column: Column) -> Shares:
         place = (str(artifact.path), column.rest)
         if place not in self.answers:
-            wanted = group(column.rest)
+            flexible = column.rest == FLEXIBLE
+            wanted = group("" if flexible else column.rest)
             samples = read_samples(artifact.path / "samples.jsonl")
-            self.answers[place] = shares(graded([sample for sample in samples if wanted(sample)]))
+            mine = graded([sample for sample in samples if wanted(sample)])
+            self.answers[place] = shares(mine, "correct_flexible" if flexible else "correct")
         return self.answers[place]
 
 
@@ -162,7 +164,7 @@ def group(text: str) -> Callable[[Sample], bool]:
     """Whether a sample is in a group: `` is all, `system1` a label, `field=value` a field of the items."""
     if not text:
         return lambda sample: True
-    if text in ("system1", "system2"):
+    if text in SYSTEMS:
         return lambda sample: sample.system == int(text[-1])
     name, _, value = text.partition("=")
     return lambda sample: str(sample.extra.get(name)) == value

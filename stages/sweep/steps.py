@@ -83,6 +83,8 @@ def measured(nodes: dict[Place, Node]) -> dict[str, float]:
         for manifest in root.glob("*/*/manifest.json"):
             try:
                 found = json.loads(manifest.read_text(encoding="utf-8"))
+                if manifest.parent.name != found["key"]:
+                    continue  # a link to the latest one, or an earlier one
                 seconds.setdefault(found["stage"], []).append(float(found["provenance"]["seconds"]))
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # what is damaged tells no time

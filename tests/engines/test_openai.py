@@ -296,6 +296,15 @@ def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
     assert all(isinstance(choice, Choice) for choice in found.values()) and len(found) == 40
 
 
+def test_a_bad_question_stops_no_other_while_one_of_two_servers_is_gone():
+    bad = ("status", (500, {}, "boom"))
+    with serve(Mock()) as one, serve(Mock(lambda n, path, body: bad if "bad" in str(body) else None)) as two:
+        client = Client((one.url, two.url), "judge", "", QUICK)
+        one.fault = lambda n, path, body: ("reset", None)  # for its list of models, too
+        found = dict(client.choose([TEXT, Ballot("bad", TEXT.words), TEXT]))
+    assert isinstance(found[1], Failure) and isinstance(found[0], Choice) and isinstance(found[2], Choice)
+
+
 def test_no_more_is_asked_than_a_kill_may_lose():
     """However long the caller takes with an answer: a journal's disk may be slow."""
     with serve(Mock()) as mock:

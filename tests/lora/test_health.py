@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import labels_of, make_step
+from conftest import Silent, labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.language.rewards import rewards
 from stages.lora import rehearsal
-from stages.lora.health import equal_rewards
+from stages.lora.health import Watch, equal_rewards
 
 SFT = ["sft.max_steps=6", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
@@ -148,6 +148,18 @@ def test_equal_rewards_in_a_row():
     assert equal_rewards(rows) == 2
     assert equal_rewards(rows[:2]) == 2
     assert equal_rewards([{"loss": 1.0}]) == 0
+
+
+def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog):
+    watch = Watch(Silent(), "rl", 8, (), patience=2)
+    state = SimpleNamespace(log_history=[], global_step=0)
+    for logs in ({"frac_reward_zero_std": 1.0}, {"loss": 0.1}, {"loss": 0.1}):
+        state.global_step += 1
+        state.log_history.append(logs)
+        watch.on_log(None, state, None, logs)
+    assert [record.getMessage() for record in caplog.records] == [
+        "all rewards were equal in step 1: the step taught nothing"
+    ]
 
 
 def test_a_reward_that_raises_is_named_with_its_sample(begun, monkeypatch):

@@ -239,8 +239,10 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
             },
             "reports raw_logprobs",
         ),
+        ([], "AttributeError"),
+        ({"model_config": None}, "AttributeError"),
     ],
-    ids=["gone", "no weights", "raw"],
+    ids=["gone", "no weights", "raw", "list", "no object"],
 )
 def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config, said):
     def get(url, **_):

@@ -314,6 +314,18 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
     assert "nothing to do: every artifact is current" in again.communicate()[1]
 
 
+def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
+    """Not of the link to the latest one, nor of one that was made again."""
+    nodes = steps.union(table(small, only=["θ .9"], seeds=[1], more=[f"runs_dir={tmp_path}"]).cells)
+    (root,) = {Path(place[0]) for place in nodes}
+    for folder, key, seconds in (("a", "a", 10), ("b", "b", 20), ("b.old-1", "b", 600)):
+        (root / "sft" / folder).mkdir(parents=True)
+        text = json.dumps({"stage": "sft", "key": key, "provenance": {"seconds": seconds}})
+        (root / "sft" / folder / "manifest.json").write_text(text)
+    (root / "sft/latest").symlink_to("b")
+    assert steps.measured(nodes) == {"sft": 15}
+
+
 def test_a_dry_run_starts_nothing(small, lorapar, monkeypatch):
     monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     runs = small.with_name("none")
@@ -370,7 +382,7 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
         refused = key == "θ .9-2-rl"
         rows = [
             Sample(
-                name, 0, 2 if name == "c" else 1, "", "", None, None, None, right == "1", right == "1",
+                name, 0, 2 if name == "c" else 1, "", "", None, None, None, right == "1", True,
                 "refused" if refused and name == "b" else "correct",
             )
             for name, right in zip("abcd", RIGHT[cell.row, cell.seed, target], strict=True)
@@ -394,6 +406,10 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     assert (half.low, half.high, half.p) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
     assert found.comparisons["β 0"].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
+    loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
+    assert loose.values[
+        "θ .9", "SFT"
+    ].mean == 1 and "Read flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
     lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
     head = lines["row", "column"]
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
