@@ -26,11 +26,15 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="NAME",
-        help="Only this variant: train or a benchmark's labels; score or rl; masks of sft or of rl.",
+        help="Only this variant, repeatable. classify: train or a benchmark; score: score or rl; "
+        "partition: sft or rl.",
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON: an object for each artifact or sample, or one for all.")
+    bool,
+    typer.Option(
+        "--json", help="Print JSON: one object for each artifact or sample; status, plan and results are one."
+    ),
 ]
 
 

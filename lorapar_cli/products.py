@@ -31,7 +31,8 @@ def export(
         typer.Option(
             "--check",
             metavar="N",
-            help="Compare its greedy answers to N prompts with the adapter's; of views, served by one vLLM.",
+            help="Compare N greedy answers of what was written with the trained adapter's; of views, both "
+            "by one vLLM server.",
         ),
     ] = 0,
     repository: Annotated[
@@ -41,11 +42,11 @@ def export(
 ) -> None:
     """Write a trained adapter, or the merged model, with a model card; --check asks every engine."""
     from stages import export as exporting
-    from stages.report.card import Form
+    from stages.report.card import VIEWS, Form
 
     settings, steps = plan_of(config, set_)
     _refuse(target, merged, base_dtype, views)
-    targets = [view.stage for view in exporting.VIEWS.values()] if views else [target]
+    targets = [view.stage for view in VIEWS.values()] if views else [target]
     if not set(targets) <= set(steps):
         raise no_path()
     store = Store(settings.root)
@@ -58,9 +59,7 @@ def export(
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
-        render.say(
-            f"{folder}: {', '.join(f'{name} ({view.stage})' for name, view in exporting.VIEWS.items())}"
-        )
+        render.say(f"{folder}: {', '.join(f'{name} ({view.stage})' for name, view in VIEWS.items())}")
         rows = exporting.check_views(trained, settings, folder, prompts, render.say) if prompts else ()
     else:
         form: Form = "merged" if merged else "adapter"

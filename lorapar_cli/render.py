@@ -12,6 +12,7 @@ from typing import Any
 from lorapar_cli import labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
+from stages.benchmarks.statistics import p_value
 from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.plan import Step
@@ -268,13 +269,7 @@ def _tokens(row: dict[str, Any] | None) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["accuracy"] is None:
         return "–"
-    p = (
-        ""
-        if row["p"] is None
-        else "\np < .001"
-        if row["p"] < 0.001
-        else f"\np = {row['p']:.2g}".replace("= 0.", "= .")
-    )
+    p = "" if row["p"] is None else f"\n{p_value(row['p'])}"
     return f"{percent(row['accuracy'])} [{percent(row['low'])}–{percent(row['high'])}]{p}"
 
 

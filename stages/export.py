@@ -15,8 +15,7 @@ from stages.data.rows import read
 from stages.engines import Answer, Pool, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import save_merged
-from stages.report.card import VIEWS as VIEWS
-from stages.report.card import Form, card, card_of_views, hub_results
+from stages.report.card import VIEWS, Form, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:

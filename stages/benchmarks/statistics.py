@@ -71,6 +71,11 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     return float(np.clip(chances[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
 
 
+def p_value(p: float) -> str:
+    """As a table has it."""
+    return "p < .001" if p < 0.001 else f"p = {p:.2g}".replace("= 0.", "= .")
+
+
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Mean of the differences of the same items, and its 95 % interval by Student's t over items.
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,7 +93,7 @@ class Section(BaseModel):
     @classmethod
     def _fits_a_machine(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"no more than {LARGEST} fits")
+            raise ValueError(f"at most {LARGEST} in size")
         return value
 
 
@@ -126,3 +127,8 @@ def check_url(name: str, url: str) -> None:
         good = False
     if not good or not url.isprintable() or " " in url:
         raise ValueError(f"{name} {url!r} is no address: expected http://HOST:PORT/…")
+
+
+def typed(value: float) -> Fraction:
+    """The decimal as a person has typed it: 0.9 is 9/10, and not the nearest double."""
+    return Fraction(str(value))

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.errors import ConfigError as ConfigError
 from stages.registry import Files
 
 if TYPE_CHECKING:
-    from stages.config import Config as Config
     from stages.config import ModelSection, ServerSection
 
 engines = Files("engine", __name__, __path__, mark="open")

@@ -43,7 +43,6 @@ R = TypeVar("R")
 class Counts:
     """Numbers of requests."""
 
-    asked: int = 0
     answered: int = 0
     retried: int = 0
 
@@ -205,8 +204,8 @@ class Session:
     def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
         self.transport, self.http = transport, http
 
-    async def send(self, method: str, path: str, body: dict[str, Any] | None = None, read: Any = None) -> Any:
-        """The JSON of a reply, passed through `read` if given; if `read` fails, the request is sent again."""
+    async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+        """The JSON of a reply, passed through `read`; if that fails, the request is sent again."""
         transport = self.transport
         before = transport.counts.answered
         tries = tenacity.AsyncRetrying(
@@ -255,7 +254,6 @@ class Session:
             await _pause(pause)
         base = transport.pick()
         url = f"{base}/{path}"
-        transport.counts.asked += 1
         try:
             async with asyncio.timeout(transport.server.timeout_s):  # httpx limits each part, not the whole
                 response = await self.http.request(method, url, json=body)
@@ -271,8 +269,7 @@ class Session:
         if response.status_code >= 400:
             self._refusal(url, response)
         try:
-            found = response.json()
-            found = read(found) if read else found
+            found = read(response.json())
         except (ValueError, RecursionError) as error:
             shown = " ".join(response.text[:120].split())
             detail = f"no readable answer: {type(error).__name__} {error}: {shown}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stages.benchmarks.statistics import wilson
+from stages.benchmarks.statistics import Z, wilson
 from stages.records import Example
 
 YES_NO = re.compile(
@@ -40,7 +40,7 @@ def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[flo
     area = (ranks_of_twos - high * (high + 1) / 2) / (high * low)
     one, both = area / (2 - area), 2 * area**2 / (1 + area)
     error = area * (1 - area) + (high - 1) * (one - area**2) + (low - 1) * (both - area**2)
-    half = 1.96 * math.sqrt(max(error, 0.0) / (high * low))
+    half = Z * math.sqrt(max(error, 0.0) / (high * low))
     return float(area), (max(0.0, area - half), min(1.0, area + half))
 
 

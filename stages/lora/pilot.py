@@ -26,7 +26,6 @@ def trained(
     lora: LoraSection,
     batches: Iterable[Batch],
     gradients: Callable[[Batch], Moments],
-    lr: float = LR,
 ) -> tuple[dict[str, Tensor], float]:
     """The weights after one AdamW step for each batch, and the sum of the losses that the steps began with.
 
@@ -36,7 +35,7 @@ def trained(
     import torch
 
     before = {name: layer.weight.detach().clone() for name, layer in weights.items()}
-    optimizer = torch.optim.AdamW([layer.weight for layer in weights.values()], lr=lr, weight_decay=0)
+    optimizer = torch.optim.AdamW([layer.weight for layer in weights.values()], lr=LR, weight_decay=0)
     loss = 0.0
     for batch in batches:
         sums = gradients(batch)

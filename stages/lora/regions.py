@@ -13,6 +13,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+from stages.config.fields import typed
 from stages.errors import ConfigError, MeaninglessError
 from stages.registry import Registry
 
@@ -63,7 +64,7 @@ def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tens
     chosen |= high > cut
     inside = (high == cut).nonzero().flatten()
     low = bits[inside] & 0xFFFF
-    weight = {int(v): 1 if by == "count" else _exact((cut << 16) + int(v)) for v in low.unique()}
+    weight = {int(v): 1 if by == "count" else _of_bits((cut << 16) + int(v)) for v in low.unique()}
     numbers = torch.bincount(low, minlength=2**16)
     for value in sorted(weight, reverse=True):
         here = inside[low == value]
@@ -102,7 +103,7 @@ def _histogram(high: Tensor, bits: Tensor, by: str):  # type: ignore[no-untyped-
     return counts, lambda bucket: int(mantissas[bucket]) << max((bucket >> 7) - 1, 0)
 
 
-def _exact(bits: int) -> int:
+def _of_bits(bits: int) -> int:
     exponent = bits >> 23
     return ((bits & 0x7FFFFF) + (0x800000 if exponent else 0)) << max(exponent - 1, 0)
 
@@ -123,10 +124,6 @@ def check(scores: Tensor, system: int) -> None:
         )
 
 
-def _fraction(value: float) -> Fraction:
-    return Fraction(str(value))  # the decimal as typed: 0.9 is 9/10, not the nearest double
-
-
 @strategies.add()
 def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """The paper's: per system the smallest top set that reaches θ of the importance; shared is their overlap.
@@ -135,7 +132,7 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     """
     import torch
 
-    theta = _fraction(section.theta)
+    theta = typed(section.theta)
     sets = {}
     for system, values in scores.items():
         values = values + 0.0  # -0.0 would sort as the largest bit pattern
@@ -156,7 +153,7 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     sets = {}
     for system, values in scores.items():
         check(values + 0.0, system)
-        number = Fraction(int(_fraction(section.density) * len(values)))
+        number = Fraction(int(typed(section.density) * len(values)))
         sets[system] = top_set(values + 0.0, number, "count")
     return _split(sets, scores, section)
 
@@ -169,7 +166,7 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     shared = (region == SHARED).nonzero().flatten()
     active = {}
     for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
-        number = Fraction(int(_fraction(share) * len(shared)))
+        number = Fraction(int(typed(share) * len(shared)))
         active[stage] = region == only
         active[stage][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
     return Split(region, active)
@@ -225,7 +222,7 @@ def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     total = len(scores[1])
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[order[: int(_fraction(section.density) * total)]] = True
+    chosen[order[: int(typed(section.density) * total)]] = True
     return Split(SHARED * chosen.to(torch.uint8), {"sft": chosen, "rl": chosen.clone()})
 
 

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from transformers import PrinterCallback
 
 from stages import team
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
+from stages.config.fields import typed
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora import adapter, baselines, curves
@@ -92,7 +92,7 @@ def arguments(
         "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": math.ceil(_exact(section.warmup) * steps),
+        "warmup_steps": math.ceil(typed(section.warmup) * steps),
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,
@@ -239,7 +239,7 @@ def _refuse_untested(trainer: Any) -> None:
     kind = trainer.accelerator.mixed_precision
     if kind != "no":
         raise ConfigError(
-            f"launch.config: mixed_precision {kind} is not model.dtype's doing, and no setting of a result",
+            f"launch.config: mixed_precision {kind} would change results, and no artifact records it",
             "set mixed_precision to no in that file",
         )
 
@@ -301,10 +301,5 @@ def accumulation(samples: int, micro_batch: int) -> int:
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
     """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
-    steps = math.ceil(_exact(section.epochs) * batches * passes)
+    steps = math.ceil(typed(section.epochs) * batches * passes)
     return min(steps, section.max_steps or steps)
-
-
-def _exact(value: float) -> Fraction:
-    """The decimal as typed: 50 batches times 1.1 are 55, and a float's product is a little more."""
-    return Fraction(str(value))

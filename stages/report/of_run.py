@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from stages.benchmarks.metrics import graded, shares
+from stages.benchmarks.statistics import p_value
 from stages.config import REGIONS, Config
 from stages.config.fields import Section as Settings
 from stages.lora import curves
@@ -28,7 +29,7 @@ from stages.report.page import (
 )
 from stages.store.artifacts import Artifact, Store
 from stages.store.estimates import spent
-from stages.sweep.formats import accuracy, p_value
+from stages.sweep.formats import accuracy
 
 SHOWN = 4
 """Won and lost items of each benchmark."""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.benchmarks.statistics import holm
+from stages.benchmarks.statistics import holm, p_value
 from stages.report import elements, figures
 from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
 from stages.sweep import formats
@@ -38,7 +38,7 @@ def _verdict(results: Results) -> str:
     number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
     verb = "is" if len(known) == 1 < others else "are"
     begin = f"{results.table.file.title}. {number} {verb} compared with {against!r} on {compare.on}: "
-    named = [f"{row!r} {100 * known[row].mean:+.1f} (p = {p:.2g})" for row, p in told.items() if p < 0.05]
+    named = [f"{row!r} {100 * known[row].mean:+.1f} ({p_value(p)})" for row, p in told.items() if p < 0.05]
     how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
     if not named:
         return f"{begin}no difference is told apart from chance ({how})."

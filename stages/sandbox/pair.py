@@ -52,8 +52,7 @@ class _Ended(Exception):
 class _Sandboxed:
     """One process in a sandbox: its lines, and the end of what it wrote to its error stream."""
 
-    def __init__(self, role: str, start: Start) -> None:
-        self.role = role
+    def __init__(self, start: Start) -> None:
         self.process = subprocess.Popen(
             start.command,
             stdin=subprocess.PIPE,
@@ -151,7 +150,7 @@ def _started(back: Backend, role: str, limits: Limits) -> Iterator[_Sandboxed]:
     """A process that is ready for its job; SandboxFailure if it does not become ready."""
     try:
         with back(role, limits) as start:
-            inside = _Sandboxed(role, start)
+            inside = _Sandboxed(start)
     except OSError as error:
         raise SandboxFailure(str(error)) from None
     try:

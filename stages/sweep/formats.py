@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Callable
 
+from stages.benchmarks.statistics import p_value
 from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import Results, Value
 
@@ -52,7 +52,7 @@ def _cell(results: Results, row: str, name: str) -> str:
 
 
 def shown(value: Value) -> str:
-    """`27.1 [24.0, 30.4]` in percent, `+2.0 [-1.0, 5.0], p = .2` for a difference, else the plain number."""
+    """`27.1 [24.0, 30.4]` in percent, `+2.0 [-1.0, +5.0], p = .2` for a difference, else the plain number."""
     if value.low is None or value.high is None:
         return f"{value.mean:.4g}"
     if value.p is not None:
@@ -79,10 +79,6 @@ def _compared(results: Results, row: str) -> str:
 
 def _points(mean: float, low: float, high: float, p: float) -> str:
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
-
-
-def p_value(p: float) -> str:
-    return "p < .001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def legend(results: Results) -> str:
@@ -144,16 +140,16 @@ _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarr
 def latex(results: Results) -> str:
     """A `tabular` with booktabs' rules."""
     file = results.table.file
-    tell: Callable[[str], str] = lambda text: "".join(_LATEX.get(letter, letter) for letter in text)  # noqa: E731
+    letters = str.maketrans(_LATEX)
     lines = [
         r"\begin{tabular}{l" + "r" * len(file.columns) + "}",
         r"\toprule",
-        " & ".join(["", *map(tell, file.columns)]) + r" \\",
+        " & ".join(["", *(name.translate(letters) for name in file.columns)]) + r" \\",
         r"\midrule",
     ]
     for row in results.table.rows:
-        cells = [tell(_cell(results, row, name)) for name in file.columns]
-        lines.append(" & ".join([tell(row), *cells]) + r" \\")
+        cells = [_cell(results, row, name).translate(letters) for name in file.columns]
+        lines.append(" & ".join([row.translate(letters), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.engines.guard import guarded
+from stages.errors import BusyError, ServerError
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
 from stages.sweep.steps import PLANNED, Node, Place
 
-BUSY, NO_SERVER = 75, 69
+BUSY, NO_SERVER = BusyError.exit_code, ServerError.exit_code
 """Exit codes after which a step is tried again: another process makes the same, or its server was gone."""
 TRIES = 3
 """Of a step whose server was gone; one that another process makes waits as long as it takes."""

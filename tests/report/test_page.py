@@ -223,7 +223,7 @@ def test_the_verdict_is_corrected_for_the_number_of_rows():
         return of_tables._verdict(SimpleNamespace(table=table, comparisons=compared))
 
     assert "no difference is told apart from chance" in of(0.03, 0.04)  # Holm's: .06 and .06
-    assert "'B' +10.0 (p = 0.02); 'C' +20.0 (p = 0.04)" in of(0.01, 0.04)
+    assert "'B' +10.0 (p = .02); 'C' +20.0 (p = .04)" in of(0.01, 0.04)
 
 
 def test_the_curve_of_importance_begins_with_the_most_important():
