@@ -6,7 +6,7 @@ import datasets
 import pytest
 from conftest import make_step
 
-from stages.benchmarks import humaneval, jsonl, mmlu
+from stages.benchmarks import jsonl, mmlu
 from stages.benchmarks.grading import Context
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import rows as data
@@ -285,8 +285,11 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
     path = written(tmp_path, {"question": "Q", "choices": list("abcd"), "answer": 0}).path
     with pytest.raises(DataError, match="field subject must be text, got nothing"):
         mmlu.ask([], BenchmarkSection(path="me/other", shots=1, shots_path=path), Plain())
-    with pytest.raises(ConfigError, match="humaneval has no worked examples, got shots 1"):
-        humaneval.load(BenchmarkSection(path=path, shots=1))
+    path = written(tmp_path, {"subject": "law", "question": "Q", "answer": 0}).path
+    with pytest.raises(DataError, match="data.jsonl:1: field choices is missing"):
+        mmlu.load(BenchmarkSection(path=path))
+    with pytest.raises(ValueError, match="humaneval has no worked examples; leave out shots"):
+        BenchmarkSection(kind="humaneval", path=path, shots=1)
 
 
 @pytest.mark.parametrize(("accuracies", "readings"), [((0, 1), (False, True)), ((1, 0), (True, False))])

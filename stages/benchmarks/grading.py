@@ -10,7 +10,7 @@ from stages.data.rows import read, shots_source
 from stages.errors import DataError
 from stages.language.answers import extract, rewrite, same
 from stages.language.prompts import Asked
-from stages.records import Example, problems
+from stages.records import Example
 
 if TYPE_CHECKING:
     from stages.config import BenchmarkSection, SourceSection
@@ -92,9 +92,3 @@ def by_prompt(
         text = renderer.prompt(example.prompt, shots, of=example)
         asked.append(Asked(text, renderer.ids(text), stop))
     return asked
-
-
-def bad_rows(where: str, bad: list[str], needed: str) -> None:
-    """Raise a DataError that lists every bad row, unless there is none."""
-    if bad:
-        raise problems("bad row", bad, f"{where} needs {needed}")

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.benchmarks.grading import Context, Grade, bad_rows
+from stages.benchmarks.grading import Context, Grade
 from stages.config import BenchmarkSection
-from stages.data.rows import table, text_field
-from stages.errors import ConfigError
+from stages.data.rows import each, text_field
 from stages.language.code import STOP, code_of, stub
 from stages.language.prompts import Asked
 from stages.records import Example
@@ -34,19 +33,14 @@ SANDBOX = True
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    if section.shots:
-        raise ConfigError(f"humaneval has no worked examples, got shots {section.shots}", "leave shots out")
-    where, rows = table(section)
-    examples, bad = [], []
-    for number, row in rows:
-        try:
-            prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
-            stub(prompt)
-            examples.append(Example(task, prompt, solution, None, {"test": tests, "entry_point": entry}))
-        except (ValueError, SyntaxError) as error:
-            bad.append(f"{where}:{number}: {error}")
-    bad_rows("humaneval", bad, "task_id, prompt, canonical_solution, test, entry_point")
-    return examples
+    found, _ = each(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
+    return [example for _, example in found]
+
+
+def _example(row: dict[str, Any], _: int) -> Example:
+    prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
+    stub(prompt)
+    return Example(task, prompt, solution, None, {"test": tests, "entry_point": entry})
 
 
 _FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")

@@ -5,55 +5,37 @@ and anything else as text, ignoring case and punctuation at its ends.
 """
 
 import functools
-import hashlib
-import logging
 import re
 from typing import Any
 
-from stages.benchmarks.grading import Context, Grade, bad_rows, by_answer, by_prompt
+from stages.benchmarks.grading import Context, Grade, by_answer, by_prompt
 from stages.config import SourceSection
-from stages.data.rows import gold_field, once, read, table, text_field
+from stages.data.rows import Empty, each, gold_field, once, read, table, text_field
 from stages.language.answers import extract, letter, number, same, same_text
 from stages.records import Example
-from stages.store.digests import canonical
+from stages.store.digests import id_of
 
 DEFAULTS: dict[str, Any] = {}
 GROUPS = ()
 
 
-log = logging.getLogger(__name__)
-
-
 def load(section: SourceSection) -> list[Example]:
-    where, rows = table(section)
-    found, bad, empty = [], [], 0
-    for at, row in rows:
-        try:
-            prompt, answer = text_field(row, "prompt"), gold_field(row["answer"])
-            if not prompt.strip() or not answer:
-                empty += 1
-                if section.empty == "drop":
-                    continue
-                raise ValueError("prompt or answer is empty")
-            kind = row.get("grade") or _kind(answer)
-            if kind not in ("number", "letter", "text"):
-                raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
-            no_number = kind == "number" and number(answer) is None
-            no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
-            if no_number or no_letter:
-                raise ValueError(f"answer {answer!r} is no {kind}")
-        except (KeyError, ValueError) as error:
-            missing = "field answer is missing" if isinstance(error, KeyError) else str(error)
-            bad.append(f"{where}:{at}: {missing}")
-            continue
-        extra = {k: v for k, v in row.items() if k not in ("prompt", "answer", "grade")}
-        digest = hashlib.sha256(canonical([prompt, answer])).hexdigest()[:16]
-        example = Example(digest, prompt, answer, answer, {**extra, "grade": kind})
-        found.append((f"{where}:{at}", example))
-    bad_rows("jsonl", bad, "prompt, answer" + ("; empty: drop leaves out empty ones" if empty else ""))
-    if empty:
-        log.info("%s: %d rows without prompt or answer left out", where, empty)
-    return once(found, section)
+    return once(each(section, _example, "jsonl needs prompt, answer")[0], section)
+
+
+def _example(row: dict[str, Any], _: int) -> Example:
+    prompt, answer = text_field(row, "prompt"), gold_field(row["answer"])
+    if not prompt.strip() or not answer:
+        raise Empty("prompt or answer is empty")
+    kind = row.get("grade") or _kind(answer)
+    if kind not in ("number", "letter", "text"):
+        raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
+    no_number = kind == "number" and number(answer) is None
+    no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
+    if no_number or no_letter:
+        raise ValueError(f"answer {answer!r} is no {kind}")
+    extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
+    return Example(id_of([prompt, answer]), prompt, answer, answer, {**extra, "grade": kind})
 
 
 _LETTER = re.compile("[A-J]")

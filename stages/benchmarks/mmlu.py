@@ -7,17 +7,16 @@ are over either.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
-from stages.benchmarks.grading import Context, Grade, bad_rows
+from stages.benchmarks.grading import Context, Grade
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.rows import shots_source, table, text_field
+from stages.data.rows import each, shots_source, text_field
 from stages.errors import DataError
 from stages.language.answers import extract, letter
 from stages.language.prompts import Asked
 from stages.records import Example
-from stages.store.digests import canonical
+from stages.store.digests import id_of
 
 if TYPE_CHECKING:
     from stages.language.prompts import Renderer
@@ -56,15 +55,8 @@ CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for
 
 def load(section: SourceSection) -> list[Example]:
     """Rows have `subject`, `question`, `choices` and `answer` (an index). Repeated rows all count."""
-    where, rows = table(section)
-    examples, bad = [], []
-    for number, row in rows:
-        try:
-            examples.append(_example(row, number))
-        except (KeyError, ValueError, TypeError) as error:
-            bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
-    bad_rows("mmlu", bad, "subject, question, choices, answer")
-    return examples
+    found, _ = each(section, _example, "mmlu needs subject, question, choices, answer")
+    return [example for _, example in found]
 
 
 def _example(row: dict[str, Any], number: int) -> Example:
@@ -76,10 +68,11 @@ def _example(row: dict[str, Any], number: int) -> Example:
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
     prompt = "\n".join([question, *(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))])
     gold = LETTERS[row["answer"]]
-    # The id includes the row's number because some questions occur twice.
-    digest = hashlib.sha256(canonical([subject, prompt, gold, number])).hexdigest()[:16]
     extra = {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
-    return Example(digest, prompt, f"{gold}. {choices[row['answer']]}", gold, extra)
+    # The id includes the row's number because some questions occur twice.
+    return Example(
+        id_of([subject, prompt, gold, number]), prompt, f"{gold}. {choices[row['answer']]}", gold, extra
+    )
 
 
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:

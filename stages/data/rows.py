@@ -5,10 +5,10 @@ Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` 
 answer. If it has none, the answer is read from `#### answer` in the response.
 """
 
-import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from stages.data.hub import commit
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.language.answers import gold_of
 from stages.records import Example, problems, read_jsonl
-from stages.store.digests import canonical
+from stages.store.digests import id_of
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +53,43 @@ def read_rows(source: SourceSection) -> Rows:
     where, rows = table(source)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
+    needs = f"format {kind} needs {', '.join(FIELDS[kind])}"
+    found, empty = each(source, lambda row, _: _example(kind, row), needs, rows)
+    examples = once(found, source)
+    return Rows(examples, kind, empty, len(found) - len(examples))
+
+
+def each(
+    source: SourceSection,
+    of: Callable[[dict[str, Any], int], Example],
+    needs: str,
+    rows: list[tuple[int, dict[str, Any]]] | None = None,
+) -> tuple[list[tuple[str, Example]], int]:
+    """The example of each row with the row's place, and how many empty rows were left out.
+
+    of: makes it from a row and its number; Empty if there is nothing to ask or to answer. needs: what the
+    DataError, which lists every bad row, says that they lack. rows: those of the source, if they are read.
+    """
     found: list[tuple[str, Example]] = []
     bad: list[str] = []
     empty = 0
-    for number, row in rows:
+    for number, row in table(source)[1] if rows is None else rows:
+        place = f"{source.path}:{number}"
         try:
-            found.append((f"{where}:{number}", _example(kind, row)))
-        except _Empty as error:
+            found.append((place, of(row, number)))
+        except Empty as error:
             if source.empty == "error":
-                bad.append(f"{where}:{number}: {error}")
+                bad.append(f"{place}: {error}")
             empty += 1
-        except (KeyError, ValueError, TypeError) as error:
-            bad.append(f"{where}:{number}: {error.args[0] if error.args else error}")
+        except KeyError as error:
+            bad.append(f"{place}: field {error.args[0]} is missing")
+        except (ValueError, TypeError, SyntaxError) as error:
+            bad.append(f"{place}: {error}")
     if bad:
-        hint = f"format {kind} needs {', '.join(FIELDS[kind])}"
-        raise problems("bad row", bad, f"{hint}; empty: drop leaves out empty ones" if empty else hint)
+        raise problems("bad row", bad, f"{needs}; empty: drop leaves out empty ones" if empty else needs)
     if empty:
-        log.info("%s: %d rows without prompt or response left out", where, empty)
-    examples = once(found, source)
-    return Rows(examples, kind, empty, len(found) - len(examples))
+        log.info("%s: %d rows with nothing to ask or to answer left out", source.path, empty)
+    return found, empty
 
 
 def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
@@ -206,7 +224,7 @@ def gold_field(value: Any) -> str:
     return str(value).strip()
 
 
-class _Empty(ValueError):
+class Empty(ValueError):
     """Of a row with nothing to ask, or nothing to answer."""
 
 
@@ -222,11 +240,10 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
         ask, reply = FIELDS[kind]
         prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
     if not prompt.strip() or not response.strip():
-        raise _Empty("prompt or response is empty")
+        raise Empty("prompt or response is empty")
     gold = gold_field(row.get("gold")) or gold_of(response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
-    digest = hashlib.sha256(canonical([prompt, response])).hexdigest()[:16]
-    return Example(digest, prompt, response, gold, extra)
+    return Example(id_of([prompt, response]), prompt, response, gold, extra)
 
 
 def instruction(row: dict[str, Any]) -> str:

@@ -23,6 +23,11 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(identity)).hexdigest()[:KEY_DIGITS]
 
 
+def id_of(content: Any) -> str:
+    """16 hexadecimal digits of what a row says."""
+    return hashlib.sha256(canonical(content)).hexdigest()[:16]
+
+
 def seed_of(identity: dict[str, Any]) -> int:
     """A seed that follows from a value, in 31 bits."""
     return int(key_of(identity), 16) % 2**31
