@@ -101,3 +101,8 @@ def faults(error: Any) -> list[str]:
         parts = [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")]
         found.append(": ".join(part for part in parts if part))
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error that says anything, or else its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

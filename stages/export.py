@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import Config, ModelSection
 from stages.data.rows import read
 from stages.engines import Answer, Pool, Question, Sampling, Served
-from stages.errors import AnswerError, ConfigError, OutputError, ServerError
+from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.report.card import VIEWS, Form, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact
@@ -130,7 +130,7 @@ def push(folder: Path, repository: str) -> str:
         where = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=where.repo_id, folder_path=folder)
     except (httpx.HTTPError, OSError, ValueError) as error:  # base classes of the library's own errors
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         raise ServerError(
             f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login"
         ) from None

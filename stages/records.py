@@ -92,11 +92,14 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def parse_jsonl(lines: Iterable[bytes], path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The same for lines that are already read, which may be none; errors name `path`."""
+def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tuple[int, dict[str, Any]]]:
+    """The same for lines that are already read, which may be none; errors name `path`.
+
+    first: the number of the first one.
+    """
     rows: list[tuple[int, dict[str, Any]]] = []
     bad: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, first):
         if not line.strip():
             continue
         try:

@@ -160,3 +160,16 @@ def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):
         journal.keep(("c", 0), {})
     found = Journal(path, Anything)
     assert ("a", 0) in found and ("b", 0) not in found and ("c", 0) in found
+
+
+def test_lines_are_counted_from_the_beginning_of_the_file(tmp_path: Path):
+    """Also of what others added after this journal had been read."""
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"question": "a", "sample": 0}\n')
+    journal = Journal(path, Anything)
+    with journal.writing(print):
+        journal.keep(("b", 0), {})
+    with path.open("a") as file:
+        file.write('{"question": "c", "sample": 0}\nno json\n')
+    with pytest.raises(DataError, match=f"{path}:4: "), journal.writing(print):
+        pass

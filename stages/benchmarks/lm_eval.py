@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, ModelSection, ServerSection
-from stages.errors import ConfigError, MissingInputError, lacks_memory
+from stages.errors import ConfigError, MissingInputError, first_line, lacks_memory
 from stages.records import Sample, write_jsonl
 
 if TYPE_CHECKING:
@@ -83,9 +83,8 @@ def _running(tasks: list[str]) -> Iterator[None]:
     except Exception as error:
         if lacks_memory(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        first = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(
-            f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {first}",
+            f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}",
             "its task file and its data must be there; code of a model runs in kind humaneval alone",
         ) from error
 

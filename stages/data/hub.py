@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from stages.errors import MissingInputError
+from stages.errors import MissingInputError, first_line
 
 
 @functools.cache
@@ -25,5 +25,5 @@ def commit(kind: str, name: str, revision: str) -> str:
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise MissingInputError(f"no local folder and no hub {kind} {name!r} ({reason})") from None

@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
 from stages.data.hub import commit
-from stages.errors import ConfigError, DataError, MissingInputError
+from stages.errors import ConfigError, DataError, MissingInputError, first_line
 from stages.language.answers import gold_of
 from stages.records import Example, problems, read_jsonl
 from stages.store.digests import id_of
@@ -140,7 +140,7 @@ def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
             source.path, source.subset, split=source.split, revision=source.revision
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}") from None
     _of_commit(source, loaded)
     if not len(loaded):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.config import ModelSection
-from stages.errors import DataError, LoraparError, MissingInputError, lacks_memory
+from stages.errors import DataError, LoraparError, MissingInputError, first_line, lacks_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""
@@ -53,4 +53,4 @@ def complete(model: ModelSection, missing: Iterable[str]) -> None:
 def _first(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
         return "its weights have other shapes than its config says"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)

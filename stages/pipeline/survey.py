@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError, DataError, first_line
 from stages.labelling.known import system_of
 from stages.language.answers import letter, number
 from stages.language.prompts import IGNORED, Renderer
@@ -116,7 +116,7 @@ def benchmark_of(path: str) -> BenchmarkSection:
         try:
             found[section.kind].load(section)
         except DataError as error:
-            reasons[section.kind] = str(error).splitlines()[0]
+            reasons[section.kind] = first_line(error)
             continue
         return section
     told = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())

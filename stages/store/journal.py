@@ -125,12 +125,13 @@ class Journal:
             os.truncate(self.path, self._read_to)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._read_to += len(line)
+        self._lines += 1
 
     def _begin(self) -> None:
         """Know nothing: the file is new."""
         self.notes.clear()
         self._answers.clear()
-        self._read_to = 0
+        self._read_to = self._lines = 0
         self._inode = None
 
     def _read(self) -> None:
@@ -144,7 +145,7 @@ class Journal:
             file.seek(self._read_to)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        for number, row in parse_jsonl(whole.split(b"\n"), self.path):
+        for number, row in parse_jsonl(whole.split(b"\n"), self.path, self._lines + 1):
             try:
                 if "note" in row:
                     note = _Note.model_validate(row)
@@ -161,4 +162,5 @@ class Journal:
                 ) from None
             self._answers[question.question, question.sample] = answer
         self._read_to += len(whole)
+        self._lines += whole.count(b"\n")
         self._inode = found.st_ino
