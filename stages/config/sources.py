@@ -37,7 +37,8 @@ class ModelSection(Section):
 
     @property
     def of_hub(self) -> bool:
-        return not Path(self.name).exists()
+        """Whether the name can be one of the hub's, NAME or OWNER/NAME, and is none of a folder here."""
+        return not Path(self.name).exists() and self.name.count("/") < 2 and self.name[0] not in "./~"
 
     @property
     def pinned(self) -> str | None:

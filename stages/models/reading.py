@@ -18,7 +18,7 @@ CHANGED = "the folder may be incomplete or of another kind: compare it with wher
 @contextmanager
 def reading(what: str, model: ModelSection) -> Iterator[None]:
     """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
-    if _names_no_folder(model.name):
+    if not Path(model.name).exists() and not model.of_hub:
         raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
     try:
         yield
@@ -35,11 +35,6 @@ def reading(what: str, model: ModelSection) -> Iterator[None]:
         raise DataError(
             f"cannot load {what} {model.name}: {type(error).__name__}: {_first(error)}", CHANGED
         ) from None
-
-
-def _names_no_folder(name: str) -> bool:
-    """Whether a name can only be that of a folder, and there is none."""
-    return not Path(name).exists() and (name.count("/") > 1 or name[0] in "./~")
 
 
 def complete(model: ModelSection, missing: Iterable[str]) -> None:

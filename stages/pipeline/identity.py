@@ -99,7 +99,7 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
             raise MissingInputError(f"{path} is not a model folder: no config.json")
         return cache.folder(path)
     made = path.name in MAKERS and path.parent.name == "models"  # elsewhere it may be one of the hub's
-    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1 or made:
+    if not model.of_hub or made:
         hint = f"lorapar fetch {path.name} makes it, in models/" if made else "a hub id is NAME or OWNER/NAME"
         raise MissingInputError(f"no model folder {model.name}", hint)
     return commit("model", model.name, model.revision)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from stages.config import ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.engines.vllm import lora_flags
 from stages.store.artifacts import Artifact
@@ -124,7 +125,7 @@ def _rest(form: Form, made_by: dict[str, Any], base_dtype: bool) -> str:
 
 def _of_hub(base: str) -> str:
     """The line that names the base model, if it can be one of the hub's: a folder is refused there."""
-    return f"base_model: {base}\n" if may_be_hub_id(base) else ""
+    return f"base_model: {base}\n" if ModelSection(name=base).of_hub else ""
 
 
 def _pinned(model: dict[str, Any]) -> str:
