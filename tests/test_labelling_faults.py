@@ -244,7 +244,8 @@ def test_voters_at_several_servers_run_side_by_side(config):
         with pytest.raises(ConfigError, match="a and b are one model and persona at two addresses"):
             classify(settings_with(config(one.url), [{**voter, "model": "judge"} for voter in voters]))
     votes = read_labels(artifact.path / "labels.jsonl")[0].votes
-    assert list(votes) == ["a", "b"] and len(one.log) == len(two.log)
+    # A request may be sent again where the machine is slow.
+    assert list(votes) == ["a", "b"] and len(set(one.log)) == len(set(two.log)) > 120
     middle = {name: sorted(times)[len(times) // 2] for name, times in at.items()}
     assert middle["a"] < max(at["b"]) and middle["b"] < max(
         at["a"]

@@ -183,14 +183,14 @@ def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp
     samples.write_text(samples.read_text(encoding="utf-8").replace('"correct": false', '"correct": true'))
     forged = lorapar("show", file, "eval:rl", "--samples")
     assert forged.code == 78 and "eval:rl@demo is damaged: " in forged.err and not forged.out
-    (config.root / "partition/latest-sft/manifest.json").write_text("{}")
-    broken = lorapar("show", file, "partition:sft")
-    assert broken.code == 78 and "partition:sft is damaged: " in broken.err
     (config.root / "sft/latest").resolve().rename(tmp_path / "away")
     gone = lorapar("show", file, "sft")
     assert gone.code == 66 and "sft is missing" in gone.err
     stale = lorapar("show", file, "eval:sft", "--samples", "--limit", "1")
     assert stale.code == 0 and "eval:sft@demo is stale: sft is missing" in stale.err and stale.out
+    (config.root / "partition/latest-sft/manifest.json").write_text("{}")
+    broken = lorapar("show", file, "partition:sft")
+    assert broken.code == 78 and "partition:sft is damaged: " in broken.err
 
 
 def test_votes_are_never_asked_again(copied):
