@@ -83,7 +83,7 @@ EQUAL = """
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bubblewrap", "landlock"])
 def test_humaneval_s_solutions(name, capsys):
-    """All canonical solutions pass, as completion and as chat answer; nothing, and equal-to-all, do not."""
+    """All canonical solutions pass, of every fourth in a chat, too; nothing, or equal to all, does not."""
     if problems := selftest(backends.BACKENDS[name]):
         pytest.skip(f"{name}: {problems[0]}")
     sandbox = Sandbox(name, Limits(seconds=10))
@@ -97,7 +97,7 @@ def test_humaneval_s_solutions(name, capsys):
     }
     passed, standard = Counter(), Counter()
     for title, answer in answers.items():
-        for example in tasks:
+        for example in tasks[:: 1 if title == "canonical" else 4]:
             text, chat = answer(example)
             grade = humaneval.grade(example, text, Context("hash", chat, sandbox))
             assert not grade.refused
@@ -106,5 +106,5 @@ def test_humaneval_s_solutions(name, capsys):
     with capsys.disabled():
         print(f"\n{name}, of {len(tasks)}: {dict(passed)}; by the benchmark's own verdict: {dict(standard)}")
     assert len(tasks) == 164
-    assert [passed[title] for title in answers] == [164, 164, 164, 0, 0]
-    assert standard["canonical"] == 164 and standard["return None"] == 0 and standard["always equal"] > 100
+    assert [passed[title] for title in answers] == [164, 41, 41, 0, 0]
+    assert standard["canonical"] == 164 and standard["return None"] == 0 and standard["always equal"] > 25
