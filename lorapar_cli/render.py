@@ -207,10 +207,11 @@ def findings(found: Iterable[Finding]) -> bool:
 
 
 def samples(made: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
-    graded = [asdict(sample) for sample in read_samples(made.path / "samples.jsonl")]
+    graded = read_samples(made.path / "samples.jsonl")
     if not graded:
         say("no graded answers; metrics.json has what the task measures")
-    for row in [row for row in graded if not (wrong and row["correct"])][:limit]:
+    for sample in [sample for sample in graded if not (wrong and sample.correct)][:limit]:
+        row = asdict(sample)
         if as_json:
             print(json.dumps(row, ensure_ascii=False))
             continue

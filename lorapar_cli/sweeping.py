@@ -63,7 +63,8 @@ def sweep(
     found = [_planned(path, base, only, column, seeds, set_) for path in paths]
     cells = [cell for one in found for cell in one.cells]
     nodes = union(cells)
-    _announce(len(cells), nodes)
+    seconds = measured(nodes)
+    _announce(len(cells), nodes, seconds)
     if dry_run:
         return
     logs = Path(cells[0].config.runs_dir) / "sweeps"
@@ -84,7 +85,7 @@ def sweep(
         raise ConfigError(f"--devices {devices}: expected numbers, separated by commas")
     if devices and jobs:
         raise ConfigError("--jobs and --devices exclude each other", "a device runs one step at a time")
-    view, say, look = watching(sys.stderr.isatty(), measured(nodes))
+    view, say, look = watching(sys.stderr.isatty(), seconds)
     with view:
         ended = Sweep(nodes, places, logs, say, look).run()
     _close(ended, len(cells))
@@ -113,9 +114,8 @@ def _numbers(text: str | None) -> list[int] | None:
         raise ConfigError(f"--seeds {text}: expected numbers, separated by commas") from None
 
 
-def _announce(cells: int, nodes: dict[Place, Node]) -> None:
-    """How much there is to do, by stage."""
-    seconds = measured(nodes)
+def _announce(cells: int, nodes: dict[Place, Node], seconds: dict[str, float]) -> None:
+    """How much there is to do, by stage. seconds: of a step of each stage, as far as they are known."""
     drawn = table("stage", "steps", "there", "to do", "takes about")
     total, known = 0.0, True
     for stage in dict.fromkeys(node.stage for node in nodes.values()):

@@ -49,7 +49,7 @@ def _kind(answer: str) -> str:
 
 def _shots(source: SourceSection) -> list[Example]:
     """Worked examples: in the benchmark's own form, or in one of training rows."""
-    own = {"prompt", "answer"} <= table(source.model_copy(update={"limit": 1}))[1][0][1].keys()
+    own = {"prompt", "answer"} <= table(source.model_copy(update={"limit": 1}))[0][1].keys()
     return load(source) if own else read(source)
 
 

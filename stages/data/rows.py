@@ -50,7 +50,7 @@ def read(source: SourceSection) -> list[Example]:
 
 def read_rows(source: SourceSection) -> Rows:
     """The same, and how many rows were left out."""
-    where, rows = table(source)
+    rows, where = table(source), str(source.path)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
     needs = f"format {kind} needs {', '.join(FIELDS[kind])}"
@@ -73,7 +73,7 @@ def each(
     found: list[tuple[str, Example]] = []
     bad: list[str] = []
     empty = 0
-    for number, row in table(source)[1] if rows is None else rows:
+    for number, row in table(source) if rows is None else rows:
         place = f"{source.path}:{number}"
         try:
             found.append((place, of(row, number)))
@@ -110,17 +110,16 @@ def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Exampl
     return [example for _, example in first.values()]
 
 
-def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """The name of a source and its first `limit` rows, each with its number.
+def table(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
+    """The first `limit` rows of a source, each with its number.
 
     Rows are as they stand there, but for values of a hub data set that JSON has not: dates become texts.
     DataError lists every row with half of a surrogate pair, which no file could hold.
     """
     file = local_file(source)
     rows = read_jsonl(file)[: source.limit] if file else _of_hub(source)
-    where = str(source.path)
     broken = [
-        f"{where}:{number}: field {name} has half of a surrogate pair"
+        f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
         if not encodes(row)
         for name, value in row.items()
@@ -128,7 +127,7 @@ def table(source: SourceSection) -> tuple[str, list[tuple[int, dict[str, Any]]]]
     ]
     if broken:
         raise problems("bad row", broken)
-    return where, rows
+    return rows
 
 
 def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:

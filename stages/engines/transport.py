@@ -30,13 +30,16 @@ LONGEST_WAIT_S = 60
 """Longest wait that a server may ask for by Retry-After."""
 ALIVE_S = 5
 REST_S = 15
-
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts that no proxy is asked for."""
 Done = tuple[int, Any, asyncio.Event]
 """Index and answer of an item, and what to set when it is dealt with; -1: a worker has no more items."""
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def asks_proxy(*urls: str) -> bool:
+    """Whether the proxy that the environment names may be asked: for servers of this machine it is not."""
+    return not all(httpx.URL(url).host in LOOPBACK for url in urls)
 
 
 @dataclass
@@ -130,10 +133,10 @@ class Transport:
         # One connection per request: on a kept one, a reply that is sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        here = all(httpx.URL(url).host in LOOPBACK for url in self.urls)
+        proxy = asks_proxy(*self.urls)
         try:
             return httpx.AsyncClient(
-                headers=headers, timeout=self.server.timeout_s, limits=limits, trust_env=not here
+                headers=headers, timeout=self.server.timeout_s, limits=limits, trust_env=proxy
             )
         except (ValueError, ImportError) as error:
             raise ConfigError(

@@ -138,7 +138,7 @@ class Watch(TrainerCallback):
         found = [(name.split("/")[-1], logs.get(name)) for name in self.shown]
         values = [f"{name} {value:.3g}" for name, value in found if value is not None]
         self.progress.advance(1, "  ".join(values))
-        if not self.patience or NO_SIGNAL not in logs:
+        if not self.patience or "frac_reward_zero_std" not in logs:
             return  # a later pass over the same completions
         equal = equal_rewards(state.log_history)
         if equal == 1:
@@ -157,11 +157,7 @@ class Watch(TrainerCallback):
             control.should_save = False
 
 
-NO_SIGNAL = "frac_reward_zero_std"
-"""TRL's name for the share of a step's groups in which all rewards are equal."""
-
-
 def equal_rewards(history: list[dict[str, Any]]) -> int:
     """How many of the last steps in a row had equal rewards in every group."""
-    steps = [row[NO_SIGNAL] for row in history if NO_SIGNAL in row]
+    steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
     return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))

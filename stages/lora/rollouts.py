@@ -15,7 +15,7 @@ from transformers import set_seed
 from stages import team
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
-from stages.engines.transport import LOOPBACK
+from stages.engines.transport import asks_proxy
 from stages.engines.vllm import ON_CPU
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged
@@ -77,8 +77,7 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
     start = f"start it on other GPUs than the trainer's: VLLM_SERVER_DEV_MODE=1 vllm serve {model} {FLAGS}"
     url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
     try:
-        through_proxy = httpx.URL(url).host not in LOOPBACK
-        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=through_proxy)
+        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=asks_proxy(url))
         config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
         mode = config.get("model_config", {}).get("logprobs_mode")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -51,13 +51,10 @@ def resolved(config: Config) -> Config:
         return auto if engine == "auto" else engine
 
     of_votes = "vllm" if have else "transformers"
-    asked = config.classify.strategy == "vote"
-    voters = [
-        voter.model_copy(update={"engine": settled(voter.engine, "openai" if voter.base_url else of_votes)})
-        if asked
-        else voter
-        for voter in config.classify.voters
-    ]
+    voters = config.classify.voters
+    if config.classify.strategy == "vote":
+        engines = [settled(voter.engine, "openai" if voter.base_url else of_votes) for voter in voters]
+        voters = [v.model_copy(update={"engine": e}) for v, e in zip(voters, engines, strict=True)]
     # The driver's own device file: asking torch would load it for every command.
     served = have and Path("/dev/nvidiactl").exists() and config.served_by_vllm
     of_eval = "vllm" if served else "transformers"

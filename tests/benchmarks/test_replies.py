@@ -1,6 +1,7 @@
 """From what an engine gave to the text that is graded, and to the verdict."""
 
 import pytest
+from conftest import Silent
 
 from stages.benchmarks.grading import Context, Grade
 from stages.benchmarks.replies import Recorded, Replies
@@ -12,17 +13,6 @@ from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled
 
 DEMO = BenchmarkSection(kind="demo", path="x.jsonl")
-
-
-class Silent:
-    def start(self, title, total):
-        pass
-
-    def advance(self, number):
-        pass
-
-    def say(self, line):
-        pass
 
 
 @pytest.fixture(scope="module")
