@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import beginning, inspection, planning, products, render, sweeping
+from lorapar_cli import beginning, inspection, planning, products, render, reporting, sweeping
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
@@ -203,7 +203,7 @@ def _spawn(arguments: list[str]) -> None:
 _COMMANDS: dict[str, Callable[..., None]] = {
     "init": beginning.init,
     "sweep": sweeping.sweep,
-    "report": sweeping.report,
+    "report": reporting.report,
     "plan": planning.plan,
     "status": inspection.status,
     "show": inspection.show,

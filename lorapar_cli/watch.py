@@ -1,7 +1,7 @@
 """A sweep at a glance: one view that is rewritten on a terminal. Elsewhere its lines are all there is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from lorapar_cli import render
 from stages.sweep.local import Sweep
 from stages.sweep.steps import Place
 
-TAIL = 400
-"""Bytes at the end of a step's log in which its last line is looked for."""
+TAIL = 4000
+"""Bytes at the end of a step's log in which its last lines are looked for."""
 
 
 def summary(sweep: Sweep, seconds: dict[str, float]) -> str:
@@ -89,13 +89,25 @@ class Watch:
 
 def last_line(path: Path) -> str:
     """Of a log, which may not be there yet."""
+    return next(_from_the_end(path), "")
+
+
+def last_error(path: Path) -> str:
+    """The last line of a log that is an error of ours, or else its last line."""
+    lines = list(_from_the_end(path))
+    said = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
+    return next(said, next(iter(lines), "no word"))
+
+
+def _from_the_end(path: Path) -> Iterator[str]:
+    """Lines at the end of a log that say something, the last one first."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             lines = file.read().decode(errors="replace").split("\n")
     except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line.strip()), "")
+        return
+    yield from (line for line in reversed(lines) if line.strip())
 
 
 def watching(

@@ -1,4 +1,4 @@
-"""What this process has of the machine: cores, and how much memory it used at most, in MiB (2²⁰ bytes)."""
+"""What this process has of the machine: cores, memory in MiB (2²⁰ bytes), and its GPUs' energy in joules."""
 
 from __future__ import annotations
 
@@ -55,6 +55,32 @@ def peak() -> int:
     """Of the memory that is scarce: the GPU's, or without one the machine's."""
     found = peaks()
     return found.get("device", 0) if _has_gpu() else found["process"]
+
+
+def joules() -> float | None:
+    """What the GPUs that are visible here have used since their driver was loaded, by NVML; None if unknown.
+
+    All processes on them count, servers too.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = range(pynvml.nvmlDeviceGetCount()) if asked is None else filter(None, asked.split(","))
+        handles = [_nvml_handle(pynvml, str(name).strip()) for name in names]
+        used = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+    except pynvml.NVMLError:  # no driver, no such device, or one that does not tell
+        return None
+    return sum(used) / 1000 if used else None
+
+
+def _nvml_handle(pynvml: Any, name: str) -> Any:
+    if name.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _in_use() -> Any:

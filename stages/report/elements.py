@@ -29,7 +29,7 @@ def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
 
 
 def _of(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> list[Part]:
-    """title: unlike others of the page."""
+    """title: of the figure of both systems, where there are several."""
     made: list[Part] = []
     if masks is not None:
         summary = masks.manifest["summary"]
@@ -38,16 +38,16 @@ def _of(config: Config, score: Artifact | None, masks: Artifact | None, title: s
         rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
         made.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
-        pictures = [_importance(config, score, title)]
+        pictures = [_importance(config, score)]
         if masks is not None:
             pictures.append(both(score, masks, title))
         made.append(Pictures(pictures))
     if masks is not None:
-        made += _regions(masks, title)
+        made += _regions(masks)
     return made
 
 
-def _importance(config: Config, score: Artifact, title: str) -> Picture:
+def _importance(config: Config, score: Artifact) -> Picture:
     from stages.lora.masks import flat, read_importance
 
     scores = read_importance(score.path / "importance.safetensors")
@@ -59,13 +59,13 @@ def _importance(config: Config, score: Artifact, title: str) -> Picture:
     }
     said = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
     text = f"Cumulative importance; {theta:g} of it is reached by about {said}."
-    return Picture(figures.svg(figures.cumulative(curves, theta), f"importance {title}"), text, text)
+    return Picture(figures.svg(figures.cumulative(curves, theta)), text, text)
 
 
 def both(score: Artifact, masks: Artifact, title: str) -> Picture:
     """Importance for System 1 against that for System 2, of a sample of the elements of each region.
 
-    Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: unlike others of the page.
+    Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: where there are several.
     """
     import torch
 
@@ -95,7 +95,7 @@ def both(score: Artifact, masks: Artifact, title: str) -> Picture:
     text = f"{title}: {text}" if title else text
     red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
     drawn = figures.against(groups, [red, blue, purple], title)
-    return Picture(figures.svg(drawn, f"both {title}"), f"Importance by system. {text}", text)
+    return Picture(figures.svg(drawn), f"Importance by system. {text}", text)
 
 
 def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
@@ -108,42 +108,78 @@ def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
     return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
 
 
-def _regions(masks: Artifact, of: str) -> list[Part]:
-    """Heat maps of the share of each region, layer × module, A and B apart."""
+def _regions(masks: Artifact) -> list[Part]:
+    """Heat maps of the share of each region, layer × module, A and B apart, beside a draw at random."""
     from stages.lora.masks import Masks
-    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
 
     region = Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region
-    made: list[Part] = []
+    control = _shuffled(region)
+    made: list[Part] = [
+        Text(
+            "By layer and module; the second line of each has the same elements put anywhere at random.", True
+        )
+    ]
     for factor in ("A", "B"):
-        cells: dict[tuple[int, str], Tensor] = {}
-        for name, tensor in region.items():
-            match = re.search(rf"\.(\d+)\.([\w.]+)\.lora_{factor}\b", name)
-            if match:
-                cells[int(match[1]), match[2]] = tensor
-        if not cells:
-            continue
-        layers = sorted({layer for layer, _ in cells})
-        modules = list(dict.fromkeys(module for _, module in cells))
-        names = _short(modules)
-        pictures = []
-        for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
-            shares = [
+        pairs = [_cells(one, factor) for one in (region, control)]
+        if pairs[0]:
+            made += [Pictures(line) for line in _heat_maps(pairs[0], pairs[1], factor)]
+    return made if len(made) > 1 else []
+
+
+def _shuffled(region: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same regions, with as many elements each, put anywhere at random."""
+    import torch
+
+    whole = torch.cat([tensor.flatten() for tensor in region.values()])
+    mixed = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))]
+    parts = mixed.split([tensor.numel() for tensor in region.values()])
+    return {name: part.view_as(region[name]) for name, part in zip(region, parts, strict=True)}
+
+
+Cells = dict[tuple[int, str], "Tensor"]
+"""Layer and module → its region codes."""
+
+
+def _cells(region: dict[str, Tensor], factor: str) -> Cells:
+    found = {}
+    for name, tensor in region.items():
+        if match := re.search(rf"\.(\d+)\.([\w.]+)\.lora_{factor}\b", name):
+            found[int(match[1]), match[2]] = tensor
+    return found
+
+
+def _heat_maps(cells: Cells, control: Cells, factor: str) -> tuple[list[Picture], list[Picture]]:
+    """Of each region, and of each at random, with one scale for both."""
+    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+
+    layers = sorted({layer for layer, _ in cells})
+    modules = list(dict.fromkeys(module for _, module in cells))
+    names = _short(modules)
+    real: list[Picture] = []
+    random: list[Picture] = []
+    for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
+        both = [
+            [
                 [
-                    100 * float((cells[at, m] == code).float().mean()) if (at, m) in cells else math.nan
+                    100 * float((part[at, m] == code).float().mean()) if (at, m) in part else math.nan
                     for m in modules
                 ]
                 for at in layers
             ]
-            there = [share for line in shares for share in line if not math.isnan(share)]
-            drawn = figures.heat([str(layer) for layer in layers], names, shares, f"{title}, {factor}, %")
-            text = (
-                f"Share of {title} elements in each {factor} matrix, by layer and module: from "
-                f"{min(there):.0f} to {max(there):.0f} %."
+            for part in (cells, control)
+        ]
+        there = [[x for line in shares for x in line if not math.isnan(x)] for shares in both]
+        ends = min(map(min, there)), max(map(max, there))
+        for made, shares, values, how in zip((real, random), both, there, ("", " at random"), strict=True):
+            drawn = figures.heat(
+                [str(at) for at in layers], names, shares, f"{title}{how}, {factor}, %", ends
             )
-            pictures.append(Picture(figures.svg(drawn, f"{title}-{factor} {of}"), text))
-        made.append(Pictures(pictures))
-    return made
+            text = (
+                f"Share of {title} elements in each {factor} matrix{how}, by layer and module: from "
+                f"{min(values):.0f} to {max(values):.0f} %."
+            )
+            made.append(Picture(figures.svg(drawn), text))
+    return real, random
 
 
 def _short(modules: list[str]) -> list[str]:

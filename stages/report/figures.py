@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from stages.store.digests import id_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -27,19 +29,19 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def svg(figure: Figure, name: str) -> str:
-    """The figure as an `svg` element. name: unlike that of any other figure of the page."""
+def svg(figure: Figure) -> str:
+    """The figure as an `svg` element. Its ids are unlike those of any other figure that a page may have."""
     from matplotlib import rc_context
 
     out = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": "lorapar"}):
         # Only what a figure has drawn as a picture has dots.
         figure.savefig(out, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    mark = re.sub(r"\W+", "-", name)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{mark}-", text)
+    mark = id_of(text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{mark}-", text)
     # It takes the width that the page gives it, between half of its own, to be legible, and its own.
     own = 96 * figure.get_figwidth()
     width = f'style="min-width: {own / 2:.0f}px; max-width: {own:.0f}px"'
@@ -96,6 +98,7 @@ def dots(
     if any(published.values()):
         axes.plot([], [], "D", color=INK, fillstyle="none", label="published")
     axes.set_yticks([-i - step * (len(series) - 1) / 2 for i in range(len(rows))], rows)
+    axes.set_ylim(-len(rows), 0.5)
     axes.set_xlabel("%")
     axes.grid(axis="x", alpha=0.2)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -166,12 +169,14 @@ def against(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
 
 
 @styled
-def heat(rows: list[str], columns: list[str], shares: list[list[float]], title: str) -> Figure:
-    """Shares in percent by row and column, light to dark; each panel has a scale of its own."""
+def heat(
+    rows: list[str], columns: list[str], shares: list[list[float]], title: str, ends: tuple[float, float]
+) -> Figure:
+    """Shares in percent by row and column, light to dark. ends: of the scale."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _new(2.9, 0.9 + 0.11 * len(rows))
-    drawn = axes.imshow(shares, aspect="auto", cmap="viridis")
+    drawn = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=ends[0], vmax=ends[1])
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     # A hybrid model has such modules in some of its layers only.

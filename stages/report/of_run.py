@@ -8,15 +8,13 @@ from typing import Any
 from stages.benchmarks.metrics import graded, shares
 from stages.benchmarks.statistics import p_value
 from stages.config import REGIONS, Config
-from stages.config.fields import Section as Settings
 from stages.lora import curves
 from stages.pipeline.plan import Step
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures
+from stages.report import comparison, elements, figures, provenance
 from stages.report.page import (
     Command,
-    Details,
     Grid,
     Item,
     Items,
@@ -28,7 +26,6 @@ from stages.report.page import (
     render,
 )
 from stages.store.artifacts import Artifact, Store
-from stages.store.estimates import spent
 from stages.sweep.formats import accuracy
 
 SHOWN = 4
@@ -37,6 +34,16 @@ SHOWN = 4
 
 def page(config: Config, steps: dict[str, Step], command: str) -> str:
     """command: what makes the steps that are missing."""
+    lead, sections, missing = of(config, steps)
+    if missing:
+        sections.append(
+            Section("missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)])
+        )
+    return render(f"lorapar: {config.run}", lead, sections)
+
+
+def of(config: Config, steps: dict[str, Step]) -> tuple[list[str], list[Section], list[str]]:
+    """Verdicts, all that there is to be seen, and the steps that are not current."""
     store = Store(config.root)
     made = {
         name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
@@ -51,14 +58,10 @@ def page(config: Config, steps: dict[str, Step], command: str) -> str:
         Section("training", "Training", _training(found)),
         Section("elements", "Elements", elements.parts(config, found)),
         Section("labels", "Labels", _labels(found)),
-        Section("cost", "Cost", [_cost(found)] if found else []),
-        Section("settings", "Settings and versions", _settings(config, found)),
+        Section("cost", "Cost", [provenance.cost(found)] if found else []),
+        Section("settings", "Settings and versions", provenance.settings(config, found)),
     ]
-    if missing:
-        sections.append(
-            Section("missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)])
-        )
-    return render(f"lorapar: {config.run}", _verdicts(tables), sections)
+    return _verdicts(tables), sections, missing
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -111,7 +114,7 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
             }
             for target in targets
         }
-        drawn = figures.svg(figures.dots(groups, series, {}), f"results-{name}")
+        drawn = figures.svg(figures.dots(groups, series, {}))
         parts.append(
             Pictures([Picture(drawn, f"Accuracies on {name} with intervals, as in the table above.")])
         )
@@ -141,36 +144,42 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
         if len(targets) < 2:
             continue
         earlier, later = (_answers(found[f"eval:{target}@{name}"]) for target in targets)
-        less, more = shares(earlier), shares(later)
-        both = [item for item in more if item in less]
-        won = [item for item in both if more[item] > less[item]]
-        lost = [item for item in both if more[item] < less[item]]
-        several = " by their shares of right answers" if any(len(later[item]) > 1 for item in both) else ""
-        told = f"{name}: {targets[1]} wins {len(won)} and loses {len(lost)} of {len(both)} items{several}."
-        parts.append(Text(told))
-        before, after = ({item: given[0] for item, given in part.items()} for part in (earlier, later))
-        shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
-        parts.append(
-            Items(
-                [
-                    Item(
-                        how,
-                        "" if after[i].system is None else f"System {after[i].system}",
-                        after[i].prompt.strip(),
-                        after[i].gold or "",
-                        targets[0],
-                        before[i].output.strip(),
-                        targets[1],
-                        after[i].output.strip(),
-                    )
-                    for how, i in shown
-                ]
-            )  # fmt: skip
-        )
+        parts += unlike(f"{name}: ", (targets[0], earlier), (targets[1], later))
     return parts
 
 
-def _answers(artifact: Artifact) -> dict[str, list[Sample]]:
+Answers = dict[str, list[Sample]]
+"""Of each item, those that count."""
+
+
+def unlike(what: str, first: tuple[str, Answers], second: tuple[str, Answers]) -> list[Part]:
+    """Items that two models, each with its title, answered unlike. what: before the sentence on them."""
+    (title, earlier), (other, later) = first, second
+    less, more = shares(earlier), shares(later)
+    both = [item for item in more if item in less]
+    won = [item for item in both if more[item] > less[item]]
+    lost = [item for item in both if more[item] < less[item]]
+    several = " by their shares of right answers" if any(len(later[item]) > 1 for item in both) else ""
+    told = f"{what}{other} wins {len(won)} and loses {len(lost)} of {len(both)} items{several}."
+    before, after = ({item: given[0] for item, given in part.items()} for part in (earlier, later))
+    shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
+    items = [
+        Item(
+            how,
+            "" if after[i].system is None else f"System {after[i].system}",
+            after[i].prompt.strip(),
+            after[i].gold or "",
+            title,
+            before[i].output.strip(),
+            other,
+            after[i].output.strip(),
+        )
+        for how, i in shown
+    ]
+    return [Text(told), Items(items)]
+
+
+def _answers(artifact: Artifact) -> Answers:
     """Those to each item that count."""
     return graded(list(read_samples(artifact.path / "samples.jsonl")))
 
@@ -181,7 +190,7 @@ def _training(found: dict[str, Artifact]) -> list[Part]:
         if name not in found:
             continue
         history = json.loads((found[name].path / "history.json").read_text(encoding="utf-8"))
-        drawn = figures.svg(figures.styled(curves.drawn)(history), f"curves-{name}")
+        drawn = figures.svg(figures.styled(curves.drawn)(history))
         text = f"Curves of {name} over {len(history)} steps: loss, lengths, and rewards where there are any."
         parts.append(Pictures([Picture(drawn, text, f"{name}, by optimizer step")]))
     return parts
@@ -228,56 +237,3 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %"
-
-
-def _cost(found: dict[str, Artifact]) -> Grid:
-    rows = []
-    for name, artifact in found.items():
-        provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
-        share = summary.get("active_share")
-        took, told = spent(provenance)
-        rows.append([
-            name, _rounded(took.seconds), _rounded(told.seconds), _rounded(took.mib), _rounded(told.mib),
-            str(provenance.get("processes", 1)), provenance.get("dtype", ""),
-            "" if share is None else f"{100 * share:.1f} %",
-        ])  # fmt: skip
-    head = ["step", "seconds", "planned", "memory, MiB", "planned", "processes", "type", "active elements"]
-    return Grid(head, rows, "Planned: as `lorapar plan` told before.")
-
-
-def _rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
-
-
-def _settings(config: Config, found: dict[str, Artifact]) -> list[Part]:
-    changed = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _changed(config)]
-    parts: list[Part] = [Grid(["setting", "value"], changed, "What differs from the defaults.", prose=True)]
-    versions: dict[str, set[str]] = {}
-    for artifact in found.values():
-        for package, version in artifact.manifest["provenance"].get("versions", {}).items():
-            versions.setdefault(package, set()).add(version)
-    if versions:
-        rows = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
-        parts.append(Details("Versions", Grid(["package", "version"], rows)))
-    places = [[name, str(artifact.path)] for name, artifact in found.items()]
-    return (
-        [*parts, Details("Where the artifacts lie", Grid(["step", "folder"], places, prose=True))]
-        if places
-        else parts
-    )
-
-
-def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted name and value of each setting that is not the default."""
-    changed: list[tuple[str, Any]] = []
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        default = None if field.is_required() else field.default
-        if value == default:
-            continue
-        if isinstance(value, Settings) and (isinstance(default, Settings) or field.is_required()):
-            changed += _changed(value, f"{prefix}{name}.")
-        else:
-            plain = section.model_dump(mode="json", exclude_defaults=True)
-            changed.append((f"{prefix}{name}", plain.get(name)))
-    return changed

@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.benchmarks.statistics import holm, p_value
-from stages.report import elements, figures
-from stages.report.page import Command, Grid, Part, Picture, Pictures, Section, Text, render
+from stages.pipeline.plan import Step
+from stages.report import elements, figures, of_run
+from stages.report.of_run import unlike
+from stages.report.page import (
+    Command,
+    Details,
+    Grid,
+    Heading,
+    Part,
+    Picture,
+    Pictures,
+    Section,
+    Text,
+    render,
+)
+from stages.store.estimates import Told, spent
 from stages.sweep import formats
 from stages.sweep.file import Plot
-from stages.sweep.results import Results, Value
+from stages.sweep.results import Results, Value, answers
+from stages.sweep.table import Cell
 
 if TYPE_CHECKING:
     from stages.lora.curves import History
 
 
-def page(found: list[tuple[Results, str]]) -> str:
-    """found: each table with the command that makes what is missing of it."""
+@dataclass(frozen=True)
+class Commands:
+    """What makes what is missing of a table, and of each of its rows."""
+
+    all: str
+    rows: dict[str, str]
+
+
+def page(found: list[tuple[Results, Commands]]) -> str:
     titles = [results.table.file.title for results, _ in found]
     lead = [verdict for results, _ in found if (verdict := _verdict(results))]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
-    return render(title, lead, [_section(results, command) for results, command in found])
+    return render(title, lead, [_section(results, commands) for results, commands in found])
 
 
 def _verdict(results: Results) -> str:
@@ -45,22 +68,93 @@ def _verdict(results: Results) -> str:
     return f"{begin}told apart from chance ({how}), in points: {'; '.join(named)}."
 
 
-def _section(results: Results, command: str) -> Section:
+def _section(results: Results, commands: Commands) -> Section:
     file = results.table.file
     head, rows = formats.grid(results)
     name = re.sub(r"\W+", "-", results.table.path.stem)
     parts: list[Part] = [Text(file.notes.strip())] if file.notes else []
     parts.append(Grid(head, rows, formats.legend(results)))
-    if drawn := (_over(results, file.plot, name) if file.plot else None) or _dots(results, name):
+    if drawn := (_over(results, file.plot) if file.plot else None) or _dots(results):
         parts.append(Pictures([drawn]))
     if file.importance and (pictures := _importance(results)):
         parts.append(Pictures(pictures))
-    if curves := _trainings(results, f"{name}-rl"):
+    if curves := _trainings(results):
         parts.append(Pictures([curves]))
-    return Section(name, file.title, [*parts, Text("Made, or completed, by:", quiet=True), Command(command)])
+    parts += [Text("Made, or completed, by:", quiet=True), Command(commands.all)]
+    parts += [_rows(results, commands), *_unlike(results), *_whole(results)]
+    return Section(name, file.title, parts)
 
 
-def _dots(results: Results, name: str) -> Picture | None:
+def _rows(results: Results, commands: Commands) -> Details:
+    """What each row is, what it took, and what makes it."""
+    settings = results.table.file.settings()
+    lines = []
+    for row in results.table.rows:
+        cells = [cell for cell in results.table.cells if cell.row == row]
+        spent = [each for cell in cells for each in _spent(results, cell)]
+        seconds = sum(took.seconds or 0 for took in spent) / len(cells)
+        peak = max((took.mib for took in spent if took.mib is not None), default=None)
+        own = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
+        lines.append([
+            row, "; ".join(own), f"{seconds:.0f}" if spent else "",
+            "" if peak is None else f"{peak:.0f}", commands.rows[row],
+        ])  # fmt: skip
+    caption = "Seconds: of a seed in the mean, with the steps that it shares with others."
+    head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
+    return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
+
+
+def _spent(results: Results, cell: Cell) -> list[Told]:
+    """Of each step that is made for a cell."""
+    names: dict[str, None] = {}
+
+    def add(step: Step) -> None:
+        names[step.name] = None
+        for before in step.inputs.values():
+            add(before)
+
+    for column in cell.columns.values():
+        for name in column.steps:
+            add(cell.steps[name])
+    made = (results.artifacts.current(cell, name) for name in names)
+    return [spent(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None]
+
+
+def _unlike(results: Results) -> list[Part]:
+    """Items that a row and the one that it is compared with answered unlike, in their first common seed."""
+    compare, against = results.table.file.compare, results.table.against
+    if compare is None:
+        return []
+    first = {cell.seed: cell for cell in results.table.cells if cell.row == against}
+    parts: list[Part] = []
+    for row in results.table.rows:
+        both = [cell for cell in results.table.cells if cell.row == row and cell.seed in first]
+        if row == against or results.comparisons.get(row) is None or not both:
+            continue
+        given = []
+        for cell in (first[both[0].seed], both[0]):
+            column = cell.columns[compare.on]
+            artifact = results.artifacts.current(cell, column.step)
+            given.append((cell.row, answers(artifact, column) if artifact else {}))
+        parts += unlike(f"{compare.on}, seed {both[0].seed}: ", *given)
+    return [Details(f"Won and lost against {against}", parts)] if parts else []
+
+
+def _whole(results: Results) -> list[Part]:
+    """All that there is to be seen of one cell: of the row that others are compared with, or the first."""
+    cells = results.table.cells
+    cell = next((cell for cell in cells if cell.row == results.table.against), cells[0])
+    lead, sections, _ = of_run.of(cell.config, cell.steps)
+    if not any(section.parts for section in sections if section.id in ("results", "training")):
+        return []
+    parts: list[Part] = [Text(sentence) for sentence in lead]
+    for section in sections:
+        if section.parts:
+            parts += [Heading(section.title), *section.parts]
+    return [Details(f"In full: {cell.row}, seed {cell.seed}", parts)]
+
+
+def _dots(results: Results) -> Picture | None:
     """Accuracies by row; None while there is none."""
     file, rows = results.table.file, results.table.rows
     series: dict[str, dict[str, figures.Mark]] = {}
@@ -74,7 +168,7 @@ def _dots(results: Results, name: str) -> Picture | None:
     published = {c: {r: part[c] for r, part in file.paper.items() if c in part and r in rows} for c in series}
     drawn = figures.dots(rows, series, published)
     text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
-    return Picture(figures.svg(drawn, name), text, "Accuracy with its 95 % interval over items.")
+    return Picture(figures.svg(drawn), text, "Accuracy with its 95 % interval over items.")
 
 
 def _mark(value: Value) -> figures.Mark:
@@ -82,7 +176,7 @@ def _mark(value: Value) -> figures.Mark:
     return 100 * value.mean, 100 * value.low, 100 * value.high
 
 
-def _over(results: Results, plot: Plot, name: str) -> Picture | None:
+def _over(results: Results, plot: Plot) -> Picture | None:
     """One column over another, by the series that the rows are called after; None while there is nothing."""
     series: dict[str, list[figures.Point]] = {}
     lines: dict[str, float] = {}
@@ -104,10 +198,10 @@ def _over(results: Results, plot: Plot, name: str) -> Picture | None:
         return None
     drawn = figures.over(series, published, lines, plot.x, f"{plot.y}, %")
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    return Picture(figures.svg(drawn, name), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
+    return Picture(figures.svg(drawn), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
 
 
-def _trainings(results: Results, name: str) -> Picture | None:
+def _trainings(results: Results) -> Picture | None:
     """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
     from stages.lora.curves import OVERVIEW
 
@@ -126,7 +220,7 @@ def _trainings(results: Results, name: str) -> Picture | None:
         return None
     drawn = figures.trainings(runs, OVERVIEW)
     text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
-    return Picture(figures.svg(drawn, name), text, f"RL, moving means over {figures.WINDOW} steps.")
+    return Picture(figures.svg(drawn), text, f"RL, moving means over {figures.WINDOW} steps.")
 
 
 def _importance(results: Results) -> list[Picture]:

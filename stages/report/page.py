@@ -69,13 +69,21 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Heading:
+    text: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
 class Details:
+    """Parts that a reader opens."""
+
     summary: str
-    table: Grid
+    parts: list[Part]
     kind: ClassVar[str] = "details"
 
 
-Part = Text | Grid | Pictures | Command | Items | Details
+Part = Text | Grid | Pictures | Command | Items | Heading | Details
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,35 +69,37 @@ class TableFile(Section):
     notes: str = setting("", "What a reader has to know.")
 
     @model_validator(mode="after")
-    def _names(self) -> TableFile:
+    def _kind(self) -> TableFile:
         if bool(self.rows) == bool(self.grid):
             raise ValueError("a table has rows or a grid")
         if empty := [name for name, values in self.grid.items() if not values]:
             raise ValueError(f"grid: {empty[0]} has no values")
+        return self
+
+    def mistakes(self) -> Iterator[str]:
+        """What does not go together in it."""
         names = self.settings()
-        for text in self.columns.values():
-            _check(text)
+        yield from filter(None, map(_wrong, self.columns.values()))
         for row, own in names.items():
-            _check_own(row, own)
-        for row in self.paper:
+            yield from _wrong_own(row, own)
+        for row, values in self.paper.items():
             if row not in names:
-                raise ValueError(f"paper has values for {row!r}, which is no row")
-            if unknown := self.paper[row].keys() - self.columns.keys():
-                raise ValueError(f"paper has a value for {sorted(unknown)[0]!r}, which is no column")
+                yield f"paper has values for {row!r}, which is no row"
+            for column in values.keys() - self.columns.keys():
+                yield f"paper has a value of {row!r} for {column!r}, which is no column"
         if self.compare and self.compare.against not in names:
-            raise ValueError(f"compare.against {self.compare.against!r} is no row")
+            yield f"compare.against {self.compare.against!r} is no row"
         if self.compare and not _accuracy(self.columns.get(self.compare.on, "")):
-            raise ValueError(f"compare.on {self.compare.on!r} is no column of accuracies")
+            yield f"compare.on {self.compare.on!r} is no column of accuracies"
         if self.plot and self.plot.x not in self.columns:
-            raise ValueError(f"plot.x {self.plot.x!r} is no column")
+            yield f"plot.x {self.plot.x!r} is no column"
         if self.plot and not _accuracy(self.columns.get(self.plot.y, "")):
-            raise ValueError(f"plot.y {self.plot.y!r} is no column of accuracies")
+            yield f"plot.y {self.plot.y!r} is no column of accuracies"
         tested = {self.compare and self.compare.on, self.plot and self.plot.y}
         for row, own in names.items():
-            for name, text in (own.get("columns") or {}).items():
-                if name in tested and text is not None and not _accuracy(text):
-                    raise ValueError(f"row {row!r}: its own {name!r} is compared or plotted, and no accuracy")
-        return self
+            for name, text in _columns(own).items():
+                if name in tested and isinstance(text, str) and not _accuracy(text):
+                    yield f"row {row!r}: its own {name!r} is compared or plotted, and no accuracy"
 
     def narrowed(self, names: list[str]) -> TableFile:
         """With these columns alone; rows are compared on the first accuracy if their own is not there."""
@@ -163,30 +166,36 @@ def _accuracy(text: str) -> bool:
     return "@" in text and " - " not in text
 
 
-def _check(text: str) -> None:
-    """ValueError if a column's text is no accuracy, no difference of two, and no value of a summary."""
+def _wrong(text: str) -> str | None:
+    """What is wrong with a column's text: it is an accuracy, a difference of two, or a summary's value."""
     parts = [Column.of(part) for part in text.split(" - ")]
     if len(parts) > 2 or (len(parts) == 2 and not all(part.graded for part in parts)):
-        raise ValueError(f"column {text!r}: a difference is one TARGET@BENCHMARK less another")
+        return f"column {text!r}: a difference is one TARGET@BENCHMARK less another"
     for column in parts:
         if not column.graded and not column.rest:
-            raise ValueError(f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
+            return f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE"
         if column.graded and column.rest not in ("", FLEXIBLE, *SYSTEMS) and "=" not in column.rest:
-            raise ValueError(
+            return (
                 f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE; or {FLEXIBLE}"
             )
+    return None
 
 
-def _check_own(row: str, own: dict[str, Any]) -> None:
-    """ValueError unless a row's `base` is a path and its `columns` are texts, or null for one it lacks."""
+def _wrong_own(row: str, own: dict[str, Any]) -> Iterator[str]:
+    """A row's `base` must be a path and its `columns` texts, or null for one that it lacks."""
     if not isinstance(own.get("base", ""), str):
-        raise ValueError(f"row {row!r}: base must be a path, got {own['base']!r}")
+        yield f"row {row!r}: base must be a path, got {own['base']!r}"
     columns = own.get("columns", {})
     if not isinstance(columns, dict) or not all(isinstance(text, str | None) for text in columns.values()):
-        raise ValueError(f"row {row!r}: columns must be names with what they show, or null, got {columns!r}")
-    for text in columns.values():
-        if text is not None:
-            _check(text)
+        yield f"row {row!r}: columns must be names with what they show, or null, got {columns!r}"
+    texts = [text for text in _columns(own).values() if isinstance(text, str)]
+    yield from filter(None, map(_wrong, texts))
+
+
+def _columns(own: dict[str, Any]) -> dict[str, Any]:
+    """A row's own columns."""
+    columns = own.get("columns")
+    return columns if isinstance(columns, dict) else {}
 
 
 def is_table(path: Path) -> bool:
@@ -202,9 +211,12 @@ def read(path: Path) -> TableFile:
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")
     try:
-        return TableFile.model_validate(tree(path, _beside))
+        found = TableFile.model_validate(tree(path, _beside))
     except ValidationError as error:
         raise refused(path, faults(error)) from None
+    if mistakes := list(found.mistakes()):
+        raise refused(path, mistakes)
+    return found
 
 
 def _beside(path: Path, own: dict[str, Any]) -> dict[str, Any]:

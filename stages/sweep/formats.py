@@ -28,7 +28,7 @@ def grid(results: Results) -> tuple[list[str], list[list[str]]]:
     file, compared = results.table.file, results.table.file.compare
     head = ["", *file.columns]
     if compared:
-        head.append(f"{compared.on}, less {results.table.against!r}")
+        head.append(_compared_with(results))
     rows = []
     for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]
@@ -36,6 +36,12 @@ def grid(results: Results) -> tuple[list[str], list[list[str]]]:
             cells.append(_compared(results, row))
         rows.append([row, *cells])
     return head, rows
+
+
+def _compared_with(results: Results) -> str:
+    """The head of the column of comparisons."""
+    compare = results.table.file.compare
+    return f"{compare.on}, less {results.table.against!r}" if compare else ""
 
 
 def _line(cells: list[str]) -> str:
@@ -48,7 +54,18 @@ def _cell(results: Results, row: str, name: str) -> str:
     value = results.values[row, name]
     published = results.table.file.paper.get(row, {}).get(name)
     paper = "" if published is None else f" (paper: {published:g})"
-    return ("missing" if value is None else shown(value)) + paper
+    if value is None:
+        return _missing(results, row, name) + paper
+    numbers = {one.n for one in results.values.values() if one is not None and one.n is not None}
+    items = f", n {value.n}" if value.n is not None and len(numbers) > 1 else ""
+    return shown(value) + items + paper
+
+
+def _missing(results: Results, row: str, name: str) -> str:
+    """With the seeds, if only some are missing."""
+    seeds = results.missing.get((row, name), [])
+    there = {cell.seed for cell in results.table.cells} - set(seeds)
+    return f"missing (seed {', '.join(map(str, seeds))})" if there and seeds else "missing"
 
 
 def shown(value: Value) -> str:
@@ -113,7 +130,7 @@ def legend(results: Results) -> str:
 
 
 def csv_text(results: Results) -> str:
-    """One line for each row and column; accuracies, and those of the paper, as shares of 1."""
+    """One line for each row and column, and each comparison; accuracies, and the paper's, as shares of 1."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper", "p"])
@@ -128,6 +145,11 @@ def csv_text(results: Results) -> str:
         of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
         p = "" if value.p is None else value.p
         writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
+    for row, found in results.comparisons.items():
+        if found is not None:
+            of_seeds = " ".join(f"{x:.6g}" for x in found.of_seeds)
+            numbers = [found.mean, found.low, found.high, found.n, len(found.of_seeds), of_seeds]
+            writer.writerow([row, _compared_with(results), *numbers, "", found.p])
     return out.getvalue()
 
 
@@ -138,18 +160,17 @@ _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarr
 
 
 def latex(results: Results) -> str:
-    """A `tabular` with booktabs' rules."""
-    file = results.table.file
+    """A `tabular` with booktabs' rules; items, seeds, and what the numbers are, in comments above it."""
     letters = str.maketrans(_LATEX)
+    head, rows = grid(results)
     lines = [
-        r"\begin{tabular}{l" + "r" * len(file.columns) + "}",
+        *(f"% {line}" for line in legend(results).splitlines()),
+        r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
         r"\toprule",
-        " & ".join(["", *(name.translate(letters) for name in file.columns)]) + r" \\",
+        " & ".join(name.translate(letters) for name in head) + r" \\",
         r"\midrule",
+        *(" & ".join(cell.translate(letters) for cell in cells) + r" \\" for cells in rows),
     ]
-    for row in results.table.rows:
-        cells = [_cell(results, row, name).translate(letters) for name in file.columns]
-        lines.append(" & ".join([row.translate(letters), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

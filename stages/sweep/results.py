@@ -72,17 +72,22 @@ class Results:
     """By row, where the table compares, as in `values`; without the row that the others are compared with."""
     artifacts: Artifacts
     """What the values were read from."""
+    missing: dict[tuple[str, str], list[int]]
+    """By row and column, where a value is None: the seeds of which an artifact is missing."""
 
 
 def results(table: Table) -> Results:
     reader = _Reader()
     values: dict[tuple[str, str], Value | None] = {}
+    missing = {}
     for row in table.rows:
         cells = [cell for cell in table.cells if cell.row == row]
         for name in table.file.columns:
             if all(name in cell.columns for cell in cells):
                 with suppress(_NothingToShow):
                     values[row, name] = reader.value(cells, name)
+                if (row, name) in values and values[row, name] is None:
+                    missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
     comparisons = {}
     if compare := table.file.compare:
         first = [cell for cell in table.cells if cell.row == table.against]
@@ -91,7 +96,7 @@ def results(table: Table) -> Results:
             if first and row != table.against and all(compare.on in cell.columns for cell in first + cells):
                 with suppress(_NothingToShow):
                     comparisons[row] = reader.comparison(first, cells, compare.on)
-    return Results(table, values, comparisons, reader.artifacts)
+    return Results(table, values, comparisons, reader.artifacts, missing)
 
 
 class _NothingToShow(Exception):
@@ -105,6 +110,10 @@ class _Reader:
 
     def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
         return self.artifacts.current(cell, column.step)
+
+    def lacks(self, cell: Cell, name: str) -> bool:
+        """Whether an artifact of a column is missing."""
+        return any(self._artifact(cell, part) is None for part in cell.columns[name].parts)
 
     def value(self, cells: list[Cell], name: str) -> Value | None:
         """None if the artifact of a seed is missing."""
@@ -153,11 +162,16 @@ class _Reader:
         place = (str(artifact.path), column.rest)
         if place not in self.answers:
             flexible = column.rest == FLEXIBLE
-            wanted = group("" if flexible else column.rest)
-            samples = read_samples(artifact.path / "samples.jsonl")
-            mine = graded([sample for sample in samples if wanted(sample)])
-            self.answers[place] = shares(mine, "correct_flexible" if flexible else "correct")
+            self.answers[place] = shares(
+                answers(artifact, column), "correct_flexible" if flexible else "correct"
+            )
         return self.answers[place]
+
+
+def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:
+    """Of each item of the column's group, those that count."""
+    wanted = group("" if column.rest == FLEXIBLE else column.rest)
+    return graded([sample for sample in read_samples(artifact.path / "samples.jsonl") if wanted(sample)])
 
 
 def group(text: str) -> Callable[[Sample], bool]:

@@ -35,6 +35,7 @@ OURS = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout", "teardow
 """Parameters of submitit that are no one else's to set."""
 OURS_OF_SLURM = {"dependency", "job-name", "job_name", "signal", "no-requeue", "array"}
 """The same among `additional_parameters`, which submitit writes last."""
+FAILED = "ended without its artifact"
 MOST_MINUTES = 60 * 24 * 31
 """More is no time in minutes: YAML reads 24:00:00 as 86,400."""
 KINDS: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
@@ -105,8 +106,7 @@ class Cluster:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "jobs.lock"):
-            if self.record.is_file():
-                self.jobs = self._recorded()
+            self.jobs = self._recorded()
             alive = queued()
             of: dict[Place, str] = {}
             new: set[Place] = set()
@@ -129,7 +129,26 @@ class Cluster:
                 self.say(f"job {of[place]} submitted: {node.title}")
             return of
 
+    def look(self, nodes: dict[Place, Node]) -> dict[str, int]:
+        """Say how the job of each step stands, and submit nothing; how many steps stand so."""
+        self.jobs = self._recorded()
+        alive = queued()
+        counts: dict[str, int] = {}
+        for place, node in nodes.items():
+            known = self.jobs.get("/".join(place))
+            how = "there" if node.current else alive.get((known or "", _name(node)), "").lower()
+            if not how:
+                how = "not submitted" if known is None else FAILED
+            counts[how] = counts.get(how, 0) + 1
+            if how == FAILED:
+                self.say(f"job {known} {FAILED}{self._seen(known or '')}: {node.title}")
+            elif not node.current:
+                self.say(f"{how}{f', job {known}' if known else ''}: {node.title}")
+        return counts
+
     def _recorded(self) -> dict[str, str]:
+        if not self.record.is_file():
+            return {}
         try:
             return TypeAdapter(dict[str, str]).validate_json(self.record.read_bytes())
         except ValidationError:
@@ -143,9 +162,11 @@ class Cluster:
         if here:
             subprocess.run(["scancel", known], check=False)
             return
-        log = self.folder / "slurm" / f"{known}_0_log.out"
-        seen = f"; see {log}" if log.is_file() else ", and never ran"
-        self.say(f"job {known} ended without its artifact{seen}: {node.title}")
+        self.say(f"job {known} {FAILED}{self._seen(known)}: {node.title}")
+
+    def _seen(self, job: str) -> str:
+        log = self.folder / "slurm" / f"{job}_0_log.out"
+        return f"; see {log}" if log.is_file() else ", and never ran"
 
     def _remember(self, name: str, job: str) -> None:
         self.jobs[name] = job

@@ -83,7 +83,7 @@ def table(
             except LoraparError as error:
                 wrong.setdefault(str(error), []).append(repr(name))
     mistakes = [f"row {', '.join(dict.fromkeys(rows))}: {error}" for error, rows in wrong.items()]
-    mistakes += _lost(file, cells) if not only else []
+    mistakes += _lost(file, cells) if not only or not any(cell.columns for cell in cells) else []
     same = _same(cells)
     if base is None and not columns:
         mistakes += [f"rows {other!r} and {row!r} are the same" for row, other in same.items()]
@@ -144,11 +144,15 @@ def _elsewhere(column: Column, config: Config) -> Column:
 def _lost(file: TableFile, cells: list[Cell]) -> list[str]:
     """What is wrong with columns that none of the cells has."""
     wrong = []
-    for name in file.columns if cells else ():
+    for name, text in file.columns.items() if cells else ():
         if not any(name in cell.columns for cell in cells):
-            there = [step.removeprefix("eval:") for step in cells[0].steps if step.startswith("eval:")]
-            evaluated = ", ".join(there) or "nothing"
-            wrong.append(f"column {name!r}: no row has {file.columns[name]}; evaluated are {evaluated}")
+            steps = cells[0].steps
+            if Column.of(text).graded:
+                there = [step.removeprefix("eval:") for step in steps if step.startswith("eval:")]
+                told = f"evaluated are {', '.join(there) or 'nothing'}"
+            else:
+                told = f"steps are {', '.join(step for step in steps if not step.startswith('eval:'))}"
+            wrong.append(f"column {name!r}: no row has {text}; {told}")
     return wrong
 
 

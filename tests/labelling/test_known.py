@@ -29,11 +29,21 @@ def test_labels_of_the_rows_themselves():
             '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
             '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n',
         ),
+        ("a.csv", 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0,more\n'),
     ],
 )
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert [row.system for row in labelled(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
+
+
+def test_a_csv_without_the_label_names_its_lines(tmp_path):
+    (tmp_path / "a.csv").write_text('question,voted\n"What\nis it?",1\nWhat?,2\n')
+    with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):
+        labelled(ROWS, "system", tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"question,system\n\xff,1\n")
+    with pytest.raises(DataError, match="is not CSV"):
+        labelled(ROWS, "system", tmp_path / "a.csv")
 
 
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):

@@ -1,5 +1,6 @@
 """Pages: untrusted texts stay texts, figures have alternatives, and one run shows all that it has."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from conftest import make_steps
 from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, elements, figures, of_run, of_tables
+from stages.report import comparison, elements, figures, of_run, of_tables, provenance
 from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
@@ -64,8 +65,8 @@ def test_a_section_without_parts_is_left_out():
 
 
 def drawn(name: str) -> str:
-    series = {"SFT": {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
-    return figures.svg(figures.dots(["a", "b"], series, {"SFT": {"a": 27.6}}), name)
+    series = {name: {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
+    return figures.svg(figures.dots(["a", "b"], series, {name: {"a": 27.6}}))
 
 
 def test_a_figure_is_one_element_in_the_ink_of_the_page():
@@ -77,7 +78,7 @@ def test_a_figure_is_one_element_in_the_ink_of_the_page():
     assert drawn("one") == text  # and does not tell when it was made
 
 
-def test_figures_of_one_page_have_names_of_their_own():
+def test_parts_of_unlike_figures_have_unlike_names():
     found = []
     for name in ("one", "two, %"):
         text = drawn(name)
@@ -112,7 +113,8 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
         assert f">{title}" in page
     assert ">Missing<" not in page
     assert "demo: sft answers" in page and "points against base" in page
-    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 10
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 16
+    assert "S1-only at random, A, %" in page and ">joules<" in page
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     lorapar("report", "configs/smoke.yaml", *sets, "--set", "eval.targets=[base, sft, rl]", "--out", tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -204,10 +206,41 @@ def test_the_verdict_counts_the_items_that_both_have():
 
 
 def test_a_layer_without_a_module_is_no_layer_of_zeros():
-    figure = figures.heat(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only")
+    figure = figures.heat(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only", (0, 3))
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert {"3", "7"} <= set(labels) and "0" not in labels
+
+
+def test_a_region_at_random_has_as_many_elements_anywhere():
+    """Half of one matrix and nothing of another becomes a quarter of each, or near it."""
+    generator = torch.Generator().manual_seed(1)
+    first = (torch.rand(80, 100, generator=generator) < 0.5).to(torch.int8)
+    region = {"a": first, "b": torch.zeros(100, 80, dtype=torch.int8)}
+    mixed = elements._shuffled(region)
+    assert {name: part.shape for name, part in mixed.items()} == {n: part.shape for n, part in region.items()}
+    assert sum(int(part.sum()) for part in mixed.values()) == int(first.sum())
+    assert all(abs(float(part.float().mean()) - 0.25) < 0.02 for part in mixed.values())
+    assert all(torch.equal(part, elements._shuffled(region)[name]) for name, part in mixed.items())
+
+
+def test_a_heat_map_has_the_scale_that_it_is_given():
+    (image,) = figures.heat(["0"], ["q"], [[5.0]], "S1-only", (1, 9)).axes[0].images
+    assert image.get_clim() == (1, 9)
+
+
+def test_tokens_are_those_trained_on_or_written(tmp_path):
+    def artifact(name: str, summary: dict, history: list | None = None) -> Artifact:
+        (tmp_path / name).mkdir()
+        if history is not None:
+            (tmp_path / name / "history.json").write_text(json.dumps(history))
+        return Artifact(tmp_path / name, {"summary": summary})
+
+    trained = artifact("sft", {}, [{"num_tokens": 90.0}, {"loss": 1, "num_tokens": 180.0}, {"loss": 1}])
+    assert provenance.tokens(trained) == 180
+    assert provenance.tokens(artifact("eval", {"all": {"answers": 8, "n": 4, "tokens": 20.5}})) == 164
+    assert provenance.tokens(artifact("mmlu", {"all": {"answers": 8, "tokens": None}})) is None
+    assert provenance.tokens(artifact("score", {"elements": 3})) is None
 
 
 def test_the_verdict_is_corrected_for_the_number_of_rows():

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_steps
 
 from stages.errors import ConfigError, MissingInputError, ServerError
 from stages.pipeline.table import STAGES
+from stages.store.checkpoints import SEAL
 from stages.sweep import slurm, steps
 from stages.sweep.table import table
 
@@ -128,6 +129,22 @@ def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lora
     monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: pytest.fail("cancelled"))
     lorapar(*command)
     assert len(submitted.jobs) == 13
+
+
+def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted):
+    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml"), "--dry-run"]
+    done = lorapar(*command)
+    assert done.code == 0 and "13 not submitted" in done.err and not submitted.jobs
+    lorapar(*command[:-1])
+    number, name = next(iter(submitted.queue))
+    submitted.queue[number, name] = "RUNNING"
+    done = lorapar(*command)
+    assert done.code == 0 and "1 running, 12 pending" in done.err and f"running, job {number}: " in done.err
+    del submitted.queue[number, name]
+    done = lorapar(*command)
+    assert done.code == 1 and f"job {number} ended without its artifact, and never ran: classify" in done.err
+    assert "1 ended without its artifact, 12 pending" in done.err and len(submitted.jobs) == 13
+    assert "name eval.engine: vllm" in done.err  # this machine has no GPU, others may
 
 
 def above(node, nodes) -> set:
@@ -261,6 +278,58 @@ def test_a_signal_in_the_middle_ends_the_step_and_gives_another_run(tmp_path):
     assert job.stdout.read() == ""  # the step has ended, too: nobody holds its end of the pipe
 
 
+def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch):
+    """By its executor for one machine: told in the middle of RL, the job is queued again and resumes."""
+    import submitit
+
+    jobs = []
+
+    class Local(submitit.LocalExecutor):
+        _valid_parameters = submitit.SlurmExecutor._valid_parameters
+
+        def update_parameters(self, *, time, signal_delay_s, **_):
+            super().update_parameters(timeout_min=time, signal_delay_s=signal_delay_s)
+
+        def submit(self, call):
+            jobs.append(super().submit(call))
+            return jobs[-1]
+
+    monkeypatch.setattr(submitit, "SlurmExecutor", Local)
+    monkeypatch.setattr(slurm, "queued", dict)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path.write_text(
+        FILE.replace("RL: rl@demo", "steps: rl.steps").replace(", two: {partition.theta: 0.5}", "")
+    )
+    base = path.with_name("base.yaml")
+    base.write_text(base.read_text().replace("max_steps: 120", "max_steps: 40"))
+    (cell,) = table(path).cells
+    make_steps(cell.config, "classify:train", "score", "partition", "sft")
+    done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
+    assert done.code == 0 and "1 steps are with Slurm" in done.err, done.err
+    (job,) = jobs
+    folder = cell.config.root / "rl/checkpoints" / cell.steps["rl"].key
+    wait(lambda: any(folder.glob(f"checkpoint-*/{SEAL}")), 120)
+    below = descendants(job._process.pid)
+    for process in below:  # Slurm, too, tells every process of a job
+        os.kill(process, signal.SIGUSR2)
+    wait(job.done, 120)
+    log = job.paths.stdout.read_text()
+    assert "Requeued job" in job.paths.stderr.read_text() + log
+    assert re.search(r"resuming from checkpoint-\d+", log + job.paths.stderr.read_text())
+    (node,) = [node for node in steps.union(table(path).cells).values() if node.stage == "rl"]
+    assert node.current
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one."""
+    lines = squeue("ps", "-eo", "pid,ppid", "--no-headers").splitlines()
+    parents = [tuple(map(int, line.split())) for line in lines]
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents if parent == one]
+    return found[1:]
+
+
 @pytest.fixture
 def real(tmp_path, monkeypatch):
     """A Slurm of one node, on this machine; stopped in any case."""
@@ -310,7 +379,7 @@ def squeue(*command: str) -> str:
 def wait(true, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, squeue("squeue")
+        assert time.monotonic() < end, shutil.which("squeue") and squeue("squeue")
         time.sleep(0.5)
 
 

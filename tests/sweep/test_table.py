@@ -187,6 +187,35 @@ def test_all_mistakes_are_said_at_once(small):
     assert "column 'RL': no row has init@demo; evaluated are base@demo, sft@demo, rl@demo" in said
 
 
+def test_what_does_not_go_together_is_said_at_once_too(small):
+    path = changed(
+        small,
+        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}, "θ .5": {SF: 1}}'),
+        ("on: SFT", "on: active"),
+        ("gain: rl@demo - sft@demo", "gain: rl@demo - rl.steps"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    said = str(caught.value)
+    assert "4 mistakes" in said and "'θ 9', which is no row" in said and "'SF', which is no column" in said
+    assert "compare.on 'active'" in said and "a difference is one TARGET@BENCHMARK less another" in said
+
+
+def test_a_base_that_evaluates_nothing_of_the_chosen_rows_is_refused(small):
+    """Though a chosen row may lack columns that others have."""
+    with pytest.raises(ConfigError, match=re.escape("no row has sft@demo; evaluated are base@demo")):
+        table(small, only=["θ .5"], columns=["SFT"], more=["eval.targets=[base]"])
+
+
+def test_a_step_that_has_variants_is_named_with_one(small):
+    path = changed(small, ("active: partition:sft.active_share", "active: partition.active_share"))
+    told = (
+        "no row has partition.active_share; steps are classify:train, classify:demo, score, partition:sft, "
+    )
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        table(path)
+
+
 OF_HALF = '"θ .5": {partition.theta: 0.5}'
 
 
@@ -195,7 +224,11 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
     [
         ("seeds: [1, 2]", "seeds: [1, 2]\ngrid: {partition.theta: [1]}", "a table has rows or a grid"),
         ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}}', "paper has values for 'θ 9', which is no row"),
-        ('{"θ .9": {SFT: 27.6}}', '{"θ .9": {SF: 27.6}}', "paper has a value for 'SF', which is no column"),
+        (
+            '{"θ .9": {SFT: 27.6}}',
+            '{"θ .9": {SF: 27.6}}',
+            "paper has a value of 'θ .9' for 'SF', which is no column",
+        ),
         ("on: SFT", "on: active", "compare.on 'active' is no column of accuracies"),
         ('against: "θ .9"', "against: none", "compare.against 'none' is no row"),
         ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "no group 'sytem1'"),
@@ -415,6 +448,14 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
     assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
     assert float(of_gain["p"]) == gain.p
+    compared = dict(zip(head, lines["θ .5", "SFT, less 'θ .9'"], strict=True))
+    assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.p and compared["seeds"] == "2"
+    assert r"SFT, less '$\theta$ .9'" in formats.latex(found) and formats.latex(found).startswith(
+        "% Seeds 1, 2."
+    )
+    _, rows = formats.grid(found)
+    of = {row[0]: row for row in rows}
+    assert of["θ .9"][1].endswith("], n 4 (paper: 27.6)") and of["θ .9"][3].endswith("], n 3")
     certain = replace(gain, p=1e-9)
     found.values["θ .9", "gain"] = certain
     assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
@@ -456,13 +497,21 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
     assert re.search(r"\| \+0\.0 \[-18\.8, \+18\.8\], p = 1; by seed \+0\.0, \+0\.0 \|$", row)
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
-    assert len(rows) == 15 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
+    assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
     assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
     page = (tmp_path / "out/report.html").read_text()
-    assert "A small table" in page and "(paper: 27.6)" in page and page.count("<svg") == 2
+    assert "A small table" in page and "(paper: 27.6)" in page
+    for title in ("What each row is, took, and is made by", "In full: θ .9, seed 1", "Won and lost against"):
+        assert f"<summary>{title}" in page
+    assert f"lorapar sweep {small} --only &#39;β 0&#39;" in page and "partition.beta: 0" in page
+    assert ">Settings and versions<" in page and ">Labels<" in page
+    assert re.search(r"SFT, seed 1: θ \.5 wins \d+ and loses \d+ of 16 items", page)
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
     assert "0 of 15 values are there" in done.err
     assert "| missing |" in (tmp_path / "out/report.md").read_text()
+    assert "In full" not in (tmp_path / "out/report.html").read_text()
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
+    assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
 
 
 class Child:

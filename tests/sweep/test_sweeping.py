@@ -1,0 +1,111 @@
+"""What `sweep` says before and after, and what it refuses at once."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from conftest import ROOT
+
+from lorapar_cli import sweeping
+from stages.errors import ConfigError
+from stages.sweep.local import Outcome
+
+TABLE = """
+title: Two masks
+base: {base}
+rows: {{one: {{partition.theta: 0.9}}, two: {{partition.theta: 0.5}}}}
+seeds: [1, 2]
+columns: {{SFT: {column}}}
+"""
+
+
+@pytest.fixture
+def two(tiny, demo_data, tmp_path) -> list[Path]:
+    """Two table files on the smoke config."""
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        f"extends: {ROOT / 'configs/smoke.yaml'}\nruns_dir: {tmp_path / 'runs'}\nmodel: {{name: {tiny}}}\n"
+        f"data: {{path: {demo_data / 'train.jsonl'}}}\n"
+        f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
+    )
+    found = []
+    for name in ("a", "b"):
+        found.append(tmp_path / f"{name}.yaml")
+        found[-1].write_text(TABLE.format(base="base.yaml", column="sft@demo"))
+    return found
+
+
+def test_mistakes_of_all_tables_are_said_at_once(two, lorapar):
+    for path, column in zip(two, ("dpo@demo", "ppo@demo"), strict=True):
+        path.write_text(TABLE.format(base="base.yaml", column=column))
+    for command in (("sweep", *two, "--dry-run"), ("report", *two, "--out", two[0].with_name("out"))):
+        done = lorapar(*command)
+        assert done.code == 78 and "no row has dpo@demo" in done.err and "no row has ppo@demo" in done.err
+    assert not two[0].with_name("out").exists()
+
+
+def test_how_many_cells_share_a_stage_is_said(two, lorapar):
+    """Four cells: labels of training and test rows, importance of two seeds, and a training of each."""
+    done = lorapar("sweep", two[0], "--dry-run")
+    lines = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()}
+    assert lines["classify"][:3] == ["2", "4", "0"] and lines["score"][:3] == ["2", "4", "0"]
+    assert lines["sft"][:3] == ["4", "4", "0"]
+
+
+def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
+    nodes = {
+        ("r", "sft", str(n)): SimpleNamespace(stage="sft", current=False, cells=[("t", "row", n)])
+        for n in range(4)
+    }
+    sweeping._announce([None] * 4, nodes, {"sft": 3600}, 2)
+    assert "together about 2.0 h, 2 at a time" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("jobs", "devices", "places"),
+    [
+        (None, None, [None]),
+        (3, None, [None] * 3),
+        (None, "0, 3", ["0", "3"]),
+        (None, "0+1,2 + 3", ["0,1", "2,3"]),
+    ],
+)
+def test_places(jobs, devices, places):
+    assert sweeping._places(jobs, devices) == places
+
+
+@pytest.mark.parametrize("devices", ["0,,1", "0+", "", "0,1+0"])
+def test_devices_that_are_none(devices):
+    with pytest.raises(ConfigError, match=re.escape(f"--devices {devices}: ")):
+        sweeping._places(None, devices)
+
+
+def test_the_end_says_what_failed_and_why(tmp_path, capfd):
+    log = tmp_path / "rl.log"
+    log.write_text("rl 3/9\nerror: no example is labelled System 2\n  hint: other voters\n\n")
+
+    def node(stage: str, *cells: tuple[str, int]) -> SimpleNamespace:
+        step = SimpleNamespace(name=stage, key="0a1b")
+        return SimpleNamespace(step=step, cells=[("t", row, seed) for row, seed in cells])
+
+    ended = [
+        Outcome(node("sft", ("one", 1)), "done", 0, log),
+        Outcome(node("rl", ("one", 1), ("two", 2)), "failed", 65, log),
+        Outcome(node("eval:rl@demo", ("two", 2)), "left out"),
+    ]
+    with pytest.raises(typer.Exit) as caught:
+        sweeping._close(ended, 4)
+    said = capfd.readouterr()
+    assert caught.value.exit_code == 65 and "2 of 4 cells are not complete" in said.err
+    rl, after = said.out.splitlines()[1:]
+    assert re.match(r"rl 0a1b +failed +65 +no example is labelled System 2; see .*rl.log", rl)
+    assert "(one, seed 1; two, seed 2)" in rl and "sft" not in said.out
+    assert re.match(r"eval:rl@demo 0a1b +left out +what it needs failed \(two, seed 2\)", after)
+
+
+def test_a_page_on_a_file_that_is_not_there(lorapar, tmp_path):
+    done = lorapar("report", tmp_path / "none.yaml", "--out", tmp_path / "out")
+    assert done.code == 66 and "no file" in done.err and "one config" in done.err
+    assert not (tmp_path / "out").exists()
