@@ -509,7 +509,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
     assert "0 of 15 values are there" in done.err
     assert "| missing |" in (tmp_path / "out/report.md").read_text()
-    assert "In full" not in (tmp_path / "out/report.html").read_text()
+    assert "Won and lost against" not in (tmp_path / "out/report.html").read_text()
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
     assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
 
