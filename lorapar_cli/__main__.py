@@ -1,3 +1,17 @@
-from lorapar_cli.app import main
+"""Where the program begins: an interrupt is no error, even while everything is still being imported."""
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command of the command line."""
+    try:
+        from lorapar_cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from stages import team
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool, guard
-from stages.errors import ConfigError, Ended
+from stages.errors import ConfigError, Ended, panicked
 from stages.pipeline import launch
 from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.run import Task, Verb, run_step, tasks
@@ -247,8 +247,8 @@ def main() -> None:
                 signal.signal(number, _end)
     try:
         app()
-    except Exception as problem:
-        if os.environ.get("LORAPAR_DEBUG"):
+    except BaseException as problem:
+        if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or panicked(problem)):
             raise
         error = sentence(problem)
         if not team.tell(error):

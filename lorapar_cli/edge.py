@@ -27,7 +27,7 @@ LONG = 200
 AGAIN = "nothing that is finished is lost: the same command goes on"
 
 
-def sentence(error: Exception) -> LoraparError:
+def sentence(error: BaseException) -> LoraparError:
     """What a person is told of an exception that nothing below has turned into a LoraparError."""
     if isinstance(error, LoraparError):
         return error
@@ -46,7 +46,7 @@ def sentence(error: Exception) -> LoraparError:
     return _defect(error)
 
 
-def _number(error: Exception) -> int | None:
+def _number(error: BaseException) -> int | None:
     """The error number of the system; libraries that are not in Python put it into their texts."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
@@ -56,7 +56,7 @@ def _number(error: Exception) -> int | None:
     return errno.ENOSPC if "No space left on device" in str(error) else None
 
 
-def _of_system(error: Exception, number: int) -> LoraparError:
+def _of_system(error: BaseException, number: int) -> LoraparError:
     name = getattr(error, "filename", None)
     if name is None and not isinstance(error, OSError):  # its text may say where
         told = " ".join(str(error).split())
@@ -79,7 +79,7 @@ def _of_system(error: Exception, number: int) -> LoraparError:
     return OutputError(f"cannot use{where or ' a file'}: {reason}", AGAIN)
 
 
-def _defect(error: Exception) -> LoraparError:
+def _defect(error: BaseException) -> LoraparError:
     """An exception that is nobody's fault but ours; its trace goes into a file."""
     trace = "".join(traceback.format_exception(error))
     told = " ".join(str(error).split())[:200]

@@ -103,6 +103,11 @@ def faults(error: Any) -> list[str]:
     return found
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether a library in Rust has given up, with an exception that is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error that says anything, or else its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,7 +16,7 @@ from stages.engines import Answer, Pool, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.report.card import VIEWS, Form, card, card_of_views, hub_results
-from stages.store.artifacts import Artifact
+from stages.store.artifacts import Artifact, readable
 
 if TYPE_CHECKING:
     from stages.language.prompts import Asked, Renderer
@@ -88,6 +88,7 @@ def _building(out: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
         yield partial
+        readable(partial, (file for file in partial.rglob("*") if file.is_file()))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

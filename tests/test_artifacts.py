@@ -196,10 +196,18 @@ def test_what_is_no_manifest_is_not_believed(store, text):
         store.load(path)
 
 
-def test_an_artifact_from_before_seals_is_read(store):
+def test_an_artifact_without_a_seal_is_not_believed(store):
+    """Whoever edits a manifest could call it one of a lorapar that did not seal."""
     path = build(store)
-    edited(path, lambda m: (m.pop("seal"), m.update(schema=1)))
-    assert store.load(path).damage() is None
+    edited(path, lambda m: (m.pop("seal"), m.update(schema=1, files={})))
+    with pytest.raises(ArtifactError, match="is a foreign artifact"):
+        store.load(path)
+
+
+def test_a_link_that_nobody_listed_is_seen(store):
+    path = build(store)
+    (path / "more").symlink_to(path / "sub")
+    assert store.load(path).damage() == f"{path / 'more'} is not in its manifest"
 
 
 def test_a_file_that_nobody_listed_is_seen(store):

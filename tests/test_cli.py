@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, paths
 
+from lorapar_cli.__main__ import main as begin
+
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "scipy"}
 
 
@@ -252,6 +254,18 @@ def test_an_error_that_cannot_be_printed_has_its_code():
     """As in a sweep, where the log is on the disk that is full."""
     command = f"{sys.executable} -m lorapar_cli status nofile.yaml 2>/dev/full"
     assert subprocess.run(command, shell=True).returncode == 66
+
+
+def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
+    class Interrupted:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "lorapar_cli.app", Interrupted())
+    with pytest.raises(SystemExit) as caught:
+        begin()
+    assert caught.value.code == 130
 
 
 def test_a_terminal_without_a_letter():

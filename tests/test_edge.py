@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorapar_cli.edge import sentence
-from stages.config import ModelSection, PromptSection
+from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
 from stages.language.prompts import Renderer
 from stages.models.base import load_base
 from stages.models.reading import reading
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline import launch
 
 WEIGHTS = "model.safetensors"
 
@@ -82,6 +83,38 @@ def test_a_rewards_file_does_not_end_the_program(begun, tmp_path):
         make_step(config, "rl")
 
 
+def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text("class Odd(BaseException): ...\ndef mine(completions, **_):\n    raise Odd('here')\n")
+    config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
+    with pytest.raises(RuntimeError, match="Odd here"):
+        make_step(config, "rl")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x: 2020-13-45", "is not YAML"),
+        ("x: " + "9" * 5000, "is not YAML"),
+        ("x: !!int ''", "is not YAML"),
+        ("[" * 300, "is not YAML"),
+        ("- 1", "holds no settings"),
+        ("", "holds no settings"),
+        ("{a: 1}", "launch.config .*distributed_type"),
+        (
+            "{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}",
+            "launch.config .*unknown keys",
+        ),
+        ("distributed_type: X", "launch.config .*: "),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_launcher_s_file_of_garbage(tmp_path, text, told):
+    (tmp_path / "accelerate.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        launch._command(LaunchSection(config=str(tmp_path / "accelerate.yaml")))
+
+
 @pytest.fixture
 def copy(tiny, tmp_path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
@@ -130,6 +163,15 @@ def test_a_damaged_model_is_named(copy, harm):
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', ""])
 def test_a_damaged_tokenizer_is_named(copy, text):
     (copy / "tokenizer.json").write_text(text)
+    with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
+        load_tokenizer(section(copy))
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_named(copy):
+    """An exception that is no Exception."""
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
         load_tokenizer(section(copy))
 

@@ -1,5 +1,6 @@
 """The journal of answers: what a kill leaves of it, and several runs that share it."""
 
+import errno
 import multiprocessing
 import threading
 import time
@@ -72,6 +73,24 @@ def _write(path: Path, began: multiprocessing.Event) -> None:
         began.set()
         time.sleep(0.5)
         journal.keep(("a", 0), {"mass": 1})
+
+
+def test_a_journal_that_cannot_be_set_aside_stays_as_it_was(tmp_path: Path, monkeypatch):
+    """The disk's own error is told, and the answers before it and after it are there."""
+    journal = Journal(tmp_path / "j.jsonl", Anything)
+
+    def refused(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), journal.writing(print):
+        journal.keep(("a", 0), {"mass": 1})
+        monkeypatch.setattr(Path, "replace", refused)
+        journal.set_aside()
+    monkeypatch.undo()
+    with journal.writing(print):
+        journal.keep(("b", 0), {"mass": 2})
+    again = Journal(tmp_path / "j.jsonl", Anything)
+    assert again["a", 0] == {"mass": 1} and again["b", 0] == {"mass": 2}
 
 
 def test_another_run_waits_and_then_finds_the_answers(tmp_path: Path):

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
-from stages.errors import AnswerError
+from stages.engines.reply import TokenId
+from stages.errors import AnswerError, ArtifactError
 from stages.language.prompts import Asked
+from stages.store.artifacts import AWAY
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
@@ -36,9 +38,15 @@ class Recorded(BaseModel):
     """One answer in the journal: token ids, or for a choice the probability of each word."""
 
     model_config = ConfigDict(frozen=True)
-    ids: list[Annotated[int, Field(ge=0)]] = []
+    ids: list[TokenId] = []
     complete: bool = True
     shares: list[Annotated[float, Field(ge=0, le=1 + 1e-6)]] = []
+
+    @model_validator(mode="after")
+    def _something(self) -> Recorded:
+        if not {"ids", "shares"} & self.model_fields_set:
+            raise ValueError("neither ids nor shares")
+        return self
 
     @property
     def best(self) -> int:
@@ -47,6 +55,10 @@ class Recorded(BaseModel):
 
     def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Given:
         """The likeliest word, or the text without special tokens, up to the first stop text."""
+        if len(self.shares) != len(asked.words):
+            raise ArtifactError(
+                f"a journal of answers has {len(self.shares)} shares for {len(asked.words)} words", AWAY
+            )
         if self.shares:
             shown = [round(share, 6) for share in self.shares]
             return Given(asked.words[self.best].strip(), True, {"shares": shown})

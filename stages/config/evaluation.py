@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import Section, known, named, setting, without_false
+from stages.config.fields import MOST_SAMPLES, Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 Region = Literal["s1_only", "s2_only", "shared"]
@@ -34,7 +34,9 @@ class BenchmarkSection(SourceSection):
     max_new_tokens: int = setting(256, "Longest answer in tokens.", not_for="classify", gt=0)
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", not_for="classify", ge=0)
     top_p: float = setting(1.0, "Nucleus sampling.", not_for="classify", gt=0, le=1)
-    samples: int = setting(1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0)
+    samples: int = setting(
+        1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0, le=MOST_SAMPLES
+    )
     seed: int = setting(0, "Seed of sampled answers.", not_for="classify", ge=0)
     prompt: PromptSection | None = setting(
         None, "Overrides `prompt`, of which tasks of lm_eval read nothing.", not_for="classify"

@@ -18,6 +18,9 @@ from pydantic import (
 
 from stages.errors import LoraparError
 
+MOST_SAMPLES = 10_000
+"""Of answers to one question: all are asked for, and kept in memory."""
+
 
 def setting(
     default: Any, doc: str, identity: bool = True, not_for: str | tuple[str, ...] = (), **constraints: Any

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from stages.config.fields import LONGEST, Plain, Section, check_url, named, setting
+from stages.config.fields import LONGEST, MOST_SAMPLES, Plain, Section, check_url, named, setting
 from stages.config.sources import Engine, ModelSection
 
 Persona = Annotated[str, named("personas")]
@@ -45,7 +45,9 @@ class Voter(Section):
     temperature: float = setting(
         0.0, "Sampling temperature, for voters that think and servers that cannot constrain a choice.", ge=0
     )
-    samples: int = setting(1, "How often each question is asked; the vote is the mean.", gt=0)
+    samples: int = setting(
+        1, "How often each question is asked; the vote is the mean.", gt=0, le=MOST_SAMPLES
+    )
     weight: float = setting(1.0, "Weight of the voter under rule weighted.", gt=0)
     calibration: Literal["auto", "none", "held_out", "content_free"] = setting(
         "auto",
@@ -96,7 +98,7 @@ class Voter(Section):
 
 
 class ServerSection(Section):
-    concurrency: int = setting(64, "Requests in flight.", identity=False, gt=0)
+    concurrency: int = setting(64, "Requests in flight.", identity=False, gt=0, le=10_000)
     timeout_s: float = setting(
         600,
         "Longest time for one request, in seconds, its wait on the server included; long thoughts need more.",

@@ -37,7 +37,7 @@ class LaunchSection(Section):
         "single",
         "single: one process; ddp: several that work together; fsdp2 and zero2 are refused, as not tested.",
     )
-    processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0)
+    processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0, le=1024)
     config: str | None = setting(
         None, "Your own accelerate config file, e.g. for several machines; it decides everything else."
     )

@@ -53,11 +53,7 @@ def tree(
         raise ConfigError(f"{path} extends itself")
     if len(below) == DEEPEST:
         raise ConfigError(f"{path} is extended over more than {DEEPEST} files")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    own = _parsed(text, str(path)) or {}
+    own = values(path, str(path)) or {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold sections, got {type(own).__name__}")
     extended, own = own.pop("extends", None), adjust(path, own)
@@ -103,6 +99,15 @@ class _Loader(yaml.SafeLoader):
                     raise ValueError(f"{key.value!r} is there twice, in lines {first} and {line}")
                 lines[key.tag, key.value] = line
         return node
+
+
+def values(path: Path, where: str) -> Any:
+    """What a YAML file holds; ConfigError, which calls it `where`, for what is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from None
+    return _parsed(text, where)
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from stages.config import ServerSection
@@ -170,6 +171,14 @@ class Client:
     def _tokens_of(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
         return self._completion(reply).tokens
 
+    def _shares_of(self, words: tuple[str, ...], asked: int, reply: Any) -> tuple[float, ...] | None:
+        """The words' shares, or None if they are alike in all `asked` tokens; ValueError for odd tokens."""
+        tokens = self._tokens_of(reply)
+        shares = shares_of(tokens, words)
+        if shares is None and len(tokens) < asked:
+            raise ValueError(f"{len(tokens)} tokens of {asked}, and no word yet")
+        return shares
+
     async def _continuation(self, session: Session, text: str) -> str:
         """A few greedy tokens, from a chat if the server knows no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
@@ -189,8 +198,8 @@ class Client:
         while True:
             tokens = self._tokens.get(ballot.words, 1)
             path, body = self._constrained(ballot, ballot.words, tokens)
-            found = await self._post(session, path, body, self._tokens_of)
-            if shares := shares_of(found, ballot.words):
+            read = partial(self._shares_of, ballot.words, tokens)
+            if shares := await self._post(session, path, body, read):
                 return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
             if tokens >= MAX_WORD_TOKENS:
                 raise ItemFailed(
@@ -215,21 +224,27 @@ class Client:
             return -1.0
 
     async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
-        """Whether the server keeps to given words and gives log-probabilities; tried once per endpoint."""
+        """Whether the server keeps to given words and gives log-probabilities; tried once per endpoint.
+
+        That it does not is believed when it is seen twice: all votes are then read in another way.
+        """
         path, body = self._constrained(ballot, UNLIKELY, 1)
         if path not in self._constrains:
-            try:
-                choice = await self._post(session, path, body, self._completion)
-                chosen = choice.tokens[0][0].strip()
-                kept = bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
-            except (ConfigError, LookupError, ValueError):
-                kept = False
-            except ItemFailed as error:
-                if error.busy:
-                    raise
-                kept = False
-            self._constrains[path] = kept
+            kept = await self._kept(session, path, body) or await self._kept(session, path, body)
+            self._constrains[path] = kept or self._constrains.get(path, False)
         return self._constrains[path]
+
+    async def _kept(self, session: Session, path: str, body: dict[str, Any]) -> bool:
+        try:
+            choice = await self._post(session, path, body, self._completion)
+            chosen = choice.tokens[0][0].strip()
+            return bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
+        except (ConfigError, LookupError, ValueError):
+            return False
+        except ItemFailed as error:
+            if error.busy:
+                raise
+            return False
 
     def _constrained(self, ballot: Ballot, words: tuple[str, ...], tokens: int) -> tuple[str, dict[str, Any]]:
         path, body = self._asked(ballot, tokens)

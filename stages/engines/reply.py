@@ -64,7 +64,9 @@ class Completion(_Shape):
         """The text of a chat or a completion; empty if a thought used up all tokens."""
         if self.message is None and self.text is None:
             raise ValueError("the reply has no text")
-        return (self.text if self.message is None else self.message.content) or ""
+        text = (self.text if self.message is None else self.message.content) or ""
+        text.encode()  # a lone surrogate is a ValueError: it can be written into no file
+        return text
 
     @property
     def ids(self) -> list[int]:

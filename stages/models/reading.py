@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.config import ModelSection
-from stages.errors import DataError, LoraparError, MissingInputError, first_line, lacks_memory
+from stages.errors import DataError, LoraparError, MissingInputError, first_line, lacks_memory, panicked
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""
@@ -24,7 +24,9 @@ def reading(what: str, model: ModelSection) -> Iterator[None]:
         yield
     except LoraparError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or panicked(error)):
+            raise
         if lacks_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
             raise
         if isinstance(error, OSError | ImportError | ValueError):
@@ -45,7 +47,7 @@ def complete(model: ModelSection, missing: Iterable[str]) -> None:
         raise DataError(f"model {model.name} has no weights for {number}, such as {names[0]}", CHANGED)
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
         return "its weights have other shapes than its config says"
     return first_line(error)

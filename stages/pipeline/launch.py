@@ -7,12 +7,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from stages import footprint, team
 from stages.config import LaunchSection
+from stages.config.yaml import values
 from stages.engines import guard
-from stages.errors import ConfigError, LoraparError, MissingInputError, OutOfMemoryError, ServerError
+from stages.errors import (
+    ConfigError,
+    LoraparError,
+    MissingInputError,
+    OutOfMemoryError,
+    ServerError,
+    first_line,
+)
 
 NOT_RUN = {
     "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; "
@@ -50,16 +56,12 @@ def _command(launch: LaunchSection) -> list[str]:
             raise MissingInputError(
                 f"launch.config {launch.config} is not a file", "write it with: accelerate config"
             )
-        try:
-            settings = yaml.safe_load(Path(launch.config).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"launch.config {launch.config} is not YAML: {' '.join(str(error).split())}"
-            ) from None
+        settings = values(Path(launch.config), f"launch.config {launch.config}")
         if not isinstance(settings, dict):
             raise ConfigError(
                 f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
             )
+        _readable(launch.config)
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend in NOT_RUN:
         raise ConfigError(f"launch.backend: {NOT_RUN[launch.backend]}", "use ddp")
@@ -71,6 +73,18 @@ def _command(launch: LaunchSection) -> list[str]:
     if gpus and processes > gpus:
         raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def _readable(path: str) -> None:
+    """ConfigError if accelerate cannot read its file: the launcher would end with a trace of its own."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(path)
+    except Exception as error:
+        raise ConfigError(
+            f"launch.config {path}: {first_line(error)}", "write it with: accelerate config"
+        ) from None
 
 
 def _processes(launch: LaunchSection) -> tuple[int, int]:

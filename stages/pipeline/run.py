@@ -100,11 +100,15 @@ def _called(verb: Verb, job: Job, sections: dict[str, Any]) -> dict[str, Any]:
         raise
     except (EOFError, BrokenPipeError) as error:  # the command line's library would end without a word
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
+    except (Exception, KeyboardInterrupt):
+        raise
     except SystemExit as error:
         raise ConfigError(
             f"code that the config names tried to end lorapar, with {error.code!r}",
             "look for sys.exit in rl.rewards_file, or in files of the model",
         ) from None
+    except BaseException as error:  # it would pass every `except Exception` above
+        raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
 
 
 def _job(

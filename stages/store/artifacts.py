@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -52,9 +52,19 @@ class Artifact:
                 return f"sha256 of {file} differs from its manifest"
         for file in self.path.rglob("*"):
             name = file.relative_to(self.path).as_posix()
-            if not file.is_dir() and name not in self.manifest["files"] and name != MANIFEST:
+            whole = file.is_dir() and not file.is_symlink()
+            if not whole and name not in self.manifest["files"] and name != MANIFEST:
                 return f"{file} is not in its manifest"
         return None
+
+
+def readable(folder: Path, files: Iterable[Path]) -> None:
+    """Give files the mode of the folder: safetensors gives what it writes to its owner alone."""
+    mode = 0o666 & folder.stat().st_mode  # a folder has what the umask leaves
+    for file in files:
+        if file.stat().st_mode & 0o666 != mode:
+            with suppress(PermissionError):  # some file systems have no modes
+                file.chmod(mode)
 
 
 class Store:
@@ -130,7 +140,7 @@ class Store:
             (folder / f".{key}.owner").write_text(f"pid {os.getpid()}", encoding="utf-8")
         except Timeout:
             owner = folder / f".{key}.owner"
-            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            who = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "another process"
             raise BusyError(
                 f"{stage} {key} is being built by {who}", "wait for it, then run the same command"
             ) from None
@@ -151,11 +161,8 @@ class Store:
         partial, final = self.partial(stage, key), self.folder(stage, key)
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
         entries = {}
-        readable = 0o666 & partial.stat().st_mode  # a folder has what the umask leaves
+        readable(partial, files)
         for file in files:
-            if file.stat().st_mode & 0o666 != readable:  # safetensors gives its files to their owner alone
-                with suppress(PermissionError):  # some file systems have no modes
-                    file.chmod(readable)
             fsync(file)
             entries[file.relative_to(partial).as_posix()] = {
                 "size": file.stat().st_size,

@@ -5,6 +5,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from stages import team
 from stages.store.digests import fsync, sha256_file
 
@@ -12,6 +14,11 @@ log = logging.getLogger(__name__)
 
 SEAL = "lorapar-checkpoint.json"
 KEPT = 2
+
+
+class _Seal(BaseModel):
+    of: str
+    files: dict[str, str]
 
 
 class Checkpoints:
@@ -60,10 +67,12 @@ class Checkpoints:
 
     def _fault(self, path: Path) -> str | None:
         try:
-            seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-            if seal["of"] != self._of:
+            seal = _Seal.model_validate_json((path / SEAL).read_bytes())
+            if seal.of != self._of:
                 return "it was made from other inputs"
-            bad = [name for name, digest in seal["files"].items() if sha256_file(path / name) != digest]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            bad = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
+            there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        except (OSError, ValueError) as error:
             return f"it is not whole ({type(error).__name__})"
+        bad += sorted(there - {SEAL} - seal.files.keys())
         return f"{bad[0]} is damaged" if bad else None

@@ -83,9 +83,11 @@ class Journal:
         try:
             yield
         finally:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            lock.release()
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+                lock.release()
 
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
         """Write an answer. When this returns, a kill cannot lose it, but a power failure still can."""
@@ -101,12 +103,12 @@ class Journal:
     def set_aside(self) -> int:
         """Rename the file and begin a new one, while writing; returns the number of answers left behind."""
         number = len(self._answers)
-        self._file.close()
         n = 1
         while (aside := self.path.with_suffix(f".{n}.old")).exists():
             n += 1
         self.path.replace(aside)
-        self._open()
+        with self._file:
+            self._open()
         return number
 
     def _open(self) -> None:

@@ -38,8 +38,7 @@ class _Input(_Shape):
 
 
 class _Manifest(_Shape):
-    schema_: Literal[1, 2] = Field(alias="schema")
-    """1: by a lorapar that did not seal."""
+    schema_: Literal[2] = Field(alias="schema")
     stage: str
     key: str
     variant: str
@@ -48,7 +47,7 @@ class _Manifest(_Shape):
     summary: dict[str, Any]
     provenance: dict[str, Any]
     files: dict[Annotated[str, AfterValidator(_inside)], _File]
-    seal: str = ""
+    seal: str
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def fault(manifest: Any, key: str) -> str | None:
     try:
         if manifest["key"] != key or key_of(manifest["identity"]) != key:
             return f"its manifest is not that of key {key}"
-        if (manifest["schema"] > 1 or SEAL in manifest) and manifest.get(SEAL) != _digest(manifest):
+        if manifest[SEAL] != _digest(manifest):
             return "its manifest was changed after it was written"
     except ValueError as error:  # NaN, which is read and never written
         return f"its manifest is not one: {error}"

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
+from stages.config.yaml import values
 from stages.engines.guard import guarded
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
 from stages.sweep.local import BUSY, is_current
@@ -225,10 +225,7 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
         from submitit import SlurmExecutor
     except ImportError:
         raise ConfigError("--slurm needs the package submitit", "pip install 'lorapar[slurm]'") from None
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    tree = values(path, str(path)) or {}
     allowed = SlurmExecutor._valid_parameters() - OURS
     choice = f"choose from {', '.join(sorted(allowed))}"
     wrong = []

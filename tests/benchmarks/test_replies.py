@@ -2,11 +2,13 @@
 
 import pytest
 from conftest import Silent
+from pydantic import ValidationError
 
 from stages.benchmarks.grading import Context, Grade
 from stages.benchmarks.replies import Recorded, Replies
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Answer
+from stages.errors import ArtifactError
 from stages.eval import _graded, _outcome
 from stages.language.prompts import Asked, Renderer
 from stages.models.tokenizer import load_tokenizer
@@ -27,6 +29,17 @@ def ids(tokenizer, text: str) -> list[int]:
 def test_a_choice_is_the_likeliest_word(tokenizer):
     asked = Asked("", [], (), (" A", " B", " C", " D"))
     assert Recorded(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
+
+
+@pytest.mark.parametrize("odd", [{}, {"complete": True}, {"ids": [2**31]}, {"ids": [-1]}, {"shares": [1.5]}])
+def test_a_line_of_a_journal_that_is_no_answer(odd):
+    with pytest.raises(ValidationError):
+        Recorded(**odd)
+
+
+def test_a_line_of_a_journal_that_is_the_answer_to_another_question(tokenizer):
+    with pytest.raises(ArtifactError, match="has 3 shares for 2 words"):
+        Recorded(shares=[0.1, 0.2, 0.7]).text(tokenizer, Asked("", [], (), (" A", " B")))
 
 
 def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):

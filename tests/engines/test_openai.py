@@ -178,6 +178,48 @@ def test_a_word_is_read_strictly(text, found):
     assert word_of(text, WORDS) == found
 
 
+SURROGATE = json.dumps({"choices": [{"message": {"content": "System1\nbecause \ud800"}}]})
+
+
+def test_a_reply_that_no_file_can_hold_fails_its_item():
+    fault = ("body", SURROGATE)
+    with serve(Mock(lambda n, p, b: None if "structured_outputs" in b else fault, constrains=False)) as mock:
+        (found,) = ask(mock, CHAT).values()
+    assert isinstance(found, Failure) and found.reason == "unreadable"
+
+
+def of_tokens(*tokens: tuple[str, dict[str, float]]) -> tuple[str, dict]:
+    content = [
+        {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in tokens
+    ]
+    return "body", {"choices": [{"logprobs": {"content": content}}]}
+
+
+@pytest.mark.parametrize(
+    "odd", [of_tokens(), of_tokens(("Sure", {"Sure": -0.1})), of_tokens(("System", {"System": -9999.0}))]
+)
+def test_odd_alternatives_are_asked_for_again_and_teach_nothing(odd):
+    """Such a reply in the middle costs one question more, and no more tokens for all that follow."""
+    bodies, faults = [], iter([None, None, odd])
+
+    def script(n: int, path: str, body: dict) -> object:
+        bodies.append(body)
+        return next(faults, None)
+
+    with serve(Mock(script)) as mock:
+        found = ask(mock, *[TEXT] * 4, server=QUICK.model_copy(update={"concurrency": 1}))
+    assert [choice.shares[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
+    assert [body["max_tokens"] for body in bodies[1:]] == [1] * 5
+
+
+def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked():
+    """Votes would be read from words, and kept beside those that are probabilities."""
+    faults = iter([("body", {"choices": [{"message": {"content": "zebra"}, "logprobs": None}]})])
+    with serve(Mock(lambda n, p, b: next(faults, None))) as mock:
+        (choice,) = ask(mock, CHAT).values()
+    assert choice.shares[1] == pytest.approx(probability(CHAT.text[0]["content"]))
+
+
 def test_failures_of_a_while_are_tried_again():
     faults = iter(
         [

@@ -170,7 +170,9 @@ def test_the_newest_sealed_checkpoint_counts_and_two_are_kept(two, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
 
 
-@pytest.mark.parametrize("harm", ["byte", "missing", "no seal", "torn seal"])
+@pytest.mark.parametrize(
+    "harm", ["byte", "missing", "no seal", "torn seal", "empty list", "more", "deep seal"]
+)
 def test_a_checkpoint_that_is_not_whole_is_left_aside(two, tmp_path, harm):
     newest = tmp_path / "checkpoint-10"
     if harm == "byte":
@@ -179,6 +181,12 @@ def test_a_checkpoint_that_is_not_whole_is_left_aside(two, tmp_path, harm):
         (newest / "weights").unlink()
     elif harm == "no seal":
         (newest / checkpoints.SEAL).unlink()
+    elif harm == "empty list":
+        (newest / checkpoints.SEAL).write_text('{"of": "a", "files": {}}')
+    elif harm == "more":
+        (newest / "optimizer.json").write_text("{}")
+    elif harm == "deep seal":
+        (newest / checkpoints.SEAL).write_text("[" * 100_000)
     else:
         (newest / checkpoints.SEAL).write_text('{"of": "a", "fi')
     assert two.newest().name == "checkpoint-5"
