@@ -16,7 +16,7 @@ import typer
 from lorapar_cli import beginning, inspection, planning, products, render, reporting, sweeping
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
-from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets
+from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
 from stages import team
 from stages.config import Config
 from stages.data.rows import no_path
@@ -24,7 +24,7 @@ from stages.engines import Pool, guard
 from stages.errors import ConfigError, Ended, panicked
 from stages.pipeline import launch
 from stages.pipeline.plan import Step, asked_for
-from stages.pipeline.run import Task, Verb, run_step, tasks
+from stages.pipeline.run import Task, Verb, foresee, run_step, tasks
 from stages.pipeline.state import state
 from stages.pipeline.table import STAGES, Stage, order
 from stages.store.artifacts import Store
@@ -168,7 +168,10 @@ def run(
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     ran = shown = False
+    asked = asked_for(steps, last)
     for task in tasks(settings, steps, first, last):
+        if task.stage != "classify":
+            foresee(settings, asked)
         shown = task.stage == "eval" and not task.current
         if task.current:
             render.say(f"{task.stage}: {task.why} is current")
@@ -178,11 +181,15 @@ def run(
         _spawn([task.stage, str(config), *_options(set_, task)])
     if not ran:
         render.nothing_to_do()
-    asked = asked_for(steps, last)
     store = Store(settings.root)
     if not shown:  # the command shows them itself where it runs
         render.results(store, [s for s in asked.values() if s.stage.name == "eval"])
     render.places(store, asked)
+    if last is None:
+        again = typed(config, set_)
+        render.say(
+            f"next: lorapar report {again} --out report, or lorapar export {again} DIR (--views: both modes)"
+        )
 
 
 def _options(overrides: list[str], task: Task) -> list[str]:

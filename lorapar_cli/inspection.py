@@ -1,13 +1,12 @@
 """Commands that look and change nothing."""
 
-import shlex
 import sys
 from typing import Annotated
 
 import typer
 
 from lorapar_cli import render
-from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, sets
+from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from stages.config.yaml import annotated
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.plan import Step
@@ -54,8 +53,10 @@ def show(
         raise ConfigError("--samples goes with an evaluation", f"choose from: {names}")
     if stage is None:
         if not any(state(store, step).state == "current" for step in evaluations):
-            raise _nothing(store, evaluations, f"{config}{_again(set_)}")
+            raise _nothing(store, evaluations, typed(config, set_))
         render.results(store, evaluations, by or "system", as_json)
+        if not as_json:
+            render.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
         return
     if by is not None:
         raise ConfigError("--by goes with the results of all evaluations", f"lorapar show {config} --by {by}")
@@ -69,7 +70,7 @@ def show(
         if now.artifact is None:
             raise MissingInputError(
                 f"{step.name} is {now.state} ({now.why})",
-                f"run: lorapar run {config}{_again(set_)} --to {step.stage.name}",
+                f"run: lorapar run {typed(config, set_)} --to {step.stage.name}",
             )
         if now.state == "stale":
             render.say(f"{step.name} is stale: {now.why}")
@@ -79,13 +80,8 @@ def show(
             render.manifest(now.artifact, as_json)
 
 
-def _again(overrides: list[str] | None) -> str:
-    """The overrides as they are typed."""
-    return "".join(f" {shlex.quote(part)}" for part in sets(overrides))
-
-
-def _nothing(store: Store, evaluations: list[Step], typed: str) -> LoraparError:
-    """Why there are no results to be shown."""
+def _nothing(store: Store, evaluations: list[Step], again: str) -> LoraparError:
+    """Why there are no results to be shown. again: the config and overrides, as they are typed."""
     if not evaluations:
         return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
     first = state(store, evaluations[0])
@@ -93,7 +89,7 @@ def _nothing(store: Store, evaluations: list[Step], typed: str) -> LoraparError:
         current(store, evaluations[0])
     return MissingInputError(
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-        f"run: lorapar run {typed}",
+        f"run: lorapar run {again}",
     )
 
 

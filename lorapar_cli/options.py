@@ -1,5 +1,6 @@
 """Options that several commands take, and what they make of them: a config and its steps."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,3 +47,8 @@ def sets(overrides: list[str] | None) -> list[str]:
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
     config = resolved(load(path, overrides))
     return config, plan(config)
+
+
+def typed(config: Path, overrides: list[str] | None) -> str:
+    """A config and its overrides, as they are typed behind a command."""
+    return shlex.join([str(config), *sets(overrides)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of
-from lorapar_cli.render import duration, gib
+from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
+from lorapar_cli.render import duration, gib, say
 from lorapar_cli.tables import show, table
 from stages.pipeline.plan import asked_for
 from stages.pipeline.state import State, state
@@ -36,6 +36,8 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> N
         costs = {step.key: found.costs[step.name] for step in todo}
         estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
     _planned(states, found, as_json)
+    if todo and not as_json:
+        say(f"next: lorapar run {typed(config, set_)}")
 
 
 def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:

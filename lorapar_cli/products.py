@@ -59,7 +59,8 @@ def export(
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
-        render.say(f"{folder}: {', '.join(f'{name} ({view.stage})' for name, view in VIEWS.items())}")
+        both = ", ".join(f"{name} ({view.stage})" for name, view in VIEWS.items())
+        render.say(f"{folder}: {both}; the command that serves both is in {folder / 'README.md'}")
         rows = exporting.check_views(trained, settings, folder, prompts, render.say) if prompts else ()
     else:
         form: Form = "merged" if merged else "adapter"

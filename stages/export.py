@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,9 +47,7 @@ def write(
     with _building(out) as partial:
         _fill(partial, artifact, config, form, base_dtype)
         (partial / "README.md").write_text(card(artifact, form, evaluated, base_dtype), encoding="utf-8")
-        if text := hub_results(evaluated):
-            (partial / ".eval_results").mkdir()
-            (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
+        _write_results(partial, evaluated)
 
 
 def write_views(
@@ -73,6 +72,14 @@ def write_views(
             _fill(partial / name, artifact, config, "adapter", base_dtype)
         text = card_of_views(views, partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
+        _write_results(partial, evaluated)
+
+
+def _write_results(folder: Path, evaluated: Sequence[Artifact]) -> None:
+    """Results on data sets of the hub, where the hub looks for them."""
+    if text := hub_results(evaluated):
+        (folder / ".eval_results").mkdir()
+        (folder / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -102,8 +109,18 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
         save_merged(config.model, trained, folder)
         return
     shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
+    _refuse_patterns(folder)
     if base_dtype:
         _cast(folder / adapter.ADAPTER, config.model)
+
+
+def _refuse_patterns(folder: Path) -> None:
+    """ConfigError for ranks or scales of single modules: vLLM 0.31 drops both without a word."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if found := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+        raise ConfigError(
+            f"the adapter has a {found[0]}, which vLLM ignores", "--merged has it in the weights"
+        )
 
 
 def _cast(file: Path, model: ModelSection) -> None:

@@ -99,6 +99,24 @@ def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(mon
     )
 
 
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({"max_position_embeddings": 2048}, "2048"),
+        ({}, "4096"),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+          "original_max_position_embeddings": 512, "rope_theta": 1e4}}, "4096"),
+        ({"model_type": "unheard_of"}, "4096"),
+    ],
+)  # fmt: skip
+def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, more, asked):
+    """It would not start; of a stretched one it knows itself how far."""
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    command = vllm._command(ModelSection(name=str(tmp_path), dtype="float32"), ServerSection(), 1, {})
+    assert command[command.index("--max-model-len") + 1] == asked
+
+
 def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
     asked = []
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,12 +69,25 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     export.write(artifact, half, tmp_path / "h", "adapter", base_dtype=True)
     assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
     assert "started from, rounded to the base's type" in (tmp_path / "h/README.md").read_text()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "h").iterdir()}
+    assert modes == {0o666 & (tmp_path / "h").stat().st_mode}  # safetensors writes for its owner alone
     # As SHiRA has them: positions, which 16 bits cannot count.
     file = tmp_path / "more.safetensors"
     save_file({"a": torch.ones(2), "indices": torch.tensor([257, 1001], dtype=torch.int32)}, file)
     export._cast(file, half.model)
     cast = load_file(file)
     assert cast["a"].dtype == torch.bfloat16 and cast["indices"].tolist() == [257, 1001]
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_ranks_of_single_modules_are_not_exported_without_a_word(trained, tmp_path, name):
+    config, artifact = trained
+    shutil.copytree(artifact.path, tmp_path / "made")
+    file = tmp_path / "made/adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: {"q_proj": 4}}))
+    with pytest.raises(ConfigError, match=f"the adapter has a {name}, which vLLM ignores"):
+        export.write(replace(artifact, path=tmp_path / "made"), config, tmp_path / "x", "adapter")
+    assert not (tmp_path / "x").exists()
 
 
 def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, another, tmp_path):
@@ -85,7 +99,8 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
                 source.path / "adapter" / name
             ).read_bytes()
     text = (tmp_path / "v/README.md").read_text(encoding="utf-8")
-    served = f"vllm serve {config.model.name} --enable-lora --lora-modules fast=fast slow=slow"
+    how = "--generation-config vllm --dtype float32 --max-model-len 4096"
+    served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules fast=fast slow=slow"
     assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
     asked = f"`/v1/chat/completions`, system message: {config.prompt.system}"
     assert f"- `fast`: {asked}" in text and f"- `slow`: {asked}" in text
@@ -124,7 +139,7 @@ def test_the_card_of_views_says_what_came_first_and_finds_a_local_base(
         settings["sft"]["start_from"], settings["rl"]["start_from"] = "rl", "init"
         views[name] = replace(made, manifest=manifest)
     text = card_of_views(views, Path("out/v"))
-    assert "vllm serve ../../models/m --enable-lora" in text
+    assert "vllm serve ../../models/m --generation-config vllm" in text
     assert "answers at once: then SFT on" in text and "works it out: GRPO on" in text
 
 

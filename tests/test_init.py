@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
 from stages.pipeline import draft
@@ -211,6 +212,26 @@ def test_long_rows_get_a_server_with_room(written):
     long[4]["answer"] = "word " * 2900 + "\n#### 8"
     found, _ = written(long)
     assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096 or "server" not in found
+
+
+def test_a_text_in_the_field_system_is_not_passed_over(written):
+    """It is no label, and no model is told it."""
+    _, said = written([{**row, "system": "You are a lawyer."} for row in rows(20)])
+    assert "what becomes of the field system of 20 rows" in said and "each row has a field system" not in said
+    Path("c.yaml").unlink()
+    _, said = written(rows(20))
+    assert "field system" not in said and "sft.system2_share: 0.3 is a cold start" in said
+
+
+def test_a_model_without_linear_modules_is_refused(lorapar, tiny, tmp_path, monkeypatch):
+    """GPT-2 has Conv1D."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "gpt2")
+    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows(5))), encoding="utf-8")
+    done = lorapar("init", "rows.jsonl", "--model", "gpt2")
+    assert done.code == 78 and "GPT2LMHeadModel has no linear modules but its head" in done.err
+    assert not Path("rows.yaml").exists()
 
 
 def test_labels_in_words_are_labels(written):

@@ -6,13 +6,13 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, make_steps
+from conftest import CONFIGS, labels_of, make_steps
 
 from stages.config import ModelSection
-from stages.errors import ConfigError
+from stages.errors import ConfigError, DataError
 from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import tasks
+from stages.pipeline.run import foresee, tasks
 from stages.pipeline.table import STAGES, section
 
 
@@ -162,6 +162,22 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     assert set(asked_for(steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip
+
+
+def test_too_few_system_2_rows_are_seen_before_sft(smoke):
+    """24 rows, half of them System 2, a step of RL of 16."""
+    more = ["classify.strategy=known", "classify.known=intended", "data.limit=24", "rl.prompts_per_step=16"]
+    config = smoke(*more)
+    steps = plan(config)
+    foresee(config, steps)  # nothing is known yet
+    make_steps(config, "classify:train")
+    slow = sum(row.system == 2 for row in labels_of(config))
+    assert 0 < slow < 16
+    with pytest.raises(DataError, match=f"{slow} rows are labelled System 2, fewer than the 16"):
+        foresee(config, steps)
+    foresee(config, {name: step for name, step in steps.items() if name != "rl"})  # it is not asked for
+    other = smoke(*more, "rl.data=all")
+    foresee(other, plan(other))
 
 
 def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):

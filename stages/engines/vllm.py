@@ -23,9 +23,10 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Served
 from stages.engines.guard import guarded
 from stages.engines.openai import Client
-from stages.errors import ConfigError, ServerError
+from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
+from stages.models.reading import config_of, positions
 
 HOST = "127.0.0.1"
 MODULE = f"adapter-{os.getpid()}"
@@ -186,7 +187,7 @@ def _command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # Without it a model's own generation settings (a repetition penalty, say) would change what is asked for.
-    given: dict[str, Any] = {"max_model_len": server.max_model_len, "generation_config": "vllm"}
+    given: dict[str, Any] = {"max_model_len": _longest(model, server), "generation_config": "vllm"}
     if model.of_hub:
         given["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and makes bfloat16 of float32 on a GPU. What is stored
@@ -198,6 +199,15 @@ def _command(
     if modules:
         command += lora_flags(modules)
     return command if _have_gpu() else [*command, "--enforce-eager"]
+
+
+def _longest(model: ModelSection, server: ServerSection) -> int:
+    """`server.max_model_len`, or what the model can read: vLLM does not start if it is asked for more."""
+    try:
+        most = positions(config_of(model))
+    except LoraparError:  # vLLM may know how to read it; if not, it says so
+        most = None
+    return min(server.max_model_len, most or server.max_model_len)
 
 
 def _environment(devices: str | None) -> dict[str, str]:

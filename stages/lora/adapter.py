@@ -34,10 +34,6 @@ def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
     ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists.
     """
     linear = linear_modules(base)
-    if not linear:
-        raise ConfigError(
-            f"{type(base).__name__} has no linear modules but its head: no adapter can be put anywhere"
-        )
     if lora.target_modules == [ALL_LINEAR]:
         return lora.model_copy(update={"target_modules": sorted(linear)})
     missing = [name for name in lora.target_modules if name not in linear]
@@ -50,9 +46,16 @@ def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
 
 
 def linear_modules(base: PreTrainedModel) -> set[str]:
-    """The last parts of the names of all linear modules but the head."""
+    """The last parts of the names of all linear modules but the head.
+
+    ConfigError if there are none, as in GPT-2, whose modules are Conv1D.
+    """
     head = base.get_output_embeddings()
     found = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not found:
+        raise ConfigError(
+            f"{type(base).__name__} has no linear modules but its head: no adapter can be put anywhere"
+        )
     return {name.rpartition(".")[2] for name in found}
 
 

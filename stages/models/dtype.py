@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.config import ModelSection
 from stages.errors import LoraparError
-from stages.models.reading import reading
+from stages.models.reading import config_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _auto(name: str, revision: str) -> str:
     import torch
 
     try:
-        found = _config(ModelSection(name=name, revision=revision)).dtype
+        found = config_of(ModelSection(name=name, revision=revision)).dtype
     except LoraparError:
         if torch.cuda.is_available():
             return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
@@ -62,16 +62,9 @@ def _auto(name: str, revision: str) -> str:
 def is_quantized(model: ModelSection) -> bool:
     """Whether the checkpoint itself has fewer bits (GPTQ, AWQ, fp8); False if it cannot be read."""
     try:
-        return getattr(_config(model), "quantization_config", None) is not None
+        return getattr(config_of(model), "quantization_config", None) is not None
     except LoraparError:
         return False
-
-
-def _config(model: ModelSection) -> Any:
-    from transformers import AutoConfig
-
-    with reading("model", model):
-        return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
 def native_bfloat16() -> bool:

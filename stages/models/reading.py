@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stages.config import ModelSection
 from stages.errors import DataError, LoraparError, MissingInputError, first_line, lacks_memory, panicked
@@ -37,6 +38,24 @@ def reading(what: str, model: ModelSection) -> Iterator[None]:
         raise DataError(
             f"cannot load {what} {model.name}: {type(error).__name__}: {_first(error)}", CHANGED
         ) from None
+
+
+def config_of(model: ModelSection) -> Any:
+    """The config of the model, of transformers' class for it."""
+    from transformers import AutoConfig
+
+    with reading("model", model):
+        return AutoConfig.from_pretrained(model.name, revision=model.revision)
+
+
+def positions(config: Any) -> int | None:
+    """Tokens that a model of this config can read; None if it does not say, or stretches its positions."""
+    of_text = config.get_text_config()
+    rope = getattr(of_text, "rope_parameters", None) or getattr(of_text, "rope_scaling", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        return None
+    found = getattr(of_text, "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def complete(model: ModelSection, missing: Iterable[str]) -> None:

@@ -87,6 +87,11 @@ def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
         open_.append("what RL trains on: no row is labelled System 2")
     if found.slow == len(found.rows.examples):
         open_.append("what SFT trains on, and the importance of System 1: no row is labelled System 1")
+    if found.ignores_system:
+        open_.append(
+            f"what becomes of the field system of {found.ignores_system} rows: it is kept beside them and no "
+            "model is told it; rows of format messages have a system message of their own"
+        )
     if not tests:
         open_.append("which rows measure success: lorapar init … --test FILE")
     if found.slow is None:
@@ -94,6 +99,10 @@ def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
             "who votes: one voter, the model itself, is the default; more and larger ones agree better "
             "(lorapar list personas; classify.voters, classify.system2_share)"
         )
+    open_.append(
+        "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
+        "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold start"
+    )
     open_.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
     return open_
 

@@ -15,12 +15,13 @@ from stages import footprint, team
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool
-from stages.errors import ArtifactError, ConfigError, Ended
+from stages.errors import ArtifactError, ConfigError, DataError, Ended
 from stages.pipeline.job import Job
 from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.state import State, current, rebuild, state
 from stages.pipeline.table import order, section
 from stages.progress import Progress
+from stages.records import read_labels
 from stages.store import estimates
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
@@ -168,6 +169,25 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float, before: fl
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }
+
+
+def foresee(config: Config, steps: dict[str, Step]) -> None:
+    """DataError if the labels, where they are current, have too few System 2 rows for a step of RL.
+
+    RL itself would say so after SFT has taken its time. It leaves out some rows more.
+    """
+    step = steps.get("classify:train")
+    if step is None or "rl" not in steps or config.rl.data != "system2":
+        return
+    now = state(Store(config.root), step)
+    if now.state != "current" or now.artifact is None:
+        return
+    slow = sum(row.system == 2 for row in read_labels(now.artifact.path / "labels.jsonl"))
+    if slow < (wanted := config.rl.prompts_per_step - config.rl.replayed):
+        raise DataError(
+            f"{slow} rows are labelled System 2, fewer than the {wanted} that a step of RL has",
+            "lower rl.prompts_per_step, or other voters, or a known share: --set classify.system2_share=0.5",
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stages.errors import ConfigError, DataError, first_line
 from stages.labelling.known import system_of
 from stages.language.answers import letter, number
 from stages.language.prompts import IGNORED, Renderer
-from stages.models.reading import reading
+from stages.models.reading import config_of, reading
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.lengths import Lengths
 
@@ -39,6 +39,8 @@ class Survey:
     row: Lengths
     slow: int | None
     """Rows of System 2, if every row says in the field `system` which system it is; else None."""
+    ignores_system: int
+    """Rows with a text in the field `system` that is no label."""
     never_stops: list[str]
     """Ids of rows whose last trained token does not stop an answer."""
     stops: list[str]
@@ -89,6 +91,10 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
         row=Lengths.of([len(row.labels) for row in rows]),
         slow=labels.count(2) if None not in labels else None,
+        ignores_system=sum(
+            label is None and isinstance(example.extra.get("system"), str)
+            for label, example in zip(labels, found.examples, strict=True)
+        ),
         never_stops=renderer.never_stop(rows),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
@@ -136,11 +142,11 @@ def _kind(example: Example) -> str:
 def _model(model: ModelSection) -> tuple[int | None, set[str]]:
     """What the model's config says: the tokens it can read, and its linear modules by their last names."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from stages.lora.adapter import linear_modules
 
+    config = config_of(model)
     with reading("model", model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(model.name, revision=model.revision)
         base = AutoModelForCausalLM.from_config(config)
     return getattr(config, "max_position_embeddings", None), linear_modules(base)

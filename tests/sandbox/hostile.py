@@ -228,6 +228,13 @@ RESOURCES = {
     "memory in a memfd": (
         "f = os.memfd_create('x')\nfor n in range(900): os.write(f, bytes(2**20))\nshow('secret-7f3a')"
     ),
+    "memory in a shared map": "import mmap; mmap.mmap(-1, 2**20)[0] = 1; show('secret-7f3a')",
+    "memory in a shared map, raw": (
+        "at = libc.syscall(9, 0, 2**20, 3, 0x23, -1, 0); show(at > 0 and 'secret-7f3a')"
+    ),
+    "memory in a shared map of zeros": (
+        "import mmap; mmap.mmap(os.open('/dev/zero', os.O_RDWR), 2**20)[0] = 1; show('secret-7f3a')"
+    ),
     "memory in a memfd, raw": "show(libc.syscall(319, b'x', 0) >= 0 and 'secret-7f3a')",
     "memfd": "f = os.memfd_create('x'); os.posix_fallocate(f, 0, 2**34)",
     "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",

@@ -249,13 +249,40 @@ X86, ARM = 0xC000003E, 0xC00000B7
             X86,
             "x86_64",
             dict(
-                read=0, fork=57, clone=56, clone3=435, ptrace=101, socket=41, kill=62, chmod=90, prlimit64=302
-            ),
+                read=0,
+                fork=57,
+                clone=56,
+                clone3=435,
+                ptrace=101,
+                socket=41,
+                kill=62,
+                chmod=90,
+                prlimit64=302,
+                mmap=9,
+                fcntl=72,
+                ioctl=16,
+                memfd_create=319,
+                flock=73,
+            ),  # fmt: skip
         ),
         (
             ARM,
             "aarch64",
-            dict(read=63, clone=220, clone3=435, ptrace=117, socket=198, kill=129, fchmod=52, prlimit64=261),
+            dict(
+                read=63,
+                clone=220,
+                clone3=435,
+                ptrace=117,
+                socket=198,
+                kill=129,
+                fchmod=52,
+                prlimit64=261,
+                mmap=222,
+                fcntl=25,
+                ioctl=29,
+                memfd_create=279,
+                flock=32,
+            ),  # fmt: skip
         ),
     ],
 )
@@ -274,6 +301,22 @@ def test_filters(arch, machine, names, kind):
     for refused in ("socket", "kill", "chmod" if arch == X86 else "fchmod"):
         assert _action(program, arch, names[refused]) == ("EPERM" if strict else "allow")
     assert _action(program, arch, names["prlimit64"], [0, 7, 4096]) == ("EPERM" if strict else "allow")
+    for call in ("memfd_create", "flock"):
+        assert _action(program, arch, names[call]) == "EPERM"
+    assert _action(program, arch, 469) == "EPERM"  # file_setattr, on every architecture
+    flags = {0x02: "allow", 0x22: "allow", 0x01: "EPERM", 0x21: "EPERM", 0x03: "EPERM", 0x23: "EPERM"}
+    assert {f: _action(program, arch, names["mmap"], [0, 4096, 3, f]) for f in flags} == flags
+    # F_GETFD, F_SETFL, the same with O_ASYNC; F_SETLK, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE
+    fcntl = {(1, 0): "allow", (4, 0x800): "allow", (4, 0x2000): "EPERM"}
+    fcntl |= {(command, 0): "EPERM" for command in (6, 8, 10, 15, 1024)}
+    assert {c: _action(program, arch, names["fcntl"], [3, *c]) for c in fcntl} == fcntl
+    assert (
+        _action(program, arch, names["fcntl"], [3, 8 | 1 << 40, 0]) == "EPERM"
+    )  # the kernel looks at 32 bits
+    ioctl = {0x5401: "allow", 0x8901: "EPERM", 0x5452: "EPERM", 0x40086602: "EPERM", 0x401C5820: "EPERM"}
+    assert {c: _action(program, arch, names["ioctl"], [3, c]) for c in ioctl} == ioctl
+    families = {family: "EPERM" if strict or family > 16 else "allow" for family in (1, 2, 10, 16, 17, 40)}
+    assert {f: _action(program, arch, names["socket"], [f]) for f in families} == families
     if arch == X86:
         assert _action(program, arch, names["fork"]) == "EPERM"
         assert _action(program, arch, 0x40000000 | names["read"]) == "kill"  # the x32 calls

@@ -110,6 +110,9 @@ REFUSED_IOCTL = {
 }  # fmt: skip
 LAST_FAMILY = 16
 """Of sockets: local, internet, netlink, which a network namespace holds; above are packets, hosts, …"""
+MAP_SHARED = 1
+"""A bit of the flags of mmap, also in MAP_SHARED_VALIDATE. What is shared stays in memory when all of its map
+but a page is gone, and no limit of the address space counts it."""
 LOW = 0xFFFFFFFF
 """The kernel looks at 32 bits of these arguments; the rest may be anything."""
 
@@ -205,6 +208,7 @@ def write(path: Path, arch: str, strict: bool) -> None:
         rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
     for command in REFUSED_IOCTL.values():
         rules.add_rule(refuse, "ioctl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
+    rules.add_rule(refuse, "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, MAP_SHARED, MAP_SHARED))
     asynchronous = seccomp.Arg(2, seccomp.MASKED_EQ, O_ASYNC, O_ASYNC)
     rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, SETFL), asynchronous)
     if strict:
