@@ -25,7 +25,7 @@ def markdown(results: Results, command: str) -> str:
 
 def grid(results: Results) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and the cells of each row with its name before them."""
-    file, compared = results.table.file, results.table.file.compare
+    file, compared = results.table.file, results.comparisons  # none if the other row was not asked for
     head = ["", *file.columns]
     if compared:
         head.append(_compared_with(results))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from stages.engines.guard import guarded
 from stages.errors import BusyError, ServerError
@@ -44,6 +47,30 @@ class Outcome:
     seconds: float = 0.0
 
 
+class Lease:
+    """The right to use GPUs, among all sweeps of this person on this machine; the kernel ends it with us."""
+
+    def __init__(self, devices: str) -> None:
+        """devices: numbers, separated by commas."""
+        folder = Path(tempfile.gettempdir()) / f"lorapar-devices-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._locks = [FileLock(folder / f"{name}.lock", timeout=0) for name in sorted(devices.split(","))]
+
+    def taken(self) -> bool:
+        """Take all of them, or none."""
+        try:
+            for lock in self._locks:
+                lock.acquire()
+        except Timeout:
+            self.give_back()
+            return False
+        return True
+
+    def give_back(self) -> None:
+        for lock in self._locks:
+            lock.release()
+
+
 class Sweep:
     """The state of all steps; `run` brings them to their end.
 
@@ -71,6 +98,7 @@ class Sweep:
         self.later: dict[Place, float] = {}
         self.stores: dict[str, Store] = {}
         self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
+        self.leases: dict[str, Lease] = {}
 
     def run(self) -> list[Outcome]:
         """How each step ended that was not there before."""
@@ -86,6 +114,8 @@ class Sweep:
                 child.stdin.close()  # type: ignore[union-attr]  # the guard then ends the step and its children
             for child, *_ in self.running.values():
                 child.wait()
+            for lease in self.leases.values():
+                lease.give_back()
         return list(self.ended.values())
 
     def _start(self) -> None:
@@ -95,9 +125,20 @@ class Sweep:
             if any(before in self.ended and before not in self.done for before in node.inputs):
                 self.waiting.remove(place)
                 self.ended[place] = Outcome(node, "left out")
-            elif self.places and self.done.issuperset(node.inputs):
+            elif self.done.issuperset(node.inputs) and (free := self._free()) is not None:
                 self.waiting.remove(place)
-                self._spawn(place, self.places.pop(0))
+                self._spawn(place, self.places.pop(free))
+
+    def _free(self) -> int | None:
+        """Index of a place where a step can begin: its devices are leased, if it has any."""
+        for index, device in enumerate(self.places):
+            if device is None:
+                return index
+            lease = self.leases.get(device) or Lease(device)
+            if lease.taken():
+                self.leases[device] = lease
+                return index
+        return None
 
     def _spawn(self, place: Place, device: str | None) -> None:
         node = self.nodes[place]
@@ -121,6 +162,8 @@ class Sweep:
                 continue
             del self.running[place]
             self.places.append(device)
+            if device is not None:
+                self.leases.pop(device).give_back()
             node = self.nodes[place]
             seconds = time.monotonic() - begun
             self.tries[place] = self.tries.get(place, 0) + (code == NO_SERVER)

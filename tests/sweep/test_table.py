@@ -637,6 +637,33 @@ def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypa
     assert seen == {"0", "3"} and most == 2
 
 
+def test_two_sweeps_do_not_share_a_device(tmp_path, monkeypatch):
+    """Also where one has it together with another; a device is free when its step has ended."""
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    both, one = local.Lease("0,1"), local.Lease("1")
+    assert both.taken() and not one.taken() and local.Lease("2").taken()
+    both.give_back()
+    assert one.taken() and not both.taken()
+    assert local.Lease("0").taken()  # the lease that could not be had whole keeps nothing
+
+
+def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    other, looks = local.Lease("3"), []
+    assert other.taken()
+
+    def look(sweep):
+        looks.append(len(sweep.running))
+        if len(looks) == 3:
+            assert not any(looks)
+            other.give_back()
+
+    nodes = steps.union(table(small, seeds=[5, 6]).cells)
+    ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
+    assert {outcome.how for outcome in ended} == {"done"} and max(looks) == 1
+    assert other.taken()  # and is given back
+
+
 def test_each_command_makes_its_step_alone(small):
     for node in steps.union(table(small).cells).values():
         stage, _, *rest = node.command
