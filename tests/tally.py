@@ -13,7 +13,7 @@ import pytest
 
 FULL = os.environ.get("LORAPAR_TORTURE") == "full"
 SEED = int(os.environ.get("LORAPAR_SEED") or random.SystemRandom().randrange(10**6))
-COLUMNS = ("seed", "tried", "seconds", "lost", "tracebacks", "hangs", "left behind")
+COLUMNS = ("seed", "tried", "seconds", "found", "lost", "tracebacks", "hangs", "left behind")
 KEY = "torture"
 
 
@@ -47,7 +47,8 @@ def tally(request: pytest.FixtureRequest, record_property) -> Iterator[Tally]:
     yield found
     counts = [found.lost, found.tracebacks, found.hangs, found.left]
     seconds = round(time.monotonic() - begun)
-    record_property(KEY, [found.kind, SEED, found.tried, seconds, *map(len, counts)])
+    numbers = [len(kind) for kind in counts]
+    record_property(KEY, [found.kind, SEED, found.tried, seconds, sum(numbers), *numbers])
     assert (found.tried or found.skipped) and not found.wrong, "\n".join(found.wrong[:20])
 
 

@@ -18,6 +18,7 @@ from stages.config import ModelSection
 from stages.config.rl import RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import adapter, merged, rollouts
+from stages.lora.ratios import BEYOND, RAW
 from stages.lora.writing import Written
 from stages.models.base import load_base
 
@@ -127,6 +128,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(be
     assert len(changed) == len(adapter.read(made.path / "adapter")) // 2
     assert engines[0].given["generation_kwargs" if engine == "vllm_server" else "stop_token_ids"]
     steps = json.loads((made.path / "history.json").read_text())
+    assert all({f"{RAW}/mean", f"{RAW}/max", BEYOND} <= row.keys() for row in steps)
     ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
 

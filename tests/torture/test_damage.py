@@ -5,14 +5,16 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, make_steps, paths
 from tally import FULL, Tally
 
+from stages.benchmarks.replies import Recorded
 from stages.config import Config
 from stages.config.yaml import _names
 from stages.data.rows import read
@@ -21,9 +23,12 @@ from stages.labelling.votes import Vote
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
+from stages.store import estimates
 from stages.store.artifacts import Store
+from stages.store.checkpoints import SEAL, Checkpoints
 from stages.store.digests import DigestCache
 from stages.store.journal import Journal
+from stages.sweep.slurm import Cluster
 
 pytestmark = pytest.mark.slow
 TIMES = 10 if FULL else 1
@@ -59,15 +64,21 @@ def trying(tally: Tally, title: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def store(tiny, demo_data, tmp_path_factory) -> Config:
-    """A config of which labels, importance and masks are there, and a journal of votes."""
+    """A config of which every artifact is there, with journals of votes and of answers."""
     folder = tmp_path_factory.mktemp("damage")
-    config = resolved(load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=24"]))
-    make_steps(config, "classify:train", "score", "partition")
+    settings = [
+        *paths(tiny, demo_data, folder), "data.limit=24", "score.examples=4", "sft.max_steps=2",
+        "rl.max_steps=2", "rl.max_completion=4", "eval.benchmarks.demo.limit=4",
+    ]  # fmt: skip
+    config = resolved(load(ROOT / "configs/smoke.yaml", settings))
+    make_steps(config)
     return config
 
 
 def spoilt(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with a bit flipped, cut, longer, with a hole, or others."""
+    """The bytes with a bit flipped, cut, longer, with a hole, or others; or JSON of another shape."""
+    if rng.random() < 0.4 and (other := misshapen(data, rng)) is not None:
+        return other
     at = rng.randrange(len(data)) if data else 0
     how = rng.randrange(6)
     if how == 0 and data:
@@ -81,6 +92,41 @@ def spoilt(data: bytes, rng: random.Random) -> bytes:
     if how == 4:
         return rng.randbytes(len(data) or 1)
     return b"" if data else b"x"
+
+
+def misshapen(data: bytes, rng: random.Random) -> bytes | None:
+    """Well-formed JSON, or JSON Lines, in which one value is odd, twice, or gone; None if it is neither."""
+    lines = data.splitlines(keepends=True)
+    at = rng.randrange(len(lines)) if len(lines) > 1 and b"{" in lines[0] and b"}" in lines[0] else None
+    try:
+        tree = [json.loads(data if at is None else lines[at])]
+    except ValueError:
+        return None
+    place: Any = tree
+    key: Any = 0
+    while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
+        place = place[key]
+        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+    how = rng.randrange(4)
+    if how == 0 and place is not tree:
+        del place[key]
+    elif how == 1:
+        place[key] = [place[key], place[key]]
+    elif how == 2 and isinstance(place, dict):
+        place[rng.choice(["", "more", "seal", "0"])] = place[key]
+    else:
+        place[key] = rng.choice(PIECES)
+    text = json.dumps(tree[0]).encode()
+    return text if at is None else b"".join([*lines[:at], text + b"\n", *lines[at + 1 :]])
+
+
+def test_misshapen():
+    rng = random.Random(1)
+    made = {misshapen(b'{"a": {"b": 1}, "c": [2]}', rng) for _ in range(300)}
+    assert {b'{"a": {}, "c": [2]}', b'{"a": {"b": [1, 1]}, "c": [2]}', b"null"} <= made
+    lines = misshapen(b'{"a": 1}\n{"a": 2}\n', rng).splitlines()
+    assert len(lines) == 2 and sum(line in (b'{"a": 1}', b'{"a": 2}') for line in lines) == 1
+    assert misshapen(b"\x93NUMPY", rng) is None
 
 
 def says_the_same(before: bytes, after: bytes) -> bool:
@@ -103,7 +149,8 @@ def test_damaged_files(store, tally):
     files = [f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and not f.name.startswith(".")]
     files = [f for f in files if f.parent != root and "checkpoints" not in f.parts]
     whole = {now.artifact.path for s in steps if (now := state(Store(root), s)).state == "current"}
-    assert whole == {root / Path(*f.relative_to(root).parts[:2]) for f in files} and len(whole) == 4
+    assert whole == {root / Path(*f.relative_to(root).parts[:2]) for f in files}
+    assert len(whole) == len(steps) == 11
     for _ in range(500 * TIMES):
         file = tally.random.choice(files)
         before = file.read_bytes()
@@ -119,19 +166,37 @@ def test_damaged_files(store, tally):
         file.write_bytes(before)
 
 
-def test_damaged_journals_and_caches(store, tally):
-    journals = list((Path(store.runs_dir) / "votes").glob("*.jsonl"))
-    caches = list(Path(store.runs_dir).rglob(".digests.json"))
-    copy = store.root / "copy"
+def test_damaged_journals_and_records(store, tally, tmp_path):
+    """What is not sealed: it must have the shape that is read, or is no obstacle."""
+    runs = Path(store.runs_dir)
+    estimates.tell(store.root, {"0123": estimates.Told(seconds=1.5, mib=300)})
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_bytes(b"x")
+    Checkpoints(tmp_path, "of").seal(checkpoint)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps({"runs/rl/0123": "17"}))
+    readers: dict[Path, Callable[[Path], object]] = {
+        **{file: lambda copy: Journal(copy, Vote) for file in (runs / "votes").glob("*.jsonl")},
+        **{file: lambda copy: Journal(copy, Recorded) for file in (runs / "answers").glob("*.jsonl")},
+        **{file: lambda copy: DigestCache(copy).file(jobs) for file in runs.rglob(".digests.json")},
+        store.root / estimates.NAME: lambda copy: estimates.told(copy.parent, "0123"),
+        checkpoint / SEAL: lambda copy: Checkpoints(tmp_path, "of").newest(),
+        jobs: lambda copy: Cluster(copy.parent, {}, print)._recorded(),
+    }
+    assert len(readers) >= 6 and all(file.is_file() for file in readers)
+    whole = {file: file.read_bytes() for file in readers}
     for _ in range(250 * TIMES):
-        file = tally.random.choice([*journals, *caches])
-        copy.write_bytes(spoilt(file.read_bytes(), tally.random))
+        file = tally.random.choice(list(readers))
+        if file.parent == checkpoint:
+            shutil.rmtree(tmp_path / "checkpoint-3.incomplete", ignore_errors=True)
+            checkpoint.mkdir(exist_ok=True)
+            (checkpoint / "weights").write_bytes(b"x")
+        file.write_bytes(spoilt(whole[file], tally.random))
         with trying(tally, file.name):
-            if file in caches:
-                DigestCache(copy).file(file)
-            else:
-                Journal(copy, Vote)
-        copy.unlink(missing_ok=True)
+            readers[file](file)
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(whole[file])
 
 
 ODD = [

@@ -40,10 +40,15 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
         )
         for before in STAGES[: STAGES.index(stage)]:
             subprocess.run([*command, before, str(file)], cwd=ROOT, capture_output=True, check=True)
-        child = subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        time.sleep(tally.random.uniform(0.1, 9))
+        child, longest = None, 9.0
+        while child is None or child.poll() is not None:  # it was over before the signal
+            if child is not None:
+                child.communicate()
+            child = subprocess.Popen(
+                [*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+            time.sleep(tally.random.uniform(0.3, longest))
+            longest = max(1.0, longest / 2)
         child.send_signal(number)
         try:
             _, said = child.communicate(timeout=60)
@@ -51,8 +56,10 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             tally.hangs.append(title)
             child.kill()
             said = ""
-        if "defect of lorapar" in said or ("Traceback" in said and number != signal.SIGINT):
+        if "defect of lorapar" in said or "Traceback" in said:
             tally.tracebacks.append(f"{title}: {said[-300:]}")
+        if child.returncode not in (0, 128 + number, -number):
+            tally.lost.append(f"{title}: exit code {child.returncode}: {said[-300:]}")
         deadline = time.monotonic() + 15
         while processes(str(file)) and time.monotonic() < deadline:
             time.sleep(0.1)
