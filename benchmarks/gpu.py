@@ -4,13 +4,14 @@
 
 Needs no hub: models have random weights of real shapes (0.5 and 7 billion parameters), beside the small real
 one. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its own
-with a limit in time. The table says what it found, and how long it took; a part that fails stops no other.
+with a limit in time, and no part begins or goes on after `--minutes`. The table says what it found, and how
+long it took; a part that fails stops no other.
 
 - doctor: versions, device, number types, sandbox.
 - pipeline: all six stages of the smoke config with vLLM for votes, rollouts and answers, and that no frozen
   element moved.
 - tests: on the device, those of frozen elements, exact resume, 4 bits, padding and equality with TRL.
-- sft, rl: time of a step, of RL also the peak of memory, against TRL on plain LoRA (`sft.py`, `rl.py`).
+- sft, rl: time of a step and the peak of memory, against TRL on plain LoRA (`sft.py`, `rl.py`).
 - plan: what is planned against what is taken (`plan.py`).
 - processes: SFT and RL of the smoke config on two devices (DDP); two processes on a CPU.
 """
@@ -73,11 +74,14 @@ def smoke(model: str, scratch: str, *more: str) -> list[str]:
 
 def parts(small: bool) -> list[Part]:
     cuda = torch.cuda.is_available()
-    rollouts = ["rl.rollouts.engine=vllm_colocate"] if cuda else []
-    served = ["classify.voters=[{persona: steps, engine: vllm}]", "eval.engine=vllm", *rollouts]
+    served = [
+        "classify.voters=[{persona: steps, engine: vllm}]", "eval.engine=vllm",
+        "rl.rollouts.engine=vllm_colocate",
+    ]  # fmt: skip
     number = min(2, torch.cuda.device_count()) if cuda else 2  # more cannot share smoke's eight rows evenly
     devices = f"launch={{backend: ddp, processes: {number}}}"
-    which = [f"tests/lora/test_{name}.py" for name in (TESTS[3:5] if small else TESTS)]
+    which = [f"tests/lora/test_{name}.py" for name in TESTS]
+    which += ["-m", "not slow and not vllm"] if small else []
     few = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     shapes = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
     models = ["tiny-random"] if small else ["smollm2-135m-q4", *SHAPES]
@@ -118,7 +122,8 @@ def model(name: str, scratch: Path) -> Path:
     return folder
 
 
-def line(part: Part, scratch: Path) -> dict[str, object]:
+def line(part: Part, scratch: Path, left: float) -> dict[str, object]:
+    """left: seconds until the end of all parts."""
     begun = time.monotonic()
     # A training in one process takes one device, and refuses to see several.
     seen = {} if part.name == "processes" else {"CUDA_VISIBLE_DEVICES": "0"}
@@ -126,8 +131,9 @@ def line(part: Part, scratch: Path) -> dict[str, object]:
     try:
         command = [sys.executable, *part.command(str(model(part.model, scratch)), str(scratch / part.name))]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 * part.minutes, env=os.environ | seen
-        )
+            command, capture_output=True, text=True, timeout=min(60 * part.minutes, left),
+            env=os.environ | seen,
+        )  # fmt: skip
         output, code = done.stdout + done.stderr, done.returncode
     except (OSError, RuntimeError, subprocess.TimeoutExpired, LoraparError) as error:
         output, code = f"{type(error).__name__}: {error}", "none"
@@ -140,6 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", action="append", choices=NAMES, metavar="PART", help=", ".join(NAMES))
+    parser.add_argument(
+        "--minutes", type=float, help="for all parts; 25, and with --small as long as it takes"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     given = parser.parse_args()
     if not given.small and not torch.cuda.is_available():
@@ -148,10 +157,11 @@ def main() -> None:
     if not demo.exists():
         write(demo, 0)
     lines = []
+    end = time.monotonic() + 60 * (given.minutes or (10**6 if given.small else 25))
     with tempfile.TemporaryDirectory() as scratch:
         for part in parts(given.small):
             if not given.only or part.name.partition(",")[0] in given.only:
-                lines.append(line(part, Path(scratch)))
+                lines.append(line(part, Path(scratch), max(1.0, end - time.monotonic())))
                 print(*(lines[-1][name] for name in ("part", "code", "seconds")), sep="\t")
                 print(*(f"\t{text}" for text in lines[-1]["found"]), sep="\n", flush=True)  # type: ignore[attr-defined]
     given.out.write_text(json.dumps(lines, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -9,7 +9,7 @@ model, and both train on rows as `lorapar sft` renders them from ROWS.
 A step is what `Trainer.train` does from the begin to the end of an epoch of one step: data, all micro
 batches, clipping, AdamW, logging. In each pair both do one step on the same rows, in an order drawn at
 random; one step each before warms up, and its losses are printed. The ratio is theirs / ours, the median of
-pairs, with a bootstrap interval.
+pairs, with a bootstrap interval. The peak is that of a process, or of the device, which trains only one way.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from grpo import random_masks
-from measure import interval, now
+from measure import interval, now, peak
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from stages import sft
+from stages import footprint, sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.language.prompts import Renderer, Row
@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="eager")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
 
     section = ModelSection(name=given.model, dtype=given.dtype, attention=given.attention)
@@ -110,6 +112,12 @@ def main() -> None:
     assert len(batches[-1]) == given.batch, f"{len(rows)} rows are too few"
 
     with tempfile.TemporaryDirectory() as folder:
+        if given.only:
+            side = Side(given.only, base, renderer, given, folder)
+            for batch in batches[:2]:
+                side.step(batch)
+            print(footprint.peak())
+            return
         sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
         seconds: dict[str, list[float]] = {name: [] for name in SIDES}
         for number, batch in enumerate(batches):
@@ -129,6 +137,11 @@ def main() -> None:
         f"ONEDNN_MAX_CPU_ISA {os.environ.get('ONEDNN_MAX_CPU_ISA', 'not set')}, device {base.device}"
     )
     print(f"TRL {statistics.median(theirs):.3g} s, lorapar {statistics.median(ours):.3g} s")
+    if given.memory:
+        del sides, base
+        footprint.give_back()
+        theirs, ours = (peak(__file__, name) for name in SIDES)  # type: ignore[assignment]
+        print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")  # type: ignore[operator]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_steps
+from conftest import ROOT, make_steps
 from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
@@ -20,6 +20,8 @@ from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
 from stages.sweep.table import Table
 
+NARROWEST = 500
+"""Pixels below which a headless browser makes no window."""
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
 
@@ -111,7 +113,7 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     page = (tmp_path / "report.html").read_text()
     for title in ("Results", "Won and lost", "Training", "Elements", "Labels", "Cost", "Settings and"):
         assert f">{title}" in page
-    assert ">Missing<" not in page
+    assert ">Missing<" not in page and '<th scope="row">tokens, system 2</th>' in page
     assert "demo: sft answers" in page and "points against base" in page
     assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 16
     assert "S1-only at random, A, %" in page and ">joules<" in page
@@ -126,26 +128,69 @@ def test_a_page_is_on_tables_or_on_one_config(lorapar):
     assert done.code == 78 and "configs/smoke.yaml is no table" in done.err
 
 
-@pytest.mark.slow
-def test_a_browser_shows_the_page(run, lorapar, tmp_path):
-    """Nothing is wider than a small screen, and nothing is fetched or executed."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
         pytest.skip("no browser is installed")
+    return found
+
+
+def rendered(browser: str, page: Path, *flags: str) -> str:
+    """What a browser makes of a page, with the flags given."""
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *flags, str(page)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+MEASURE = """<script>
+const opened = [...document.querySelectorAll('details')].map(d => (d.open = true, d)).length;
+const contrast = c => c.match(/[0-9.]+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0);
+const style = getComputedStyle(document.body);
+const fetched = performance.getEntriesByType('resource').length;
+document.title = [document.documentElement.scrollWidth, opened, fetched,
+  contrast(style.color) < contrast(style.backgroundColor) ? 'light' : 'dark',
+  [...document.querySelectorAll('.wide')].every(x => x.tabIndex === 0)].join(' ');
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [420, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tmp_path, width, theme):
+    """Nothing is wider than the screen or fetched, tables can be reached by keyboard, and dark is dark."""
+    config, settings = run
+    sets = [part for text in settings for part in ("--set", text)]
+    (tmp_path / "table.yaml").write_text(
+        f"title: One\nbase: {ROOT / 'configs/smoke.yaml'}\nrows: {{a: {{}}}}\nseeds: [{config.seed}]\n"
+        "columns: {base: base@demo, SFT: sft@demo, gain: sft@demo - base@demo}\n"
+    )
+    for source, details in (("configs/smoke.yaml", 2), (tmp_path / "table.yaml", 4)):
+        assert lorapar("report", source, *sets, "--out", tmp_path).code == 0
+        text = (tmp_path / "report.html").read_text()
+        (tmp_path / "probe.html").write_text(text.replace("</body>", MEASURE))
+        dark = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
+        dom = rendered(browser, tmp_path / "probe.html", f"--window-size={width},900", *dark, "--dump-dom")
+        (found,) = re.findall(r"<title>([^<]+)</title>", dom)
+        wide, opened, fetched, seen, reached = found.split()
+        assert int(wide) <= max(width, NARROWEST) and fetched == "0" and reached == "true", found
+        assert int(opened) == details and seen == theme
+
+
+@pytest.mark.slow
+def test_details_are_printed_open(run, browser, lorapar, tmp_path):
+    """A print of the page is that of one on which a person has opened everything."""
     sets = [part for text in run[1] for part in ("--set", text)]
     lorapar("report", "configs/smoke.yaml", *sets, "--out", tmp_path)
     text = (tmp_path / "report.html").read_text()
-    probe = "<script>document.title = `${document.documentElement.scrollWidth}`</script></body>"
-    (tmp_path / "probe.html").write_text(text.replace("</body>", probe))
-    done = subprocess.run(
-        [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom",
-            str(tmp_path / "probe.html"),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    (width,) = re.findall(r"<title>(\d+)</title>", done.stdout)
-    assert int(width) <= 500
+    pages = {"closed": text, "open": text.replace("<details>", "<details open>"), "none": re.sub(
+        "<details>.*?</details>", "", text, flags=re.DOTALL)}  # fmt: skip
+    sizes = {}
+    for name, content in pages.items():
+        (tmp_path / f"{name}.html").write_text(content)
+        out = tmp_path / f"{name}.pdf"
+        rendered(browser, tmp_path / f"{name}.html", "--no-pdf-header-footer", f"--print-to-pdf={out}")
+        sizes[name] = out.stat().st_size
+    assert abs(sizes["closed"] - sizes["open"]) < 200 < sizes["open"] - sizes["none"]
 
 
 def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
