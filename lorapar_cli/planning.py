@@ -15,6 +15,7 @@ from stages.store.artifacts import Store
 from stages.store.estimates import Told
 
 if TYPE_CHECKING:
+    from stages.config import Config
     from stages.pipeline.estimate import Estimate
     from stages.pipeline.lengths import Span
 
@@ -35,14 +36,14 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> N
     if todo:
         costs = {step.key: found.costs[step.name] for step in todo}
         estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
-    _planned(states, found, as_json)
+    _planned(settings, states, found, as_json)
     if todo and not as_json:
         say(f"next: lorapar run {typed(config, set_)}")
 
 
-def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:
+def _planned(settings: Config, states: dict[str, State], found: Estimate, as_json: bool) -> None:
     """What a run would do, with the cost of each step and of all that can be told."""
-    from stages.pipeline.estimate import KNOBS
+    from stages.pipeline.estimate import knobs
 
     if as_json:
         print(json.dumps(_plan_json(states, found)))
@@ -63,7 +64,7 @@ def _planned(states: dict[str, State], found: Estimate, as_json: bool) -> None:
         print(f"there are {gib(found.room)} of memory")
         for name, cost in found.costs.items():
             if cost.mib and cost.mib > found.room:
-                print(f"{name} does not fit: lower {KNOBS[name.partition(':')[0]]}")
+                print(f"{name} does not fit: lower {knobs(name, settings)}")
 
 
 def _together(seconds: list[float | None]) -> str:

@@ -9,6 +9,7 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
+from stages.pipeline.estimate import knobs
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
 from stages.pipeline.work import Cost, Work
@@ -74,6 +75,12 @@ def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
     monkeypatch.setattr("stages.pipeline.lengths.LONGEST", 0)
     assert " 8 of 16 " in asked("--set", "rl.max_completion=3")[0].out
     assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
+
+
+def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
+    assert knobs("rl", smoke()).startswith("rl.micro_batch")
+    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith("rl.rollouts.gpu_memory, or")
+    assert knobs("eval:rl@demo", smoke()) == "server.batch_size"
 
 
 def test_what_a_baseline_costs_is_not_told(asked):

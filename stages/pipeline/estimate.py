@@ -20,13 +20,22 @@ LAST = {"score": 1, "sft": 2, "rl": 3}
 """Stages whose work is measured after that of all others, in this order."""
 
 KNOBS = {
-    "classify": "model.dtype, or choose a smaller model",
+    "classify": "server.batch_size, or choose a smaller model",
     "score": "score.batch_size",
     "sft": "sft.micro_batch, or set sft.gradient_checkpointing",
     "rl": "rl.micro_batch, or rl.max_completion, or set rl.gradient_checkpointing",
     "eval": "server.batch_size",
 }
 """The settings that lower the memory of a stage."""
+COLOCATED = "rl.rollouts.gpu_memory, or set rl.rollouts.sleep, or lower "
+"""Before those of rl, where vLLM samples on the same GPU."""
+
+
+def knobs(step: str, config: Config) -> str:
+    """What to lower so that a step fits."""
+    stage = step.partition(":")[0]
+    colocated = stage == "rl" and config.rl.rollouts.engine == "vllm_colocate"
+    return (COLOCATED if colocated else "") + KNOBS[stage]
 
 
 @dataclass(frozen=True)
