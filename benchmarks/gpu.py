@@ -4,7 +4,7 @@
 
 Needs no hub: models have random weights of real shapes (0.5 and 7 billion parameters), beside the small real
 one. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its own
-with a limit in time, and no part begins or goes on after `--minutes`. The table says what it found, and how
+with a limit in time, and none begins or goes on after `--minutes`. The table says what it found, and how
 long it took; a part that fails stops no other.
 
 - doctor: versions, device, number types, sandbox.
@@ -122,14 +122,17 @@ def model(name: str, scratch: Path) -> Path:
     return folder
 
 
-def line(part: Part, scratch: Path, left: float) -> dict[str, object]:
-    """left: seconds until the end of all parts."""
+def line(part: Part, scratch: Path, end: float) -> dict[str, object]:
+    """end: of all parts, by the monotonic clock."""
     begun = time.monotonic()
     # A training in one process takes one device, and refuses to see several.
     seen = {} if part.name == "processes" else {"CUDA_VISIBLE_DEVICES": "0"}
     code: int | str
     try:
+        if end <= begun:
+            raise RuntimeError("no time is left for it")
         command = [sys.executable, *part.command(str(model(part.model, scratch)), str(scratch / part.name))]
+        left = max(1.0, end - time.monotonic())
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=min(60 * part.minutes, left),
             env=os.environ | seen,
@@ -161,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for part in parts(given.small):
             if not given.only or part.name.partition(",")[0] in given.only:
-                lines.append(line(part, Path(scratch), max(1.0, end - time.monotonic())))
+                lines.append(line(part, Path(scratch), end))
                 print(*(lines[-1][name] for name in ("part", "code", "seconds")), sep="\t")
                 print(*(f"\t{text}" for text in lines[-1]["found"]), sep="\n", flush=True)  # type: ignore[attr-defined]
     given.out.write_text(json.dumps(lines, indent=1, ensure_ascii=False), encoding="utf-8")

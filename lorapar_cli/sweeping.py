@@ -1,5 +1,6 @@
 """Tables of many runs: `sweep` makes what is missing of them. `reporting.py` shows what is there."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,9 @@ def sweep(
     places = _places(jobs, devices)
     seconds = measured(nodes)
     _announce(cells, nodes, seconds, 1 if cluster else len(places))
-    if cluster is not None:
+    if cluster is not None and dry_run and not shutil.which("squeue"):
+        render.say("no squeue here: how jobs stand can be seen on a machine that submits to Slurm")
+    elif cluster is not None:
         _by_slurm(slurm.Cluster(logs, _settings(cluster), render.say), cells, nodes, dry_run)
     elif not dry_run:
         view, say, look = watching(sys.stderr.isatty(), seconds)
@@ -135,7 +138,9 @@ def planned(
         except LoraparError as error:
             wrong.append(error)
     if len(wrong) > 1:
-        raise ConfigError("\n".join(dict.fromkeys(str(error) for error in wrong)))
+        kind = type(wrong[0]) if len({type(error) for error in wrong}) == 1 else ConfigError
+        hints = dict.fromkeys(error.hint for error in wrong if error.hint)
+        raise kind("\n".join(dict.fromkeys(str(error) for error in wrong)), "; ".join(hints) or None)
     if wrong:
         raise wrong[0]
     return found
@@ -199,7 +204,10 @@ def _close(ended: list[Outcome], cells: int) -> None:
         return
     drawn = table("step", "how", "code", "why, for which cells", text="why, for which cells")
     for outcome in bad:
-        why = f"{last_error(outcome.log)}; see {outcome.log}" if outcome.log else "what it needs failed"
+        why = "what it needs failed"
+        if outcome.log:
+            last = "made something else: its inputs have changed"
+            why = f"{last_error(outcome.log, outcome.begins) if outcome.code else last}; see {outcome.log}"
         of = "; ".join(f"{row}, seed {seed}" for _, row, seed in outcome.node.cells)
         code = "" if outcome.code is None else str(outcome.code)
         drawn.add_row(f"{outcome.node.step.name} {outcome.node.step.key}", outcome.how, code, f"{why} ({of})")

@@ -92,18 +92,21 @@ def last_line(path: Path) -> str:
     return next(_from_the_end(path), "")
 
 
-def last_error(path: Path) -> str:
-    """The last line of a log that is an error of ours, or else its last line."""
-    lines = list(_from_the_end(path))
+def last_error(path: Path, begins: int) -> str:
+    """The last line of a log that is an error of ours, or else its last line.
+
+    begins: bytes of earlier tries.
+    """
+    lines = list(_from_the_end(path, begins))
     said = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
     return next(said, next(iter(lines), "no word"))
 
 
-def _from_the_end(path: Path) -> Iterator[str]:
+def _from_the_end(path: Path, begins: int = 0) -> Iterator[str]:
     """Lines at the end of a log that say something, the last one first."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
+            file.seek(max(begins, path.stat().st_size - TAIL))
             lines = file.read().decode(errors="replace").split("\n")
     except OSError:
         return

@@ -117,6 +117,19 @@ def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, more, a
     assert command[command.index("--max-model-len") + 1] == asked
 
 
+def test_a_person_who_stretches_a_model_is_believed(tiny, tmp_path, monkeypatch):
+    config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelSection(name=str(tmp_path), dtype="float32")
+    stretched = ServerSection(vllm={"hf_overrides": {"max_position_embeddings": 8192}})
+    for server, further in ((stretched, {}), (ServerSection(), stretched.vllm)):
+        command = vllm._command(model, server, 1, further)
+        assert command[command.index("--max-model-len") + 1] == "4096"
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    command = vllm._command(model, ServerSection(), 1, {})
+    assert command[command.index("--max-model-len") + 1] == "4096"
+
+
 def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
     asked = []
     monkeypatch.setattr(

@@ -90,10 +90,13 @@ def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file with names in its first line, with the numbers of the lines that they end in."""
+    """The rows of a file with names in its first line, with the numbers of the lines that they end in.
+
+    An empty cell is none.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            return [(reader.line_num, row) for row in reader]
+            return [(reader.line_num, {name: cell or None for name, cell in row.items()}) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not CSV: {error}") from None

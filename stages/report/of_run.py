@@ -49,7 +49,8 @@ def of(config: Config, steps: dict[str, Step]) -> tuple[list[str], list[Section]
         name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
     }
     found = {name: artifact for name, artifact in made.items() if artifact is not None}
-    evaluations = [step for step in steps.values() if step.stage.name == "eval"]
+    # Others may be made at this moment.
+    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in found]
     tables = comparison.tables(store, evaluations, "system")
     missing = [name for name in steps if name not in found]
     sections = [
@@ -150,12 +151,18 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
 
 Answers = dict[str, list[Sample]]
 """Of each item, those that count."""
+STRICTLY = ("correct", "correct")
 
 
-def unlike(what: str, first: tuple[str, Answers], second: tuple[str, Answers]) -> list[Part]:
-    """Items that two models, each with its title, answered unlike. what: before the sentence on them."""
+def unlike(
+    what: str, first: tuple[str, Answers], second: tuple[str, Answers], read: tuple[str, str] = STRICTLY
+) -> list[Part]:
+    """Items that two models, each with its title, answered unlike. what: before the sentence on them.
+
+    read: the field of a sample that says whether it is right, of either.
+    """
     (title, earlier), (other, later) = first, second
-    less, more = shares(earlier), shares(later)
+    less, more = shares(earlier, read[0]), shares(later, read[1])
     both = [item for item in more if item in less]
     won = [item for item in both if more[item] > less[item]]
     lost = [item for item in both if more[item] < less[item]]

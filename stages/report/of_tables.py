@@ -27,7 +27,7 @@ from stages.report.page import (
 from stages.store.estimates import Told, spent
 from stages.sweep import formats
 from stages.sweep.file import Plot
-from stages.sweep.results import Results, Value, answers
+from stages.sweep.results import Results, Value, answers, reading
 from stages.sweep.table import Cell
 
 if TYPE_CHECKING:
@@ -91,21 +91,24 @@ def _rows(results: Results, commands: Commands) -> Details:
     lines = []
     for row in results.table.rows:
         cells = [cell for cell in results.table.cells if cell.row == row]
-        spent = [each for cell in cells for each in _spent(results, cell)]
-        seconds = sum(took.seconds or 0 for took in spent) / len(cells)
+        whole = [took for cell in cells if (took := _spent(results, cell)) is not None]
+        spent = [each for took in whole for each in took]
+        seconds = sum(took.seconds or 0 for took in spent) / max(1, len(whole))
         peak = max((took.mib for took in spent if took.mib is not None), default=None)
         own = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
         lines.append([
             row, "; ".join(own), f"{seconds:.0f}" if spent else "",
             "" if peak is None else f"{peak:.0f}", commands.rows[row],
         ])  # fmt: skip
-    caption = "Seconds: of a seed in the mean, with the steps that it shares with others."
+    caption = (
+        "Seconds: of a seed in the mean, with the steps that it shares with others; of seeds that are whole."
+    )
     head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
     return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
 
 
-def _spent(results: Results, cell: Cell) -> list[Told]:
-    """Of each step that is made for a cell."""
+def _spent(results: Results, cell: Cell) -> list[Told] | None:
+    """Of each step that is made for a cell; None if one is missing."""
     names: dict[str, None] = {}
 
     def add(step: Step) -> None:
@@ -116,8 +119,9 @@ def _spent(results: Results, cell: Cell) -> list[Told]:
     for column in cell.columns.values():
         for name in column.steps:
             add(cell.steps[name])
-    made = (results.artifacts.current(cell, name) for name in names)
-    return [spent(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None]
+    made = [results.artifacts.current(cell, name) for name in names]
+    found = [spent(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None]
+    return found if len(found) == len(made) else None
 
 
 def _unlike(results: Results) -> list[Part]:
@@ -131,22 +135,26 @@ def _unlike(results: Results) -> list[Part]:
         both = [cell for cell in results.table.cells if cell.row == row and cell.seed in first]
         if row == against or results.comparisons.get(row) is None or not both:
             continue
-        given = []
-        for cell in (first[both[0].seed], both[0]):
-            column = cell.columns[compare.on]
-            artifact = results.artifacts.current(cell, column.step)
-            given.append((cell.row, answers(artifact, column) if artifact else {}))
-        parts += unlike(f"{compare.on}, seed {both[0].seed}: ", *given)
+        pair = first[both[0].seed], both[0]
+        columns = [cell.columns[compare.on] for cell in pair]
+        made = [results.artifacts.current(cell, c.step) for cell, c in zip(pair, columns, strict=True)]
+        if made[0] is not None and made[1] is not None:
+            before, after = answers(made[0], columns[0]), answers(made[1], columns[1])
+            read = reading(columns[0]), reading(columns[1])
+            what = f"{compare.on}, seed {both[0].seed}: "
+            parts += unlike(what, (pair[0].row, before), (pair[1].row, after), read)
     return [Details(f"Won and lost against {against}", parts)] if parts else []
 
 
 def _whole(results: Results) -> list[Part]:
-    """All that there is to be seen of one cell: of the row that others are compared with, or the first."""
-    cells = results.table.cells
-    cell = next((cell for cell in cells if cell.row == results.table.against), cells[0])
-    lead, sections, _ = of_run.of(cell.config, cell.steps)
-    if not any(section.parts for section in sections if section.id in ("results", "training")):
+    """All that there is to be seen of one cell, if possible of the row that others are compared with."""
+    cells = sorted(results.table.cells, key=lambda cell: cell.row != results.table.against)
+    shown = ((cell, column.steps) for cell in cells for column in cell.columns.values())
+    there = (cell for cell, names in shown if all(results.artifacts.current(cell, name) for name in names))
+    cell = next(there, None)
+    if cell is None:
         return []
+    lead, sections, _ = of_run.of(cell.config, cell.steps)
     parts: list[Part] = [Text(sentence) for sentence in lead]
     for section in sections:
         if section.parts:

@@ -25,6 +25,8 @@ TRIES = 3
 """Of a step whose server was gone; one that another process makes waits as long as it takes."""
 PAUSE = 20.0
 """Seconds before a step is tried again."""
+TURN = 1.0
+"""Seconds that a device is left to other sweeps between two steps."""
 TICK = 0.2
 """Seconds between two looks at the children."""
 
@@ -45,6 +47,8 @@ class Outcome:
     code: int | None = None
     log: Path | None = None
     seconds: float = 0.0
+    begins: int = 0
+    """Where in the log its last try begins."""
 
 
 class Lease:
@@ -99,6 +103,11 @@ class Sweep:
         self.stores: dict[str, Store] = {}
         self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
         self.leases: dict[str, Lease] = {}
+        self.rests_until: dict[str, float] = {}
+        """Devices that were just given back: another sweep that waits for one has its turn."""
+        self.told: set[str] = set()
+        self.begins: dict[Place, int] = {}
+        """Where in its log the last try of a step begins."""
 
     def run(self) -> list[Outcome]:
         """How each step ended that was not there before."""
@@ -134,10 +143,13 @@ class Sweep:
         for index, device in enumerate(self.places):
             if device is None:
                 return index
-            lease = self.leases.get(device) or Lease(device)
-            if lease.taken():
+            if self.rests_until.get(device, 0) <= time.monotonic() and (lease := Lease(device)).taken():
                 self.leases[device] = lease
+                self.told.discard(device)
                 return index
+            if device not in self.told and device not in self.rests_until:
+                self.told.add(device)
+                self.say(f"device {device} is in use by another sweep: waiting for it")
         return None
 
     def _spawn(self, place: Place, device: str | None) -> None:
@@ -145,6 +157,7 @@ class Sweep:
         environment = os.environ | {PLANNED: node.step.key}
         environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with self.log(node).open("ab") as log:
+            self.begins[place] = log.tell()
             child = subprocess.Popen(
                 guarded([sys.executable, "-m", "lorapar_cli", *node.command]),
                 stdout=log,
@@ -164,11 +177,12 @@ class Sweep:
             self.places.append(device)
             if device is not None:
                 self.leases.pop(device).give_back()
+                self.rests_until[device] = time.monotonic() + TURN
             node = self.nodes[place]
             seconds = time.monotonic() - begun
             self.tries[place] = self.tries.get(place, 0) + (code == NO_SERVER)
             if code == 0 and not is_current(node, self.stores):
-                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds)
+                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds, self.begins[place])
                 self.say(f"made something else, its inputs have changed: {node.title}; see {self.log(node)}")
             elif code == 0:
                 self.done.add(place)
@@ -180,7 +194,7 @@ class Sweep:
                 self.later[place] = time.monotonic() + PAUSE
                 self.say(f"exit code {code}, will be tried again: {node.title}")
             else:
-                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds)
+                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds, self.begins[place])
                 self.say(f"failed with exit code {code}: {node.title}; see {self.log(node)}")
 
     def log(self, node: Node) -> Path:

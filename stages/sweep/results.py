@@ -161,11 +161,13 @@ class _Reader:
     def _shares(self, artifact: Artifact, column: Column) -> Shares:
         place = (str(artifact.path), column.rest)
         if place not in self.answers:
-            flexible = column.rest == FLEXIBLE
-            self.answers[place] = shares(
-                answers(artifact, column), "correct_flexible" if flexible else "correct"
-            )
+            self.answers[place] = shares(answers(artifact, column), reading(column))
         return self.answers[place]
+
+
+def reading(column: Column) -> str:
+    """The field of a sample that says whether it is right."""
+    return "correct_flexible" if column.rest == FLEXIBLE else "correct"
 
 
 def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:

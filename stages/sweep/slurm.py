@@ -137,12 +137,14 @@ class Cluster:
         for place, node in nodes.items():
             known = self.jobs.get("/".join(place))
             how = "there" if node.current else alive.get((known or "", _name(node)), "").lower()
-            if not how:
-                how = "not submitted" if known is None else FAILED
+            if not how and known is None:
+                how = "not submitted"
+            elif not how:  # it may have ended after the steps were looked at
+                how = "there" if is_current(node, {}) else FAILED
             counts[how] = counts.get(how, 0) + 1
             if how == FAILED:
                 self.say(f"job {known} {FAILED}{self._seen(known or '')}: {node.title}")
-            elif not node.current:
+            elif how != "there":
                 self.say(f"{how}{f', job {known}' if known else ''}: {node.title}")
         return counts
 

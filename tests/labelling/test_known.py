@@ -37,6 +37,12 @@ def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     assert [row.system for row in labelled(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
 
 
+def test_an_empty_cell_of_a_csv_is_no_label(tmp_path):
+    (tmp_path / "a.csv").write_text("id,question,system\n,What is 0?,2\n,What is 1?,\n")
+    rows = labelled(ROWS, "system", tmp_path / "a.csv")
+    assert [row.system for row in rows] == [2, None, None, None]
+
+
 def test_a_csv_without_the_label_names_its_lines(tmp_path):
     (tmp_path / "a.csv").write_text('question,voted\n"What\nis it?",1\nWhat?,2\n')
     with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):

@@ -217,6 +217,25 @@ def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
     assert len(items.items) == 1
 
 
+def test_won_and_lost_are_read_as_their_column_is():
+    """The base's answer to a is right if it is read flexibly, and so is nothing won there."""
+
+    def answers(*rights: tuple[bool, bool]) -> dict[str, list[Sample]]:
+        rows = [
+            Sample(
+                name, 0, None, "Q", "A", None, "1", "1", strict, loose, "correct" if strict else "wrong", {}
+            )
+            for name, (strict, loose) in zip("ab", rights, strict=True)
+        ]
+        return {row.id: [row] for row in rows}
+
+    before, after = answers((False, True), (False, False)), answers((True, True), (True, True))
+    told, _ = of_run.unlike("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
+    assert told.text == "sft wins 1 and loses 0 of 2 items."
+    told, _ = of_run.unlike("", ("base", before), ("sft", after))
+    assert told.text == "sft wins 2 and loses 0 of 2 items."
+
+
 def test_modules_that_end_alike_are_shown_by_their_paths():
     assert elements._short(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,8 +132,12 @@ def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lora
     assert len(submitted.jobs) == 13
 
 
-def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted):
+def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted, monkeypatch):
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml"), "--dry-run"]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    done = lorapar(*command)
+    assert done.code == 0 and "no squeue here" in done.err
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     done = lorapar(*command)
     assert done.code == 0 and "13 not submitted" in done.err and not submitted.jobs
     lorapar(*command[:-1])
@@ -145,6 +150,9 @@ def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted):
     assert done.code == 1 and f"job {number} ended without its artifact, and never ran: classify" in done.err
     assert "1 ended without its artifact, 12 pending" in done.err and len(submitted.jobs) == 13
     assert "name eval.engine: vllm" in done.err  # this machine has no GPU, others may
+    monkeypatch.setattr(slurm, "is_current", lambda node, stores: True)  # it ended in this moment
+    done = lorapar(*command)
+    assert done.code == 0 and "1 there, 12 pending" in done.err
 
 
 def above(node, nodes) -> set:
@@ -308,11 +316,14 @@ def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch)
     assert done.code == 0 and "1 steps are with Slurm" in done.err, done.err
     (job,) = jobs
     folder = cell.config.root / "rl/checkpoints" / cell.steps["rl"].key
-    wait(lambda: any(folder.glob(f"checkpoint-*/{SEAL}")), 120)
-    below = descendants(job._process.pid)
-    for process in below:  # Slurm, too, tells every process of a job
-        os.kill(process, signal.SIGUSR2)
-    wait(job.done, 120)
+    try:
+        wait(lambda: any(folder.glob(f"checkpoint-*/{SEAL}")), 600)
+        for process in descendants(job._process.pid):  # Slurm, too, tells every process of a job
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGUSR2)
+        wait(job.done, 600)
+    finally:
+        job.cancel()
     log = job.paths.stdout.read_text()
     assert "Requeued job" in job.paths.stderr.read_text() + log
     assert re.search(r"resuming from checkpoint-\d+", log + job.paths.stderr.read_text())

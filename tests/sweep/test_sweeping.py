@@ -46,6 +46,12 @@ def test_mistakes_of_all_tables_are_said_at_once(two, lorapar):
     assert not two[0].with_name("out").exists()
 
 
+def test_two_missing_files_are_missing_files(tmp_path, lorapar):
+    done = lorapar("sweep", tmp_path / "a.yaml", tmp_path / "b.yaml", "--dry-run")
+    assert done.code == 66 and "a.yaml" in done.err and "b.yaml" in done.err
+    assert "hint: see configs/tables/" in done.err
+
+
 def test_how_many_cells_share_a_stage_is_said(two, lorapar):
     """Four cells: labels of training and test rows, importance of two seeds, and a training of each."""
     done = lorapar("sweep", two[0], "--dry-run")
@@ -84,7 +90,8 @@ def test_devices_that_are_none(devices):
 
 def test_the_end_says_what_failed_and_why(tmp_path, capfd):
     log = tmp_path / "rl.log"
-    log.write_text("rl 3/9\nerror: no example is labelled System 2\n  hint: other voters\n\n")
+    older = "error: the server was gone\n"
+    log.write_text(f"{older}rl 3/9\nerror: no example is labelled System 2\n  hint: other voters\n\n")
 
     def node(stage: str, *cells: tuple[str, int]) -> SimpleNamespace:
         step = SimpleNamespace(name=stage, key="0a1b")
@@ -93,13 +100,16 @@ def test_the_end_says_what_failed_and_why(tmp_path, capfd):
     ended = [
         Outcome(node("sft", ("one", 1)), "done", 0, log),
         Outcome(node("rl", ("one", 1), ("two", 2)), "failed", 65, log),
+        Outcome(node("score", ("one", 1)), "failed", 0, log),
+        Outcome(node("rl", ("two", 2)), "failed", 137, log, begins=len(log.read_bytes())),
         Outcome(node("eval:rl@demo", ("two", 2)), "left out"),
     ]
     with pytest.raises(typer.Exit) as caught:
         sweeping._close(ended, 4)
     said = capfd.readouterr()
     assert caught.value.exit_code == 65 and "2 of 4 cells are not complete" in said.err
-    rl, after = said.out.splitlines()[1:]
+    rl, other, killed, after = said.out.splitlines()[1:]
+    assert "made something else: its inputs have changed; see" in other and "no word; see" in killed
     assert re.match(r"rl 0a1b +failed +65 +no example is labelled System 2; see .*rl.log", rl)
     assert "(one, seed 1; two, seed 2)" in rl and "sft" not in said.out
     assert re.match(r"eval:rl@demo 0a1b +left out +what it needs failed \(two, seed 2\)", after)

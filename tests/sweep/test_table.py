@@ -512,6 +512,11 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     assert "Won and lost against" not in (tmp_path / "out/report.html").read_text()
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
     assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8,2")
+    page = (tmp_path / "out/report.html").read_text()
+    # The seconds of a row are those of seeds that are whole; shown in full is one of which a column is there.
+    (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
+    assert in_full == "θ .9, seed 2"
 
 
 class Child:
@@ -534,7 +539,9 @@ class Child:
 
 
 @pytest.fixture
-def children(monkeypatch):
+def children(monkeypatch, tmp_path):
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local, "TURN", 0)
     monkeypatch.setattr(local, "is_current", lambda node, stores: True)
     monkeypatch.setattr(local, "PAUSE", 0)
     monkeypatch.setattr(local.subprocess, "Popen", Child)
@@ -648,7 +655,6 @@ def test_two_sweeps_do_not_share_a_device(tmp_path, monkeypatch):
 
 
 def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     other, looks = local.Lease("3"), []
     assert other.taken()
 
@@ -659,9 +665,25 @@ def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_p
             other.give_back()
 
     nodes = steps.union(table(small, seeds=[5, 6]).cells)
-    ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
+    said = []
+    ended = local.Sweep(nodes, ["3"], tmp_path, said.append, look).run()
+    assert sum("device 3 is in use by another sweep" in line for line in said) == 1
     assert {outcome.how for outcome in ended} == {"done"} and max(looks) == 1
     assert other.taken()  # and is given back
+
+
+def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "TURN", 0.3)
+    other, had = local.Lease("3"), []
+
+    def look(sweep):
+        if sweep.done and not sweep.running and not had and other.taken():
+            had.append(len(sweep.done))
+            other.give_back()
+
+    nodes = steps.union(table(small, seeds=[5]).cells)
+    ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
+    assert had and had[0] < len(ended)
 
 
 def test_each_command_makes_its_step_alone(small):
