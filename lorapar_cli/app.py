@@ -170,12 +170,12 @@ def run(
     ran = shown = False
     asked = asked_for(steps, last)
     for task in tasks(settings, steps, first, last):
-        if task.stage != "classify":
-            foresee(settings, asked)
         shown = task.stage == "eval" and not task.current
         if task.current:
             render.say(f"{task.stage}: {task.why} is current")
             continue
+        if task.stage in ("score", "sft"):
+            foresee(settings, asked)
         ran = True
         render.say(f"--- {task.stage}: {task.why}")
         _spawn([task.stage, str(config), *_options(set_, task)])

@@ -187,10 +187,7 @@ def _command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # Without it a model's own generation settings (a repetition penalty, say) would change what is asked for.
-    given: dict[str, Any] = {
-        "max_model_len": _longest(model, server, {**server.vllm, **further}),
-        "generation_config": "vllm",
-    }
+    given: dict[str, Any] = {"max_model_len": longest(model, server, further), "generation_config": "vllm"}
     if model.of_hub:
         given["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and makes bfloat16 of float32 on a GPU. What is stored
@@ -204,12 +201,15 @@ def _command(
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 
-def _longest(model: ModelSection, server: ServerSection, further: dict[str, Any]) -> int:
+def longest(model: ModelSection, server: ServerSection, further: dict[str, Any]) -> int:
     """`server.max_model_len`, or what the model can read: vLLM does not start if it is asked for more.
 
     Unless a person tells vLLM otherwise.
     """
-    if "hf_overrides" in further or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":
+    if (
+        "hf_overrides" in {**server.vllm, **further}
+        or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
+    ):
         return server.max_model_len
     try:
         most = positions(config_of(model))

@@ -11,11 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from stages.config import ModelSection
+from stages.config import ModelSection, ServerSection
 from stages.data.rows import may_be_hub_id
-from stages.engines.vllm import lora_flags
-from stages.errors import LoraparError
-from stages.models.reading import config_of, positions
+from stages.engines.vllm import longest, lora_flags
 from stages.store.artifacts import Artifact
 from stages.sweep.formats import accuracy
 
@@ -182,12 +180,11 @@ def _as_trained(artifact: Artifact, config: dict[str, Any]) -> str:
     """Flags without which a server would take another type of the weights, or settings of the model's own."""
     dtype = artifact.manifest["provenance"].get("dtype")
     typed = f" --dtype {dtype}" if dtype else ""
-    try:
-        most = positions(config_of(ModelSection.model_validate(config["model"])))
-    except LoraparError:  # it lies elsewhere
-        most = None
-    room = config["server"]["max_model_len"]
-    return f"--generation-config vllm{typed} --max-model-len {min(room, most or room)}"
+    model, server = (
+        ModelSection.model_validate(config["model"]),
+        ServerSection.model_validate(config["server"]),
+    )
+    return f"--generation-config vllm{typed} --max-model-len {longest(model, server, {})}"
 
 
 def _learned(view: View, config: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ SHOWN = 4
 
 def page(config: Config, steps: dict[str, Step], command: str) -> str:
     """command: what makes the steps that are missing."""
-    lead, sections, missing = of(config, steps)
+    lead, sections, missing = of(config, steps, Store(config.root))
     if missing:
         sections.append(
             Section("missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)])
@@ -42,9 +42,8 @@ def page(config: Config, steps: dict[str, Step], command: str) -> str:
     return render(f"lorapar: {config.run}", lead, sections)
 
 
-def of(config: Config, steps: dict[str, Step]) -> tuple[list[str], list[Section], list[str]]:
+def of(config: Config, steps: dict[str, Step], store: Store) -> tuple[list[str], list[Section], list[str]]:
     """Verdicts, all that there is to be seen, and the steps that are not current."""
-    store = Store(config.root)
     made = {
         name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
     }

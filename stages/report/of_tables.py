@@ -154,7 +154,7 @@ def _whole(results: Results) -> list[Part]:
     cell = next(there, None)
     if cell is None:
         return []
-    lead, sections, _ = of_run.of(cell.config, cell.steps)
+    lead, sections, _ = of_run.of(cell.config, cell.steps, results.artifacts.store(cell))
     parts: list[Part] = [Text(sentence) for sentence in lead]
     for section in sections:
         if section.parts:

@@ -128,26 +128,31 @@ class Sweep:
         return list(self.ended.values())
 
     def _start(self) -> None:
-        now = time.monotonic()
+        now, full = time.monotonic(), False
         for place in [place for place in self.waiting if self.later.get(place, 0) <= now]:
             node = self.nodes[place]
             if any(before in self.ended and before not in self.done for before in node.inputs):
                 self.waiting.remove(place)
                 self.ended[place] = Outcome(node, "left out")
-            elif self.done.issuperset(node.inputs) and (free := self._free()) is not None:
-                self.waiting.remove(place)
-                self._spawn(place, self.places.pop(free))
+            elif not full and self.done.issuperset(node.inputs):
+                free = self._free()
+                full = free is None
+                if free is not None:
+                    self.waiting.remove(place)
+                    self._spawn(place, self.places.pop(free))
 
     def _free(self) -> int | None:
         """Index of a place where a step can begin: its devices are leased, if it has any."""
         for index, device in enumerate(self.places):
             if device is None:
                 return index
-            if self.rests_until.get(device, 0) <= time.monotonic() and (lease := Lease(device)).taken():
+            if self.rests_until.get(device, 0) > time.monotonic():
+                continue
+            if (lease := Lease(device)).taken():
                 self.leases[device] = lease
                 self.told.discard(device)
                 return index
-            if device not in self.told and device not in self.rests_until:
+            if device not in self.told:
                 self.told.add(device)
                 self.say(f"device {device} is in use by another sweep: waiting for it")
         return None

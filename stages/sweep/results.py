@@ -54,12 +54,14 @@ class Artifacts:
     def __init__(self) -> None:
         self._stores: dict[Path, Store] = {}
 
+    def store(self, cell: Cell) -> Store:
+        return self._stores.setdefault(cell.config.root, Store(cell.config.root))
+
     def current(self, cell: Cell, step: str) -> Artifact | None:
         """None if the cell has no such step, or its artifact is not current."""
         if step not in cell.steps:
             return None
-        store = self._stores.setdefault(cell.config.root, Store(cell.config.root))
-        now = state(store, cell.steps[step])
+        now = state(self.store(cell), cell.steps[step])
         return now.artifact if now.state == "current" else None
 
 

@@ -514,7 +514,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8,2")
     page = (tmp_path / "out/report.html").read_text()
-    # The seconds of a row are those of seeds that are whole; shown in full is one of which a column is there.
+    # Shown in full is a cell of which a column is there.
     (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
     assert in_full == "θ .9, seed 2"
 
