@@ -50,7 +50,7 @@ $(STAGES): $(READY)
 OTHERS      := levers labels demo controls theta # not the paper's, or in another form below
 TABLES      := $(filter-out $(OTHERS:%=configs/tables/%.yaml),$(wildcard configs/tables/*.yaml))
 SMALL       := --base configs/smoke.yaml --seeds 0
-THETA       := configs/tables/theta.yaml --only base --only '*all elements' --only '*θ 0.[19]' # of 40 rows
+THETA       := configs/tables/theta.yaml --only base --only '*: θ 0.9' --only 'QKVGUD*[:s] θ 0.[19]' --only 'QKVGUD: all*' # of 40 rows
 
 tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tables and figures in their form, on a random two-layer model
 	OMP_NUM_THREADS=1 $(LORAPAR) sweep $(TABLES) $(SMALL) --jobs 2

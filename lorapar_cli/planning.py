@@ -16,8 +16,18 @@ from stages.store.estimates import Told
 
 if TYPE_CHECKING:
     from stages.config import Config
+    from stages.pipeline.cost import Memory
     from stages.pipeline.estimate import Estimate
     from stages.pipeline.lengths import Span
+
+MEMORY = {
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "KV cache": "cache",
+    "libraries": "libraries",
+}
+"""Columns of the table of memory, and what they show of `Memory`."""
 
 
 def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
@@ -55,6 +65,9 @@ def _planned(settings: Config, states: dict[str, State], found: Estimate, as_jso
         told = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         drawn.add_row(name, now.state, told, gib(cost.mib) if cost and cost.mib else "")
     show(drawn)
+    if memories := {name: cost.memory for name, cost in found.costs.items() if cost.memory}:
+        print()
+        _memory(memories)
     if found.spans:
         print()
         _spans(found.spans)
@@ -65,6 +78,18 @@ def _planned(settings: Config, states: dict[str, State], found: Estimate, as_jso
         for name, cost in found.costs.items():
             if cost.mib and cost.mib > found.room:
                 print(f"{name} does not fit: lower {knobs(name, settings)}")
+
+
+def _memory(memories: dict[str, Memory]) -> None:
+    """What fills the memory of each step; steps that are alike in all of it share a line."""
+    drawn = table("MiB", *MEMORY, "together")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, memory in memories.items():
+        parts = tuple(f"{getattr(memory, part):.0f}" for part in (*MEMORY.values(), "whole"))
+        alike.setdefault(parts, []).append(name)
+    for parts, names in alike.items():
+        drawn.add_row(", ".join(names), *parts)
+    show(drawn)
 
 
 def _together(seconds: list[float | None]) -> str:
@@ -79,13 +104,13 @@ def _spans(spans: list[Span]) -> None:
     drawn = table("tokens", "rows", "mean", "median", "99 %", "longest", "limit", "longer")
     drawn.columns[6].justify = "left"
     for span in spans:
-        lengths, longer = span.lengths, span.lengths.beyond(span.limit)
+        lengths, longer = span.lengths, span.longer
         drawn.add_row(
             span.what,
             str(number) if (number := len(lengths.ordered)) == span.rows else f"{number} of {span.rows}",
             f"{lengths.mean:.0f}",
             *map(str, (lengths.median, lengths.p99, lengths.longest)),
-            f"{span.setting} {span.limit}",
+            "" if span.limit is None else f"{span.setting} {span.limit}",
             f"{longer}: {span.beyond}" if longer else "0",
         )
     show(drawn)
@@ -99,6 +124,7 @@ def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
             "state": now.state,
             "seconds": cost and cost.seconds,
             "mib": cost and cost.mib,
+            "of_mib": cost and cost.memory and {part: getattr(cost.memory, part) for part in MEMORY.values()},
         }
     tokens = {
         span.what: {
@@ -109,7 +135,7 @@ def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
             "p99": span.lengths.p99,
             "longest": span.lengths.longest,
             "limit": span.limit,
-            "longer": span.lengths.beyond(span.limit),
+            "longer": span.longer,
         }
         for span in found.spans
     }

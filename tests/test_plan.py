@@ -9,10 +9,11 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
+from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.estimate import knobs
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
-from stages.pipeline.work import Cost, Work
+from stages.pipeline.work import Work
 from stages.store import estimates
 from stages.store.estimates import Told
 
@@ -45,11 +46,18 @@ def test_time_memory_and_lengths_are_told_and_kept(asked):
     for name in STEPS:
         assert told["steps"][name]["seconds"] > 0
         assert 0 < told["steps"][name]["mib"] < told["memory_mib"]
+        parts = told["steps"][name]["of_mib"]
+        assert sum(parts.values()) == pytest.approx(told["steps"][name]["mib"])
+        assert parts["libraries"] > parts["weights"] > 0
+        assert (parts["optimizer"] > 0) == (name in ("sft", "rl"))
     rows = told["tokens"]["row"]
     assert (
         rows["rows"] == rows["sample"] == 16
         and 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
     )
+    asked_of = told["tokens"]["prompt of demo"]
+    assert asked_of["rows"] == 4 and asked_of["longer"] == 0 and asked_of["limit"] > asked_of["longest"]
+    assert any(what.startswith("vote on train, ") for what in told["tokens"])
     done, config = asked()
     assert done.out.startswith("step") and "together about" in done.out and "does not fit" not in done.out
     made = make_steps(config, "classify", "score")
@@ -77,6 +85,23 @@ def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
     assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
 
 
+def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked):
+    """Of the benchmark with its worked examples, and of a voter that is the base."""
+    voter = "classify.voters=[{persona: role_play, engine: vllm}]"
+    sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
+    done, _ = asked(*(part for setting in sets for part in ("--set", setting)))
+    assert re.search(r"prompt of demo .*server.max_model_len, less 24: 40\s+\d+: fail", done.out)
+    assert re.search(r"vote on train, role_play .*server.max_model_len 64\s+16: fail", done.out)
+
+
+def test_what_fills_the_memory_of_a_process_with_fewer_libraries():
+    of = Memory(1000, weights=200, optimizer=100, cache=50, libraries=400)
+    assert of.activations == 250
+    less = of.without(150, 900)
+    assert (less.whole, less.libraries, less.activations) == (850, 250, 250)
+    assert of.without(0, 1200).whole == 1200
+
+
 def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
     assert knobs("rl", smoke()).startswith("rl.micro_batch")
     assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith("rl.rollouts.gpu_memory, or")
@@ -85,7 +110,7 @@ def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
 
 def test_what_a_baseline_costs_is_not_told(asked):
     told = json.loads(asked("--set", "baseline.method=dora", "--json")[0].out)["steps"]
-    assert told["sft"] == {"state": "stale", "seconds": None, "mib": None}
+    assert told["sft"] == {"state": "stale", "seconds": None, "mib": None, "of_mib": None}
     assert told["eval:sft@demo"]["seconds"] > 0
     said = asked("--set", "baseline.method=dora")[0].out
     assert re.search(r"together about .*, and what is not known; half as much", said)
@@ -100,7 +125,7 @@ def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_mod
     work = object.__new__(Work)
     work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5))
     work.starting, work.started = 8, set()
-    work._answers = work._sft = lambda _: Cost(1.0, 20.0)
+    work._answers = work._sft = lambda _: Cost(1.0, Memory(20.0))
     stages = ("eval", "eval", "sft")
     steps = [SimpleNamespace(stage=SimpleNamespace(name=name), variant="") for name in stages]
     assert [work.cost(step).seconds for step in steps] == [1 + 2 + 8, 1 + 2, 1 + 2 + 4 + 8]

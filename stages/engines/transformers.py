@@ -139,7 +139,7 @@ class InProcess:
 
     def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
         """For each ballot: the token ids up to where the words differ, and the words' ids there."""
-        prompts = [self._ids(ballot) for ballot in ballots]
+        prompts = [ballot_ids(self.tokenizer, ballot) for ballot in ballots]
         thinking = [i for i, ballot in enumerate(ballots) if ballot.thought]
         if thinking:
             first = ballots[thinking[0]]
@@ -156,18 +156,20 @@ class InProcess:
             before, words = tokens[ballot.words]
             yield ids + before, words
 
-    def _ids(self, ballot: Ballot) -> list[int]:
-        if isinstance(ballot.text, str):
-            return list(self.tokenizer(ballot.text)["input_ids"])
-        if isinstance(ballot.text[0], int):
-            return list(ballot.text)  # type: ignore[arg-type]
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "the voter's tokenizer has no chat template",
-                "choose a persona without chat: lorapar list personas",
-            )
-        text = chat(self.tokenizer, ballot.text)  # type: ignore[arg-type]
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+def ballot_ids(tokenizer: PreTrainedTokenizerBase, ballot: Ballot) -> list[int]:
+    """The tokens of a question; ConfigError if it is a chat and the tokenizer has no template."""
+    if isinstance(ballot.text, str):
+        return list(tokenizer(ballot.text)["input_ids"])
+    if isinstance(ballot.text[0], int):
+        return list(ballot.text)  # type: ignore[arg-type]
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the voter's tokenizer has no chat template",
+            "choose a persona without chat: lorapar list personas",
+        )
+    text = chat(tokenizer, ballot.text)  # type: ignore[arg-type]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def batches(prompts: list[list[int]]) -> Iterator[int]:

@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass
 
 from stages.config import Config
+from stages.pipeline.cost import Cost
 from stages.pipeline.lengths import Span
 from stages.pipeline.plan import Step
-from stages.pipeline.work import Cost, Work
+from stages.pipeline.work import Work
 
 LAST = {"score": 1, "sft": 2, "rl": 3}
 """Stages whose work is measured after that of all others, in this order."""
@@ -51,7 +52,7 @@ class Estimate:
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
     begun = time.perf_counter()
-    work = Work(config, {step.stage.name for step in steps})
+    work = Work(config, steps)
     if not any(work.rows.values()):
         return Estimate({step.name: Cost(None, None) for step in steps}, [])
     from stages.pipeline.probe import Probe

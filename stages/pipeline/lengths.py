@@ -62,9 +62,15 @@ class Span:
     """How many there are; the lengths may be of a sample of them."""
     lengths: Lengths
     setting: str
-    limit: int
+    limit: int | None
+    """None if nothing bounds them."""
     beyond: str
     """What becomes of longer ones."""
+
+    @property
+    def longer(self) -> int:
+        """How many are beyond the limit."""
+        return 0 if self.limit is None else self.lengths.beyond(self.limit)
 
 
 def drawn(examples: list[Example], number: int) -> list[Example]:

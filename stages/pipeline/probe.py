@@ -31,6 +31,7 @@ from stages.lora.unpadded import group_of, groups_of
 from stages.models import flat
 from stages.models.base import load_base
 from stages.models.layout import Flat
+from stages.pipeline.cost import Memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ class Piece:
     seconds: float
     mib: float
     """The most memory that was used meanwhile, with the model and all libraries."""
+    cache: float = 0.0
+    """How much of it is room for keys and values that are kept."""
 
 
 class Probe:
@@ -96,7 +99,8 @@ class Probe:
         first = self._grown(lambda n: self._write(same[:n], 1), len(prompts))
         some = self._grown(lambda n: self._write(same[:n], NEW + 1), len(prompts))
         room = len(prompts) * (max(map(len, prompts)) + tokens) * self._kept_bytes() / footprint.MIB
-        return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, max(read.mib, some.mib + room))
+        peak = max(read.mib, some.mib + room)
+        return read, Piece(max(0.0, some.seconds - first.seconds) / NEW, peak, room)
 
     def comparing(self, ids: list[int]) -> Piece:
         """A prompt and its answer, by plain PEFT."""
@@ -199,10 +203,17 @@ class Probe:
         """The base once more: on a GPU no stage holds it twice."""
         return self.weights_mib if self.base.device.type == "cpu" else 0.0
 
-    def adapter_mib(self) -> float:
+    def optimizer_mib(self) -> float:
         """Gradients, Adam's two moments and the index of a packed adapter of which every element trains."""
         layers = adapter.lora_layers(self._with_adapter()).values()
         return sum(layer.weight.numel() for layer in layers) * 16 / footprint.MIB
+
+    def memory(self, whole: float, optimizer: float = 0.0, cache: float = 0.0, copy: float = 0.0) -> Memory:
+        """A peak by what fills it. copy: a second model."""
+        layers = adapter.lora_layers(self._adapted).values() if self._adapted else ()
+        adapted = sum(layer.weight.nbytes for layer in layers) / footprint.MIB
+        libraries = max(0.0, self.loading.mib - self.weights_mib)
+        return Memory(whole, self.weights_mib + adapted + copy, optimizer, cache, libraries)
 
     def _write(self, prompts: Sequence[list[int]], tokens: int) -> None:
         """By the merged copy, or where there is none through the adapter, if there is one by now."""

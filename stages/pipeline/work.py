@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from stages.labelling.personas import brief_of, personas
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline import questions
+from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.lengths import Lengths, Span, drawn, sampled
 from stages.pipeline.plan import Step
 from stages.records import Example
@@ -34,21 +36,12 @@ SYSTEM1 = 0.5
 """Share of System 1 among the rows, before anybody has voted."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one step; None is what cannot be told: it is done elsewhere, or by code that is not ours."""
-
-    seconds: float | None
-    mib: float | None
-    """The most memory in use: of the GPU, or without one of the process."""
-
-
 @dataclass
 class Work:
     """How much there is to do."""
 
     config: Config
-    stages: set[str]
+    steps: list[Step]
     probe: Probe = field(init=False)
     starting: float = field(init=False)
     """Seconds until a command has its libraries, its tokenizer and its rows."""
@@ -57,6 +50,7 @@ class Work:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.stages = {step.stage.name for step in self.steps}
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         self.rows = {name: _items(config, name) for name in config.eval.benchmarks}
         self.rows["train"] = read(config.data) if config.data.path else []
@@ -80,7 +74,7 @@ class Work:
         except Exception as error:
             if not lacks_memory(error):
                 raise
-            return Cost(None, self.probe.room + 1)  # the smallest piece of it already
+            return Cost(None, Memory(self.probe.room + 1))  # the smallest piece of it already
         if not found.seconds:
             return found
         probe, stage = self.probe, step.stage.name
@@ -88,12 +82,13 @@ class Work:
         self.started.add(stage)
         seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
         seconds += self.starting if starts else 0
-        mib = found.mib and max(found.mib, probe.loading.mib) - (0 if trains else probe.trainer.mib)
-        return Cost(seconds, mib)
+        spared = 0 if trains else probe.trainer.mib
+        memory = found.memory and found.memory.without(spared, probe.loading.mib)
+        return Cost(seconds, memory)
 
     def spans(self) -> list[Span]:
-        """The lengths of training rows, where rows are trained on."""
-        found = []
+        """The lengths of what is asked, and of training rows where rows are trained on."""
+        found = list(self._of_votes())
         data, rl, n = self.config.data, self.config.rl, len(self.rows["train"])
         if self.stages & {"score", "sft"}:
             rows = Lengths.of(len(row.input_ids) for row in self._rows("sft"))
@@ -103,7 +98,16 @@ class Work:
                 Span("prompt of rl", n, self._questions, "rl.max_prompt", rl.max_prompt, rl.too_long)
             )
             found.append(Span("response", n, self._responses, "rl.max_completion", rl.max_completion, "cut"))
-        return found
+        names = dict.fromkeys(
+            step.variant.partition("@")[2] for step in self.steps if step.stage.name == "eval"
+        )
+        spans = (questions.of_benchmark(self.config, self.tokenizer, name, self.rows[name]) for name in names)
+        return [*found, *filter(None, spans)]
+
+    def _of_votes(self) -> Iterator[Span]:
+        if self.config.classify.strategy == "vote":
+            for name in (step.variant for step in self.steps if step.stage.name == "classify"):
+                yield from questions.of_voters(self.config, self.tokenizer, name, self.rows[name])
 
     def _renderer(self, prompt: PromptSection | None) -> Renderer:
         return Renderer(self.tokenizer, prompt or self.config.prompt)
@@ -141,7 +145,7 @@ class Work:
             seconds += piece.seconds / number * len(examples) * voter.samples
             mib = max(mib, piece.mib)
         here = all(voter.engine == "transformers" for voter in voters)
-        return Cost(seconds, mib if here else None)
+        return Cost(seconds, self.probe.memory(mib) if here else None)
 
     def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
         """A batch of a voter's questions, and their number."""
@@ -159,7 +163,8 @@ class Work:
         rows = self._longest("score", 2 * score.batch_size)
         piece = self.probe.scoring(rows)
         number = 2 * min(score.examples, len(self.rows["train"]) / 2)
-        return Cost(number * self._mean("score") * piece.seconds / _tokens(rows), piece.mib)
+        seconds = number * self._mean("score") * piece.seconds / _tokens(rows)
+        return Cost(seconds, self.probe.memory(piece.mib))
 
     def _sft(self, _: str) -> Cost:
         from stages.lora.training import steps_of
@@ -173,7 +178,8 @@ class Work:
         rows = self._longest("sft", sft.micro_batch)
         piece = self.probe.tuning(rows, sft)
         seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
-        return Cost(seconds, piece.mib + self.probe.adapter_mib())
+        optimizer = self.probe.optimizer_mib()
+        return Cost(seconds, self.probe.memory(piece.mib + optimizer, optimizer=optimizer))
 
     def _rl(self, _: str) -> Cost:
         from stages.engines.generation import SLOTS
@@ -204,34 +210,37 @@ class Work:
         vllm = rl.rollouts.engine != "transformers"
         # The reference of the KL term, and what the completions had when they were sampled: forward alone.
         more = bool(rl.kl_beta) + (rl.iterations > 1 or (vllm and rl.rollouts.correction != "none"))
-        seconds, mib = learned / measured * piece.seconds * (1 + more / 3), piece.mib + probe.adapter_mib()
+        seconds, optimizer = learned / measured * piece.seconds * (1 + more / 3), probe.optimizer_mib()
+        mib, cache, copy = piece.mib + optimizer, 0.0, 0.0
         written = groups[: min(samples, SLOTS)]
         read, token = probe.writing(written, rl.max_completion)
         last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
         some = read.seconds * asked / len(groups[0]) + last * token.seconds
         seconds += samples / len(written) * some / rl.iterations
         if not vllm:
-            mib = max(mib, token.mib) + probe.copy_mib()
+            if token.mib > mib:  # the peak is where completions are written
+                mib, cache, optimizer = token.mib, token.cache, 0.0
+            copy = probe.copy_mib()
         elif rl.rollouts.engine == "vllm_colocate":
-            mib += rl.rollouts.gpu_memory * probe.room
-        return Cost(steps * seconds, mib)
+            cache = rl.rollouts.gpu_memory * probe.room
+            mib += cache
+        return Cost(steps * seconds, probe.memory(mib + copy, optimizer, cache, copy))
 
     def _answers(self, variant: str) -> Cost:
         target, _, name = variant.partition("@")
         section, examples = self.config.eval.benchmarks[name], self.rows[name]
         if not examples:
             return Cost(None, None)
-        written = 1 if section.mode == "likelihood" else section.max_new_tokens
+        written = questions.written(section)
         if name not in self.written:
-            renderer = self._renderer(section.prompt)
-            asked = drawn(examples, self.config.server.batch_size)
-            prompts = [renderer.prompt_ids(example.prompt) for example in asked]
-            self.written[name] = (*self.probe.writing(prompts, written), len(asked), prompts[0])
+            some = drawn(examples, self.config.server.batch_size)
+            prompts = questions.prompts(self.config, self.tokenizer, name, some)
+            self.written[name] = (*self.probe.writing(prompts, written), len(some), prompts[0])
         read, token, batch, prompt = self.written[name]
         mean, last = written, written
         if target not in ("base", "init"):
             mean, last = (min(written, round(n)) for n in (self._responses.mean, self._responses.p99))
-        each = (1 + section.shots) * read.seconds + (mean - 1) * token.seconds
+        each = read.seconds + (mean - 1) * token.seconds
         seconds = len(examples) * section.samples / batch * each + (last - mean) * token.seconds
         again, here = 0.0, self.config.eval.engine == "transformers"
         checked = 0 if section.temperature else min(self.config.eval.parity_items, len(examples))
@@ -241,7 +250,8 @@ class Work:
             again = self.probe.second_mib()
         if adapted:
             seconds += self.probe.adapting  # after `_checked`, which puts one in
-        return Cost(seconds, max(read.mib, token.mib) + again if here else None)
+        memory = self.probe.memory(token.mib + again, cache=token.cache, copy=again)
+        return Cost(seconds, memory if here else None)
 
     def _checked(self, items: int, prompt: list[int], answer: int, adapted: bool) -> float:
         """Seconds of reading so many answers in plain PEFT, which loads the model once more."""

@@ -1,0 +1,77 @@
+"""How long the questions of voters and benchmarks are, in tokens, beside what the model has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from stages.benchmarks import benchmarks
+from stages.config import BenchmarkSection, Config
+from stages.engines import vllm
+from stages.engines.transformers import ballot_ids
+from stages.labelling.personas import brief_of, personas
+from stages.language.prompts import Renderer
+from stages.models.reading import config_of, positions
+from stages.pipeline.lengths import Lengths, Span, sampled
+from stages.records import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def of_voters(
+    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
+) -> Iterator[Span]:
+    """What the voters that are the base itself are asked about some rows; others have their own tokens."""
+    some = sampled(examples)
+    for voter in config.classify.voters:
+        if voter.model or voter.urls or not some:
+            continue
+        persona = personas.pick(voter.persona)
+        brief = brief_of(voter, config.model.title, config.classify.show_answer)
+        lengths = Lengths.of(len(ballot_ids(tokenizer, persona(example, brief))) for example in some)
+        yield Span(
+            f"vote on {name}, {voter.persona}",
+            len(examples),
+            lengths,
+            *_room(config, voter.engine, 0),
+            "fail",
+        )
+
+
+def of_benchmark(
+    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
+) -> Span | None:
+    """What a benchmark asks; None if its rows are not ours to read."""
+    if not examples:
+        return None
+    engine = config.eval.engine
+    lengths = Lengths.of(map(len, prompts(config, tokenizer, name, sampled(examples))))
+    beyond = "fail" if engine == "vllm" else "more than the model was made for"
+    room = _room(config, engine, written(config.eval.benchmarks[name]))
+    return Span(f"prompt of {name}", len(examples), lengths, *room, beyond)
+
+
+def prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
+) -> list[list[int]]:
+    """The token ids that a benchmark asks these rows in, with its worked examples."""
+    section = config.eval.benchmarks[name]
+    renderer = Renderer(tokenizer, section.prompt or config.prompt)
+    return [each.ids for each in benchmarks.pick(section.kind).ask(examples, section, renderer)]
+
+
+def written(section: BenchmarkSection) -> int:
+    """The most tokens that a benchmark lets a model write."""
+    return 1 if section.mode == "likelihood" else section.max_new_tokens
+
+
+def _room(config: Config, engine: str, answer: int) -> tuple[str, int | None]:
+    """What bounds a prompt beside an answer of so many tokens, and how long it may be."""
+    if engine == "transformers":
+        most, what = positions(config_of(config.model)), "what the model reads"
+    else:
+        most, what = vllm.longest(config.model, config.server, {}), "server.max_model_len"
+    if most is None:
+        return what, None
+    return (f"{what}, less {answer}:" if answer > 1 else what), most - answer
