@@ -70,9 +70,13 @@ def counting(file: Path) -> Callable[[int], None]:
     return act
 
 
-def small_files(largest: int) -> None:
-    """No file may be longer, whoever writes it: libraries in C++ and Rust, too."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def small_files(largest: int, kills: bool) -> None:
+    """No file may be longer, whoever writes it: libraries in C++ and Rust, too.
+
+    kills: the write that would make it longer ends the process; else it is refused.
+    """
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills else signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
