@@ -10,9 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import yaml
 from conftest import ROOT, make_steps, paths
-from tally import FULL, Tally
+from hypothesis import strategies as st
+from tally import FULL, SEED, Tally
 
 from stages.benchmarks.replies import Recorded
 from stages.config import Config
@@ -253,6 +256,54 @@ def test_odd_rows(tmp_path, tally):
         (tmp_path / "rows.jsonl").write_bytes(text)
         with trying(tally, repr(text[:300])):
             read(source)
+
+
+TEXT = st.text(st.characters(exclude_categories=[]), max_size=12)
+LEAF = (
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["1", "#### 2", "chat"])
+)
+JSON = st.recursive(LEAF, lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXT, part, max_size=3))
+
+
+def grammar(**parts: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Calls a check with examples by hypothesis."""
+    whole = hypothesis.settings(max_examples=1000 if FULL else 100, deadline=None, database=None)
+    return lambda check: hypothesis.seed(SEED)(whole(hypothesis.given(**parts)(check)))
+
+
+def test_rows_from_a_grammar(tmp_path, tally):
+    file = tmp_path / "rows.jsonl"
+    source = Config.model_validate({"model": {"name": "m"}, "data": {"path": str(file)}}).data
+    row = st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=5)
+
+    @grammar(rows=st.lists(row | JSON, min_size=1, max_size=3))
+    def check(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with trying(tally, repr(rows)[:300]):
+            read(source)
+
+    check()
+
+
+def test_settings_from_a_grammar(tmp_path, tally):
+    file = tmp_path / "config.yaml"
+    names = sorted(_names(Config))
+
+    @grammar(given=st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=4))
+    def check(given):
+        tree: dict[str, Any] = {"run": "x", "model": {"name": "m"}, "data": {"path": "rows.jsonl"}}
+        for name, value in given.items():
+            place, parts = tree, name.split(".")
+            for part in parts[:-1]:
+                if not isinstance(place.get(part), dict):
+                    place[part] = {}
+                place = place[part]
+            place[parts[-1]] = value
+        file.write_text(yaml.safe_dump(tree))
+        with trying(tally, repr(given)[:300]):
+            json.dumps(load(file, []).model_dump(mode="json"), allow_nan=False)
+
+    check()
 
 
 def test_odd_places(tiny, demo_data, tmp_path, tally):
