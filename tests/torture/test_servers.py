@@ -50,7 +50,7 @@ def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
         voter = {"model": "judge", "base_url": mock.url, "persona": "role_play"}
         settings = [
             f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / runs}",
-            f"classify={json.dumps({'voters': [voter]})}", "eval.targets=[base]",
+            f"classify={json.dumps({'voters': [voter], 'max_failed': 0})}", "eval.targets=[base]",
             "server={concurrency: 8, timeout_s: 2, stall_s: 20}",
         ]  # fmt: skip
         config = resolved(load(tmp_path / "config.yaml", settings))
@@ -85,8 +85,8 @@ def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
                 mock.fault = None
                 found = labels(mock, runs)
         if found != wanted:
-            wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
-            tally.lost.append(f"{wrong} labels are others")
+            others = [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]
+            tally.lost.append(f"labels are others: {others}")
         (journal,) = (tmp_path / runs / "votes").glob("*.jsonl")
         asked = Counter(row["question"] for _, row in read_jsonl(Path(journal)) if "question" in row)
         if set(asked.values()) != {1}:
