@@ -138,8 +138,8 @@ class ClassifySection(Section):
     )
     labels_file: str | None = setting(
         None,
-        "For strategy known: a .json object of id or question → 1 or 2, or JSON Lines with the field that "
-        "`known` names; none: the rows have that field.",
+        "For strategy known: a .json object of id or question → 1 or 2, or JSON Lines or CSV with the field "
+        "that `known` names; none: the rows have that field.",
         identity=False,
     )
     swap: bool = setting(False, "Control: exchange the labels System 1 and System 2.")
