@@ -88,7 +88,8 @@ def _tell(rows: Iterable[dict[str, Any]]) -> None:
         agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
         gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
         differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
-        render.say(f"  {row['engine']}: {agree} {gap}; {differ}")
+        fast = f", {row['differ_from_fast']} from fast's" if "differ_from_fast" in row else ""
+        render.say(f"  {row['engine']}: {agree} {gap}; {differ}{fast}")
 
 
 def demo_data(

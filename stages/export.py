@@ -189,8 +189,9 @@ def check_views(
 ) -> Iterator[dict[str, Any]]:
     """Serve both views by one vLLM server, ask them at once, the base before, and check whose answers came.
 
-    Yields one row per view, as `check` does. AnswerError if a view does not answer as its adapter does in
-    plain PEFT; where it should answer otherwise than the base or the other view, and does not, that is said.
+    Yields one row per view, as `check` does, with how many answers of slow differ from fast's. AnswerError
+    if a view does not answer as its adapter does in plain PEFT; where it should answer otherwise than the
+    base or the other view, and does not, that is said.
     """
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
@@ -215,14 +216,16 @@ def check_views(
     rounding = 1e-3 if resolve(config.model) == "float32" else 0.125
     for name, view in VIEWS.items():
         found = _compared(asked, made[name], config.model, trained[view.stage], renderer, hint, say)
-        if all(made[name][i].ids == made[others[name]][i].ids for i in range(len(asked))):
+        differing = sum(made[name][i].ids != made[others[name]][i].ids for i in range(len(asked)))
+        if not differing:
             told = f"all {len(asked)} answers of {name} are those of {others[name]}"
             moved = trained[view.stage].manifest["summary"]["moved"]
             if moved and found["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
                 raise AnswerError(told, hint)
             why = "check more prompts to tell them apart" if moved else f"{view.stage} moved no element"
             say(f"warning: {told}, and its adapter's own: {why}")
-        yield {"engine": f"vllm, {name}", **found}
+        apart = {"differ_from_fast": differing} if others[name] == "fast" else {}
+        yield {"engine": f"vllm, {name}", **found, **apart}
 
 
 def _asked(config: Config, prompts: int) -> tuple[Renderer, list[Asked]]:

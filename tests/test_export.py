@@ -152,6 +152,7 @@ def test_one_server_has_both_views(trained, another, tmp_path):
     rows = list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
     assert [row["engine"] for row in rows] == ["vllm, fast", "vllm, slow"]
     assert all(row["agree"] >= 0.99 and row["differ_from_base"] for row in rows)
+    assert 0 < rows[1]["differ_from_fast"] <= 4 and "differ_from_fast" not in rows[0]
     shutil.rmtree(tmp_path / "v/slow")
     shutil.copytree(tmp_path / "v/fast", tmp_path / "v/slow")
     with pytest.raises(AnswerError, match="all 4 answers of slow are those of fast"):
