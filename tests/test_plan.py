@@ -86,7 +86,7 @@ def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
 
 
 def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked):
-    """Of the benchmark with its worked examples, and of a voter that is the base."""
+    """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
     sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
     done, _ = asked(*(part for setting in sets for part in ("--set", setting)))

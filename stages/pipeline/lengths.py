@@ -78,8 +78,8 @@ def drawn(examples: list[Example], number: int) -> list[Example]:
     return random.Random(0).sample(examples, min(number, len(examples)))
 
 
-def sampled(examples: list[Example]) -> list[Example]:
-    """Some at random, and those of the longest texts."""
+def sampled(examples: list[Example], number: int | None = None) -> list[Example]:
+    """So many at random, or SAMPLE, and those of the longest texts."""
     by_length = sorted(examples, key=lambda example: -len(example.prompt) - len(example.response))
-    chosen = [*drawn(examples, SAMPLE), *by_length[:LONGEST]]
+    chosen = [*drawn(examples, SAMPLE if number is None else number), *by_length[:LONGEST]]
     return list({example.id: example for example in chosen}.values())

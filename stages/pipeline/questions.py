@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
-from stages.config import BenchmarkSection, Config
-from stages.engines import vllm
+from stages.config import BenchmarkSection, Config, Voter
+from stages.engines import Ballot, vllm
 from stages.engines.transformers import ballot_ids
 from stages.labelling.personas import brief_of, personas
 from stages.language.prompts import Renderer
@@ -18,18 +18,19 @@ from stages.records import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLE = 500
+"""Rows drawn to tell the lengths: with worked examples a question may have a thousand tokens."""
+
 
 def of_voters(
     config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
 ) -> Iterator[Span]:
     """What the voters that are the base itself are asked about some rows; others have their own tokens."""
-    some = sampled(examples)
+    some = sampled(examples, SAMPLE)
     for voter in config.classify.voters:
         if voter.model or voter.urls or not some:
             continue
-        persona = personas.pick(voter.persona)
-        brief = brief_of(voter, config.model.title, config.classify.show_answer)
-        lengths = Lengths.of(len(ballot_ids(tokenizer, persona(example, brief))) for example in some)
+        lengths = Lengths.of(len(ballot_ids(tokenizer, ballot)) for ballot in ballots(config, voter, some))
         yield Span(
             f"vote on {name}, {voter.persona}",
             len(examples),
@@ -39,6 +40,13 @@ def of_voters(
         )
 
 
+def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[Ballot]:
+    """What a voter is asked about these rows."""
+    persona = personas.pick(voter.persona)
+    brief = brief_of(voter, config.model.title, config.classify.show_answer)
+    return [persona(example, brief) for example in examples]
+
+
 def of_benchmark(
     config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
 ) -> Span | None:
@@ -46,7 +54,7 @@ def of_benchmark(
     if not examples:
         return None
     engine = config.eval.engine
-    lengths = Lengths.of(map(len, prompts(config, tokenizer, name, sampled(examples))))
+    lengths = Lengths.of(map(len, prompts(config, tokenizer, name, sampled(examples, SAMPLE))))
     beyond = "fail" if engine == "vllm" else "more than the model was made for"
     room = _room(config, engine, written(config.eval.benchmarks[name]))
     return Span(f"prompt of {name}", len(examples), lengths, *room, beyond)

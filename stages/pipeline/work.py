@@ -10,10 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
-from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection, Voter
+from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection
 from stages.data.rows import read
 from stages.errors import DataError, lacks_memory
-from stages.labelling.personas import brief_of, personas
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
@@ -141,18 +140,12 @@ class Work:
             return Cost(None, None)  # the base itself votes in 16 bits
         seconds, mib = 0.0, 0.0
         for voter in voters:
-            piece, number = self._ballots(voter, examples)
+            asked = questions.ballots(self.config, voter, drawn(examples, BALLOTS))
+            piece, number = self.probe.choosing(asked)
             seconds += piece.seconds / number * len(examples) * voter.samples
             mib = max(mib, piece.mib)
         here = all(voter.engine == "transformers" for voter in voters)
         return Cost(seconds, self.probe.memory(mib) if here else None)
-
-    def _ballots(self, voter: Voter, examples: list[Example]) -> tuple[Piece, int]:
-        """A batch of a voter's questions, and their number."""
-        classify, persona = self.config.classify, personas.pick(voter.persona)
-        brief = brief_of(voter, self.config.model.title, classify.show_answer)
-        ballots = [persona(example, brief) for example in drawn(examples, BALLOTS)]
-        return self.probe.choosing(ballots)
 
     @cached_property
     def _score(self) -> Cost:
