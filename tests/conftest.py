@@ -4,11 +4,12 @@ Commands run as a person runs them.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import psutil
 import pytest
 from hypothesis import settings
 from tally import pytest_terminal_summary as pytest_terminal_summary
@@ -94,6 +96,37 @@ def processes(mark: str) -> list[int]:
                 if mark.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
     return found
+
+
+@contextlib.contextmanager
+def descendants() -> Iterator[Callable[[], set[int]]]:
+    """Tells what runs now and was started from here, by whatever that was started from here.
+
+    Orphans become this process's own children for as long, so that what the tests beside this one start
+    is never taken for theirs.
+    """
+
+    def adopts(orphans: int) -> None:
+        if ctypes.CDLL(None, use_errno=True).prctl(36, orphans, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER
+            raise OSError(ctypes.get_errno(), "prctl")
+
+    def living() -> set[int]:
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline():  # of what has ended, the memory goes first
+                    found.add(process.pid)
+        return found
+
+    adopts(1)
+    try:
+        yield living
+    finally:
+        adopts(0)
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(child.pid, 0)
 
 
 def servers() -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import no_sandbox
+from conftest import descendants, no_sandbox
 from hostile import CONTAINED, FORGED, PREAMBLE
 
 from stages.sandbox.backends import BACKENDS, Limits
@@ -58,21 +58,6 @@ def _usable(name):
         return check(KINDS[name], GOOD, TESTS, "f", "", LIMITS).passed
     except SandboxFailure:
         return False
-
-
-def _processes():
-    """Command lines of what runs now and was started from here."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                text = (entry / "cmdline").read_bytes()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if b"inside.py" in text and state != "Z":
-                found.add(entry.name)
-    return found
 
 
 @pytest.fixture
@@ -146,23 +131,25 @@ def test_hostile_programs_are_contained(name, victim, capsys, tally):
         no_sandbox(f"{name} does not work here")
     names, look = victim
     limits_before = os.sched_getaffinity(0)
-    before = _processes()
     escapes, slowest, statuses, count = [], 0.0, {}, 0
-    for family, programs in CONTAINED.items():
-        for title, code in programs.items():
-            begun = time.monotonic()
-            verdict = check(KINDS[name], _fill(f"{PREAMBLE}\n{code}\n{GOOD}", names), TESTS, "f", "", LIMITS)
-            took = time.monotonic() - begun
-            slowest, count = max(slowest, took), count + 1
-            statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
-            found = look()
-            if MARK in verdict.output or "secret-shadow" in verdict.output:
-                found.append("secret seen")
-            if _processes() - before:
-                found.append("processes left")
-            if took > LIMITS.seconds + 1:
-                found.append(f"took {took:.1f} s")
-            escapes += [f"{family}: {title}: {what}" for what in found]
+    with descendants() as left:
+        before = left()
+        for family, programs in CONTAINED.items():
+            for title, code in programs.items():
+                program = _fill(f"{PREAMBLE}\n{code}\n{GOOD}", names)
+                begun = time.monotonic()
+                verdict = check(KINDS[name], program, TESTS, "f", "", LIMITS)
+                took = time.monotonic() - begun
+                slowest, count = max(slowest, took), count + 1
+                statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
+                found = look()
+                if MARK in verdict.output or "secret-shadow" in verdict.output:
+                    found.append("secret seen")
+                if left() - before:
+                    found.append("processes left")
+                if took > LIMITS.seconds + 1:
+                    found.append(f"took {took:.1f} s")
+                escapes += [f"{family}: {title}: {what}" for what in found]
     time.sleep(2.5)  # late writers
     escapes += [f"late: {what}" for what in look()]
     assert os.sched_getaffinity(0) == limits_before

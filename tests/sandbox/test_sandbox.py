@@ -4,7 +4,7 @@ import struct
 import subprocess
 
 import pytest
-from conftest import no_sandbox
+from conftest import descendants, no_sandbox, processes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -335,16 +335,17 @@ def ends_with_its_caller(name):
         f"from stages.sandbox import *; Sandbox({name!r}, Limits(seconds=60))"
         ".check('import time; time.sleep(60)', '', 'f')"
     )
-    caller = subprocess.Popen([inside.sys.executable, "-c", code])
-    assert _wait(lambda: len(_children()) > 0)
-    caller.kill()
-    caller.wait()
-    assert _wait(lambda: not _children())
+    with descendants() as living:
+        before = living()
+        caller = subprocess.Popen([inside.sys.executable, "-c", code])
+        assert _wait(lambda: _candidates(living() - before))
+        caller.kill()
+        caller.wait()
+        assert _wait(lambda: not living() - before)
 
 
-def _children():
-    listed = subprocess.run(["pgrep", "-f", "inside.py candidate"], capture_output=True, text=True).stdout
-    return listed.split()
+def _candidates(those):
+    return those & set(processes("inside.py\0candidate"))
 
 
 def _wait(condition):
