@@ -53,6 +53,11 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
     yield client
 
 
+def replied(ballot: Ballot) -> int:
+    """The most tokens of a reply, for which a question must leave room."""
+    return ballot.thought + REPLY_TOKENS if ballot.thought else MAX_WORD_TOKENS
+
+
 class Client:
     """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
 
@@ -268,7 +273,7 @@ class Client:
 
     async def _fits(self, session: Session, ballot: Ballot) -> None:
         """ItemFailed if a prompt is too long; the server counts the tokens of prompts that may be."""
-        room = self.max_model_len - (ballot.thought + REPLY_TOKENS if ballot.thought else MAX_WORD_TOKENS)
+        room = self.max_model_len - replied(ballot)
         if not self.max_model_len or _most_tokens(ballot) <= room:
             return
         if isinstance(ballot.text, list) and not _is_chat(ballot):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, Voter
-from stages.engines import Ballot, vllm
+from stages.engines import Ballot, openai, vllm
 from stages.engines.transformers import ballot_ids
 from stages.labelling.personas import brief_of, personas
 from stages.language.prompts import Renderer
@@ -30,14 +30,11 @@ def of_voters(
     for voter in config.classify.voters:
         if voter.model or voter.urls or not some:
             continue
-        lengths = Lengths.of(len(ballot_ids(tokenizer, ballot)) for ballot in ballots(config, voter, some))
-        yield Span(
-            f"vote on {name}, {voter.persona}",
-            len(examples),
-            lengths,
-            *_room(config, voter.engine, 0),
-            "fail",
-        )
+        asked = ballots(config, voter, some)
+        lengths = Lengths.of(len(ballot_ids(tokenizer, ballot)) for ballot in asked)
+        answer = 0 if voter.engine == "transformers" else max(map(openai.replied, asked))
+        room = _room(config, voter.engine, answer)
+        yield Span(f"vote on {name}, {voter.persona}", len(examples), lengths, *room, "fail")
 
 
 def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[Ballot]:
