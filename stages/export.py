@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from stages.data.rows import read
 from stages.engines import Answer, Pool, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
-from stages.report.card import VIEWS, Form, card, card_of_views, hub_results
+from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact, readable
 
 if TYPE_CHECKING:
+    from stages.engines import Engine
     from stages.language.prompts import Asked, Renderer
 
 LONGEST = 32
@@ -161,6 +163,50 @@ def engines(config: Config) -> list[str]:
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """The first training prompts, asked as a stage asks the rows that it learns from."""
+
+    renderer: Renderer
+    asked: list[Asked]
+
+    @classmethod
+    def of(cls, config: Config, view: View, prompts: int) -> _Trial:
+        from stages.language.prompts import Asked, Renderer
+        from stages.models.tokenizer import load_tokenizer
+
+        section = getattr(config, view.stage).prompt or config.prompt
+        system = section.by_system.get(int(view.system), section.system)
+        section = section.model_copy(update={"system": system, "by_system": {}})
+        renderer = Renderer(load_tokenizer(config.model), section)
+        examples = read(config.data.model_copy(update={"limit": prompts}))
+        return cls(
+            renderer, [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
+        )
+
+    def answers(self, engine: Engine) -> dict[int, Answer]:
+        """Greedy ones, of LONGEST tokens at most."""
+        questions = [Question(one.ids) for one in self.asked]
+        return dict(engine.generate(questions, Sampling(LONGEST, tuple(self.renderer.stop_ids))))
+
+    def compared(
+        self,
+        made: dict[int, Answer],
+        model: ModelSection,
+        artifact: Artifact,
+        hint: str,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Answers beside what the trained adapter says in plain PEFT; see `parity.check`."""
+        from stages.benchmarks import parity
+        from stages.benchmarks.replies import Recorded
+
+        pairs = [
+            (one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(self.asked)
+        ]
+        return parity.check(pairs, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
+
+
 def check(
     artifact: Artifact, config: Config, out: Path, form: Form, prompts: int, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
@@ -170,8 +216,8 @@ def check(
     of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
     the export is not what was trained.
     """
-    renderer, asked = _asked(config, prompts)
-    sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
+    view = next(view for view in VIEWS.values() if view.stage == artifact.manifest["stage"])
+    trial = _Trial.of(config, view, prompts)
     base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"
@@ -179,9 +225,8 @@ def check(
         served = Served(engine, model, None if form == "merged" else out)
         with Pool() as pool:
             # No name for the engine, which would keep it in memory beside the next.
-            questions = [Question(one.ids) for one in asked]
-            made = dict(pool.get(served, config.server, say).generate(questions, sampling))
-        yield {"engine": engine, **_compared(asked, made, base, artifact, renderer, hint, say)}
+            made = trial.answers(pool.get(served, config.server, say))
+        yield {"engine": engine, **trial.compared(made, base, artifact, hint, say)}
 
 
 def check_views(
@@ -189,36 +234,34 @@ def check_views(
 ) -> Iterator[dict[str, Any]]:
     """Serve both views by one vLLM server, ask them at once, the base before, and check whose answers came.
 
-    Yields one row per view, as `check` does, with how many answers of slow differ from fast's. AnswerError
-    if a view does not answer as its adapter does in plain PEFT; where it should answer otherwise than the
-    base or the other view, and does not, that is said.
+    Each view is asked as it was trained, and so are those that its answers are held against. Yields one row
+    per view, as `check` does, with how many answers of slow differ from fast's. AnswerError if a view does
+    not answer as its adapter does in plain PEFT; where it should answer otherwise than the base or the other
+    view, and does not, that is said.
     """
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
 
-    renderer, asked = _asked(config, prompts)
-    sampling = Sampling(LONGEST, tuple(renderer.stop_ids))
-    questions = [Question(one.ids) for one in asked]
+    trials = {name: _Trial.of(config, view, prompts) for name, view in VIEWS.items()}
+    others = {"fast": config.model.name, "slow": "fast"}
     with (
         open_modules(config.model, {name: out / name for name in VIEWS}, config.server, say) as clients,
-        ThreadPoolExecutor(len(VIEWS)) as threads,
+        ThreadPoolExecutor(len(VIEWS) + 1) as threads,
     ):
-
-        def answers(name: str) -> dict[int, Answer]:
-            return dict(clients[name].generate(questions, sampling))
-
         # On CPU, vLLM gives requests for the base among those for adapters an adapter, too (its PR 48421).
-        made = {config.model.name: answers(config.model.name)}
-        made |= zip(VIEWS, threads.map(answers, VIEWS), strict=True)
+        of_base = trials["fast"].answers(clients[config.model.name])
+        asked = {name: threads.submit(trials[name].answers, clients[name]) for name in VIEWS}
+        of_fast = threads.submit(trials["slow"].answers, clients["fast"])
+        made = {name: future.result() for name, future in asked.items()}
+        beside = {"fast": of_base, "slow": of_fast.result()}
     hint = f"do not serve {out}: remove it and export again"
-    others = {"fast": config.model.name, "slow": "fast"}
     # At the size of logits 16 bits resolve an eighth, and a tie is broken by chance.
     rounding = 1e-3 if resolve(config.model) == "float32" else 0.125
     for name, view in VIEWS.items():
-        found = _compared(asked, made[name], config.model, trained[view.stage], renderer, hint, say)
-        differing = sum(made[name][i].ids != made[others[name]][i].ids for i in range(len(asked)))
+        found = trials[name].compared(made[name], config.model, trained[view.stage], hint, say)
+        differing = sum(made[name][i].ids != beside[name][i].ids for i in range(len(made[name])))
         if not differing:
-            told = f"all {len(asked)} answers of {name} are those of {others[name]}"
+            told = f"all {len(made[name])} answers of {name} are those of {others[name]}"
             moved = trained[view.stage].manifest["summary"]["moved"]
             if moved and found["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
                 raise AnswerError(told, hint)
@@ -226,29 +269,3 @@ def check_views(
             say(f"warning: {told}, and its adapter's own: {why}")
         apart = {"differ_from_fast": differing} if others[name] == "fast" else {}
         yield {"engine": f"vllm, {name}", **found, **apart}
-
-
-def _asked(config: Config, prompts: int) -> tuple[Renderer, list[Asked]]:
-    """The first `prompts` training prompts as the model receives them."""
-    from stages.language.prompts import Asked, Renderer
-    from stages.models.tokenizer import load_tokenizer
-
-    renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    examples = read(config.data.model_copy(update={"limit": prompts}))
-    return renderer, [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
-
-
-def _compared(
-    asked: list[Asked],
-    made: dict[int, Answer],
-    model: ModelSection,
-    artifact: Artifact,
-    renderer: Renderer,
-    hint: str,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    from stages.benchmarks import parity
-    from stages.benchmarks.replies import Recorded
-
-    pairs = [(one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(asked)]
-    return parity.check(pairs, model, artifact.path / "adapter", renderer.tokenizer, hint, say)

@@ -1,5 +1,6 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -15,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from stages import export
 from stages.config import BaselineSection
+from stages.engines import Served
+from stages.engines.transformers import open
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.report.card import card_of_views
 
 SETTINGS = ["sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
@@ -141,6 +145,50 @@ def test_the_card_of_views_says_what_came_first_and_finds_a_local_base(
     text = card_of_views(views, Path("out/v"))
     assert "vllm serve ../../models/m --generation-config vllm" in text
     assert "answers at once: then SFT on" in text and "works it out: GRPO on" in text
+
+
+class Heard:
+    """An engine that keeps what it was asked."""
+
+    def __init__(self, engine, tokenizer):
+        self.engine, self.tokenizer, self.asked = engine, tokenizer, []
+
+    def generate(self, questions, sampling):
+        self.asked.append([self.tokenizer.decode(question.ids) for question in questions])
+        return self.engine.generate(questions, sampling)
+
+
+def test_each_view_is_asked_as_its_stage_asks(trained, another, tmp_path, monkeypatch):
+    config, artifact = trained
+    told = config.prompt.model_copy(update={"by_system": {1: "Be quick."}, "system": "Be calm."})
+    slow = config.prompt.model_copy(update={"by_system": {2: "Be slow."}})
+    config = config.model_copy(update={"prompt": told, "rl": config.rl.model_copy(update={"prompt": slow})})
+    both, tokenizer = {"sft": artifact, "rl": another}, load_tokenizer(config.model)
+    export.write_views(both, config, tmp_path / "v")
+    heard = {}
+
+    @contextlib.contextmanager
+    def modules(model, adapters, server, say):
+        with contextlib.ExitStack() as stack:
+            for name, adapter in {model.name: None, **adapters}.items():
+                engine = stack.enter_context(open(Served("transformers", model, adapter), server, say))
+                heard[name] = Heard(engine, tokenizer)
+            yield heard
+
+    monkeypatch.setattr("stages.engines.vllm.open_modules", modules)
+    rows = list(export.check_views(both, config, tmp_path / "v", 3, Silent().say))
+    assert all(row["agree"] == 1 and row["differ_from_base"] for row in rows)
+    assert rows[1]["differ_from_fast"] > 0
+
+    def messages(name):
+        every = ("Be quick.", "Be slow.", "Be calm.")
+        return sorted(
+            tuple(m for m in every if all(m in text for text in asked)) for asked in heard[name].asked
+        )
+
+    assert messages(config.model.name) == [("Be quick.",)]
+    assert messages("fast") == [("Be quick.",), ("Be slow.",)]
+    assert messages("slow") == [("Be slow.",)]
 
 
 @pytest.mark.vllm
