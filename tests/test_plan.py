@@ -9,6 +9,7 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
+from stages.language.prompts import Row
 from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.estimate import knobs
 from stages.pipeline.lengths import Lengths
@@ -129,6 +130,18 @@ def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_mod
     stages = ("eval", "eval", "sft")
     steps = [SimpleNamespace(stage=SimpleNamespace(name=name), variant="") for name in stages]
     assert [work.cost(step).seconds for step in steps] == [1 + 2 + 8, 1 + 2, 1 + 2 + 4 + 8]
+
+
+@pytest.mark.parametrize(
+    ("number", "of", "lengths"),
+    [(3, 40, [40, 39, 38]), (3, 90, [40, 39, 38]), (3, 10, [38, 34, 30]), (3, 1, [20, 20, 20])],
+)
+def test_the_longest_of_rows_that_are_drawn(smoke, number, of, lengths):
+    """Of ten of forty the longest is about the second or third of all."""
+    work = object.__new__(Work)
+    work.config, work.rows = smoke(), {"train": [None] * 40}
+    work.rendered = {"sft": [Row(str(n), [1] * n, [1] * n) for n in range(1, 41)]}
+    assert [len(row.input_ids) for row in work._longest("sft", number, of)] == lengths
 
 
 @pytest.fixture

@@ -153,9 +153,9 @@ class Work:
         score = self.config.score
         if strategies.has(self.config.partition.strategy, "unscored"):
             return Cost(0.0, None)
-        rows = self._longest("score", 2 * score.batch_size)
-        piece = self.probe.scoring(rows)
         number = 2 * min(score.examples, len(self.rows["train"]) / 2)
+        rows = self._longest("score", 2 * score.batch_size, number)
+        piece = self.probe.scoring(rows)
         seconds = number * self._mean("score") * piece.seconds / _tokens(rows)
         return Cost(seconds, self.probe.memory(piece.mib))
 
@@ -168,7 +168,7 @@ class Work:
         number = len(self.rows["train"])
         used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
         steps = steps_of(math.ceil(used / sft.batch_size), sft)
-        rows = self._longest("sft", sft.micro_batch)
+        rows = self._longest("sft", sft.micro_batch, steps * sft.batch_size)
         piece = self.probe.tuning(rows, sft)
         seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
         optimizer = self.probe.optimizer_mib()
@@ -255,14 +255,16 @@ class Work:
         each = self.probe.comparing(row).seconds * (1 + adapted)  # beside the base's
         return self.probe.loading.seconds + items * each + adapted * self.probe.adapting
 
-    def _longest(self, stage: str, number: int) -> list[Row]:
-        """So many rows of greatest length; where there are fewer, some twice."""
+    def _longest(self, stage: str, number: int, of: float) -> list[Row]:
+        """The `number` longest, about, of so many rows that are drawn; where there are fewer, some twice."""
         limit, cut = self.config.data.max_length, self.config.data.too_long == "truncate"
         rows = [Row(r.id, r.input_ids[:limit], r.labels[:limit]) if cut else r for r in self._rows(stage)]
         fitting = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
         if not fitting:
             raise DataError(f"no row fits into data.max_length {limit}")
-        found = sorted(fitting, key=lambda row: -len(row.input_ids))[:number]
+        ordered = sorted(fitting, key=lambda row: -len(row.input_ids))
+        apart = max(1, round(len(self.rows["train"]) / of))
+        found = ordered[min(apart // 2, len(ordered) - 1) :: apart][:number]
         return (found * number)[:number]
 
 
