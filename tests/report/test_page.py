@@ -61,9 +61,12 @@ def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
 
 
-def test_a_section_without_parts_is_left_out():
-    page = render("t", [], [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])])
-    assert "Nothing here" not in page and 'href="#full"' in page
+def test_a_section_without_parts_is_left_out_and_one_alone_has_no_contents():
+    parts = [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])]
+    page = render("t", [], parts)
+    assert "Nothing here" not in page and "Something" in page and "<nav" not in page
+    page = render("t", [], [*parts, Section("more", "More", [Text("y")])])
+    assert "Nothing here" not in page and 'href="#full"' in page and 'href="#more"' in page
 
 
 def drawn(name: str) -> str:
