@@ -90,12 +90,12 @@ def _compared(results: Results, row: str) -> str:
         return "missing"
     told = _points(found.mean, found.low, found.high, found.p)
     if len(found.of_seeds) > 1:
-        told += f"; by seed {', '.join(f'{100 * mean:+.1f}' for mean in found.of_seeds)}"
+        told += f"; by seed {', '.join(f'{100 * mean:+z.1f}' for mean in found.of_seeds)}"
     return told
 
 
 def _points(mean: float, low: float, high: float, p: float) -> str:
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
+    return f"{100 * mean:+z.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
 
 
 def legend(results: Results) -> str:
