@@ -44,7 +44,8 @@ class Commands:
 
 def page(found: list[tuple[Results, Commands]]) -> str:
     titles = [results.table.file.title for results, _ in found]
-    lead = [verdict for results, _ in found if (verdict := _verdict(results))]
+    verdicts = zip(titles, (_verdict(results) for results, _ in found), strict=True)
+    lead = [f"{title}. {said}" if len(titles) > 1 else said for title, said in verdicts if said]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
     return render(title, lead, [_section(results, commands) for results, commands in found])
 
@@ -60,7 +61,7 @@ def _verdict(results: Results) -> str:
     others = len(results.table.rows) - (against in results.table.rows)
     number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
     verb = "is" if len(known) == 1 < others else "are"
-    begin = f"{results.table.file.title}. {number} {verb} compared with {against!r} on {compare.on}: "
+    begin = f"{number} {verb} compared with {against!r} on {compare.on}: "
     named = [f"{row!r} {100 * known[row].mean:+.1f} ({p_value(p)})" for row, p in told.items() if p < 0.05]
     how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
     if not named:
