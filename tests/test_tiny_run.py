@@ -201,6 +201,20 @@ def test_votes_are_never_asked_again(copied):
     assert {p: p.read_bytes() for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")} == journals
 
 
+def test_votes_that_are_asked_in_other_batches_end_in_the_same_report(copied):
+    """As after a disk that was full: their last digits differ with what else is in a batch."""
+    config = copied("data.limit=16")
+    (first, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
+    made = {name: (first.path / name).read_bytes() for name in ("report.json", "labels.jsonl")}
+    before = {}
+    for journal in (Path(config.runs_dir) / "votes").glob("*.jsonl"):
+        before[journal] = journal.read_bytes()
+        journal.write_bytes(b"".join(before[journal].splitlines(keepends=True)[:7]))
+    (second, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
+    assert any(journal.read_bytes() != text for journal, text in before.items())
+    assert {name: (second.path / name).read_bytes() for name in made} == made
+
+
 def test_more_samples_ask_only_for_the_new_ones(copied):
     def counted(samples: int) -> int:
         voters = json.dumps(

@@ -72,7 +72,7 @@ def decide(
             if value is not None
         ]
         enough = bool(said) and len(said) >= section.quorum * len(votes)
-        shown = {title: None if value is None else round(value, 6) for title, value in votes.items()}
+        shown = {title: rounded(value) for title, value in votes.items()}
         rows.append(Labelled(example, _label(said, section) if enough else None, shown))
     return rows, held, twos
 
@@ -91,3 +91,8 @@ def _label(said: list[tuple[float, bool, float]], section: ClassifySection) -> i
     if abs(two - 0.5) < 1e-9:
         return 2 if mean >= 0.5 - 1e-9 else 1
     return 2 if two > 0.5 else 1
+
+
+def rounded(value: float | None) -> float | None:
+    """A probability to six digits: further ones depend on what else was in its batch."""
+    return None if value is None else round(value, 6)

@@ -11,7 +11,7 @@ from typing import Any
 from stages.config import ClassifySection
 from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
-from stages.labelling.decide import Voice
+from stages.labelling.decide import Voice, rounded
 from stages.labelling.known import system_of
 from stages.labelling.votes import Votes
 from stages.records import Labelled
@@ -57,9 +57,9 @@ def report(
             "invalid": box.invalid(examples),
             "failed": dict(Counter(failure.reason for _, failure in box.failures)),
             "system2_share": len(twos[box.title]) / len(given) if given else None,
-            "threshold": held[box.title].threshold,
+            "threshold": rounded(held[box.title].threshold),
             "calibration": "system2_share" if section.system2_share else calibration.method,
-            "mass_on_words": box.mass(),
+            "mass_on_words": rounded(box.mass()),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
