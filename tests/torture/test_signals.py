@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, paths, processes, servers
+from conftest import ROOT, descendants, paths, processes, servers
 from tally import FULL
 
 from stages.pipeline.plan import plan
@@ -80,37 +80,45 @@ WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper")]
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
     """A vLLM server, starting or answering, ends with the run, with its stage, and without its guards."""
-    for at, (who, number) in enumerate(WAYS if FULL else tally.random.sample(WAYS, 1)):
-        tally.tried += 1
-        folder = tmp_path / str(at)  # else its votes would be there, and no server needed
-        folder.mkdir()
-        config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=360"])
-        tree = config.model_dump(mode="json")
-        tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
-        file = folder / "config.json"
-        file.write_text(json.dumps(tree), encoding="utf-8")
-        command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        answering = tally.random.random() < 0.5
-        for line in child.stderr:
-            if ("server ready" if answering else "starting a vLLM server") in line:
-                break
-        time.sleep(tally.random.uniform(0.3, 1) if answering else tally.random.uniform(2, 15))
-        assert servers(), f"{who}, {number.name}: no server to be ended"
-        _send(child, who, number)
-        try:
-            child.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            tally.hangs.append(f"{who}, {number.name}")
-            child.kill()
-        deadline = time.monotonic() + 20
-        while (servers() or processes(str(file))) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        tally.left += [f"{who}, {number.name}: {line}" for line in (*servers(), *processes(str(file)))]
+    with descendants() as living:
+
+        def ours():
+            """Other tests on this machine may have servers, too."""
+            return [line for line in servers() if int(line.split()[1]) in living()]
+
+        for at, (who, number) in enumerate(WAYS if FULL else tally.random.sample(WAYS, 1)):
+            tally.tried += 1
+            folder = tmp_path / str(at)  # else its votes would be there, and no server needed
+            folder.mkdir()
+            config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=360"])
+            tree = config.model_dump(mode="json")
+            tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
+            file = folder / "config.json"
+            file.write_text(json.dumps(tree), encoding="utf-8")
+            command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
+            child = subprocess.Popen(
+                command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+            answering = tally.random.random() < 0.5
+            for line in child.stderr:
+                if ("server ready" if answering else "starting a vLLM server") in line:
+                    break
+            time.sleep(tally.random.uniform(0.3, 1) if answering else tally.random.uniform(2, 15))
+            assert ours(), f"{who}, {number.name}: no server to be ended"
+            _send(child, who, number, living())
+            try:
+                child.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                tally.hangs.append(f"{who}, {number.name}")
+                child.kill()
+            deadline = time.monotonic() + 20
+            while (ours() or processes(str(file))) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            tally.left += [f"{who}, {number.name}: {line}" for line in (*ours(), *processes(str(file)))]
 
 
-def _send(run: subprocess.Popen, who: str, number: signal.Signals) -> None:
-    """The signal to the run, its stage, its process group, or those that stand by the server."""
+def _send(run: subprocess.Popen, who: str, number: signal.Signals, of: set[int]) -> None:
+    """The signal to the run, its stage, its process group, or those that stand by its server."""
     if who == "group":
         os.killpg(run.pid, number)
         return
@@ -119,7 +127,8 @@ def _send(run: subprocess.Popen, who: str, number: signal.Signals) -> None:
         return
     table = [line.split(None, 2) for line in _ps("pid,ppid,args")]
     parents = {int(pid): int(parent) for pid, parent, _ in table}
-    keeper = next(int(pid) for pid, _, args in table if "--keep" in args and SERVER in args)
+    keepers = (int(pid) for pid, _, args in table if "--keep" in args and SERVER in args)
+    keeper = next(pid for pid in keepers if pid in of)
     guard = parents[keeper]
     os.kill({"stage": parents[guard], "guard": guard, "keeper": keeper}[who], number)
 
