@@ -33,7 +33,7 @@ def main() -> None:
     model = ModelSection(name=given.model, attention=given.attention)
     renderer = Renderer(load_tokenizer(model), PromptSection())
     texts = [row.get("question") or row["prompt"] for _, row in read_jsonl(given.questions)[: given.limit]]
-    questions = [Question(renderer.prompt_ids(text)) for text in texts]
+    questions = [Question(renderer.ids(renderer.prompt(text))) for text in texts]
     sampling = Sampling(given.max_new_tokens, tuple(renderer.stop_ids))
     server = ServerSection(batch_size=given.batch_size)
 

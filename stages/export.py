@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import Config, ModelSection
 from stages.data.rows import read
-from stages.engines import Answer, Pool, Question, Sampling, Served
+from stages.engines import Answer, Engine, Pool, Question, Sampling, Served
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
+from stages.records import Labelled
 from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results
 from stages.store.artifacts import Artifact, readable
 
 if TYPE_CHECKING:
-    from stages.engines import Engine
     from stages.language.prompts import Asked, Renderer
 
 LONGEST = 32
@@ -175,14 +175,12 @@ class _Trial:
         from stages.language.prompts import Asked, Renderer
         from stages.models.tokenizer import load_tokenizer
 
-        section = getattr(config, view.stage).prompt or config.prompt
-        system = section.by_system.get(int(view.system), section.system)
-        section = section.model_copy(update={"system": system, "by_system": {}})
-        renderer = Renderer(load_tokenizer(config.model), section)
         examples = read(config.data.model_copy(update={"limit": prompts}))
-        return cls(
-            renderer, [Asked(renderer.prompt(e.prompt), renderer.prompt_ids(e.prompt)) for e in examples]
-        )
+        labels = [Labelled(example, int(view.system), {}) for example in examples]
+        section = getattr(config, view.stage).prompt or config.prompt
+        renderer = Renderer(load_tokenizer(config.model), section, labels)
+        texts = [renderer.prompt(example.prompt, of=example) for example in examples]
+        return cls(renderer, [Asked(text, renderer.ids(text)) for text in texts])
 
     def answers(self, engine: Engine) -> dict[int, Answer]:
         """Greedy ones, of LONGEST tokens at most."""

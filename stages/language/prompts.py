@@ -135,9 +135,6 @@ class Renderer:
         message = self._system(of)
         return f"{message}\n\n" if message else ""
 
-    def prompt_ids(self, question: str) -> list[int]:
-        return self.ids(self.prompt(question))
-
     def few_shot(self, head: str, shots: Shots, last: str, of: Example) -> tuple[str, list[int]]:
         """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat.
 

@@ -84,7 +84,7 @@ def test_a_system_message_stands_before_a_benchmarks_prompt(tokenizer):
 def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
     renderer = Renderer(tokenizer, PromptSection(template=template))
     (asked,) = by_prompt([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
-    assert (asked.stop, asked.ids) == (stop, renderer.prompt_ids("2 + 2?"))
+    assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
 
 
 def test_bare_has_no_system_message():

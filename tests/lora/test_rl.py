@@ -84,7 +84,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     """First the longest are a token too long, then all are. An error names the rows of cut prompts too."""
     renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
     slow = [row.example for row in labels_of(ready()) if row.system == 2]
-    ids = {example.id: renderer.prompt_ids(example.prompt) for example in slow}
+    ids = {example.id: renderer.ids(renderer.prompt(example.prompt)) for example in slow}
     most = max(map(len, ids.values())) - 1
     long = [name for name, found in ids.items() if len(found) > most]
     limit = f"rl.max_prompt={most}"
@@ -147,13 +147,17 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
     mixed = ["rl.system1_share=0.25", "rl.drift_prompts=0"]
     lengths = {
         system: [
-            len(renderer.prompt_ids(row.example.prompt)) for row in labels_of(ready()) if row.system == system
+            len(renderer.ids(renderer.prompt(row.example.prompt)))
+            for row in labels_of(ready())
+            if row.system == system
         ]
         for system in (1, 2)
     }
     longest = max(lengths[1])
     labels = [
-        replace(row, system=1 if len(renderer.prompt_ids(row.example.prompt)) >= longest else row.system)
+        replace(
+            row, system=1 if len(renderer.ids(renderer.prompt(row.example.prompt))) >= longest else row.system
+        )
         for row in labels_of(ready())
     ]
     functions = {name: reward_functions.load(name, None) for name in ready().rl.rewards}

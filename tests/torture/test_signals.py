@@ -127,8 +127,9 @@ def _send(run: subprocess.Popen, who: str, number: signal.Signals, of: set[int])
         return
     table = [line.split(None, 2) for line in _ps("pid,ppid,args")]
     parents = {int(pid): int(parent) for pid, parent, _ in table}
-    keepers = (int(pid) for pid, _, args in table if "--keep" in args and SERVER in args)
-    keeper = next(pid for pid in keepers if pid in of)
+    keeper = next(
+        int(pid) for pid, _, args in table if "--keep" in args and SERVER in args and int(pid) in of
+    )
     guard = parents[keeper]
     os.kill({"stage": parents[guard], "guard": guard, "keeper": keeper}[who], number)
 
