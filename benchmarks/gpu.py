@@ -12,8 +12,10 @@ long it took; a part that fails stops no other.
   element moved.
 - tests: on the device, those of frozen elements, exact resume, 4 bits, padding and equality with TRL.
 - sft, rl: time of a step and the peak of memory, against TRL on plain LoRA (`sft.py`, `rl.py`).
+- attention: of completions with one prompt, against FlexAttention and a prompt for each (`attention.py`).
 - plan: what is planned against what is taken (`plan.py`).
-- processes: SFT and RL of the smoke config on two devices (DDP); two processes on a CPU.
+- processes: score, SFT and RL of the smoke config on two devices, by DDP and FSDP2; without GPUs, too.
+- server: RL with completions of a vLLM server on another GPU, which gets weights by NCCL (`server.py`).
 """
 
 import argparse
@@ -43,9 +45,9 @@ SHAPES = {  # of Qwen2.5-0.5B and LLaMA-2-7B
 }  # fmt: skip
 TOKENS = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """The tokenizer is that of `lorapar fetch tiny-random`."""
-NAMES = ("doctor", "pipeline", "tests", "sft", "rl", "plan", "processes")
+NAMES = ("doctor", "pipeline", "tests", "sft", "rl", "attention", "plan", "processes", "server")
 ROWS = "data/demo/train.jsonl"
-TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts")
+TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts", "sharding")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ def smoke(model: str, scratch: str, *more: str) -> list[str]:
     return ["-m", "lorapar_cli", "run", "configs/smoke.yaml", *(p for s in sets for p in ("--set", s))]
 
 
+def on(backend: str, processes: int) -> list[str]:
+    launch = f"launch={{backend: {backend}, processes: {processes}}}"
+    return [f"{stage}.{launch}" for stage in ("score", "sft", "rl")]
+
+
 def parts(small: bool) -> list[Part]:
     cuda = torch.cuda.is_available()
     served = [
@@ -79,12 +86,12 @@ def parts(small: bool) -> list[Part]:
         "rl.rollouts.engine=vllm_colocate",
     ]  # fmt: skip
     number = min(2, torch.cuda.device_count()) if cuda else 2  # more cannot share smoke's eight rows evenly
-    devices = f"launch={{backend: ddp, processes: {number}}}"
     which = [f"tests/lora/test_{name}.py" for name in TESTS]
     which += ["-m", "not slow and not vllm"] if small else []
     few = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     shapes = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
     models = ["tiny-random"] if small else ["smollm2-135m-q4", *SHAPES]
+    rows = ["--prompts", "2", "--group", "4", "--prompt", "32", "--completion", "8-32"] if small else []
     config = f"configs/{'smoke' if small else 'demo'}.yaml"
     facts = r"^[+ -] (?:device|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
     frozen, speed = r"frozen_drift: \S+", r".*(?:ratio|peak|TRL).*"
@@ -94,6 +101,7 @@ def parts(small: bool) -> list[Part]:
         Part("tests", lambda m, s: ["-m", "pytest", *which], r"^.*\d+ passed.*", 10),
         *(Part(f"sft, {m}", lambda m, s: [f"{HERE}/sft.py", m, ROWS, *few], speed, 5, m) for m in models),
         *(Part(f"rl, {m}", lambda m, s: [f"{HERE}/rl.py", m, *few, *shapes], speed, 5, m) for m in models),
+        Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 3),
         Part(
             "plan",
             lambda m, s: [f"{HERE}/plan.py", config, "--set", f"model.name={m}"],
@@ -101,7 +109,11 @@ def parts(small: bool) -> list[Part]:
             8,
             models[0],
         ),
-        Part("processes", lambda m, s: smoke(m, s, f"sft.{devices}", f"rl.{devices}"), frozen, 8),
+        *(
+            Part(f"processes, {way}", lambda m, s, way=way: smoke(m, s, *on(way, number)), frozen, 8)
+            for way in ("ddp", "fsdp2")
+        ),
+        Part("server", lambda m, s: [f"{HERE}/server.py", m, s], r"^the server takes.*|" + frozen, 5),
     ]
 
 
@@ -126,7 +138,8 @@ def line(part: Part, scratch: Path, end: float) -> dict[str, object]:
     """end: of all parts, by the monotonic clock."""
     begun = time.monotonic()
     # A training in one process takes one device, and refuses to see several.
-    seen = {} if part.name == "processes" else {"CUDA_VISIBLE_DEVICES": "0"}
+    several = part.name == "server" or part.name.startswith("processes")
+    seen = {} if several else {"CUDA_VISIBLE_DEVICES": "0"}
     code: int | str
     try:
         if end <= begun:

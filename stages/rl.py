@@ -11,7 +11,7 @@ from stages.config import BaselineSection, LoraSection, ModelSection, PromptSect
 from stages.engines import Sampling
 from stages.language import reward_functions
 from stages.language.prompts import Renderer
-from stages.lora import rehearsal, rollouts, training, unpadded
+from stages.lora import rehearsal, rollouts, sharding, training, unpadded
 from stages.lora.drift import NAME as DRIFT
 from stages.lora.drift import Drift
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
@@ -21,6 +21,7 @@ from stages.lora.ratios import Ratios
 from stages.lora.replay import Replay
 from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactRollouts
+from stages.lora.sharding import DividedRollouts
 from stages.lora.silent import Silent
 from stages.lora.unpadded import SharedPrompts
 from stages.lora.writing import Writer, Written
@@ -81,12 +82,13 @@ def run(
     start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)
     steps = training.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
     rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model)
+    base = load_base(model, sharding.start_at(rl.launch))
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
     rollouts.name_revision(base, rl.rollouts, model)
-    copy = rollouts.copy_of(base, rl.rollouts, model, baseline)
+    copy = None if sharding.asked(rl.launch) else rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
+    sharding.divide(peft_model, rl.launch)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
     box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
     rewards = _checked(functions, rl, box, pool.encoded)
@@ -205,7 +207,7 @@ def _trainer(
     from trl import GRPOTrainer
 
     class Trainer(
-        Healthy, ExactRollouts, LoraPlus, WarmUp,
+        Healthy, DividedRollouts, ExactRollouts, LoraPlus, WarmUp,
         Replay, Resampling, Ratios, Silent, SharedPrompts, Written, GRPOTrainer,
     ):  # fmt: skip
         ratio = rl.loraplus_ratio

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from stages import footprint, team
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.language.prompts import Renderer, Row
-from stages.lora import adapter, pilot
+from stages.lora import adapter, pilot, sharding
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import flat, write_importance
 from stages.lora.regions import check
@@ -50,7 +51,7 @@ def run(
     the number of examples, their mean loss (of a pilot run: before the step that takes them) and the weight
     of the formula's second-order term, or the steps of the pilot run.
     """
-    base = load_base(model)
+    base = load_base(model, sharding.start_at(score.launch))
     tuned = job.adapter("sft")
     peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
@@ -62,6 +63,7 @@ def run(
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if "classify" not in job.inputs:
         return summary
+    sharding.divide(peft_model, score.launch)
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     examples = {system: of_system(labels, system) for system in (1, 2)}
@@ -76,7 +78,7 @@ def run(
         job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
 
         def sums_of(batch: list[Row]) -> Moments:
-            return _moments(peft_model, batch, score.batch_size, renderer, job.progress)
+            return _moments(peft_model, batch, score, renderer, job.progress)
 
         scores[system], told = _importance(peft_model, batches, sums_of, lora, score.scorer)
         check(flat(scores[system]), system)
@@ -92,24 +94,23 @@ def _mine(rows: list[Row]) -> list[Row]:
 
 
 def _moments(
-    model: PeftModel, rows: list[Row], batch_size: int, renderer: Renderer, progress: Progress
+    model: PeftModel, rows: list[Row], score: ScoreSection, renderer: Renderer, progress: Progress
 ) -> Moments:
     """The sums over these rows, by all processes, in batches of similar length: little padding is needed.
 
     The longest come first: what they took serves the others. From the shortest on, each batch would need
     larger blocks of memory than are free, a fifth more in all on a CPU.
     """
-    rows = sorted(_mine(rows), key=lambda row: -len(row.input_ids))
+    own = sorted(_mine(rows), key=lambda row: -len(row.input_ids))
+    batches = [own[i : i + score.batch_size] for i in range(0, len(own), score.batch_size)]
     model.requires_grad_(False)
     model.eval()
-
-    def batches() -> Iterator[list[Row]]:
-        for i in range(0, len(rows), batch_size):
-            yield rows[i : i + batch_size]
-
-    sums = moments(
-        model, adapter.lora_layers(model), batches(), progress.advance, renderer.tokenizer.pad_token_id
-    )
+    layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
+    sums = moments(model, layers, batches, progress.advance, pad)
+    if sharding.asked(score.launch):
+        # A divided base needs all processes in each pass; the first has the most rows.
+        most = math.ceil(len(rows[:: team.size()]) / score.batch_size)
+        moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
     _add_up(sums)
     return sums
 

@@ -11,10 +11,11 @@ from stages import team
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
 from stages.language.prompts import Renderer
-from stages.lora import rehearsal, training
+from stages.lora import rehearsal, sharding, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
+from stages.lora.sharding import Divided
 from stages.lora.unpadded import PaddingFree, accept
 from stages.models.base import load_base
 from stages.models.flat import drops_out
@@ -55,7 +56,7 @@ def run(
     from datasets import Dataset
     from trl import SFTTrainer
 
-    class Trainer(Healthy, ExactResume, LoraPlus, WarmUp, PaddingFree, SFTTrainer):
+    class Trainer(Healthy, Divided, ExactResume, LoraPlus, WarmUp, PaddingFree, SFTTrainer):
         ratio = sft.loraplus_ratio
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -75,8 +76,9 @@ def run(
         job.progress.say(f"{team.size()} processes share {len(rows)} rows: {spare} count twice in each epoch")
     start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    base = load_base(model)
+    base = load_base(model, sharding.start_at(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.dropout, seed)
+    sharding.divide(peft_model, sft.launch)
     trainer = Trainer(
         model=peft_model,
         args=_arguments(sft, steps, seed, job.checkpoints),

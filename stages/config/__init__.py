@@ -119,6 +119,8 @@ class Config(Section):
         if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
             raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
+        if self.baseline.method == "dora" and self.rl.launch.backend == "fsdp2":
+            raise ValueError(f"{here} needs whole weights for the copy that RL starts from; use ddp")
         if self.baseline.method == "prefix_tuning" and checkpointing:
             raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
         harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
@@ -141,6 +143,8 @@ class Config(Section):
             )
         if self.lora.init not in ("normal", "default"):
             raise ValueError(f"{here}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
+        if divided := [s for s in ("score", "sft", "rl") if getattr(self, s).launch.backend == "fsdp2"]:
+            raise ValueError(f"{here}: {divided[0]}.launch.backend fsdp2 cannot divide 4 bits; use ddp")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
             raise ValueError(f"{here}: what vllm would serve has other base weights; use engine transformers")
         return self

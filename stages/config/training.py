@@ -35,7 +35,8 @@ Optimizer = Annotated[str, AfterValidator(_element_wise)]
 class LaunchSection(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
         "single",
-        "single: one process; ddp: several that work together; fsdp2 and zero2 are refused, as not tested.",
+        "single: one process; ddp: several, each with the whole model; fsdp2: several, each with a part of "
+        "every layer of the base and the whole adapter; zero2 is refused: it divides what takes little room.",
     )
     processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0, le=1024)
     config: str | None = setting(

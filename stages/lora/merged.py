@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.lora.adapter import lora_layers
+from stages.lora.sharding import gathered
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +34,7 @@ def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
 @torch.no_grad()
 def merge(layer: Any) -> Tensor:
     """W + scaling · B A for one of PEFT's layers, in the type of W."""
-    weight = layer.base_layer.weight
+    weight = gathered(layer.base_layer.weight)
     return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
 
@@ -46,7 +47,7 @@ def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in adapted.named_parameters():
         name = name.removeprefix(ADAPTED).replace(".base_layer", "")
         if adapted.prefix not in name:
-            yield name, merge(layers.pop(name)) if name in layers else parameter.detach()
+            yield name, merge(layers.pop(name)) if name in layers else gathered(parameter).detach()
     assert not layers, sorted(layers)
 
 

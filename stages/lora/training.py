@@ -235,7 +235,10 @@ def train(
 def _refuse_untested(trainer: Any) -> None:
     """What a file of accelerate's (`launch.config`) may ask for, and would end in wrong weights or steps."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError("training on sharded weights was not tested", "use launch.backend=ddp")
+        raise ConfigError(
+            "launch.config asks for FSDP or DeepSpeed by accelerate, which was not tested",
+            "use launch.backend=fsdp2, which divides the base model",
+        )
     kind = trainer.accelerator.mixed_precision
     if kind != "no":
         raise ConfigError(

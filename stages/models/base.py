@@ -27,8 +27,8 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def load_base(model: ModelSection) -> PreTrainedModel:
-    """The base model in eval mode on this process's device."""
+def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrainedModel:
+    """The base model in eval mode. where: on this process's device, unless given; not for 4 bits."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -50,7 +50,7 @@ def load_base(model: ModelSection) -> PreTrainedModel:
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
-        loaded = loaded.to(device())
+        loaded = loaded.to(where or device())
     for module in loaded.modules():
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -67,7 +67,7 @@ def _try(loaded: PreTrainedModel) -> None:
         raise TypeError(f"generation_config.json: eos_token_id is {ends!r}")
     here = [device()] if device().type == "cuda" else []
     with torch.random.fork_rng(devices=here), torch.no_grad():
-        loaded.train()(input_ids=torch.tensor([[0, 1]], device=device()))
+        loaded.train()(input_ids=torch.tensor([[0, 1]], device=loaded.device))
 
 
 def _four_bit(dtype: str) -> dict[str, Any]:

@@ -20,13 +20,6 @@ from stages.errors import (
     first_line,
 )
 
-NOT_RUN = {
-    "fsdp2": "fsdp2 was tested as torch's fully_shard on packed weights only; "
-    "as a stage it needs GPUs that no test had",
-    "zero2": "zero2 was tested as DeepSpeed's engine on packed weights only; "
-    "as a stage it needs GPUs that no test had",
-}
-
 
 def run(launch: LaunchSection, arguments: list[str]) -> None:
     """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait.
@@ -63,8 +56,12 @@ def _command(launch: LaunchSection) -> list[str]:
             )
         _readable(launch.config)
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
-    if launch.backend in NOT_RUN:
-        raise ConfigError(f"launch.backend: {NOT_RUN[launch.backend]}", "use ddp")
+    if launch.backend == "zero2":
+        raise ConfigError(
+            "launch.backend: zero2 divides gradients and optimizer state, of which packed weights have "
+            "little: 86 MB for LLaMA-2-7B at rank 8 with 40 % of the elements active",
+            "use fsdp2, which divides the base model, or ddp",
+        )
     processes, gpus = _processes(launch)
     if not processes:
         raise ConfigError(

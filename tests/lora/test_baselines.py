@@ -126,6 +126,13 @@ def test_a_trained_prompt_has_limits(begun):
         chosen(begun, "p_tuning", "eval.benchmarks.x={kind: lm_eval, tasks: [t]}")
 
 
+def test_dora_s_reference_needs_whole_weights(begun):
+    said = "baseline dora needs whole weights for the copy that RL starts from; use ddp"
+    with pytest.raises(ConfigError, match=said):
+        chosen(begun, "dora", "rl.launch.backend=fsdp2")
+    assert chosen(begun, "dora", "sft.launch.backend=fsdp2")
+
+
 def test_stages_that_a_baseline_does_not_have(begun, lorapar):
     config = ROOT / "configs/smoke.yaml"
     settings = [p for text in (*begun.home, "baseline.method=ia3", *COMMON) for p in ("--set", text)]

@@ -63,6 +63,10 @@ def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_pa
     ("override", "said"),
     [
         ("lora.init=pissa", "model.load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
+        (
+            "sft.launch.backend=fsdp2",
+            "model.load_in_4bit: sft.launch.backend fsdp2 cannot divide 4 bits; use ddp",
+        ),
         ("baseline.method=ia3", "model.load_in_4bit is for LoRA: TRL would round baseline ia3 to bfloat16"),
         ("eval.engine=vllm", "what vllm would serve has other base weights; use engine transformers"),
         (

@@ -8,6 +8,7 @@ import inspect
 import re
 
 import pytest
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer, SFTTrainer
@@ -21,6 +22,7 @@ from stages.lora.ratios import Ratios
 from stages.lora.replay import Replay
 from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactResume, ExactRollouts
+from stages.lora.sharding import Divided, DividedRollouts
 from stages.lora.silent import Silent
 from stages.lora.unpadded import PaddingFree, SharedPrompts
 from stages.lora.writing import Written
@@ -71,7 +73,7 @@ ATTRIBUTES = {
         "_pending_extra_logs",
         "_pending_metrics",
     ],  # fmt: skip
-    PreTrainedModel: ["hf_quantizer", "is_quantized"],
+    PreTrainedModel: ["hf_quantizer", "is_quantized", "_no_split_modules"],
 }
 OWN = {
     "_unsound", "_fits", "_of_rows", "_log_by_system",
@@ -103,6 +105,16 @@ def test_attributes_are_set_or_read(owner):
         assert re.search(rf'self\.{name}\b|getattr\(self, "{name}"', text), f"{owner.__name__}.{name} is gone"
 
 
+def test_accelerate_wraps_no_model_that_is_prepared():
+    class Divided(nn.Linear):
+        _is_accelerate_prepared = True
+
+    model = Divided(1, 1)
+    assert Accelerator(cpu=True).prepare_model(model) is model
+    text = inspect.getsource(Accelerator.prepare_model)
+    assert text.index("_is_accelerate_prepared") < text.index("DistributedDataParallel")
+
+
 def test_trl_s_sampler_keeps_what_it_is_given():
     parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert list(inspect.signature(RepeatSampler).parameters) == parameters
@@ -116,6 +128,8 @@ def test_no_private_override_is_missing_here():
     known = set().union(*METHODS.values()) | OWN
     for mixin in (
         Healthy,
+        Divided,
+        DividedRollouts,
         ExactResume,
         ExactRollouts,
         LoraPlus,

@@ -125,8 +125,8 @@ def test_trl_s_own_sampling_knows_nothing_of_the_model_s_generation_file_and_dro
     """No other way of writing reads it, and log-probabilities would be those of another distribution."""
     seen, usual, loads = [], GenerationMixin.generate, rl.load_base
 
-    def strict(model):
-        base = loads(model)
+    def strict(*given):
+        base = loads(*given)
         base.generation_config.no_repeat_ngram_size = 1
         return base
 

@@ -104,8 +104,8 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(be
         make_step(config, step)
     bases, engines = [], []
 
-    def watched(model):
-        base = load_base(model)
+    def watched(*given):
+        base = load_base(*given)
         bases.extend([base, copy.deepcopy(base)])
         return base
 

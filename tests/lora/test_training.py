@@ -134,8 +134,8 @@ def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"is_fsdp_enabled": True}, "sharded weights was not tested"),
-        ({"is_deepspeed_enabled": True}, "sharded weights was not tested"),
+        ({"is_fsdp_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
+        ({"is_deepspeed_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
         ({"accelerator": SimpleNamespace(mixed_precision="fp16")}, "mixed_precision fp16"),
     ],
 )

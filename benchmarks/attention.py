@@ -1,0 +1,116 @@
+"""Attention of a GRPO micro batch in which completions share prompts: lorapar's rectangles and FlexAttention.
+
+    python benchmarks/attention.py [--prompts 2] [--group 8] [--prompt 256] [--completion 64-512] [--pairs 20]
+
+Both see the same row (`stages.models.layout.Flat`). Rectangles: what training computes, torch's attention
+over one rectangle of completions with a dense mask, each behind a copy of its prompt's keys. Flex:
+FlexAttention over the row as it stands, with a block mask of the same rule. Padded: every completion with a
+prompt of its own, causal, which is TRL's way. Random numbers in the shapes of one layer, those of
+Qwen2.5-0.5B unless told otherwise.
+
+The outputs are compared first. Then each pair takes one forward and backward pass of each, in an order drawn
+at random; the ratio is theirs / rectangles, the median of pairs, with a bootstrap interval. FlexAttention
+has no backward pass on a CPU and is compiled on a GPU only: without one only forward passes are timed.
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import interval, timed
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from stages.lora.unpadded import groups_of
+from stages.models.layout import Flat, How
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def block_mask(row: Flat) -> BlockMask:
+    """A token sees its own sequence up to itself, and in a completion the beginning of that, too."""
+    size = row.input_ids.shape[1]
+    sequence = torch.zeros(size, dtype=torch.long, device=DEVICE)
+    before = torch.full((size,), -1, device=DEVICE)
+    assert row.heads is not None
+    sequence[row.heads.index[row.heads.real]] = row.heads.owners()
+    own = row.branches.index[row.branches.real]
+    sequence[own] = len(row.heads.index) + row.branches.owners()
+    before[own] = row.owner[row.branches.owners()]
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        behind = (sequence[query] == sequence[key]) & (key <= query)
+        return behind | (before[query] == sequence[key])
+
+    return create_block_mask(sees, None, None, size, size, device=DEVICE.type)
+
+
+def inputs(given: argparse.Namespace, tokens: int, rows: int = 1) -> list[Tensor]:
+    """Query, key and value, (rows, heads, tokens, width)."""
+    kind = {"device": DEVICE, "dtype": getattr(torch, given.dtype), "requires_grad": DEVICE.type == "cuda"}
+    shapes = [(rows, heads, tokens, given.width) for heads in (given.heads, given.keys, given.keys)]
+    return [torch.randn(*shape, **kind) for shape in shapes]
+
+
+def passed(attend: Callable[[], Tensor]) -> None:
+    found = attend()
+    if found.requires_grad:
+        found.sum().backward()
+
+
+def ways(given: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+    low, high = (int(part) for part in given.completion.split("-"))
+    lengths = [random.Random(0).randint(low, high) for _ in range(given.prompts * given.group)]
+    prompts = [[i] * given.prompt for i in range(given.prompts) for _ in range(given.group)]
+    row = Flat.of(groups_of(prompts, [[0] * n for n in lengths]), DEVICE)
+    q, k, v = inputs(given, row.input_ids.shape[1])
+    padded = inputs(given, given.prompt + max(lengths), len(lengths))
+    flex = torch.compile(flex_attention, dynamic=True) if DEVICE.type == "cuda" else flex_attention
+    mask, grouped = block_mask(row), given.heads != given.keys
+    return {
+        "rectangles": lambda: row.attend(0, q, k, v, How(None)),
+        "flex": lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2),
+        "padded": lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--completion", default="64-512")
+    parser.add_argument("--heads", type=int, default=14)
+    parser.add_argument("--keys", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16" if DEVICE.type == "cuda" else "float32")
+    parser.add_argument("--pairs", type=int, default=20)
+    given = parser.parse_args()
+    found = ways(given)
+    gap = float((found["flex"]() - found["rectangles"]()).abs().max())
+    print(f"largest difference of an output, flex and rectangles: {gap:.1e}")
+    assert gap < (1e-4 if given.dtype == "float32" else 0.1), gap
+    peaks = {}
+    for name, attend in found.items():
+        passed(attend)  # compiles
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            passed(attend)
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    draw = random.Random(0)
+    for _ in range(given.pairs):
+        for name in draw.sample(list(found), len(found)):
+            seconds[name].append(timed(passed, found[name]))
+    ours = seconds.pop("rectangles")
+    for name, theirs in seconds.items():
+        ratio = interval([their / our for their, our in zip(theirs, ours, strict=True)])
+        print(f"{name} / rectangles, ratio of times: {ratio}")
+    for name, mib in peaks.items():
+        print(f"{name}: peak {mib:.0f} MiB, of all inputs and one pass")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""GRPO whose completions come from a vLLM server on another GPU, and whose weights go there by NCCL.
+
+    python benchmarks/server.py MODEL RUNS
+
+Starts the server on the last GPU, as the hint of `rl.rollouts.engine: vllm_server` says, and runs the smoke
+config on the first one. With less than two GPUs the server is started, and is only asked whether it takes new
+weights and gives the log-probabilities that the correction needs.
+"""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from stages.config import ModelSection, ServerSection
+from stages.config.rl import RolloutsSection
+from stages.engines import Served, vllm
+from stages.lora import rollouts
+
+TAKES_WEIGHTS = {
+    "weight_transfer_config": {"backend": "nccl"},
+    "logprobs_mode": "processed_logprobs",
+    "max_logprobs": -1,
+}
+
+
+def main(model: str, runs: str) -> None:
+    number = torch.cuda.device_count()
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    section = ServerSection(max_model_len=256, vllm=TAKES_WEIGHTS)
+    served = Served("vllm", ModelSection(name=model), devices=str(number - 1) if number else None)
+    with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
+        url = client.transport.urls[0].removesuffix("/v1")
+        rollouts._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)
+        print("the server takes new weights, and its log-probabilities are of what was sampled from")
+        if number < 2:
+            return
+        sets = ["rl.rollouts.engine=vllm_server", f"rl.rollouts.base_url={url}", "rl.max_steps=3"]
+        sets += [f"model.name={model}", f"runs_dir={runs}", "data.limit=48"]
+        flags = [part for text in sets for part in ("--set", text)]
+        command = [sys.executable, "-m", "lorapar_cli", "run", "configs/smoke.yaml", "--to", "rl", *flags]
+        subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,49 @@
+"""What a divided base holds and answers, in the processes of a launcher; test_sharding.py starts it."""
+
+import os
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from stages import team
+from stages.config import LaunchSection, LoraSection, ModelSection
+from stages.lora import adapter, sharding
+from stages.lora.merged import plain
+from stages.models.base import load_base
+
+FSDP2 = LaunchSection(backend="fsdp2")
+
+
+def adapted(model: ModelSection):
+    return adapter.initial(load_base(model, torch.device("cpu")), LoraSection(r=4), seed=0)
+
+
+def main(folder: str) -> None:
+    model = ModelSection(name=folder, dtype="float32")
+    one, two = adapted(model), adapted(model)
+    sharding.divide(two, FSDP2)
+    held = {name: weight for name, weight in two.named_parameters() if isinstance(weight, DTensor)}
+    layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
+    assert held.keys() == layers and layers, held.keys() ^ layers
+    assert all(weight.to_local().numel() * 2 == weight.numel() for weight in held.values())
+
+    # Each process asks something else.
+    ids = torch.randint(5, 100, (1, 7 + team.rank()), generator=torch.Generator().manual_seed(team.rank()))
+    where = sharding.device()
+    with torch.no_grad():
+        wanted = one(input_ids=ids).logits
+        assert torch.equal(two(input_ids=ids.to(where)).logits.cpu(), wanted)
+        with sharding.whole(two):
+            assert not any(isinstance(weight, DTensor) for weight in two.parameters())
+            for _ in range(3 * team.rank()):  # the others do not wait
+                assert torch.equal(two(input_ids=ids.to(where)).logits.cpu(), wanted)
+    assert all(isinstance(weight, DTensor) for name, weight in two.named_parameters() if name in held)
+    merged = dict(plain(two))
+    assert all(torch.equal(merged[name].cpu(), weight) for name, weight in plain(one))
+    team.wait()
+    os._exit(0)  # gloo's processes may wait for each other at the end
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,80 @@
+"""A base divided among two processes (FSDP2) trains what whole copies of it would have trained."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_step
+from test_frozen import files, made_by, pair, settings
+
+from stages.lora.masks import read_importance
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
+from stages.store.artifacts import Store
+from stages.store.checkpoints import SEAL
+
+pytestmark = [pair, pytest.mark.slow]
+
+
+def test_a_divided_base_holds_its_part_and_answers_as_the_whole(begun):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "tests/lora/divided.py"), begun().model.name],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "how", [[], ["sft.gradient_checkpointing=true", "sft.padding_free=off", "sft.dropout=0.1"]]
+)
+def test_sft_is_that_of_ddp_to_the_bit(begun, how):
+    found = []
+    for backend in ("ddp", "fsdp2"):
+        changes = settings("sft", "sft.micro_batch=2", *how)
+        made_by(begun, changes, "sft", 2, backend)
+        found.append(files(begun(*changes), "sft")[1])
+    one, two = found
+    assert all(torch.equal(two[name], weight) for name, weight in one.items())
+
+
+@pytest.mark.parametrize("scorer", ["taylor2", "moved"])
+def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(begun, scorer):
+    found = []
+    for backend in ("ddp", "fsdp2"):
+        changes = [f"score.scorer={scorer}", "score.examples=5", "score.batch_size=1"]
+        made_by(begun, changes, "score", 2, backend)
+        config = begun(*changes)
+        folder = Store(config.root).folder("score", plan(resolved(config))["score"].key)
+        found.append(read_importance(folder / "importance.safetensors"))
+    one, two = found
+    assert all(torch.equal(two[s][name], scores) for s in (1, 2) for name, scores in one[s].items())
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(begun):
+    changes = settings("sft", "sft.lr=0.003", "sft.save_steps=1", "sft.launch.backend=fsdp2")
+    changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.epochs=99"]
+    config = begun(*changes)
+    make_step(config, "partition")
+    arguments = [part for text in (*begun.home, *changes) for part in ("--set", text)]
+    command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments]
+    store, key = Store(config.root), plan(resolved(config))["sft"].key
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(config.root.glob(f"sft/checkpoints/{key}/checkpoint-*/{SEAL}")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "from step" in done.stderr, done.stderr
+    adapter = store.folder("sft", key) / "adapter/adapter_model.safetensors"
+    resumed = adapter.read_bytes()
+    assert subprocess.run([*command, "--force"], cwd=ROOT, capture_output=True).returncode == 0
+    assert adapter.read_bytes() == resumed
