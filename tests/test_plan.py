@@ -9,12 +9,14 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
+from stages.config import LaunchSection
 from stages.language.prompts import Row
+from stages.pipeline import launch
 from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.estimate import knobs
 from stages.pipeline.lengths import Lengths
 from stages.pipeline.probe import Piece, Probe
-from stages.pipeline.work import Work
+from stages.pipeline.work import STARTS, Work
 from stages.store import estimates
 from stages.store.estimates import Told
 
@@ -122,10 +124,11 @@ def test_a_total_of_nothing_that_is_known_is_none():
     assert planning._together([30, None]).startswith("together about 30 s, and what is not known;")
 
 
-def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_model():
+def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_model(smoke):
     work = object.__new__(Work)
-    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5))
-    work.starting, work.started = 8, set()
+    work.config = smoke()
+    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5), layers_mib=30.0)
+    work.starting, work.started, work.served = 8, set(), set()
     work._answers = work._sft = lambda _: Cost(1.0, Memory(20.0))
     stages = ("eval", "eval", "sft")
     steps = [SimpleNamespace(stage=SimpleNamespace(name=name), variant="") for name in stages]
@@ -219,3 +222,39 @@ def test_lengths():
     found = Lengths.of([5, 1, 9, 3])
     assert (found.median, found.p99, found.longest, found.mean) == (3, 9, 9, 4.5)
     assert found.beyond(5) == 1 and found.within(4) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "found"),
+    [
+        ({}, 4, (1, 1.0)),
+        ({"backend": "ddp"}, 4, (4, 1.0)),
+        ({"backend": "fsdp2", "processes": 2}, 4, (2, 0.5)),
+        ({"backend": "fsdp2", "processes": 2}, 0, (1, 0.5)),
+        ({"config": "mine.yaml"}, 4, (1, 1.0)),
+    ],
+)
+def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert launch.shares(LaunchSection(**given)) == found
+
+
+def test_a_divided_base_takes_less_room_and_several_gpus_less_time(smoke, monkeypatch):
+    work = object.__new__(Work)
+    work.config = smoke("sft.launch={backend: fsdp2, processes: 2}")
+    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5), layers_mib=30.0)
+    work.starting, work.started, work.served = 8, set(), set()
+    work._sft = lambda _: Cost(60.0, Memory(100.0, weights=40.0))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    found = work.cost(SimpleNamespace(stage=SimpleNamespace(name="sft"), variant=""))
+    assert found == Cost(60 / 2 + 2 + 4 + 8, Memory(85.0, weights=25.0))
+
+
+def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(smoke):
+    work = object.__new__(Work)
+    work.config, work.served = smoke("classify.voters=[{engine: vllm}]", "eval.engine=vllm"), set()
+    names = ["classify:train", "classify:demo", "score:", "eval:base@a", "eval:base@b", "eval:sft@a"]
+    waits = []
+    for stage, _, variant in (name.partition(":") for name in names):
+        waits.append(work._server(SimpleNamespace(stage=SimpleNamespace(name=stage), variant=variant)))
+    assert waits == [STARTS, 0, 0, STARTS, 0, STARTS]

@@ -17,7 +17,7 @@ from stages import team
 from stages.config import LaunchSection
 from stages.errors import ConfigError
 from stages.lora import adapter
-from stages.models.base import device
+from stages.models.base import decoder_layers, device
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +45,7 @@ def divide(adapted: PeftModel, launch: LaunchSection) -> None:
 
     base = adapted.get_base_model()
     stack = base.base_model
-    layers = [module for module in stack.modules() if type(module).__name__ in (base._no_split_modules or ())]
+    layers = decoder_layers(base)
     if not layers:
         raise ConfigError(f"{type(base).__name__} names no layers for fsdp2 to divide", "use ddp")
     team.join()

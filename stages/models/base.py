@@ -60,6 +60,12 @@ def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrai
     return loaded.eval()
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that the architecture says no device may have a part of; none, if it does not say."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def _try(loaded: PreTrainedModel) -> None:
     """Two tokens through the model as in training: what a config says wrongly shows here at the latest."""
     ends = loaded.generation_config.eos_token_id if loaded.generation_config else None

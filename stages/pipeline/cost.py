@@ -29,6 +29,10 @@ class Memory:
         held = self.libraries - libraries
         return replace(self, whole=max(self.whole, least) - libraries, libraries=held)
 
+    def less(self, weights: float) -> Memory:
+        """Of a process that holds so much less of the base."""
+        return replace(self, whole=self.whole - weights, weights=self.weights - weights)
+
 
 @dataclass(frozen=True)
 class Cost:

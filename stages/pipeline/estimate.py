@@ -1,9 +1,8 @@
 """What each step will cost on this machine, in time and in memory: work is counted, its pieces are measured.
 
 What nobody can know before is assumed: half of the rows are System 1, a trained model answers as long as the
-references are and an untrained one as long as it may, servers start at once, vLLM writes no faster than this
-process would, and all steps of a stage are made by one command, which starts once. Told is one process on one
-device that holds whole weights.
+references are and an untrained one as long as it may, vLLM writes no faster than this process would, all
+steps of a stage are made by one command, which starts once, and several GPUs each do their share in its time.
 """
 
 from __future__ import annotations

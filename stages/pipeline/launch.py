@@ -62,14 +62,14 @@ def _command(launch: LaunchSection) -> list[str]:
             "little: 86 MB for LLaMA-2-7B at rank 8 with 40 % of the elements active",
             "use fsdp2, which divides the base model, or ddp",
         )
-    processes, gpus = _processes(launch)
-    if not processes:
+    number, gpus = processes(launch)
+    if not number:
         raise ConfigError(
             "launch.processes is not set, and there is no GPU to count", "--set STAGE.launch.processes=2"
         )
-    if gpus and processes > gpus:
-        raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if gpus and number > gpus:
+        raise ConfigError(f"launch.processes {number}: there are {gpus} GPUs", "lower it")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
 
 
 def _readable(path: str) -> None:
@@ -84,7 +84,7 @@ def _readable(path: str) -> None:
         ) from None
 
 
-def _processes(launch: LaunchSection) -> tuple[int, int]:
+def processes(launch: LaunchSection) -> tuple[int, int]:
     """How many processes there will be on this machine, and how many GPUs there are."""
     import torch
 
@@ -92,8 +92,19 @@ def _processes(launch: LaunchSection) -> tuple[int, int]:
     return launch.processes or gpus, gpus
 
 
+def shares(launch: LaunchSection) -> tuple[int, float]:
+    """How many GPUs share the work, and what part of the base's layers each process holds.
+
+    Of what a file of accelerate's starts nothing is known. Without GPUs processes share the cores.
+    """
+    if launch.backend == "single":
+        return 1, 1.0
+    number, gpus = processes(launch)
+    return number if gpus else 1, 1 / max(1, number) if launch.backend == "fsdp2" else 1.0
+
+
 def _threads(launch: LaunchSection) -> dict[str, str]:
     """Each process's share of the cores that this one may use; accelerate's file knows its own number."""
     if launch.config is not None:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, footprint.cores() // max(1, _processes(launch)[0])))}
+    return {"OMP_NUM_THREADS": str(max(1, footprint.cores() // max(1, processes(launch)[0])))}

@@ -29,7 +29,7 @@ from stages.lora import adapter
 from stages.lora.importance import moments
 from stages.lora.unpadded import group_of, groups_of
 from stages.models import flat
-from stages.models.base import load_base
+from stages.models.base import decoder_layers, load_base
 from stages.models.layout import Flat
 from stages.pipeline.cost import Memory
 
@@ -74,6 +74,9 @@ class Probe:
         self.room = footprint.room()
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
         self.weights_mib = sum(weights.values()) / footprint.MIB
+        layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
+        self.layers_mib = sum(layers) / footprint.MIB
+        """What fsdp2 divides."""
         self.adapting = 0.0
         """Seconds that the adapter took to be put in, where a piece has needed it."""
         self._adapted: Any = None

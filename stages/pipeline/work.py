@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
-from stages.config import Config, PromptSection, RlSection, ScoreSection, SftSection
+from stages.config import Config, LaunchSection, PromptSection, RlSection, ScoreSection, SftSection
 from stages.data.rows import read
 from stages.errors import DataError, lacks_memory
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline import questions
+from stages.pipeline import launch, questions
 from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.lengths import Lengths, Span, drawn, sampled
 from stages.pipeline.plan import Step
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BALLOTS = 256
 """Votes of which it is found out how many make a batch."""
+STARTS = 40.0
+"""Seconds until a vLLM server answers: 37 to 51 for 135 million parameters on two cores, more for more."""
 SYSTEM1 = 0.5
 """Share of System 1 among the rows, before anybody has voted."""
 
@@ -46,6 +48,8 @@ class Work:
     """Seconds until a command has its libraries, its tokenizer and its rows."""
     started: set[str] = field(default_factory=set)
     """Stages of which a step has been told that starts."""
+    served: set[str] = field(default_factory=set)
+    """What a step has been told to start a vLLM server for."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -79,11 +83,23 @@ class Work:
         probe, stage = self.probe, step.stage.name
         trains, starts = stage in ("sft", "rl"), stage not in self.started
         self.started.add(stage)
-        seconds = found.seconds + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
-        seconds += self.starting if starts else 0
+        gpus, part = launch.shares(getattr(getattr(self.config, stage), "launch", LaunchSection()))
+        seconds = found.seconds / gpus + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
+        seconds += (self.starting if starts else 0) + self._server(step)
         spared = 0 if trains else probe.trainer.mib
         memory = found.memory and found.memory.without(spared, probe.loading.mib)
-        return Cost(seconds, memory)
+        return Cost(seconds, memory and memory.less(probe.layers_mib * (1 - part)))
+
+    def _server(self, step: Step) -> float:
+        """Seconds that this step waits for a vLLM server; one serves all steps of a command that ask it."""
+        config, stage = self.config, step.stage.name
+        voters = [v.engine for v in config.classify.voters] if config.classify.strategy == "vote" else []
+        engines = {"classify": voters, "eval": [config.eval.engine]}.get(stage, [])
+        asked = stage if stage == "classify" else step.variant.partition("@")[0]
+        if "vllm" not in engines or asked in self.served:
+            return 0.0
+        self.served.add(asked)
+        return STARTS
 
     def spans(self) -> list[Span]:
         """The lengths of what is asked, and of training rows where rows are trained on."""
