@@ -36,6 +36,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+CHATTY = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
+"""Loggers that tell at each start what nobody can act on, such as that a CPU has no Triton."""
 
 
 def _unsafe(unsafe: bool, *stages: str) -> list[str]:
@@ -240,9 +242,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
     logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on CPU it recommends another package at each start
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
     os.environ.setdefault("PYTHONSAFEPATH", "1")

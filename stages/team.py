@@ -37,12 +37,6 @@ def first() -> bool:
     return rank() == 0
 
 
-def join() -> None:
-    """Let this process meet the others, if there are any; every operation below does that first."""
-    if size() > 1:
-        _state()
-
-
 def wait() -> None:
     """Wait until every process has come to this point."""
     if size() > 1:

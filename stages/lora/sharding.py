@@ -48,7 +48,7 @@ def divide(adapted: PeftModel, launch: LaunchSection) -> None:
     layers = decoder_layers(base)
     if not layers:
         raise ConfigError(f"{type(base).__name__} names no layers for fsdp2 to divide", "use ddp")
-    team.join()
+    team.wait()
     mesh = init_device_mesh(device().type, (team.size(),))
     parts = {weight for layer in layers for weight in _of_base(layer)}
     rest = {weight for weight in stack.parameters() if weight not in parts}

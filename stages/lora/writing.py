@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import team
 from stages.engines.generation import SLOTS, continuations
-from stages.lora import packed
+from stages.lora import packed, sharding
 from stages.models.flat import evaluating
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Writer:
         """The token ids of one completion for each prompt; the same seed gives the same ones."""
         draw = random.Random(seed)
         seeds = [draw.getrandbits(62) for _ in prompts]
-        with packed.fixed(self.adapted):
+        with sharding.whole(self.adapted), packed.fixed(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
             made = dict(continuations(model, self.tokenizer, prompts, self.sampling, (), seeds))
         return [made[i].ids for i in range(len(prompts))]

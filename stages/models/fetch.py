@@ -42,6 +42,9 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
         return final, False
     if final.exists():
         raise OutputError(f"{final} exists and is not a model folder", "move it away")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))

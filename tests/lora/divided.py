@@ -13,6 +13,8 @@ from stages.lora.merged import plain
 from stages.models.base import load_base
 
 FSDP2 = LaunchSection(backend="fsdp2")
+EXACT = {"rtol": 0.0, "atol": 0.0} if sharding.device().type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
+"""A GPU rounds in another order than the CPU with the whole model."""
 
 
 def adapted(model: ModelSection):
@@ -33,14 +35,15 @@ def main(folder: str) -> None:
     where = sharding.device()
     with torch.no_grad():
         wanted = one(input_ids=ids).logits
-        assert torch.equal(two(input_ids=ids.to(where)).logits.cpu(), wanted)
+        torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
         with sharding.whole(two):
             assert not any(isinstance(weight, DTensor) for weight in two.parameters())
             for _ in range(3 * team.rank()):  # the others do not wait
-                assert torch.equal(two(input_ids=ids.to(where)).logits.cpu(), wanted)
+                torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
     assert all(isinstance(weight, DTensor) for name, weight in two.named_parameters() if name in held)
     merged = dict(plain(two))
-    assert all(torch.equal(merged[name].cpu(), weight) for name, weight in plain(one))
+    for name, weight in plain(one):
+        torch.testing.assert_close(merged[name].cpu(), weight, **EXACT)
     team.wait()
     os._exit(0)  # gloo's processes may wait for each other at the end
 
