@@ -5,12 +5,15 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
 from stages import footprint
 from stages.config import LaunchSection
 from stages.language.prompts import Row
+from stages.lora import adapter
+from stages.models.base import load_base
 from stages.pipeline import launch
 from stages.pipeline.cost import Cost, Memory
 from stages.pipeline.estimate import knobs
@@ -169,7 +172,8 @@ def probe(monkeypatch):
         (0.01, 1, [1, 2, 4, 8, 16, 32, 64]),
         (0.15, 1, [1, 2, 4, 8, 16, 32]),
         (0.01, 20, [1, 2, 4, 8, 16, 32]),
-        (9, 1, [1]),
+        (9, 1, [1, 2]),
+        (11, 1, [1]),
     ],
 )
 def test_a_piece_that_is_too_long_or_too_large_is_told_from_parts(probe, seconds, mib, tried):
@@ -183,6 +187,25 @@ def test_rows_that_belong_together_are_tried_together(probe):
     probe.of_a_row = 0.001, 1
     probe._grown(probe.sizes.append, 40, step=8)
     assert sorted(set(probe.sizes)) == [8, 16, 32, 40]
+
+
+def test_what_is_not_tried_is_told_by_its_tokens(probe):
+    """The longest come first: by rows it would be 100 + 20 + 3 × 20."""
+    probe.of_a_row = 5, 20
+    found = probe._grown(probe.sizes.append, 4, lengths=[20, 20, 10, 5])
+    assert sorted(set(probe.sizes)) == [1, 2] and found == Piece(pytest.approx(13.75), pytest.approx(155))
+
+
+def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
+    model = adapter.initial(load_base(smoke().model), smoke().lora, 0)
+    text = torch.tensor([[1, 2, 3]])
+
+    def same() -> bool:
+        return torch.equal(model.train()(input_ids=text).logits, model(input_ids=text).logits)
+
+    with adapter.dropping_out(model, 0.5):
+        assert not same()
+    assert same()
 
 
 def test_of_more_than_may_be_tried_the_rest_is_told_from_these(probe):

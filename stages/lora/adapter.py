@@ -9,6 +9,8 @@ times with rslora). Its second half is frozen. The model starts as the base, who
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,6 +162,22 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
     for module in wanted.values():
         module.weight.requires_grad_(True)
     return model
+
+
+@contextmanager
+def dropping_out(model: PeftModel, share: float) -> Iterator[None]:
+    """Inside, the adapter drops out such a share of what goes into it, in training."""
+    from peft.tuners.lora import LoraLayer
+
+    usual = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
+    before = [dict(one.items()) for one in usual]
+    for one in usual:
+        one.update({"default": nn.Dropout(share) if share else nn.Identity()})
+    try:
+        yield
+    finally:
+        for one, then in zip(usual, before, strict=True):
+            one.update(then)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,8 +37,9 @@ from stages.pipeline.cost import Memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONG = 6.0
-"""Seconds; a piece that would take longer is not computed whole."""
+LONG, AT_MOST = 6.0, 20.0
+"""Seconds; a piece that would take longer is not computed whole. Two sizes of it are tried, unless the second
+would take longer than AT_MOST: what a pass takes beside its rows shows in their difference alone."""
 BALLOTS = 64
 """So many votes are computed at most, of a batch of more."""
 SHORT = 0.3
@@ -129,7 +131,7 @@ class Probe:
             batches = [list(rows[: n // 2]), list(rows[n // 2 : n])]
             moments(model, layers, batches, lambda _: None, pad)
 
-        return self._grown(work, len(rows), step=2)
+        return self._grown(work, len(rows), step=2, lengths=[len(row.input_ids) for row in rows])
 
     def tuning(self, rows: Sequence[Row], sft: SftSection) -> Piece:
         """A micro batch of SFT, forward and backward."""
@@ -140,7 +142,7 @@ class Probe:
             return Flat.of([group_of(ids, labels, shares=not sft.dropout)], self.base.device)
 
         made = row if sft.padding_free == "auto" else None
-        return self._trained(made, [list(ids) for ids, _ in pairs], sft.gradient_checkpointing)
+        return self._trained(made, [list(ids) for ids, _ in pairs], sft)
 
     def steering(self, prompts: Sequence[list[int]], rl: RlSection) -> Piece:
         """A micro batch of GRPO, forward and backward: one of `prompts` for each of its completions.
@@ -156,17 +158,17 @@ class Probe:
         whole = [[*ids, *answer] for ids, answer in zip(prompts, answers, strict=True)]
         shared = shares_prompts(rl)
         made, step = (row, rl.group) if shared else (None, 1)
-        return self._trained(made, whole, rl.gradient_checkpointing, step)
+        return self._trained(made, whole, rl, step)
 
     def _trained(
         self,
         row: Callable[[int], Flat] | None,
         padded: list[list[int]],
-        checkpointing: bool,
+        section: SftSection | RlSection,
         step: int = 1,
     ) -> Piece:
         """row: so many rows without padding; None: as the library computes them. padded: all rows."""
-        model = self._with_adapter()
+        model, checkpointing = self._with_adapter(), section.gradient_checkpointing
 
         def work(n: int) -> None:
             model.train()
@@ -185,7 +187,8 @@ class Probe:
             if checkpointing:
                 model.gradient_checkpointing_disable()
 
-        return self._grown(work, len(padded), step)
+        with adapter.dropping_out(model, section.dropout):  # which is kept for the backward pass
+            return self._grown(work, len(padded), step, lengths=list(map(len, padded)))
 
     def _with_adapter(self) -> Any:
         """How the adapter begins does not matter here."""
@@ -235,24 +238,33 @@ class Probe:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * config.num_hidden_layers * heads * width * self.base.dtype.itemsize)
 
-    def _grown(self, work: Callable[[int], Any], whole: int, step: int = 1, most: float = math.inf) -> Piece:
+    def _grown(
+        self,
+        work: Callable[[int], Any],
+        whole: int,
+        step: int = 1,
+        most: float = math.inf,
+        lengths: Sequence[int] = (),
+    ) -> Piece:
         """What `work` on so many rows needs.
 
-        step: how many rows belong together. most: how many are tried; what more need is told from these.
+        step: how many rows belong together. most: how many are tried; what more need is told from these, by
+        their tokens where `lengths` has those of each row.
         """
+        upto = list(accumulate(lengths, initial=0)) if lengths else range(whole + 1)
         size = min(step, whole)
         work(size)  # the first pass of a kind takes longer
         tried = [(0, Piece(0.0, self.loading.mib)), (size, _weighed(functools.partial(work, size)))]
         while (now := tried[-1])[0] < whole:
             size = min(2 * now[0], whole)
-            slow = size / now[0] * now[1].seconds > LONG
-            if slow or size > most or _line(tried, size).mib > FULL * self.room:
-                return _line(tried, whole)
+            slow = size / now[0] * now[1].seconds > (LONG if len(tried) > 2 else AT_MOST)
+            if slow or size > most or _line(tried, size, upto).mib > FULL * self.room:
+                return _line(tried, whole, upto)
             try:
                 tried.append((size, _weighed(functools.partial(work, size))))
             except Exception as error:
                 if lacks_memory(error):
-                    return _line(tried, whole)
+                    return _line(tried, whole, upto)
                 raise
         return tried[-1][1]
 
@@ -272,10 +284,10 @@ def _trainer() -> Piece:
     return Piece(time.perf_counter() - begun, footprint.peak() - before)
 
 
-def _line(tried: list[tuple[int, Piece]], size: int) -> Piece:
-    """What is to be expected of so many rows after the last two trials."""
+def _line(tried: list[tuple[int, Piece]], size: int, upto: Sequence[int]) -> Piece:
+    """What is to be expected of so many rows after the last two trials. upto: how much so many rows are."""
     (few, less), (many, more) = tried[-2:]
-    further = (size - many) / (many - few)
+    further = (upto[size] - upto[many]) / (upto[many] - upto[few])
     return Piece(
         more.seconds + further * max(0.0, more.seconds - less.seconds),
         more.mib + further * max(0.0, more.mib - less.mib),

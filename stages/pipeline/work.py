@@ -184,7 +184,7 @@ class Work:
         number = len(self.rows["train"])
         used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
         steps = steps_of(math.ceil(used / sft.batch_size), sft)
-        rows = self._longest("sft", sft.micro_batch, steps * sft.batch_size)
+        rows = self._longest("sft", sft.micro_batch, min(used, number))  # which are tried before step 1
         piece = self.probe.tuning(rows, sft)
         seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
         optimizer = self.probe.optimizer_mib()
