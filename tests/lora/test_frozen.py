@@ -34,7 +34,7 @@ STAGES = {
     "rl, not shared": ("rl", ["rl.shared_prompts=off"]),
     "rl, both systems": ("rl", ["rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4"]),
 }
-LAUNCHERS = ((1, "single"), (2, "ddp"), (2, "fsdp2"))
+SINGLE, DDP, FSDP2 = (1, "single"), (2, "ddp"), (2, "fsdp2")
 COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
 
 
@@ -45,6 +45,14 @@ THOROUGH = "LORAPAR_THOROUGH" in os.environ
 PAIR = torch.cuda.device_count() != 1
 """Two processes can run: on a GPU each needs one of its own."""
 pair = pytest.mark.skipif(not PAIR, reason="two processes need two devices")
+
+
+def launchers(what: str, optimizer: str) -> list[tuple[int, str]]:
+    """SFT under fsdp2 is compared with ddp's in test_sharding.py."""
+    if not PAIR or (optimizer != "AdamW" and not THOROUGH):
+        return [SINGLE]
+    divided = THOROUGH or what in ("rl, beta 0.04", "rl, both systems")
+    return [SINGLE, DDP, *([FSDP2] if divided else [])]
 
 
 def settings(stage: str, *more: str) -> list[str]:
@@ -110,7 +118,7 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, capsys):
     make_step(begun(), "sft")
     for what, (stage, objective) in STAGES.items():
         for optimizer, how in OPTIMIZERS.items():
-            for launcher in LAUNCHERS if PAIR and (THOROUGH or optimizer == "AdamW") else LAUNCHERS[:1]:
+            for launcher in launchers(what, optimizer):
                 config = begun(*settings(stage, *objective, *how))
                 made_by(begun, settings(stage, *objective, *how), stage, *launcher)
                 before, after, masks = files(config, stage)
