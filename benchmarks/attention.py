@@ -16,6 +16,7 @@ has no backward pass on a CPU and is compiled on a GPU only: without one only fo
 import argparse
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,25 +55,33 @@ def inputs(given: argparse.Namespace, tokens: int, rows: int = 1) -> list[Tensor
     return [torch.randn(*shape, **kind) for shape in shapes]
 
 
-def passed(attend: Callable[[], Tensor]) -> None:
-    found = attend()
-    if found.requires_grad:
-        found.sum().backward()
+@dataclass(frozen=True)
+class Way:
+    attend: Callable[[], Tensor]
+    given: list[Tensor]
+
+    def __call__(self) -> None:
+        """One pass; no gradient stays."""
+        found = self.attend()
+        if found.requires_grad:
+            torch.autograd.grad(found.sum(), self.given)
 
 
-def ways(given: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+def ways(given: argparse.Namespace) -> dict[str, Way]:
     low, high = (int(part) for part in given.completion.split("-"))
     lengths = [random.Random(0).randint(low, high) for _ in range(given.prompts * given.group)]
     prompts = [[i] * given.prompt for i in range(given.prompts) for _ in range(given.group)]
     row = Flat.of(groups_of(prompts, [[0] * n for n in lengths]), DEVICE)
-    q, k, v = inputs(given, row.input_ids.shape[1])
+    own = q, k, v = inputs(given, row.input_ids.shape[1])
     padded = inputs(given, given.prompt + max(lengths), len(lengths))
     flex = torch.compile(flex_attention, dynamic=True) if DEVICE.type == "cuda" else flex_attention
     mask, grouped = block_mask(row), given.heads != given.keys
     return {
-        "rectangles": lambda: row.attend(0, q, k, v, How(None)),
-        "flex": lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2),
-        "padded": lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped),
+        "rectangles": Way(lambda: row.attend(0, q, k, v, How(None)), own),
+        "flex": Way(lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2), own),
+        "padded": Way(
+            lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped), padded
+        ),
     }
 
 
@@ -89,21 +98,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     given = parser.parse_args()
     found = ways(given)
-    gap = float((found["flex"]() - found["rectangles"]()).abs().max())
+    gap = float((found["flex"].attend() - found["rectangles"].attend()).abs().max())
     print(f"largest difference of an output, flex and rectangles: {gap:.1e}")
     assert gap < (1e-4 if given.dtype == "float32" else 0.1), gap
     peaks = {}
-    for name, attend in found.items():
-        passed(attend)  # compiles
+    for name, way in found.items():
+        way()  # compiles
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            passed(attend)
+            way()
             peaks[name] = torch.cuda.max_memory_allocated() / 2**20
     seconds: dict[str, list[float]] = {name: [] for name in found}
     draw = random.Random(0)
     for _ in range(given.pairs):
         for name in draw.sample(list(found), len(found)):
-            seconds[name].append(timed(passed, found[name]))
+            seconds[name].append(timed(found[name]))
     ours = seconds.pop("rectangles")
     for name, theirs in seconds.items():
         ratio = interval([their / our for their, our in zip(theirs, ours, strict=True)])

@@ -14,7 +14,8 @@ long it took; a part that fails stops no other.
 - sft, rl: time of a step and the peak of memory, against TRL on plain LoRA (`sft.py`, `rl.py`).
 - attention: of completions with one prompt, against FlexAttention and a prompt for each (`attention.py`).
 - plan: what is planned against what is taken (`plan.py`).
-- processes: score, SFT and RL of the smoke config on two devices, by DDP and FSDP2; without GPUs, too.
+- processes: score, SFT and RL of the smoke config on two devices, by DDP and FSDP2, and the tests of FSDP2;
+  without GPUs, too, but not on one GPU.
 - server: RL with completions of a vLLM server on another GPU, which gets weights by NCCL (`server.py`).
 """
 
@@ -47,7 +48,7 @@ TOKENS = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
 """The tokenizer is that of `lorapar fetch tiny-random`."""
 NAMES = ("doctor", "pipeline", "tests", "sft", "rl", "attention", "plan", "processes", "server")
 ROWS = "data/demo/train.jsonl"
-TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts", "sharding")
+TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ def smoke(model: str, scratch: str, *more: str) -> list[str]:
 def on(backend: str, processes: int) -> list[str]:
     launch = f"launch={{backend: {backend}, processes: {processes}}}"
     return [f"{stage}.{launch}" for stage in ("score", "sft", "rl")]
+
+
+def several(number: int) -> list[Part]:
+    """Of several processes, each on a device of its own if there are any."""
+    frozen = r"(?:frozen_drift|base_held): [\d.]+"
+    return [
+        Part("processes, ddp", lambda m, s: smoke(m, s, *on("ddp", number)), frozen, 8),
+        Part("processes, fsdp2", lambda m, s: smoke(m, s, *on("fsdp2", number)), frozen, 8),
+        Part(
+            "processes, tests",
+            lambda m, s: ["-m", "pytest", "tests/lora/test_sharding.py"],
+            r"^.*\d+ passed.*",
+            8,
+        ),
+    ]
 
 
 def parts(small: bool) -> list[Part]:
@@ -109,10 +125,7 @@ def parts(small: bool) -> list[Part]:
             8,
             models[0],
         ),
-        *(
-            Part(f"processes, {way}", lambda m, s, way=way: smoke(m, s, *on(way, number)), frozen, 8)
-            for way in ("ddp", "fsdp2")
-        ),
+        *(several(number) if number > 1 else []),
         Part("server", lambda m, s: [f"{HERE}/server.py", m, s], r"^the server takes.*|" + frozen, 5),
     ]
 
@@ -138,8 +151,7 @@ def line(part: Part, scratch: Path, end: float) -> dict[str, object]:
     """end: of all parts, by the monotonic clock."""
     begun = time.monotonic()
     # A training in one process takes one device, and refuses to see several.
-    several = part.name == "server" or part.name.startswith("processes")
-    seen = {} if several else {"CUDA_VISIBLE_DEVICES": "0"}
+    seen = {} if part.name.partition(",")[0] in ("server", "processes") else {"CUDA_VISIBLE_DEVICES": "0"}
     code: int | str
     try:
         if end <= begun:

@@ -3,8 +3,8 @@
     python benchmarks/server.py MODEL RUNS
 
 Starts the server on the last GPU, as the hint of `rl.rollouts.engine: vllm_server` says, and runs the smoke
-config on the first one. With less than two GPUs the server is started, and is only asked whether it takes new
-weights and gives the log-probabilities that the correction needs.
+config on the first one. With fewer than two GPUs the server is started, and is only asked whether it takes
+new weights and gives the log-probabilities that the correction needs.
 """
 
 import os
@@ -26,21 +26,22 @@ TAKES_WEIGHTS = {
 
 
 def main(model: str, runs: str) -> None:
-    number = torch.cuda.device_count()
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    section = ServerSection(max_model_len=256, vllm=TAKES_WEIGHTS)
-    served = Served("vllm", ModelSection(name=model), devices=str(number - 1) if number else None)
+    section = ServerSection(max_model_len=1024, vllm=TAKES_WEIGHTS)
+    served = Served("vllm", ModelSection(name=model), devices=gpus[-1] or None)
     with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
         url = client.transport.urls[0].removesuffix("/v1")
         rollouts._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)
         print("the server takes new weights, and its log-probabilities are of what was sampled from")
-        if number < 2:
+        if len(gpus) < 2:
             return
         sets = ["rl.rollouts.engine=vllm_server", f"rl.rollouts.base_url={url}", "rl.max_steps=3"]
         sets += [f"model.name={model}", f"runs_dir={runs}", "data.limit=48"]
         flags = [part for text in sets for part in ("--set", text)]
         command = [sys.executable, "-m", "lorapar_cli", "run", "configs/smoke.yaml", "--to", "rl", *flags]
-        subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+        subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[0]})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
     if team.first():
         write_importance(job.out / "importance.safetensors", scores)
-    return {**summary, "prompt": renderer.digest()}
+    return {**summary, **sharding.held(peft_model), "prompt": renderer.digest()}
 
 
 def _mine(rows: list[Row]) -> list[Row]:

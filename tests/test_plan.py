@@ -254,7 +254,7 @@ def test_lengths():
         ({"backend": "ddp"}, 4, (4, 1.0)),
         ({"backend": "fsdp2", "processes": 2}, 4, (2, 0.5)),
         ({"backend": "fsdp2", "processes": 2}, 0, (1, 0.5)),
-        ({"config": "mine.yaml"}, 4, (1, 1.0)),
+        ({"config": "mine.yaml", "backend": "fsdp2"}, 4, (1, 1.0)),
     ],
 )
 def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
@@ -267,10 +267,30 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(smoke, monkey
     work.config = smoke("sft.launch={backend: fsdp2, processes: 2}")
     work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5), layers_mib=30.0)
     work.starting, work.started, work.served = 8, set(), set()
-    work._sft = lambda _: Cost(60.0, Memory(100.0, weights=40.0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    work._sft = lambda _: Cost(60.0, work._divided(Memory(100.0, weights=40.0), work.config.sft.launch))
     found = work.cost(SimpleNamespace(stage=SimpleNamespace(name="sft"), variant=""))
     assert found == Cost(60 / 2 + 2 + 4 + 8, Memory(85.0, weights=25.0))
+    assert work._divided(Memory(100.0), LaunchSection(backend="ddp")) == Memory(100.0)
+
+
+def test_sampling_has_whole_layers_and_no_copy_where_the_base_is_divided(asked):
+    """Of RL in the smoke config writing takes more than training does."""
+    found = {}
+    for backend in ("single", "fsdp2"):
+        launched = f"rl.launch={{backend: {backend}, processes: 2}}"
+        told = json.loads(asked("--set", launched, "--set", "rl.micro_batch=4", "--json")[0].out)
+        found[backend] = told["steps"]["rl"]["of_mib"]["weights"]
+    assert found["fsdp2"] < found["single"]
+
+
+def test_a_base_for_which_there_is_no_room_leaves_the_lengths(asked, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("stages.pipeline.probe.load_base", full)
+    told = json.loads(asked("--json")[0].out)
+    assert told["steps"]["sft"]["seconds"] is None and told["tokens"]["row"]["rows"] == 16
 
 
 def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(smoke):

@@ -196,6 +196,11 @@ class RlSection(TrainSection):
         )
         if self.resample and not alone:
             raise ValueError("resample needs rollouts that each process samples for itself")
+        if self.resample and self.rollouts.sleep and self.launch.backend == "fsdp2":
+            raise ValueError(
+                "resample with rollouts.sleep and launch.backend fsdp2: a process that draws again would "
+                "wait for the others' parts of the base; leave out one of them"
+            )
         return self
 
     @model_validator(mode="after")

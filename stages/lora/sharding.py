@@ -36,7 +36,7 @@ def start_at(launch: LaunchSection) -> torch.device:
 def divide(adapted: PeftModel, launch: LaunchSection) -> None:
     """Leave each process its part of the base, if `launch` asks for that.
 
-    To be called before a trainer is built. ConfigError if the model has no decoder layers to divide.
+    To be called before a trainer is built. ConfigError if the model cannot be divided.
     """
     if not asked(launch):
         return
@@ -48,11 +48,17 @@ def divide(adapted: PeftModel, launch: LaunchSection) -> None:
     layers = decoder_layers(base)
     if not layers:
         raise ConfigError(f"{type(base).__name__} names no layers for fsdp2 to divide", "use ddp")
+    if hasattr(base.config, "router_aux_loss_coef"):
+        # transformers finds what routers say by the name of the class, and torch gives it another.
+        raise ConfigError(
+            f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
+        )
     team.wait()
     mesh = init_device_mesh(device().type, (team.size(),))
-    parts = {weight for layer in layers for weight in _of_base(layer)}
-    rest = {weight for weight in stack.parameters() if weight not in parts}
-    for module in (*layers, stack):  # the stack has nothing of its own, but in its pass layers are foreseen
+    # Not the weights themselves: torch frees them as soon as nobody holds them.
+    parts = {id(weight) for layer in layers for weight in _of_base(layer)}
+    rest = {weight for weight in stack.parameters() if id(weight) not in parts}
+    for module in (*layers, stack):  # the stack itself has none, but as the root it gathers layers ahead
         fully_shard(module, mesh=mesh, ignored_params=rest)
     adapted.to(device())
     adapted._is_accelerate_prepared = True  # DDP refuses such weights; `Divided` adds the gradients up
@@ -72,6 +78,17 @@ def _of_base(layer: nn.Module) -> Iterator[nn.Parameter]:
     yield from (weight for weight in layer.parameters() if weight not in owned)
 
 
+def held(model: nn.Module) -> dict[str, float]:
+    """For a summary: which share of the base's elements this process holds, if the base is divided."""
+    from torch.distributed.tensor import DTensor
+
+    if not _divided(model):
+        return {}
+    weights = [weight for weight in model.parameters() if not weight.requires_grad]
+    here = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+    return {"base_held": round(here / sum(weight.numel() for weight in weights), 4)}
+
+
 def _divided(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
@@ -84,7 +101,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
     To be entered by all processes together.
     """
-    layers = _divided(model)
+    layers = _divided(model)  # the root is the first
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
@@ -94,6 +111,8 @@ def whole(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.set_reshard_after_forward(True, recurse=False)
             layer.reshard()
+        if layers:
+            layers[0].reset_iter_state()  # torch would look for these passes in the next backward one
 
 
 class Divided:
@@ -103,7 +122,7 @@ class Divided:
     args: Any
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Of the mean of all processes' gradients, which DDP would have taken in the backward pass."""
+        """Clip the mean of all processes' gradients, which DDP would have taken in the backward pass."""
         if _divided(self.model):
             trained = list(adapter.trained(self.model).values())
             parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]

@@ -21,7 +21,7 @@ from stages.config import BaselineSection, LoraSection, ModelSection, TrainSecti
 from stages.config.fields import typed
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
-from stages.lora import adapter, baselines, curves
+from stages.lora import adapter, baselines, curves, sharding
 from stages.lora.masks import Masks
 from stages.lora.packed import PackedLinear
 from stages.lora.resume import AsAsked
@@ -229,7 +229,7 @@ def train(
     counted = proof(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
     if counted["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **counted}
+    return {"steps": trainer.state.global_step, **sharding.held(model), **counted}
 
 
 def _refuse_untested(trainer: Any) -> None:
@@ -237,7 +237,7 @@ def _refuse_untested(trainer: Any) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
             "launch.config asks for FSDP or DeepSpeed by accelerate, which was not tested",
-            "use launch.backend=fsdp2, which divides the base model",
+            "leave launch.config out and use launch.backend=fsdp2, which divides the base model",
         )
     kind = trainer.accelerator.mixed_precision
     if kind != "no":

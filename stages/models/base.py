@@ -55,13 +55,14 @@ def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrai
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with reading("model", model):
-        _try(loaded)
+    if loaded.device.type == device().type:  # else nothing is computed before it is moved
+        with reading("model", model):
+            _try(loaded)
     return loaded.eval()
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that the architecture says no device may have a part of; none, if it does not say."""
+    """The layers, which the architecture names as not to be split among devices; none, if it names none."""
     names = model._no_split_modules or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 

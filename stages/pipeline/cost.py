@@ -31,7 +31,12 @@ class Memory:
 
     def less(self, weights: float) -> Memory:
         """Of a process that holds so much less of the base."""
-        return replace(self, whole=self.whole - weights, weights=self.weights - weights)
+        return self.more(-weights)
+
+    def more(self, weights: float = 0.0, cache: float = 0.0) -> Memory:
+        """Of a process that holds so much besides."""
+        held, kept = self.weights + weights, self.cache + cache
+        return replace(self, whole=self.whole + weights + cache, weights=held, cache=kept)
 
 
 @dataclass(frozen=True)

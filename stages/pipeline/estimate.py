@@ -7,14 +7,18 @@ steps of a stage are made by one command, which starts once, and several GPUs ea
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
 from stages.config import Config
+from stages.errors import lacks_memory
 from stages.pipeline.cost import Cost
 from stages.pipeline.lengths import Span
 from stages.pipeline.plan import Step
 from stages.pipeline.work import Work
+
+log = logging.getLogger(__name__)
 
 LAST = {"score": 1, "sft": 2, "rl": 3}
 """Stages whose work is measured after that of all others, in this order."""
@@ -56,7 +60,13 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
         return Estimate({step.name: Cost(None, None) for step in steps}, [])
     from stages.pipeline.probe import Probe
 
-    work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
+    try:
+        work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        log.warning("the base does not fit on this device, so nothing could be measured")
+        return Estimate({step.name: Cost(None, None) for step in steps}, work.spans())
     measured = work.probe.loading.seconds + work.probe.trainer.seconds
     work.starting = time.perf_counter() - begun - measured
     # What training leaves in memory would count for what is measured after it.

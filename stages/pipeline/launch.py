@@ -97,7 +97,7 @@ def shares(launch: LaunchSection) -> tuple[int, float]:
 
     Of what a file of accelerate's starts nothing is known. Without GPUs processes share the cores.
     """
-    if launch.backend == "single":
+    if launch.backend == "single" or launch.config is not None:
         return 1, 1.0
     number, gpus = processes(launch)
     return number if gpus else 1, 1 / max(1, number) if launch.backend == "fsdp2" else 1.0

@@ -169,6 +169,7 @@ class Probe:
     ) -> Piece:
         """row: so many rows without padding; None: as the library computes them. padded: all rows."""
         model, checkpointing = self._with_adapter(), section.gradient_checkpointing
+        unpadded = row is not None and flat.fits(model, padded[0])
 
         def work(n: int) -> None:
             model.train()
@@ -177,7 +178,7 @@ class Probe:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.enable_input_require_grads()
-            if row and flat.fits(model, padded[0]):
+            if row and unpadded:
                 flat.choose(model, row(n)).log_probs.sum().backward()
             else:
                 width = max(map(len, padded))
@@ -188,7 +189,7 @@ class Probe:
                 model.gradient_checkpointing_disable()
 
         with adapter.dropping_out(model, section.dropout):  # which is kept for the backward pass
-            return self._grown(work, len(padded), step, lengths=list(map(len, padded)))
+            return self._grown(work, len(padded), step, lengths=list(map(len, padded)) if unpadded else ())
 
     def _with_adapter(self) -> Any:
         """How the adapter begins does not matter here."""

@@ -83,12 +83,12 @@ class Work:
         probe, stage = self.probe, step.stage.name
         trains, starts = stage in ("sft", "rl"), stage not in self.started
         self.started.add(stage)
-        gpus, part = launch.shares(getattr(getattr(self.config, stage), "launch", LaunchSection()))
+        gpus, _ = launch.shares(getattr(getattr(self.config, stage), "launch", LaunchSection()))
         seconds = found.seconds / gpus + probe.loading.seconds + (probe.trainer.seconds if trains else 0)
         seconds += (self.starting if starts else 0) + self._server(step)
         spared = 0 if trains else probe.trainer.mib
         memory = found.memory and found.memory.without(spared, probe.loading.mib)
-        return Cost(seconds, memory and memory.less(probe.layers_mib * (1 - part)))
+        return Cost(seconds, memory)
 
     def _server(self, step: Step) -> float:
         """Seconds that this step waits for a vLLM server; one serves all steps of a command that ask it."""
@@ -173,7 +173,11 @@ class Work:
         rows = self._longest("score", 2 * score.batch_size, number)
         piece = self.probe.scoring(rows)
         seconds = number * self._mean("score") * piece.seconds / _tokens(rows)
-        return Cost(seconds, self.probe.memory(piece.mib))
+        return Cost(seconds, self._divided(self.probe.memory(piece.mib), score.launch))
+
+    def _divided(self, memory: Memory, launched: LaunchSection) -> Memory:
+        """Of a process that holds a part of the base's layers, if `launched` divides them."""
+        return memory.less(self.probe.layers_mib * (1 - launch.shares(launched)[1]))
 
     def _sft(self, _: str) -> Cost:
         from stages.lora.training import steps_of
@@ -188,7 +192,8 @@ class Work:
         piece = self.probe.tuning(rows, sft)
         seconds = steps * sft.batch_size * self._mean("sft") * piece.seconds / _tokens(rows)
         optimizer = self.probe.optimizer_mib()
-        return Cost(seconds, self.probe.memory(piece.mib + optimizer, optimizer=optimizer))
+        memory = self.probe.memory(piece.mib + optimizer, optimizer=optimizer)
+        return Cost(seconds, self._divided(memory, sft.launch))
 
     def _rl(self, _: str) -> Cost:
         from stages.engines.generation import SLOTS
@@ -220,20 +225,21 @@ class Work:
         # The reference of the KL term, and what the completions had when they were sampled: forward alone.
         more = bool(rl.kl_beta) + (rl.iterations > 1 or (vllm and rl.rollouts.correction != "none"))
         seconds, optimizer = learned / measured * piece.seconds * (1 + more / 3), probe.optimizer_mib()
-        mib, cache, copy = piece.mib + optimizer, 0.0, 0.0
+        trained = self._divided(probe.memory(piece.mib + optimizer, optimizer), rl.launch)
         written = groups[: min(samples, SLOTS)]
         read, token = probe.writing(written, rl.max_completion)
         last = min(self._responses.p99, rl.max_completion)  # a step waits for its longest
         some = read.seconds * asked / len(groups[0]) + last * token.seconds
         seconds += samples / len(written) * some / rl.iterations
         if not vllm:
-            if token.mib > mib:  # the peak is where completions are written
-                mib, cache, optimizer = token.mib, token.cache, 0.0
-            copy = probe.copy_mib()
+            copy = probe.copy_mib() if launch.shares(rl.launch)[1] == 1 else 0.0
+            sampling = probe.memory(token.mib + copy, cache=token.cache, copy=copy)  # from whole layers
+            peak = max(trained.more(copy), sampling, key=lambda memory: memory.whole)
         elif rl.rollouts.engine == "vllm_colocate":
-            cache = rl.rollouts.gpu_memory * probe.room
-            mib += cache
-        return Cost(steps * seconds, probe.memory(mib + copy, optimizer, cache, copy))
+            peak = trained.more(cache=rl.rollouts.gpu_memory * probe.room)
+        else:
+            peak = trained
+        return Cost(steps * seconds, peak)
 
     def _answers(self, variant: str) -> Cost:
         target, _, name = variant.partition("@")

@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from stages import team
@@ -29,6 +30,8 @@ def main(folder: str) -> None:
     layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
     assert held.keys() == layers and layers, held.keys() ^ layers
     assert all(weight.to_local().numel() * 2 == weight.numel() for weight in held.values())
+
+    assert Accelerator(cpu=sharding.device().type == "cpu").prepare_model(two) is two  # no DDP around it
 
     # Each process asks something else.
     ids = torch.randint(5, 100, (1, 7 + team.rank()), generator=torch.Generator().manual_seed(team.rank()))

@@ -19,8 +19,24 @@ from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL
 
 pytestmark = [pair, pytest.mark.slow]
-EXACT = {"rtol": 1e-3, "atol": 1e-6} if torch.cuda.is_available() else {"rtol": 0.0, "atol": 0.0}
-"""On a GPU no two runs are equal to the bit: attention adds up in the order in which its blocks end."""
+APART = 0.05 if torch.cuda.is_available() else 0.0
+"""How far two updates may be from each other, in norm, as a share of the first: on a GPU no two runs are
+equal to the bit, because attention adds up in the order in which its blocks end."""
+
+
+def joined(tensors: dict) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_alike(one: torch.Tensor, two: torch.Tensor) -> None:
+    assert float(one.norm()) > 0 and float((one - two).norm()) <= APART * float(one.norm())
+
+
+def held(config, stage: str) -> float | None:
+    """The share of the base that a process held, by the manifest."""
+    store = Store(config.root)
+    step = plan(resolved(config))[stage]
+    return store.load(store.folder(stage, step.key)).manifest["summary"].get("base_held")
 
 
 def test_a_divided_base_holds_its_part_and_answers_as_the_whole(begun):
@@ -42,8 +58,11 @@ def test_sft_is_that_of_ddp_to_the_bit(begun, how):
     for backend in ("ddp", "fsdp2"):
         changes = settings("sft", "sft.micro_batch=2", *how)
         made_by(begun, changes, "sft", 2, backend)
-        found.append(files(begun(*changes), "sft")[1])
-    torch.testing.assert_close(found[1], found[0], **EXACT)
+        before, after, _ = files(begun(*changes), "sft")
+        found.append(joined(after) - joined(before))
+        share = held(begun(*changes), "sft")
+        assert share is None if backend == "ddp" else 0.5 < share < 0.8
+    assert_alike(*found)
 
 
 @pytest.mark.parametrize("scorer", ["taylor2", "moved"])
@@ -54,8 +73,11 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(begu
         made_by(begun, changes, "score", 2, backend)
         config = begun(*changes)
         folder = Store(config.root).folder("score", plan(resolved(config))["score"].key)
-        found.append(read_importance(folder / "importance.safetensors"))
-    torch.testing.assert_close(found[1], found[0], **EXACT)
+        systems = read_importance(folder / "importance.safetensors")
+        found.append(torch.cat([joined(systems[system]) for system in (1, 2)]))
+        share = held(config, "score")
+        assert share is None if backend == "ddp" else 0.5 < share < 0.8
+    assert_alike(*found)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(begun):
@@ -78,4 +100,5 @@ def test_a_killed_run_goes_on_to_the_same_bytes(begun):
     adapter = store.folder("sft", key) / "adapter/adapter_model.safetensors"
     resumed = load_file(adapter)
     assert subprocess.run([*command, "--force"], cwd=ROOT, capture_output=True).returncode == 0
-    torch.testing.assert_close(load_file(adapter), resumed, **EXACT)
+    before = joined(files(config, "sft")[0])
+    assert_alike(joined(load_file(adapter)) - before, joined(resumed) - before)

@@ -12,13 +12,14 @@ from conftest import Silent, make_step, make_steps
 from torch import nn
 
 from stages import sft
-from stages.config import Config, ModelSection, PromptSection, SftSection
+from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.language.prompts import IGNORED, Renderer
-from stages.lora import adapter, training
+from stages.lora import adapter, sharding, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import AsAsked, ExactResume
+from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
@@ -305,3 +306,16 @@ def test_the_cold_start_is_a_share_of_the_system_1_rows():
     rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
     found = sft._examples(rows, SftSection(system2_share=0.3), 0)
     assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3
+
+
+def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
+    model = adapter.initial(load_base(begun().model), begun().lora, 0)
+    monkeypatch.setattr("stages.team.size", lambda: 2)
+    model.get_base_model().config.router_aux_loss_coef = 0.1
+    with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
+        sharding.divide(model, LaunchSection(backend="fsdp2"))
+    monkeypatch.setattr("stages.lora.sharding.decoder_layers", lambda _: [])
+    with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
+        sharding.divide(model, LaunchSection(backend="fsdp2"))
+    with pytest.raises(ConfigError, match="resample with rollouts.sleep and launch.backend fsdp2"):
+        begun("rl.resample=1", "rl.rollouts={engine: vllm_colocate, sleep: true}", "rl.launch.backend=fsdp2")
