@@ -18,18 +18,12 @@ from stages.config.rl import RolloutsSection
 from stages.engines import Served, vllm
 from stages.lora import rollouts
 
-TAKES_WEIGHTS = {
-    "weight_transfer_config": {"backend": "nccl"},
-    "logprobs_mode": "processed_logprobs",
-    "max_logprobs": -1,
-}
-
 
 def main(model: str, runs: str) -> None:
     every = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    section = ServerSection(max_model_len=1024, vllm=TAKES_WEIGHTS)
+    section = ServerSection(max_model_len=1024, vllm=rollouts.TAKES_WEIGHTS)
     served = Served("vllm", ModelSection(name=model), devices=gpus[-1] or None)
     with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
         url = client.transport.urls[0].removesuffix("/v1")

@@ -275,7 +275,7 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(smoke, monkey
 
 
 def test_sampling_has_whole_layers_and_no_copy_where_the_base_is_divided(asked):
-    """Of RL in the smoke config writing takes more than training does."""
+    """One process holds the base twice; of two, each holds at the most one."""
     found = {}
     for backend in ("single", "fsdp2"):
         launched = f"rl.launch={{backend: {backend}, processes: 2}}"

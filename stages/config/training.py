@@ -47,6 +47,11 @@ class LaunchSection(Section):
     def several(self) -> bool:
         return self.backend != "single" or self.config is not None
 
+    @property
+    def divides(self) -> bool:
+        """Whether each process is to hold a part of the base."""
+        return self.backend == "fsdp2" and self.config is None
+
 
 LAUNCH = "How many processes run the stage."
 

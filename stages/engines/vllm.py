@@ -165,16 +165,16 @@ def _port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-def _flags(arguments: dict[str, Any]) -> list[str]:
+def flags(arguments: dict[str, Any]) -> list[str]:
     """vLLM's command-line arguments: {tensor_parallel_size: 2} becomes --tensor-parallel-size 2."""
-    flags = []
+    found = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            found.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    return flags
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return found
 
 
 def _command(
@@ -195,7 +195,7 @@ def _command(
     if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
         given["dtype"] = resolve(model)
         warn_if_slow(given["dtype"])
-    command += _flags({**given, **server.vllm, **further})
+    command += flags({**given, **server.vllm, **further})
     if modules:
         command += lora_flags(modules)
     return command if _have_gpu() else [*command, "--enforce-eager"]

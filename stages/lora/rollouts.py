@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from stages import team
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines.transport import asks_proxy
-from stages.engines.vllm import ON_CPU
+from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged
 
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-FLAGS = (
-    """--weight-transfer-config '{"backend": "nccl"}' """
-    "--logprobs-mode processed_logprobs --max-logprobs -1"
-)
+TAKES_WEIGHTS = {
+    "weight_transfer_config": {"backend": "nccl"},
+    "logprobs_mode": "processed_logprobs",
+    "max_logprobs": -1,
+}
+"""vLLM's arguments for a server whose weights the trainer replaces."""
 
 
 def prepare(rollouts: RolloutsSection, model: str) -> None:
@@ -74,7 +77,8 @@ def _on_cpu() -> None:
 def _check_server(rollouts: RolloutsSection, model: str) -> None:
     import httpx
 
-    start = f"start it on other GPUs than the trainer's: VLLM_SERVER_DEV_MODE=1 vllm serve {model} {FLAGS}"
+    serve = f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} {shlex.join(flags(TAKES_WEIGHTS))}"
+    start = f"start it on other GPUs than the trainer's: {serve}"
     url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
     try:
         reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=asks_proxy(url))

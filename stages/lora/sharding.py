@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def asked(launch: LaunchSection) -> bool:
     """Whether this stage, as it runs now, is to divide its base."""
-    return launch.backend == "fsdp2" and launch.config is None and team.size() > 1
+    return launch.divides and team.size() > 1
 
 
 def start_at(launch: LaunchSection) -> torch.device:
@@ -119,7 +119,6 @@ class Divided:
     """Mixin, to stand before a Trainer among the base classes, for models that may be divided."""
 
     model: Any
-    args: Any
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the mean of all processes' gradients, which DDP would have taken in the backward pass."""
@@ -136,6 +135,8 @@ class Divided:
 
 class DividedRollouts(Divided):
     """The same for GRPO: processes sample at their own pace."""
+
+    args: Any
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         # vLLM has a model of its own, for which weights are gathered one by one.

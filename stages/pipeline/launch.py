@@ -100,7 +100,7 @@ def shares(launch: LaunchSection) -> tuple[int, float]:
     if launch.backend == "single" or launch.config is not None:
         return 1, 1.0
     number, gpus = processes(launch)
-    return number if gpus else 1, 1 / max(1, number) if launch.backend == "fsdp2" else 1.0
+    return number if gpus else 1, 1 / max(1, number) if launch.divides else 1.0
 
 
 def _threads(launch: LaunchSection) -> dict[str, str]:
