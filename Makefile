@@ -10,7 +10,7 @@ LORAPAR     := $(BIN)/lorapar
 STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/table.py)
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
-DATA        := data/demo/final.jsonl
+DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo smoke tables test torture gpu-check check fix clean $(STAGES)
@@ -36,9 +36,10 @@ models/tiny-random/config.json: | $(READY)
 $(DATA): | $(READY)
 	$(LORAPAR) demo-data data/demo
 
-demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M; it says first how long that takes here
+demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M and draw the page of the run
 	$(LORAPAR) plan configs/demo.yaml $(foreach s,$(SET),--set $(s))
 	$(LORAPAR) run configs/demo.yaml $(foreach s,$(SET),--set $(s))
+	$(LORAPAR) report configs/demo.yaml $(foreach s,$(SET),--set $(s)) --out runs/demo/report
 
 smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline on a random two-layer model
 	rm -rf runs/smoke
@@ -47,7 +48,7 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
-OTHERS      := levers labels demo controls methods-demo theta # not the paper's, or in another form below
+OTHERS      := levers labels demo-long controls methods-demo theta # not the paper's, or in another form below
 TABLES      := $(filter-out $(OTHERS:%=configs/tables/%.yaml),$(wildcard configs/tables/*.yaml))
 SMALL       := --base configs/smoke.yaml --seeds 0
 THETA       := configs/tables/theta.yaml --only base --only '*: θ 0.9' --only 'QKVGUD*[:s] θ 0.[19]' --only 'QKVGUD: all*' # of 40 rows

@@ -93,15 +93,17 @@ def _tell(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def demo_data(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where train, test, valid and final.jsonl go.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    long: Annotated[
+        bool, typer.Option("--long", help="The larger set of demo-long.yaml, with valid and final.jsonl.")
+    ] = False,
 ) -> None:
     """Write the demonstration set."""
     from stages.data.demo import write
 
-    render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in write(folder, seed).items()))
+    sizes = write(folder, seed, "long" if long else "short")
+    render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))
 
 
 def fetch(

@@ -58,8 +58,11 @@ def run(
     there is no report.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
+    if benchmark and benchmark.label == "known":
+        classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
     if classify.strategy != "vote":
-        rows = _swapped(_unvoted(examples, classify, benchmark is None), classify)
+        needed = benchmark is None or benchmark.label == "known"
+        rows = _swapped(_unvoted(examples, classify, needed), classify)
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
@@ -82,11 +85,11 @@ def run(
     )
 
 
-def _unvoted(examples: list[Example], classify: ClassifySection, trained: bool) -> list[Labelled]:
-    """Labels that no voter gave. trained: the rows are those of training, which need some."""
+def _unvoted(examples: list[Example], classify: ClassifySection, needed: bool) -> list[Labelled]:
+    """Labels that no voter gave. needed: it is an error if no row has one."""
     if classify.strategy == "known":
         file = Path(classify.labels_file) if classify.labels_file else None
-        return known.labelled(examples, classify.known, file, needed=trained)
+        return known.labelled(examples, classify.known, file, needed=needed)
     draw, share = random.Random(classify.seed), classify.system2_share or 0.5
     return [Labelled(example, 2 if draw.random() < share else 1, {}) for example in examples]
 

@@ -19,6 +19,7 @@ from stages.benchmarks.metrics import brief, measured
 from stages.benchmarks.replies import Recorded, Replies
 from stages.config import (
     REGIONS,
+    UNTRAINED,
     BenchmarkSection,
     EvalSection,
     ModelSection,
@@ -91,7 +92,7 @@ def _evaluated(
         job.engines.close()  # the harness loads the model itself
         found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return found
-    rows = _rows(job, benchmark)
+    rows = _rows(job, benchmark)[: eval.untrained_items if target in UNTRAINED else None]
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
     box = sandboxes.of(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)

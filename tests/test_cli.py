@@ -75,6 +75,12 @@ def config(tiny, demo_data, tmp_path):
             66,
             "error: no data file data/demo/none.jsonl\n  hint: lorapar demo-data data/demo writes it\n",
         ),
+        (
+            "data.path=data/demo-long/none.jsonl",
+            66,
+            "error: no data file data/demo-long/none.jsonl\n"
+            "  hint: lorapar demo-data data/demo-long --long writes it\n",
+        ),
         ("data.path=none.jsonl", 66, "error: no data file none.jsonl\n"),
         ("data.path=/tmp", 66, "error: /tmp is a folder, not a file\n"),
         ("data.path=null", 78, "error: data.path is not set\n"),

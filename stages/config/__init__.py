@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import REGIONS as REGIONS
+from stages.config.evaluation import UNTRAINED as UNTRAINED
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, known, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
@@ -153,6 +154,11 @@ class Config(Section):
     def served_by_vllm(self) -> bool:
         """Whether vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
+
+    def labelled_by(self, rows: str) -> str:
+        """The strategy of `classify` for the training rows (`train`) or for those of a benchmark."""
+        own = rows in self.eval.benchmarks and self.eval.benchmarks[rows].label == "known"
+        return "known" if own else self.classify.strategy
 
     @property
     def root(self) -> Path:

@@ -8,6 +8,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from stages.config.fields import MOST_SAMPLES, Section, known, named, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
+UNTRAINED = ("base", "init")
 Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)
 """Targets that are one region of the trained adapter."""
@@ -16,8 +17,11 @@ Benchmark = Annotated[str, named("benchmarks")]
 
 class BenchmarkSection(SourceSection):
     kind: Benchmark = setting("", "A benchmark (lorapar list benchmarks); the entry's name if left out.")
-    label: bool = setting(
-        True, "Let the voters label the rows too, so that results are split by system.", not_for="classify"
+    label: bool | Literal["known"] = setting(
+        True,
+        "Label the rows too, so that results are split by system: true: as the training rows are; known: by "
+        "the field that classify.known names.",
+        not_for="classify",
     )
     shots: int = setting(
         0, "Worked examples in the prompt; 0 with lm_eval: as many as the task has.", not_for="classify", ge=0
@@ -92,6 +96,13 @@ class EvalSection(Section):
     engine: Engine = setting(
         "auto",
         "auto: vllm if installed and on a GPU, else transformers. On CPU vllm pays off for large benchmarks.",
+    )
+    untrained_items: int | None = setting(
+        None,
+        "How many items base and init answer, whose answers often run to the longest that is allowed; none: "
+        "all. Tasks of lm_eval have a limit of their own.",
+        identity=False,
+        gt=0,
     )
     parity_items: int = setting(
         8,

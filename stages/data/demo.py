@@ -1,9 +1,10 @@
 """The demonstration set: questions whose intended system is known, generated from a seed.
 
 System 1 items are answered by recall, by reading one number off the text, or by a single operation. System 2
-items need a chain of two or three operations. All items are built from the same sentences, and System 1 items
-have more asides, so that neither length nor any single word tells the systems apart (a test asserts this).
-The intended system is written to the field `intended`, which no stage reads by default.
+items need a chain of two operations, in the long set also of three. All items are built from the same
+sentences, and System 1 items have more asides, so that neither length nor any single word tells the systems
+apart (a test asserts this). The intended system is written to the field `intended`, which no stage reads by
+default.
 """
 
 import random
@@ -13,8 +14,16 @@ from pathlib import Path
 
 from stages.records import write_jsonl
 
-ITEMS = {"train": 360, "test": 200, "valid": 400, "final": 1000}
-"""By split, in the order in which they are drawn."""
+Shares = dict[str, float]
+"""The share of each kind of item in a split."""
+BALANCED: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.50}
+CHAINS: Shares = {"one_step": 1 / 3, "two_step": 2 / 3}
+HARDER: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.30, "three_step": 0.20}
+SETS: dict[str, dict[str, tuple[int, Shares]]] = {
+    "short": {"train": (240, BALANCED), "test": (300, CHAINS)},
+    "long": {"train": (360, HARDER), "test": (200, HARDER), "valid": (400, HARDER), "final": (1000, HARDER)},
+}
+"""By set and split: how many items, and of which kinds. Splits are drawn in this order."""
 UNSEEN = ("test", "final")
 """Splits that ask for facts of their own."""
 
@@ -114,43 +123,45 @@ class _Story:
         self.sentences.append(sentence)
 
 
-def write(folder: Path, seed: int) -> dict[str, int]:
-    """Write one file for each of ITEMS into `folder`; returns their numbers of items.
+def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
+    """Write one file for each split of the set `size` into `folder`; returns their numbers of items.
 
-    The same seed gives the same bytes. The splits share no question. Settings are chosen on `valid`, which
-    asks for the recall facts of `train`. `final` is a larger `test`, for differences of a few points.
+    The same seed gives the same bytes. The splits share no question. Of the long set, settings are chosen on
+    `valid`, which asks for the recall facts of `train`; `final` is a larger `test`, for differences of a few
+    points.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     seen: set[str] = set()
     sizes = {}
-    for split, total in ITEMS.items():
-        items = list(_items(rng, split, total, seen))
+    splits = SETS[size]
+    for split, (total, shares) in splits.items():
+        items = list(_items(rng, split, total, shares, seen))
         rng.shuffle(items)
         write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
     # Files are renamed when they are complete. That the last is there tells `make` that all are.
-    for split in ITEMS:
+    for split in splits:
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 
 
-def _items(rng: random.Random, split: str, total: int, seen: set[str]) -> Iterator[Item]:
+def _items(rng: random.Random, split: str, total: int, shares: Shares, seen: set[str]) -> Iterator[Item]:
     facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
-    makers: list[tuple[Callable[[], Item], float]] = [
-        (lambda: _recall(rng, facts), 0.08),
-        (lambda: _reading(rng), 0.12),
-        (lambda: _chain(rng, 1), 0.30),
-        (lambda: _chain(rng, 2), 0.30),
-        (lambda: _chain(rng, 3), 0.20),
-    ]
-    for make, share in makers:
-        made = 0
-        while made < round(total * share):
-            item = make()
+    makers: dict[str, Callable[[], Item]] = {
+        "recall": lambda: _recall(rng, facts),
+        "reading": lambda: _reading(rng),
+        "one_step": lambda: _chain(rng, 1),
+        "two_step": lambda: _chain(rng, 2),
+        "three_step": lambda: _chain(rng, 3),
+    }
+    for kind, share in shares.items():
+        written = 0
+        while written < round(total * share):
+            item = makers[kind]()
             if item.question not in seen:
                 seen.add(item.question)
-                made += 1
+                written += 1
                 yield item
 
 

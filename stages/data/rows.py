@@ -170,6 +170,12 @@ def encodes(value: Any) -> bool:
     return True
 
 
+_DEMO_HINTS = {
+    "data/demo": "lorapar demo-data data/demo writes it",
+    "data/demo-long": "lorapar demo-data data/demo-long --long writes it",
+}
+
+
 def local_file(source: SourceSection) -> Path | None:
     """The file that a source names, or None if its path can only be a hub id; else MissingInputError."""
     if source.path is None:
@@ -180,8 +186,7 @@ def local_file(source: SourceSection) -> Path | None:
     if not may_be_hub_id(source.path):
         if path.is_dir():
             raise MissingInputError(f"{path} is a folder, not a file")
-        hint = "lorapar demo-data data/demo writes it" if path.parent == Path("data/demo") else None
-        raise MissingInputError(f"no data file {path}", hint)
+        raise MissingInputError(f"no data file {path}", _DEMO_HINTS.get(str(path.parent)))
     return None
 
 

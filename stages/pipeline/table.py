@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.benchmarks import benchmarks
-from stages.config import REGIONS, Config
+from stages.config import REGIONS, UNTRAINED, Config
 from stages.language import reward_functions
 from stages.lora.regions import strategies
 from stages.pipeline import identity
@@ -59,6 +59,8 @@ def _classify_sections(config: Config, rows: str) -> tuple[str, ...]:
 
 def _classify_outside(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
     source = config.data if rows == "train" else config.eval.benchmarks[rows]
+    if rows != "train" and config.eval.benchmarks[rows].label == "known":
+        return {"rows": identity.of_source(source, cache), "labels": "known"}
     return {"rows": identity.of_source(source, cache), **identity.of_voters(config, cache)}
 
 
@@ -128,8 +130,11 @@ def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
 
 
 def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
-    benchmark = config.eval.benchmarks[variant.partition("@")[2]]
+    target, _, name = variant.partition("@")
+    benchmark = config.eval.benchmarks[name]
+    items = config.eval.untrained_items if target in UNTRAINED else None
     return {
+        **({"items": items} if items else {}),
         **_model(config, variant, cache),
         "rows": identity.of_source(benchmark, cache),
         **identity.of_shots(benchmark, cache),

@@ -10,6 +10,8 @@ from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
 from stages.labelling import report
 from stages.labelling.known import labelled
+from stages.pipeline.plan import plan
+from stages.pipeline.resolve import resolved
 from stages.records import Example, Labelled, read_labels
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
@@ -139,6 +141,17 @@ def test_items_of_a_benchmark_may_be_without_labels(smoke):
     made = make_step(config, "classify:demo")
     assert made.manifest["summary"]["undecided"] == 16
     assert {row.system for row in read_labels(made.path / "labels.jsonl")} == {None}
+
+
+def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(smoke):
+    config = smoke("eval.benchmarks.demo.label=known", "classify.known=intended")
+    artifact = make_step(config, "classify:demo")
+    rows = read_labels(artifact.path / "labels.jsonl")
+    assert [row.system for row in rows] == [row.example.extra["intended"] for row in rows]
+    assert {row.system for row in rows} == {1, 2} and not any(row.votes for row in rows)
+    assert artifact.manifest["key"] != plan(resolved(smoke("classify.known=intended")))["classify:demo"].key
+    with pytest.raises(DataError, match="no label for any of 16 examples in the field nothing"):
+        make_step(smoke("eval.benchmarks.demo.label=known", "classify.known=nothing"), "classify:demo")
 
 
 def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apart(tmp_path):
