@@ -253,7 +253,7 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
             if any(row[outcome] for row in whole):
                 drawn.add_row(f"  {outcome}", "", *(str(row[outcome]) for row in whole))
         show(drawn)
-        print()
+        print(f"{fewer}\n" if (fewer := comparison.answered_fewer(rows)) else "")
     if tables:
         print(
             "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left\n"

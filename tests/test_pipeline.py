@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, labels_of, make_steps
+from conftest import CONFIGS, labels_of, make_step, make_steps
 
 from stages.config import ModelSection
 from stages.errors import ConfigError, DataError
@@ -14,6 +14,7 @@ from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import foresee, tasks
 from stages.pipeline.table import STAGES, section
+from stages.report.comparison import answered_fewer
 
 
 @pytest.fixture(autouse=True)
@@ -211,3 +212,22 @@ def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage)
         found.append({path.name for path in (Path(config.runs_dir) / stage).glob("*.jsonl")})
         assert made["eval:base@demo"][0].manifest["provenance"]["dtype"] == dtype
     assert len(found[1]) == 2 * len(found[0]) > 0
+
+
+def test_untrained_models_may_answer_fewer_items(smoke):
+    labels = ("eval.benchmarks.demo.label=known", "classify.known=intended")
+    whole, fewer = smoke(*labels), smoke(*labels, "eval.untrained_items=5")
+    make_step(fewer, "classify:demo")
+    assert make_step(fewer, "eval:base@demo").manifest["summary"]["all"]["n"] == 5
+    keys = [{name: step.key for name, step in plan(resolved(config)).items()} for config in (whole, fewer)]
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert changed == {"eval:base@demo", "eval:init@demo"}
+
+
+def test_a_table_says_who_answered_fewer_items():
+    rows = [
+        {"target": t, "group": g, "n": n}
+        for t, g, n in (("base", "all", 5), ("sft", "all", 16), ("sft", "x", 4))
+    ]
+    assert answered_fewer(rows) == "base answered 5 of 16 items."
+    assert answered_fewer(rows[1:]) == "" and answered_fewer([]) == ""

@@ -77,6 +77,14 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
         before = before if target in REGIONS else target
 
 
+def answered_fewer(rows: list[dict[str, Any]]) -> str:
+    """Which targets of a benchmark answered fewer items than the others, as a sentence; empty if none did."""
+    answered = {row["target"]: row["n"] for row in rows if row["group"] == "all"}
+    most = max(answered.values(), default=0)
+    fewer = [f"{target} answered {n} of {most} items" for target, n in answered.items() if n < most]
+    return f"{', '.join(fewer)}." if fewer else ""
+
+
 @dataclass(frozen=True)
 class Test:
     """A paired test, and the difference of the means, over n items."""

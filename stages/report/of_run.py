@@ -107,6 +107,8 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
         caption += "tokens: mean length of an answer."
         if set(targets) & set(REGIONS):
             caption += " Regions alone are tested against the model that they are of."
+        if fewer := comparison.answered_fewer(rows):
+            caption += f" On {name}, {fewer}"
         parts.append(Grid([name, "n", *targets], lines, caption))
         series = {
             target: {
