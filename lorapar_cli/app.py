@@ -17,7 +17,7 @@ from lorapar_cli import beginning, inspection, planning, products, render, repor
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
-from stages import team
+from stages import footprint, team
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool, guard
@@ -245,6 +245,7 @@ def main() -> None:
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    footprint.let_waiting_threads_sleep()
     # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if team.launched():  # a launcher ends its processes itself, unless it is killed

@@ -14,12 +14,25 @@ from typing import Any
 MIB = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""How long a waiting thread spins: turns of a loop for GNU's OpenMP, milliseconds for LLVM's and Intel's."""
 
 
 def cores() -> int:
     """Cores that this process may use: fewer than the machine has in a job that was given some of them."""
     able = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(able(0)) if able else os.cpu_count() or 1
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads sleep soon while they wait; call it before torch is loaded. Children inherit it.
+
+    By default each spins for milliseconds at every barrier. Beside anything else that computes it then spins
+    on the core for which the thread that it waits for has to wait: an SFT step takes many times as long. What
+    a person has set stays.
+    """
+    if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
+        os.environ.update(_OPENMP)
 
 
 def give_back() -> None:

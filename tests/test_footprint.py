@@ -1,6 +1,10 @@
 """How much memory a process used and may use."""
 
+import importlib.util
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,3 +81,29 @@ def test_without_a_driver_nobody_tells_energy(monkeypatch):
     assert footprint.joules() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert footprint.joules() is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_waiting_threads_sleep_soon_unless_a_person_has_said_how(theirs, spins):
+    """As the library that torch brings has read it when it is loaded."""
+    libraries = (Path(importlib.util.find_spec("torch").origin).parent / "lib").glob("libgomp*")
+    if (library := next(libraries, None)) is None:
+        pytest.skip("this torch brings no libgomp")
+    script = f"""
+import ctypes, os
+from stages import footprint
+footprint.let_waiting_threads_sleep()
+ctypes.CDLL({str(library)!r})
+"""
+    clean = {k: v for k, v in os.environ.items() if k not in (*footprint._OPENMP, "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=clean | theirs | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
