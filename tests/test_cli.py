@@ -129,7 +129,7 @@ def test_a_stage_before_its_inputs(lorapar, config):
     done = lorapar("partition", *config)
     assert done.code == 66
     assert done.err == (
-        "error: score is stale (classify:train is missing (not run yet))\n"
+        "error: score is missing (not run yet)\n"
         "  hint: run: lorapar run CONFIG --to score, with the same --set\n"
     )
 

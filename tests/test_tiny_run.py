@@ -94,8 +94,8 @@ def test_theta_reruns_partition_and_what_follows(copied):
     config = copied("partition.theta=0.8")
     store = Store(config.root)
     states = {name: state(store, step) for name, step in plan(resolved(config)).items()}
-    assert states["partition:sft"].why == "partition.theta was 0.9, now 0.8"
-    assert states["sft"].why == "partition:sft is missing (partition.theta was 0.9, now 0.8)"
+    for name in ("partition:sft", "sft"):
+        assert (states[name].state, states[name].why) == ("stale", "partition.theta was 0.9, now 0.8")
     made = make_steps(config)
     assert {name for name, (_, now) in made.items() if now} == {
         "partition:sft",
@@ -113,7 +113,7 @@ def test_inference_batch_size_changes_nothing(copied):
 
 def test_a_stale_input_is_an_error_with_the_command(copied):
     with pytest.raises(
-        MissingInputError, match=r"partition:sft is missing \(partition.theta was 0.9, now 0.8\)"
+        MissingInputError, match=r"partition:sft is stale \(partition.theta was 0.9, now 0.8\)"
     ) as caught:
         make_steps(copied("partition.theta=0.8"), "sft")
     assert caught.value.hint == "run: lorapar run CONFIG --to partition, with the same --set"

@@ -10,7 +10,7 @@ from stages.store.artifacts import Artifact, Store
 
 @dataclass(frozen=True)
 class State:
-    """Where a step stands: `current`, `missing`, `stale` or `damaged`, and why."""
+    """Where a step stands: `current`, `missing` (never made), `stale` or `damaged`, and why."""
 
     state: str
     why: str
@@ -18,11 +18,18 @@ class State:
 
 
 def state(store: Store, step: Step) -> State:
-    """Whether the artifact of a step is there, whole, and made from the inputs that are there now."""
+    """Whether the artifact of a step is there, whole, and made from the inputs that are there now.
+
+    A step is `missing` where no artifact of it was ever made; with other settings or inputs, it is `stale`.
+    """
     try:
         artifact = store.load(store.folder(step.stage.name, step.key))
     except ArtifactError as error:
         return State("damaged", str(error))
+    changed = None if artifact else _changed(store, step)
+    if artifact is None and changed is None:
+        interrupted = store.partial(step.stage.name, step.key).exists()
+        return State("missing", "was interrupted" if interrupted else "not run yet")
     for name, upstream in step.inputs.items():
         above = state(store, upstream)
         if above.state != "current":
@@ -35,19 +42,20 @@ def state(store: Store, step: Step) -> State:
         ):
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
-        return State("missing", _why_missing(store, step))
+        return State("stale", changed or "")
     if damage := store.damage(artifact):
         return State("damaged", damage, artifact)
     return State("current", f"{step.stage.name}/{step.key}", artifact)
 
 
-def _why_missing(store: Store, step: Step) -> str:
+def _changed(store: Store, step: Step) -> str | None:
+    """What is not as in the last artifact of this step, which has another key; None if there is none."""
     try:
         last = store.latest(step.stage.name, step.variant)
     except ArtifactError:
-        return "not run yet, and the last one with other settings is damaged"
+        return "the last one, with other settings, is damaged"
     if last is None:
-        return "was interrupted" if store.partial(step.stage.name, step.key).exists() else "not run yet"
+        return None
     old, new = _flat(last.manifest["identity"]), _flat(step.identity)
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     own = [name for name in changed if name.startswith("config.")]
