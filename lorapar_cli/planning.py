@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
-from lorapar_cli.render import duration, gib, say
+from lorapar_cli.render import duration, gib, nothing_to_do, say
 from lorapar_cli.tables import show, table
+from stages import footprint
+from stages.pipeline.estimate import Estimate, estimate, knobs
 from stages.pipeline.plan import asked_for
 from stages.pipeline.state import State, state
 from stages.store import estimates
@@ -17,7 +22,6 @@ from stages.store.estimates import Told
 if TYPE_CHECKING:
     from stages.config import Config
     from stages.pipeline.cost import Memory
-    from stages.pipeline.estimate import Estimate
     from stages.pipeline.lengths import Span
 
 MEMORY = {
@@ -30,34 +34,52 @@ MEMORY = {
 """Columns of the table of memory, and what they show of `Memory`."""
 
 
-def plan(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would do, and what each step will cost here, from some seconds of measuring.
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also what fills the memory, and all lengths of texts.")
+    ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only how long it takes, and what is wrong.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do, and what each step will take here, from some seconds of measuring.
 
-    Costs are time and memory, and beside them stand the lengths of the rows with what is cut or dropped.
+    What does not fit into the memory, and texts that are too long, are named.
     """
-    from stages.pipeline.estimate import Estimate, estimate
-
+    if brief:
+        logging.getLogger("stages").setLevel(logging.WARNING)
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
-    asked = asked_for(steps, None)
-    states = {name: state(store, step) for name, step in asked.items()}
-    todo = [step for name, step in asked.items() if states[name].state != "current"]
+    states = {name: state(store, step) for name, step in asked_for(steps, None).items()}
+    todo = [steps[name] for name, now in states.items() if now.state != "current"]
     found = estimate(settings, todo) if todo else Estimate({}, [])
     if todo:
         costs = {step.key: found.costs[step.name] for step in todo}
         estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
-    _planned(settings, states, found, as_json)
-    if todo and not as_json:
-        say(f"next: lorapar run {typed(config, set_)}")
-
-
-def _planned(settings: Config, states: dict[str, State], found: Estimate, as_json: bool) -> None:
-    """What a run would do, with the cost of each step and of all that can be told."""
-    from stages.pipeline.estimate import knobs
-
     if as_json:
         print(json.dumps(_plan_json(states, found)))
+    elif brief:
+        _brief(settings, found)
+    else:
+        _planned(settings, states, found, verbose)
+        if todo:
+            say(f"next: lorapar run {typed(config, set_)}")
+
+
+def _brief(settings: Config, found: Estimate) -> None:
+    if not found.costs:
+        nothing_to_do()
         return
+    print(_busy(found) or f"{_about(found)} here")
+    for name in found.too_large:
+        print(f"{name} does not fit: lower {knobs(name, settings)}")
+
+
+def _planned(settings: Config, states: dict[str, State], found: Estimate, verbose: bool) -> None:
+    """What a run would do, with the cost of each step and of all that can be told."""
     drawn = table("step", "state", "takes about", "memory")
     drawn.columns[1].justify = "left"
     for name, now in states.items():
@@ -65,19 +87,44 @@ def _planned(settings: Config, states: dict[str, State], found: Estimate, as_jso
         told = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         drawn.add_row(name, now.state, told, gib(cost.mib) if cost and cost.mib else "")
     show(drawn)
-    if memories := {name: cost.memory for name, cost in found.costs.items() if cost.memory}:
+    memories = {name: cost.memory for name, cost in found.costs.items() if cost.memory}
+    if shown := {n: memory for n, memory in memories.items() if verbose or n in found.too_large}:
         print()
-        _memory(memories)
-    if found.spans:
+        _memory(shown)
+    if spans := [span for span in found.spans if verbose or span.longer]:
         print()
-        _spans(found.spans)
+        _spans(spans)
     if found.costs:
-        print("\n" + _together([cost.seconds for cost in found.costs.values()]))
+        print(f"\n{_about(found)}; half as much or twice as much would be no surprise")
+        if busy := _busy(found):
+            print(busy)
     if found.room is not None:
         print(f"there are {gib(found.room)} of memory")
-        for name, cost in found.costs.items():
-            if cost.mib and cost.mib > found.room:
-                print(f"{name} does not fit: lower {knobs(name, settings)}")
+    for name in found.too_large:
+        print(f"{name} does not fit: lower {knobs(name, settings)}")
+
+
+def _about(found: Estimate) -> str:
+    """How long all steps take together."""
+    if not found.seconds:
+        return "how long it takes is not known"
+    rest = "" if len(found.seconds) == len(found.costs) else ", and what is not known,"
+    return f"about {_in_words(sum(found.seconds))}{rest}"
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _busy(found: Estimate) -> str | None:
+    """That others compute here, whose work is not in the estimate; None if they do not."""
+    if found.busy_cores is None:
+        return None
+    cores = f"{found.busy_cores:.1f} of {footprint.cores()} cores"
+    alone = f"alone it would take {_about(found)}" if found.seconds else _about(found)
+    return f"this machine is busy with other work: {cores}; {alone}"
 
 
 def _memory(memories: dict[str, Memory]) -> None:
@@ -85,19 +132,11 @@ def _memory(memories: dict[str, Memory]) -> None:
     drawn = table("MiB", *MEMORY, "together")
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, memory in memories.items():
-        parts = tuple(f"{getattr(memory, part):.0f}" for part in (*MEMORY.values(), "whole"))
+        parts = tuple(f"{getattr(memory, part):.0f}" for part in (*MEMORY.values(), "total"))
         alike.setdefault(parts, []).append(name)
     for parts, names in alike.items():
         drawn.add_row(", ".join(names), *parts)
     show(drawn)
-
-
-def _together(seconds: list[float | None]) -> str:
-    known = [each for each in seconds if each is not None]
-    if not known:
-        return "how long it takes is not known"
-    rest = "" if len(known) == len(seconds) else ", and what is not known"
-    return f"together about {duration(sum(known))}{rest}; half as much or twice as much would be no surprise"
 
 
 def _spans(spans: list[Span]) -> None:
@@ -139,4 +178,4 @@ def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
         }
         for span in found.spans
     }
-    return {"steps": steps, "tokens": tokens, "memory_mib": found.room}
+    return {"steps": steps, "tokens": tokens, "memory_mib": found.room, "busy_cores": found.busy_cores}

@@ -13,6 +13,7 @@ from typing import Any
 
 MIB = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STAT = Path("/proc/stat")
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """How long a waiting thread spins: turns of a loop for GNU's OpenMP, milliseconds for LLVM's and Intel's."""
@@ -33,6 +34,21 @@ def let_waiting_threads_sleep() -> None:
     """
     if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
         os.environ.update(_OPENMP)
+
+
+def worked() -> float | None:
+    """Seconds that the cores of this process have worked, for anybody, since the machine was started.
+
+    Work of other machines on the same hardware counts, where the system knows of it. See proc(5).
+    """
+    able = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    names = {f"cpu{number}" for number in able}
+    try:
+        lines = [line.split() for line in _STAT.read_text(encoding="utf-8").splitlines()]
+        ticks = [sum(map(int, fields[:3] + fields[5:8])) for name, *fields in lines if name in names]
+    except (OSError, ValueError):
+        return None
+    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 
 
 def give_back() -> None:

@@ -1,4 +1,4 @@
-"""What a run will cost, told before: lengths, time, memory, and what does not fit."""
+"""What a run will cost, told before: time, memory, lengths, and what does not fit."""
 
 import json
 import re
@@ -11,26 +11,27 @@ from conftest import ROOT, make_steps
 from lorapar_cli import planning
 from stages import footprint
 from stages.config import LaunchSection
-from stages.language.prompts import Row
 from stages.lora import adapter
 from stages.models.base import load_base
-from stages.pipeline import launch
+from stages.pipeline import cost_model, launch, profiler, prompt_lengths
 from stages.pipeline.cost import Cost, Memory
-from stages.pipeline.estimate import knobs
-from stages.pipeline.lengths import Lengths
-from stages.pipeline.probe import Piece, Probe
-from stages.pipeline.work import STARTS, Work
+from stages.pipeline.cost_model import CostModel, Work, per_text
+from stages.pipeline.estimate import Estimate, knobs
+from stages.pipeline.lengths import Lengths, Span, sampled
+from stages.pipeline.plan import plan
+from stages.pipeline.profiler import GAIN, Measured, Profiler
+from stages.pipeline.resolve import resolved
 from stages.store import estimates
 from stages.store.estimates import Told
 
 STEPS = ("classify:train", "score", "sft", "rl", "eval:sft@demo")
+SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft, rl]")
 
 
 @pytest.fixture
 def asked(smoke, lorapar):
     """Runs `lorapar plan` on the smoke config with few rows; returns what it prints, and the config."""
-    sets = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft, rl]")
-    config = smoke(*sets)
+    config = smoke(*SETS)
     paths = {
         "model.name": config.model.name,
         "data.path": config.data.path,
@@ -39,16 +40,47 @@ def asked(smoke, lorapar):
     }
 
     def run(*more: str):
-        settings = [*(f"{name}={value}" for name, value in paths.items()), *sets]
+        settings = [*(f"{name}={value}" for name, value in paths.items()), *SETS]
         flags = [part for setting in settings for part in ("--set", setting)]
         return lorapar("plan", ROOT / "configs/smoke.yaml", *flags, *more), config
 
     return run
 
 
-def test_time_memory_and_lengths_are_told_and_kept(asked):
-    told = json.loads(asked("--json")[0].out)
-    assert {row["state"] for row in told["steps"].values()} == {"missing", "stale"}
+@pytest.fixture
+def no_room(monkeypatch):
+    """The base does not fit: nothing is measured, and the lengths are told."""
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(profiler, "load_base", full)
+
+
+@pytest.fixture
+def told(asked, monkeypatch):
+    """Runs `lorapar plan` with this estimate of every step: seconds, activations in MiB, and more."""
+
+    def run(*flags: str, seconds: float | None = 60.0, mib: float = 10.0, **more):
+        def estimate(_, steps):
+            memory = Memory(weights=20, activations=mib)
+            costs = {
+                step.name: Cost(seconds, None if step.stage.name == "partition" else memory) for step in steps
+            }
+            return Estimate(costs, more.pop("spans", []), room=100, **more)
+
+        monkeypatch.setattr(planning, "estimate", estimate)
+        return asked(*flags)[0]
+
+    return run
+
+
+def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
+    threads = torch.get_num_threads()
+    done, config = asked("--json")
+    assert torch.get_num_threads() == threads
+    told = json.loads(done.out)
+    assert {row["state"] for row in told["steps"].values()} == {"missing"}
     for name in STEPS:
         assert told["steps"][name]["seconds"] > 0
         assert 0 < told["steps"][name]["mib"] < told["memory_mib"]
@@ -56,42 +88,81 @@ def test_time_memory_and_lengths_are_told_and_kept(asked):
         assert sum(parts.values()) == pytest.approx(told["steps"][name]["mib"])
         assert parts["libraries"] > parts["weights"] > 0
         assert (parts["optimizer"] > 0) == (name in ("sft", "rl"))
+        assert parts["cache"] > 0 or name != "eval:sft@demo"
     rows = told["tokens"]["row"]
-    assert (
-        rows["rows"] == rows["sample"] == 16
-        and 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
-    )
-    asked_of = told["tokens"]["prompt of demo"]
-    assert asked_of["rows"] == 4 and asked_of["longer"] == 0 and asked_of["limit"] > asked_of["longest"]
+    assert rows["rows"] == rows["sample"] == 16
+    assert 0 < rows["median"] <= rows["p99"] <= rows["longest"] <= rows["limit"]
+    prompts = told["tokens"]["prompt of demo"]
+    assert prompts["rows"] == 4 and prompts["longer"] == 0 and prompts["limit"] > prompts["longest"]
     assert any(what.startswith("vote on train, ") for what in told["tokens"])
-    done, config = asked()
-    assert done.out.startswith("step") and "together about" in done.out and "does not fit" not in done.out
     made = make_steps(config, "classify", "score")
-    provenance = made["score"][0].manifest["provenance"]
-    took, before = estimates.spent(provenance)
+    took, before = estimates.spent(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
+    # With other settings, what was made is stale, and what was not is still missing.
+    monkeypatch.setattr(planning, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, []))
+    states = {
+        name: row["state"]
+        for name, row in json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"].items()
+    }
+    assert (states["classify:train"], states["score"]) == ("current", "stale")
+    assert {states[name] for name in ("partition:sft", "sft", "rl", "eval:rl@demo")} == {"missing"}
 
 
-def test_voters_with_worked_examples_of_a_person_s_own(asked, tmp_path):
-    """More of them than lorapar brings; they make the questions longer."""
-    rows = [{"question": f"What is {i}?", "answer": f"{i}", "system": 1 + i % 2} for i in range(32)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    voter = f"{{engine: transformers, persona: steps, shots: 32, shots_path: {tmp_path / 'mine.jsonl'}}}"
-    done, _ = asked("--set", f"classify.voters=[{voter}]", "--json")
-    assert done.code == 0 and json.loads(done.out)["steps"]["classify:train"]["seconds"] > 0
+def test_only_the_table_and_the_total_are_printed_without_a_flag(told):
+    lengths = Lengths.of([3, 5])
+    short = Span("row", 2, lengths, "data.max_length", 9, "drop")
+    out = told(spans=[short]).out
+    assert out.splitlines()[0].split() == ["step", "state", "takes", "about", "memory"]
+    assert re.search(r"^sft +missing +1 min +0.0 GiB$", out, re.MULTILINE)
+    assert out.endswith(
+        "\n\nabout 10 minutes; half as much or twice as much would be no surprise\n"
+        "there are 0.1 GiB of memory\n"
+    )
+    assert "activations" not in out and "longest" not in out
+    more = told("--verbose", spans=[short]).out
+    assert re.search(r"^classify:train, .* 20 +0 +10 +0 +0 +30$", more, re.MULTILINE)
+    assert re.search(r"^row +2 +4 +3 +5 +5 +data.max_length 9 +0$", more, re.MULTILINE)
 
 
-def test_longer_rows_and_what_does_not_fit_are_named(asked, monkeypatch):
-    monkeypatch.setattr(footprint, "room", lambda: 50)
+def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
+    lengths = Lengths.of([3, 5])
+    spans = [Span("row", 2, lengths, "data.max_length", 4, "drop"), Span("prompt", 2, lengths, "x", 9, "cut")]
+    out = told(spans=spans, mib=90.0).out
+    assert re.search(r"^row .* data.max_length 4 +1: drop$", out, re.MULTILINE) and "prompt " not in out
+    assert re.search(r"^MiB +weights", out, re.MULTILINE)
+    assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing\n" in out
+
+
+def test_briefly_it_is_one_line(told):
+    assert told("--brief").out == "about 10 minutes here\n"
+    assert told("--brief").err == ""
+    assert told("--brief", seconds=None).out == "how long it takes is not known here\n"
+    too_large = told("--brief", mib=90.0).out.splitlines()
+    assert too_large[0] == "about 10 minutes here" and too_large[1].startswith("classify:train does not fit")
+
+
+def test_a_busy_machine_is_named(told, monkeypatch):
+    monkeypatch.setattr(footprint, "cores", lambda: 2)
+    line = "this machine is busy with other work: 1.4 of 2 cores; alone it would take about 10 minutes\n"
+    assert told("--brief", busy_cores=1.4).out == line
+    assert line in told(busy_cores=1.4).out
+    assert json.loads(told("--json", busy_cores=1.4).out)["busy_cores"] == 1.4
+
+
+def test_what_is_not_known_is_said_beside_the_total():
+    some = {"a": Cost(30.0), "b": Cost(None)}
+    assert planning._about(Estimate(some, [])) == "about 30 seconds, and what is not known,"
+    assert planning._about(Estimate({"b": Cost(None)}, [])) == "how long it takes is not known"
+    assert planning._in_words(7200) == "2.0 hours"
+
+
+def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
     done, _ = asked("--set", "rl.max_completion=3")
-    assert "16: cut" in done.out
-    monkeypatch.setattr("stages.pipeline.lengths.SAMPLE", 8)
-    monkeypatch.setattr("stages.pipeline.lengths.LONGEST", 0)
-    assert " 8 of 16 " in asked("--set", "rl.max_completion=3")[0].out
-    assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing" in done.out
+    assert "16: cut" in done.out and "how long it takes is not known" in done.out
+    assert "nothing could be measured" in caplog.text
 
 
-def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked):
+def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked, no_room):
     """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
     sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
@@ -100,100 +171,226 @@ def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked):
     assert re.search(r"vote on train, role_play .*server.max_model_len, less 8: 56\s+16: fail", done.out)
 
 
-def test_what_fills_the_memory_of_a_process_with_fewer_libraries():
-    of = Memory(1000, weights=200, optimizer=100, cache=50, libraries=400)
-    assert of.activations == 250
-    less = of.without(150, 900)
-    assert (less.whole, less.libraries, less.activations) == (850, 250, 250)
-    assert of.without(0, 1200).whole == 1200
-
-
-def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
-    assert knobs("rl", smoke()).startswith("rl.micro_batch")
-    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith("rl.rollouts.gpu_memory, or")
-    assert knobs("eval:rl@demo", smoke()) == "server.batch_size"
-
-
-def test_what_a_baseline_costs_is_not_told(asked):
-    told = json.loads(asked("--set", "baseline.method=dora", "--json")[0].out)["steps"]
-    assert told["sft"] == {"state": "stale", "seconds": None, "mib": None, "of_mib": None}
-    assert told["eval:sft@demo"]["seconds"] > 0
-    said = asked("--set", "baseline.method=dora")[0].out
-    assert re.search(r"together about .*, and what is not known; half as much", said)
-
-
-def test_a_total_of_nothing_that_is_known_is_none():
-    assert planning._together([None, None]) == "how long it takes is not known"
-    assert planning._together([30, None]).startswith("together about 30 s, and what is not known;")
-
-
-def test_a_command_starts_once_for_all_steps_of_its_stage_and_each_loads_the_model(smoke):
-    work = object.__new__(Work)
-    work.config = smoke()
-    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5), layers_mib=30.0)
-    work.starting, work.started, work.served = 8, set(), set()
-    work._answers = work._sft = lambda _: Cost(1.0, Memory(20.0))
-    stages = ("eval", "eval", "sft")
-    steps = [SimpleNamespace(stage=SimpleNamespace(name=name), variant="") for name in stages]
-    assert [work.cost(step).seconds for step in steps] == [1 + 2 + 8, 1 + 2, 1 + 2 + 4 + 8]
-
-
-@pytest.mark.parametrize(
-    ("number", "of", "lengths"),
-    [(3, 40, [40, 39, 38]), (3, 90, [40, 39, 38]), (3, 10, [38, 34, 30]), (3, 1, [20, 20, 20])],
-)
-def test_the_longest_of_rows_that_are_drawn(smoke, number, of, lengths):
-    """Of ten of forty the longest is about the second or third of all."""
-    work = object.__new__(Work)
-    work.config, work.rows = smoke(), {"train": [None] * 40}
-    work.rendered = {"sft": [Row(str(n), [1] * n, [1] * n) for n in range(1, 41)]}
-    assert [len(row.input_ids) for row in work._longest("sft", number, of)] == lengths
+def test_voters_with_worked_examples_of_a_person_s_own(asked, no_room, tmp_path):
+    """More of them than lorapar brings; they make the questions longer."""
+    rows = [{"question": f"What is {i}?", "answer": f"{i}", "system": 1 + i % 2} for i in range(32)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    voter = f"{{engine: transformers, persona: steps, shots: 32, shots_path: {tmp_path / 'mine.jsonl'}}}"
+    tokens = json.loads(asked("--set", f"classify.voters=[{voter}]", "--json")[0].out)["tokens"]
+    assert tokens["vote on train, steps"]["median"] > 500
 
 
 @pytest.fixture
-def probe(monkeypatch):
-    """A probe to which a row takes as many seconds and MiB as `of_a_row` says; `sizes` are those tried."""
-    made = object.__new__(Probe)
-    made.room, made.loading, made.sizes = 1000, Piece(9.0, 100.0), []
-    monkeypatch.setattr(footprint, "forget", lambda: None)
-    monkeypatch.setattr(footprint, "peak", lambda: 100 + made.of_a_row[1] * made.sizes[-1])
+def model(smoke):
+    """The cost model of the smoke config; a token takes a second of one thread, and 2 MiB."""
 
-    def timed(call):
-        call()
-        return made.of_a_row[0] * made.sizes[-1]
+    def make(*sets: str) -> CostModel:
+        config = resolved(smoke(*SETS, *sets))
+        made = CostModel(config, list(plan(config).values()))
+        measured = Measured(10, 10.0, 20.0)
+        made.profiler = SimpleNamespace(  # type: ignore[assignment]
+            votes=lambda _: measured,
+            scoring=lambda _: measured,
+            training=lambda *_: measured,
+            generation=lambda _: (measured, Measured(10, 20.0, 20.0)),
+            fits=lambda _: True,
+            room=10**6, loading_s=3.0, libraries_mib=500.0, weights_mib=100.0,
+            layers_mib=60.0, copy_mib=100.0, token_bytes=2**10, adapter_elements=2**20,
+        )  # fmt: skip
+        return made
 
-    monkeypatch.setattr("stages.pipeline.probe._timed", timed)
-    return made
+    return make
+
+
+def test_the_work_of_each_step_is_counted(model):
+    """Against sums over all rows, of which the sample has each once."""
+    made = model("rl.kl_beta=0", "sft.dropout=0")
+    work = {step.name: made.work(step) for step in made.steps}
+    rows = made.training_rows("sft")
+    lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+    prompts = [cost_model.prompt_length(row) for row in rows]
+    answers = [min(12, len(row.labels) - prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    assert len(rows) == 16
+    assert work["score"].thread_s == pytest.approx(sum(lengths))  # 8 rows of each system
+    assert work["score"].memory.activations == 2 * sum(lengths[:8])
+    beginning = profiler.common([row.input_ids for row in rows])
+    # 2 steps of 8 rows (8.8 are of System 1 or of the cold start), in micro batches of 4 that compute
+    # a common beginning once
+    assert work["sft"].thread_s == pytest.approx(16 * (sum(lengths) / 16 - 0.75 * beginning))
+    # 2 steps of 4 prompts with 4 completions, of which each is written with a quarter more and learned from
+    prompt, answer = sum(prompts) / 16, sum(answers) / 16
+    learning, sampling = 4 * prompt + 16 * answer, 4 * prompt + 16 * answer * 1.25 * 2
+    assert work["rl"].thread_s == pytest.approx(2 * (learning + sampling))
+    assert work["rl"].memory.weights == 100 + 4 + 100 and work["rl"].memory.optimizer == 16
+    assert work["rl"].memory.activations == pytest.approx(2 * (2 * max(prompts) + 8 * 12))
+    # 4 items, of which the base writes 12 tokens each; the check of an adapter reads them again, twice
+    ids = prompt_lengths.prompts(made.config, made.tokenizer, "demo", made.rows["demo"])
+    read = per_text(ids, 4)
+    assert work["eval:base@demo"].thread_s == pytest.approx(4 * (read + 12 * 1.25 * 2))
+    mean = min(12, made.responses.mean)
+    again = 4 * 2 * (sum(map(len, ids)) / 4 + mean)
+    assert work["eval:sft@demo"].thread_s == pytest.approx(4 * (read + mean * 1.25 * 2) + again)
+    assert (work["eval:base@demo"].loads, work["eval:sft@demo"].loads) == (1, 2)
+    assert work["eval:base@demo"].memory.cache == 4 * (max(map(len, ids)) + 12) / 1024
+    assert work["partition:sft"] == cost_model.NOTHING
+
+
+def test_votes_are_counted_by_voter(model):
+    def seconds(*voters: str) -> float:
+        made = model(f"classify.voters=[{', '.join(voters)}]")
+        return made.work(made.steps[0]).thread_s
+
+    steps, effort = (f"{{engine: transformers, persona: {name}}}" for name in ("steps", "effort"))
+    assert seconds(steps, effort) == pytest.approx(seconds(steps) + seconds(effort))
+
+
+def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model):
+    def rl(*sets: str) -> Work | None:
+        made = model(*sets)
+        return made.work(next(step for step in made.steps if step.name == "rl"))
+
+    plain = rl("rl.kl_beta=0").thread_s
+    more = rl("rl.kl_beta=0.04").thread_s - plain
+    made = model()
+    learning = 2 * (4 * made.rl_prompts.within(512) + 16 * made.responses.within(12))
+    assert more == pytest.approx(learning / 3)
+    assert rl("baseline.method=dora", "eval.targets=[base]") is None
+
+
+def test_memory_that_runs_out_is_a_step_that_does_not_fit(model):
+    def full(*_):
+        raise MemoryError
+
+    made = model()
+    made.profiler.scoring = full
+    step = next(step for step in made.steps if step.name == "score")
+    cost = made.cost(step, made.work(step), 1.0)
+    assert cost.seconds is None
+    assert Estimate({"score": cost}, [], room=made.profiler.room).too_large == ["score"]
+
+
+def test_a_stage_starts_once_for_all_its_steps_and_each_loads_the_model(model):
+    made = model()
+    steps = {step.name: step for step in made.steps}
+    names = ("eval:base@demo", "eval:sft@demo", "sft")
+    seconds = [made.cost(steps[name], Work(4.0, loads=2), speedup=2.0).seconds for name in names]
+    assert seconds == [cost_model.START_S + 2 + 6, 2 + 6, cost_model.START_S + 2 + 6]
+
+
+def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(model):
+    made = model("classify.voters=[{engine: vllm}]", "eval.engine=vllm")
+    names = ["classify:train", "classify:demo", "score:", "eval:base@a", "eval:base@b", "eval:sft@a"]
+    waits = []
+    for stage, _, variant in (name.partition(":") for name in names):
+        waits.append(made._server_s(SimpleNamespace(stage=SimpleNamespace(name=stage), variant=variant)))
+    assert waits == [cost_model.SERVER_S, 0, 0, cost_model.SERVER_S, 0, cost_model.SERVER_S]
+
+
+def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    made = model("sft.launch={backend: fsdp2, processes: 2}", "rl.launch={backend: fsdp2, processes: 2}")
+    steps = {step.name: step for step in made.steps}
+    work = made.work(steps["sft"])
+    assert work.memory.weights == 100 + 4 - 30
+    assert made.cost(steps["sft"], work, 1.0).seconds == cost_model.START_S + work.thread_s / 2 + 3
+    whole = model("rl.launch={backend: single}")
+    whole = whole.work({step.name: step for step in whole.steps}["rl"])
+    # Without the merged copy. Sampling has whole layers, but takes less than the training passes here.
+    assert whole.memory.weights - made.work(steps["rl"]).memory.weights == 100 + 30
 
 
 @pytest.mark.parametrize(
-    ("seconds", "mib", "tried"),
+    ("given", "gpus", "found"),
     [
-        (0.01, 1, [1, 2, 4, 8, 16, 32, 64]),
-        (0.15, 1, [1, 2, 4, 8, 16, 32]),
-        (0.01, 20, [1, 2, 4, 8, 16, 32]),
-        (9, 1, [1, 2]),
-        (11, 1, [1]),
+        ({}, 4, (1, 1.0)),
+        ({"backend": "ddp"}, 4, (4, 1.0)),
+        ({"backend": "fsdp2", "processes": 2}, 4, (2, 0.5)),
+        ({"backend": "fsdp2", "processes": 2}, 0, (1, 0.5)),
+        ({"config": "mine.yaml", "backend": "fsdp2"}, 4, (1, 1.0)),
     ],
 )
-def test_a_piece_that_is_too_long_or_too_large_is_told_from_parts(probe, seconds, mib, tried):
-    probe.of_a_row = seconds, mib
-    found = probe._grown(probe.sizes.append, 64)
-    assert sorted(set(probe.sizes)) == tried
-    assert found == Piece(pytest.approx(64 * seconds), pytest.approx(100 + 64 * mib))
+def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert launch.shares(LaunchSection(**given)) == found
 
 
-def test_rows_that_belong_together_are_tried_together(probe):
-    probe.of_a_row = 0.001, 1
-    probe._grown(probe.sizes.append, 40, step=8)
-    assert sorted(set(probe.sizes)) == [8, 16, 32, 40]
+@pytest.fixture
+def rested(monkeypatch):
+    """A profiler that began at second 0, without a model; `now` has what the system says since."""
+    made = object.__new__(Profiler)
+    made._begun, made._on_gpu, made._last = (0.0, 0.0, 1000.0), False, None
+    made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
+    monkeypatch.setattr(footprint, "worked", lambda: made.now["worked"])
+    monkeypatch.setattr(footprint, "forget", lambda: None)
+    monkeypatch.setattr(footprint, "peak", lambda: 0)
+    clock = SimpleNamespace(
+        perf_counter=lambda: made.now["wall"],
+        process_time=lambda: made.now["own"],
+        thread_time=lambda: made.now["own"],
+    )
+    monkeypatch.setattr(profiler, "time", clock)
+    return made
 
 
-def test_what_is_not_tried_is_told_by_its_tokens(probe):
-    """The longest come first: by rows it would be 100 + 20 + 3 × 20."""
-    probe.of_a_row = 5, 20
-    found = probe._grown(probe.sizes.append, 4, lengths=[20, 20, 10, 5])
-    assert sorted(set(probe.sizes)) == [1, 2] and found == Piece(pytest.approx(13.75), pytest.approx(155))
+def test_a_machine_is_busy_if_others_keep_its_cores_busy(rested):
+    assert rested.busy_cores() is None
+    rested.now["worked"] += 14
+    assert rested.busy_cores() == pytest.approx(1.4)
+    rested.now["worked"] = None
+    assert rested.busy_cores() is None
+
+
+def test_what_threads_gain_is_measured_unless_others_have_the_cores(rested):
+    def work() -> None:
+        rested.now["wall"] += 2.0
+
+    rested._last = work, 3.0
+    assert rested.speedup(2) == 1.5 and rested.speedup(1) == 1.0
+    rested.now["worked"] += 20
+    assert rested.speedup(2) == pytest.approx(2**GAIN)
+
+
+@pytest.mark.parametrize(
+    ("each", "most", "tried"),
+    [(0.01, 64, [6, 6, 20]), (0.12, 64, [6, 6, 9]), (0.2, 64, [6]), (0.01, 4, [4, 4])],
+)
+def test_a_batch_has_enough_tokens_and_takes_about_a_second(rested, each, most, tried, monkeypatch):
+    """Of 50 tokens a row. What others do on the machine takes wall time, and does not count."""
+    monkeypatch.setattr(profiler, "ENOUGH_S", 0.195 if each == 0.01 else 1.0)
+    sizes = []
+
+    def work(number: int) -> None:
+        sizes.append(number)
+        rested.now["own"] += each * number
+        rested.now["wall"] += 20 * each * number
+
+    found = rested._measured(work, lambda number: 50 * number, most)
+    assert sizes == tried
+    assert (found.tokens, found.seconds) == (50 * sizes[-1], pytest.approx(each * sizes[-1]))
+
+
+def test_a_larger_batch_that_does_not_fit_leaves_the_smaller_one(rested):
+    def work(number: int) -> None:
+        if number > 6:
+            raise MemoryError
+        rested.now["own"] += 0.001
+
+    assert rested._measured(work, lambda number: 50 * number, 64).tokens == 300
+    with pytest.raises(MemoryError):
+        rested._measured(work, lambda number: number, 64)
+
+
+def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    stat.write_text(
+        "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 20 30 7 7 1 2 47 0 0\ncpu1 5 0 0 0 0 0 0 0 0 0\nintr 5\n"
+    )
+    monkeypatch.setattr(footprint, "_STAT", stat)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("os.sysconf", lambda _: 100)
+    assert footprint.worked() == 2.0
+    monkeypatch.setattr(footprint, "_STAT", tmp_path / "none")
+    assert footprint.worked() is None
 
 
 def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
@@ -208,27 +405,10 @@ def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
     assert same()
 
 
-def test_of_more_than_may_be_tried_the_rest_is_told_from_these(probe):
-    probe.of_a_row = 0.01, 1
-    found = probe._grown(probe.sizes.append, 100, most=8)
-    assert sorted(set(probe.sizes)) == [1, 2, 4, 8]
-    assert found == Piece(pytest.approx(1), pytest.approx(200))
-
-
-def test_memory_that_runs_out_ends_the_trials_but_of_one_row_it_is_an_error(probe):
-    probe.of_a_row = 0.01, 1
-
-    def room_for(most):
-        def work(n):
-            if n > most:
-                raise MemoryError
-            probe.sizes.append(n)
-
-        return work
-
-    assert probe._grown(room_for(20), 64) == Piece(pytest.approx(0.64), pytest.approx(164))
-    with pytest.raises(MemoryError):
-        probe._grown(room_for(0), 64)
+def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
+    assert knobs("rl", smoke()).startswith("rl.micro_batch")
+    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith("rl.rollouts.gpu_memory, or")
+    assert knobs("eval:rl@demo", smoke()) == "server.batch_size"
 
 
 def test_estimates_survive_damage_and_a_store_that_cannot_be_written(tmp_path):
@@ -247,57 +427,7 @@ def test_lengths():
     assert found.beyond(5) == 1 and found.within(4) == 3
 
 
-@pytest.mark.parametrize(
-    ("given", "gpus", "found"),
-    [
-        ({}, 4, (1, 1.0)),
-        ({"backend": "ddp"}, 4, (4, 1.0)),
-        ({"backend": "fsdp2", "processes": 2}, 4, (2, 0.5)),
-        ({"backend": "fsdp2", "processes": 2}, 0, (1, 0.5)),
-        ({"config": "mine.yaml", "backend": "fsdp2"}, 4, (1, 1.0)),
-    ],
-)
-def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert launch.shares(LaunchSection(**given)) == found
-
-
-def test_a_divided_base_takes_less_room_and_several_gpus_less_time(smoke, monkeypatch):
-    work = object.__new__(Work)
-    work.config = smoke("sft.launch={backend: fsdp2, processes: 2}")
-    work.probe = SimpleNamespace(loading=Piece(2, 10), trainer=Piece(4, 5), layers_mib=30.0)
-    work.starting, work.started, work.served = 8, set(), set()
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    work._sft = lambda _: Cost(60.0, work._divided(Memory(100.0, weights=40.0), work.config.sft.launch))
-    found = work.cost(SimpleNamespace(stage=SimpleNamespace(name="sft"), variant=""))
-    assert found == Cost(60 / 2 + 2 + 4 + 8, Memory(85.0, weights=25.0))
-    assert work._divided(Memory(100.0), LaunchSection(backend="ddp")) == Memory(100.0)
-
-
-def test_sampling_has_whole_layers_and_no_copy_where_the_base_is_divided(asked):
-    """One process holds the base twice; of two, each holds at the most one."""
-    found = {}
-    for backend in ("single", "fsdp2"):
-        launched = f"rl.launch={{backend: {backend}, processes: 2}}"
-        told = json.loads(asked("--set", launched, "--set", "rl.micro_batch=4", "--json")[0].out)
-        found[backend] = told["steps"]["rl"]["of_mib"]["weights"]
-    assert found["fsdp2"] < found["single"]
-
-
-def test_a_base_for_which_there_is_no_room_leaves_the_lengths(asked, monkeypatch):
-    def full(*_):
-        raise MemoryError
-
-    monkeypatch.setattr("stages.pipeline.probe.load_base", full)
-    told = json.loads(asked("--json")[0].out)
-    assert told["steps"]["sft"]["seconds"] is None and told["tokens"]["row"]["rows"] == 16
-
-
-def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(smoke):
-    work = object.__new__(Work)
-    work.config, work.served = smoke("classify.voters=[{engine: vllm}]", "eval.engine=vllm"), set()
-    names = ["classify:train", "classify:demo", "score:", "eval:base@a", "eval:base@b", "eval:sft@a"]
-    waits = []
-    for stage, _, variant in (name.partition(":") for name in names):
-        waits.append(work._server(SimpleNamespace(stage=SimpleNamespace(name=stage), variant=variant)))
-    assert waits == [STARTS, 0, 0, STARTS, 0, STARTS]
+def test_the_longest_texts_are_always_in_a_sample(model):
+    rows = model().rows["train"]
+    chosen = sampled(rows, 2)
+    assert len(chosen) == 16 and sampled(rows, 0)[0] == max(rows, key=lambda r: len(r.prompt + r.response))

@@ -1,14 +1,8 @@
-"""What each step will cost on this machine, in time and in memory: work is counted, its pieces are measured.
-
-What nobody can know before is assumed: half of the rows are System 1, a trained model answers as long as the
-references are and an untrained one as long as it may, vLLM writes no faster than this process would, all
-steps of a stage are made by one command, which starts once, and several GPUs each do their share in its time.
-"""
+"""What each step will cost, in time and in memory, and the lengths of texts beside their limits."""
 
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 
 from stages.config import Config
@@ -16,12 +10,8 @@ from stages.errors import lacks_memory
 from stages.pipeline.cost import Cost
 from stages.pipeline.lengths import Span
 from stages.pipeline.plan import Step
-from stages.pipeline.work import Work
 
 log = logging.getLogger(__name__)
-
-LAST = {"score": 1, "sft": 2, "rl": 3}
-"""Stages whose work is measured after that of all others, in this order."""
 
 KNOBS = {
     "classify": "server.batch_size, or choose a smaller model",
@@ -50,27 +40,40 @@ class Estimate:
     spans: list[Span]
     room: int | None = None
     """Memory of the device, in MiB; None if nothing was measured."""
+    busy_cores: float | None = None
+    """Cores that other work keeps busy; None if that is no more than a system at rest does."""
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of the steps whose time is known."""
+        return [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
+
+    @property
+    def too_large(self) -> list[str]:
+        """The steps that do not fit into the memory."""
+        room = self.room
+        return [name for name, cost in self.costs.items() if room and cost.mib and cost.mib > room]
 
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
-    begun = time.perf_counter()
-    work = Work(config, steps)
-    if not any(work.rows.values()):
-        return Estimate({step.name: Cost(None, None) for step in steps}, [])
-    from stages.pipeline.probe import Probe
+    from stages.pipeline import prompt_lengths
+    from stages.pipeline.cost_model import CostModel
+    from stages.pipeline.profiler import Profiler, one_thread
 
-    try:
-        work.probe = Probe(config, work.tokenizer, bool(work.stages & {"sft", "rl"}))
-    except Exception as error:
-        if not lacks_memory(error):
-            raise
-        log.warning("the base does not fit on this device, so nothing could be measured")
-        return Estimate({step.name: Cost(None, None) for step in steps}, work.spans())
-    measured = work.probe.loading.seconds + work.probe.trainer.seconds
-    work.starting = time.perf_counter() - begun - measured
-    # What training leaves in memory would count for what is measured after it.
-    found = {
-        step.name: work.cost(step) for step in sorted(steps, key=lambda step: LAST.get(step.stage.name, 0))
-    }
-    return Estimate({step.name: found[step.name] for step in steps}, work.spans(), work.probe.room)
+    model = CostModel(config, steps)
+    if not any(model.rows.values()):
+        return Estimate({step.name: Cost() for step in steps}, [])
+    spans = list(prompt_lengths.spans(model))
+    with one_thread() as threads:
+        try:
+            model.profiler = Profiler(config, model.tokenizer)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            log.warning("the base does not fit on this device, so nothing could be measured")
+            return Estimate({step.name: Cost() for step in steps}, spans)
+        work = {step.name: model.work(step) for step in steps}
+        busy_cores, speedup = model.profiler.busy_cores(), model.profiler.speedup(threads)
+    costs = {step.name: model.cost(step, work[step.name], speedup) for step in steps}
+    return Estimate(costs, spans, model.profiler.room, busy_cores)

@@ -1,4 +1,4 @@
-"""How long the questions of voters and benchmarks are, in tokens, beside what the model has room for."""
+"""Lengths of texts in tokens, beside what the model or a setting has room for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,36 @@ from stages.records import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE = 500
-"""Rows drawn to tell the lengths: with worked examples a question may have a thousand tokens."""
+    from stages.pipeline.cost_model import CostModel
+
+SAMPLE = 100
+"""Rows drawn to tell the lengths of questions, which with worked examples may have a thousand tokens each."""
+
+
+def spans(model: CostModel) -> Iterator[Span]:
+    """The lengths of what is asked, and of training rows where rows are trained on."""
+    config, rows, names = model.config, model.rows, [step.name for step in model.steps]
+    voted = [name.partition(":")[2] for name in names if name.startswith("classify:")]
+    if config.classify.strategy == "vote":
+        for name in voted:
+            yield from of_voters(config, model.tokenizer, name, rows[name])
+    data, rl, number = config.data, config.rl, len(rows["train"])
+    if model.stages & {"score", "sft"}:
+        lengths = Lengths.of(len(row.input_ids) for row in model.training_rows("sft"))
+        yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)
+    if "rl" in model.stages:
+        yield Span("prompt of rl", number, model.rl_prompts, "rl.max_prompt", rl.max_prompt, rl.too_long)
+        yield Span("response", number, model.responses, "rl.max_completion", rl.max_completion, "cut")
+    for name in dict.fromkeys(name.partition("@")[2] for name in names if name.startswith("eval:")):
+        if rows[name]:
+            yield of_benchmark(config, model.tokenizer, name, rows[name])
+
+
+def items(config: Config, name: str) -> list[Example]:
+    """The rows of a benchmark; none if they are not ours to read."""
+    section = config.eval.benchmarks[name]
+    module = benchmarks.pick(section.kind)
+    return list(module.load(section)) if hasattr(module, "load") else []
 
 
 def of_voters(
@@ -46,10 +74,8 @@ def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[Ballo
 
 def of_benchmark(
     config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
-) -> Span | None:
-    """What a benchmark asks; None if its rows are not ours to read."""
-    if not examples:
-        return None
+) -> Span:
+    """What a benchmark asks."""
     engine = config.eval.engine
     lengths = Lengths.of(map(len, prompts(config, tokenizer, name, sampled(examples, SAMPLE))))
     beyond = "fail" if engine == "vllm" else "more than the model was made for"
