@@ -244,6 +244,17 @@ def test_votes_are_counted_by_voter(model):
     assert seconds(steps, effort) == pytest.approx(seconds(steps) + seconds(effort))
 
 
+def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(model):
+    made = model("eval.benchmarks.demo.label=known", "eval.untrained_items=1")
+    work = {step.name: made.work(step) for step in made.steps}
+    assert work["classify:demo"] == cost_model.NOTHING and work["classify:train"].thread_s > 0
+    assert not any("demo, steps" in span.what for span in prompt_lengths.spans(made))
+    all_items = {step.name: model().work(step) for step in made.steps if step.stage.name == "eval"}
+    [first] = prompt_lengths.prompts(made.config, made.tokenizer, "demo", made.rows["demo"][:1])
+    assert work["eval:base@demo"].thread_s == pytest.approx(len(first) + 12 * 1.25 * 2)
+    assert work["eval:sft@demo"] == all_items["eval:sft@demo"]
+
+
 def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model):
     def rl(*sets: str) -> Work | None:
         made = model(*sets)

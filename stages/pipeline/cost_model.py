@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 
-from stages.config import Config, LaunchSection
+from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
 from stages.engines.generation import FREE, SLOTS
 from stages.engines.transformers import ballot_ids, batches
@@ -111,7 +111,8 @@ class CostModel:
     def _server_s(self, step: Step) -> float:
         """Seconds that this step waits for a vLLM server; one serves all steps of a command that ask it."""
         config, stage = self.config, step.stage.name
-        voters = [v.engine for v in config.classify.voters] if config.classify.strategy == "vote" else []
+        votes = stage == "classify" and config.labelled_by(step.variant) == "vote"
+        voters = [voter.engine for voter in config.classify.voters] if votes else []
         engines = {"classify": voters, "eval": [config.eval.engine]}.get(stage, [])
         model = stage if stage == "classify" else step.variant.partition("@")[0]
         if "vllm" not in engines or model in self._served:
@@ -145,10 +146,9 @@ class CostModel:
         return sorted(fitting, key=lambda row: -len(row.input_ids))
 
     def _votes(self, variant: str) -> Work | None:
-        section, examples = self.config.classify, self.rows[variant]
-        if section.strategy != "vote" or not examples:
+        voters, examples = self.config.classify.voters, self.rows[variant]
+        if self.config.labelled_by(variant) != "vote" or not examples:
             return NOTHING
-        voters = section.voters
         if self.config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
             return None  # the base itself votes in 16 bits
         some = drawn(examples, TEXTS)
@@ -252,11 +252,13 @@ class CostModel:
     def _answers(self, variant: str) -> Work | None:
         target, _, name = variant.partition("@")
         section, examples = self.config.eval.benchmarks[name], self.rows[name]
+        if target in UNTRAINED:
+            examples = examples[: self.config.eval.untrained_items]
         if not examples:
             return None
         limit, slots = prompt_lengths.written(section), min(self.config.server.batch_size, len(examples))
         prompts = prompt_lengths.prompts(self.config, self.tokenizer, name, drawn(examples, TEXTS))
-        trained = target not in ("base", "init") and self.rows["train"]
+        trained = target not in UNTRAINED and self.rows["train"]
         mean = min(float(limit), self.responses.mean) if trained else float(limit)
         seconds = self._writing_s(len(examples) * section.samples, per_text(prompts, slots), mean)
         adapted, here = target != "base", self.config.eval.engine == "transformers"

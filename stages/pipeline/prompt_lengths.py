@@ -27,9 +27,8 @@ SAMPLE = 100
 def spans(model: CostModel) -> Iterator[Span]:
     """The lengths of what is asked, and of training rows where rows are trained on."""
     config, rows, names = model.config, model.rows, [step.name for step in model.steps]
-    voted = [name.partition(":")[2] for name in names if name.startswith("classify:")]
-    if config.classify.strategy == "vote":
-        for name in voted:
+    for name in (name.partition(":")[2] for name in names if name.startswith("classify:")):
+        if config.labelled_by(name) == "vote":
             yield from of_voters(config, model.tokenizer, name, rows[name])
     data, rl, number = config.data, config.rl, len(rows["train"])
     if model.stages & {"score", "sft"}:
