@@ -55,61 +55,61 @@ def plan(
     store = Store(settings.root)
     states = {name: state(store, step) for name, step in asked_for(steps, None).items()}
     todo = [steps[name] for name, now in states.items() if now.state != "current"]
-    found = estimate(settings, todo) if todo else Estimate({}, [])
+    estimated = estimate(settings, todo) if todo else Estimate({}, [])
     if todo:
-        costs = {step.key: found.costs[step.name] for step in todo}
+        costs = {step.key: estimated.costs[step.name] for step in todo}
         estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
     if as_json:
-        print(json.dumps(_plan_json(states, found)))
+        print(json.dumps(_plan_json(states, estimated)))
     elif brief:
-        _brief(settings, found)
+        _brief(settings, estimated)
     else:
-        _planned(settings, states, found, verbose)
+        _planned(settings, states, estimated, verbose)
         if todo:
             say(f"next: lorapar run {typed(config, set_)}")
 
 
-def _brief(settings: Config, found: Estimate) -> None:
-    if not found.costs:
+def _brief(settings: Config, estimated: Estimate) -> None:
+    if not estimated.costs:
         nothing_to_do()
         return
-    print(_busy(found) or f"{_about(found)} here")
-    for name in found.too_large:
+    print(_busy(estimated) or f"{_about(estimated)} here")
+    for name in estimated.too_large:
         print(f"{name} does not fit: lower {knobs(name, settings)}")
 
 
-def _planned(settings: Config, states: dict[str, State], found: Estimate, verbose: bool) -> None:
+def _planned(settings: Config, states: dict[str, State], estimated: Estimate, verbose: bool) -> None:
     """What a run would do, with the cost of each step and of all that can be told."""
     drawn = table("step", "state", "takes about", "memory")
     drawn.columns[1].justify = "left"
     for name, now in states.items():
-        cost = found.costs.get(name)
+        cost = estimated.costs.get(name)
         told = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         drawn.add_row(name, now.state, told, gib(cost.mib) if cost and cost.mib else "")
     show(drawn)
-    memories = {name: cost.memory for name, cost in found.costs.items() if cost.memory}
-    if shown := {n: memory for n, memory in memories.items() if verbose or n in found.too_large}:
+    memories = {name: cost.memory for name, cost in estimated.costs.items() if cost.memory}
+    if shown := {n: memory for n, memory in memories.items() if verbose or n in estimated.too_large}:
         print()
         _memory(shown)
-    if spans := [span for span in found.spans if verbose or span.longer]:
+    if spans := [span for span in estimated.spans if verbose or span.longer]:
         print()
         _spans(spans)
-    if found.costs:
-        print(f"\n{_about(found)}; half as much or twice as much would be no surprise")
-        if busy := _busy(found):
+    if estimated.costs:
+        print(f"\n{_about(estimated)}; half as much or twice as much would be no surprise")
+        if busy := _busy(estimated):
             print(busy)
-    if found.room is not None:
-        print(f"there are {gib(found.room)} of memory")
-    for name in found.too_large:
+    if estimated.room is not None:
+        print(f"there are {gib(estimated.room)} of memory")
+    for name in estimated.too_large:
         print(f"{name} does not fit: lower {knobs(name, settings)}")
 
 
-def _about(found: Estimate) -> str:
+def _about(estimated: Estimate) -> str:
     """How long all steps take together."""
-    if not found.seconds:
+    if not estimated.seconds:
         return "how long it takes is not known"
-    rest = "" if len(found.seconds) == len(found.costs) else ", and what is not known,"
-    return f"about {_in_words(sum(found.seconds))}{rest}"
+    rest = "" if len(estimated.seconds) == len(estimated.costs) else ", and what is not known,"
+    return f"about {_in_words(sum(estimated.seconds))}{rest}"
 
 
 def _in_words(seconds: float) -> str:
@@ -118,12 +118,12 @@ def _in_words(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _busy(found: Estimate) -> str | None:
+def _busy(estimated: Estimate) -> str | None:
     """That others compute here, whose work is not in the estimate; None if they do not."""
-    if found.busy_cores is None:
+    if estimated.busy_cores is None:
         return None
-    cores = f"{found.busy_cores:.1f} of {footprint.cores()} cores"
-    alone = f"alone it would take {_about(found)}" if found.seconds else _about(found)
+    cores = f"{estimated.busy_cores:.1f} of {footprint.cores()} cores"
+    alone = f"alone it would take {_about(estimated)}" if estimated.seconds else _about(estimated)
     return f"this machine is busy with other work: {cores}; {alone}"
 
 
@@ -155,10 +155,10 @@ def _spans(spans: list[Span]) -> None:
     show(drawn)
 
 
-def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
+def _plan_json(states: dict[str, State], estimated: Estimate) -> dict[str, Any]:
     steps: dict[str, Any] = {}
     for name, now in states.items():
-        cost = found.costs.get(name)
+        cost = estimated.costs.get(name)
         steps[name] = {
             "state": now.state,
             "seconds": cost and cost.seconds,
@@ -176,6 +176,11 @@ def _plan_json(states: dict[str, State], found: Estimate) -> dict[str, Any]:
             "limit": span.limit,
             "longer": span.longer,
         }
-        for span in found.spans
+        for span in estimated.spans
     }
-    return {"steps": steps, "tokens": tokens, "memory_mib": found.room, "busy_cores": found.busy_cores}
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "memory_mib": estimated.room,
+        "busy_cores": estimated.busy_cores,
+    }

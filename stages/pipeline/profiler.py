@@ -176,10 +176,10 @@ class Profiler:
             return computed([row.input_ids for row in rows[:number]], unpadded and not section.dropout)
 
         with adapter.dropping_out(model, section.dropout):
-            found = self._measured(work, tokens, len(rows))
+            measured = self._measured(work, tokens, len(rows))
         if section.gradient_checkpointing:
             model.gradient_checkpointing_disable()
-        return found
+        return measured
 
     def fits(self, ids: list[int]) -> bool:
         """Whether the architecture computes rows without padding. ids: any real ones."""
@@ -252,16 +252,16 @@ class Profiler:
             return next((n for n in range(1, most) if tokens(n) >= enough), most)
 
         number = reaching(FEW_TOKENS)
-        found = self._fastest(functools.partial(work, number))
-        larger = reaching(tokens(number) * ENOUGH_S / max(found[0], 1e-6))
+        best = self._fastest(functools.partial(work, number))
+        larger = reaching(tokens(number) * ENOUGH_S / max(best[0], 1e-6))
         if larger > number:
             try:
-                number, found = larger, self._fastest(functools.partial(work, larger))
+                number, best = larger, self._fastest(functools.partial(work, larger))
             except Exception as error:
                 if not lacks_memory(error):
                     raise
-        self._last = functools.partial(work, number), found[0]
-        return Measured(tokens(number), *found)
+        self._last = functools.partial(work, number), best[0]
+        return Measured(tokens(number), *best)
 
     def _fastest(self, work: Callable[[], Any]) -> tuple[float, float]:
         trials = [self._trial(work)]
