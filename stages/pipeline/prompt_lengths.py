@@ -49,12 +49,6 @@ def items(config: Config, name: str) -> list[Example]:
     return list(module.load(section)) if hasattr(module, "load") else []
 
 
-def voted(config: Config, name: str) -> bool:
-    """Whether voters label these rows: `train`, or those of a benchmark."""
-    known = name != "train" and config.eval.benchmarks[name].label == "known"
-    return config.classify.strategy == "vote" and not known
-
-
 def of_voters(
     config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
 ) -> Iterator[Span]:
