@@ -362,33 +362,27 @@ def test_what_threads_gain_is_measured_unless_others_have_the_cores(rested):
 
 
 @pytest.mark.parametrize(
-    ("each", "most", "tried"),
-    [(0.01, 64, [6, 6, 20]), (0.12, 64, [6, 6, 9]), (0.2, 64, [6]), (0.01, 4, [4, 4])],
+    ("each", "most", "on_gpu", "tried"),
+    [(0.01, 64, False, [6, 6]), (0.2, 64, False, [6]), (0.01, 4, False, [4, 4]), (0.01, 64, True, [64])],
 )
-def test_a_batch_has_enough_tokens_and_takes_about_a_second(rested, each, most, tried, monkeypatch):
-    """Of 50 tokens a row. What others do on the machine takes wall time, and does not count."""
-    monkeypatch.setattr(profiler, "ENOUGH_S", 0.195 if each == 0.01 else 1.0)
-    sizes = []
+def test_a_batch_has_enough_tokens(rested, each, most, on_gpu, tried, monkeypatch):
+    """Of 50 tokens a row. What others do on the machine takes wall time, and does not count on a CPU."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    rested._on_gpu, sizes = on_gpu, []
 
     def work(number: int) -> None:
         sizes.append(number)
         rested.now["own"] += each * number
         rested.now["wall"] += 20 * each * number
 
-    found = rested._measured(work, lambda number: 50 * number, most)
+    measured = rested._measured(work, lambda number: 50 * number, most)
     assert sizes == tried
-    assert (found.tokens, found.seconds) == (50 * sizes[-1], pytest.approx(each * sizes[-1]))
+    seconds = each * tried[-1] * (20 if on_gpu else 1)
+    assert (measured.tokens, measured.seconds) == (50 * tried[-1], pytest.approx(seconds))
 
 
-def test_a_larger_batch_that_does_not_fit_leaves_the_smaller_one(rested):
-    def work(number: int) -> None:
-        if number > 6:
-            raise MemoryError
-        rested.now["own"] += 0.001
-
-    assert rested._measured(work, lambda number: 50 * number, 64).tokens == 300
-    with pytest.raises(MemoryError):
-        rested._measured(work, lambda number: number, 64)
+def test_memory_is_told_by_tokens():
+    assert Measured(100, 1.0, 30.0).mib_of(250) == 75 and Measured(100, 1.0, 30.0).mib_of(50) == 30
 
 
 def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):

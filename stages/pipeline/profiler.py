@@ -8,6 +8,7 @@ cores to themselves.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
 from stages.engines.generation import SLOTS, continuations
 from stages.engines.transformers import InProcess, ballot_ids
-from stages.errors import lacks_memory
 from stages.language.prompts import Row
 from stages.lora import adapter
 from stages.lora.importance import moments
@@ -35,12 +35,10 @@ from stages.models.layout import Flat, common
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ENOUGH_S = 1.0
-"""Seconds that a measured batch takes, about, where the whole one would take longer."""
 FEW_TOKENS = 256
-"""Tokens that it has at the least: of fewer, each takes longer."""
-TRIALS = 2
-"""The fastest of so many counts, or of fewer that take ENOUGH_S."""
+"""Tokens that a batch measured on a CPU has: of fewer each takes longer, and of more none takes less."""
+TRIALS, ENOUGH_S = 2, 1.0
+"""The fastest of so many trials counts, or of fewer that take so many seconds."""
 TOGETHER = 8
 """Answers to one prompt."""
 NEW_TOKENS = 3
@@ -243,25 +241,15 @@ class Profiler:
             deque(made, maxlen=0)
 
     def _measured(self, work: Callable[[int], Any], tokens: Callable[[int], int], most: int) -> Measured:
-        """A batch of FEW_TOKENS, or of as many as take about ENOUGH_S; it has at most `most` rows.
+        """A batch of at most `most` rows: on a CPU so many as have FEW_TOKENS, on a GPU all of them.
 
         tokens: of the batch, by the number of its rows.
         """
-
-        def reaching(enough: float) -> int:
-            return next((n for n in range(1, most) if tokens(n) >= enough), most)
-
-        number = reaching(FEW_TOKENS)
-        best = self._fastest(functools.partial(work, number))
-        larger = reaching(tokens(number) * ENOUGH_S / max(best[0], 1e-6))
-        if larger > number:
-            try:
-                number, best = larger, self._fastest(functools.partial(work, larger))
-            except Exception as error:
-                if not lacks_memory(error):
-                    raise
-        self._last = functools.partial(work, number), best[0]
-        return Measured(tokens(number), *best)
+        enough = math.inf if self._on_gpu else FEW_TOKENS
+        number = next((n for n in range(1, most) if tokens(n) >= enough), most)
+        measured = Measured(tokens(number), *self._fastest(functools.partial(work, number)))
+        self._last = functools.partial(work, number), measured.seconds
+        return measured
 
     def _fastest(self, work: Callable[[], Any]) -> tuple[float, float]:
         trials = [self._trial(work)]
