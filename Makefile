@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test torture gpu-check check fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test test-all torture gpu-check check fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,8 +59,12 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 	$(LORAPAR) report $(TABLES) $(SMALL) --out runs/tables
 	$(LORAPAR) report $(THETA) $(SMALL) --out runs/tables/theta
 
-test: $(READY) ## Run the tests (no network, no GPU)
+test: $(READY) ## Run the quick tests, in three minutes (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not slow and not gpu"
+
+test-all: test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (an hour or two)
+	LORAPAR_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not vllm"
+	$(BIN)/python -m pytest -m vllm
 
 torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thousand (hours; LORAPAR_SEED repeats)
 	LORAPAR_TORTURE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/torture tests/sandbox/test_hostile.py

@@ -5,10 +5,13 @@ Commands run as a person runs them.
 
 import contextlib
 import ctypes
+import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from tally import pytest_terminal_summary as pytest_terminal_summary
 from tally import tally as tally
@@ -26,7 +30,8 @@ from tally import tally as tally
 from lorapar_cli.app import verb
 from stages.config import Config
 from stages.engines import Pool
-from stages.pipeline.plan import plan
+from stages.errors import BusyError
+from stages.pipeline.plan import Step, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import run_step
 from stages.records import Labelled, read_labels
@@ -47,20 +52,55 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish() -> None:
+    """The libraries' objects stay: looking through them took a third of a small run of SFT."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries say at the end that they leak
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Drawing its curves took half of a small run of RL; test_curves.py draws some."""
+    from stages.lora import curves
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw", lambda history, path: path.write_bytes(b""))
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, made by the first worker that needs it."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = folder.with_name(f"{folder.name}.making")
+            make(making)
+            making.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(common_folder: Path) -> Path:
     from stages.models.fetch import fetch
 
-    return fetch("tiny-random", tmp_path_factory.mktemp("models"))[0]
+    return once(common_folder / "models", lambda folder: fetch("tiny-random", folder)) / "tiny-random"
 
 
 @pytest.fixture(scope="session")
-def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_data(common_folder: Path) -> Path:
     from stages.data.demo import write
 
-    folder = tmp_path_factory.mktemp("data")
-    write(folder, 0)
-    return folder
+    return once(common_folder / "data", lambda folder: write(folder, 0))
 
 
 @pytest.fixture
@@ -73,13 +113,31 @@ def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-def paths(tiny: Path, data: Path, runs: Path) -> list[str]:
+def paths(tiny: Path, data: Path, home: Path) -> list[str]:
     return [
         f"model.name={tiny}",
         f"data.path={data / 'train.jsonl'}",
         f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
-        f"runs_dir={runs / 'runs'}",
+        f"runs_dir={home / 'runs'}",
     ]
+
+
+def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:
+    """Whether it becomes true; the limit is for what never does, for the machine may be busy."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether the process has not ended, reaped or not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def no_sandbox(why: str) -> None:
@@ -150,12 +208,18 @@ def make_steps(
     """
     config = resolved(config)
     made = {}
+
+    def run(step: Step) -> tuple[Artifact, bool]:
+        while True:
+            try:
+                return run_step(config, step, verb(step.stage.name), force, progress or Silent(), engines)
+            except BusyError:  # another worker makes it
+                time.sleep(0.05)
+
     with Pool() as engines:
         for step in plan(config).values():
             if not names or {step.name, step.stage.name} & set(names):
-                made[step.name] = run_step(
-                    config, step, verb(step.stage.name), force, progress or Silent(), engines
-                )
+                made[step.name] = run(step)
     return made
 
 
@@ -174,7 +238,7 @@ def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl
 
     monkeypatch.setattr(training, "train", stop)
     with pytest.raises(Built) as caught:
-        make_step(config, stage)
+        make_step(config, stage, force=True)
     return caught.value.args
 
 
@@ -191,18 +255,42 @@ def warned_anew() -> None:
         flat._warn.cache_clear()
 
 
+class Small:
+    """The smoke config with 48 rows, its runs in one folder, and the given settings changed."""
+
+    def __init__(self, tiny: Path, data: Path, home: Path) -> None:
+        self.home = [*paths(tiny, data, home), "data.limit=48"]
+        """For those who start a command."""
+
+    def __call__(self, *more: str) -> Config:
+        return load(ROOT / "configs/smoke.yaml", [*self.home, *more])
+
+
 @pytest.fixture(scope="session")
-def begun(tiny: Path, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """The smoke config with its first stages done, up to the masks, and the given settings changed."""
-    home = [*paths(tiny, demo_data, tmp_path_factory.mktemp("begun")), "data.limit=48"]
+def labelled(tiny: Path, demo_data: Path, common_folder: Path) -> Path:
+    """Runs with the first stages done, up to the masks. Nobody changes them."""
 
-    def config(*more: str) -> Config:
-        return load(ROOT / "configs/smoke.yaml", [*home, *more])
+    def make(folder: Path) -> None:
+        make_steps(Small(tiny, demo_data, folder)(), "classify", "score", "partition")
 
-    config.home = home  # type: ignore[attr-defined]  # for those who start a command
-    for name in ("classify:train", "score", "partition"):
-        make_step(config(), name)
-    return config
+    return once(common_folder / "labelled", make)
+
+
+@pytest.fixture(scope="session")
+def begun(tiny: Path, demo_data: Path, labelled: Path, common_folder: Path) -> Small:
+    """`labelled` and what is added to it by all tests of all workers: the same settings are made once.
+
+    A test that watches a step being made, makes it by force, or damages it takes `own`.
+    """
+    home = once(common_folder / "begun", lambda folder: shutil.copytree(labelled, folder, symlinks=True))
+    return Small(tiny, demo_data, home)
+
+
+@pytest.fixture
+def own(tiny: Path, demo_data: Path, labelled: Path, tmp_path: Path) -> Small:
+    """A copy of `labelled` for one test."""
+    shutil.copytree(labelled, tmp_path / "own", symlinks=True)
+    return Small(tiny, demo_data, tmp_path / "own")
 
 
 @dataclass

@@ -43,12 +43,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
 
     def of(native: bool) -> None:
         dtype._auto.cache_clear()
+        dtype.warn_if_slow.cache_clear()
         monkeypatch.setattr(dtype, "native_bfloat16", lambda: native)
 
     yield of
     dtype._auto.cache_clear()
+    dtype.warn_if_slow.cache_clear()
 
 
+@pytest.mark.slow
 def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Path):
     command = [sys.executable, "-c", ASK, str(sixteen)]
     done = subprocess.run(
@@ -74,9 +77,13 @@ def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, t
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
-    cpu, sixteen: Path, native: bool, taken: str
+    cpu, sixteen: Path, native: bool, taken: str, caplog
 ):
     cpu(native)
+    for _ in range(2):
+        assert str(load_base(ModelSection(name=str(sixteen), dtype="bfloat16")).dtype) == "torch.bfloat16"
+    said = [text for text in caplog.messages if text.startswith("model.dtype bfloat16: this CPU multiplies")]
+    assert len(said) == (not native)  # once
     model = ModelSection(name=str(sixteen))
     assert dtype.resolve(model) == taken
     assert str(load_base(model).dtype) == f"torch.{taken}"

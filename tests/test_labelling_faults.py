@@ -93,11 +93,21 @@ FAULTS = {
 }
 
 
+UNDISTURBED: list[int | None] = []
+"""The labels without faults, once they are known."""
+
+
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    if not UNDISTURBED:
+        with serve(Mock()) as healthy:
+            apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
+            UNDISTURBED.extend(system_of(classify(config(healthy.url).model_copy(update=apart))))
+    return UNDISTURBED
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_no_vote_is_lost_and_labels_are_as_without_faults(config, capsys, tmp_path, name):
-    with serve(Mock()) as healthy:
-        apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
-        undisturbed = system_of(classify(config(healthy.url).model_copy(update=apart)))
+def test_no_vote_is_lost_and_labels_are_as_without_faults(config, capsys, undisturbed, name):
     with serve(Mock(FAULTS[name])) as mock:
         given = config(mock.url)
         artifact = classify(given)

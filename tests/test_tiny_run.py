@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_steps, paths, processes
+from conftest import ROOT, Small, make_steps, once, processes, wait_for
 from trl import GRPOTrainer
 
 from stages.engines import Answer
@@ -21,40 +21,45 @@ from stages.lora import adapter
 from stages.lora.masks import Masks
 from stages.models.base import load_base
 from stages.pipeline.plan import plan
-from stages.pipeline.resolve import load, resolved
+from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.records import read_jsonl, read_labels
 from stages.store.artifacts import Store
 
 
-@pytest.fixture(scope="module")
-def whole(tiny, demo_data, tmp_path_factory):
-    """A finished run: its overrides and its artifacts. Tests that change it copy it first."""
-    overrides = paths(tiny, demo_data, tmp_path_factory.mktemp("whole"))
-    return overrides, make_steps(load(ROOT / "configs/smoke.yaml", overrides))
+@pytest.fixture(scope="session")
+def finished(tiny, demo_data, labelled, common_folder):
+    """A finished run, which nobody changes."""
+
+    def make(folder):
+        shutil.copytree(labelled, folder, symlinks=True)
+        make_steps(Small(tiny, demo_data, folder)())
+
+    return Small(tiny, demo_data, once(common_folder / "finished", make))
+
+
+@pytest.fixture(scope="session")
+def whole(finished):
+    """Its artifacts."""
+    return {name: artifact for name, (artifact, _) in make_steps(finished()).items()}
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    """A function from overrides to a config whose run is a copy of the finished one."""
-    overrides, made = whole
-    runs = next(iter(made.values()))[0].path.parents[2]
-    shutil.copytree(runs, tmp_path / "runs", symlinks=True)
-    kept = [o for o in overrides if not o.startswith("runs_dir")] + [f"runs_dir={tmp_path / 'runs'}"]
-    return lambda *more: load(ROOT / "configs/smoke.yaml", [*kept, *more])
+def copied(finished, tiny, demo_data, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(finished().runs_dir, tmp_path / "runs", symlinks=True)
+    return Small(tiny, demo_data, tmp_path)
 
 
-def test_every_step_is_made_once(whole, copied):
-    assert all(now for _, now in whole[1].values())
+def test_every_step_is_made_once(copied):
     assert not any(now for _, now in make_steps(copied()).values())
 
 
 def test_labels_and_importance(whole):
-    _, made = whole
-    labels = read_labels(made["classify:train"][0].path / "labels.jsonl")
+    labels = read_labels(whole["classify:train"].path / "labels.jsonl")
     assert {row.system for row in labels} == {1, 2}
     assert set(labels[0].votes) == {"tiny-random/steps", "tiny-random/effort", "tiny-random/simplicity"}
-    summary = made["score"][0].manifest["summary"]
+    summary = whole["score"].manifest["summary"]
     assert summary["system1"]["examples"] == summary["system2"]["examples"] == 8
     assert 0 < summary["system1"]["second_order"] < 1
 
@@ -62,10 +67,9 @@ def test_labels_and_importance(whole):
 @pytest.mark.parametrize(("stage", "before"), [("sft", "score"), ("rl", "sft")])
 def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
-    _, made = whole
-    active = Masks.load(made[f"partition:{stage}"][0].path / "masks.safetensors", stage).active
-    start = adapter.read(made[before][0].path / {"score": "init", "sft": "adapter"}[before])
-    after = adapter.read(made[stage][0].path / "adapter")
+    active = Masks.load(whole[f"partition:{stage}"].path / "masks.safetensors", stage).active
+    start = adapter.read(whole[before].path / {"score": "init", "sft": "adapter"}[before])
+    after = adapter.read(whole[stage].path / "adapter")
     changed = 0
     for name, old in start.items():
         assert torch.equal(after[name][~active[name]], old[~active[name]]), name
@@ -73,7 +77,7 @@ def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     number = sum(int(mask.sum()) for mask in active.values())
     assert 0 < number < sum(mask.numel() for mask in active.values())
     assert changed > 0.95 * number
-    assert made[stage][0].manifest["summary"]["frozen_drift"] == 0
+    assert whole[stage].manifest["summary"]["frozen_drift"] == 0
 
 
 def test_the_adapter_is_plain_peft(whole, tiny):
@@ -81,7 +85,7 @@ def test_the_adapter_is_plain_peft(whole, tiny):
 
     from stages.config import LoraSection, ModelSection
 
-    folder = whole[1]["rl"][0].path / "adapter"
+    folder = whole["rl"].path / "adapter"
     plain = PeftModel.from_pretrained(load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
     ours = adapter.attach(
         load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder
@@ -371,7 +375,7 @@ def test_importance_with_init_default_is_refused_before_anything_loads(copied):
 
 def test_no_example_of_one_system(copied):
     with pytest.raises(
-        DataError, match=r"no example is labelled System 2 \(64 System 1, 0 System 2, 0 undecided\)"
+        DataError, match=r"no example is labelled System 2 \(48 System 1, 0 System 2, 0 undecided\)"
     ):
         make_steps(copied("classify.system2_share=0.001"), "classify:train", "score")
 
@@ -396,7 +400,7 @@ def test_rows_that_are_too_long_for_sft(copied):
 
 
 def test_samples_and_metrics(whole):
-    folder = whole[1]["eval:sft@demo"][0].path
+    folder = whole["eval:sft@demo"].path
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = [row for _, row in read_jsonl(folder / "samples.jsonl")]
     assert metrics["all"]["n"] == len(rows) == 16
@@ -440,9 +444,13 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
     assert set(states) == {"current"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_stage_does_not_outlive_the_run_that_started_it(begun, tmp_path, number):
-    config = begun("sft.max_steps=100000", "sft.epochs=100000")
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))],
+    ids=lambda n: n.name,
+)
+def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number):
+    config = own("sft.max_steps=100000", "sft.epochs=100000")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "lorapar_cli", "run", str(path), "--to", "sft"]
@@ -450,11 +458,8 @@ def test_a_stage_does_not_outlive_the_run_that_started_it(begun, tmp_path, numbe
     for line in run.stderr:
         if line.startswith("sft on "):
             break
-    assert len(processes(str(path))) == 4  # the run, its guard, the keeper, and the stage
+    assert wait_for(lambda: len(processes(str(path))) == 4)  # the run, its guard, the keeper, and the stage
     os.kill(run.pid, number)
-    deadline = time.monotonic() + 20
-    while processes(str(path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes(str(path)) == []
+    assert wait_for(lambda: not processes(str(path)))
     run.wait()
     run.stderr.close()

@@ -11,6 +11,8 @@ from stages.sandbox.backends import Limits
 from stages.sandbox.pair import Backend, SandboxFailure, check
 
 LIMITS = Limits(seconds=1)
+PATIENT = Limits(seconds=20)
+"""For the good program, which takes a moment: a busy machine is no reason to refuse the back end."""
 GOOD = (
     "import math, collections, re, heapq\n"
     "def f():\n    print('text')\n    return [math.floor(4.2), {'a': (1, 2.5)}]"
@@ -43,7 +45,7 @@ HOSTILE = {
 def selftest(backend: Backend) -> list[str]:
     """The problems found, one line each; empty if the back end can be trusted with a program."""
     try:
-        verdict = check(backend, GOOD, TESTS, "f", "", LIMITS)
+        verdict = check(backend, GOOD, TESTS, "f", "", PATIENT)
         if not verdict.passed:
             return [f"a good program does not pass: {verdict.status}, {verdict.why}"]
         with _victim() as names:

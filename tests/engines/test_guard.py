@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from conftest import alive, wait_for
 
 from stages.engines import guard
 
@@ -28,13 +27,6 @@ from stages.engines.guard import guarded
 child = subprocess.Popen(guarded([sys.executable, "-c", {SERVER!r}]), stdin=subprocess.PIPE)
 time.sleep(300)
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL]
@@ -61,10 +53,7 @@ def test_nothing_is_left(who, number):
         else:
             os.kill({"starter": starter.pid, "guard": outer, "keeper": keeper}[who], number)
         left = [outer, keeper, server] if who == "both" else [outer, keeper, server, worker]
-        deadline = time.monotonic() + 15
-        while any(map(alive, left)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(map(alive, left))
+        assert wait_for(lambda: not any(map(alive, left)))
     finally:
         starter.kill()
         starter.wait()

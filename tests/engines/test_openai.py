@@ -9,6 +9,7 @@ from dataclasses import replace
 from email.utils import formatdate
 
 import pytest
+from conftest import wait_for
 from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
@@ -417,10 +418,8 @@ def test_a_signal_at_any_moment_ends_what_is_asked():
                     signal.setitimer(signal.ITIMER_REAL, moment / 1000)
                     for _ in range(1000):
                         list(client.choose([TEXT] * 8))
-            deadline = time.monotonic() + 5
-            while threading.active_count() > served and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert threading.active_count() <= served, [thread.name for thread in threading.enumerate()]
+            ended = wait_for(lambda: threading.active_count() <= served)
+            assert ended, [thread.name for thread in threading.enumerate()]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, usual)

@@ -15,6 +15,13 @@ from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
+QUICK = [("p_tuning", "float32"), ("prefix_tuning", "float32"), ("ia3", "float32"), ("dora", "bfloat16")]
+"""Those that differ most: a prompt by an encoder, one in the cache, vectors, and a copy of whole weights."""
+STAGES = [
+    pytest.param(method, dtype, marks=() if (method, dtype) in QUICK else pytest.mark.slow)
+    for method in METHODS
+    for dtype in ("float32", "bfloat16")
+]
 COMMON = [
     "eval.targets=[base,sft,rl]",
     "baseline.virtual_tokens=4",
@@ -27,8 +34,7 @@ def chosen(begun, method: str, *more: str):
     return begun(f"baseline.method={method}", *COMMON, *more)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dtype"), STAGES)
 def test_sft_rl_and_eval_run(begun, method, dtype):
     config = chosen(begun, method, f"model.dtype={dtype}")
     assert not {"score", "partition"} & set(plan(resolved(config)))
@@ -53,15 +59,19 @@ def test_dropout_reaches_the_methods_that_have_one(begun, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_saved_answers_like_what_was_trained(begun, method):
+def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
     """PEFT's own file on the plain base, against the parameters from which RL goes on."""
-    config = chosen(begun, method, "sft.lr=0.1")
-    folder = make_step(config, "sft").path / "adapter"
+    config = chosen(begun, method)
     ids = torch.arange(5, 25)[None]
     assert config.baseline is not None
+    made = baselines.attach(load_base(config.model), config.baseline, config.lora, config.seed, None)
+    for weight in adapter.trained(made).values():
+        weight.data += 0.1 * torch.randn(weight.shape)
+    adapter.save(made, tmp_path, config.model)
+    baselines.save(made, tmp_path)
     base = load_base(config.model)
-    trained = baselines.attach(base, config.baseline, config.lora, config.seed, folder).eval()
-    plain = load_adapted(config.model, folder)
+    trained = baselines.attach(base, config.baseline, config.lora, config.seed, tmp_path).eval()
+    plain = load_adapted(config.model, tmp_path)
     base = load_base(config.model)
     wanted = trained(ids).logits[:, -20:]
     assert torch.allclose(plain(ids).logits[:, -20:], wanted, atol=1e-6)
@@ -75,7 +85,7 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     from stages.engines.transformers import InProcess
     from stages.models.tokenizer import load_tokenizer
 
-    config = chosen(begun, "prefix_tuning", "sft.lr=0.1")
+    config = chosen(begun, "prefix_tuning")
     model = load_adapted(config.model, make_step(config, "sft").path / "adapter")
     prompts = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))]
     tokenizer = load_tokenizer(config.model)
@@ -143,19 +153,17 @@ def test_stages_that_a_baseline_does_not_have(begun, lorapar):
 
 
 def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
-    config = chosen(begun, "prompt_tuning")
+    config = chosen(begun, "p_tuning")
     make_step(config, "sft")
-    settings = [
-        p for text in (*begun.home, "baseline.method=prompt_tuning", *COMMON) for p in ("--set", text)
-    ]
+    settings = [p for text in (*begun.home, "baseline.method=p_tuning", *COMMON) for p in ("--set", text)]
     export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out", "--target", "sft")
     done = lorapar(*export, *settings, "--merged")
-    assert done.code == 78 and "prompt_tuning trains a prompt, which no weight can hold" in done.err
+    assert done.code == 78 and "p_tuning trains a prompt, which no weight can hold" in done.err
     done = lorapar(*export, *settings, "--check", "2")
     assert done.code == 0, done.err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", adapter.ADAPTER, "adapter_config.json"}
-    assert "after prompt_tuning sft" in (tmp_path / "out/README.md").read_text()
+    assert "after p_tuning sft" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("rank", [4, 32])

@@ -75,13 +75,13 @@ def command(
     )
 
 
-def made_by(begun, overrides: list[str], stage: str, processes: int, backend: str = "ddp") -> None:
+def made_by(small, overrides: list[str], stage: str, processes: int, backend: str = "ddp") -> None:
     """By the command, or where there is one process in this one, which has its libraries already."""
-    config = begun(*overrides)
+    config = small(*overrides)
     if processes == 1:
         make_step(config, stage, force=True)
     else:
-        done = command(begun.home, overrides, stage, processes, backend)
+        done = command(small.home, overrides, stage, processes, backend)
         assert done.returncode == 0, done.stderr
     step = plan(resolved(config))[stage]
     artifact = Store(config.root).load(Store(config.root).folder(stage, step.key))
@@ -113,14 +113,14 @@ def moved(before, after, masks) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-def test_frozen_elements_are_identical_on_every_launcher(begun, capsys):
+def test_frozen_elements_are_identical_on_every_launcher(own, capsys):
     lines = []
-    make_step(begun(), "sft")
+    make_step(own(), "sft")
     for what, (stage, objective) in STAGES.items():
         for optimizer, how in OPTIMIZERS.items():
             for launcher in launchers(what, optimizer):
-                config = begun(*settings(stage, *objective, *how))
-                made_by(begun, settings(stage, *objective, *how), stage, *launcher)
+                config = own(*settings(stage, *objective, *how))
+                made_by(own, settings(stage, *objective, *how), stage, *launcher)
                 before, after, masks = files(config, stage)
                 frozen, active, of = moved(before, after, masks)
                 assert frozen == 0 and active > 0.95 * of, (what, optimizer, launcher, frozen, active, of)
@@ -138,16 +138,16 @@ def test_frozen_elements_are_identical_on_every_launcher(begun, capsys):
 
 @pair
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(begun, capsys):
+def test_two_processes_train_what_one_does(own, capsys):
     """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; and scores."""
     changes = settings("sft", "sft.dropout=0", "sft.lr=0.001")
-    config = begun(*changes)
+    config = own(*changes)
     ends, scores = [], []
     for processes in (1, 2):
         for stage in ("score", "sft"):
             if stage == "sft":
                 make_step(config, "partition")
-            made_by(begun, changes, stage, processes)
+            made_by(own, changes, stage, processes)
         step = plan(resolved(config))["score"]
         scores.append(
             read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors")
@@ -168,13 +168,13 @@ def test_two_processes_train_what_one_does(begun, capsys):
 
 @pair
 @pytest.mark.slow
-def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begun, tmp_path):
+def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own, tmp_path):
     """Two steps on the same completions, in micro batches of half a group."""
     rewards = tmp_path / "mine.py"
     rewards.write_text(
         "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
     )
-    make_step(begun(), "sft")
+    make_step(own(), "sft")
     found = {}
     for way in ("auto", "off"):
         changes = settings(
@@ -182,8 +182,8 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begu
             "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.shared_prompts={way}",
         )  # fmt: skip
         changes.append("rl.rewards={odd: 1}")
-        made_by(begun, changes, "rl", 2)
-        folder = Store(begun().root).folder("rl", plan(resolved(begun(*changes)))["rl"].key)
+        made_by(own, changes, "rl", 2)
+        folder = Store(own().root).folder("rl", plan(resolved(own(*changes)))["rl"].key)
         found[way] = json.loads((folder / "history.json").read_text())
     assert len(found["auto"]) == len(found["off"]) == 2
     for one, two in zip(found["auto"], found["off"], strict=True):
@@ -195,11 +195,11 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(begu
 
 @pair
 @pytest.mark.slow
-def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
+def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
     """Two commands with a file each, as on two machines that share the folder of runs."""
     changes = settings("sft", "sft.lr=0.002")
-    config = begun(*changes)
-    made_by(begun, changes, "sft", 2)
+    config = own(*changes)
+    made_by(own, changes, "sft", 2)
     _, wanted, _ = files(config, "sft")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -213,7 +213,7 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
             "mixed_precision: 'no'\nuse_cpu: false\n"
         )
         arguments = [
-            part for text in (*begun.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)
+            part for text in (*own.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)
         ]
         command = [
             sys.executable,
@@ -236,8 +236,8 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(begun, tmp_path):
 
 @pair
 @pytest.mark.slow
-def test_an_error_of_one_process_is_the_command_s(begun):
-    done = command(begun.home, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
+def test_an_error_of_one_process_is_the_command_s(own):
+    done = command(own.home, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
     assert done.returncode == 78
     assert done.stderr.rstrip().splitlines()[-2:] == [
         "error: 2 processes with micro batches of 2 cannot share 6 samples a step evenly",

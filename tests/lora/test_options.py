@@ -10,10 +10,6 @@ from stages.models.base import load_adapted, load_base
 OPTIONS = {
     "all-linear": ["lora.target_modules=all-linear"],
     "pissa_niter_16": ["lora.init=pissa_niter_16"],
-    "random_half": ["partition.strategy=random_half"],
-    "topk by grad2": ["partition.strategy=topk", "score.scorer=grad2"],
-    "topk by what moved": ["partition.strategy=topk", "score.scorer=moved"],
-    "dft": ["sft.loss=dft"],
     "rescore": ["rl.rescore=true", "rl.max_steps=2"],
 }
 

@@ -39,12 +39,12 @@ def odd_of_some(completions, question, **_):
 
 
 @pytest.fixture
-def with_reward(begun, tmp_path):
+def with_reward(own, tmp_path):
     """The config of an RL run from the initial adapter with one of these rewards."""
     file = tmp_path / "mine.py"
     file.write_text(REWARDS)
     start = ["rl.start_from=init", f"rl.rewards_file={file}", "rl.max_steps=3", "rl.epochs=9"]
-    return lambda reward, *more: begun(*start, f"rl.rewards={{{reward}: 2}}", *more)
+    return lambda reward, *more: own(*start, f"rl.rewards={{{reward}: 2}}", *more)
 
 
 def history(artifact) -> list[dict]:

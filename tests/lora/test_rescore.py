@@ -69,8 +69,8 @@ def test_where_there_is_nothing_to_score_again(smoke, setting, why):
         smoke(AGAIN, setting)
 
 
-def test_each_step_of_score_can_be_made_alone(begun, lorapar):
-    settings = [*begun.home, *RL, AGAIN, "sft.lr=0.2"]  # no other test has trained this SFT
+def test_each_step_of_score_can_be_made_alone(own, lorapar):
+    settings = [*own.home, *RL, AGAIN]
     sets = [part for text in settings for part in ("--set", text)]
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "score")
     assert done.code == 0

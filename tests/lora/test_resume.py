@@ -17,13 +17,20 @@ from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file
 
-STEPS = 12
-# 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay; six steps warm up.
+STEPS = 6
+# 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay; half is warm-up.
 SFT = [
-    "sft.max_steps=12", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1",
+    "sft.max_steps=6", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1",
     "sft.warmup=0.5",
 ]  # fmt: skip
-RL = ["rl.max_steps=12", "rl.epochs=9", "rl.dropout=0.05", "rl.save_steps=1", "rl.warmup=0.5"]
+RL = [
+    "rl.start_from=init",
+    "rl.max_steps=6",
+    "rl.epochs=9",
+    "rl.dropout=0.05",
+    "rl.save_steps=1",
+    "rl.warmup=0.5",
+]
 SHARED = [*RL, "rl.dropout=0"]  # with dropout no completion shares its prompt
 MIXED = [*SHARED, "rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4", "rl.drift_steps=2"]
 
@@ -73,7 +80,7 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     """
     home = config.root / stage
     shutil.rmtree(home, ignore_errors=True)
-    if stage == "rl":
+    if stage == "rl" and config.rl.start_from == "sft":
         assert in_a_child(config, "sft", None) == 0
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "KEPT", 99)
@@ -107,14 +114,16 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     [("sft", SFT), ("sft", [*SFT, "sft.padding_free=off"]), ("rl", RL), ("rl", SHARED), ("rl", MIXED)],
     ids=["sft", "sft padded", "rl", "rl with shared prompts", "rl of both systems"],
 )
-def test_a_kill_in_mid_epoch_changes_no_byte(begun, stage, settings, monkeypatch):
-    killed_at(begun(*SFT, *settings), stage, [5], monkeypatch)
+def test_a_kill_in_mid_epoch_changes_no_byte(own, stage, settings, monkeypatch):
+    killed_at(own(*SFT, *settings), stage, [3], monkeypatch)
 
 
-@pytest.mark.parametrize("method", ["p_tuning", "ia3", "dora"])
-def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
-    config = begun(*SFT, f"baseline.method={method}", "baseline.encoder_hidden=16", "eval.targets=[sft]")
-    killed_at(config, "sft", [5], monkeypatch, baselines.STATE)
+@pytest.mark.parametrize(
+    "method", ["p_tuning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ia3", "dora"))]
+)
+def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
+    config = own(*SFT, f"baseline.method={method}", "baseline.encoder_hidden=16", "eval.targets=[sft]")
+    killed_at(config, "sft", [3], monkeypatch, baselines.STATE)
 
 
 @pytest.mark.slow
@@ -124,7 +133,7 @@ def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
         ("sft", SFT),
         ("sft", [*SFT, "sft.save_steps=3"]),
         ("rl", [*RL, "rl.kl_beta=0"]),
-        ("rl", [*RL, "rl.kl_beta=0.04", "rl.kl_reference=sft"]),
+        ("rl", [*RL, "rl.kl_beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
         ("rl", [*RL, "rl.iterations=2"]),
         ("sft", [*SFT, "sft.dropout=0"]),
         ("sft", [*SFT, "sft.padding_free=off"]),
@@ -143,9 +152,9 @@ def test_a_baseline_goes_on_as_exactly(begun, method, monkeypatch):
         "rl without",
     ],
 )
-def test_a_kill_at_every_step_changes_no_byte(begun, stage, settings, monkeypatch, capsys):
-    steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [7, 12]
-    said = killed_at(begun(*SFT, *settings), stage, steps, monkeypatch)
+def test_a_kill_at_every_step_changes_no_byte(own, stage, settings, monkeypatch, capsys):
+    steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [4, 6]
+    said = killed_at(own(*SFT, *settings), stage, steps, monkeypatch)
     with capsys.disabled():
         print(f"\n  {said}", end="")
 

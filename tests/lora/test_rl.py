@@ -19,9 +19,9 @@ from stages.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture
-def ready(begun):
+def ready(own):
     """The config of a run whose RL can start, in one step from the initial adapter."""
-    return lambda *more: begun("rl.start_from=init", "rl.max_steps=1", *more)
+    return lambda *more: own("rl.start_from=init", "rl.max_steps=1", *more)
 
 
 @pytest.fixture

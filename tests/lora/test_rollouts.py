@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from conftest import ROOT, make_step
+from conftest import ROOT, make_step, make_steps
 from torch import Tensor
 from trl.generation import vllm_generation
 
@@ -98,10 +98,10 @@ def weights_of(engine: Engine, weights):
 
 
 @pytest.mark.parametrize("engine", MODES)
-def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(begun, monkeypatch, engine):
-    config = begun("model.dtype=bfloat16", f"rl.rollouts.engine={engine}", *MODES[engine])
-    for step in ("classify", "score", "partition", "sft"):
-        make_step(config, step)
+def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch, engine):
+    known = ["classify.strategy=random", "rl.start_from=init"]
+    config = own("model.dtype=bfloat16", *known, f"rl.rollouts.engine={engine}", *MODES[engine])
+    make_steps(config, "classify:train", "score", "partition")
     bases, engines = [], []
 
     def watched(*given):

@@ -39,10 +39,10 @@ def held(config, stage: str) -> float | None:
     return store.load(store.folder(stage, step.key)).manifest["summary"].get("base_held")
 
 
-def test_a_divided_base_holds_its_part_and_answers_as_the_whole(begun):
+def test_a_divided_base_holds_its_part_and_answers_as_the_whole(own):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(ROOT / "tests/lora/divided.py"), begun().model.name],
+        [*launcher, str(ROOT / "tests/lora/divided.py"), own().model.name],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -53,25 +53,25 @@ def test_a_divided_base_holds_its_part_and_answers_as_the_whole(begun):
 @pytest.mark.parametrize(
     "how", [[], ["sft.gradient_checkpointing=true", "sft.padding_free=off", "sft.dropout=0.1"]]
 )
-def test_sft_is_that_of_ddp_to_the_bit(begun, how):
+def test_sft_is_that_of_ddp_to_the_bit(own, how):
     found = []
     for backend in ("ddp", "fsdp2"):
         changes = settings("sft", "sft.micro_batch=2", *how)
-        made_by(begun, changes, "sft", 2, backend)
-        before, after, _ = files(begun(*changes), "sft")
+        made_by(own, changes, "sft", 2, backend)
+        before, after, _ = files(own(*changes), "sft")
         found.append(joined(after) - joined(before))
-        share = held(begun(*changes), "sft")
+        share = held(own(*changes), "sft")
         assert share is None if backend == "ddp" else 0.5 < share < 0.8
     assert_alike(*found)
 
 
 @pytest.mark.parametrize("scorer", ["taylor2", "moved"])
-def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(begun, scorer):
+def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(own, scorer):
     found = []
     for backend in ("ddp", "fsdp2"):
         changes = [f"score.scorer={scorer}", "score.examples=5", "score.batch_size=1"]
-        made_by(begun, changes, "score", 2, backend)
-        config = begun(*changes)
+        made_by(own, changes, "score", 2, backend)
+        config = own(*changes)
         folder = Store(config.root).folder("score", plan(resolved(config))["score"].key)
         systems = read_importance(folder / "importance.safetensors")
         found.append(torch.cat([joined(systems[system]) for system in (1, 2)]))
@@ -80,12 +80,12 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(begu
     assert_alike(*found)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(begun):
+def test_a_killed_run_goes_on_to_the_same_bytes(own):
     changes = settings("sft", "sft.lr=0.003", "sft.save_steps=1", "sft.launch.backend=fsdp2")
     changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.epochs=99"]
-    config = begun(*changes)
+    config = own(*changes)
     make_step(config, "partition")
-    arguments = [part for text in (*begun.home, *changes) for part in ("--set", text)]
+    arguments = [part for text in (*own.home, *changes) for part in ("--set", text)]
     command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments]
     store, key = Store(config.root), plan(resolved(config))["sft"].key
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)

@@ -201,10 +201,10 @@ def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
 
 
-def test_rows_that_do_not_teach_to_stop_are_named(begun):
+def test_rows_that_do_not_teach_to_stop_are_named(own):
     def warnings(*settings: str) -> list[str]:
         told = Silent()
-        make_steps(begun("sft.max_steps=1", *settings), "score", "partition", "sft", progress=told)
+        make_steps(own("sft.max_steps=1", *settings), "score", "partition", "sft", progress=told)
         return [text for text in told.said if "stop token" in text]
 
     assert warnings() == []

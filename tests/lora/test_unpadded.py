@@ -284,7 +284,7 @@ def steps_of(config, monkeypatch):
 
 
 @pytest.mark.parametrize("reference", ["base", "sft"])
-def test_whole_steps_are_trl_s_however_completions_are_batched(begun, monkeypatch, tmp_path, reference):
+def test_whole_steps_are_trl_s_however_completions_are_batched(own, monkeypatch, tmp_path, reference):
     """Micro batches hold two groups, or half a group; TRL shuffles completions over them."""
     rewards = tmp_path / "mine.py"
     rewards.write_text(
@@ -294,7 +294,7 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(begun, monkeypatc
 
     def config(*more):
         """Where RL starts from is no matter here, so that `sft` is the adapter as it was initially."""
-        made = begun(*TWO_STEPS, *odd, *more)
+        made = own(*TWO_STEPS, *odd, *more)
         return made.model_copy(update={"rl": made.rl.model_copy(update={"kl_reference": reference})})
 
     usual, none = steps_of(config("rl.shared_prompts=off"), monkeypatch)
@@ -468,7 +468,7 @@ def test_the_model_s_own_call_is_untouched(sft):
 
 
 @pytest.mark.parametrize(("loss", "sorts"), [("dapo", True), ("bnpo", False)])
-def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(begun, monkeypatch, loss, sorts):
+def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(own, monkeypatch, loss, sorts):
     """BNPO divides by the tokens of a micro batch: those of short completions would weigh more.
 
     Also if each group were a micro batch: TRL's own shuffling mixes them.
@@ -479,11 +479,11 @@ def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(begun, 
     monkeypatch.setattr(
         grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
     )
-    make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.drift_prompts=0", f"rl.loss={loss}"), "rl")
+    make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.drift_prompts=0", f"rl.loss={loss}"), "rl")
     assert bool(seen) is sorts is not bool(mixed)
 
 
-def test_nothing_drops_out_of_passes_that_only_compare(begun, monkeypatch):
+def test_nothing_drops_out_of_passes_that_only_compare(own, monkeypatch):
     """Else the KL term between two equal models would not be zero."""
     seen, usual = set(), grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies
 
@@ -492,5 +492,5 @@ def test_nothing_drops_out_of_passes_that_only_compare(begun, monkeypatch):
         return usual(self, model, *given, **more)
 
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", found)
-    make_step(begun("rl.start_from=init", "rl.max_steps=1", "rl.dropout=0.5", "rl.kl_beta=0.1"), "rl")
+    make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.dropout=0.5", "rl.kl_beta=0.1"), "rl")
     assert seen == {(True, True), (False, False)}

@@ -38,6 +38,7 @@ model: {name: MODEL}
 data: {path: DATA/train.jsonl, limit: 48}
 rl: {max_steps: 120, save_steps: 1, epochs: 99, max_equal_steps: 999}
 sft: {max_steps: 2}
+classify: {strategy: random}
 eval: {benchmarks: {demo: {path: DATA/test.jsonl}}}
 """
 
@@ -286,6 +287,7 @@ def test_a_signal_in_the_middle_ends_the_step_and_gives_another_run(tmp_path):
     assert job.stdout.read() == ""  # the step has ended, too: nobody holds its end of the pipe
 
 
+@pytest.mark.slow
 def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch):
     """By its executor for one machine: told in the middle of RL, the job is queued again and resumes."""
     import submitit

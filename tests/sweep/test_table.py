@@ -8,12 +8,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_steps
+from conftest import ROOT, alive, make_steps, wait_for
 
 from stages.benchmarks.statistics import interval
 from stages.errors import ConfigError, MissingInputError
@@ -27,7 +28,7 @@ from stages.sweep.table import table
 FILE = """
 title: A small table
 base: {base}
-set: {{sft.max_steps: 2, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}}
+set: {{sft.max_steps: 1, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}}
 rows:
   "θ .9": {{partition.theta: 0.9}}
   "θ .5": {{partition.theta: 0.5}}
@@ -45,14 +46,15 @@ compare: {{against: "θ .9", on: SFT}}
 
 
 @pytest.fixture(scope="module")
-def small(tiny, demo_data, tmp_path_factory) -> Path:
+def small(tiny, demo_data, common_folder, tmp_path_factory) -> Path:
     """A table on the smoke config."""
     folder = tmp_path_factory.mktemp("table")
     base = folder / "base.yaml"
     base.write_text(
         f"extends: {ROOT / 'configs/smoke.yaml'}\n"
-        f"runs_dir: {folder / 'runs'}\n"
+        f"runs_dir: {common_folder / 'table'}\n"
         f"model: {{name: {tiny}}}\n"
+        "classify: {strategy: random}\n"
         f"data: {{path: {demo_data / 'train.jsonl'}, limit: 48}}\n"
         f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
@@ -489,7 +491,9 @@ def test_a_row_may_lack_a_column_and_be_made_alone(small):
     assert cell.columns.keys() == {"SFT", "SFT, System 2"}
 
 
-def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small, lorapar, tmp_path):
+def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
+    swept, small, lorapar, tmp_path, monkeypatch
+):
     done = lorapar("report", small, "--out", tmp_path / "out")
     assert done.code == 0 and "15 of 15 values are there" in done.err
     text = (tmp_path / "out/report.md").read_text()
@@ -506,6 +510,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     assert f"lorapar sweep {small} --only &#39;β 0&#39;" in page and "partition.beta: 0" in page
     assert ">Settings and versions<" in page and ">Labels<" in page
     assert re.search(r"SFT, seed 1: θ \.5 wins \d+ and loses \d+ of 16 items", page)
+    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
     assert "0 of 15 values are there" in done.err
     assert "| missing |" in (tmp_path / "out/report.md").read_text()
@@ -608,15 +613,18 @@ def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "guarded", lambda _: usual([sys.executable, "-c", inner]))
     sweep = local.Sweep(nodes, [None], tmp_path, lambda _: None)
 
+    sleep = time.sleep
+
     def interrupted(seconds):
+        sleep(seconds)
         if mark.exists() and mark.read_text():
             raise KeyboardInterrupt
 
     monkeypatch.setattr(local.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.run()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(mark.read_text()), 0)
+    monkeypatch.undo()
+    assert wait_for(lambda: not alive(int(mark.read_text())))
 
 
 def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypatch):
