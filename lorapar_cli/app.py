@@ -9,7 +9,7 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +17,16 @@ from lorapar_cli import beginning, inspection, planning, products, render, repor
 from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
+from lorapar_cli.starts import starter
 from stages import footprint, team
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool, guard
+from stages.engines.fork_server import Starter
 from stages.errors import ConfigError, Ended, panicked
+from stages.models import libraries
 from stages.pipeline import launch
+from stages.pipeline.job import Job
 from stages.pipeline.plan import Step, asked_for
 from stages.pipeline.run import Task, Verb, foresee, run_step, tasks
 from stages.pipeline.state import state
@@ -62,8 +66,14 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
 
 
 def verb(name: str) -> Verb:
-    """The function of a stage; its module, and with it torch, is loaded only now."""
-    return importlib.import_module(f"stages.{name}").run  # type: ignore[no-any-return]
+    """The function of a stage; its module, and with it torch, is loaded when it is called."""
+
+    def run(job: Job, **sections: Any) -> dict[str, Any]:
+        with libraries.hidden(*libraries.UNUSED):
+            stage = importlib.import_module(f"stages.{name}")
+        return stage.run(job, **sections)  # type: ignore[no-any-return]
+
+    return run
 
 
 def _all_current(settings: Config, steps: list[Step]) -> bool:
@@ -171,16 +181,17 @@ def run(
     settings, steps = plan_of(config, set_)
     ran = shown = False
     asked = asked_for(steps, last)
-    for task in tasks(settings, steps, first, last):
-        shown = task.stage == "eval" and not task.current
-        if task.current:
-            render.say(f"{task.stage}: {task.why} is current")
-            continue
-        if task.stage in ("score", "sft"):
-            foresee(settings, asked)
-        ran = True
-        render.say(f"--- {task.stage}: {task.why}")
-        _spawn([task.stage, str(config), *_options(set_, task)])
+    with starter() as stages:
+        for task in tasks(settings, steps, first, last):
+            shown = task.stage == "eval" and not task.current
+            if task.current:
+                render.say(f"{task.stage}: {task.why} is current")
+                continue
+            if task.stage in ("score", "sft"):
+                foresee(settings, asked)
+            ran = True
+            render.say(f"--- {task.stage}: {task.why}")
+            _wait_for(stages, [task.stage, str(config), *_options(set_, task)])
     if not ran:
         render.nothing_to_do()
     store = Store(settings.root)
@@ -199,9 +210,9 @@ def _options(overrides: list[str], task: Task) -> list[str]:
     return [*sets(overrides), *only, *(["--force"] if task.force else [])]
 
 
-def _spawn(arguments: list[str]) -> None:
+def _wait_for(stages: Starter, arguments: list[str]) -> None:
     """A stage in a process of its own; its failure ends this one."""
-    code = guard.run([sys.executable, "-m", "lorapar_cli", *arguments])
+    code = guard.finish(stages.start(arguments))
     if code > 128:
         reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
         render.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")

@@ -9,6 +9,7 @@ import typer
 
 from lorapar_cli import render
 from lorapar_cli.options import Overrides
+from lorapar_cli.starts import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
@@ -76,8 +77,8 @@ def sweep(
         _by_slurm(slurm.Cluster(logs, _settings(cluster), render.say), cells, nodes, dry_run)
     elif not dry_run:
         view, say, look = watching(sys.stderr.isatty(), seconds)
-        with view:
-            ended = Sweep(nodes, places, logs, say, look).run()
+        with view, starter() as stages:
+            ended = Sweep(nodes, places, logs, say, look, stages.start).run()
         _close(ended, len(cells))
 
 

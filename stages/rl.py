@@ -25,6 +25,7 @@ from stages.lora.sharding import DividedRollouts
 from stages.lora.silent import Silent
 from stages.lora.unpadded import SharedPrompts
 from stages.lora.writing import Writer, Written
+from stages.models import libraries
 from stages.models.base import load_base
 from stages.models.flat import has_prompt
 from stages.models.tokenizer import load_tokenizer
@@ -204,7 +205,8 @@ def _trainer(
     arguments: GRPOConfig,
     writer: Writer,
 ) -> Any:
-    from trl import GRPOTrainer
+    with libraries.hidden(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
+        from trl import GRPOTrainer
 
     class Trainer(
         Healthy, DividedRollouts, ExactRollouts, LoraPlus, WarmUp,

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, Small, make_steps, once, processes, wait_for
 from trl import GRPOTrainer
 
-from stages.engines import Answer
+from stages.engines import Answer, fork_server
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks
@@ -463,3 +463,24 @@ def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number)
     assert wait_for(lambda: not processes(str(path)))
     run.wait()
     run.stderr.close()
+
+
+def test_a_run_whose_stages_are_forked_makes_the_same_weights(begun, tmp_path, lorapar, monkeypatch):
+    config = begun("sft.max_steps=2", "rl.max_steps=1")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    forks, usual = [], fork_server.Starter._fork
+    monkeypatch.setattr(fork_server.Starter, "_fork", lambda *given: forks.append(usual(*given)) or forks[-1])
+    assert lorapar("run", path, "--to", "rl", "--from", "sft").code == 0
+    assert [fork.returncode for fork in forks] == [0, 0]
+
+    def weights() -> list[str]:
+        steps = plan(resolved(config))
+        made = [state(Store(config.root), steps[name]).artifact for name in ("sft", "rl")]
+        return [
+            artifact.manifest["files"]["adapter/adapter_model.safetensors"]["sha256"] for artifact in made
+        ]
+
+    forked = weights()
+    make_steps(config, "sft", "rl", force=True)
+    assert weights() == forked

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.models import libraries
 from stages.registry import Files
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class Pool:
         """The engine for a model; callers that ask for the same model share it."""
         if served != self._served or self._engine is None:
             self.close()
-            self._context = engines.pick(served.engine).open(served, server, say)
+            with libraries.hidden(*libraries.UNUSED):
+                engine = engines.pick(served.engine)
+            self._context = engine.open(served, server, say)
             self._engine, self._served = self._context.__enter__(), served  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import IO, Protocol
 
 PATIENCE_S = 5
 KEEP = "--keep"
@@ -23,23 +24,56 @@ PR_SET_PDEATHSIG = 1
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
+class Ending(Protocol):
+    """What can be waited for: a Popen, or what was forked."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+class Child(Ending, Protocol):
+    """A guarded command."""
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        """It ends when this is closed."""
+
+
 def guarded(command: list[str]) -> list[str]:
     """The command under a guard, which ends it and all of its children when our end of its input closes."""
     return [sys.executable, "-I", "-S", __file__, *command]
 
 
+def start(
+    command: list[str], env: dict[str, str] | None = None, out: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a guarded command. out: where its output and errors go; ours, if left out."""
+    return subprocess.Popen(
+        guarded(command),
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.STDOUT if out else None,
+        env=env,
+    )
+
+
 def run(command: list[str], env: dict[str, str] | None = None) -> int:
+    """The exit code of a guarded command; see `finish`."""
+    return finish(start(command, env))
+
+
+def finish(child: Child) -> int:
     """The exit code of a guarded command; it ends with us, and before us if we are interrupted.
 
     The code is 128 + n if signal n ended it.
     """
-    guard = subprocess.Popen(guarded(command), stdin=subprocess.PIPE, env=env)
-    assert guard.stdin is not None
+    assert child.stdin is not None
     try:
-        return _code(guard.wait())
+        return code_of(child.wait())
     finally:  # not a `with`: it would not wait after an interrupt
-        guard.stdin.close()
-        guard.wait()
+        child.stdin.close()
+        child.wait()
 
 
 def guard(command: list[str]) -> int:
@@ -47,15 +81,15 @@ def guard(command: list[str]) -> int:
         os.setsid()
     keep = [*guarded([KEEP]), *command]
     keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, start_new_session=True)
-    return _code(_watched(keeper, keeper.pid))
+    return code_of(watched(keeper, keeper.pid))
 
 
 def keep(command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
-    return _code(_watched(child, os.getpgrp()))
+    return code_of(watched(child, os.getpgrp()))
 
 
-def _code(code: int) -> int:
+def code_of(code: int) -> int:
     """As a shell tells it: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
 
@@ -66,7 +100,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watched(child: subprocess.Popen[bytes], group: int) -> int:
+def watched(child: Ending, group: int) -> int:
     """Wait for the child; end its group when our input closes or we are told to end."""
     ending = threading.Lock()
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
-from stages.engines.guard import guarded
+from stages.engines import guard
+from stages.engines.guard import Child
 from stages.errors import BusyError, ServerError
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
@@ -29,6 +30,14 @@ TURN = 1.0
 """Seconds that a device is left to other sweeps between two steps."""
 TICK = 0.2
 """Seconds between two looks at the children."""
+
+
+Start = Callable[[list[str], dict[str, str], IO[bytes]], Child]
+"""Starts `lorapar ARGUMENTS`, guarded, in this environment, with all that it says in this file."""
+
+
+def spawned(arguments: list[str], env: dict[str, str], log: IO[bytes]) -> Child:
+    return guard.start([sys.executable, "-m", "lorapar_cli", *arguments], env, log)
 
 
 def is_current(node: Node, stores: dict[str, Store]) -> bool:
@@ -89,11 +98,13 @@ class Sweep:
         logs: Path,
         say: Callable[[str], None],
         look: Callable[[Sweep], None] = lambda sweep: None,
+        start: Start = spawned,
     ) -> None:
         """places: one for each step that may run at a time: a device for CUDA_VISIBLE_DEVICES, or None.
 
-        look: called with the sweep several times a second.
+        look: called with the sweep several times a second. start: starts the guarded command of a step.
         """
+        self.start = start
         self.nodes, self.places, self.logs, self.say, self.look = nodes, list(places), logs, say, look
         self.waiting = [place for place, node in nodes.items() if not node.current]
         self.done = {place for place, node in nodes.items() if node.current}
@@ -101,7 +112,7 @@ class Sweep:
         self.tries: dict[Place, int] = {}
         self.later: dict[Place, float] = {}
         self.stores: dict[str, Store] = {}
-        self.running: dict[Place, tuple[subprocess.Popen[bytes], str | None, float]] = {}
+        self.running: dict[Place, tuple[Child, str | None, float]] = {}
         self.leases: dict[str, Lease] = {}
         self.rests_until: dict[str, float] = {}
         """Devices that were just given back: another sweep that waits for one has its turn."""
@@ -163,13 +174,7 @@ class Sweep:
         environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with self.log(node).open("ab") as log:
             self.begins[place] = log.tell()
-            child = subprocess.Popen(
-                guarded([sys.executable, "-m", "lorapar_cli", *node.command]),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.PIPE,
-                env=environment,
-            )
+            child = self.start(node.command, environment, log)
         self.running[place] = (child, device, time.monotonic())
         self.say(f"begins: {node.title}{'' if device is None else f' on device {device}'}")
 

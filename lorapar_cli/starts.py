@@ -1,0 +1,19 @@
+"""How `run` and `sweep` start a stage: as a fork of a process that has imported what the stages import."""
+
+from stages.engines.fork_server import Starter
+from stages.pipeline.table import STAGES
+
+MODULES = (
+    "lorapar_cli.app",
+    *(f"stages.{name}" for name in STAGES),
+    "stages.engines.transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "datasets",
+    "trl.trainer.sft_trainer",
+)
+"""Not GRPOTrainer: whether that is to load vLLM, each run of RL decides."""
+
+
+def starter() -> Starter:
+    return Starter("lorapar_cli", MODULES)
