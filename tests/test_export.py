@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,8 @@ def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, m
 def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
     overrides = [part for text in (*begun.home, "sft.lr=0.77") for part in ("--set", text)]
     done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft")
-    assert done.code == 66 and "error: sft is missing" in done.err
+    # Stale where another test has made it with other settings in the store that they share.
+    assert done.code == 66 and re.match("error: sft is (missing|stale)", done.err)
     assert not (tmp_path / "x").exists()
 
 

@@ -208,7 +208,7 @@ def test_rows_that_do_not_teach_to_stop_are_named(own):
         return [text for text in told.said if "stop token" in text]
 
     assert warnings() == []
-    (warning,) = warnings("data.max_length=160", "data.too_long=truncate")
+    (warning,) = warnings("data.max_length=230", "data.too_long=truncate")
     assert re.match(r"warning: \d+ of \d+ rows do not end in a stop token, such as \w{16}: ", warning)
 
 
