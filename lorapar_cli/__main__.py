@@ -6,9 +6,14 @@ import sys
 def main() -> None:
     """Run the command of the command line."""
     try:
-        from lorapar_cli.app import main as run
+        if sys.argv[1:] == ["--help"]:
+            from lorapar_cli.overview import text
 
-        run()
+            print(text())
+        else:
+            from lorapar_cli.app import main as run
+
+            run()
     except KeyboardInterrupt:
         sys.exit(130)
 

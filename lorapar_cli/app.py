@@ -257,6 +257,9 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     footprint.let_waiting_threads_sleep()
+    if not sys.stderr.isatty():  # in a log each step of a progress bar is a line
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if team.launched():  # a launcher ends its processes itself, unless it is killed

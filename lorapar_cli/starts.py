@@ -10,6 +10,7 @@ MODULES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "datasets",
+    "matplotlib.figure",
     "trl.trainer.sft_trainer",
 )
 """Not GRPOTrainer: whether that is to load vLLM, each run of RL decides."""

@@ -2,28 +2,56 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT, paths
 
+from lorapar_cli import overview
 from lorapar_cli.__main__ import main as begin
+from lorapar_cli.app import app
 
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "scipy"}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "scipy", "statsmodels"}
+LIGHT = {"typer", "pydantic", "yaml", "rich"}
 
 
-def test_help_loads_nothing_heavy():
-    code = (
-        "import sys; sys.argv = ['lorapar', '--help']\n"
-        "try:\n from lorapar_cli.app import main; main()\nexcept SystemExit: pass\n"
-        "print('\\n', *sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "partition" in done.stdout
-    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+def imported(*arguments: object) -> tuple[set[str], str]:
+    """The packages that a command loads, and what it prints."""
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, 66, 78), done.stderr
+    names = re.findall(r"^import time:.*\| +(\w+)", done.stderr, re.MULTILINE)
+    return set(names), done.stdout
+
+
+def test_help_loads_nothing_but_itself():
+    loaded, out = imported("-m", "lorapar_cli", "--help")
+    assert "partition" in out and not (HEAVY | LIGHT | {"stages"}) & loaded
+
+
+def test_help_says_of_each_command_what_that_says_of_itself():
+    told = {
+        name: " ".join(command.help.split("\n\n")[0].split())
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    assert list(overview.commands()) == list(told.items())
+
+
+def test_quick_commands_load_nothing_heavy(config, begun):
+    current = ["partition", ROOT / "configs/smoke.yaml", *(p for s in begun.home for p in ("--set", s))]
+    for arguments in (["list"], ["status", *config], ["sft", *config, "--set", "sft.lrr=1"], current):
+        loaded, _ = imported("-m", "lorapar_cli", *arguments)
+        assert LIGHT & loaded and not HEAVY & loaded, arguments
+
+
+def test_a_paired_test_of_right_and_wrong_loads_no_scipy():
+    code = "from stages.benchmarks.statistics import paired_p; assert paired_p([0, 1, 0], [1, 1, 1]) == 0.5"
+    assert not {"scipy", "statsmodels"} & imported("-c", code)[0]
 
 
 @pytest.mark.parametrize("command", ["--help", "status --help", "list", "list scorers", "config"])

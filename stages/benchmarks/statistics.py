@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import comb, lcm, sqrt
 from statistics import NormalDist
+from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
 DECIMALS = 12
@@ -56,8 +57,6 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     whose sum is as far from zero. Where every difference is -1, 0 or 1 it is the exact McNemar test.
     """
     import numpy as np
-    from scipy.signal import convolve
-    from scipy.stats import binom
 
     differences = [Fraction(value).limit_denominator(FINEST) for value in _differences(before, after)]
     parts = min(FINEST, lcm(*(value.denominator for value in differences)))
@@ -65,10 +64,16 @@ def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
     chances = np.ones(1)  # of each sum of the units, in twos from the least
     for size, number in Counter(abs(unit) for unit in units if unit).items():
         alike = np.zeros(size * number + 1)
-        alike[::size] = binom.pmf(np.arange(number + 1), number, 0.5)
-        chances = convolve(chances, alike)
+        alike[::size] = [comb(number, ways) / 2**number for ways in range(number + 1)]
+        chances = alike if len(chances) == 1 else _convolved(chances, alike)
     sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
     return float(np.clip(chances[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
+
+
+def _convolved(one: Any, other: Any) -> Any:
+    from scipy.signal import convolve  # half a second, and most tests are of one size alone
+
+    return convolve(one, other)
 
 
 def p_value(p: float) -> str:

@@ -20,7 +20,7 @@ import httpx
 
 from stages import footprint
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Choice, Served
+from stages.engines import Served
 from stages.engines.guard import guarded
 from stages.engines.openai import Client
 from stages.errors import ConfigError, LoraparError, ServerError
@@ -265,16 +265,3 @@ def _last(log: str) -> str:
     lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if "Error" in line]
     return errors[-1].strip()[:300] if errors else "no error in its log"
-
-
-def check(model: str) -> None:
-    """Start a server for `model`, ask it one question and stop it; raises if any of this fails."""
-    served = Served("vllm", ModelSection(name=model))
-    with open(served, ServerSection(), lambda text: print(text, file=sys.stderr)) as client:
-        ((_, choice),) = client.choose([Ballot("Ice is", (" cold", " hot"))])
-        assert isinstance(choice, Choice), choice
-    print(f"vLLM works: it gives {choice.shares[1]:.2f} to one of two words", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    check(sys.argv[1])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError
+from stages.models.base import with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """`base` with the initial adapter A₀, B₀ that `lora` and the seed give, compensated if `lora` says so."""
     lora = with_targets(base, lora)
     start = None if lora.init == "normal" else _peft_start(base, lora, seed)
-    model = get_peft_model(base, _lora_config(lora, 0.0, lora.compensated, False))
+    model = with_adapter(base, _lora_config(lora, 0.0, lora.compensated, False))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in sorted(lora_layers(model).items()):
@@ -102,7 +103,7 @@ def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str
         if lora.init in SUBTRACTED
         and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
     }
-    model = get_peft_model(base, _lora_config(lora, 0.0, False, init))
+    model = with_adapter(base, _lora_config(lora, 0.0, False, init))
     start = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
     for name, weight in kept.items():
@@ -146,7 +147,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """`base` with the adapter of `folder`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
-    model = get_peft_model(base, _lora_config(lora, dropout, lora.compensated, False))
+    model = with_adapter(base, _lora_config(lora, dropout, lora.compensated, False))
     stored, wanted = read(folder), lora_layers(model)
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[0]

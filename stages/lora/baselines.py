@@ -20,13 +20,13 @@ from peft import (
     RandLoraConfig,
     ShiraConfig,
     VeraConfig,
-    get_peft_model,
 )
 from safetensors.torch import save_file
 
 from stages.config import BaselineSection, LoraSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora import adapter
+from stages.models.base import with_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,7 +60,7 @@ def attach(
     """
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, _config(base, baseline, lora, seed, dropout))
+        model = with_adapter(base, _config(base, baseline, lora, seed, dropout))
     except ValueError as error:
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
+from stages.models import libraries
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.reading import complete, reading
 
@@ -93,9 +94,17 @@ def _four_bit(dtype: str) -> dict[str, Any]:
     return {"quantization_config": nf4, "device_map": {"": device()}}
 
 
+def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The base model with a new adapter; PEFT would load bitsandbytes for it, whatever the base is."""
+    with libraries.hidden(*libraries.UNUSED):
+        return get_peft_model(base, config)  # type: ignore[return-value]
+
+
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
     """The base model with the adapter of `folder` beside its weights, loaded by plain PEFT."""
-    return PeftModel.from_pretrained(load_base(model), str(folder)).eval()
+    base = load_base(model)
+    with libraries.hidden(*libraries.UNUSED):
+        return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
