@@ -29,8 +29,6 @@ from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.reading import config_of, positions
 
 HOST = "127.0.0.1"
-MODULE = f"adapter-{os.getpid()}"
-"""What an adapter is served as: another process's server, on the same port, knows no model of that name."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
 NOT_READ = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "metal/*")
@@ -58,14 +56,15 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
         model, modules = served.model, {}
         as_module = server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
         if served.adapter is not None and as_module:
-            modules = {MODULE: served.adapter}
+            # Another process's server, on the same port, knows no model of this name.
+            modules = {f"adapter-{os.getpid()}": served.adapter}
         elif served.adapter is not None:
             say(f"merging {served.adapter}")
             save_merged(model, served.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
         command = _command(model, server, port, served.vllm, modules)
         with _running(command, port, served.devices, server, say, served.model.name) as ended:
-            yield Client((_address(port),), MODULE if modules else model.name, "", server, ended)
+            yield Client((_address(port),), next(iter(modules), model.name), "", server, ended)
 
 
 @contextmanager
