@@ -40,7 +40,8 @@ fi
 if [ -n "$vllm" ]; then
     # A server that cannot start although this loads says so at its first use, and how to do without.
     echo "loading vLLM once, as a check"
-    if ! $PYTHON -c "import vllm.entrypoints.openai.api_server" >/dev/null; then
+    if ! notes=$($PYTHON -c "import vllm.entrypoints.openai.api_server" 2>&1); then
+        echo "vLLM does not load: ${notes##*$'\n'}" >&2
         $PIP uninstall --quiet --yes "$vllm"
         vllm=
     fi
