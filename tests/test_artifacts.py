@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.artifacts import Store
+from stages.store import artifacts
+from stages.store.artifacts import MANIFEST, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import DigestCache, canonical, key_of
 
@@ -40,6 +41,17 @@ def test_committed_artifact_is_whole(store):
     assert artifact.damage() is None
     assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
     assert not store.partial("score", path.name).exists()
+
+
+def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
+    """The files first, then the manifest, then the rename: a power failure may come between them."""
+    done = []
+    rename = Path.rename
+    monkeypatch.setattr(artifacts, "fsync", lambda path: done.append(path.name))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append(f"to {to.name}") or rename(path, to))
+    path = build(store)
+    key = path.name
+    assert done == ["file.bin", MANIFEST, "sub", f".{key}.partial", f"to {key}", "score"]
 
 
 @pytest.mark.parametrize("offset", range(7))
@@ -98,9 +110,9 @@ def _hold(root: Path, held, release) -> None:
 def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(store.root, held, release))
+    holder = context.Process(target=_hold, args=(store.root, held, release), daemon=True)
     holder.start()
-    assert held.wait(30)
+    assert held.wait(600)
     with pytest.raises(BusyError, match=f"being built by pid {holder.pid}"), store.lock("score", "k"):
         pass
     holder.kill()

@@ -131,7 +131,7 @@ def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
     ("stage", "settings"),
     [
         ("sft", SFT),
-        ("sft", [*SFT, "sft.save_steps=3"]),
+        ("sft", [*SFT, "sft.save_steps=2"]),
         ("rl", [*RL, "rl.kl_beta=0"]),
         ("rl", [*RL, "rl.kl_beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
         ("rl", [*RL, "rl.iterations=2"]),
@@ -142,7 +142,7 @@ def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
     ],
     ids=[
         "sft",
-        "sft every 3",
+        "sft every 2",
         "rl beta 0",
         "rl beta 0.04",
         "rl 2 iterations",
