@@ -27,13 +27,12 @@ from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
 from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import (
     CONTENT_FREE,
-    HELD_OUT,
     Judged,
     as_example,
     brief_of,
     empty,
+    held_out,
     personas,
-    read_judged,
 )
 from stages.labelling.votes import Votes
 from stages.models.dtype import resolve
@@ -66,7 +65,7 @@ def run(
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
-    judged = read_judged(Path(classify.held_out) if classify.held_out else HELD_OUT)
+    judged = held_out(classify.held_out)
     boxes = _boxes(model, classify, job)
     for box in boxes:
         box.take([*map(as_example, judged), *_free(box.voter), *examples])

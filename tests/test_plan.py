@@ -11,6 +11,7 @@ from conftest import ROOT, make_steps
 from lorapar_cli import planning
 from stages import footprint
 from stages.config import LaunchSection
+from stages.labelling import personas
 from stages.lora import adapter
 from stages.models.base import load_base
 from stages.pipeline import cost_model, launch, profiler, prompt_lengths
@@ -235,13 +236,17 @@ def test_the_work_of_each_step_is_counted(model):
     assert work["partition:sft"] == cost_model.NOTHING
 
 
-def test_votes_are_counted_by_voter(model):
+def test_votes_are_counted_by_voter(model, monkeypatch):
     def seconds(*voters: str) -> float:
         made = model(f"classify.voters=[{', '.join(voters)}]")
         return made.work(made.steps[0]).thread_s
 
     steps, effort = (f"{{engine: transformers, persona: {name}}}" for name in ("steps", "effort"))
     assert seconds(steps, effort) == pytest.approx(seconds(steps) + seconds(effort))
+    calibrating = len(personas.held_out(None))
+    with_them = seconds(steps)
+    monkeypatch.setattr(cost_model, "held_out", lambda _: [])
+    assert with_them == pytest.approx(seconds(steps) * (16 + calibrating) / 16)
 
 
 def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(model):
@@ -285,7 +290,7 @@ def test_a_stage_starts_once_for_all_its_steps_and_each_loads_the_model(model):
     steps = {step.name: step for step in made.steps}
     names = ("eval:base@demo", "eval:sft@demo", "sft")
     seconds = [made.cost(steps[name], Work(4.0, loads=2), speedup=2.0).seconds for name in names]
-    assert seconds == [cost_model.START_S + 2 + 6, 2 + 6, cost_model.START_S + 2 + 6]
+    assert seconds == [cost_model.FORK_S + 2 + 6, 2 + 6, cost_model.FORK_S + 2 + 6]
 
 
 def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(model):
@@ -303,6 +308,7 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     steps = {step.name: step for step in made.steps}
     work = made.work(steps["sft"])
     assert work.memory.weights == 100 + 4 - 30
+    monkeypatch.setattr("stages.engines.fork_server.possible", lambda: False)  # as it is beside a GPU
     assert made.cost(steps["sft"], work, 1.0).seconds == cost_model.START_S + work.thread_s / 2 + 3
     whole = model("rl.launch={backend: single}")
     whole = whole.work({step.name: step for step in whole.steps}["rl"])

@@ -65,6 +65,11 @@ def brief_of(voter: Voter, target: str, show_answer: bool) -> Brief:
     return Brief(target, show_answer, voter.words, worked)
 
 
+def held_out(path: str | None) -> list[Judged]:
+    """The labelled examples for calibration: those of a person's file, or lorapar's own."""
+    return read_judged(Path(path) if path else HELD_OUT)
+
+
 def read_judged(path: Path) -> list[Judged]:
     """Rows with question, answer and system (1 or 2); DataError lists all that lack one of them."""
     found, bad = [], []

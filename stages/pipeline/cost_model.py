@@ -16,10 +16,12 @@ from statistics import fmean
 
 from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
+from stages.engines import fork_server
 from stages.engines.generation import FREE, SLOTS
 from stages.engines.transformers import ballot_ids, batches
 from stages.errors import DataError, lacks_memory
 from stages.footprint import MIB
+from stages.labelling.personas import held_out
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.lora.training import steps_of
@@ -33,8 +35,9 @@ from stages.pipeline.profiler import Measured, Profiler
 
 log = logging.getLogger(__name__)
 
-START_S = 10.0
-"""Seconds until the process of a stage has its libraries and its rows; it starts once for all its steps."""
+START_S, FORK_S = 10.0, 2.0
+"""Seconds until the process of a stage has its libraries and its rows, started anew or forked from one that
+has the libraries. It starts once for all its steps."""
 SERVER_S = 40.0
 """Seconds until a vLLM server answers: 37 to 51 for 135 million parameters on two cores, more for more."""
 SYSTEM1 = 0.5
@@ -104,7 +107,7 @@ class CostModel:
             return Cost(None if work.memory else 0.0, work.memory)
         gpus, _ = launch.shares(getattr(getattr(self.config, stage), "launch", LaunchSection()))
         seconds = work.thread_s / speedup / gpus + work.loads * self.profiler.loading_s + self._server_s(step)
-        start = 0.0 if stage in self._started else START_S
+        start = 0.0 if stage in self._started else FORK_S if fork_server.possible() else START_S
         self._started.add(stage)
         return Cost(start + seconds, work.memory)
 
@@ -159,7 +162,9 @@ class CostModel:
         most = max(range(len(voters)), key=lambda i: len(texts[i][-1]))
         measured = self.profiler.votes(asked[most])
         tokens = [per_text(ids, size) for ids, size in zip(texts, sizes, strict=True)]
-        total = sum(len(examples) * voter.samples * each for voter, each in zip(voters, tokens, strict=True))
+        calibrating = len(held_out(self.config.classify.held_out)) if variant == "train" else 0
+        number = len(examples) + calibrating  # whose votes are in the journal when other rows are labelled
+        total = sum(number * voter.samples * each for voter, each in zip(voters, tokens, strict=True))
         largest = max(size * each for size, each in zip(sizes, tokens, strict=True))
         here = all(voter.engine == "transformers" for voter in voters)
         memory = self._memory(measured.mib_of(largest)) if here else None
