@@ -85,5 +85,5 @@ fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## Remove runs, the demonstration set and fetched models, and nothing of yours
-	rm -rf runs data/demo models/smollm2-135m-q4 models/tiny-random
+	rm -rf runs data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
 	rmdir --ignore-fail-on-non-empty data models 2>/dev/null || true
