@@ -277,3 +277,7 @@ def main() -> None:
         if not team.tell(error):
             render.error(error)
         sys.exit(error.exit_code)
+    finally:  # nothing is left to unwind, and raised while Python exits these would print a traceback
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) in (_end, signal.default_int_handler):
+                signal.signal(number, signal.SIG_DFL)

@@ -311,10 +311,16 @@ def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("PYTHONSAFEPATH", "1")  # which the command sets for good
         capfd.readouterr()
         code = 0
+        handlers = {
+            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        }
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return Done(code, out, err)
 

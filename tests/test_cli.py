@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -300,6 +301,15 @@ def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
     with pytest.raises(SystemExit) as caught:
         begin()
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_it_exits_shows_no_trace(number, tmp_path):
+    at_exit = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
+    program = f"{at_exit}; from lorapar_cli.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "demo-data", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -number and "Traceback" not in done.stderr
 
 
 def test_a_terminal_without_a_letter():
