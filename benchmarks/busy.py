@@ -28,7 +28,7 @@ from pathlib import Path
 
 from measure import interval, now
 
-from stages.engines import guard
+from stages.runtime import process_guard
 
 WORKS = ("votes", "sft", "rl")
 VOTES, LOOPS = 64, 2
@@ -119,7 +119,7 @@ def measured(given: argparse.Namespace, work: str, spins: str) -> Measured:
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
     loop = [sys.executable, "-c", "while True: pass"]
-    loops = [subprocess.Popen(loop, preexec_fn=guard.end_with_parent) for _ in range(LOOPS)]
+    loops = [subprocess.Popen(loop, preexec_fn=process_guard.end_with_parent) for _ in range(LOOPS)]
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ import torch
 from grpo import PARTS, SIDES, Bench, Shape
 from measure import interval, peak
 
-from stages import footprint
+from stages.runtime import resources
 
 TOKENS = 4400
 """Of a micro batch in the table at most: TRL keeps 2.9 MB per token of SmolLM2-135M for the backward pass."""
@@ -133,7 +133,7 @@ def main() -> None:
             side = bench.side(given.only, bench.base, shape, batches)
             for batch in batches:
                 side.step(batch)
-            print(footprint.peak())
+            print(resources.peak())
         elif given.grow:
             grow(bench, shape)
         else:

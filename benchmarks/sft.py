@@ -29,7 +29,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from stages import footprint, sft
+from stages.runtime import resources
+from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.language.prompts import Renderer, Row
@@ -116,7 +117,7 @@ def main() -> None:
             side = Side(given.only, base, renderer, given, folder)
             for batch in batches[:2]:
                 side.step(batch)
-            print(footprint.peak())
+            print(resources.peak())
             return
         sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
         seconds: dict[str, list[float]] = {name: [] for name in SIDES}
@@ -139,7 +140,7 @@ def main() -> None:
     print(f"TRL {statistics.median(theirs):.3g} s, lorapar {statistics.median(ours):.3g} s")
     if given.memory:
         del sides, base
-        footprint.give_back()
+        resources.give_back()
         theirs, ours = (peak(__file__, name) for name in SIDES)  # type: ignore[assignment]
         print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")  # type: ignore[operator]
 

@@ -26,7 +26,7 @@ import torch
 from measure import interval, peak, timed
 from torch import Tensor, nn
 
-from stages import footprint
+from stages.runtime import resources
 from stages.config import LoraSection, ModelSection
 from stages.lora import adapter
 from stages.lora.packed import PackedLinear
@@ -152,7 +152,7 @@ def main() -> None:
         for _ in range(2):
             way.gradients(ids)
             way.step()
-        print(footprint.peak())
+        print(resources.peak())
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}

@@ -18,13 +18,14 @@ from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
 from lorapar_cli.starts import starter
-from stages import footprint, team
+from stages.runtime import resources, distributed
 from stages.config import Config
 from stages.data.rows import no_path
-from stages.engines import Pool, guard
-from stages.engines.fork_server import Starter
+from stages.engines import Pool
+from stages.runtime import process_guard
+from stages.runtime.fork_server import Starter
 from stages.errors import ConfigError, Ended, panicked
-from stages.models import libraries
+from stages.runtime import libraries
 from stages.pipeline import launch
 from stages.pipeline.job import Job
 from stages.pipeline.plan import Step, asked_for
@@ -56,12 +57,12 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
             f"{steps[0].name} is no longer what was planned: its config has changed since",
             "call the sweep again",
         )
-    progress = render.Progress() if team.first() else render.Silence()
+    progress = render.Progress() if distributed.first() else render.Silence()
     with Pool() as engines:
         for step in steps:
             artifact, made = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
-            if team.first():
+            if distributed.first():
                 render.artifact(step.name, artifact, made, as_json)
 
 
@@ -100,7 +101,7 @@ def _stage_command(stage: Stage) -> None:
         if (
             launching
             and launching.several
-            and not team.launched()
+            and not distributed.launched()
             and (force or not _all_current(settings, mine))
         ):
             launch.run(launching, sys.argv[1:])
@@ -212,7 +213,7 @@ def _options(overrides: list[str], task: Task) -> list[str]:
 
 def _wait_for(stages: Starter, arguments: list[str]) -> None:
     """A stage in a process of its own; its failure ends this one."""
-    code = guard.finish(stages.start(arguments))
+    code = process_guard.finish(stages.start(arguments))
     if code > 128:
         reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
         render.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")
@@ -252,18 +253,18 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
-    logging.getLogger("stages").setLevel(logging.INFO if team.first() else logging.ERROR)
+    logging.getLogger("stages").setLevel(logging.INFO if distributed.first() else logging.ERROR)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    footprint.let_waiting_threads_sleep()
+    resources.let_waiting_threads_sleep()
     if not sys.stderr.isatty():  # in a log each step of a progress bar is a line
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
-    if team.launched():  # a launcher ends its processes itself, unless it is killed
-        guard.end_with_parent()
+    if distributed.launched():  # a launcher ends its processes itself, unless it is killed
+        process_guard.end_with_parent()
     else:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
@@ -274,7 +275,7 @@ def main() -> None:
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or panicked(problem)):
             raise
         error = sentence(problem)
-        if not team.tell(error):
+        if not distributed.tell(error):
             render.error(error)
         sys.exit(error.exit_code)
     finally:  # nothing is left to unwind, and raised while Python exits these would print a traceback

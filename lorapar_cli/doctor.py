@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from stages import footprint
+from stages.runtime import resources
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def examine() -> Iterator[Finding]:
 
 
 def _cores() -> str:
-    usable = footprint.cores()
+    usable = resources.cores()
     return f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
 
 

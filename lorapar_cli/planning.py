@@ -11,7 +11,7 @@ import typer
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.render import duration, gib, nothing_to_do, say
 from lorapar_cli.tables import show, table
-from stages import footprint
+from stages.runtime import resources
 from stages.pipeline.estimate import Estimate, estimate, knobs
 from stages.pipeline.plan import asked_for
 from stages.pipeline.state import State, state
@@ -122,7 +122,7 @@ def _busy(estimated: Estimate) -> str | None:
     """That others compute here, whose work is not in the estimate; None if they do not."""
     if estimated.busy_cores is None:
         return None
-    cores = f"{estimated.busy_cores:.1f} of {footprint.cores()} cores"
+    cores = f"{estimated.busy_cores:.1f} of {resources.cores()} cores"
     alone = f"alone it would take {_about(estimated)}" if estimated.seconds else _about(estimated)
     return f"this machine is busy with other work: {cores}; {alone}"
 

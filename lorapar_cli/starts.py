@@ -1,6 +1,6 @@
 """How `run` and `sweep` start a stage: as a fork of a process that has imported what the stages import."""
 
-from stages.engines.fork_server import Starter
+from stages.runtime.fork_server import Starter
 from stages.pipeline.table import STAGES
 
 MODULES = (

@@ -20,7 +20,7 @@ from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
 from stages.data.rows import read
 from stages.engines import Pool, Served
-from stages.engines.beside import beside
+from stages.runtime.background import beside
 from stages.errors import ConfigError, DataError
 from stages.labelling import known, report
 from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate

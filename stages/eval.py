@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import footprint
+from stages.runtime import resources
 from stages import sandbox as sandboxes
 from stages.benchmarks import benchmarks
 from stages.benchmarks.grading import Context, Grade
@@ -225,7 +225,7 @@ def _graded(
             extra={**example.extra, **found.extra, **given.extra},
         )
 
-    with ThreadPoolExecutor(footprint.cores() if context.sandbox else 1) as pool:
+    with ThreadPoolExecutor(resources.cores() if context.sandbox else 1) as pool:
         return list(pool.map(one, which))
 
 

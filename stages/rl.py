@@ -25,7 +25,7 @@ from stages.lora.sharding import DividedRollouts
 from stages.lora.silent import Silent
 from stages.lora.unpadded import SharedPrompts
 from stages.lora.writing import Writer, Written
-from stages.models import libraries
+from stages.runtime import libraries
 from stages.models.base import load_base
 from stages.models.flat import has_prompt
 from stages.models.tokenizer import load_tokenizer

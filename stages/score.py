@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages import footprint, team
+from stages.runtime import resources, distributed
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.language.prompts import Renderer, Row
 from stages.lora import adapter, pilot, sharding
@@ -56,7 +56,7 @@ def run(
     peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
-    if team.first():
+    if distributed.first():
         if not tuned:
             adapter.save(peft_model, job.out / "init", model)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
@@ -72,7 +72,7 @@ def run(
         number = min(score.examples, len(examples[system]))
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
-        footprint.give_back()  # what the other system left is in pieces too small for the longest rows
+        resources.give_back()  # what the other system left is in pieces too small for the longest rows
         steps = min(pilot.STEPS, len(rows)) if scorers.has(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
@@ -83,14 +83,14 @@ def run(
         scores[system], told = _importance(peft_model, batches, sums_of, lora, score.scorer)
         check(flat(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
-    if team.first():
+    if distributed.first():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, **sharding.held(peft_model), "prompt": renderer.digest()}
 
 
 def _mine(rows: list[Row]) -> list[Row]:
     """Those of this process."""
-    return rows[team.rank() :: team.size()]
+    return rows[distributed.rank() :: distributed.size()]
 
 
 def _moments(
@@ -109,7 +109,7 @@ def _moments(
     sums = moments(model, layers, batches, progress.advance, pad)
     if sharding.asked(score.launch):
         # A divided base needs all processes in each pass; the first has the most rows.
-        most = math.ceil(len(rows[:: team.size()]) / score.batch_size)
+        most = math.ceil(len(rows[:: distributed.size()]) / score.batch_size)
         moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
     _add_up(sums)
     return sums
@@ -119,7 +119,7 @@ def _add_up(sums: Moments) -> None:
     """Replace the sums in every process by their totals over all processes."""
     device = next(iter(sums.gradient.values())).device
     counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=device)
-    team.add([counts, *sums.gradient.values(), *sums.square.values()])
+    distributed.add([counts, *sums.gradient.values(), *sums.square.values()])
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 

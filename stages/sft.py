@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages import team
+from stages.runtime import distributed
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
 from stages.language.prompts import Renderer
@@ -72,8 +72,8 @@ def run(
     if endless := renderer.never_stop(rows):
         of = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         job.progress.say(f"warning: {of}: the model may not learn to stop")
-    if spare := -len(rows) % (sft.micro_batch * team.size()) if team.size() > 1 else 0:
-        job.progress.say(f"{team.size()} processes share {len(rows)} rows: {spare} count twice in each epoch")
+    if spare := -len(rows) % (sft.micro_batch * distributed.size()) if distributed.size() > 1 else 0:
+        job.progress.say(f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch")
     start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = load_base(model, sharding.start_at(sft.launch))

@@ -144,7 +144,7 @@ def test_only_the_first_process_sets_an_unfinished_checkpoint_aside(tmp_path, mo
         (tmp_path / f"checkpoint-{n}").mkdir()
     found.seal(tmp_path / "checkpoint-1")
     for rank in (1, 0):
-        monkeypatch.setattr("stages.team.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("stages.runtime.distributed.rank", lambda rank=rank: rank)
         assert found.newest() == tmp_path / "checkpoint-1"
         assert (tmp_path / "checkpoint-2").exists() == (rank == 1)
     assert (tmp_path / "checkpoint-2.incomplete").exists()

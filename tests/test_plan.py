@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
-from stages import footprint
+from stages.runtime import resources
 from stages.config import LaunchSection
 from stages.labelling import personas
 from stages.lora import adapter
@@ -143,7 +143,7 @@ def test_briefly_it_is_one_line(told):
 
 
 def test_a_busy_machine_is_named(told, monkeypatch):
-    monkeypatch.setattr(footprint, "cores", lambda: 2)
+    monkeypatch.setattr(resources, "cores", lambda: 2)
     line = "this machine is busy with other work: 1.4 of 2 cores; alone it would take about 10 minutes\n"
     assert told("--brief", busy_cores=1.4).out == line
     assert line in told(busy_cores=1.4).out
@@ -308,7 +308,7 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     steps = {step.name: step for step in made.steps}
     work = made.work(steps["sft"])
     assert work.memory.weights == 100 + 4 - 30
-    monkeypatch.setattr("stages.engines.fork_server.possible", lambda: False)  # as it is beside a GPU
+    monkeypatch.setattr("stages.runtime.fork_server.possible", lambda: False)  # as it is beside a GPU
     assert made.cost(steps["sft"], work, 1.0).seconds == cost_model.START_S + work.thread_s / 2 + 3
     whole = model("rl.launch={backend: single}")
     whole = whole.work({step.name: step for step in whole.steps}["rl"])
@@ -337,9 +337,9 @@ def rested(monkeypatch):
     made = object.__new__(Profiler)
     made._begun, made._on_gpu, made._last = (0.0, 0.0, 1000.0), False, None
     made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
-    monkeypatch.setattr(footprint, "worked", lambda: made.now["worked"])
-    monkeypatch.setattr(footprint, "forget", lambda: None)
-    monkeypatch.setattr(footprint, "peak", lambda: 0)
+    monkeypatch.setattr(resources, "worked", lambda: made.now["worked"])
+    monkeypatch.setattr(resources, "forget", lambda: None)
+    monkeypatch.setattr(resources, "peak", lambda: 0)
     clock = SimpleNamespace(
         perf_counter=lambda: made.now["wall"],
         process_time=lambda: made.now["own"],
@@ -396,12 +396,12 @@ def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
     stat.write_text(
         "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 20 30 7 7 1 2 47 0 0\ncpu1 5 0 0 0 0 0 0 0 0 0\nintr 5\n"
     )
-    monkeypatch.setattr(footprint, "_STAT", stat)
+    monkeypatch.setattr(resources, "_STAT", stat)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     monkeypatch.setattr("os.sysconf", lambda _: 100)
-    assert footprint.worked() == 2.0
-    monkeypatch.setattr(footprint, "_STAT", tmp_path / "none")
-    assert footprint.worked() is None
+    assert resources.worked() == 2.0
+    monkeypatch.setattr(resources, "_STAT", tmp_path / "none")
+    assert resources.worked() is None
 
 
 def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):

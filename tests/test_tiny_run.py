@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, Small, make_steps, once, processes, wait_for
 from trl import GRPOTrainer
 
-from stages.engines import Answer, fork_server
+from stages.engines import Answer
+from stages.runtime import fork_server
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora import adapter
 from stages.lora.masks import Masks

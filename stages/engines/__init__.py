@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.models import libraries
+from stages.runtime import libraries
 from stages.registry import Files
 
 if TYPE_CHECKING:

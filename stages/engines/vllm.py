@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 
-from stages import footprint
+from stages.runtime import resources
 from stages.config import ModelSection, ServerSection
 from stages.engines import Served
-from stages.engines.guard import guarded
+from stages.runtime.process_guard import guarded
 from stages.engines.openai import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
@@ -126,7 +126,7 @@ def _running(
 ) -> Iterator[Callable[[], ServerError | None]]:
     """The guarded server, once it is healthy; gives a call that says why it ended, if it has."""
     gc.collect()
-    footprint.give_back()  # the server asks for nearly all of a GPU, and this process may still hold some
+    resources.give_back()  # the server asks for nearly all of a GPU, and this process may still hold some
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     guard = subprocess.Popen(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages import footprint
+from stages.runtime import resources
 from stages.language.answers import extract, letter, number, right
 from stages.language.code import code_block
 from stages.registry import Registry
@@ -151,5 +151,5 @@ def code_tests(
     def passes(text: str, tests: str, entry: str) -> float:
         return float(sandbox.check(code_block(text, entry), tests, entry).passed)
 
-    with ThreadPoolExecutor(footprint.cores()) as pool:
+    with ThreadPoolExecutor(resources.cores()) as pool:
         return list(pool.map(passes, completions, test, entry_point))

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import set_seed
 
-from stages import team
+from stages.runtime import distributed
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines.transport import asks_proxy
@@ -51,9 +51,9 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
             )
         _check_server(rollouts, model)
         return
-    if team.size() % rollouts.tensor_parallel:
+    if distributed.size() % rollouts.tensor_parallel:
         raise ConfigError(
-            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {team.size()} processes"
+            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {distributed.size()} processes"
         )
     if cpu and rollouts.sleep:
         raise ConfigError("rl.rollouts.sleep needs a GPU", "leave it out")
@@ -155,7 +155,7 @@ def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed:
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.
-        set_seed(seed + team.rank() // rollouts.tensor_parallel)
+        set_seed(seed + distributed.rank() // rollouts.tensor_parallel)
 
 
 def _after_all_else(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

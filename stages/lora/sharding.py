@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages import team
+from stages.runtime import distributed
 from stages.config import LaunchSection
 from stages.errors import ConfigError
 from stages.lora import adapter
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def asked(launch: LaunchSection) -> bool:
     """Whether this stage, as it runs now, is to divide its base."""
-    return launch.divides and team.size() > 1
+    return launch.divides and distributed.size() > 1
 
 
 def start_at(launch: LaunchSection) -> torch.device:
@@ -53,8 +53,8 @@ def divide(adapted: PeftModel, launch: LaunchSection) -> None:
         raise ConfigError(
             f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
         )
-    team.wait()
-    mesh = init_device_mesh(device().type, (team.size(),))
+    distributed.wait()
+    mesh = init_device_mesh(device().type, (distributed.size(),))
     # Not the weights themselves: torch frees them as soon as nobody holds them.
     parts = {id(weight) for layer in layers for weight in _of_base(layer)}
     rest = {weight for weight in stack.parameters() if id(weight) not in parts}
@@ -126,8 +126,8 @@ class Divided:
             trained = list(adapter.trained(self.model).values())
             parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
             joined = torch.cat([part.flatten() for part in parts])
-            team.add([joined])
-            found = joined.div_(team.size()).split([part.numel() for part in parts])
+            distributed.add([joined])
+            found = joined.div_(distributed.size()).split([part.numel() for part in parts])
             for weight, part in zip(trained, found, strict=True):
                 weight.grad = part.view_as(weight).to(weight.dtype)
         return super()._clip_grad_norm(model)  # type: ignore[misc]

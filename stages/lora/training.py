@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
-from stages import team
+from stages.runtime import distributed
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.fields import typed
 from stages.config.training import OPTIMIZERS
@@ -76,7 +76,7 @@ def arguments(
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
     """
     cpu = not torch.cuda.is_available()
-    if torch.cuda.device_count() > 1 and not team.launched():
+    if torch.cuda.device_count() > 1 and not distributed.launched():
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
@@ -216,9 +216,9 @@ def train(
         dog.stop()
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
-    if team.size() > 1:
-        assert team.agree(_digest(model)), "the processes ended with different adapters"
-    if not team.first():
+    if distributed.size() > 1:
+        assert distributed.agree(_digest(model)), "the processes ended with different adapters"
+    if not distributed.first():
         return {}
     adapter.save(model, out / "adapter", base)
     if drawn is not None:
@@ -293,13 +293,13 @@ def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:
 
 def accumulation(samples: int, micro_batch: int) -> int:
     """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly."""
-    if samples % (micro_batch * team.size()):
+    if samples % (micro_batch * distributed.size()):
         raise ConfigError(
-            f"{team.size()} processes with micro batches of {micro_batch} "
+            f"{distributed.size()} processes with micro batches of {micro_batch} "
             f"cannot share {samples} samples a step evenly",
             "lower micro_batch or the number of processes",
         )
-    return samples // (micro_batch * team.size())
+    return samples // (micro_batch * distributed.size())
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:

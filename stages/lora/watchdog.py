@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stages import team
+from stages.runtime import distributed
 from stages.errors import ServerError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Watchdog(TrainerCallback):
         self._stopped = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._said(team.rank()).unlink(
+        self._said(distributed.rank()).unlink(
             missing_ok=True
         )  # of a run before; the other processes may have begun and said theirs
         self._begun = time.monotonic()
@@ -85,18 +85,18 @@ class Watchdog(TrainerCallback):
         waits = any(part in frame.filename for frame in stack for part in WAITING)
         with suppress(OSError):  # a full disk must not keep it from ending
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._said(team.rank()).write_text(json.dumps(waits), encoding="utf-8")
+            self._said(distributed.rank()).write_text(json.dumps(waits), encoding="utf-8")
         shown = "".join(traceback.format_list(stack[-SHOWN:]))
-        who = f"process {team.rank()} " if team.size() > 1 else ""
+        who = f"process {distributed.rank()} " if distributed.size() > 1 else ""
         log.error("%sstands here, innermost last:\n%s", who, shown.rstrip())
-        if team.size() > 1:
+        if distributed.size() > 1:
             time.sleep(SETTLE_S)
         error = ServerError(
             f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
             + self._missing(),
             "where it stands is above; the same command, without --force, goes on from the last checkpoint",
         )
-        if not team.tell(error):
+        if not distributed.tell(error):
             log.error("error: %s\n  hint: %s", error, error.hint)
         os._exit(error.exit_code)
 
@@ -109,7 +109,7 @@ class Watchdog(TrainerCallback):
         waiting: list[str] = []
         working: list[str] = []
         silent: list[str] = []
-        for rank in range(team.size() if team.size() > 1 else 0):
+        for rank in range(distributed.size() if distributed.size() > 1 else 0):
             try:
                 waits = json.loads(self._said(rank).read_text(encoding="utf-8"))
                 (waiting if waits else working).append(str(rank))

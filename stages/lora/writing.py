@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages import team
+from stages.runtime import distributed
 from stages.engines.generation import SLOTS, continuations
 from stages.lora import packed, sharding
 from stages.models.flat import evaluating
@@ -68,5 +68,5 @@ class Written:
                 parts = [write(prompt_ids[at : at + SLOTS], *args, **given) for at in every]
             return [ids for made, *_ in parts for ids in made], *parts[0][1:]
         again = f" {self.attempt}" if self.attempt else ""
-        seed = f"{self.args.seed} rollouts {self.state.global_step} {team.rank()}{again}"
+        seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{again}"
         return self.writer.write(prompt_ids, seed), None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
-from stages.models import libraries
+from stages.runtime import libraries
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.reading import complete, reading
 

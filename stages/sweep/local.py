@@ -13,8 +13,8 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from stages.engines import guard
-from stages.engines.guard import Child
+from stages.runtime import process_guard
+from stages.runtime.process_guard import Child
 from stages.errors import BusyError, ServerError
 from stages.pipeline.state import state
 from stages.store.artifacts import Store
@@ -37,7 +37,7 @@ Start = Callable[[list[str], dict[str, str], IO[bytes]], Child]
 
 
 def spawned(arguments: list[str], env: dict[str, str], log: IO[bytes]) -> Child:
-    return guard.start([sys.executable, "-m", "lorapar_cli", *arguments], env, log)
+    return process_guard.start([sys.executable, "-m", "lorapar_cli", *arguments], env, log)
 
 
 def is_current(node: Node, stores: dict[str, Store]) -> bool:

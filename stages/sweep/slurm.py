@@ -20,7 +20,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from stages.config.yaml import values
-from stages.engines.guard import guarded
+from stages.runtime.process_guard import guarded
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
 from stages.sweep.local import BUSY, is_current
 from stages.sweep.steps import PLANNED, Node, Place

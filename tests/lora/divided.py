@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from stages import team
+from stages.runtime import distributed
 from stages.config import LaunchSection, LoraSection, ModelSection
 from stages.lora import adapter, sharding
 from stages.lora.merged import plain
@@ -34,20 +34,20 @@ def main(folder: str) -> None:
     assert Accelerator(cpu=sharding.device().type == "cpu").prepare_model(two) is two  # no DDP around it
 
     # Each process asks something else.
-    ids = torch.randint(5, 100, (1, 7 + team.rank()), generator=torch.Generator().manual_seed(team.rank()))
+    ids = torch.randint(5, 100, (1, 7 + distributed.rank()), generator=torch.Generator().manual_seed(distributed.rank()))
     where = sharding.device()
     with torch.no_grad():
         wanted = one(input_ids=ids).logits
         torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
         with sharding.whole(two):
             assert not any(isinstance(weight, DTensor) for weight in two.parameters())
-            for _ in range(3 * team.rank()):  # the others do not wait
+            for _ in range(3 * distributed.rank()):  # the others do not wait
                 torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
     assert all(isinstance(weight, DTensor) for name, weight in two.named_parameters() if name in held)
     merged = dict(plain(two))
     for name, weight in plain(one):
         torch.testing.assert_close(merged[name].cpu(), weight, **EXACT)
-    team.wait()
+    distributed.wait()
     os._exit(0)  # gloo's processes may wait for each other at the end
 
 

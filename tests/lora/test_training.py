@@ -310,7 +310,7 @@ def test_the_cold_start_is_a_share_of_the_system_1_rows():
 
 def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     model = adapter.initial(load_base(begun().model), begun().lora, 0)
-    monkeypatch.setattr("stages.team.size", lambda: 2)
+    monkeypatch.setattr("stages.runtime.distributed.size", lambda: 2)
     model.get_base_model().config.router_aux_loss_coef = 0.1
     with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
         sharding.divide(model, LaunchSection(backend="fsdp2"))

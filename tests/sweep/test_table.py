@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, alive, make_steps, wait_for
 
 from stages.benchmarks.statistics import interval
-from stages.engines import guard
+from stages.runtime import process_guard
 from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl
 from stages.store.digests import sha256_file
@@ -363,7 +363,7 @@ def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
 
 
 def test_a_dry_run_starts_nothing(small, lorapar, monkeypatch):
-    monkeypatch.setattr(guard.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(process_guard.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     runs = small.with_name("none")
     done = lorapar("sweep", small, "--dry-run", "--seeds", "77", "--set", f"runs_dir={runs}")
     assert done.code == 0 and "how long it takes is not known" in done.err
@@ -550,7 +550,7 @@ def children(monkeypatch, tmp_path):
     monkeypatch.setattr(local, "TURN", 0)
     monkeypatch.setattr(local, "is_current", lambda node, stores: True)
     monkeypatch.setattr(local, "PAUSE", 0)
-    monkeypatch.setattr(guard.subprocess, "Popen", Child)
+    monkeypatch.setattr(process_guard.subprocess, "Popen", Child)
     monkeypatch.setattr(local, "TICK", 0)
     Child.codes, Child.started = {}, []
     return Child
@@ -612,7 +612,7 @@ def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     command = [sys.executable, "-c", inner]
     sweep = local.Sweep(
-        nodes, [None], tmp_path, lambda _: None, start=lambda _, env, log: guard.start(command, env, log)
+        nodes, [None], tmp_path, lambda _: None, start=lambda _, env, log: process_guard.start(command, env, log)
     )
 
     sleep = time.sleep
@@ -649,7 +649,7 @@ def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypa
             del running[self.device]
             return 0
 
-    monkeypatch.setattr(guard.subprocess, "Popen", Slow)
+    monkeypatch.setattr(process_guard.subprocess, "Popen", Slow)
     swept_by(children, small, tmp_path, ["0", "3"])
     assert seen == {"0", "3"} and most == 2
 

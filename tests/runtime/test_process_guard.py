@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import alive, wait_for
 
-from stages.engines import guard
+from stages.runtime import process_guard
 
 SERVER = """
 import os, signal, subprocess, sys, time
@@ -23,7 +23,7 @@ time.sleep(300)
 """
 STARTER = f"""
 import subprocess, sys, time
-from stages.engines.guard import guarded
+from stages.runtime.process_guard import guarded
 child = subprocess.Popen(guarded([sys.executable, "-c", {SERVER!r}]), stdin=subprocess.PIPE)
 time.sleep(300)
 """
@@ -65,14 +65,14 @@ def test_nothing_is_left(who, number):
     ("code", "seen"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
 def test_exit_code_is_the_command_s(code, seen):
-    assert guard.run([sys.executable, "-c", code]) == seen
+    assert process_guard.run([sys.executable, "-c", code]) == seen
 
 
 def test_a_command_ignores_what_its_starter_ignores_and_nothing_else():
     code = "import signal, sys; sys.exit(sum(n for n in (1, 3, 15) if signal.getsignal(n) is signal.SIG_IGN))"
-    assert guard.run([sys.executable, "-c", code]) == 0
+    assert process_guard.run([sys.executable, "-c", code]) == 0
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert guard.run([sys.executable, "-c", code]) == signal.SIGHUP
+        assert process_guard.run([sys.executable, "-c", code]) == signal.SIGHUP
     finally:
         signal.signal(signal.SIGHUP, before)

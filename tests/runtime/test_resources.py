@@ -9,39 +9,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import footprint
+from stages.runtime import resources
 
 
 def test_the_peak_is_of_what_was_used_since_it_was_forgotten():
-    footprint.forget()
-    before = footprint.peaks()["process"]
-    block = np.ones(200 * footprint.MIB // 8)
-    assert 195 <= footprint.peaks()["process"] - before <= 230
+    resources.forget()
+    before = resources.peaks()["process"]
+    block = np.ones(200 * resources.MIB // 8)
+    assert 195 <= resources.peaks()["process"] - before <= 230
     del block
-    footprint.forget()
-    assert footprint.peaks()["process"] - before < 50
-    assert footprint.peak() < footprint.room()
+    resources.forget()
+    assert resources.peaks()["process"] - before < 50
+    assert resources.peak() < resources.room()
 
 
 @pytest.mark.parametrize(
     ("mine", "files", "limit"),
     [
         ("0::/", {"memory.max": "max\n"}, None),
-        ("0::/job", {"memory.max": "max\n", "job/memory.max": f"{300 * footprint.MIB}\n"}, 300),
-        ("0::/job/step", {"job/memory.max": f"{300 * footprint.MIB}", "job/step/memory.max": "max"}, 300),
-        ("3:cpu:/a\n4:memory:/a", {"memory/a/memory.limit_in_bytes": f"{200 * footprint.MIB}"}, 200),
+        ("0::/job", {"memory.max": "max\n", "job/memory.max": f"{300 * resources.MIB}\n"}, 300),
+        ("0::/job/step", {"job/memory.max": f"{300 * resources.MIB}", "job/step/memory.max": "max"}, 300),
+        ("3:cpu:/a\n4:memory:/a", {"memory/a/memory.limit_in_bytes": f"{200 * resources.MIB}"}, 200),
         ("3:cpu:/a", {"cpu/a/memory.limit_in_bytes": "1"}, None),
     ],
 )
 def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, monkeypatch):
-    whole = footprint.room()
+    whole = resources.room()
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "cgroup").write_text(mine + "\n")
-    monkeypatch.setattr(footprint, "_MINE", tmp_path / "cgroup")
-    monkeypatch.setattr(footprint, "_GROUPS", tmp_path)
-    assert footprint.room() == (limit or whole)
+    monkeypatch.setattr(resources, "_MINE", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_GROUPS", tmp_path)
+    assert resources.room() == (limit or whole)
     assert whole > 300
 
 
@@ -73,14 +73,14 @@ def test_energy_is_that_of_the_visible_gpus(monkeypatch, visible, joules):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert footprint.joules() == joules
+    assert resources.joules() == joules
 
 
 def test_without_a_driver_nobody_tells_energy(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", NVML(tells=False))
-    assert footprint.joules() is None
+    assert resources.joules() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert footprint.joules() is None
+    assert resources.joules() is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ from stages import footprint
 footprint.let_waiting_threads_sleep()
 ctypes.CDLL({str(library)!r})
 """
-    clean = {k: v for k, v in os.environ.items() if k not in (*footprint._OPENMP, "OMP_WAIT_POLICY")}
+    clean = {k: v for k, v in os.environ.items() if k not in (*resources._OPENMP, "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=clean | theirs | {"OMP_DISPLAY_ENV": "verbose"},

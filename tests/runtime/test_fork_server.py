@@ -12,8 +12,8 @@ import pytest
 from test_guard import alive
 
 from lorapar_cli.starts import MODULES
-from stages.engines import fork_server, guard
-from stages.engines.fork_server import Fork, Starter
+from stages.runtime import fork_server, process_guard
+from stages.runtime.fork_server import Fork, Starter
 
 PROGRAM = """
 import json, os, random, signal, sys
@@ -51,7 +51,7 @@ def program(tmp_path, monkeypatch):
 def facts(starter, folder, **more):
     with (folder / "log").open("w+b") as log:
         child = starter.start(["facts", "--set", "a b"], os.environ | {"MARK": "x"}, log, **more)
-        assert guard.finish(child) == 0
+        assert process_guard.finish(child) == 0
         log.seek(0)
         first, last = log.read().decode().splitlines()
     return json.loads(first), last
@@ -76,7 +76,7 @@ def test_the_stages_libraries_bring_no_thread_and_nothing_that_is_only_installed
     )
     with Starter("asked", MODULES) as starter, (program / "log").open("w+b") as log:
         child = starter.start([], out=log)
-        assert isinstance(child, Fork) and guard.finish(child) == 0
+        assert isinstance(child, Fork) and process_guard.finish(child) == 0
         log.seek(0)
         assert log.read().split() == [b"1", b"True"]
 
@@ -86,7 +86,7 @@ def test_the_stages_libraries_bring_no_thread_and_nothing_that_is_only_installed
 )
 def test_the_exit_code_is_the_command_s(program, arguments, code):
     with Starter("asked", ["heavy"]) as starter:
-        assert guard.finish(starter.start(arguments)) == code
+        assert process_guard.finish(starter.start(arguments)) == code
 
 
 @pytest.mark.parametrize("modules", [["no_such_module"], ["threaded"]])
@@ -97,7 +97,7 @@ def test_what_cannot_be_forked_is_started(program, modules):
     )
     with Starter("asked", modules) as starter:
         assert isinstance(starter.start(["exit", "0"]), subprocess.Popen)
-        assert guard.finish(starter.start(["exit", "7"])) == 7
+        assert process_guard.finish(starter.start(["exit", "7"])) == 7
 
 
 def test_commands_live_on_without_the_server_and_the_next_one_is_started(program):
@@ -105,13 +105,13 @@ def test_commands_live_on_without_the_server_and_the_next_one_is_started(program
         first = starter.start(["exit", "7"])
         os.kill(starter._server.pid, signal.SIGKILL)
         starter._server.wait()
-        assert guard.finish(first) == 7
-        assert guard.finish(starter.start(["exit", "8"])) == 8
+        assert process_guard.finish(first) == 7
+        assert process_guard.finish(starter.start(["exit", "8"])) == 8
 
 
 STARTER = """
 import sys, time
-from stages.engines.fork_server import Starter
+from stages.runtime.fork_server import Starter
 with Starter("server", ["os"]) as starter:
     child = starter.start([])
     child.wait() if "waits" in sys.argv else time.sleep(300)

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from mock_server import Mock, serve
 
-from stages.engines import beside as module
-from stages.engines.beside import beside
+from stages.runtime import background as module
+from stages.runtime.background import beside
 
 
 def test_all_calls_are_made_before_the_block_is_left():

@@ -1,6 +1,6 @@
 """Starts commands as forks of one process that has imported their libraries: seconds of each start are saved.
 
-`Starter` is the caller's side; `python -m stages.engines.fork_server` is the server. A command has the same
+`Starter` is the caller's side; `python -m stages.runtime.fork_server` is the server. A command has the same
 guard and keeper around it as by `guard.guarded`: the server's child becomes the guard, its child the keeper,
 and that one's child the command. They live on if the server ends.
 
@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
-from stages.engines import guard
-from stages.models import libraries
+from stages.runtime import process_guard
+from stages.runtime import libraries
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -71,12 +71,12 @@ class Starter:
 
     def start(
         self, arguments: list[str], env: dict[str, str] | None = None, out: IO[bytes] | None = None
-    ) -> guard.Child:
+    ) -> process_guard.Child:
         """out: where the command's output and errors go; ours, if left out."""
         if self._ready():
             with suppress(OSError):  # the server was killed
                 return self._fork(arguments, env or dict(os.environ), out)
-        return guard.start([sys.executable, "-m", self.program, *arguments], env, out)
+        return process_guard.start([sys.executable, "-m", self.program, *arguments], env, out)
 
     def _ready(self) -> bool:
         if self._server is None and possible():
@@ -88,7 +88,7 @@ class Starter:
                 env=NO_THREADS | os.environ,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                preexec_fn=guard.end_with_parent,
+                preexec_fn=process_guard.end_with_parent,
             )
             theirs.close()
             if self._socket.recv(1) != READY:
@@ -194,7 +194,7 @@ def _become(request: int, alive: int, out: int, err: int, told: int) -> list[str
     os.close(alive)
     if command := os.fork():
         _watch(command, os.getpgrp())
-    guard.end_with_parent()
+    process_guard.end_with_parent()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     return arguments  # type: ignore[no-any-return]
@@ -203,7 +203,7 @@ def _become(request: int, alive: int, out: int, err: int, told: int) -> list[str
 def _watch(child: int, group: int, told: int | None = None) -> NoReturn:
     """Stand by the child, and end as it does. told: where its exit code goes, too."""
     try:
-        code = guard.code_of(guard.watched(_Forked(child), group))
+        code = process_guard.code_of(process_guard.watched(_Forked(child), group))
         if told is not None:
             os.write(told, str(code).encode())
         os._exit(code)
