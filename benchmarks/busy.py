@@ -57,7 +57,7 @@ def sft(given: argparse.Namespace, folder: str) -> Callable[[], object]:
 
     from stages.config import ModelSection, PromptSection
     from stages.data.rows import read
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer
 

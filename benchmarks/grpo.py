@@ -24,8 +24,8 @@ from trl import GRPOTrainer
 from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, generation
-from stages.language import reward_functions
-from stages.language.prompts import Renderer
+from stages.rewards import loading
+from stages.prompts.renderer import Renderer
 from stages.lora import adapter, rollouts, unpadded
 from stages.lora.health import Vitals
 from stages.lora.pool import Pool
@@ -231,7 +231,7 @@ class Bench:
         else:
             ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
-        rewards = [reward_functions.checked("odd", odd)]
+        rewards = [loading.checked("odd", odd)]
         pool = Pool(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion, tuple(self.renderer.stop_ids), 1.0)
         writer = Writer(model, merged, self.renderer.tokenizer, sampling)

@@ -21,7 +21,7 @@ from measure import interval, timed
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.config import LoraSection, ModelSection
-from stages.language.prompts import IGNORED, Row
+from stages.prompts.renderer import IGNORED, Row
 from stages.lora import adapter
 from stages.lora.importance import moments
 from stages.models.base import load_base

@@ -33,7 +33,7 @@ from stages.runtime import resources
 from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
-from stages.language.prompts import Renderer, Row
+from stages.prompts.renderer import Renderer, Row
 from stages.lora import adapter, unpadded
 from stages.lora.training import pack
 from stages.models.base import load_base

@@ -6,7 +6,7 @@ def kinds() -> dict[str, dict[str, str]]:
     from stages.benchmarks import benchmarks
     from stages.engines import engines
     from stages.labelling.personas import personas
-    from stages.language.rewards import rewards
+    from stages.rewards.builtin import rewards
     from stages.lora.importance import scorers
     from stages.lora.regions import strategies
 

@@ -28,7 +28,7 @@ from stages.config import (
     ServerSection,
 )
 from stages.engines import Served
-from stages.language.prompts import Asked, Renderer
+from stages.prompts.renderer import Asked, Renderer
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Labelled, Sample, read_labels, write_jsonl
 from stages.store.digests import key_of, sha256_file

@@ -22,7 +22,7 @@ from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_resul
 from stages.store.artifacts import Artifact, readable
 
 if TYPE_CHECKING:
-    from stages.language.prompts import Asked, Renderer
+    from stages.prompts.renderer import Asked, Renderer
 
 LONGEST = 32
 """How many tokens of each answer a check generates."""
@@ -172,7 +172,7 @@ class _Trial:
 
     @classmethod
     def of(cls, config: Config, view: View, prompts: int) -> _Trial:
-        from stages.language.prompts import Asked, Renderer
+        from stages.prompts.renderer import Asked, Renderer
         from stages.models.tokenizer import load_tokenizer
 
         examples = read(config.data.model_copy(update={"limit": prompts}))

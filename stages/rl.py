@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
-from stages.language import reward_functions
-from stages.language.prompts import Renderer
+from stages.rewards import loading
+from stages.prompts.renderer import Renderer
 from stages.lora import rehearsal, rollouts, sharding, training, unpadded
 from stages.lora.drift import NAME as DRIFT
 from stages.lora.drift import Drift
@@ -78,7 +78,7 @@ def run(
 
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
-    functions = {name: reward_functions.load(name, rl.rewards_file) for name in rl.rewards}
+    functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     pool = Pool.of(labels, renderer, rl, functions, seed)
     start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)
     steps = training.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
@@ -158,10 +158,10 @@ def _checked(
     """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
 
     def fixed(name: str) -> dict[str, Sandbox | None]:
-        return {"sandbox": box} if reward_functions.needs_sandbox(name, rl.rewards_file) else {}
+        return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
 
     return [
-        reward_functions.checked(name, function, decoded, **fixed(name))
+        loading.checked(name, function, decoded, **fixed(name))
         for name, function in functions.items()
     ]
 

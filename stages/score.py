@@ -16,7 +16,7 @@ import torch
 
 from stages.runtime import resources, distributed
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
-from stages.language.prompts import Renderer, Row
+from stages.prompts.renderer import Renderer, Row
 from stages.lora import adapter, pilot, sharding
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import flat, write_importance

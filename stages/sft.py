@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime import distributed
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
-from stages.language.prompts import Renderer
+from stages.prompts.renderer import Renderer
 from stages.lora import rehearsal, sharding, training
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorapar_cli.edge import sentence
 from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
-from stages.language.prompts import Renderer
+from stages.prompts.renderer import Renderer
 from stages.models.base import load_base
 from stages.models.reading import reading
 from stages.models.tokenizer import load_tokenizer

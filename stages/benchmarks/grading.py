@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages.data.rows import read, shots_source
 from stages.errors import DataError
-from stages.language.answers import extract, rewrite, same
-from stages.language.prompts import Asked
+from stages.prompts.answers import extract, rewrite, same
+from stages.prompts.renderer import Asked
 from stages.records import Example
 
 if TYPE_CHECKING:
     from stages.config import BenchmarkSection, SourceSection
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
     from stages.sandbox import Sandbox
 
 

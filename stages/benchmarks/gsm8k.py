@@ -6,7 +6,7 @@ from stages.benchmarks.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
 from stages.data import rows
 from stages.errors import DataError
-from stages.language.answers import number
+from stages.prompts.answers import number
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {

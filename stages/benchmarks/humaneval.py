@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from stages.benchmarks.grading import Context, Grade
 from stages.config import BenchmarkSection
 from stages.data.rows import each, text_field
-from stages.language.code import STOP, code_of, stub
-from stages.language.prompts import Asked
+from stages.prompts.code import STOP, code_of, stub
+from stages.prompts.renderer import Asked
 from stages.records import Example
 from stages.sandbox import SandboxFailure
 
 if TYPE_CHECKING:
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
 
 DEFAULTS: dict[str, Any] = {
     "path": "openai/openai_humaneval",

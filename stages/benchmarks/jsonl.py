@@ -11,7 +11,7 @@ from typing import Any
 from stages.benchmarks.grading import Context, Grade, by_answer, by_prompt
 from stages.config import SourceSection
 from stages.data.rows import Empty, each, gold_field, once, read, table, text_field
-from stages.language.answers import extract, letter, number, same, same_text
+from stages.prompts.answers import extract, letter, number, same, same_text
 from stages.records import Example
 from stages.store.digests import id_of
 

@@ -13,13 +13,13 @@ from stages.benchmarks.grading import Context, Grade
 from stages.config import BenchmarkSection, SourceSection
 from stages.data.rows import each, shots_source, text_field
 from stages.errors import DataError
-from stages.language.answers import extract, letter
-from stages.language.prompts import Asked
+from stages.prompts.answers import extract, letter
+from stages.prompts.renderer import Asked
 from stages.records import Example
 from stages.store.digests import id_of
 
 if TYPE_CHECKING:
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
 
 DEFAULTS: dict[str, Any] = {
     "path": "cais/mmlu",

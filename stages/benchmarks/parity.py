@@ -20,7 +20,7 @@ from stages.benchmarks.replies import Recorded
 from stages.config import ModelSection
 from stages.engines.transformers import word_tokens
 from stages.errors import AnswerError
-from stages.language.prompts import Asked
+from stages.prompts.renderer import Asked
 from stages.models.base import load_adapted, load_base
 
 if TYPE_CHECKING:

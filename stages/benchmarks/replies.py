@@ -13,7 +13,7 @@ from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
 from stages.engines.reply import TokenId
 from stages.errors import AnswerError, ArtifactError
-from stages.language.prompts import Asked
+from stages.prompts.renderer import Asked
 from stages.store.artifacts import AWAY
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -21,7 +21,7 @@ from stages.store.journal import Journal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
     from stages.progress import Progress
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from stages.config import BenchmarkSection, SourceSection
 from stages.data.hub import commit
 from stages.errors import ConfigError, DataError, MissingInputError, first_line
-from stages.language.answers import gold_of
+from stages.prompts.answers import gold_of
 from stages.records import Example, problems, read_jsonl
 from stages.store.digests import id_of
 

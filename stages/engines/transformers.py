@@ -16,8 +16,8 @@ from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.engines.generation import continuations, padded
 from stages.errors import ConfigError, MeaninglessError
-from stages.language.answers import THOUGHT
-from stages.language.prompts import chat
+from stages.prompts.answers import THOUGHT
+from stages.prompts.renderer import chat
 from stages.models import flat
 from stages.models.base import load_merged
 from stages.models.layout import Flat, common

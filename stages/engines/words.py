@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from stages.language.answers import after_thought
+from stages.prompts.answers import after_thought
 
 
 def word_of(text: str, words: tuple[str, ...]) -> int | None:

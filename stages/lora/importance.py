@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from stages.language.prompts import Row
+    from stages.prompts.renderer import Row
     from stages.models.layout import Flat
 
 scorers: Registry = Registry("scorer")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import RlSection
 from stages.errors import DataError
-from stages.language import reward_functions
-from stages.language.prompts import Renderer
+from stages.rewards import loading
+from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, decided, of_system, problems
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ class Pool:
         """
         from datasets import Dataset
 
-        needed = {name: reward_functions.columns(name, function) for name, function in functions.items()}
+        needed = {name: loading.columns(name, function) for name, function in functions.items()}
         columns = {column for wanted in needed.values() for column in wanted}
         examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
         trained = [_row(example, renderer) for example in examples]
-        reward_functions.require(needed, trained)
+        loading.require(needed, trained)
         fast = [_row(row.example, renderer) for row in labels if row.system == 1 and rl.data == "system2"]
         # Of one question there may be rows with several responses, and even with both labels.
         other = {row["question"] for row in trained}
@@ -97,12 +97,12 @@ class Pool:
         replayed = replayed if rl.replayed else []
         _enough(kept, replayed, rl, long)
         used = kept + replayed
-        if large := reward_functions.beyond(used, columns):
+        if large := loading.beyond(used, columns):
             raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
         there = set().union(*used)
-        asked = there & set().union(*(reward_functions.named(function) for function in functions.values()))
-        read = {"prompt", "question", *columns} | reward_functions.optional(used) | asked
-        as_json = reward_functions.encoded(used, read)
+        asked = there & set().union(*(loading.named(function) for function in functions.values()))
+        read = {"prompt", "question", *columns} | loading.optional(used) | asked
+        as_json = loading.encoded(used, read)
         return cls(
             rows=Dataset.from_list(
                 [{n: json.dumps(row.get(n)) if n in as_json else row.get(n) for n in read} for row in used]

@@ -13,7 +13,7 @@ from stages.engines.generation import padded
 
 if TYPE_CHECKING:
     from stages.config import RlSection
-    from stages.language.prompts import Row
+    from stages.prompts.renderer import Row
 
 
 class Rehearsal(TrainerCallback):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.language.prompts import IGNORED
+from stages.prompts.renderer import IGNORED
 from stages.models import flat
 from stages.models.layout import Branch, Flat, Group, common
 

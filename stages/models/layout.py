@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.language.prompts import IGNORED
+from stages.prompts.renderer import IGNORED
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.language.prompts import IGNORED, Row
+from stages.prompts.renderer import IGNORED, Row
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from stages.engines.transformers import ballot_ids, batches
 from stages.errors import DataError, lacks_memory
 from stages.runtime.resources import MIB
 from stages.labelling.personas import held_out
-from stages.language.prompts import IGNORED, Renderer, Row
+from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.lora.training import steps_of
 from stages.models.layout import common

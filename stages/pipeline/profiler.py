@@ -24,7 +24,7 @@ from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
 from stages.engines.generation import SLOTS, continuations
 from stages.engines.transformers import InProcess, ballot_ids
-from stages.language.prompts import Row
+from stages.prompts.renderer import Row
 from stages.lora import adapter
 from stages.lora.importance import moments
 from stages.lora.unpadded import group_of

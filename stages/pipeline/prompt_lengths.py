@@ -10,7 +10,7 @@ from stages.config import BenchmarkSection, Config, Voter
 from stages.engines import Ballot, openai, vllm
 from stages.engines.transformers import ballot_ids
 from stages.labelling.personas import brief_of, personas
-from stages.language.prompts import Renderer
+from stages.prompts.renderer import Renderer
 from stages.models.reading import config_of, positions
 from stages.pipeline.lengths import Lengths, Span, sampled
 from stages.records import Example

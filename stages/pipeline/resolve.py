@@ -11,7 +11,7 @@ from stages.config import Config, yaml
 from stages.engines import engines
 from stages.errors import ConfigError
 from stages.labelling.personas import personas
-from stages.language import reward_functions
+from stages.rewards import loading
 from stages.lora.importance import scorers
 from stages.lora.regions import strategies
 
@@ -24,7 +24,7 @@ def registries() -> dict[str, Any]:
         "personas": personas,
         "benchmarks": benchmarks,
         "engines": engines,
-        "rewards": reward_functions,
+        "rewards": loading,
     }
 
 

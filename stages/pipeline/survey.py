@@ -11,8 +11,8 @@ from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSec
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line
 from stages.labelling.known import system_of
-from stages.language.answers import letter, number
-from stages.language.prompts import IGNORED, Renderer
+from stages.prompts.answers import letter, number
+from stages.prompts.renderer import IGNORED, Renderer
 from stages.models.reading import config_of, reading
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.lengths import Lengths

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.benchmarks import benchmarks
 from stages.config import REGIONS, UNTRAINED, Config
-from stages.language import reward_functions
+from stages.rewards import loading
 from stages.lora.regions import strategies
 from stages.pipeline import identity
 from stages.store.digests import DigestCache
@@ -102,7 +102,7 @@ def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
 
 def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
     runs_code = any(
-        reward_functions.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards
+        loading.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards
     )
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 

@@ -110,7 +110,7 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         pytest.skip("needs LORAPAR_DATA and the fetched model")
     from stages.engines import Ballot
     from stages.engines.transformers import InProcess
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer
 

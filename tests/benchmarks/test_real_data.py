@@ -14,7 +14,7 @@ from stages.benchmarks import gsm8k, humaneval, mmlu
 from stages.benchmarks.grading import Context
 from stages.benchmarks.statistics import wilson
 from stages.config import EvalSection
-from stages.language.answers import number
+from stages.prompts.answers import number
 from stages.pipeline.resolve import registries
 from stages.sandbox import Limits, Sandbox, backends
 from stages.sandbox.selftest import selftest

@@ -10,7 +10,7 @@ from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Answer
 from stages.errors import ArtifactError
 from stages.eval import _graded, _outcome
-from stages.language.prompts import Asked, Renderer
+from stages.prompts.renderer import Asked, Renderer
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled
 

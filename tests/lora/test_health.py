@@ -9,7 +9,7 @@ from conftest import Silent, labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
-from stages.language.rewards import rewards
+from stages.rewards.builtin import rewards
 from stages.lora import rehearsal
 from stages.lora.health import Watch, equal_rewards
 

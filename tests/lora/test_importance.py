@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stages import score
 from stages.config import LoraSection, ModelSection
 from stages.errors import MeaninglessError
-from stages.language.prompts import IGNORED, Row
+from stages.prompts.renderer import IGNORED, Row
 from stages.lora import adapter
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import read_importance, write_importance

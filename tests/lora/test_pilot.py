@@ -6,7 +6,7 @@ from conftest import ROOT, labels_of, make_steps
 from test_importance import adapted, rows
 
 from stages.config import LoraSection
-from stages.language.prompts import Renderer
+from stages.prompts.renderer import Renderer
 from stages.lora import adapter, pilot
 from stages.lora.importance import moments, scorers
 from stages.lora.masks import read_importance

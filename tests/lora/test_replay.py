@@ -59,9 +59,9 @@ def systems(config) -> dict[str, int]:
 @pytest.fixture
 def watched(monkeypatch):
     """The questions of every call of the rewards, one list per call."""
-    from stages.language import reward_functions
+    from stages.rewards import loading
 
-    calls, usual = [], reward_functions.checked
+    calls, usual = [], loading.checked
 
     def checked(name, function, decoded, **fixed):
         def seen(completions, question, **given):
@@ -70,7 +70,7 @@ def watched(monkeypatch):
 
         return usual(name, seen, decoded, **fixed)
 
-    monkeypatch.setattr(reward_functions, "checked", checked)
+    monkeypatch.setattr(loading, "checked", checked)
     return calls
 
 

@@ -11,8 +11,8 @@ from trl import GRPOTrainer
 from stages import rl
 from stages.engines.generation import continuations
 from stages.errors import ConfigError, DataError, MeaninglessError
-from stages.language import reward_functions
-from stages.language.prompts import Renderer
+from stages.rewards import loading
+from stages.prompts.renderer import Renderer
 from stages.lora.pool import Pool
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
@@ -161,7 +161,7 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
         )
         for row in labels_of(ready())
     ]
-    functions = {name: reward_functions.load(name, None) for name in ready().rl.rewards}
+    functions = {name: loading.load(name, None) for name in ready().rl.rewards}
 
     def pool(how: str):
         config = ready(*mixed, f"rl.max_prompt={longest - 1}", f"rl.too_long={how}")
@@ -189,7 +189,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
     ]
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
     pool = Pool.of(labels, renderer, config.rl, {"mine": mine}, 0)
-    reward = reward_functions.checked("mine", mine, pool.encoded)
+    reward = loading.checked("mine", mine, pool.encoded)
     reward(completions=["a"] * pool.slow, **{name: list(pool.rows[name]) for name in ("target", "more")})
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]

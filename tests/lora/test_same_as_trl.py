@@ -24,7 +24,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from stages.language.prompts import Renderer
+    from stages.prompts.renderer import Renderer
     from stages.records import of_system, read_labels
 
     # No warm-up: there lorapar's rates are not the library's, as test_training says.

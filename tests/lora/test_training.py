@@ -14,7 +14,7 @@ from torch import nn
 from stages import sft
 from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
-from stages.language.prompts import IGNORED, Renderer
+from stages.prompts.renderer import IGNORED, Renderer
 from stages.lora import adapter, sharding, training
 from stages.lora.masks import Masks
 from stages.lora.optimizers import LoraPlus, WarmUp

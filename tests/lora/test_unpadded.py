@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
-from stages.language.prompts import IGNORED
+from stages.prompts.renderer import IGNORED
 from stages.lora import adapter, unpadded
 from stages.lora.unpadded import PaddingFree, SharedPrompts, accept, group_of, groups_of
 from stages.models import flat

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from stages.language.answers import after_thought
+from stages.prompts.answers import after_thought
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
 """Texts that end a function: the paper's and four more, which cannot be part of a function's body either."""

@@ -25,7 +25,7 @@ from stages.errors import (
     SandboxError,
     lacks_memory,
 )
-from stages.language.rewards import rewards
+from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
 
 Reward = Callable[..., list[float | None]]

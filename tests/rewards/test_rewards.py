@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
-from stages.language import reward_functions
-from stages.language.code import code_block, code_of, stub
-from stages.language.rewards import rewards
+from stages.rewards import loading
+from stages.prompts.code import code_block, code_of, stub
+from stages.rewards.builtin import rewards
 from stages.sandbox import Limits, SandboxFailure, choose
 
 XML = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>"
@@ -146,29 +146,29 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 def test_columns_are_what_a_reward_must_be_given():
     def needs(name, file=None):
-        return reward_functions.columns(name, reward_functions.load(name, file))
+        return loading.columns(name, loading.load(name, file))
 
     assert needs("correctness") == ["gold", "answer_format"]
     assert needs("code_tests") == ["test", "entry_point"]
     assert needs("text_overlap") == ["response"]
     rows = [{"a": 1, "b": 2**63, "c": "x"}, {"a": 2**63 - 1, "b": 1, "c": "y"}]
-    assert reward_functions.optional(rows) == {"a", "c"}
+    assert loading.optional(rows) == {"a", "c"}
     assert needs("trl.think_format_reward") == []
     with pytest.raises(
         DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
     ):
-        reward_functions.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
+        loading.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
 
 
 def test_rewards_get_the_fields_that_all_rows_have():
     """Of one simple type, and of no name that is TRL's own: it takes `image` for a picture."""
     row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
     rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
-    assert reward_functions.optional(rows) == {"gold", "level"}
+    assert loading.optional(rows) == {"gold", "level"}
 
 
 def test_rewards_of_trl_take_plain_text():
-    reward = reward_functions.load("trl.think_format_reward", None)
+    reward = loading.load("trl.think_format_reward", None)
     assert reward(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]
 
 
@@ -190,10 +190,10 @@ def file(tmp_path):
 
 
 def test_a_file_of_own_rewards(file):
-    assert reward_functions.load("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
-    reward_functions.check("short", file)
+    assert loading.load("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
+    loading.check("short", file)
     with pytest.raises(ConfigError, match="unknown reward '_hidden'") as caught:
-        reward_functions.check("_hidden", file)
+        loading.check("_hidden", file)
     assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
 
 
@@ -208,12 +208,12 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
     )
     wanted = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
     for name, needed in {**wanted, "trl.think_format_reward": False}.items():
-        assert reward_functions.needs_sandbox(name, str(path)) is needed
-    assert reward_functions.needs_sandbox("code_tests", None)
+        assert loading.needs_sandbox(name, str(path)) is needed
+    assert loading.needs_sandbox("code_tests", None)
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample(file):
-    reward = reward_functions.checked("broken", reward_functions.load("broken", file))
+    reward = loading.checked("broken", loading.load("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(MeaninglessError) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
@@ -232,24 +232,24 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_stops(value):
-    reward = reward_functions.checked("odd", lambda completions: [value])
+    reward = loading.checked("odd", lambda completions: [value])
     with pytest.raises(MeaninglessError, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
         reward(completions=["text"])
 
 
 def test_rewards_of_other_libraries_are_floats():
     given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
-    seen = reward_functions.checked("odd", lambda completions: given)(completions=["text"] * 5)
+    seen = loading.checked("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
 
 
 def test_none_is_a_reward_that_does_not_apply():
-    assert reward_functions.checked("odd", lambda completions: [None])(completions=["text"]) == [None]
+    assert loading.checked("odd", lambda completions: [None])(completions=["text"]) == [None]
 
 
 def test_a_reward_of_the_wrong_length_stops():
     with pytest.raises(MeaninglessError, match="reward odd gave 1 values for 2 completions"):
-        reward_functions.checked("odd", lambda completions: [1.0])(completions=["a", "b"])
+        loading.checked("odd", lambda completions: [1.0])(completions=["a", "b"])
 
 
 def test_code_in_a_thought_is_a_draft():
@@ -308,7 +308,7 @@ def test_a_file_of_rewards_may_have_dataclasses(tmp_path):
         "@dataclass\nclass Point:\n    x: int\n"
         "def far(completions, **_):\n    return [float(Point(1).x)] * len(completions)\n"
     )
-    assert reward_functions.load("far", str(file))(completions=["a"]) == [1.0]
+    assert loading.load("far", str(file))(completions=["a"]) == [1.0]
 
 
 def test_what_is_no_fault_of_a_reward_is_not_called_one():
@@ -316,7 +316,7 @@ def test_what_is_no_fault_of_a_reward_is_not_called_one():
         def reward(completions):
             raise error
 
-        return reward_functions.checked("mine", reward)
+        return loading.checked("mine", reward)
 
     with pytest.raises(SandboxError, match="reward mine: bwrap"):
         failing(SandboxFailure("bwrap: no"))(completions=["a"])
@@ -328,5 +328,5 @@ def test_what_is_no_fault_of_a_reward_is_not_called_one():
 
 def test_a_name_that_others_have_for_the_response_is_explained():
     with pytest.raises(DataError) as caught:
-        reward_functions.require({"f": ["answer"]}, [{"id": "a"}])
+        loading.require({"f": ["answer"]}, [{"id": "a"}])
     assert "lorapar calls a row's answer `response`" in str(caught.value.hint)

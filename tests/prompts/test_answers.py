@@ -1,6 +1,6 @@
 import pytest
 
-from stages.language.answers import extract, gold_of, letter, number, rewrite, same
+from stages.prompts.answers import extract, gold_of, letter, number, rewrite, same
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from stages.benchmarks.grading import by_prompt
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
-from stages.language.prompts import IGNORED, Renderer, chat
+from stages.prompts.renderer import IGNORED, Renderer, chat
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled
 

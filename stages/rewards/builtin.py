@@ -15,8 +15,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime import resources
-from stages.language.answers import extract, letter, number, right
-from stages.language.code import code_block
+from stages.prompts.answers import extract, letter, number, right
+from stages.prompts.code import code_block
 from stages.registry import Registry
 
 if TYPE_CHECKING:

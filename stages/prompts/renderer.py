@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import DataSection, PromptSection
 from stages.errors import ConfigError, DataError, lacks_memory
-from stages.language.answers import rewrite
+from stages.prompts.answers import rewrite
 from stages.records import Example, Labelled, problems
 
 if TYPE_CHECKING:

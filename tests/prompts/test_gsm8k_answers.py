@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from stages.language.answers import extract, number, same
+from stages.prompts.answers import extract, number, same
 
 # As written, and its value.
 WRITTEN = [

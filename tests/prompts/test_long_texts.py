@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from stages.language import answers, code
-from stages.language.rewards import rewards
+from stages.prompts import answers, code
+from stages.rewards.builtin import rewards
 
 N = 40_000
 PATIENCE_S = 1.5

@@ -1,0 +1,1 @@
+"""Text that models read and write: rendered prompts, and answers and code found in replies."""

@@ -1,0 +1,1 @@
+"""Rewards of a completion: the built-in ones, and a user's own from a file."""
