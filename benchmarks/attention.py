@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--prompts 2] [--group 8] [--prompt 256] [--completion 64-512] [--pairs 20]
 
-Both see the same row (`stages.models.layout.Flat`). Rectangles: what training computes, torch's attention
+Both see the same row (`stages.packing.batch.Flat`). Rectangles: what training computes, torch's attention
 over one rectangle of completions with a dense mask, each behind a copy of its prompt's keys. Flex:
 FlexAttention over the row as it stands, with a block mask of the same rule. Padded: every completion with a
 prompt of its own, causal, which is TRL's way. Random numbers in the shapes of one layer, those of
@@ -24,8 +24,8 @@ from measure import interval, timed
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from stages.lora.unpadded import groups_of
-from stages.models.layout import Flat, How
+from stages.packing.trl import groups_of
+from stages.packing.batch import Flat, How
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -35,7 +35,7 @@ import torch
 
 from stages.data.demo import write
 from stages.errors import LoraparError
-from stages.models.fetch import fetch
+from stages.models.bundled import fetch
 
 HERE = Path(__file__).parent
 SHAPES = {  # of Qwen2.5-0.5B and LLaMA-2-7B

@@ -26,7 +26,8 @@ from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, generation
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
-from stages.lora import adapter, rollouts, unpadded
+from stages.lora import adapter, rollouts
+from stages.packing import trl
 from stages.lora.health import Vitals
 from stages.lora.pool import Pool
 from stages.lora.training import pack
@@ -237,7 +238,7 @@ class Bench:
         writer = Writer(model, merged, self.renderer.tokenizer, sampling)
         trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)
         trainer.sharing = True
-        unpadded.accept(base)
+        trl.accept(base)
         trainer.vitals = Vitals(lambda _: [], "")
         pack(model, random_masks(model, self.given.share))
         return trainer

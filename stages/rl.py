@@ -11,7 +11,8 @@ from stages.config import BaselineSection, LoraSection, ModelSection, PromptSect
 from stages.engines import Sampling
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
-from stages.lora import rehearsal, rollouts, sharding, training, unpadded
+from stages.lora import rehearsal, rollouts, sharding, training
+from stages.packing import trl
 from stages.lora.drift import NAME as DRIFT
 from stages.lora.drift import Drift
 from stages.lora.health import Healthy, Vitals, Watch, row_ids
@@ -23,11 +24,11 @@ from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactRollouts
 from stages.lora.sharding import DividedRollouts
 from stages.lora.silent import Silent
-from stages.lora.unpadded import SharedPrompts
+from stages.packing.trl import SharedPrompts
 from stages.lora.writing import Writer, Written
 from stages.runtime import libraries
 from stages.models.base import load_base
-from stages.models.flat import has_prompt
+from stages.packing.support import has_prompt
 from stages.models.tokenizer import load_tokenizer
 from stages.records import read_labels
 from stages.store.checkpoints import Checkpoints
@@ -98,8 +99,8 @@ def run(
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
         rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
-    trainer.sharing = rl.shared_prompts == "auto" and unpadded.may_share(peft_model)
-    unpadded.accept(base)
+    trainer.sharing = rl.shared_prompts == "auto" and trl.may_share(peft_model)
+    trl.accept(base)
     if rl.kl_beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"

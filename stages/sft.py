@@ -16,9 +16,9 @@ from stages.lora.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.optimizers import LoraPlus, WarmUp
 from stages.lora.resume import ExactResume
 from stages.lora.sharding import Divided
-from stages.lora.unpadded import PaddingFree, accept
+from stages.packing.trl import PaddingFree, accept
 from stages.models.base import load_base
-from stages.models.flat import drops_out
+from stages.packing.support import drops_out
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, Labelled, decided, of_system, read_labels
 

@@ -91,7 +91,7 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(common_folder: Path) -> Path:
-    from stages.models.fetch import fetch
+    from stages.models.bundled import fetch
 
     return once(common_folder / "models", lambda folder: fetch("tiny-random", folder)) / "tiny-random"
 
@@ -251,7 +251,7 @@ def labels_of(config: Config) -> list[Labelled]:
 @pytest.fixture(autouse=True)
 def warned_anew() -> None:
     """What is said once in a process is said once in a test."""
-    if flat := sys.modules.get("stages.models.flat"):
+    if flat := sys.modules.get("stages.packing.support"):
         flat._warn.cache_clear()
 
 

@@ -16,7 +16,7 @@ from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
 from stages.prompts.renderer import Renderer
 from stages.models.base import load_base
-from stages.models.reading import reading
+from stages.models.load_errors import reading
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline import launch
 

@@ -164,7 +164,7 @@ def test_one_row_that_looks_verifiable_changes_no_system_message(written):
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from stages.models.fetch import fetch
+    from stages.models.bundled import fetch
 
     folder = fetch("tiny-random", tmp_path / "models")[0]
     (folder / "chat_template.jinja").unlink()

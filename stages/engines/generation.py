@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stages.engines import Answer, Sampling
 from stages.engines.memory import Memory, Reading
-from stages.models import flat
-from stages.models.layout import Flat
+from stages.packing import support
+from stages.packing.batch import Flat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def continuations(
     ends = Ends(sampling, tokenizer, stops)
     seeds = seeds or [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # equal beginnings stand together
-    if prompts and flat.fits(model, prompts[0]):
+    if prompts and support.fits(model, prompts[0]):
         yield from _Writer(model, ends, min(slots, len(prompts))).write(prompts, seeds, order)
         return
     for part in _batches(model, prompts, slots):
@@ -137,7 +137,7 @@ class _Writer:
         owner = torch.tensor([place[tuple(ids)] for ids in prompts], device=self.model.device)
         self.memory.reserve(max(map(len, unique)) + 1)
         reading = Reading(row, self.memory, owner, self._tensor(rows))
-        states = flat.hidden(self.model, row.input_ids, row.position_ids, reading)
+        states = support.hidden(self.model, row.input_ids, row.position_ids, reading)
         return self._logits(states[0, row.wanted()])[owner]
 
     def _next(self, lines: list[_Line]) -> Tensor:
@@ -147,7 +147,7 @@ class _Writer:
         tokens = self._tensor([line.ids[-1] for line in lines])
         for line in lines:
             line.at += 1
-        return self._logits(flat.hidden(self.model, tokens[None], at[None], self.memory)[0])
+        return self._logits(support.hidden(self.model, tokens[None], at[None], self.memory)[0])
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(states).float()  # type: ignore[no-any-return]
@@ -191,7 +191,7 @@ def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[i
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while order:
         same = len(prompts[order[0]])
-        part = [i for i in order[:size] if len(prompts[i]) == same or not flat.has_prompt(model)]
+        part = [i for i in order[:size] if len(prompts[i]) == same or not support.has_prompt(model)]
         order = order[len(part) :]
         yield part
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.models.layout import Flat, How
+    from stages.packing.batch import Flat, How
 
 COLUMNS = 64
 """Tokens by which the memory grows."""

@@ -18,9 +18,9 @@ from stages.engines.generation import continuations, padded
 from stages.errors import ConfigError, MeaninglessError
 from stages.prompts.answers import THOUGHT
 from stages.prompts.renderer import chat
-from stages.models import flat
+from stages.packing import support
 from stages.models.base import load_merged
-from stages.models.layout import Flat, common
+from stages.packing.batch import Flat, common
 from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -107,15 +107,15 @@ class InProcess:
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary)."""
-        if not flat.fits(self.model, prompts[0]):
+        if not support.fits(self.model, prompts[0]):
             return self._last_of_padded(prompts)
         row = Flat.of_prompts(prompts, self.model.device)
-        states = flat.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
+        states = support.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
     def _last_of_padded(self, prompts: list[list[int]]) -> torch.Tensor:
         """The same in padded batches, behind the cache of the common beginning if there is a long one."""
-        size = 1 if flat.has_prompt(self.model) else BATCH
+        size = 1 if support.has_prompt(self.model) else BATCH
         shared = min(common(prompts), min(map(len, prompts)) - 1)
         shared = shared if size > 1 and len(prompts) > 1 and shared >= WORTH_KEEPING else 0
         cache = self._cache(prompts[0][:shared]) if shared else None

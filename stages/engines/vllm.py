@@ -26,7 +26,7 @@ from stages.engines.openai import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
-from stages.models.reading import config_of, positions
+from stages.models.load_errors import config_of, positions
 
 HOST = "127.0.0.1"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

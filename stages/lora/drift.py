@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.models.flat import evaluating
+from stages.packing.support import evaluating
 
 if TYPE_CHECKING:
     from stages.config import RlSection

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.prompts.renderer import Row
-    from stages.models.layout import Flat
+    from stages.packing.batch import Flat
 
 scorers: Registry = Registry("scorer")
 """Trait `product`: the score is gradient times value, which is zero everywhere while B = 0. Trait `pilot`:
@@ -145,7 +145,7 @@ def moments(
     """
     import torch
 
-    from stages.models import losses
+    from stages.packing import losses
 
     device = next(model.parameters()).device
     zeros = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime import distributed
 from stages.engines.generation import SLOTS, continuations
 from stages.lora import packed, sharding
-from stages.models.flat import evaluating
+from stages.packing.support import evaluating
 
 if TYPE_CHECKING:
     from peft import PeftModel

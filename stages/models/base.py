@@ -15,7 +15,7 @@ from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.runtime import libraries
 from stages.models.dtype import resolve, warn_if_slow
-from stages.models.reading import complete, reading
+from stages.models.load_errors import complete, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.config import ModelSection
 from stages.errors import LoraparError
-from stages.models.reading import config_of
+from stages.models.load_errors import config_of
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import ModelSection
 from stages.errors import DataError
-from stages.models.reading import reading
+from stages.models.load_errors import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from stages.labelling.personas import held_out
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.lora.regions import strategies
 from stages.lora.training import steps_of
-from stages.models.layout import common
+from stages.packing.batch import common
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline import launch, prompt_lengths
 from stages.pipeline.cost import Cost, Memory

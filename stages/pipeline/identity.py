@@ -8,7 +8,7 @@ from stages.config import BenchmarkSection, Config, ModelSection, SourceSection,
 from stages.data.hub import commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
-from stages.models.fetch import MAKERS
+from stages.models.bundled import MAKERS
 from stages.store.digests import DigestCache
 
 SCALE = {

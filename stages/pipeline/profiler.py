@@ -27,10 +27,10 @@ from stages.engines.transformers import InProcess, ballot_ids
 from stages.prompts.renderer import Row
 from stages.lora import adapter
 from stages.lora.importance import moments
-from stages.lora.unpadded import group_of
-from stages.models import flat
+from stages.packing.trl import group_of
+from stages.packing import support
 from stages.models.base import decoder_layers, load_base
-from stages.models.layout import Flat, common
+from stages.packing.batch import Flat, common
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ class Profiler:
             if unpadded:
                 labels = [row.labels for row in rows[:number]]
                 group = group_of(ids, labels, shares=not section.dropout)
-                flat.choose(model, Flat.of([group], self.base.device)).log_probs.sum().backward()
+                support.choose(model, Flat.of([group], self.base.device)).log_probs.sum().backward()
             else:
                 width = max(map(len, ids))
                 batch = torch.tensor([(row * width)[:width] for row in ids], device=self.base.device)
@@ -181,7 +181,7 @@ class Profiler:
 
     def fits(self, ids: list[int]) -> bool:
         """Whether the architecture computes rows without padding. ids: any real ones."""
-        return flat.fits(self.base, ids)
+        return support.fits(self.base, ids)
 
     @cached_property
     def adapted(self) -> Any:

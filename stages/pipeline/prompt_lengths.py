@@ -11,7 +11,7 @@ from stages.engines import Ballot, openai, vllm
 from stages.engines.transformers import ballot_ids
 from stages.labelling.personas import brief_of, personas
 from stages.prompts.renderer import Renderer
-from stages.models.reading import config_of, positions
+from stages.models.load_errors import config_of, positions
 from stages.pipeline.lengths import Lengths, Span, sampled
 from stages.records import Example
 

@@ -13,7 +13,7 @@ from stages.errors import ConfigError, DataError, first_line
 from stages.labelling.known import system_of
 from stages.prompts.answers import letter, number
 from stages.prompts.renderer import IGNORED, Renderer
-from stages.models.reading import config_of, reading
+from stages.models.load_errors import config_of, reading
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.lengths import Lengths
 

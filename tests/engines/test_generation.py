@@ -18,8 +18,8 @@ from transformers import (
 from stages.config import ModelSection
 from stages.engines import Sampling, generation
 from stages.engines.generation import Ends, continuations, drawn
-from stages.models import flat
-from stages.models.layout import common
+from stages.packing import support
+from stages.packing.batch import common
 from stages.models.tokenizer import load_tokenizer
 
 SMALL = {
@@ -219,20 +219,20 @@ def test_a_draw_is_one_of_the_likeliest(seed, top_p, top_k, draw):
 @pytest.fixture
 def calls(monkeypatch):
     """Tokens of each row that is computed."""
-    seen, usual = [], flat.hidden
+    seen, usual = [], support.hidden
 
     def hidden(model, input_ids, *rest):
         seen.append(input_ids.shape[1])
         return usual(model, input_ids, *rest)
 
-    monkeypatch.setattr(flat, "hidden", hidden)
+    monkeypatch.setattr(support, "hidden", hidden)
     return seen
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, tokenizer, calls, kind):
     prompts = PROMPTS[kind] * 3
-    assert flat.fits(model, prompts[0])
+    assert support.fits(model, prompts[0])
     calls.clear()
     made = answers(model, tokenizer, prompts, Sampling(10, tuple(range(100, 140))))
     unique = sorted(set(map(tuple, prompts)))

@@ -10,7 +10,7 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Question, Sampling, Served, transformers
 from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
-from stages.models import flat
+from stages.packing import support
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 
@@ -39,14 +39,14 @@ def test_no_model_stays_in_memory_beside_the_next(tiny, silent):
         assert first() is None
 
 
-usual = flat.fits
+usual = support.fits
 
 
 @pytest.mark.parametrize("shared", [0, 10, 50])
 @pytest.mark.parametrize("fits", [True, False])
 def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fits):
     """Also with one beginning for all, with two in turn, and where one prompt is a beginning of another."""
-    monkeypatch.setattr("stages.models.flat.fits", lambda *_: fits and usual(*_))
+    monkeypatch.setattr("stages.packing.support.fits", lambda *_: fits and usual(*_))
     generator = torch.Generator().manual_seed(0)
     random = lambda n: torch.randint(5, 250, (n,), generator=generator).tolist()  # noqa: E731
     heads = [random(shared), random(shared)]
@@ -163,7 +163,7 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     engine, given = sixteen_bits(tiny, **config)
     prompts = [[40 + i, 9, 60 + i] for i in range(BATCH)]
     found = dict(engine.choose([Ballot(ids, ("A", "B")) for ids in prompts]))
-    assert flat.fits(engine.model, prompts[0]) != bool(config)  # by 16 bits, though the head gives 32
+    assert support.fits(engine.model, prompts[0]) != bool(config)  # by 16 bits, though the head gives 32
     weight = engine.model.get_output_embeddings().weight
     assert given[-1].dtype == weight.dtype == torch.bfloat16
     states = given[-1].flatten(0, -2)  # one token of each prompt

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from stages.errors import ConfigError
 from stages.lora import adapter, baselines
-from stages.models import flat
+from stages.packing import support
 from stages.models.base import load_adapted, load_base
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
@@ -55,7 +55,7 @@ def test_dropout_reaches_the_methods_that_have_one(begun, method):
     assert config.baseline is not None
     adapted = baselines.attach(load_base(config.model), config.baseline, config.lora, 0, None, 0.5)
     without = method in ("shira", "ia3") or config.baseline.trains_prompt
-    assert flat.drops_out(adapted) == (not without)
+    assert support.drops_out(adapted) == (not without)
 
 
 @pytest.mark.parametrize("method", METHODS)

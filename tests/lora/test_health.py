@@ -92,8 +92,8 @@ def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stag
     def choose(*_):
         raise MemoryError
 
-    monkeypatch.setattr("stages.models.flat.choose", choose)
-    monkeypatch.setattr("stages.models.flat.fits", lambda *_: True)
+    monkeypatch.setattr("stages.packing.support.choose", choose)
+    monkeypatch.setattr("stages.packing.support.fits", lambda *_: True)
     with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
         make_step(config, stage, force=True)
 

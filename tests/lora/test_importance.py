@@ -18,7 +18,7 @@ from stages.lora import adapter
 from stages.lora.importance import Moments, moments, scorers
 from stages.lora.masks import read_importance, write_importance
 from stages.models.base import load_base
-from stages.models.losses import answer_losses, collate, of_row, unpadded
+from stages.packing.losses import answer_losses, collate, of_row, unpadded
 
 
 def rows(count: int = 7) -> list[Row]:
@@ -61,7 +61,7 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
 @pytest.mark.parametrize("fits", [True, False])
 def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, compensate, fits):
     if not fits:
-        monkeypatch.setattr("stages.models.flat.fits", lambda *_: False)
+        monkeypatch.setattr("stages.packing.support.fits", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)

@@ -10,7 +10,7 @@ from stages.prompts.renderer import Renderer
 from stages.lora import adapter, pilot
 from stages.lora.importance import moments, scorers
 from stages.lora.masks import read_importance
-from stages.models.losses import answer_losses, collate
+from stages.packing.losses import answer_losses, collate
 from stages.models.tokenizer import load_tokenizer
 
 LR = pilot.LR

@@ -24,7 +24,7 @@ from stages.lora.resampling import Resampling
 from stages.lora.resume import ExactResume, ExactRollouts
 from stages.lora.sharding import Divided, DividedRollouts
 from stages.lora.silent import Silent
-from stages.lora.unpadded import PaddingFree, SharedPrompts
+from stages.packing.trl import PaddingFree, SharedPrompts
 from stages.lora.writing import Written
 
 TRAINER = {

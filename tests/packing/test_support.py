@@ -22,9 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from stages.models import flat
-from stages.models.flat import choose, fits
-from stages.models.layout import Branch, Flat, Group, common
+from stages.packing import support
+from stages.packing.support import choose, fits
+from stages.packing.batch import Branch, Flat, Group, common
 
 WORDS = 97
 SMALL = {
@@ -160,7 +160,7 @@ def test_no_completion_sees_another(exact, shape, seed, data):
     assert not torch.equal(before[first:end], after[first:end])
 
 
-@pytest.mark.parametrize("kind", flat.KINDS)
+@pytest.mark.parametrize("kind", support.KINDS)
 @pytest.mark.parametrize("name", TAKEN)
 def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
     model = made(TAKEN[name], kind)
@@ -176,7 +176,7 @@ def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
 
     before = own()
     assert fits(model, ids[1].tolist())
-    assert model.config._attn_implementation == flat.MARK + kind
+    assert model.config._attn_implementation == support.MARK + kind
     for old, new in zip(before, own(), strict=True):
         assert torch.equal(old, new)
     texts = some([(7, [5, 1, 6]), (1, [3, 2]), (4, [7])])
@@ -188,7 +188,7 @@ def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == flat.log.name]
+    return [record.getMessage() for record in caplog.records if record.name == support.log.name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -271,12 +271,12 @@ def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
     """In training; the numbers of a shared beginning would drop out for all its branches alike."""
     config = LlamaConfig(**GROUPED, attention_dropout=0.5)
     model = LlamaForCausalLM(config).eval()
-    assert flat.drops_out(model) and not flat.drops_out(LlamaForCausalLM(LlamaConfig(**GROUPED)))
-    assert flat.fits(model, [3, 4, 5, 6, 7])
+    assert support.drops_out(model) and not support.drops_out(LlamaForCausalLM(LlamaConfig(**GROUPED)))
+    assert support.fits(model, [3, 4, 5, 6, 7])
     row = Flat.of([Group([], [Branch([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu"))
 
     def alike() -> bool:
-        return torch.equal(flat.choose(model, row).log_probs, flat.choose(model, row).log_probs)
+        return torch.equal(support.choose(model, row).log_probs, support.choose(model, row).log_probs)
 
     assert alike()
     model.train()

@@ -14,11 +14,12 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from stages.prompts.renderer import IGNORED
-from stages.lora import adapter, unpadded
-from stages.lora.unpadded import PaddingFree, SharedPrompts, accept, group_of, groups_of
-from stages.models import flat
+from stages.lora import adapter
+from stages.packing import trl
+from stages.packing.trl import PaddingFree, SharedPrompts, accept, group_of, groups_of
+from stages.packing import support
 from stages.models.base import device
-from stages.models.layout import Branch, Flat, Group
+from stages.packing.batch import Branch, Flat, Group
 
 GROUP = 4
 LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
@@ -151,9 +152,9 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     inputs, found, computed = batch(), {}, []
     inputs["advantages"][silent] = 0
-    usual = unpadded.groups_of
+    usual = trl.groups_of
     monkeypatch.setattr(
-        unpadded, "groups_of", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
+        trl, "groups_of", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
     )
     if iterations == 2:
         noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
@@ -177,9 +178,9 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
 def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, monkeypatch):
     """Its gradient is zero, and no metric tells of it."""
     trainer, model = grpo
-    sizes, usual = [], unpadded.groups_of
+    sizes, usual = [], trl.groups_of
     monkeypatch.setattr(
-        unpadded, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
+        trl, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
     )
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
@@ -198,7 +199,7 @@ def test_entropy_is_that_of_the_completions_computed(grpo, monkeypatch, fits):
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
-    monkeypatch.setattr(flat, "fits", lambda *_: fits)
+    monkeypatch.setattr(support, "fits", lambda *_: fits)
     inputs = batch()
     inputs["advantages"][:GROUP] = 0
     logged = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))[2]
@@ -254,14 +255,14 @@ def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     made = {"completion_mask": mask, "row": torch.arange(12), "items": torch.tensor(48), "none": None}
-    found = unpadded._by_length(made, 4)
+    found = trl._by_length(made, 4)
     assert found["row"].tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
     assert found["completion_mask"].sum(1).tolist() == [lengths[i] for i in found["row"]]
     assert found["items"] == 48 and found["none"] is None
     part = {name: x[2:8] for name, x in made.items() if name in ("completion_mask", "row")}
-    assert unpadded._by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert trl._by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
     part["completion_mask"] = part["completion_mask"].flip(0)
-    assert unpadded._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
+    assert trl._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
 
 
 TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.drift_prompts=0"]
@@ -278,7 +279,7 @@ def steps_of(config, monkeypatch):
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(unpadded, "groups_of", seen)
+        patch.setattr(trl, "groups_of", seen)
         artifact = make_step(config, "rl")
     return json.loads((artifact.path / "history.json").read_text()), sizes
 
@@ -314,9 +315,9 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(own, monkeypatch,
 
 
 def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, logger=unpadded.log.name):
+    with caplog.at_level(logging.WARNING, logger=trl.log.name):
         trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.dropout=0.05"), monkeypatch)
-    said = [record.getMessage() for record in caplog.records if record.name == unpadded.log.name]
+    said = [record.getMessage() for record in caplog.records if record.name == trl.log.name]
     assert said == ["with dropout each completion is computed with a prompt of its own; see rl.dropout"]
     assert not trainer.sharing
     monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
@@ -326,7 +327,7 @@ def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, c
 def test_a_model_that_does_not_fit_is_trl_s(grpo, monkeypatch):
     trainer, model = grpo
     monkeypatch.setattr(trainer, "sharing", True)
-    monkeypatch.setattr(flat, "fits", lambda *_: False)
+    monkeypatch.setattr(support, "fits", lambda *_: False)
     monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model, batch())[0].requires_grad
 
@@ -370,13 +371,13 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     monkeypatch.setattr(trainer.args, "loss_type", loss)
     rows = ROWS.get(kind) or [trainer.train_dataset[i] for i in range(4)]
     monkeypatch.setattr(trainer, "shares", shares)
-    tokens, usual = [], flat.hidden
-    monkeypatch.setattr(flat, "hidden", lambda *given: tokens.append(given[1].numel()) or usual(*given))
+    tokens, usual = [], support.hidden
+    monkeypatch.setattr(support, "hidden", lambda *given: tokens.append(given[1].numel()) or usual(*given))
     for number in (None, torch.tensor(50)):
         found = {}
         for way in (True, False):
             monkeypatch.setattr(trainer, "unpadded", way)
-            assert flat.fits(model, [5, 6, 7])
+            assert support.fits(model, [5, 6, 7])
             tokens.clear()
             found[way] = sft_step(trainer, model, rows, number)
             assert len(tokens) == way
@@ -474,8 +475,8 @@ def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(own, mo
     Also if each group were a micro batch: TRL's own shuffling mixes them.
     """
     seen, mixed = [], []
-    usual, shuffle = unpadded._by_length, grpo_trainer.shuffle_sequence_dict
-    monkeypatch.setattr(unpadded, "_by_length", lambda *given: seen.append(1) or usual(*given))
+    usual, shuffle = trl._by_length, grpo_trainer.shuffle_sequence_dict
+    monkeypatch.setattr(trl, "_by_length", lambda *given: seen.append(1) or usual(*given))
     monkeypatch.setattr(
         grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
     )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.models.layout import Flat
+    from stages.packing.batch import Flat
 
 
 @dataclass
@@ -55,8 +55,8 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> Flat | None:
     """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
-    from stages.models.flat import fits
-    from stages.models.layout import Branch, Flat, Group
+    from stages.packing.support import fits
+    from stages.packing.batch import Branch, Flat, Group
 
     if not fits(model, rows[0].input_ids):
         return None
@@ -65,7 +65,7 @@ def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> F
 
 def of_row(model: PreTrainedModel, row: Flat) -> Tensor:
     """The same as `answer_losses` for the examples of a row: (examples,)."""
-    from stages.models.flat import choose
+    from stages.packing.support import choose
 
     found = choose(model, row).log_probs
     owner = row.branches.owners()[row.wanted()]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models import head
-from stages.models.head import chosen
+from stages.packing import logprobs
+from stages.packing.logprobs import chosen
 
 
 def given(bias: bool, tokens: int = 13, words: int = 29, width: int = 8):
@@ -28,7 +28,7 @@ def expected(hidden, layer, targets, temperature):
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
     """A part of one logit still takes a token at a time; five tokens at a time leave a smaller part."""
-    monkeypatch.setattr(head, "PART", part)
+    monkeypatch.setattr(logprobs, "PART", part)
     hidden, layer, targets = given(bias)
     targets[::2] = layer(hidden).argmax(-1)[::2]
     found = chosen(hidden, layer, targets, temperature)

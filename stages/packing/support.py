@@ -1,4 +1,4 @@
-"""A model's pass over several sequences in one row (`stages.models.layout`), if its architecture allows it.
+"""A model's pass over several sequences in one row (`stages.packing.batch`), if its architecture allows it.
 
 Attention is replaced by one that can also take a layout. Without a layout it is the model's own, to the bit.
 """
@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.models.head import Chosen, chosen
-from stages.models.layout import Branch, Flat, Group, How, Layout
+from stages.packing.logprobs import Chosen, chosen
+from stages.packing.batch import Branch, Flat, Group, How, Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from stages.prompts.renderer import IGNORED
-from stages.models import flat
-from stages.models.layout import Branch, Flat, Group, common
+from stages.packing import support
+from stages.packing.batch import Branch, Flat, Group, common
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,25 +37,25 @@ def accept(base: PreTrainedModel) -> None:
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    usual, choose = base.forward.__func__, flat.choose
+    usual, choose = base.forward.__func__, support.choose
 
     @functools.wraps(usual)
     def forward(
         self: Any, *args: Any, flat: Flat | None = None, temperature: float = 1.0, **given: Any
     ) -> Any:
-        if flat is None:
+        if support is None:
             return usual(self, *args, **given)
-        found = choose(self, flat, temperature)
-        at = flat.wanted()
+        found = choose(self, support, temperature)
+        at = support.wanted()
 
         def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(flat.targets.shape[1]).index_copy(0, at, values)[None]
+            return values.new_zeros(support.targets.shape[1]).index_copy(0, at, values)[None]
 
         return FusedCausalLMOutput(
             log_probs=spread(found.log_probs),
             entropy=spread(found.entropy),
             is_top1=spread(found.likeliest),
-            label_mask=flat.targets != IGNORED,
+            label_mask=support.targets != IGNORED,
         )
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
@@ -63,7 +63,7 @@ def accept(base: PreTrainedModel) -> None:
 
 def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    apart = flat.drops_out(model)
+    apart = support.drops_out(model)
     if apart:
         log.warning("with dropout each completion is computed with a prompt of its own; see rl.dropout")
     return not apart
@@ -136,7 +136,7 @@ class SharedPrompts:
         """
         rows = input_ids.split(batch_size or len(input_ids))
         masks = attention_mask.split(batch_size or len(input_ids))
-        with nullcontext() if torch.is_grad_enabled() else flat.evaluating(self.model):
+        with nullcontext() if torch.is_grad_enabled() else support.evaluating(self.model):
             if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):
                 return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
                     model,
@@ -153,7 +153,7 @@ class SharedPrompts:
         return log_probs, entropies if compute_entropy else None, None
 
     def _fits(self, model: Any, ids: Tensor, mask: Tensor) -> bool:
-        return flat.fits(self.accelerator.unwrap_model(model), _lists(ids, mask)[0])
+        return support.fits(self.accelerator.unwrap_model(model), _lists(ids, mask)[0])
 
     def _of_rows(self, model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         real = mask[:, -keep:].bool()
@@ -199,7 +199,7 @@ class PaddingFree:
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **given: Any) -> Any:
         if self.unpadded and not self.aux_loss_enabled:
             rows = _lists(inputs["input_ids"], inputs["attention_mask"])
-            if flat.fits(self.accelerator.unwrap_model(model), rows[0]):
+            if support.fits(self.accelerator.unwrap_model(model), rows[0]):
                 labels = _lists(inputs["labels"], inputs["attention_mask"])
                 row = Flat.of([group_of(rows, labels, self.shares)], inputs["input_ids"].device)
                 inputs = {"flat": row, "attention_mask": inputs["attention_mask"]}  # TRL counts tokens by it
