@@ -17,7 +17,7 @@ import torch
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Pool, Served
-from stages.engines.words import word_of
+from stages.engines.openai.choices import word_of
 from stages.labelling.personas import SHOTS, Brief, personas, shots
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 
 from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
-from stages.engines import Sampling, generation
+from stages.engines import Sampling, continuous_batching
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
 from stages.lora import adapter, rollouts
@@ -38,7 +38,7 @@ from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
 PARTS = ("whole step", "rollouts", "loss + backward", "update", "rest")
-PICK = generation._Writer._pick
+PICK = continuous_batching._Writer._pick
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Ends:
             self.write(logits, [line.item for line in lines], [len(line.ids) for line in lines])
             return PICK(writer, logits, lines)
 
-        generation._Writer._pick = pick  # type: ignore[method-assign, assignment]
+        continuous_batching._Writer._pick = pick  # type: ignore[method-assign, assignment]
 
 
 class _Force(LogitsProcessor):

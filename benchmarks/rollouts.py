@@ -14,7 +14,7 @@ import time
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines import Sampling
-from stages.engines.generation import continuations
+from stages.engines.continuous_batching import continuations
 from stages.lora import adapter, merged, rollouts
 from stages.models.base import load_base
 

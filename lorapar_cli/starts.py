@@ -6,7 +6,7 @@ from stages.pipeline.table import STAGES
 MODULES = (
     "lorapar_cli.app",
     *(f"stages.{name}" for name in STAGES),
-    "stages.engines.transformers",
+    "stages.engines.in_process",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "datasets",

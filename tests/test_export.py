@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from stages import export
 from stages.config import BaselineSection
 from stages.engines import Served
-from stages.engines.transformers import open
+from stages.engines.in_process import open
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Silent, make_steps
 from mock_server import Mock, serve
 
-from stages.engines import transport
+from stages.engines.openai import transport
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels

@@ -185,7 +185,7 @@ def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkey
     small = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base]", "score.examples=4")
     make_steps(smoke(*small), "classify", "eval")
     monkeypatch.setattr(
-        "stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded")
+        "stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded")
     )
     made = make_steps(smoke(*small, "run=another"), "classify", "eval")
     assert all(now for _, now in made.values())

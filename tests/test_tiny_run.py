@@ -288,7 +288,7 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
         "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0"
     )
     monkeypatch.setattr(
-        "stages.engines.transformers.load_merged", lambda *_: pytest.fail("a model was loaded")
+        "stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded")
     )
     made = make_steps(config, "eval:base@demo", "eval:init@demo")
     assert all(now for _, now in made.values())
@@ -310,7 +310,7 @@ def test_force_asks_again(copied, monkeypatch):
     config = copied("eval.parity_items=0")
     same = Answer([65], True)
     monkeypatch.setattr(
-        "stages.engines.transformers.continuations",
+        "stages.engines.in_process.continuations",
         lambda _, __, prompts, *rest: enumerate([same] * len(prompts)),
     )
     assert make_steps(config, "eval:base@demo", force=True)["eval:base@demo"][1]
@@ -323,7 +323,7 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     config = copied("eval.parity_items=4", "lora.std=0.5")
     make_steps(config, "score")
     monkeypatch.setattr(
-        "stages.engines.transformers.load_merged",
+        "stages.engines.in_process.load_merged",
         lambda model, folder: load_base(model),  # the adapter is not applied
     )
     with pytest.raises(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.benchmarks.replies import Recorded
 from stages.config import ModelSection
-from stages.engines.transformers import word_tokens
+from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError
 from stages.prompts.renderer import Asked
 from stages.models.base import load_adapted, load_base

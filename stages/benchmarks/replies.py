@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.config import BenchmarkSection
 from stages.engines import Ballot, Engine, Failure, Question, Sampling
-from stages.engines.reply import TokenId
+from stages.engines.openai.schema import TokenId
 from stages.errors import AnswerError, ArtifactError
 from stages.prompts.renderer import Asked
 from stages.store.artifacts import AWAY

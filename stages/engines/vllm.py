@@ -22,7 +22,7 @@ from stages.runtime import resources
 from stages.config import ModelSection, ServerSection
 from stages.engines import Served
 from stages.runtime.process_guard import guarded
-from stages.engines.openai import Client
+from stages.engines.openai.client import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow

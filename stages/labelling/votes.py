@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from stages.config import Voter
 from stages.engines import Ballot, Choice, Engine, Failure, same_model
-from stages.engines.openai import Client
+from stages.engines.openai.client import Client
 from stages.errors import AnswerError
 from stages.labelling.personas import Brief, is_judged, personas
 from stages.records import Example

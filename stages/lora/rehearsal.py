@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.engines.generation import padded
+from stages.engines.continuous_batching import padded
 
 if TYPE_CHECKING:
     from stages.config import RlSection

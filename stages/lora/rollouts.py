@@ -16,7 +16,7 @@ from transformers import set_seed
 from stages.runtime import distributed
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
-from stages.engines.transport import asks_proxy
+from stages.engines.openai.transport import asks_proxy
 from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora import merged

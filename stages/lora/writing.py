@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime import distributed
-from stages.engines.generation import SLOTS, continuations
+from stages.engines.continuous_batching import SLOTS, continuations
 from stages.lora import packed, sharding
 from stages.packing.support import evaluating
 

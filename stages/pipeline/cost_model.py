@@ -17,8 +17,8 @@ from statistics import fmean
 from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
 from stages.runtime import fork_server
-from stages.engines.generation import FREE, SLOTS
-from stages.engines.transformers import ballot_ids, batches
+from stages.engines.continuous_batching import FREE, SLOTS
+from stages.engines.in_process import ballot_ids, batches
 from stages.errors import DataError, lacks_memory
 from stages.runtime.resources import MIB
 from stages.labelling.personas import held_out

@@ -22,8 +22,8 @@ import torch
 from stages.runtime import resources
 from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
-from stages.engines.generation import SLOTS, continuations
-from stages.engines.transformers import InProcess, ballot_ids
+from stages.engines.continuous_batching import SLOTS, continuations
+from stages.engines.in_process import InProcess, ballot_ids
 from stages.prompts.renderer import Row
 from stages.lora import adapter
 from stages.lora.importance import moments

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from stages.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, Voter
-from stages.engines import Ballot, openai, vllm
-from stages.engines.transformers import ballot_ids
+from stages.engines import Ballot, vllm
+from stages.engines.openai import client
+from stages.engines.in_process import ballot_ids
 from stages.labelling.personas import brief_of, personas
 from stages.prompts.renderer import Renderer
 from stages.models.load_errors import config_of, positions
@@ -59,7 +60,7 @@ def of_voters(
             continue
         asked = ballots(config, voter, some)
         lengths = Lengths.of(len(ballot_ids(tokenizer, ballot)) for ballot in asked)
-        answer = 0 if voter.engine == "transformers" else max(map(openai.replied, asked))
+        answer = 0 if voter.engine == "transformers" else max(map(client.replied, asked))
         room = _room(config, voter.engine, answer)
         yield Span(f"vote on {name}, {voter.persona}", len(examples), lengths, *room, "fail")
 

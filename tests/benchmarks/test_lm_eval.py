@@ -109,7 +109,7 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     if not data.is_dir() or not model_dir.is_dir():
         pytest.skip("needs LORAPAR_DATA and the fetched model")
     from stages.engines import Ballot
-    from stages.engines.transformers import InProcess
+    from stages.engines.in_process import InProcess
     from stages.prompts.renderer import Renderer
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer

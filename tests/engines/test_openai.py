@@ -13,10 +13,11 @@ from conftest import wait_for
 from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, openai, transport, vllm
-from stages.engines.faults import seconds_of
-from stages.engines.openai import Client
-from stages.engines.words import word_of
+from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, vllm
+from stages.engines.openai import client, transport
+from stages.engines.openai.errors import seconds_of
+from stages.engines.openai.client import Client
+from stages.engines.openai.choices import word_of
 from stages.errors import ConfigError, ServerError
 
 CHAT = Ballot([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
@@ -381,7 +382,7 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
     served = Served("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
     monkeypatch.setenv("MY_KEY", "sk-\u201csecret\u201d")
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
-        openai.open(served, QUICK, print).__enter__()
+        client.open(served, QUICK, print).__enter__()
     assert "secret" not in f"{caught.value} {caught.value.hint}"
 
 

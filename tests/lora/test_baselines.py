@@ -81,8 +81,8 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
 def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     """Padding or a shared cache would part the two."""
     from stages.engines import Sampling
-    from stages.engines.generation import continuations
-    from stages.engines.transformers import InProcess
+    from stages.engines.continuous_batching import continuations
+    from stages.engines.in_process import InProcess
     from stages.models.tokenizer import load_tokenizer
 
     config = chosen(begun, "prefix_tuning")

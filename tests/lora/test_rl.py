@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from trl import GRPOTrainer
 
 from stages import rl
-from stages.engines.generation import continuations
+from stages.engines.continuous_batching import continuations
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer

@@ -12,7 +12,7 @@ from conftest import make_steps
 from mock_server import Mock, serve
 from tally import FULL
 
-from stages.engines import transport
+from stages.engines.openai import transport
 from stages.errors import LoraparError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from stages.engines.openai import Client
-from stages.engines.reply import Completion, count_of, models_of
+from stages.engines.openai.client import Client
+from stages.engines.openai.schema import Completion, count_of, models_of
 
 CHAT = {
     "model": "m",

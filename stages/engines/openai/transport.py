@@ -22,7 +22,7 @@ import tenacity
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.faults import ItemFailed, Refused, Trouble, seconds_of
+from stages.engines.openai.errors import ItemFailed, Refused, Trouble, seconds_of
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6

@@ -14,7 +14,7 @@ from torch import nn
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
-from stages.engines.generation import continuations, padded
+from stages.engines.continuous_batching import continuations, padded
 from stages.errors import ConfigError, MeaninglessError
 from stages.prompts.answers import THOUGHT
 from stages.prompts.renderer import chat

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from stages.config import ModelSection
-from stages.engines import Sampling, generation
-from stages.engines.generation import Ends, continuations, drawn
+from stages.engines import Sampling, continuous_batching
+from stages.engines.continuous_batching import Ends, continuations, drawn
 from stages.packing import support
 from stages.packing.batch import common
 from stages.models.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def answers(model, tokenizer, prompts, sampling, **given):
 def by_library(model, tokenizer, prompts, sampling, stops=()):
     """One prompt at a time."""
     ends = Ends(sampling, tokenizer, stops)
-    return [generation._by_library(model, ends, [ids], 0)[0] for ids in prompts]
+    return [continuous_batching._by_library(model, ends, [ids], 0)[0] for ids in prompts]
 
 
 PROMPTS = {
@@ -95,7 +95,7 @@ def test_what_a_model_s_own_file_says_of_sampling_changes_nothing(model, tokeniz
 
 def test_answers_longer_than_the_first_memory_are_the_library_s(model, tokenizer, monkeypatch):
     """Keys and values of one row outgrow their memory, while others are read into the rows beside it."""
-    monkeypatch.setattr("stages.engines.memory.COLUMNS", 8)
+    monkeypatch.setattr("stages.engines.kv_cache.COLUMNS", 8)
     sampling = Sampling(14, ())
     prompts = random(3, 6, 7, 1, 17)
     wanted = by_library(model, tokenizer, prompts, sampling)
@@ -247,21 +247,21 @@ def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, toke
 def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, monkeypatch):
     """One by one the answers end: the memory is never read for more rows than a third above those in use."""
     prompts = random(*range(3, 15))
-    rows, usual = [], generation.Memory.aim
+    rows, usual = [], continuous_batching.Memory.aim
 
     def aim(memory, aimed, at):
         rows.append((len(aimed), memory.rows))
         usual(memory, aimed, at)
         assert {len(x) for x in (*memory.keys, *memory.values)} == {memory.rows}
 
-    monkeypatch.setattr(generation.Memory, "aim", aim)
+    monkeypatch.setattr(continuous_batching.Memory, "aim", aim)
     sampling = Sampling(20, tuple(range(100, 130)))
     wanted = by_library(model, tokenizer, prompts, sampling)
     lengths = [len(answer.ids) for answer in wanted]
     assert len(set(lengths)) > 5, "answers end at different times"
     assert answers(model, tokenizer, prompts, sampling) == wanted
     assert rows[0] == (12, 12) and rows[-1][1] < 6
-    assert all(of * (1 - generation.FREE) < used <= of for used, of in rows)
+    assert all(of * (1 - continuous_batching.FREE) < used <= of for used, of in rows)
     rows.clear()
     assert answers(model, tokenizer, prompts, sampling, slots=4) == wanted
     used = [number for number, _ in rows]

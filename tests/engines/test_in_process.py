@@ -7,8 +7,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Pool, Question, Sampling, Served, transformers
-from stages.engines.transformers import BATCH, InProcess, batches, word_tokens
+from stages.engines import Ballot, Pool, Question, Sampling, Served, in_process
+from stages.engines.in_process import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.packing import support
 from stages.models.base import load_base
@@ -63,7 +63,7 @@ def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
     first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
     assert list(batches(first + second)) == [5, 4]
     assert list(batches([[i, 5, 6] for i in range(7)])) == [7]
-    monkeypatch.setattr("stages.engines.transformers.TOKENS", 52)
+    monkeypatch.setattr("stages.engines.in_process.TOKENS", 52)
     assert list(batches(first + second)) == [2, 2, 1, 2, 2]
     assert list(batches([])) == []
 
@@ -205,11 +205,11 @@ def test_a_word_behind_a_text_has_the_tokens_that_it_has_there():
 
 def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
     written = []
-    usual = transformers.continuations
+    usual = in_process.continuations
     count = lambda *given: written.extend(given[2]) or usual(*given)  # noqa: E731
-    monkeypatch.setattr(transformers, "continuations", count)
+    monkeypatch.setattr(in_process, "continuations", count)
     ballots = [Ballot([40, 9, 60 + i], ("A", "B"), thought=2) for i in range(40)]
     made = engine.choose(ballots)
     first = next(made)
-    assert len(written) == transformers.THOUGHTS * engine.batch_size < 40
+    assert len(written) == in_process.THOUGHTS * engine.batch_size < 40
     assert sorted([first[0], *(i for i, _ in made)]) == list(range(40))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.engines import Answer, Sampling
-from stages.engines.memory import Memory, Reading
+from stages.engines.kv_cache import Memory, Reading
 from stages.packing import support
 from stages.packing.batch import Flat
 
