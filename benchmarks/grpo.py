@@ -26,12 +26,13 @@ from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
-from stages.lora import adapter, rollouts
+from stages.lora.adapter import adapter
+from stages.lora.grpo import vllm
 from stages.packing import trl
-from stages.lora.health import Vitals
-from stages.lora.pool import Pool
-from stages.lora.training import pack
-from stages.lora.writing import Writer
+from stages.lora.training.health import Vitals
+from stages.lora.grpo.prompts import Pool
+from stages.lora.training.loop import pack
+from stages.lora.grpo.sampler import Writer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.store.checkpoints import Checkpoints
@@ -225,7 +226,7 @@ class Bench:
         self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch], ends: Ends
     ) -> Any:
         """As `stages.rl.run` makes it, from random masks."""
-        merged = rollouts.copy_of(base, section.rollouts, self.section, None)
+        merged = vllm.copy_of(base, section.rollouts, self.section, None)
         model = adapter.initial(base, LoraSection(), seed=0)
         if merged is None:
             ends.on_theirs(model)

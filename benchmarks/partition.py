@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import torch
 
-from stages.lora.regions import exact_total, top_set
+from stages.lora.importance.strategies import exact_total, top_set
 
 REPEATS = 5
 

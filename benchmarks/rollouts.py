@@ -15,7 +15,8 @@ from stages.config import LoraSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines import Sampling
 from stages.engines.continuous_batching import continuations
-from stages.lora import adapter, merged, rollouts
+from stages.lora.adapter import adapter, merge
+from stages.lora.grpo import vllm
 from stages.models.base import load_base
 
 
@@ -28,13 +29,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
 
-    rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
+    vllm.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
     from accelerate import Accelerator
     from transformers import AutoTokenizer
     from trl.generation.vllm_generation import VLLMGeneration
 
     base = load_base(ModelSection(name=given.model, dtype="bfloat16"))
-    copy = merged.MergedCopy(base)
+    copy = merge.MergedCopy(base)
     model = adapter.initial(base, LoraSection(), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     sampling = Sampling(given.tokens, (tokenizer.eos_token_id,), 1.0, 1.0)
@@ -48,7 +49,7 @@ def main() -> None:
         max_completion_length=given.tokens,
         gpu_memory_utilization=0.3,
     )
-    engine._iter_named_params = lambda: merged.plain(model)
+    engine._iter_named_params = lambda: merge.plain(model)
     print(f"vLLM ready after {time.perf_counter() - begun:.0f} s")
 
     def by_vllm(prompts: list[list[int]]) -> int:

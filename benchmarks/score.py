@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stages.config import LoraSection, ModelSection
 from stages.prompts.renderer import IGNORED, Row
-from stages.lora import adapter
-from stages.lora.importance import moments
+from stages.lora.adapter import adapter
+from stages.lora.importance.scorers import moments
 from stages.models.base import load_base
 
 WAYS = ("plain", "ours")

@@ -34,9 +34,9 @@ from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.prompts.renderer import Renderer, Row
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.packing import trl
-from stages.lora.training import pack
+from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.store.checkpoints import Checkpoints

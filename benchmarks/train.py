@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from stages.runtime import resources
 from stages.config import LoraSection, ModelSection
-from stages.lora import adapter
-from stages.lora.packed import PackedLinear
-from stages.lora.training import pack
+from stages.lora.adapter import adapter
+from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.training.loop import pack
 from stages.models.base import load_base
 
 WAYS = ("plain", "hook", "packed")

@@ -7,8 +7,8 @@ def kinds() -> dict[str, dict[str, str]]:
     from stages.engines import engines
     from stages.labelling.personas import personas
     from stages.rewards.builtin import rewards
-    from stages.lora.importance import scorers
-    from stages.lora.regions import strategies
+    from stages.lora.importance.scorers import scorers
+    from stages.lora.importance.strategies import strategies
 
     return {
         "scorers": scorers.describe(),

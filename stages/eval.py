@@ -66,8 +66,8 @@ def _adapter(job: Job) -> Iterator[Path | None]:
     if target not in REGIONS:
         yield job.adapter("score", "sft", "rl")
         return
-    from stages.lora import ablation
-    from stages.lora.masks import Masks
+    from stages.lora.importance import ablation
+    from stages.lora.importance.masks import Masks
 
     masks = Masks.load(job.inputs["partition"].path / "masks.safetensors", "rl")
     with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as name:

@@ -104,7 +104,7 @@ def _building(out: Path) -> Iterator[Path]:
 
 
 def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dtype: bool) -> None:
-    from stages.lora import adapter, baselines
+    from stages.lora.adapter import adapter, baselines
 
     trained = artifact.path / "adapter"
     if form == "merged":

@@ -10,8 +10,8 @@ import torch
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
-from stages.lora.masks import Masks, flat, read_importance
-from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
+from stages.lora.importance.masks import Masks, flat, read_importance
+from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
     from stages.pipeline.job import Job

@@ -11,21 +11,23 @@ from stages.config import BaselineSection, LoraSection, ModelSection, PromptSect
 from stages.engines import Sampling
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
-from stages.lora import rehearsal, rollouts, sharding, training
+from stages.lora.training import dry_run, loop
+from stages.lora.grpo import vllm
+from stages.lora.adapter import fsdp
 from stages.packing import trl
-from stages.lora.drift import NAME as DRIFT
-from stages.lora.drift import Drift
-from stages.lora.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.optimizers import LoraPlus, WarmUp
-from stages.lora.pool import Pool
-from stages.lora.ratios import Ratios
-from stages.lora.replay import Replay
-from stages.lora.resampling import Resampling
-from stages.lora.resume import ExactRollouts
-from stages.lora.sharding import DividedRollouts
-from stages.lora.silent import Silent
+from stages.lora.grpo.kl_probe import NAME as DRIFT
+from stages.lora.grpo.kl_probe import Drift
+from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.grpo.prompts import Pool
+from stages.lora.grpo.ratios import Ratios
+from stages.lora.grpo.replay import Replay
+from stages.lora.grpo.dynamic_sampling import Resampling
+from stages.lora.training.resume import ExactRollouts
+from stages.lora.adapter.fsdp import DividedRollouts
+from stages.lora.grpo.zero_advantage import Silent
 from stages.packing.trl import SharedPrompts
-from stages.lora.writing import Writer, Written
+from stages.lora.grpo.sampler import Writer, Written
 from stages.runtime import libraries
 from stages.models.base import load_base
 from stages.packing.support import has_prompt
@@ -81,16 +83,16 @@ def run(
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     pool = Pool.of(labels, renderer, rl, functions, seed)
-    start = training.Start.of("rl", job.adapter("sft", "score"), job.masks)
-    steps = training.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
-    rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model, sharding.start_at(rl.launch))
+    start = loop.Start.of("rl", job.adapter("sft", "score"), job.masks)
+    steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
+    vllm.prepare(rl.rollouts, model.name)
+    base = load_base(model, fsdp.start_at(rl.launch))
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
-    rollouts.name_revision(base, rl.rollouts, model)
-    copy = None if sharding.asked(rl.launch) else rollouts.copy_of(base, rl.rollouts, model, baseline)
+    vllm.name_revision(base, rl.rollouts, model)
+    copy = None if fsdp.asked(rl.launch) else vllm.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
-    sharding.divide(peft_model, rl.launch)
+    fsdp.divide(peft_model, rl.launch)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
     box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
     rewards = _checked(functions, rl, box, pool.encoded)
@@ -98,27 +100,27 @@ def run(
     writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
-        rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
+        vllm.from_base(trainer, peft_model, rl.rollouts, seed)
     trainer.sharing = rl.shared_prompts == "auto" and trl.may_share(peft_model)
     trl.accept(base)
     if rl.kl_beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
     trainer.vitals = Vitals(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
-    trainer.add_callback(rehearsal.of_rl(trainer, [list(ids) for ids in pool.ids], rl))
+    trainer.add_callback(dry_run.of_rl(trainer, [list(ids) for ids in pool.ids], rl))
     trainer.add_callback(Watch(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_equal_steps))
     if pool.held_out and not has_prompt(peft_model):
         if start.active is not None:
             start.put_back(peft_model)
         trainer.add_callback(Drift(trainer, pool.held_out, writer, rl))
-    summary = training.train(trainer, peft_model, start, job.out, model, job.checkpoints)
+    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {
         "prompts": pool.slow,
         "replayed_prompts": pool.replayed,
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": pool.long,
         "prompt": renderer.digest(),
         **({"sandbox": box.name} if box else {}),
-        **_earned(training.history(trainer), rl.prompts_per_step * rl.group),
+        **_earned(loop.history(trainer), rl.prompts_per_step * rl.group),
         **summary,
     }
 
@@ -172,9 +174,9 @@ def _arguments(
 ) -> GRPOConfig:
     from trl import GRPOConfig
 
-    accumulation = training.accumulation(rl.prompts_per_step * rl.group, rl.micro_batch)
+    accumulation = loop.accumulation(rl.prompts_per_step * rl.group, rl.micro_batch)
     return GRPOConfig(
-        **training.arguments(rl, steps, seed, checkpoints, rl.iterations),
+        **loop.arguments(rl, steps, seed, checkpoints, rl.iterations),
         **PINNED,
         per_device_train_batch_size=rl.micro_batch,
         gradient_accumulation_steps=accumulation,
@@ -193,7 +195,7 @@ def _arguments(
         epsilon_high=rl.epsilon_high,
         scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),
-        **rollouts.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
+        **vllm.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
         log_completions=False,
     )
 

@@ -17,10 +17,11 @@ import torch
 from stages.runtime import resources, distributed
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.prompts.renderer import Renderer, Row
-from stages.lora import adapter, pilot, sharding
-from stages.lora.importance import Moments, moments, scorers
-from stages.lora.masks import flat, write_importance
-from stages.lora.regions import check
+from stages.lora.adapter import adapter, fsdp
+from stages.lora.importance import pilot
+from stages.lora.importance.scorers import Moments, moments, scorers
+from stages.lora.importance.masks import flat, write_importance
+from stages.lora.importance.strategies import check
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import of_system, read_labels
@@ -51,7 +52,7 @@ def run(
     the number of examples, their mean loss (of a pilot run: before the step that takes them) and the weight
     of the formula's second-order term, or the steps of the pilot run.
     """
-    base = load_base(model, sharding.start_at(score.launch))
+    base = load_base(model, fsdp.start_at(score.launch))
     tuned = job.adapter("sft")
     peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
@@ -63,7 +64,7 @@ def run(
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if "classify" not in job.inputs:
         return summary
-    sharding.divide(peft_model, score.launch)
+    fsdp.divide(peft_model, score.launch)
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     examples = {system: of_system(labels, system) for system in (1, 2)}
@@ -85,7 +86,7 @@ def run(
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
     if distributed.first():
         write_importance(job.out / "importance.safetensors", scores)
-    return {**summary, **sharding.held(peft_model), "prompt": renderer.digest()}
+    return {**summary, **fsdp.held(peft_model), "prompt": renderer.digest()}
 
 
 def _mine(rows: list[Row]) -> list[Row]:
@@ -107,7 +108,7 @@ def _moments(
     model.eval()
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
     sums = moments(model, layers, batches, progress.advance, pad)
-    if sharding.asked(score.launch):
+    if fsdp.asked(score.launch):
         # A divided base needs all processes in each pass; the first has the most rows.
         most = math.ceil(len(rows[:: distributed.size()]) / score.batch_size)
         moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)

@@ -11,11 +11,12 @@ from stages.runtime import distributed
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
 from stages.prompts.renderer import Renderer
-from stages.lora import rehearsal, sharding, training
-from stages.lora.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.optimizers import LoraPlus, WarmUp
-from stages.lora.resume import ExactResume
-from stages.lora.sharding import Divided
+from stages.lora.training import dry_run, loop
+from stages.lora.adapter import fsdp
+from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.training.resume import ExactResume
+from stages.lora.adapter.fsdp import Divided
 from stages.packing.trl import PaddingFree, accept
 from stages.models.base import load_base
 from stages.packing.support import drops_out
@@ -74,11 +75,11 @@ def run(
         job.progress.say(f"warning: {of}: the model may not learn to stop")
     if spare := -len(rows) % (sft.micro_batch * distributed.size()) if distributed.size() > 1 else 0:
         job.progress.say(f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch")
-    start = training.Start.of("sft", job.adapter("rl", "score"), job.masks)
-    steps = training.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    base = load_base(model, sharding.start_at(sft.launch))
+    start = loop.Start.of("sft", job.adapter("rl", "score"), job.masks)
+    steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
+    base = load_base(model, fsdp.start_at(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.dropout, seed)
-    sharding.divide(peft_model, sft.launch)
+    fsdp.divide(peft_model, sft.launch)
     trainer = Trainer(
         model=peft_model,
         args=_arguments(sft, steps, seed, job.checkpoints),
@@ -90,9 +91,9 @@ def run(
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
     trainer.vitals = Vitals(names, knobs)
-    trainer.add_callback(rehearsal.of_sft(trainer, rows, sft.micro_batch))
+    trainer.add_callback(dry_run.of_sft(trainer, rows, sft.micro_batch))
     trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
-    summary = training.train(trainer, peft_model, start, job.out, model, job.checkpoints)
+    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 
 
@@ -107,11 +108,11 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
     from trl import SFTConfig
 
     return SFTConfig(
-        **training.arguments(sft, steps, seed, checkpoints),
+        **loop.arguments(sft, steps, seed, checkpoints),
         **PINNED,
         loss_type=sft.loss,
         per_device_train_batch_size=sft.micro_batch,
-        gradient_accumulation_steps=training.accumulation(sft.batch_size, sft.micro_batch),
+        gradient_accumulation_steps=loop.accumulation(sft.batch_size, sft.micro_batch),
     )
 
 

@@ -65,7 +65,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def no_curves() -> Iterator[None]:
     """Drawing its curves took half of a small run of RL; test_curves.py draws some."""
-    from stages.lora import curves
+    from stages.lora.training import curves
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "draw", lambda history, path: path.write_bytes(b""))
@@ -229,14 +229,14 @@ class Built(Exception):
 
 def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl") -> tuple[Any, Any, Any]:
     """The trainer and its packed model, and how both began, as the stage makes them."""
-    from stages.lora import training
+    from stages.lora.training import loop
 
     def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
         start.put_back(model)
-        training.pack(model, start.active)
+        loop.pack(model, start.active)
         raise Built(trainer, model, start)
 
-    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(Built) as caught:
         make_step(config, stage, force=True)
     return caught.value.args

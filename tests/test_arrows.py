@@ -25,7 +25,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imports(text: str) -> Iterator[str]:
-    """Every module below `stages` that a source file names: `stages.lora.adapter`."""
+    """Every module below `stages` that a source file names: `stages.lora.adapter.adapter`."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,7 +64,7 @@ def test_arrows_point_down(path: Path):
         "from stages.lora import adapter",
         "def f():\n    import stages.engines.vllm",
         "if TYPE_CHECKING:\n    from stages.pipeline.plan import Step",
-        "named('stages.lora.regions', 'strategies')",
+        "named('stages.lora.importance.strategies', 'strategies')",
         "import_module(f'stages.benchmarks.{name}')",
         "from lorapar_cli import render",
     ],

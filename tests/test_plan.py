@@ -12,7 +12,7 @@ from lorapar_cli import planning
 from stages.runtime import resources
 from stages.config import LaunchSection
 from stages.labelling import personas
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.models.base import load_base
 from stages.pipeline import cost_model, launch, profiler, prompt_lengths
 from stages.pipeline.cost import Cost, Memory

@@ -18,8 +18,8 @@ from trl import GRPOTrainer
 from stages.engines import Answer
 from stages.runtime import fork_server
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
-from stages.lora import adapter
-from stages.lora.masks import Masks
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks
 from stages.models.base import load_base
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
@@ -356,7 +356,7 @@ def test_kl_references_and_inits(copied, init, reference):
 def test_rollouts_by_trl_itself(copied, monkeypatch, again):
     """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
     calls, usual = [], GRPOTrainer._generate_single_turn
-    monkeypatch.setattr("stages.lora.rollouts.copy_of", lambda *_: None)
+    monkeypatch.setattr("stages.lora.grpo.vllm.copy_of", lambda *_: None)
     monkeypatch.setattr(
         GRPOTrainer, "_generate_single_turn", lambda *given: calls.append(len(given[1])) or usual(*given)
     )

@@ -23,8 +23,8 @@ from stages.errors import DataError, lacks_memory
 from stages.runtime.resources import MIB
 from stages.labelling.personas import held_out
 from stages.prompts.renderer import IGNORED, Renderer, Row
-from stages.lora.regions import strategies
-from stages.lora.training import steps_of
+from stages.lora.importance.strategies import strategies
+from stages.lora.training.loop import steps_of
 from stages.packing.batch import common
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline import launch, prompt_lengths

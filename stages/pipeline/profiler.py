@@ -25,8 +25,8 @@ from stages.engines import Ballot, Sampling
 from stages.engines.continuous_batching import SLOTS, continuations
 from stages.engines.in_process import InProcess, ballot_ids
 from stages.prompts.renderer import Row
-from stages.lora import adapter
-from stages.lora.importance import moments
+from stages.lora.adapter import adapter
+from stages.lora.importance.scorers import moments
 from stages.packing.trl import group_of
 from stages.packing import support
 from stages.models.base import decoder_layers, load_base

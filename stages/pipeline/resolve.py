@@ -12,8 +12,8 @@ from stages.engines import engines
 from stages.errors import ConfigError
 from stages.labelling.personas import personas
 from stages.rewards import loading
-from stages.lora.importance import scorers
-from stages.lora.regions import strategies
+from stages.lora.importance.scorers import scorers
+from stages.lora.importance.strategies import strategies
 
 
 def registries() -> dict[str, Any]:

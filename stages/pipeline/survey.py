@@ -144,7 +144,7 @@ def _model(model: ModelSection) -> tuple[int | None, set[str]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from stages.lora.adapter import linear_modules
+    from stages.lora.adapter.adapter import linear_modules
 
     config = config_of(model)
     with reading("model", model), torch.device("meta"):

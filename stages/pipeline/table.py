@@ -7,7 +7,7 @@ from typing import Any
 from stages.benchmarks import benchmarks
 from stages.config import REGIONS, UNTRAINED, Config
 from stages.rewards import loading
-from stages.lora.regions import strategies
+from stages.lora.importance.strategies import strategies
 from stages.pipeline import identity
 from stages.store.digests import DigestCache
 

@@ -48,7 +48,7 @@ def _of(config: Config, score: Artifact | None, masks: Artifact | None, title: s
 
 
 def _importance(config: Config, score: Artifact) -> Picture:
-    from stages.lora.masks import flat, read_importance
+    from stages.lora.importance.masks import flat, read_importance
 
     scores = read_importance(score.path / "importance.safetensors")
     curves = {f"System {system}": _cumulative(flat(part)) for system, part in scores.items()}
@@ -69,8 +69,8 @@ def both(score: Artifact, masks: Artifact, title: str) -> Picture:
     """
     import torch
 
-    from stages.lora.masks import Masks, flat, read_importance
-    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+    from stages.lora.importance.masks import Masks, flat, read_importance
+    from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
     scores = {
         system: flat(part).double()
@@ -110,7 +110,7 @@ def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
 
 def _regions(masks: Artifact) -> list[Part]:
     """Heat maps of the share of each region, layer × module, A and B apart, beside a draw at random."""
-    from stages.lora.masks import Masks
+    from stages.lora.importance.masks import Masks
 
     region = Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region
     control = _shuffled(region)
@@ -150,7 +150,7 @@ def _cells(region: dict[str, Tensor], factor: str) -> Cells:
 
 def _heat_maps(cells: Cells, control: Cells, factor: str) -> tuple[list[Picture], list[Picture]]:
     """Of each region, and of each at random, with one scale for both."""
-    from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+    from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(module for _, module in cells))

@@ -13,7 +13,7 @@ from stages.store.digests import id_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stages.lora.curves import History
+    from stages.lora.training.curves import History
 
 Given = ParamSpec("Given")
 

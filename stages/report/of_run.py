@@ -8,7 +8,7 @@ from typing import Any
 from stages.benchmarks.metrics import graded, shares
 from stages.benchmarks.statistics import p_value
 from stages.config import REGIONS, Config
-from stages.lora import curves
+from stages.lora.training import curves
 from stages.pipeline.plan import Step
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples

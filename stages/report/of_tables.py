@@ -31,7 +31,7 @@ from stages.sweep.results import Results, Value, answers, reading
 from stages.sweep.table import Cell
 
 if TYPE_CHECKING:
-    from stages.lora.curves import History
+    from stages.lora.training.curves import History
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _over(results: Results, plot: Plot) -> Picture | None:
 
 def _trainings(results: Results) -> Picture | None:
     """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
-    from stages.lora.curves import OVERVIEW
+    from stages.lora.training.curves import OVERVIEW
 
     runs: dict[str, list[History]] = {}
     seen: set[Path] = set()

@@ -43,7 +43,7 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
 @pytest.mark.parametrize("how", ["merged", "module"])
 def test_an_adapter_is_served(tiny, tmp_path, how):
     """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
-    from stages.lora import adapter
+    from stages.lora.adapter import adapter
 
     model = ModelSection(name=str(tiny), dtype="float32")
     adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)

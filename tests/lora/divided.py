@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from stages.runtime import distributed
 from stages.config import LaunchSection, LoraSection, ModelSection
-from stages.lora import adapter, sharding
-from stages.lora.merged import plain
+from stages.lora.adapter import adapter, fsdp
+from stages.lora.adapter.merge import plain
 from stages.models.base import load_base
 
 FSDP2 = LaunchSection(backend="fsdp2")
-EXACT = {"rtol": 0.0, "atol": 0.0} if sharding.device().type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
+EXACT = {"rtol": 0.0, "atol": 0.0} if fsdp.device().type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
 """A GPU rounds in another order than the CPU with the whole model."""
 
 
@@ -25,21 +25,21 @@ def adapted(model: ModelSection):
 def main(folder: str) -> None:
     model = ModelSection(name=folder, dtype="float32")
     one, two = adapted(model), adapted(model)
-    sharding.divide(two, FSDP2)
+    fsdp.divide(two, FSDP2)
     held = {name: weight for name, weight in two.named_parameters() if isinstance(weight, DTensor)}
     layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
     assert held.keys() == layers and layers, held.keys() ^ layers
     assert all(weight.to_local().numel() * 2 == weight.numel() for weight in held.values())
 
-    assert Accelerator(cpu=sharding.device().type == "cpu").prepare_model(two) is two  # no DDP around it
+    assert Accelerator(cpu=fsdp.device().type == "cpu").prepare_model(two) is two  # no DDP around it
 
     # Each process asks something else.
     ids = torch.randint(5, 100, (1, 7 + distributed.rank()), generator=torch.Generator().manual_seed(distributed.rank()))
-    where = sharding.device()
+    where = fsdp.device()
     with torch.no_grad():
         wanted = one(input_ids=ids).logits
         torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
-        with sharding.whole(two):
+        with fsdp.whole(two):
             assert not any(isinstance(weight, DTensor) for weight in two.parameters())
             for _ in range(3 * distributed.rank()):  # the others do not wait
                 torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)

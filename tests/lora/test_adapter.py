@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
-from stages.lora import adapter
-from stages.lora.merged import MergedCopy
+from stages.lora.adapter import adapter
+from stages.lora.adapter.merge import MergedCopy
 from stages.models.base import load_adapted, load_base
 
 INITS = ["normal", "pissa", "pissa_niter_16", "olora", "default"]

@@ -8,7 +8,7 @@ from conftest import ROOT, make_step
 from safetensors.torch import load_file
 
 from stages.errors import ConfigError
-from stages.lora import adapter, baselines
+from stages.lora.adapter import adapter, baselines
 from stages.packing import support
 from stages.models.base import load_adapted, load_base
 from stages.pipeline.plan import plan

@@ -1,7 +1,7 @@
 """The figure beside the history of a training."""
 
-from stages.lora import curves
-from stages.lora.curves import draw  # conftest replaces it before the first test
+from stages.lora.training import curves
+from stages.lora.training.curves import draw  # conftest replaces it before the first test
 
 HISTORY = [
     {"step": step, "loss": 1 / step, "reward": float(step), "rewards/a/mean": 1.0, "rewards/b/mean": 2.0}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stages import export
 from stages.errors import ConfigError
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.models.base import load_base
 
 FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]

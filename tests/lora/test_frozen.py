@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, make_step
 
 from stages.config import LaunchSection
-from stages.lora import adapter
-from stages.lora.masks import Masks, read_importance
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks, read_importance
 from stages.pipeline import launch
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved

@@ -10,8 +10,8 @@ from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.rewards.builtin import rewards
-from stages.lora import rehearsal
-from stages.lora.health import Watch, equal_rewards
+from stages.lora.training import dry_run
+from stages.lora.training.health import Watch, equal_rewards
 
 SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
@@ -111,7 +111,7 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
         return (path / "adapter/adapter_model.safetensors").read_bytes(), history
 
     rehearsed = trained()
-    monkeypatch.setattr("stages.lora.rehearsal.Rehearsal.on_train_begin", lambda *_, **__: None)
+    monkeypatch.setattr("stages.lora.training.dry_run.Rehearsal.on_train_begin", lambda *_, **__: None)
     assert trained() == rehearsed
 
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_has_no_rehearsal():
     def loss():
         raise AssertionError
 
-    rehearsal.Rehearsal(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
+    dry_run.Rehearsal(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
 
 
 def test_other_errors_stay_what_they_are(own, monkeypatch):

@@ -7,9 +7,10 @@ from test_importance import adapted, rows
 
 from stages.config import LoraSection
 from stages.prompts.renderer import Renderer
-from stages.lora import adapter, pilot
-from stages.lora.importance import moments, scorers
-from stages.lora.masks import read_importance
+from stages.lora.adapter import adapter
+from stages.lora.importance import pilot
+from stages.lora.importance.scorers import moments, scorers
+from stages.lora.importance.masks import read_importance
 from stages.packing.losses import answer_losses, collate
 from stages.models.tokenizer import load_tokenizer
 

@@ -15,17 +15,17 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from stages.lora.health import Healthy
-from stages.lora.optimizers import LoraPlus, WarmUp
-from stages.lora.packed import PackedLinear
-from stages.lora.ratios import Ratios
-from stages.lora.replay import Replay
-from stages.lora.resampling import Resampling
-from stages.lora.resume import ExactResume, ExactRollouts
-from stages.lora.sharding import Divided, DividedRollouts
-from stages.lora.silent import Silent
+from stages.lora.training.health import Healthy
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.grpo.ratios import Ratios
+from stages.lora.grpo.replay import Replay
+from stages.lora.grpo.dynamic_sampling import Resampling
+from stages.lora.training.resume import ExactResume, ExactRollouts
+from stages.lora.adapter.fsdp import Divided, DividedRollouts
+from stages.lora.grpo.zero_advantage import Silent
 from stages.packing.trl import PaddingFree, SharedPrompts
-from stages.lora.writing import Written
+from stages.lora.grpo.sampler import Written
 
 TRAINER = {
     "_save_checkpoint": "model trial",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.lora.ratios import BEYOND, RAW, Ratios
+from stages.lora.grpo.ratios import BEYOND, RAW, Ratios
 
 MADE = {
     "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),

@@ -10,9 +10,9 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from stages.errors import ConfigError, DataError, MeaninglessError
-from stages.lora import adapter
-from stages.lora.drift import NAME, Drift
-from stages.lora.replay import Mixed, equal_groups, summed
+from stages.lora.adapter import adapter
+from stages.lora.grpo.kl_probe import NAME, Drift
+from stages.lora.grpo.replay import Mixed, equal_groups, summed
 
 REWARDS = """
 def odd(completions, **_):

@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, make_steps
 
 from stages.errors import ConfigError
-from stages.lora.masks import read_importance
+from stages.lora.importance.masks import read_importance
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.run import tasks
@@ -49,7 +49,7 @@ def test_importance_is_taken_where_sft_ended(begun):
     assert made["rl"].manifest["summary"]["active"] == made["partition:rl"].manifest["summary"]["active"]
     # magnitude is |φ|: of the file that SFT wrote
     weighed = make_steps(begun(*RL, AGAIN, "score.scorer=magnitude"), "score", "partition:sft", "sft")
-    from stages.lora import adapter
+    from stages.lora.adapter import adapter
 
     weights = adapter.read(weighed["sft"][0].adapter)
     found = read_importance(weighed["score:rl"][0].path / "importance.safetensors")

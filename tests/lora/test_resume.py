@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import make_step
 
-from stages.lora import adapter, baselines
-from stages.lora.health import Watch
+from stages.lora.adapter import adapter, baselines
+from stages.lora.training.health import Watch
 from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file

@@ -13,7 +13,7 @@ from stages.engines.continuous_batching import continuations
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.rewards import loading
 from stages.prompts.renderer import Renderer
-from stages.lora.pool import Pool
+from stages.lora.grpo.prompts import Pool
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 
@@ -100,7 +100,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
         seen.extend(prompts)
         return continuations(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr("stages.lora.writing.continuations", watched)
+    monkeypatch.setattr("stages.lora.grpo.sampler.continuations", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left", "rl.drift_prompts=0")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, make_step, paths
 
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.store.artifacts import Store

@@ -15,10 +15,11 @@ from stages import sft
 from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.prompts.renderer import IGNORED, Renderer
-from stages.lora import adapter, sharding, training
-from stages.lora.masks import Masks
-from stages.lora.optimizers import LoraPlus, WarmUp
-from stages.lora.resume import AsAsked, ExactResume
+from stages.lora.adapter import adapter, fsdp
+from stages.lora.training import loop
+from stages.lora.importance.masks import Masks
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.training.resume import AsAsked, ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.plan import plan
@@ -143,9 +144,9 @@ def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
 def test_what_an_accelerate_file_may_not_ask_for(asked, said):
     plain = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False}
     trainer = SimpleNamespace(**plain | {"accelerator": SimpleNamespace(mixed_precision="no")})
-    training._refuse_untested(trainer)
+    loop._refuse_untested(trainer)
     with pytest.raises(ConfigError, match=said):
-        training._refuse_untested(SimpleNamespace(**vars(trainer) | asked))
+        loop._refuse_untested(SimpleNamespace(**vars(trainer) | asked))
 
 
 def test_the_reversed_order(begun):
@@ -196,7 +197,7 @@ def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
     section = begun("sft.report_to=[tensorboard]").sft
-    made = training.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
+    made = loop.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
     assert made["report_to"] == ["tensorboard"]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
 
@@ -256,7 +257,7 @@ def test_all_rows_undecided_is_an_error():
     ("batches", "epochs", "steps"), [(50, 1.1, 55), (25, 2.2, 55), (3, 0.5, 2), (7, 1, 7)]
 )
 def test_steps_are_exact(batches, epochs, steps):
-    assert training.steps_of(batches, SftSection(epochs=epochs)) == steps
+    assert loop.steps_of(batches, SftSection(epochs=epochs)) == steps
 
 
 def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
@@ -293,7 +294,7 @@ def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     section = SftSection(optimizer="adamw_8bit")
     with pytest.raises(ConfigError, match="adamw_8bit: bitsandbytes is not installed"):
-        training.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
+        loop.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
 
 
 def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
@@ -313,9 +314,9 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     monkeypatch.setattr("stages.runtime.distributed.size", lambda: 2)
     model.get_base_model().config.router_aux_loss_coef = 0.1
     with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
-        sharding.divide(model, LaunchSection(backend="fsdp2"))
-    monkeypatch.setattr("stages.lora.sharding.decoder_layers", lambda _: [])
+        fsdp.divide(model, LaunchSection(backend="fsdp2"))
+    monkeypatch.setattr("stages.lora.adapter.fsdp.decoder_layers", lambda _: [])
     with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
-        sharding.divide(model, LaunchSection(backend="fsdp2"))
+        fsdp.divide(model, LaunchSection(backend="fsdp2"))
     with pytest.raises(ConfigError, match="resample with rollouts.sleep and launch.backend fsdp2"):
         begun("rl.resample=1", "rl.rollouts={engine: vllm_colocate, sleep: true}", "rl.launch.backend=fsdp2")

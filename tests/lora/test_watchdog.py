@@ -33,7 +33,7 @@ ALONE = SCRIPT + "a_reward_that_hangs()"
 ENDS = SCRIPT + "dog.stop(); time.sleep(1.5)"
 TOGETHER = """
 import torch, torch.distributed as dist
-import stages.lora.watchdog  # takes seconds: before they meet, so that they begin together
+import stages.lora.training.watchdog  # takes seconds: before they meet, so that they begin together
 dist.init_process_group("gloo")
 """ + SCRIPT + "dist.all_reduce(torch.ones(1)) if team.rank() != 1 else a_reward_that_hangs()"  # fmt: skip
 

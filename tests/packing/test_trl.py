@@ -14,7 +14,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from stages.prompts.renderer import IGNORED
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.packing import trl
 from stages.packing.trl import PaddingFree, SharedPrompts, accept, group_of, groups_of
 from stages.packing import support

@@ -12,7 +12,7 @@ from conftest import ROOT, make_step
 from safetensors.torch import load_file
 from test_frozen import files, made_by, pair, settings
 
-from stages.lora.masks import read_importance
+from stages.lora.importance.masks import read_importance
 from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.store.artifacts import Store

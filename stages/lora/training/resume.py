@@ -19,8 +19,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from stages.errors import ArtifactError
-from stages.lora import adapter, baselines
-from stages.lora.packed import PackedLinear
+from stages.lora.adapter import adapter, baselines
+from stages.lora.adapter.sparse_linear import PackedLinear
 from stages.store.checkpoints import Checkpoints
 
 

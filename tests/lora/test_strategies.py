@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from stages.config import PartitionSection
 from stages.errors import ConfigError, MeaninglessError
-from stages.lora.masks import Masks, flat
-from stages.lora.regions import NONE, S1_ONLY, S2_ONLY, SHARED, exact_total, strategies, top_set
+from stages.lora.importance.masks import Masks, flat
+from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, exact_total, strategies, top_set
 
 UNIT = Fraction(1, 2**149)
 # Few distinct values, so that ties are the rule; the smallest and largest float32 among them.

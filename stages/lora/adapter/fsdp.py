@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stages.runtime import distributed
 from stages.config import LaunchSection
 from stages.errors import ConfigError
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.models.base import decoder_layers, device
 
 if TYPE_CHECKING:

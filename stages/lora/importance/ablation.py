@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stages.config import REGIONS
 from stages.errors import ArtifactError
-from stages.lora import adapter
-from stages.lora.masks import Masks
-from stages.lora.regions import S1_ONLY, S2_ONLY, SHARED
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks
+from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
 KEPT = dict(zip(REGIONS, (S1_ONLY, S2_ONLY, SHARED), strict=True))
 """The region that each target of an evaluation keeps."""

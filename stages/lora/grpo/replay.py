@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 if TYPE_CHECKING:
-    from stages.lora.pool import Pool
+    from stages.lora.grpo.prompts import Pool
 
 
 class Mixed(Sampler[int]):

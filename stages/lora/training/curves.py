@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.lora.drift import NAME
+from stages.lora.grpo.kl_probe import NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

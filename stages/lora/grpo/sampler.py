@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime import distributed
 from stages.engines.continuous_batching import SLOTS, continuations
-from stages.lora import packed, sharding
+from stages.lora.adapter import sparse_linear, fsdp
 from stages.packing.support import evaluating
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.engines import Sampling
-    from stages.lora.merged import MergedCopy
-    from stages.lora.pool import Pool
+    from stages.lora.adapter.merge import MergedCopy
+    from stages.lora.grpo.prompts import Pool
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Writer:
         """The token ids of one completion for each prompt; the same seed gives the same ones."""
         draw = random.Random(seed)
         seeds = [draw.getrandbits(62) for _ in prompts]
-        with sharding.whole(self.adapted), packed.fixed(self.adapted):
+        with fsdp.whole(self.adapted), sparse_linear.fixed(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
             made = dict(continuations(model, self.tokenizer, prompts, self.sampling, (), seeds))
         return [made[i].ids for i in range(len(prompts))]
@@ -60,7 +60,7 @@ class Written:
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
             write = super()._generate_single_turn  # type: ignore[misc]
-            with packed.fixed(self.writer.adapted), evaluating(self.writer.adapted):
+            with sparse_linear.fixed(self.writer.adapted), evaluating(self.writer.adapted):
                 if self.args.use_vllm or len(prompt_ids) <= SLOTS:  # vLLM has a scheduler of its own
                     return write(prompt_ids, *args, **given)
                 # TRL would have all samples of a step in memory at once.

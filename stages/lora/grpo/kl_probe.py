@@ -12,7 +12,7 @@ from stages.packing.support import evaluating
 
 if TYPE_CHECKING:
     from stages.config import RlSection
-    from stages.lora.writing import Writer
+    from stages.lora.grpo.sampler import Writer
 
 NAME = "system1/kl_from_start"
 """In the history: KL(start ‖ policy) in nats per token."""

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from stages.config import BaselineSection, LoraSection
 from stages.errors import ArtifactError, ConfigError
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 from stages.models.base import with_adapter
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.lora.adapter import lora_layers
-from stages.lora.sharding import gathered
+from stages.lora.adapter.adapter import lora_layers
+from stages.lora.adapter.fsdp import gathered
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stages.lora.replay import equal_groups, summed
+from stages.lora.grpo.replay import equal_groups, summed
 
 if TYPE_CHECKING:
-    from stages.lora.pool import Pool
+    from stages.lora.grpo.prompts import Pool
 
 
 class Resampling:

@@ -21,11 +21,12 @@ from stages.config import BaselineSection, LoraSection, ModelSection, TrainSecti
 from stages.config.fields import typed
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
-from stages.lora import adapter, baselines, curves, sharding
-from stages.lora.masks import Masks
-from stages.lora.packed import PackedLinear
-from stages.lora.resume import AsAsked
-from stages.lora.watchdog import Watchdog
+from stages.lora.adapter import adapter, baselines, fsdp
+from stages.lora.training import curves
+from stages.lora.importance.masks import Masks
+from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.training.resume import AsAsked
+from stages.lora.training.watchdog import Watchdog
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def train(
     counted = proof(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
     if counted["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **sharding.held(model), **counted}
+    return {"steps": trainer.state.global_step, **fsdp.held(model), **counted}
 
 
 def _refuse_untested(trainer: Any) -> None:

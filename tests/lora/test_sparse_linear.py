@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lora.packed import PackedLinear, fixed
+from stages.lora.adapter.sparse_linear import PackedLinear, fixed
 
 
 def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:

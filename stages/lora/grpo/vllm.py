@@ -19,7 +19,7 @@ from stages.config.rl import RolloutsSection
 from stages.engines.openai.transport import asks_proxy
 from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
-from stages.lora import merged
+from stages.lora.adapter import merge
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,14 +124,14 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
 
 def copy_of(
     base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection, baseline: BaselineSection | None
-) -> merged.MergedCopy | None:
+) -> merge.MergedCopy | None:
     """On CPU, if the trainer samples itself, a copy of the base to merge LoRA into; else None.
 
     Sampling from merged weights is several times faster there than through LoRA layers.
     """
     here = base.device.type == "cpu" and rollouts.engine == "transformers"
     mergeable = baseline is None and not model.load_in_4bit
-    return merged.MergedCopy(base) if here and mergeable else None
+    return merge.MergedCopy(base) if here and mergeable else None
 
 
 def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection) -> None:
@@ -151,7 +151,7 @@ def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed:
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
-    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merged.plain(adapted))
+    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merge.plain(adapted))
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.

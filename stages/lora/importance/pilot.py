@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
-from stages.lora import adapter
+from stages.lora.adapter import adapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.config import LoraSection
-    from stages.lora.importance import Moments
+    from stages.lora.importance.scorers import Moments
 
 Batch = TypeVar("Batch")
 

@@ -1,0 +1,1 @@
+"""GRPO: its prompts, its rollouts and its trainer."""

@@ -1,0 +1,1 @@
+"""Importance of LoRA elements, and the regions and masks that follow from it."""
