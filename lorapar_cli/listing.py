@@ -3,7 +3,7 @@
 
 def kinds() -> dict[str, dict[str, str]]:
     """Kind → name → one line on it."""
-    from stages.benchmarks import benchmarks
+    from stages.evaluation.benchmarks import benchmarks
     from stages.engines import engines
     from stages.labelling.personas import personas
     from stages.rewards.builtin import rewards

@@ -12,7 +12,7 @@ from typing import Any
 from lorapar_cli import labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
-from stages.benchmarks.statistics import p_value
+from stages.evaluation.statistics import p_value
 from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.plan import Step

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime import resources
 from stages import sandbox as sandboxes
-from stages.benchmarks import benchmarks
-from stages.benchmarks.grading import Context, Grade
-from stages.benchmarks.metrics import brief, measured
-from stages.benchmarks.replies import Recorded, Replies
+from stages.evaluation.benchmarks import benchmarks
+from stages.evaluation.grading import Context, Grade
+from stages.evaluation.metrics import brief, measured
+from stages.evaluation.answer_cache import Recorded, Replies
 from stages.config import (
     REGIONS,
     UNTRAINED,
@@ -179,7 +179,7 @@ def _parity(
         return None
     import torch
 
-    from stages.benchmarks import parity
+    from stages.evaluation import parity
 
     if torch.cuda.is_available():
         job.engines.close()  # a running server holds most of the device's memory

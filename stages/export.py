@@ -196,8 +196,8 @@ class _Trial:
         say: Callable[[str], None],
     ) -> dict[str, Any]:
         """Answers beside what the trained adapter says in plain PEFT; see `parity.check`."""
-        from stages.benchmarks import parity
-        from stages.benchmarks.replies import Recorded
+        from stages.evaluation import parity
+        from stages.evaluation.answer_cache import Recorded
 
         pairs = [
             (one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(self.asked)

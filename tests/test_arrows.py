@@ -65,7 +65,7 @@ def test_arrows_point_down(path: Path):
         "def f():\n    import stages.engines.vllm",
         "if TYPE_CHECKING:\n    from stages.pipeline.plan import Step",
         "named('stages.lora.importance.strategies', 'strategies')",
-        "import_module(f'stages.benchmarks.{name}')",
+        "import_module(f'stages.evaluation.benchmarks.{name}')",
         "from lorapar_cli import render",
     ],
 )

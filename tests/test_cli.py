@@ -51,7 +51,7 @@ def test_quick_commands_load_nothing_heavy(config, begun):
 
 
 def test_a_paired_test_of_right_and_wrong_loads_no_scipy():
-    code = "from stages.benchmarks.statistics import paired_p; assert paired_p([0, 1, 0], [1, 1, 1]) == 0.5"
+    code = "from stages.evaluation.statistics import paired_p; assert paired_p([0, 1, 0], [1, 1, 1]) == 0.5"
     assert not {"scipy", "statsmodels"} & imported("-c", code)[0]
 
 

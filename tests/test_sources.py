@@ -6,8 +6,8 @@ import datasets
 import pytest
 from conftest import make_step
 
-from stages.benchmarks import jsonl, mmlu
-from stages.benchmarks.grading import Context
+from stages.evaluation.benchmarks import jsonl, mmlu
+from stages.evaluation.grading import Context
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import rows as data
 from stages.engines import Pool
@@ -294,7 +294,7 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
 
 @pytest.mark.parametrize(("accuracies", "readings"), [((0, 1), (False, True)), ((1, 0), (True, False))])
 def test_readings_of_the_harness_are_strict_first_and_flexible_last(accuracies, readings):
-    from stages.benchmarks import lm_eval
+    from stages.evaluation.benchmarks import lm_eval
 
     rows = [
         {

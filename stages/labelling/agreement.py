@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stages.benchmarks.statistics import Z, wilson
+from stages.evaluation.statistics import Z, wilson
 from stages.records import Example
 
 YES_NO = re.compile(

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from stages.benchmarks import benchmarks
+from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.pipeline.lengths import Lengths

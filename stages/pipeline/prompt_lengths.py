@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stages.benchmarks import benchmarks
+from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, Voter
 from stages.engines import Ballot, vllm
 from stages.engines.openai import client

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.benchmarks import benchmarks
+from stages.evaluation.benchmarks import benchmarks
 from stages.config import Config, yaml
 from stages.engines import engines
 from stages.errors import ConfigError

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.benchmarks import benchmarks
+from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line

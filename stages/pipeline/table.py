@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.benchmarks import benchmarks
+from stages.evaluation.benchmarks import benchmarks
 from stages.config import REGIONS, UNTRAINED, Config
 from stages.rewards import loading
 from stages.lora.importance.strategies import strategies

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from stages.benchmarks.metrics import figures, graded, shares
-from stages.benchmarks.statistics import paired_p
+from stages.evaluation.metrics import figures, graded, shares
+from stages.evaluation.statistics import paired_p
 from stages.config import REGIONS
 from stages.errors import ConfigError
 from stages.pipeline.plan import Step

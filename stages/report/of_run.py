@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.benchmarks.metrics import graded, shares
-from stages.benchmarks.statistics import p_value
+from stages.evaluation.metrics import graded, shares
+from stages.evaluation.statistics import p_value
 from stages.config import REGIONS, Config
 from stages.lora.training import curves
 from stages.pipeline.plan import Step

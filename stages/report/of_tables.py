@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.benchmarks.statistics import holm, p_value
+from stages.evaluation.statistics import holm, p_value
 from stages.pipeline.plan import Step
 from stages.report import elements, figures, of_run
 from stages.report.of_run import unlike

@@ -6,7 +6,7 @@ import csv
 import io
 import shlex
 
-from stages.benchmarks.statistics import p_value
+from stages.evaluation.statistics import p_value
 from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import Results, Value
 

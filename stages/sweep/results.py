@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.benchmarks.metrics import graded, shares
-from stages.benchmarks.statistics import interval, paired_difference, paired_p
+from stages.evaluation.metrics import graded, shares
+from stages.evaluation.statistics import interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
-from stages.benchmarks.grading import by_prompt
+from stages.evaluation.grading import by_prompt
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
 from stages.prompts.renderer import IGNORED, Renderer, chat

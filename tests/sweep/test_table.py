@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, alive, make_steps, wait_for
 
-from stages.benchmarks.statistics import interval
+from stages.evaluation.statistics import interval
 from stages.runtime import process_guard
 from stages.errors import ConfigError, MissingInputError
 from stages.records import Sample, write_jsonl

@@ -17,7 +17,7 @@ from conftest import ROOT, make_steps, paths
 from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
-from stages.benchmarks.replies import Recorded
+from stages.evaluation.answer_cache import Recorded
 from stages.config import Config
 from stages.config.yaml import _names
 from stages.data.rows import read

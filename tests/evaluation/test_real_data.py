@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.benchmarks import gsm8k, humaneval, mmlu
-from stages.benchmarks.grading import Context
-from stages.benchmarks.statistics import wilson
+from stages.evaluation.benchmarks import gsm8k, humaneval, mmlu
+from stages.evaluation.grading import Context
+from stages.evaluation.statistics import wilson
 from stages.config import EvalSection
 from stages.prompts.answers import number
 from stages.pipeline.resolve import registries

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.benchmarks.grading import by_answer, by_prompt, with_gold
+from stages.evaluation.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
 from stages.data import rows
 from stages.errors import DataError

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from stages.benchmarks.statistics import interval, pass_at
+from stages.evaluation.statistics import interval, pass_at
 from stages.records import OUTCOMES, Sample
 
 

@@ -4,8 +4,8 @@ import pytest
 from conftest import Silent
 from pydantic import ValidationError
 
-from stages.benchmarks.grading import Context, Grade
-from stages.benchmarks.replies import Recorded, Replies
+from stages.evaluation.grading import Context, Grade
+from stages.evaluation.answer_cache import Recorded, Replies
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Answer
 from stages.errors import ArtifactError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, paths
 
-from stages.benchmarks import lm_eval as harness
-from stages.benchmarks import mmlu
+from stages.evaluation.benchmarks import lm_eval as harness
+from stages.evaluation.benchmarks import mmlu
 from stages.config import EvalSection, ModelSection
 from stages.pipeline.resolve import registries
 from stages.records import read_jsonl

@@ -107,7 +107,7 @@ def _write(
     found: dict[str, Any], harness: str, section: BenchmarkSection, target: str, out: Path
 ) -> dict[str, Any]:
     """Write what `simple_evaluate` returned in the files of an evaluation; returns the accuracies."""
-    from stages.benchmarks.metrics import brief, measured
+    from stages.evaluation.metrics import brief, measured
 
     samples = [s for name, rows in found["samples"].items() for s in _samples(name, rows)]
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, permutation_test, ttest_1samp
 
-from stages.benchmarks.statistics import holm, interval, paired_difference, paired_p, pass_at, wilson
+from stages.evaluation.statistics import holm, interval, paired_difference, paired_p, pass_at, wilson
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=9), st.integers(6, 7))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.benchmarks.replies import Recorded
+from stages.evaluation.answer_cache import Recorded
 from stages.config import ModelSection
 from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from stages.benchmarks import jsonl, mmlu
-from stages.benchmarks.grading import Context, by_answer
-from stages.benchmarks.metrics import figures, measured
-from stages.benchmarks.statistics import interval, wilson
+from stages.evaluation.benchmarks import jsonl, mmlu
+from stages.evaluation.grading import Context, by_answer
+from stages.evaluation.metrics import figures, measured
+from stages.evaluation.statistics import interval, wilson
 from stages.records import Example, Sample
 from stages.report.comparison import compared
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.benchmarks.grading import Context, Grade
+from stages.evaluation.grading import Context, Grade
 from stages.config import BenchmarkSection
 from stages.data.rows import each, text_field
 from stages.prompts.code import STOP, code_of, stub

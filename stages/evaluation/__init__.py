@@ -1,0 +1,1 @@
+"""Benchmarks, and how their answers are graded, cached, counted and compared."""
