@@ -7,7 +7,7 @@ CONFIG      ?= configs/demo.yaml
 SET         ?=
 BIN         := $(VENV)/bin
 LORAPAR     := $(BIN)/lorapar
-STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/table.py)
+STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/stages.py)
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl

@@ -24,8 +24,8 @@ from measure import interval, timed
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from stages.packing.trl import groups_of
 from stages.packing.batch import Flat, How
+from stages.packing.trl import groups_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

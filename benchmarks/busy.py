@@ -57,9 +57,9 @@ def sft(given: argparse.Namespace, folder: str) -> Callable[[], object]:
 
     from stages.config import ModelSection, PromptSection
     from stages.data.rows import read
-    from stages.prompts.renderer import Renderer
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer
+    from stages.prompts.renderer import Renderer
 
     model = ModelSection(name=given.model, attention="eager")
     renderer = Renderer(load_tokenizer(model), PromptSection())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from stages.config import ModelSection, PromptSection, ServerSection
 from stages.engines import Pool, Question, Sampling, Served
-from stages.prompts.renderer import Renderer
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer
 from stages.records import read_jsonl
 
 

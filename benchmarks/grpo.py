@@ -24,17 +24,17 @@ from trl import GRPOTrainer
 from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
-from stages.rewards import loading
-from stages.prompts.renderer import Renderer
 from stages.lora.adapter import adapter
-from stages.lora.grpo import vllm
-from stages.packing import trl
-from stages.lora.training.health import Vitals
+from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import Pool
-from stages.lora.training.loop import pack
 from stages.lora.grpo.sampler import Writer
+from stages.lora.training.health import Vitals
+from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
+from stages.packing import trl
+from stages.prompts.renderer import Renderer
+from stages.rewards import loading
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
@@ -226,7 +226,7 @@ class Bench:
         self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch], ends: Ends
     ) -> Any:
         """As `stages.rl.run` makes it, from random masks."""
-        merged = vllm.copy_of(base, section.rollouts, self.section, None)
+        merged = vllm_rollouts.copy_of(base, section.rollouts, self.section, None)
         model = adapter.initial(base, LoraSection(), seed=0)
         if merged is None:
             ends.on_theirs(model)

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Store
 
 CONFIG = Path("configs/smoke.yaml")

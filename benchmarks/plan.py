@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import asked_for, plan
 from stages.store.artifacts import Store
 from stages.store.estimates import spent
 

@@ -16,7 +16,7 @@ from stages.config.rl import RolloutsSection
 from stages.engines import Sampling
 from stages.engines.continuous_batching import continuations
 from stages.lora.adapter import adapter, merge
-from stages.lora.grpo import vllm
+from stages.lora.grpo import vllm_rollouts
 from stages.models.base import load_base
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
 
-    vllm.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
+    vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
     from accelerate import Accelerator
     from transformers import AutoTokenizer
     from trl.generation.vllm_generation import VLLMGeneration

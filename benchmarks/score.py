@@ -21,10 +21,10 @@ from measure import interval, timed
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.config import LoraSection, ModelSection
-from stages.prompts.renderer import IGNORED, Row
 from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import moments
 from stages.models.base import load_base
+from stages.prompts.renderer import IGNORED, Row
 
 WAYS = ("plain", "ours")
 PAD = 0

@@ -16,7 +16,7 @@ import torch
 from stages.config import ModelSection, ServerSection
 from stages.config.rl import RolloutsSection
 from stages.engines import Served, vllm
-from stages.lora.grpo import vllm
+from stages.lora.grpo import vllm_rollouts
 
 
 def main(model: str, runs: str) -> None:
@@ -27,7 +27,7 @@ def main(model: str, runs: str) -> None:
     served = Served("vllm", ModelSection(name=model), devices=gpus[-1] or None)
     with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
         url = client.transport.urls[0].removesuffix("/v1")
-        vllm._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)
+        vllm_rollouts._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)
         print("the server takes new weights, and its log-probabilities are of what was sampled from")
         if len(gpus) < 2:
             return

@@ -29,16 +29,16 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from stages.runtime import resources
 from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
-from stages.prompts.renderer import Renderer, Row
 from stages.lora.adapter import adapter
-from stages.packing import trl
 from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
+from stages.packing import trl
+from stages.prompts.renderer import Renderer, Row
+from stages.runtime import resources
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")

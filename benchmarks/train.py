@@ -26,12 +26,12 @@ import torch
 from measure import interval, peak, timed
 from torch import Tensor, nn
 
-from stages.runtime import resources
 from stages.config import LoraSection, ModelSection
 from stages.lora.adapter import adapter
 from stages.lora.adapter.sparse_linear import PackedLinear
 from stages.lora.training.loop import pack
 from stages.models.base import load_base
+from stages.runtime import resources
 
 WAYS = ("plain", "hook", "packed")
 

@@ -18,22 +18,20 @@ from lorapar_cli.edge import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
 from lorapar_cli.starts import starter
-from stages.runtime import resources, distributed
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool
-from stages.runtime import process_guard
-from stages.runtime.fork_server import Starter
 from stages.errors import ConfigError, Ended, panicked
-from stages.runtime import libraries
 from stages.pipeline import launch
-from stages.pipeline.job import Job
-from stages.pipeline.plan import Step, asked_for
+from stages.pipeline.context import Job
 from stages.pipeline.run import Task, Verb, foresee, run_step, tasks
+from stages.pipeline.stages import STAGES, Stage, order
 from stages.pipeline.state import state
-from stages.pipeline.table import STAGES, Stage, order
+from stages.pipeline.steps import Step, asked_for
+from stages.runtime import distributed, libraries, process_guard, resources
+from stages.runtime.fork_server import Starter
 from stages.store.artifacts import Store
-from stages.sweep.steps import PLANNED
+from stages.sweep.graph import PLANNED
 
 app = typer.Typer(
     help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",

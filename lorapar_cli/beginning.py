@@ -11,11 +11,11 @@ from lorapar_cli import render
 from lorapar_cli.tables import show, table
 from stages.config import DataSection, ModelSection
 from stages.errors import LoraparError, OutputError
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import plan
 
 if TYPE_CHECKING:
-    from stages.pipeline.survey import Survey
+    from stages.init.data_profile import Survey
 
 
 def init(
@@ -32,15 +32,18 @@ def init(
     ] = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
-    from stages.pipeline import draft
-    from stages.pipeline.survey import benchmark_of, survey
+    from stages.init import config_writer
+    from stages.init.data_profile import benchmark_of, survey
 
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     kinds = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
     found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), kinds)
-    chosen, undecided = draft.choices(found, model, data, kinds), draft.undecided(found, kinds)
+    chosen, undecided = (
+        config_writer.choices(found, model, data, kinds),
+        config_writer.undecided(found, kinds),
+    )
     _tell(found)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in chosen:
@@ -52,7 +55,7 @@ def init(
         f"What differs from the defaults for {found.rows.format} rows of {data} and the model {model}.",
         "Every setting with its default: lorapar config",
     ]
-    path.write_text(draft.document(chosen, head, undecided), encoding="utf-8")
+    path.write_text(config_writer.document(chosen, head, undecided), encoding="utf-8")
     try:
         plan(resolved(load(path, [])))
     except LoraparError:

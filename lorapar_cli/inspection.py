@@ -9,8 +9,8 @@ from lorapar_cli import render
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from stages.config.yaml import annotated
 from stages.errors import ConfigError, LoraparError, MissingInputError
-from stages.pipeline.plan import Step
 from stages.pipeline.state import current, state
+from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
 

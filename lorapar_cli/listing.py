@@ -3,12 +3,12 @@
 
 def kinds() -> dict[str, dict[str, str]]:
     """Kind → name → one line on it."""
-    from stages.evaluation.benchmarks import benchmarks
     from stages.engines import engines
+    from stages.evaluation.benchmarks import benchmarks
     from stages.labelling.personas import personas
-    from stages.rewards.builtin import rewards
     from stages.lora.importance.scorers import scorers
     from stages.lora.importance.strategies import strategies
+    from stages.rewards.builtin import rewards
 
     return {
         "scorers": scorers.describe(),

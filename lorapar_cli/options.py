@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from stages.config import Config
-from stages.pipeline.plan import Step, plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import Step, plan
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
 Overrides = Annotated[

@@ -22,7 +22,7 @@ def text() -> str:
 
 def commands() -> Iterator[tuple[str, str]]:
     """Each command in order with its help: the stages of the table, and what app.py adds to them."""
-    table = (HERE.parent / "stages/pipeline/table.py").read_text(encoding="utf-8")
+    table = (HERE.parent / "stages/pipeline/stages.py").read_text(encoding="utf-8")
     yield from re.findall(r'^ +name="(\w+)",\n +help="(.*)",$', table, re.MULTILINE)
     app = (HERE / "app.py").read_text(encoding="utf-8")
     for name in re.findall(r"^@app\.command\(\)\ndef (\w+)\(", app, re.MULTILINE):

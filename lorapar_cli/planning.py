@@ -11,18 +11,18 @@ import typer
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.render import duration, gib, nothing_to_do, say
 from lorapar_cli.tables import show, table
-from stages.runtime import resources
-from stages.pipeline.estimate import Estimate, estimate, knobs
-from stages.pipeline.plan import asked_for
 from stages.pipeline.state import State, state
+from stages.pipeline.steps import asked_for
+from stages.plan.estimate import Estimate, estimate, knobs
+from stages.runtime import resources
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.estimates import Told
 
 if TYPE_CHECKING:
     from stages.config import Config
-    from stages.pipeline.cost import Memory
-    from stages.pipeline.lengths import Span
+    from stages.plan.cost import Memory
+    from stages.plan.lengths import Span
 
 MEMORY = {
     "weights": "weights",

@@ -12,11 +12,11 @@ from typing import Any
 from lorapar_cli import labels
 from lorapar_cli.doctor import Finding
 from lorapar_cli.tables import percent, show, table
-from stages.evaluation.statistics import p_value
 from stages.config import REGIONS
 from stages.errors import LoraparError
-from stages.pipeline.plan import Step
+from stages.evaluation.statistics import p_value
 from stages.pipeline.state import State, state
+from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison
 from stages.store.artifacts import Artifact, Store

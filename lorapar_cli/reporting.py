@@ -9,7 +9,7 @@ from lorapar_cli import render
 from lorapar_cli.options import Overrides, plan_of, sets
 from lorapar_cli.sweeping import Base, Columns, Rows, Seeds, planned
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.plan import asked_for
+from stages.pipeline.steps import asked_for
 from stages.sweep import formats
 from stages.sweep.file import is_table
 from stages.sweep.results import results
@@ -40,12 +40,12 @@ def report(
 
 
 def _of_run(path: Path, out: Path, set_: list[str] | None) -> None:
-    from stages.report import of_run
+    from stages.report import run_page
 
     settings, steps = plan_of(path, set_)
     out.mkdir(parents=True, exist_ok=True)
     again = ["run", str(path), *sets(set_)]
-    text = of_run.page(settings, asked_for(steps, None), formats.command(again))
+    text = run_page.page(settings, asked_for(steps, None), formats.command(again))
     (out / "report.html").write_text(text, encoding="utf-8")
     render.say(f"{out / 'report.html'}")
 
@@ -59,7 +59,7 @@ def _of_tables(
     seeds: str | None,
     set_: list[str] | None,
 ) -> None:
-    from stages.report import of_tables
+    from stages.report import table_page
 
     if len({path.stem for path in paths}) < len(paths):
         raise ConfigError("two tables have the same name, and would be written to the same files")
@@ -75,14 +75,14 @@ def _of_tables(
         again = {row: ["sweep", str(path), *_options("--only", [row]), *options] for row in table.rows}
         whole = ["sweep", str(path), *_options("--only", only), *options]
         rows = {row: formats.command(one) for row, one in again.items()}
-        made.append((found, of_tables.Commands(formats.command(whole), rows)))
+        made.append((found, table_page.Commands(formats.command(whole), rows)))
         (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
         (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")
         missing = sum(value is None for value in found.values.values())
         render.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
     written = "\n".join(formats.markdown(found, commands.all) for found, commands in made)
     (out / "report.md").write_text(written, encoding="utf-8")
-    (out / "report.html").write_text(of_tables.page(made), encoding="utf-8")
+    (out / "report.html").write_text(table_page.page(made), encoding="utf-8")
     render.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
 
 

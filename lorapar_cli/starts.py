@@ -1,7 +1,7 @@
 """How `run` and `sweep` start a stage: as a fork of a process that has imported what the stages import."""
 
+from stages.pipeline.stages import STAGES
 from stages.runtime.fork_server import Starter
-from stages.pipeline.table import STAGES
 
 MODULES = (
     "lorapar_cli.app",

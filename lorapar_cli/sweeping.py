@@ -13,10 +13,10 @@ from lorapar_cli.starts import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
-from stages.pipeline.table import STAGES
+from stages.pipeline.stages import STAGES
 from stages.sweep import slurm
+from stages.sweep.graph import Node, Place, measured, union
 from stages.sweep.local import Outcome, Sweep
-from stages.sweep.steps import Node, Place, measured, union
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as cells_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_cli import render
+from stages.sweep.graph import Place
 from stages.sweep.local import Sweep
-from stages.sweep.steps import Place
 
 TAIL = 4000
 """Bytes at the end of a step's log in which its last lines are looked for."""

@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
 from stages.data.rows import read
 from stages.engines import Pool, Served
-from stages.runtime.background import beside
 from stages.errors import ConfigError, DataError
+from stages.evaluation.benchmarks import benchmarks
 from stages.labelling import known, report
+from stages.labelling.aggregate import Voice, decide
 from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
-from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import (
     CONTENT_FREE,
     Judged,
@@ -36,8 +35,9 @@ from stages.labelling.personas import (
 )
 from stages.labelling.votes import Votes
 from stages.models.dtype import resolve
-from stages.pipeline.job import Job
+from stages.pipeline.context import Job
 from stages.records import Example, Labelled, write_labels
+from stages.runtime.background import beside
 
 PATIENCE = 10
 """A voter with this many bad answers more than allowed is not asked further questions."""

@@ -11,12 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import resources
 from stages import sandbox as sandboxes
-from stages.evaluation.benchmarks import benchmarks
-from stages.evaluation.grading import Context, Grade
-from stages.evaluation.metrics import brief, measured
-from stages.evaluation.answer_cache import Recorded, Replies
 from stages.config import (
     REGIONS,
     UNTRAINED,
@@ -28,15 +23,20 @@ from stages.config import (
     ServerSection,
 )
 from stages.engines import Served
-from stages.prompts.renderer import Asked, Renderer
+from stages.evaluation.answer_cache import Recorded, Replies
+from stages.evaluation.benchmarks import benchmarks
+from stages.evaluation.grading import Context, Grade
+from stages.evaluation.metrics import brief, measured
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Asked, Renderer
 from stages.records import Labelled, Sample, read_labels, write_jsonl
+from stages.runtime import resources
 from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.pipeline.job import Job
+    from stages.pipeline.context import Job
     from stages.progress import Progress
 
 

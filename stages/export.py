@@ -172,8 +172,8 @@ class _Trial:
 
     @classmethod
     def of(cls, config: Config, view: View, prompts: int) -> _Trial:
-        from stages.prompts.renderer import Asked, Renderer
         from stages.models.tokenizer import load_tokenizer
+        from stages.prompts.renderer import Asked, Renderer
 
         examples = read(config.data.model_copy(update={"limit": prompts}))
         labels = [Labelled(example, int(view.system), {}) for example in examples]

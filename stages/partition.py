@@ -14,7 +14,7 @@ from stages.lora.importance.masks import Masks, flat, read_importance
 from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
-    from stages.pipeline.job import Job
+    from stages.pipeline.context import Job
 
 
 def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:

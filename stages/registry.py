@@ -2,10 +2,8 @@
 
 import ast
 import importlib
-import pkgutil
-import re
+import importlib.resources
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from stages.errors import ConfigError
@@ -63,31 +61,30 @@ class Registry(_Named):
         return trait in self._traits[name]
 
 
-class Files(_Named):
-    """The modules of a package that define `mark` at top level, found by file name; the rest are helpers."""
+class Modules(_Named):
+    """Modules found by name. They are imported when they are picked: an engine's would load torch at once."""
 
-    def __init__(self, kind: str, package: str, folder: list[str], mark: str) -> None:
+    def __init__(self, kind: str, modules: dict[str, str]) -> None:
+        """modules: name → dotted module."""
         self.kind = kind
-        self._package = package
-        marked = re.compile(rf"^(?:async )?(?:def )?{mark}\b\s*[:=(]", re.MULTILINE)
-        # Read as text: importing an engine would load torch for every command.
-        texts = {
-            module.name: (Path(folder[0]) / f"{module.name}.py").read_text(encoding="utf-8")
-            for module in pkgutil.iter_modules(folder)
-        }
-        self._texts = {name: text for name, text in texts.items() if marked.search(text)}
+        self._modules = modules
 
     def names(self) -> list[str]:
-        return sorted(self._texts)
+        return sorted(self._modules)
 
     def describe(self) -> dict[str, str]:
-        """Each name with the first line of its module's docstring."""
-        return {name: _first_line(ast.get_docstring(ast.parse(self._texts[name]))) for name in self.names()}
+        """Each name with the first line of its module's docstring, which is read without importing it."""
+        return {name: _first_line(_docstring(self._modules[name])) for name in self.names()}
 
     def pick(self, name: str) -> Any:
         """The module called `name`; ConfigError with the choices if there is none."""
         self.check(name)
-        return importlib.import_module(f"{self._package}.{name}")
+        return importlib.import_module(self._modules[name])
+
+
+def _docstring(module: str) -> str | None:
+    source = importlib.resources.files(module.rpartition(".")[0]) / f"{module.rpartition('.')[2]}.py"
+    return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
 
 
 def _first_line(doc: str | None) -> str:

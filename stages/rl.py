@@ -9,36 +9,36 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
-from stages.rewards import loading
-from stages.prompts.renderer import Renderer
-from stages.lora.training import dry_run, loop
-from stages.lora.grpo import vllm
 from stages.lora.adapter import fsdp
-from stages.packing import trl
+from stages.lora.adapter.fsdp import DividedRollouts
+from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo.dynamic_sampling import Resampling
 from stages.lora.grpo.kl_probe import NAME as DRIFT
 from stages.lora.grpo.kl_probe import Drift
-from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
-from stages.lora.training.optimizers import LoraPlus, WarmUp
 from stages.lora.grpo.prompts import Pool
 from stages.lora.grpo.ratios import Ratios
 from stages.lora.grpo.replay import Replay
-from stages.lora.grpo.dynamic_sampling import Resampling
-from stages.lora.training.resume import ExactRollouts
-from stages.lora.adapter.fsdp import DividedRollouts
-from stages.lora.grpo.zero_advantage import Silent
-from stages.packing.trl import SharedPrompts
 from stages.lora.grpo.sampler import Writer, Written
-from stages.runtime import libraries
+from stages.lora.grpo.zero_advantage import Silent
+from stages.lora.training import dry_run, loop
+from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.training.resume import ExactRollouts
 from stages.models.base import load_base
-from stages.packing.support import has_prompt
 from stages.models.tokenizer import load_tokenizer
+from stages.packing import trl
+from stages.packing.support import has_prompt
+from stages.packing.trl import SharedPrompts
+from stages.prompts.renderer import Renderer
 from stages.records import read_labels
+from stages.rewards import loading
+from stages.runtime import libraries
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-    from stages.pipeline.job import Job
+    from stages.pipeline.context import Job
     from stages.sandbox import Sandbox
 
 PINNED: dict[str, Any] = {
@@ -85,12 +85,12 @@ def run(
     pool = Pool.of(labels, renderer, rl, functions, seed)
     start = loop.Start.of("rl", job.adapter("sft", "score"), job.masks)
     steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
-    vllm.prepare(rl.rollouts, model.name)
+    vllm_rollouts.prepare(rl.rollouts, model.name)
     base = load_base(model, fsdp.start_at(rl.launch))
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
-    vllm.name_revision(base, rl.rollouts, model)
-    copy = None if fsdp.asked(rl.launch) else vllm.copy_of(base, rl.rollouts, model, baseline)
+    vllm_rollouts.name_revision(base, rl.rollouts, model)
+    copy = None if fsdp.asked(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
     fsdp.divide(peft_model, rl.launch)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
@@ -100,7 +100,7 @@ def run(
     writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
-        vllm.from_base(trainer, peft_model, rl.rollouts, seed)
+        vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
     trainer.sharing = rl.shared_prompts == "auto" and trl.may_share(peft_model)
     trl.accept(base)
     if rl.kl_beta and _holds_to_base(rl, baseline):
@@ -163,10 +163,7 @@ def _checked(
     def fixed(name: str) -> dict[str, Sandbox | None]:
         return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
 
-    return [
-        loading.checked(name, function, decoded, **fixed(name))
-        for name, function in functions.items()
-    ]
+    return [loading.checked(name, function, decoded, **fixed(name)) for name, function in functions.items()]
 
 
 def _arguments(
@@ -195,7 +192,7 @@ def _arguments(
         epsilon_high=rl.epsilon_high,
         scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),
-        **vllm.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
+        **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
         log_completions=False,
     )
 

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.runtime import resources, distributed
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
-from stages.prompts.renderer import Renderer, Row
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
-from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.masks import flat, write_importance
+from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer, Row
 from stages.records import of_system, read_labels
+from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from stages.pipeline.job import Job
+    from stages.pipeline.context import Job
     from stages.progress import Progress
 
 log = logging.getLogger(__name__)

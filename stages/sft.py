@@ -7,26 +7,26 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import distributed
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
-from stages.prompts.renderer import Renderer
-from stages.lora.training import dry_run, loop
 from stages.lora.adapter import fsdp
+from stages.lora.adapter.fsdp import Divided
+from stages.lora.training import dry_run, loop
 from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
 from stages.lora.training.optimizers import LoraPlus, WarmUp
 from stages.lora.training.resume import ExactResume
-from stages.lora.adapter.fsdp import Divided
-from stages.packing.trl import PaddingFree, accept
 from stages.models.base import load_base
-from stages.packing.support import drops_out
 from stages.models.tokenizer import load_tokenizer
+from stages.packing.support import drops_out
+from stages.packing.trl import PaddingFree, accept
+from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, decided, of_system, read_labels
+from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from stages.pipeline.job import Job
+    from stages.pipeline.context import Job
     from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
@@ -74,7 +74,9 @@ def run(
         of = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         job.progress.say(f"warning: {of}: the model may not learn to stop")
     if spare := -len(rows) % (sft.micro_batch * distributed.size()) if distributed.size() > 1 else 0:
-        job.progress.say(f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch")
+        job.progress.say(
+            f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch"
+        )
     start = loop.Start.of("sft", job.adapter("rl", "score"), job.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = load_base(model, fsdp.start_at(sft.launch))

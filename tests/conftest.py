@@ -31,9 +31,9 @@ from lorapar_cli.app import verb
 from stages.config import Config
 from stages.engines import Pool
 from stages.errors import BusyError
-from stages.pipeline.plan import Step, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import run_step
+from stages.pipeline.steps import Step, plan
 from stages.records import Labelled, read_labels
 from stages.store.artifacts import Artifact, Store
 

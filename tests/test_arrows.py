@@ -9,15 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; a room may use those below it and itself
-    ("errors", "registry", "footprint", "progress", "team", "records"),
+    ("errors", "registry", "progress", "records"),
+    ("runtime",),
     ("config", "store", "sandbox"),
-    ("language",),
+    ("prompts",),
+    ("rewards",),
     ("models", "data"),
+    ("packing",),
     ("engines",),
-    ("lora", "benchmarks"),
+    ("lora", "evaluation"),
     ("labelling",),
     ("pipeline",),
-    ("sweep",),
+    ("plan",),
+    ("init", "sweep"),
     ("report",),
     ("classify", "score", "partition", "sft", "rl", "eval", "export"),
 )
@@ -63,7 +67,7 @@ def test_arrows_point_down(path: Path):
     [
         "from stages.lora import adapter",
         "def f():\n    import stages.engines.vllm",
-        "if TYPE_CHECKING:\n    from stages.pipeline.plan import Step",
+        "if TYPE_CHECKING:\n    from stages.pipeline.steps import Step",
         "named('stages.lora.importance.strategies', 'strategies')",
         "import_module(f'stages.evaluation.benchmarks.{name}')",
         "from lorapar_cli import render",

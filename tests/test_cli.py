@@ -253,7 +253,7 @@ def test_a_variant_that_there_is_not(lorapar, config):
 def test_make_knows_every_stage():
     import subprocess
 
-    from stages.pipeline.table import STAGES
+    from stages.pipeline.stages import STAGES
 
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(STAGES) <= {line.split()[0] for line in shown.splitlines()}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from lorapar_cli.edge import sentence
 from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
-from stages.prompts.renderer import Renderer
 from stages.models.base import load_base
 from stages.models.load_errors import reading
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline import launch
+from stages.prompts.renderer import Renderer
 
 WEIGHTS = "model.safetensors"
 

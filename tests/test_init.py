@@ -10,10 +10,10 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.pipeline import draft
-from stages.pipeline.plan import plan
+from stages.init import config_writer
+from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.survey import survey
+from stages.pipeline.steps import plan
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_lengths_hold_all_rows_but_far_ones(tiny, written):
     found, _ = written(rows(300))
     file = found["data"]["path"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
-    assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + draft.STEP
-    assert seen.prompt.longest <= found["rl"]["max_prompt"] < seen.prompt.longest + draft.STEP
+    assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
+    assert seen.prompt.longest <= found["rl"]["max_prompt"] < seen.prompt.longest + config_writer.STEP
     assert seen.response.longest < found["rl"]["max_completion"]
     (Path("c.yaml")).unlink()
     far = rows(300)

@@ -10,10 +10,10 @@ from conftest import CONFIGS, labels_of, make_step, make_steps
 
 from stages.config import ModelSection
 from stages.errors import ConfigError, DataError
-from stages.pipeline.plan import asked_for, plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import foresee, tasks
-from stages.pipeline.table import STAGES, section
+from stages.pipeline.stages import STAGES, section
+from stages.pipeline.steps import asked_for, plan
 from stages.report.comparison import answered_fewer
 
 
@@ -21,10 +21,10 @@ from stages.report.comparison import answered_fewer
 def no_hub(monkeypatch):
     """Data and models that are not here have a name and no digest."""
     monkeypatch.setattr(
-        "stages.pipeline.identity.of_model", lambda model, cache: f"{model.name} {model.revision}"
+        "stages.pipeline.cache_key.of_model", lambda model, cache: f"{model.name} {model.revision}"
     )
     monkeypatch.setattr(
-        "stages.pipeline.identity.of_source", lambda source, cache: f"{source.path} {source.revision}"
+        "stages.pipeline.cache_key.of_source", lambda source, cache: f"{source.path} {source.revision}"
     )
 
 
@@ -184,9 +184,7 @@ def test_too_few_system_2_rows_are_seen_before_sft(smoke):
 def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):
     small = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base]", "score.examples=4")
     make_steps(smoke(*small), "classify", "eval")
-    monkeypatch.setattr(
-        "stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
     made = make_steps(smoke(*small, "run=another"), "classify", "eval")
     assert all(now for _, now in made.values())
 

@@ -9,19 +9,20 @@ import torch
 from conftest import ROOT, make_steps
 
 from lorapar_cli import planning
-from stages.runtime import resources
 from stages.config import LaunchSection
 from stages.labelling import personas
 from stages.lora.adapter import adapter
 from stages.models.base import load_base
-from stages.pipeline import cost_model, launch, profiler, prompt_lengths
-from stages.pipeline.cost import Cost, Memory
-from stages.pipeline.cost_model import CostModel, Work, per_text
-from stages.pipeline.estimate import Estimate, knobs
-from stages.pipeline.lengths import Lengths, Span, sampled
-from stages.pipeline.plan import plan
-from stages.pipeline.profiler import GAIN, Measured, Profiler
+from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
+from stages.plan import cost_model, profiler, prompt_lengths
+from stages.plan.cost import Cost, Memory
+from stages.plan.cost_model import CostModel, Work, per_text
+from stages.plan.estimate import Estimate, knobs
+from stages.plan.lengths import Lengths, Span, sampled
+from stages.plan.profiler import GAIN, Measured, Profiler
+from stages.runtime import resources
 from stages.store import estimates
 from stages.store.estimates import Told
 

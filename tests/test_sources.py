@@ -6,13 +6,13 @@ import datasets
 import pytest
 from conftest import make_step
 
-from stages.evaluation.benchmarks import jsonl, mmlu
-from stages.evaluation.grading import Context
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import rows as data
 from stages.engines import Pool
 from stages.errors import ConfigError, DataError, MissingInputError
-from stages.pipeline.identity import of_voters
+from stages.evaluation.benchmarks import jsonl, mmlu
+from stages.evaluation.grading import Context
+from stages.pipeline.cache_key import of_voters
 from stages.records import read_jsonl
 from stages.store.digests import DigestCache
 

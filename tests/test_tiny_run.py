@@ -16,15 +16,15 @@ from conftest import ROOT, Small, make_steps, once, processes, wait_for
 from trl import GRPOTrainer
 
 from stages.engines import Answer
-from stages.runtime import fork_server
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.models.base import load_base
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
+from stages.pipeline.steps import plan
 from stages.records import read_jsonl, read_labels
+from stages.runtime import fork_server
 from stages.store.artifacts import Store
 
 
@@ -287,9 +287,7 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
     config = copied(
         "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0"
     )
-    monkeypatch.setattr(
-        "stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
     made = make_steps(config, "eval:base@demo", "eval:init@demo")
     assert all(now for _, now in made.values())
 
@@ -356,7 +354,7 @@ def test_kl_references_and_inits(copied, init, reference):
 def test_rollouts_by_trl_itself(copied, monkeypatch, again):
     """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
     calls, usual = [], GRPOTrainer._generate_single_turn
-    monkeypatch.setattr("stages.lora.grpo.vllm.copy_of", lambda *_: None)
+    monkeypatch.setattr("stages.lora.grpo.vllm_rollouts.copy_of", lambda *_: None)
     monkeypatch.setattr(
         GRPOTrainer, "_generate_single_turn", lambda *given: calls.append(len(given[1])) or usual(*given)
     )

@@ -9,13 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.registry import Modules
 from stages.runtime import libraries
-from stages.registry import Files
 
 if TYPE_CHECKING:
     from stages.config import ModelSection, ServerSection
 
-engines = Files("engine", __name__, __path__, mark="open")
+engines = Modules(
+    "engine",
+    {
+        "openai": "stages.engines.openai.client",
+        "transformers": "stages.engines.in_process",
+        "vllm": "stages.engines.vllm",
+    },
+)
 
 
 @dataclass(frozen=True)

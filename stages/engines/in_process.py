@@ -16,12 +16,12 @@ from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
 from stages.engines.continuous_batching import continuations, padded
 from stages.errors import ConfigError, MeaninglessError
+from stages.models.base import load_merged
+from stages.models.tokenizer import load_tokenizer
+from stages.packing import support
+from stages.packing.batch import Flat, common
 from stages.prompts.answers import THOUGHT
 from stages.prompts.renderer import chat
-from stages.packing import support
-from stages.models.base import load_merged
-from stages.packing.batch import Flat, common
-from stages.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

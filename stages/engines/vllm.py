@@ -18,15 +18,15 @@ from typing import Any
 
 import httpx
 
-from stages.runtime import resources
 from stages.config import ModelSection, ServerSection
 from stages.engines import Served
-from stages.runtime.process_guard import guarded
 from stages.engines.openai.client import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import config_of, positions
+from stages.runtime import resources
+from stages.runtime.process_guard import guarded
 
 HOST = "127.0.0.1"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -21,8 +21,8 @@ from stages.store.journal import Journal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.prompts.renderer import Renderer
     from stages.progress import Progress
+    from stages.prompts.renderer import Renderer
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.evaluation.answer_cache import Recorded
 from stages.config import ModelSection
 from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError
-from stages.prompts.renderer import Asked
+from stages.evaluation.answer_cache import Recorded
 from stages.models.base import load_adapted, load_base
+from stages.prompts.renderer import Asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import exp
 from statistics import fmean, median
 
+from stages.labelling.aggregate import log_odds
 from stages.labelling.agreement import auc
-from stages.labelling.decide import log_odds
 from stages.labelling.personas import Judged
 
 LEAST_EXAMPLES = 24

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection
+from stages.labelling.aggregate import Voice, rounded
 from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
-from stages.labelling.decide import Voice, rounded
 from stages.labelling.known import system_of
 from stages.labelling.votes import Votes
 from stages.records import Labelled

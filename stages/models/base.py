@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
-from stages.runtime import libraries
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.load_errors import complete, reading
+from stages.runtime import libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

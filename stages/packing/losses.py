@@ -55,8 +55,8 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> Flat | None:
     """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
-    from stages.packing.support import fits
     from stages.packing.batch import Branch, Flat, Group
+    from stages.packing.support import fits
 
     if not fits(model, rows[0].input_ids):
         return None

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.packing.logprobs import Chosen, chosen
 from stages.packing.batch import Branch, Flat, Group, How, Layout
+from stages.packing.logprobs import Chosen, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

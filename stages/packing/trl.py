@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.prompts.renderer import IGNORED
 from stages.packing import support
 from stages.packing.batch import Branch, Flat, Group, common
+from stages.prompts.renderer import IGNORED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,19 +43,19 @@ def accept(base: PreTrainedModel) -> None:
     def forward(
         self: Any, *args: Any, flat: Flat | None = None, temperature: float = 1.0, **given: Any
     ) -> Any:
-        if support is None:
+        if flat is None:
             return usual(self, *args, **given)
-        found = choose(self, support, temperature)
-        at = support.wanted()
+        found = choose(self, flat, temperature)
+        at = flat.wanted()
 
         def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(support.targets.shape[1]).index_copy(0, at, values)[None]
+            return values.new_zeros(flat.targets.shape[1]).index_copy(0, at, values)[None]
 
         return FusedCausalLMOutput(
             log_probs=spread(found.log_probs),
             entropy=spread(found.entropy),
             is_top1=spread(found.likeliest),
-            label_mask=support.targets != IGNORED,
+            label_mask=flat.targets != IGNORED,
         )
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]

@@ -7,10 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.runtime import resources, distributed
 from stages.config import LaunchSection
 from stages.config.yaml import values
-from stages.runtime import process_guard
 from stages.errors import (
     ConfigError,
     LoraparError,
@@ -19,6 +17,7 @@ from stages.errors import (
     ServerError,
     first_line,
 )
+from stages.runtime import distributed, process_guard, resources
 
 
 def run(launch: LaunchSection, arguments: list[str]) -> None:

@@ -6,14 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import Config, yaml
 from stages.engines import engines
 from stages.errors import ConfigError
+from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import personas
-from stages.rewards import loading
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
+from stages.rewards import loading
 
 
 def registries() -> dict[str, Any]:

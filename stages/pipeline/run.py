@@ -11,17 +11,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stages.runtime import resources, distributed
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool
 from stages.errors import ArtifactError, ConfigError, DataError, Ended
-from stages.pipeline.job import Job
-from stages.pipeline.plan import Step, asked_for
+from stages.pipeline.context import Job
+from stages.pipeline.stages import order, section
 from stages.pipeline.state import State, current, rebuild, state
-from stages.pipeline.table import order, section
+from stages.pipeline.steps import Step, asked_for
 from stages.progress import Progress
 from stages.records import read_labels
+from stages.runtime import distributed, resources
 from stages.store import estimates
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
@@ -52,7 +52,9 @@ def run_step(
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
         distributed.wait()  # the others have seen what is there, too
         out = (
-            store.start_partial(stage.name, step.key) if distributed.first() else store.partial(stage.name, step.key)
+            store.start_partial(stage.name, step.key)
+            if distributed.first()
+            else store.partial(stage.name, step.key)
         )
         resources.forget()
         begun, used = time.monotonic(), resources.joules()

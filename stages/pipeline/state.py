@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.errors import ArtifactError, MissingInputError
-from stages.pipeline.plan import Step
+from stages.pipeline.steps import Step
 from stages.store.artifacts import Artifact, Store
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from stages.evaluation.metrics import figures, graded, shares
-from stages.evaluation.statistics import paired_p
 from stages.config import REGIONS
 from stages.errors import ConfigError
-from stages.pipeline.plan import Step
+from stages.evaluation.metrics import figures, graded, shares
+from stages.evaluation.statistics import paired_p
 from stages.pipeline.state import state
+from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
 from stages.store.artifacts import Store
 

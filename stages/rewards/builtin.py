@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import resources
 from stages.prompts.answers import extract, letter, number, right
 from stages.prompts.code import code_block
 from stages.registry import Registry
+from stages.runtime import resources
 
 if TYPE_CHECKING:
     from stages.sandbox import Sandbox

@@ -26,8 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
-from stages.runtime import process_guard
-from stages.runtime import libraries
+from stages.runtime import libraries, process_guard
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}

@@ -13,12 +13,12 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from stages.runtime import process_guard
-from stages.runtime.process_guard import Child
 from stages.errors import BusyError, ServerError
 from stages.pipeline.state import state
+from stages.runtime import process_guard
+from stages.runtime.process_guard import Child
 from stages.store.artifacts import Store
-from stages.sweep.steps import PLANNED, Node, Place
+from stages.sweep.graph import PLANNED, Node, Place
 
 BUSY, NO_SERVER = BusyError.exit_code, ServerError.exit_code
 """Exit codes after which a step is tried again: another process makes the same, or its server was gone."""

@@ -20,10 +20,10 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from stages.config.yaml import values
-from stages.runtime.process_guard import guarded
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
+from stages.runtime.process_guard import guarded
+from stages.sweep.graph import PLANNED, Node, Place
 from stages.sweep.local import BUSY, is_current
-from stages.sweep.steps import PLANNED, Node, Place
 
 REQUEUED = 20
 """How often a job may come to the end of its time and go on."""

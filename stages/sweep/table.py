@@ -11,8 +11,8 @@ import yaml
 
 from stages.config import Config
 from stages.errors import ConfigError, LoraparError
-from stages.pipeline.plan import Step, plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import Step, plan
 from stages.sweep.file import OWN, Column, TableFile, read, refused
 
 

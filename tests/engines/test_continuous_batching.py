@@ -18,9 +18,9 @@ from transformers import (
 from stages.config import ModelSection
 from stages.engines import Sampling, continuous_batching
 from stages.engines.continuous_batching import Ends, continuations, drawn
+from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import common
-from stages.models.tokenizer import load_tokenizer
 
 SMALL = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

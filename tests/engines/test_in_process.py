@@ -10,9 +10,9 @@ from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Pool, Question, Sampling, Served, in_process
 from stages.engines.in_process import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
-from stages.packing import support
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
+from stages.packing import support
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from mock_server import Mock, probability, serve
 from stages.config import ModelSection, ServerSection
 from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, vllm
 from stages.engines.openai import client, transport
-from stages.engines.openai.errors import seconds_of
-from stages.engines.openai.client import Client
 from stages.engines.openai.choices import word_of
+from stages.engines.openai.client import Client
+from stages.engines.openai.errors import seconds_of
 from stages.errors import ConfigError, ServerError
 
 CHAT = Ballot([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))

@@ -4,14 +4,14 @@ import pytest
 from conftest import Silent
 from pydantic import ValidationError
 
-from stages.evaluation.grading import Context, Grade
-from stages.evaluation.answer_cache import Recorded, Replies
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Answer
 from stages.errors import ArtifactError
 from stages.eval import _graded, _outcome
-from stages.prompts.renderer import Asked, Renderer
+from stages.evaluation.answer_cache import Recorded, Replies
+from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Asked, Renderer
 from stages.records import Example, Labelled
 
 DEMO = BenchmarkSection(kind="demo", path="x.jsonl")

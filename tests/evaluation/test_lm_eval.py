@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, paths
 
+from stages.config import EvalSection, ModelSection
 from stages.evaluation.benchmarks import lm_eval as harness
 from stages.evaluation.benchmarks import mmlu
-from stages.config import EvalSection, ModelSection
 from stages.pipeline.resolve import registries
 from stages.records import read_jsonl
 
@@ -110,9 +110,9 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         pytest.skip("needs LORAPAR_DATA and the fetched model")
     from stages.engines import Ballot
     from stages.engines.in_process import InProcess
-    from stages.prompts.renderer import Renderer
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer
+    from stages.prompts.renderer import Renderer
 
     # float32: in bfloat16 two letters are often exactly equal, and padding decides.
     model = ModelSection(name=str(model_dir), dtype="float32")

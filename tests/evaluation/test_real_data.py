@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from stages.config import EvalSection
 from stages.evaluation.benchmarks import gsm8k, humaneval, mmlu
 from stages.evaluation.grading import Context
 from stages.evaluation.statistics import wilson
-from stages.config import EvalSection
-from stages.prompts.answers import number
 from stages.pipeline.resolve import registries
+from stages.prompts.answers import number
 from stages.sandbox import Limits, Sandbox, backends
 from stages.sandbox.selftest import selftest
 

@@ -10,8 +10,8 @@ from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
 from stages.labelling import report
 from stages.labelling.known import labelled
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
 from stages.records import Example, Labelled, read_labels
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from stages.config import ClassifySection
 from stages.engines import Ballot
 from stages.errors import DataError
+from stages.labelling.aggregate import Voice, decide
 from stages.labelling.agreement import auc, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import calibrate
-from stages.labelling.decide import Voice, decide
 from stages.labelling.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
 from stages.labelling.report import _of_known
 from stages.records import Example

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from stages.runtime import distributed
 from stages.config import LaunchSection, LoraSection, ModelSection
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.adapter.merge import plain
 from stages.models.base import load_base
+from stages.runtime import distributed
 
 FSDP2 = LaunchSection(backend="fsdp2")
 EXACT = {"rtol": 0.0, "atol": 0.0} if fsdp.device().type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
@@ -34,7 +34,9 @@ def main(folder: str) -> None:
     assert Accelerator(cpu=fsdp.device().type == "cpu").prepare_model(two) is two  # no DDP around it
 
     # Each process asks something else.
-    ids = torch.randint(5, 100, (1, 7 + distributed.rank()), generator=torch.Generator().manual_seed(distributed.rank()))
+    ids = torch.randint(
+        5, 100, (1, 7 + distributed.rank()), generator=torch.Generator().manual_seed(distributed.rank())
+    )
     where = fsdp.device()
     with torch.no_grad():
         wanted = one(input_ids=ids).logits

@@ -6,12 +6,12 @@ from conftest import ROOT, make_steps
 from safetensors.torch import save_file
 
 from stages.errors import ArtifactError, ConfigError
-from stages.lora.importance import ablation
 from stages.lora.adapter import adapter
+from stages.lora.importance import ablation
 from stages.lora.importance.masks import Masks
 from stages.lora.importance.strategies import NONE
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
 from stages.records import Sample
 from stages.report.comparison import compared
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter, baselines
-from stages.packing import support
 from stages.models.base import load_adapted, load_base
-from stages.pipeline.plan import plan
+from stages.packing import support
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
 QUICK = [("p_tuning", "float32"), ("prefix_tuning", "float32"), ("ia3", "float32"), ("dora", "bfloat16")]

@@ -17,8 +17,8 @@ from stages.config import LaunchSection
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, read_importance
 from stages.pipeline import launch
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Store
 
 OPTIMIZERS = {

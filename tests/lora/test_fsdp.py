@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_frozen import files, made_by, pair, settings
 
 from stages.lora.importance.masks import read_importance
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL
 

@@ -9,9 +9,9 @@ from conftest import Silent, labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
-from stages.rewards.builtin import rewards
 from stages.lora.training import dry_run
 from stages.lora.training.health import Watch, equal_rewards
+from stages.rewards.builtin import rewards
 
 SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 

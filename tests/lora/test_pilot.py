@@ -6,13 +6,13 @@ from conftest import ROOT, labels_of, make_steps
 from test_importance import adapted, rows
 
 from stages.config import LoraSection
-from stages.prompts.renderer import Renderer
 from stages.lora.adapter import adapter
 from stages.lora.importance import pilot
-from stages.lora.importance.scorers import moments, scorers
 from stages.lora.importance.masks import read_importance
-from stages.packing.losses import answer_losses, collate
+from stages.lora.importance.scorers import moments, scorers
 from stages.models.tokenizer import load_tokenizer
+from stages.packing.losses import answer_losses, collate
+from stages.prompts.renderer import Renderer
 
 LR = pilot.LR
 BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]

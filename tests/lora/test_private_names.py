@@ -15,17 +15,17 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from stages.lora.training.health import Healthy
-from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.adapter.fsdp import Divided, DividedRollouts
 from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.grpo.dynamic_sampling import Resampling
 from stages.lora.grpo.ratios import Ratios
 from stages.lora.grpo.replay import Replay
-from stages.lora.grpo.dynamic_sampling import Resampling
-from stages.lora.training.resume import ExactResume, ExactRollouts
-from stages.lora.adapter.fsdp import Divided, DividedRollouts
-from stages.lora.grpo.zero_advantage import Silent
-from stages.packing.trl import PaddingFree, SharedPrompts
 from stages.lora.grpo.sampler import Written
+from stages.lora.grpo.zero_advantage import Silent
+from stages.lora.training.health import Healthy
+from stages.lora.training.optimizers import LoraPlus, WarmUp
+from stages.lora.training.resume import ExactResume, ExactRollouts
+from stages.packing.trl import PaddingFree, SharedPrompts
 
 TRAINER = {
     "_save_checkpoint": "model trial",

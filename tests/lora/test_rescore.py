@@ -6,9 +6,9 @@ from conftest import ROOT, make_steps
 
 from stages.errors import ConfigError
 from stages.lora.importance.masks import read_importance
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
 from stages.pipeline.run import tasks
+from stages.pipeline.steps import plan
 from stages.report import elements
 from stages.report.page import Pictures, Text
 

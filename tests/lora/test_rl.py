@@ -11,11 +11,11 @@ from trl import GRPOTrainer
 from stages import rl
 from stages.engines.continuous_batching import continuations
 from stages.errors import ConfigError, DataError, MeaninglessError
-from stages.rewards import loading
-from stages.prompts.renderer import Renderer
 from stages.lora.grpo.prompts import Pool
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer
+from stages.rewards import loading
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from stages.config import ModelSection
 from stages.config.rl import RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora.adapter import adapter, merge
-from stages.lora.grpo import vllm
+from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.ratios import BEYOND, RAW
 from stages.lora.grpo.sampler import Written
 from stages.models.base import load_base
@@ -115,7 +115,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(ow
         setattr(generation, "llm" if generation.mode == "colocate" else "vllm_client", engines[0])
 
     monkeypatch.setattr("stages.rl.load_base", watched)
-    monkeypatch.setattr(vllm, "prepare", lambda *_: None)
+    monkeypatch.setattr(vllm_rollouts, "prepare", lambda *_: None)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
     made = make_step(config, "rl")
@@ -160,7 +160,7 @@ def test_the_library_s_own_merging_drifts(begun):
 def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
     trainer = SimpleNamespace(vllm_generation=SimpleNamespace())
     with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
-        vllm.from_base(trainer, None, SERVER, 0)
+        vllm_rollouts.from_base(trainer, None, SERVER, 0)
     assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
     assert not vars(trainer.vllm_generation)
 
@@ -179,7 +179,7 @@ def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
         args = SimpleNamespace(use_vllm=vllm)
         writer = SimpleNamespace(copy=None, adapted=None)
 
-    monkeypatch.setattr("stages.lora.grpo.sampler.packed.fixed", lambda _: nullcontext())
+    monkeypatch.setattr("stages.lora.grpo.sampler.sparse_linear.fixed", lambda _: nullcontext())
     monkeypatch.setattr("stages.lora.grpo.sampler.evaluating", lambda _: nullcontext())
     made, logprobs = Trainer()._generate_single_turn([[n] for n in range(130)], None)
     assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
@@ -187,7 +187,7 @@ def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
 
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
-    monkeypatch.setattr(vllm, "snapshot_download", lambda name, revision: f"/hub/{name}/{revision}")
+    monkeypatch.setattr(vllm_rollouts, "snapshot_download", lambda name, revision: f"/hub/{name}/{revision}")
     for name, revision, called in (
         ("a/b", "c1", "/hub/a/b/c1"),
         ("a/b", "main", "a/b"),
@@ -195,7 +195,7 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
     ):
         base = SimpleNamespace(name_or_path="a/b")
         model = ModelSection(name=name, revision=revision)
-        vllm.name_revision(base, RolloutsSection(engine="vllm_colocate"), model)
+        vllm_rollouts.name_revision(base, RolloutsSection(engine="vllm_colocate"), model)
         assert base.name_or_path == called
 
 
@@ -205,16 +205,16 @@ def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch
     colocated = RolloutsSection(engine="vllm_colocate", tensor_parallel=2)
     drawn = []
     for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
-        monkeypatch.setattr(vllm.team, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(vllm_rollouts.distributed, "rank", lambda rank=rank: rank)
         torch.manual_seed(0)
-        vllm.from_base(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
+        vllm_rollouts.from_base(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
         drawn.append(float(torch.rand(1)))
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
     for section, said in (
         (SERVER, "rl.rollouts.engine vllm_server needs a GPU"),
         (
@@ -224,10 +224,10 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
         (RolloutsSection(engine="vllm_colocate", sleep=True), "rl.rollouts.sleep needs a GPU"),
     ):
         with pytest.raises(ConfigError, match=said):
-            vllm.prepare(section, "m")
+            vllm_rollouts.prepare(section, "m")
     with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
-        monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
-        vllm.prepare(RolloutsSection(engine="vllm_colocate"), "m")
+        monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
+        vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), "m")
 
 
 @pytest.mark.parametrize(
@@ -255,9 +255,9 @@ def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config
 
     monkeypatch.setattr(httpx, "get", get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ServerError, match=said) as caught:
-        vllm.prepare(SERVER, "m")
+        vllm_rollouts.prepare(SERVER, "m")
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve m --weight-transfer-config" in caught.value.hint
 
 

@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT, make_step, paths
 
 from stages.lora.adapter import adapter
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Store
 
 

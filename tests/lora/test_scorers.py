@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from stages import score
 from stages.config import LoraSection, ModelSection
 from stages.errors import MeaninglessError
-from stages.prompts.renderer import IGNORED, Row
 from stages.lora.adapter import adapter
-from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.masks import read_importance, write_importance
+from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
 from stages.packing.losses import answer_losses, collate, of_row, unpadded
+from stages.prompts.renderer import IGNORED, Row
 
 
 def rows(count: int = 7) -> list[Row]:

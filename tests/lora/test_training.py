@@ -14,17 +14,17 @@ from torch import nn
 from stages import sft
 from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
-from stages.prompts.renderer import IGNORED, Renderer
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.training import loop
 from stages.lora.importance.masks import Masks
+from stages.lora.training import loop
 from stages.lora.training.optimizers import LoraPlus, WarmUp
 from stages.lora.training.resume import AsAsked, ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import resolved
-from stages.pipeline.table import order
+from stages.pipeline.stages import order
+from stages.pipeline.steps import plan
+from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled, decided, read_labels
 from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from stages.packing import support
-from stages.packing.support import choose, fits
 from stages.packing.batch import Branch, Flat, Group, common
+from stages.packing.support import choose, fits
 
 WORDS = 97
 SMALL = {

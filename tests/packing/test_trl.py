@@ -13,13 +13,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
-from stages.prompts.renderer import IGNORED
 from stages.lora.adapter import adapter
-from stages.packing import trl
-from stages.packing.trl import PaddingFree, SharedPrompts, accept, group_of, groups_of
-from stages.packing import support
 from stages.models.base import device
+from stages.packing import support, trl
 from stages.packing.batch import Branch, Flat, Group
+from stages.packing.trl import PaddingFree, SharedPrompts, accept, group_of, groups_of
+from stages.prompts.renderer import IGNORED
 
 GROUP = 4
 LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
@@ -179,9 +178,7 @@ def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, mon
     """Its gradient is zero, and no metric tells of it."""
     trainer, model = grpo
     sizes, usual = [], trl.groups_of
-    monkeypatch.setattr(
-        trl, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
-    )
+    monkeypatch.setattr(trl, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows))
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)

@@ -5,11 +5,11 @@ import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
-from stages.evaluation.grading import by_prompt
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
-from stages.prompts.renderer import IGNORED, Renderer, chat
+from stages.evaluation.grading import by_prompt
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import IGNORED, Renderer, chat
 from stages.records import Example, Labelled
 
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")

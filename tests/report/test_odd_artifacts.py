@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from lorapar_cli import render
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, of_run
+from stages.report import comparison, run_page
 from stages.store.artifacts import Artifact
 
 
@@ -18,7 +18,7 @@ def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys
     assert comparison.tables(None, steps, "system") == {"perplexity": []}
     render.results(None, steps)
     assert "perplexity: no graded answers; metrics.json" in capsys.readouterr().out
-    (text,) = of_run._results({"perplexity": []})
+    (text,) = run_page._results({"perplexity": []})
     assert text.text.startswith("perplexity: no graded answers")
 
 
@@ -32,7 +32,7 @@ def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
 def test_a_voter_without_a_valid_vote(tmp_path):
     voter = {"valid": 0, "system2_share": None, "held_out_auc": None}
     (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}}))
-    (text, grid) = of_run._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
+    (text, grid) = run_page._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
     assert text.text == "train: 3 examples." and grid.rows == [["judge", "0", "–", "–"]]
 
 

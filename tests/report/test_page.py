@@ -14,7 +14,7 @@ from conftest import ROOT, make_steps
 from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, elements, figures, of_run, of_tables, provenance
+from stages.report import comparison, elements, figures, provenance, run_page, table_page
 from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
@@ -216,7 +216,7 @@ def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
         "eval:sft@b": answers("sft", [True, False, False], [True, True, True], [True, True, True]),
         "eval:rl@b": answers("rl", [False, True, True], [True, True, True], [None, True, True]),
     }
-    told, items = of_run._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
+    told, items = run_page._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
     assert told.text == "b: rl wins 1 and loses 0 of 2 items by their shares of right answers."
     assert len(items.items) == 1
 
@@ -234,9 +234,9 @@ def test_won_and_lost_are_read_as_their_column_is():
         return {row.id: [row] for row in rows}
 
     before, after = answers((False, True), (False, False)), answers((True, True), (True, True))
-    told, _ = of_run.unlike("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
+    told, _ = run_page.unlike("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
     assert told.text == "sft wins 1 and loses 0 of 2 items."
-    told, _ = of_run.unlike("", ("base", before), ("sft", after))
+    told, _ = run_page.unlike("", ("base", before), ("sft", after))
     assert told.text == "sft wins 2 and loses 0 of 2 items."
 
 
@@ -252,10 +252,10 @@ def test_the_verdict_says_how_many_rows_are_compared():
         cells = [SimpleNamespace(row=row) for row in rows]
         return SimpleNamespace(table=Table(Path("t"), file, cells, same, []), comparisons=compared)
 
-    assert of_tables._verdict(of("AB", {})).startswith("All other rows are compared with 'A'")
-    assert of_tables._verdict(of("ABC", {})).startswith("1 of 2 other rows is compared with 'A'")
+    assert table_page._verdict(of("AB", {})).startswith("All other rows are compared with 'A'")
+    assert table_page._verdict(of("ABC", {})).startswith("1 of 2 other rows is compared with 'A'")
     other = of(["A1", "B"], {"A": "A1"})
-    assert of_tables._verdict(other).startswith("All other rows are compared with 'A1'")
+    assert table_page._verdict(other).startswith("All other rows are compared with 'A1'")
 
 
 def test_the_verdict_counts_the_items_that_both_have():
@@ -269,7 +269,7 @@ def test_the_verdict_counts_the_items_that_both_have():
     after = [sample("a", True), sample("b", False), sample("c", True)]
     rows = list(comparison.compared({"base": {"all": before}, "sft": {"all": after}}))
     assert (rows[1]["n"], rows[1]["tested"], rows[1]["change"]) == (3, 2, 0.5)
-    (said,) = of_run._verdicts({"demo": rows})
+    (said,) = run_page._verdicts({"demo": rows})
     assert "+50.0 points against base (paired test over 2 items" in said
 
 
@@ -321,7 +321,7 @@ def test_the_verdict_is_corrected_for_the_number_of_rows():
             "C": Comparison(0.2, 0.1, 0.3, second, 100, [0.2]),
         }
         table = Table(Path("t"), file, cells, {}, [])
-        return of_tables._verdict(SimpleNamespace(table=table, comparisons=compared))
+        return table_page._verdict(SimpleNamespace(table=table, comparisons=compared))
 
     assert "no difference is told apart from chance" in of(0.03, 0.04)  # Holm's: .06 and .06
     assert "'B' +10.0 (p = .02); 'C' +20.0 (p = .04)" in of(0.01, 0.04)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
-from stages.rewards import loading
 from stages.prompts.code import code_block, code_of, stub
+from stages.rewards import loading
 from stages.rewards.builtin import rewards
 from stages.sandbox import Limits, SandboxFailure, choose
 

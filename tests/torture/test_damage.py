@@ -17,15 +17,15 @@ from conftest import ROOT, make_steps, paths
 from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
-from stages.evaluation.answer_cache import Recorded
 from stages.config import Config
 from stages.config.yaml import _names
 from stages.data.rows import read
 from stages.errors import LoraparError
+from stages.evaluation.answer_cache import Recorded
 from stages.labelling.votes import Vote
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
+from stages.pipeline.steps import plan
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL, Checkpoints

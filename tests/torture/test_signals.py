@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, descendants, paths, processes, servers
 from tally import FULL
 
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Store
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, paths
 from tally import FULL, Tally
 
-from stages.pipeline.plan import plan
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
+from stages.pipeline.steps import plan
 from stages.store.artifacts import Artifact, Store
 
 pytestmark = pytest.mark.slow

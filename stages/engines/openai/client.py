@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 from stages.config import ServerSection
 from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
-from stages.engines.openai.quirks import Dialect
+from stages.engines.openai.choices import shares_of, word_of
 from stages.engines.openai.errors import ItemFailed, Refused
+from stages.engines.openai.quirks import Dialect
 from stages.engines.openai.schema import Completion, Listed, Reply, count_of, models_of
 from stages.engines.openai.transport import Session, Transport
-from stages.engines.openai.choices import shares_of, word_of
 from stages.errors import AnswerError, ConfigError, ServerError
 
 MAX_WORD_TOKENS = 8

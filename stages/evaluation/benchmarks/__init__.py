@@ -1,4 +1,4 @@
-"""Benchmarks, one file each, found by file name.
+"""Benchmarks, one file each; `BUILT_IN` lists them.
 
 A file defines these names at its top level:
 
@@ -12,6 +12,7 @@ A file defines these names at its top level:
 A benchmark that another project's harness runs defines `DEFAULTS` and `run` only.
 """
 
-from stages.registry import Files
+from stages.registry import Modules
 
-benchmarks = Files("benchmark", __name__, __path__, mark="DEFAULTS")
+BUILT_IN = ("demo", "gsm8k", "humaneval", "jsonl", "lm_eval", "mmlu")
+benchmarks = Modules("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})

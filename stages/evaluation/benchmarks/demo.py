@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from stages.evaluation.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
 from stages.data import rows
+from stages.evaluation.grading import by_answer, by_prompt, with_gold
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {"path": "data/demo/test.jsonl", "max_new_tokens": 48}

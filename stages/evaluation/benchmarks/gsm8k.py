@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from stages.evaluation.grading import by_answer, by_prompt, with_gold
 from stages.config import BenchmarkSection
 from stages.data import rows
 from stages.errors import DataError
+from stages.evaluation.grading import by_answer, by_prompt, with_gold
 from stages.prompts.answers import number
 from stages.records import Example
 

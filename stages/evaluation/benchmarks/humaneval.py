@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.grading import Context, Grade
 from stages.config import BenchmarkSection
 from stages.data.rows import each, text_field
+from stages.evaluation.grading import Context, Grade
 from stages.prompts.code import STOP, code_of, stub
 from stages.prompts.renderer import Asked
 from stages.records import Example

@@ -8,9 +8,9 @@ import functools
 import re
 from typing import Any
 
-from stages.evaluation.grading import Context, Grade, by_answer, by_prompt
 from stages.config import SourceSection
 from stages.data.rows import Empty, each, gold_field, once, read, table, text_field
+from stages.evaluation.grading import Context, Grade, by_answer, by_prompt
 from stages.prompts.answers import extract, letter, number, same, same_text
 from stages.records import Example
 from stages.store.digests import id_of

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.grading import Context, Grade
 from stages.config import BenchmarkSection, SourceSection
 from stages.data.rows import each, shots_source, text_field
 from stages.errors import DataError
+from stages.evaluation.grading import Context, Grade
 from stages.prompts.answers import extract, letter
 from stages.prompts.renderer import Asked
 from stages.records import Example

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages.runtime import distributed
 from stages.config import LaunchSection
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter
 from stages.models.base import decoder_layers, device
+from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from peft import PeftModel

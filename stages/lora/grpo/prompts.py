@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import RlSection
 from stages.errors import DataError
-from stages.rewards import loading
 from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, decided, of_system, problems
+from stages.rewards import loading
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import distributed
 from stages.engines.continuous_batching import SLOTS, continuations
-from stages.lora.adapter import sparse_linear, fsdp
+from stages.lora.adapter import fsdp, sparse_linear
 from stages.packing.support import evaluating
+from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from peft import PeftModel

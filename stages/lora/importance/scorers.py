@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from stages.prompts.renderer import Row
     from stages.packing.batch import Flat
+    from stages.prompts.renderer import Row
 
 scorers: Registry = Registry("scorer")
 """Trait `product`: the score is gradient times value, which is zero everywhere while B = 0. Trait `pilot`:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
-from stages.runtime import distributed
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.fields import typed
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora.adapter import adapter, baselines, fsdp
-from stages.lora.training import curves
-from stages.lora.importance.masks import Masks
 from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.importance.masks import Masks
+from stages.lora.training import curves
 from stages.lora.training.resume import AsAsked
 from stages.lora.training.watchdog import Watchdog
+from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:

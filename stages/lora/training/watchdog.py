@@ -21,8 +21,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stages.runtime import distributed
 from stages.errors import ServerError
+from stages.runtime import distributed
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import REGIONS, UNTRAINED, Config
-from stages.rewards import loading
+from stages.evaluation.benchmarks import benchmarks
 from stages.lora.importance.strategies import strategies
-from stages.pipeline import identity
+from stages.pipeline import cache_key
+from stages.rewards import loading
 from stages.store.digests import DigestCache
 
 
@@ -60,8 +60,8 @@ def _classify_sections(config: Config, rows: str) -> tuple[str, ...]:
 def _classify_outside(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
     source = config.data if rows == "train" else config.eval.benchmarks[rows]
     if rows != "train" and config.eval.benchmarks[rows].label == "known":
-        return {"rows": identity.of_source(source, cache), "labels": "known"}
-    return {"rows": identity.of_source(source, cache), **identity.of_voters(config, cache)}
+        return {"rows": cache_key.of_source(source, cache), "labels": "known"}
+    return {"rows": cache_key.of_source(source, cache), **cache_key.of_voters(config, cache)}
 
 
 def _classify_variants(config: Config) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def _partition_needs(config: Config, trained: str) -> tuple[str, ...]:
 
 
 def _model(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
-    return {"model": identity.of_model(config.model, cache)}
+    return {"model": cache_key.of_model(config.model, cache)}
 
 
 def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
@@ -101,16 +101,14 @@ def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
 
 
 def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
-    runs_code = any(
-        loading.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards
-    )
+    runs_code = any(loading.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards)
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 
 def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     return {
         **_model(config, variant, cache),
-        **identity.of_file("rewards_file", config.rl.rewards_file, cache),
+        **cache_key.of_file("rewards_file", config.rl.rewards_file, cache),
     }
 
 
@@ -136,9 +134,9 @@ def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str,
     return {
         **({"items": items} if items else {}),
         **_model(config, variant, cache),
-        "rows": identity.of_source(benchmark, cache),
-        **identity.of_shots(benchmark, cache),
-        **identity.of_server(config),
+        "rows": cache_key.of_source(benchmark, cache),
+        **cache_key.of_shots(benchmark, cache),
+        **cache_key.of_server(config),
     }
 
 

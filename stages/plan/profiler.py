@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.runtime import resources
 from stages.config import Config, RlSection, SftSection
 from stages.engines import Ballot, Sampling
 from stages.engines.continuous_batching import SLOTS, continuations
 from stages.engines.in_process import InProcess, ballot_ids
-from stages.prompts.renderer import Row
 from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import moments
-from stages.packing.trl import group_of
-from stages.packing import support
 from stages.models.base import decoder_layers, load_base
+from stages.packing import support
 from stages.packing.batch import Flat, common
+from stages.packing.trl import group_of
+from stages.prompts.renderer import Row
+from stages.runtime import resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

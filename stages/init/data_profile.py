@@ -6,16 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line
+from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
-from stages.prompts.answers import letter, number
-from stages.prompts.renderer import IGNORED, Renderer
 from stages.models.load_errors import config_of, reading
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.lengths import Lengths
+from stages.plan.lengths import Lengths
+from stages.prompts.answers import letter, number
+from stages.prompts.renderer import IGNORED, Renderer
 
 if TYPE_CHECKING:
     from stages.records import Example

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from stages.config import REGIONS, Config
 from stages.evaluation.metrics import graded, shares
 from stages.evaluation.statistics import p_value
-from stages.config import REGIONS, Config
 from stages.lora.training import curves
-from stages.pipeline.plan import Step
 from stages.pipeline.state import state
+from stages.pipeline.steps import Step
 from stages.records import Sample, read_samples
 from stages.report import comparison, elements, figures, provenance
 from stages.report.page import (

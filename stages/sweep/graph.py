@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.pipeline.plan import Step
 from stages.pipeline.state import state
+from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 from stages.sweep.table import Cell
 

@@ -16,22 +16,23 @@ from statistics import fmean
 
 from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
-from stages.runtime import fork_server
 from stages.engines.continuous_batching import FREE, SLOTS
 from stages.engines.in_process import ballot_ids, batches
 from stages.errors import DataError, lacks_memory
-from stages.runtime.resources import MIB
 from stages.labelling.personas import held_out
-from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
-from stages.packing.batch import common
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline import launch, prompt_lengths
-from stages.pipeline.cost import Cost, Memory
-from stages.pipeline.lengths import Lengths, drawn, sampled
-from stages.pipeline.plan import Step
-from stages.pipeline.profiler import Measured, Profiler
+from stages.packing.batch import common
+from stages.pipeline import launch
+from stages.pipeline.steps import Step
+from stages.plan import prompt_lengths
+from stages.plan.cost import Cost, Memory
+from stages.plan.lengths import Lengths, drawn, sampled
+from stages.plan.profiler import Measured, Profiler
+from stages.prompts.renderer import IGNORED, Renderer, Row
+from stages.runtime import fork_server
+from stages.runtime.resources import MIB
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import set_seed
 
-from stages.runtime import distributed
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines.openai.transport import asks_proxy
 from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora.adapter import merge
+from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +53,8 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
         return
     if distributed.size() % rollouts.tensor_parallel:
         raise ConfigError(
-            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide {distributed.size()} processes"
+            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide "
+            f"{distributed.size()} processes"
         )
     if cpu and rollouts.sleep:
         raise ConfigError("rl.rollouts.sleep needs a GPU", "leave it out")

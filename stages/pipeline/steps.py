@@ -12,7 +12,7 @@ from typing import Any
 from stages.config import Config
 from stages.config.fields import identity
 from stages.data.rows import no_path
-from stages.pipeline.table import Stage, order, section
+from stages.pipeline.stages import Stage, order, section
 from stages.store.digests import DigestCache, key_of
 
 

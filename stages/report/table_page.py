@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.evaluation.statistics import holm, p_value
-from stages.pipeline.plan import Step
-from stages.report import elements, figures, of_run
-from stages.report.of_run import unlike
+from stages.pipeline.steps import Step
+from stages.report import elements, figures, run_page
 from stages.report.page import (
     Command,
     Details,
@@ -24,6 +23,7 @@ from stages.report.page import (
     Text,
     render,
 )
+from stages.report.run_page import unlike
 from stages.store.estimates import Told, spent
 from stages.sweep import formats
 from stages.sweep.file import Plot
@@ -155,7 +155,7 @@ def _whole(results: Results) -> list[Part]:
     cell = next(there, None)
     if cell is None:
         return []
-    lead, sections, _ = of_run.of(cell.config, cell.steps, results.artifacts.store(cell))
+    lead, sections, _ = run_page.of(cell.config, cell.steps, results.artifacts.store(cell))
     parts: list[Part] = [Text(sentence) for sentence in lead]
     for section in sections:
         if section.parts:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
 from stages.config.sources import ALL_LINEAR
-from stages.pipeline.lengths import Lengths
-from stages.pipeline.survey import Survey
+from stages.evaluation.benchmarks import benchmarks
+from stages.init.data_profile import Survey
+from stages.plan.lengths import Lengths
 
 FAR = 2
 """The longest row sets a length, unless it is this many times as long as 99 % of the rows."""

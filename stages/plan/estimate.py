@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from stages.config import Config
 from stages.errors import lacks_memory
-from stages.pipeline.cost import Cost
-from stages.pipeline.lengths import Span
-from stages.pipeline.plan import Step
+from stages.pipeline.steps import Step
+from stages.plan.cost import Cost
+from stages.plan.lengths import Span
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ class Estimate:
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """The cost of these steps, from some seconds of measuring on the model."""
-    from stages.pipeline import prompt_lengths
-    from stages.pipeline.cost_model import CostModel
-    from stages.pipeline.profiler import Profiler, one_thread
+    from stages.plan import prompt_lengths
+    from stages.plan.cost_model import CostModel
+    from stages.plan.profiler import Profiler, one_thread
 
     model = CostModel(config, steps)
     if not any(model.rows.values()):

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stages.evaluation.benchmarks import benchmarks
 from stages.config import BenchmarkSection, Config, Voter
 from stages.engines import Ballot, vllm
-from stages.engines.openai import client
 from stages.engines.in_process import ballot_ids
+from stages.engines.openai import client
+from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import brief_of, personas
-from stages.prompts.renderer import Renderer
 from stages.models.load_errors import config_of, positions
-from stages.pipeline.lengths import Lengths, Span, sampled
+from stages.plan.lengths import Lengths, Span, sampled
+from stages.prompts.renderer import Renderer
 from stages.records import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.pipeline.cost_model import CostModel
+    from stages.plan.cost_model import CostModel
 
 SAMPLE = 100
 """Rows drawn to tell the lengths of questions, which with worked examples may have a thousand tokens each."""

@@ -1,1 +1,0 @@
-"""Everything that is text: prompts, answers, rewards, votes."""
