@@ -7,7 +7,7 @@ def main() -> None:
     """Run the command of the command line."""
     try:
         if sys.argv[1:] == ["--help"]:
-            from lorapar_cli.overview import text
+            from lorapar_cli.help import text
 
             print(text())
         else:

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -13,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapar_cli import beginning, inspection, planning, products, render, reporting, sweeping
-from lorapar_cli.edge import sentence
+from lorapar_cli import terminal
+from lorapar_cli.errors import sentence
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
-from lorapar_cli.starts import starter
+from lorapar_cli.stage_starter import starter
 from stages.config import Config
 from stages.data.rows import no_path
 from stages.engines import Pool
@@ -55,13 +54,13 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
             f"{steps[0].name} is no longer what was planned: its config has changed since",
             "call the sweep again",
         )
-    progress = render.Progress() if distributed.first() else render.Silence()
+    progress = terminal.Progress() if distributed.first() else terminal.Silence()
     with Pool() as engines:
         for step in steps:
             artifact, made = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
             if distributed.first():
-                render.artifact(step.name, artifact, made, as_json)
+                terminal.artifact(step.name, artifact, made, as_json)
 
 
 def verb(name: str) -> Verb:
@@ -164,7 +163,7 @@ def eval_(
         )
     _make(settings, mine, force, as_json)
     if not as_json:
-        render.results(Store(settings.root), mine)
+        terminal.results(Store(settings.root), mine)
 
 
 @app.command()
@@ -184,22 +183,22 @@ def run(
         for task in tasks(settings, steps, first, last):
             shown = task.stage == "eval" and not task.current
             if task.current:
-                render.say(f"{task.stage}: {task.why} is current")
+                terminal.say(f"{task.stage}: {task.why} is current")
                 continue
             if task.stage in ("score", "sft"):
                 foresee(settings, asked)
             ran = True
-            render.say(f"--- {task.stage}: {task.why}")
+            terminal.say(f"--- {task.stage}: {task.why}")
             _wait_for(stages, [task.stage, str(config), *_options(set_, task)])
     if not ran:
-        render.nothing_to_do()
+        terminal.nothing_to_do()
     store = Store(settings.root)
     if not shown:  # the command shows them itself where it runs
-        render.results(store, [s for s in asked.values() if s.stage.name == "eval"])
-    render.places(store, asked)
+        terminal.results(store, [s for s in asked.values() if s.stage.name == "eval"])
+    terminal.places(store, asked)
     if last is None:
         again = typed(config, set_)
-        render.say(
+        terminal.say(
             f"next: lorapar report {again} --out report, or lorapar export {again} DIR (--views: both modes)"
         )
 
@@ -214,27 +213,18 @@ def _wait_for(stages: Starter, arguments: list[str]) -> None:
     code = process_guard.finish(stages.start(arguments))
     if code > 128:
         reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
-        render.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")
+        terminal.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")
     if code:
         raise typer.Exit(code)
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "init": beginning.init,
-    "sweep": sweeping.sweep,
-    "report": reporting.report,
-    "plan": planning.plan,
-    "status": inspection.status,
-    "show": inspection.show,
-    "export": products.export,
-    "list": inspection.list_,
-    "config": inspection.config_,
-    "doctor": inspection.doctor,
-    "demo-data": products.demo_data,
-    "fetch": products.fetch,
-}
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+COMMANDS = (
+    "init", "sweep", "report", "plan", "status", "show", "export", "list", "config", "doctor", "demo-data",
+    "fetch",
+)  # fmt: skip
+"""Each has a file of its name, whose function `command` it is."""
+for _name in COMMANDS:
+    app.command(_name)(importlib.import_module(f"lorapar_cli.{_name.replace('-', '_')}").command)
 
 
 def _end(number: int, _: FrameType | None) -> None:
@@ -274,7 +264,7 @@ def main() -> None:
             raise
         error = sentence(problem)
         if not distributed.tell(error):
-            render.error(error)
+            terminal.error(error)
         sys.exit(error.exit_code)
     finally:  # nothing is left to unwind, and raised while Python exits these would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

@@ -1,12 +1,14 @@
-"""What `lorapar doctor` looks at."""
+"""`lorapar doctor`: what works on this machine."""
 
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+
+import typer
 
 from stages.runtime import resources
 
@@ -17,6 +19,11 @@ class Finding:
     text: str
     good: bool | None = None
     """None is a fact, neither good nor bad."""
+
+
+def command() -> None:
+    """Say what works on this machine: versions, device, number types, engines, and the sandbox."""
+    raise typer.Exit(0 if _show(examine()) else 1)
 
 
 def examine() -> Iterator[Finding]:
@@ -81,3 +88,13 @@ def _sandboxes() -> Iterator[Finding]:
         works += [] if problems else [name]
     chosen = f"{works[0]} is taken" if works else f"none works, code is not run: {sandbox.HINT}"
     yield Finding("sandbox", chosen, bool(works))
+
+
+def _show(found: Iterable[Finding]) -> bool:
+    """Print each finding as it comes; whether what is needed is there: torch and its kin, and one sandbox."""
+    needed = True
+    for finding in found:
+        mark = {None: " ", True: "+", False: "-"}[finding.good]
+        print(f"{mark} {finding.name:<20} {finding.text}", flush=True)
+        needed &= finding.good is not False or finding.name.startswith("sandbox ")
+    return needed

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from stages.sweep.graph import Place
 from stages.sweep.local import Sweep
 
@@ -34,7 +34,7 @@ def summary(sweep: Sweep, seconds: dict[str, float]) -> str:
             counts["running" if sweep.running.keys() & needed else "waiting"] += 1
     told = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
     left = time_left(sweep, seconds)
-    return f"cells: {told}" + (f"; about {render.duration(left)} left" if left is not None else "")
+    return f"cells: {told}" + (f"; about {terminal.duration(left)} left" if left is not None else "")
 
 
 def time_left(sweep: Sweep, seconds: dict[str, float]) -> float | None:
@@ -81,7 +81,7 @@ class Watch:
         lines = []
         for place, (_, device, begun) in sweep.running.items():
             node = sweep.nodes[place]
-            spent = render.duration(time.monotonic() - begun)
+            spent = terminal.duration(time.monotonic() - begun)
             where = "" if device is None else f", device {device}"
             lines.append(f"{node.title} ({spent}{where})\n  {last_line(sweep.log(node))}")
         return Text("\n".join([*lines, summary(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis")
@@ -114,10 +114,10 @@ def _from_the_end(path: Path, begins: int = 0) -> Iterator[str]:
 
 
 def watching(
-    terminal: bool, seconds: dict[str, float]
+    interactive: bool, seconds: dict[str, float]
 ) -> tuple[AbstractContextManager[Any], Callable[[str], None], Callable[[Sweep], None]]:
     """What to be within while a sweep runs, how it says something, and what looks at it now and then."""
-    if not terminal:
-        return nullcontext(), render.say, lambda sweep: None
+    if not interactive:
+        return nullcontext(), terminal.say, lambda sweep: None
     watch = Watch(seconds)
     return watch.live, watch.say, watch.look

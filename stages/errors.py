@@ -2,7 +2,7 @@
 
 Messages are lower case, have no full stop, and name the setting as typed and the value seen. `hint` is one
 line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
-own. What else is raised, `lorapar_cli.edge` turns into one of them; 70 is a defect of lorapar.
+own. What else is raised, `lorapar_cli.errors` turns into one of them; 70 is a defect of lorapar.
 """
 
 from typing import Any

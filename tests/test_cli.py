@@ -13,7 +13,7 @@ import pytest
 import typer
 from conftest import ROOT, paths
 
-from lorapar_cli import overview
+from lorapar_cli import help
 from lorapar_cli.__main__ import main as begin
 from lorapar_cli.app import app
 
@@ -40,7 +40,7 @@ def test_help_says_of_each_command_what_that_says_of_itself():
         name: " ".join(command.help.split("\n\n")[0].split())
         for name, command in typer.main.get_command(app).commands.items()
     }
-    assert list(overview.commands()) == list(told.items())
+    assert list(help.commands()) == list(told.items())
 
 
 def test_quick_commands_load_nothing_heavy(config, begun):
@@ -218,14 +218,14 @@ def test_status_show_and_json(lorapar, config):
 
 
 def test_progress_counts_a_batch_that_comes_at_once(capsys, monkeypatch):
-    from lorapar_cli import render
+    from lorapar_cli import terminal
 
-    monkeypatch.setattr(render, "LINE_EVERY_S", 0)
-    progress = render.Progress()
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0)
+    progress = terminal.Progress()
     progress.start("eval base", 164)
     for _ in range(64):
         progress.advance(1)
-    time.sleep(3 * render.SETTLE_S)
+    time.sleep(3 * terminal.SETTLE_S)
     progress.advance(1)
     progress.done()
     assert capsys.readouterr().err.splitlines() == ["eval base  64/164  0 s, 0 s left"]

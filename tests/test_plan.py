@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, make_steps
 
-from lorapar_cli import planning
+from lorapar_cli import plan as plan_command
 from stages.config import LaunchSection
 from stages.labelling import personas
 from stages.lora.adapter import adapter
@@ -71,7 +71,7 @@ def told(asked, monkeypatch):
             }
             return Estimate(costs, more.pop("spans", []), room=100, **more)
 
-        monkeypatch.setattr(planning, "estimate", estimate)
+        monkeypatch.setattr(plan, "estimate", estimate)
         return asked(*flags)[0]
 
     return run
@@ -101,7 +101,7 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
     took, before = estimates.spent(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
     # With other settings, what was made is stale, and what was not is still missing.
-    monkeypatch.setattr(planning, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, []))
+    monkeypatch.setattr(plan, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, []))
     states = {
         name: row["state"]
         for name, row in json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"].items()
@@ -153,9 +153,9 @@ def test_a_busy_machine_is_named(told, monkeypatch):
 
 def test_what_is_not_known_is_said_beside_the_total():
     some = {"a": Cost(30.0), "b": Cost(None)}
-    assert planning._about(Estimate(some, [])) == "about 30 seconds, and what is not known,"
-    assert planning._about(Estimate({"b": Cost(None)}, [])) == "how long it takes is not known"
-    assert planning._in_words(7200) == "2.0 hours"
+    assert plan_command._about(Estimate(some, [])) == "about 30 seconds, and what is not known,"
+    assert plan_command._about(Estimate({"b": Cost(None)}, [])) == "how long it takes is not known"
+    assert plan_command._in_words(7200) == "2.0 hours"
 
 
 def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):

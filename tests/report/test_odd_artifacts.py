@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, run_page
 from stages.store.artifacts import Artifact
@@ -16,7 +16,7 @@ def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(comparison, "state", lambda store, step: now)
     steps = [SimpleNamespace(variant=f"{target}@perplexity") for target in ("sft", "rl")]
     assert comparison.tables(None, steps, "system") == {"perplexity": []}
-    render.results(None, steps)
+    terminal.results(None, steps)
     assert "perplexity: no graded answers; metrics.json" in capsys.readouterr().out
     (text,) = run_page._results({"perplexity": []})
     assert text.text.startswith("perplexity: no graded answers")
@@ -25,7 +25,7 @@ def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys
 def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
     row = Sample("a", 0, None, "Q", "A", None, "A", "A", True, True, "correct", {"why": "it is so"})
     write_jsonl(tmp_path / "samples.jsonl", [asdict(row)])
-    render.samples(Artifact(tmp_path, {}), wrong=False, limit=1)
+    terminal.samples(Artifact(tmp_path, {}), wrong=False, limit=1)
     assert capsys.readouterr().out == "--- a  correct\nQA\n"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_guard import alive
 
-from lorapar_cli.starts import MODULES
+from lorapar_cli.stage_starter import MODULES
 from stages.runtime import fork_server, process_guard
 from stages.runtime.fork_server import Fork, Starter
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 from conftest import ROOT
 
-from lorapar_cli import sweeping
+from lorapar_cli import sweep
 from stages.errors import ConfigError
 from stages.sweep.local import Outcome
 
@@ -65,7 +65,7 @@ def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
         ("r", "sft", str(n)): SimpleNamespace(stage="sft", current=False, cells=[("t", "row", n)])
         for n in range(4)
     }
-    sweeping._announce([None] * 4, nodes, {"sft": 3600}, 2)
+    sweep._announce([None] * 4, nodes, {"sft": 3600}, 2)
     assert "together about 2.0 h, 2 at a time" in capfd.readouterr().err
 
 
@@ -79,13 +79,13 @@ def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
     ],
 )
 def test_places(jobs, devices, places):
-    assert sweeping._places(jobs, devices) == places
+    assert sweep._places(jobs, devices) == places
 
 
 @pytest.mark.parametrize("devices", ["0,,1", "0+", "", "0,1+0"])
 def test_devices_that_are_none(devices):
     with pytest.raises(ConfigError, match=re.escape(f"--devices {devices}: ")):
-        sweeping._places(None, devices)
+        sweep._places(None, devices)
 
 
 def test_the_end_says_what_failed_and_why(tmp_path, capfd):
@@ -105,7 +105,7 @@ def test_the_end_says_what_failed_and_why(tmp_path, capfd):
         Outcome(node("eval:rl@demo", ("two", 2)), "left out"),
     ]
     with pytest.raises(typer.Exit) as caught:
-        sweeping._close(ended, 4)
+        sweep._close(ended, 4)
     said = capfd.readouterr()
     assert caught.value.exit_code == 65 and "2 of 4 cells are not complete" in said.err
     rl, other, killed, after = said.out.splitlines()[1:]

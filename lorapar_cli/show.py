@@ -1,27 +1,18 @@
-"""Commands that look and change nothing."""
+"""`lorapar show`: a manifest, graded samples, or the table of results."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
-from stages.config.yaml import annotated
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.state import current, state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
 
-def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say which artifacts are current, and of the others why they are not."""
-    settings, steps = plan_of(config, set_)
-    store = Store(settings.root)
-    render.status({name: state(store, step) for name, step in steps.items()}, as_json)
-
-
-def show(
+def command(
     config: ConfigPath,
     stage: Annotated[
         str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
@@ -54,9 +45,9 @@ def show(
     if stage is None:
         if not any(state(store, step).state == "current" for step in evaluations):
             raise _nothing(store, evaluations, typed(config, set_))
-        render.results(store, evaluations, by or "system", as_json)
+        terminal.results(store, evaluations, by or "system", as_json)
         if not as_json:
-            render.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
+            terminal.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
         return
     if by is not None:
         raise ConfigError("--by goes with the results of all evaluations", f"lorapar show {config} --by {by}")
@@ -73,11 +64,11 @@ def show(
                 f"run: lorapar run {typed(config, set_)} --to {step.stage.name}",
             )
         if now.state == "stale":
-            render.say(f"{step.name} is stale: {now.why}")
+            terminal.say(f"{step.name} is stale: {now.why}")
         if samples:
-            render.samples(now.artifact, wrong, limit or 5, as_json)
+            terminal.samples(now.artifact, wrong, limit or 5, as_json)
         else:
-            render.manifest(now.artifact, as_json)
+            terminal.manifest(now.artifact, as_json)
 
 
 def _nothing(store: Store, evaluations: list[Step], again: str) -> LoraparError:
@@ -91,25 +82,3 @@ def _nothing(store: Store, evaluations: list[Step], again: str) -> LoraparError:
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
         f"run: lorapar run {again}",
     )
-
-
-def list_(kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None) -> None:
-    """List what can be chosen by name."""
-    from lorapar_cli.listing import kinds
-
-    found = kinds()
-    if kind is not None and kind not in found:
-        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(found)}")
-    render.choices({kind: found[kind]} if kind else found)
-
-
-def config_() -> None:
-    """Print every setting with its default and what it means."""
-    sys.stdout.write("\n".join(annotated()) + "\n")
-
-
-def doctor() -> None:
-    """Say what works on this machine: versions, device, number types, engines, and the sandbox."""
-    from lorapar_cli.doctor import examine
-
-    raise typer.Exit(0 if render.findings(examine()) else 1)

@@ -1,4 +1,4 @@
-"""Tables of many runs: `sweep` makes what is missing of them. `reporting.py` shows what is there."""
+"""Tables of many runs: `sweep` makes what is missing of them. `report.py` shows what is there."""
 
 import shutil
 import sys
@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from lorapar_cli.options import Overrides
-from lorapar_cli.starts import starter
+from lorapar_cli.stage_starter import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
@@ -41,7 +41,7 @@ Seeds = Annotated[
 ]
 
 
-def sweep(
+def command(
     paths: TablePaths,
     base: Base = None,
     only: Rows = None,
@@ -72,9 +72,9 @@ def sweep(
     seconds = measured(nodes)
     _announce(cells, nodes, seconds, 1 if cluster else len(places))
     if cluster is not None and dry_run and not shutil.which("squeue"):
-        render.say("no squeue here: how jobs stand can be seen on a machine that submits to Slurm")
+        terminal.say("no squeue here: how jobs stand can be seen on a machine that submits to Slurm")
     elif cluster is not None:
-        _by_slurm(slurm.Cluster(logs, _settings(cluster), render.say), cells, nodes, dry_run)
+        _by_slurm(slurm.Cluster(logs, _settings(cluster), terminal.say), cells, nodes, dry_run)
     elif not dry_run:
         view, say, look = watching(sys.stderr.isatty(), seconds)
         with view, starter() as stages:
@@ -106,21 +106,21 @@ def _settings(cluster: Path) -> dict[str, dict[str, Any]]:
 def _by_slurm(jobs: slurm.Cluster, cells: list[Cell], nodes: dict[Place, Node], dry_run: bool) -> None:
     """Submit what is missing, or only say how it stands; the exit code then tells of jobs that failed."""
     if any(cell.config.eval.engine == "transformers" for cell in cells):
-        render.say(
+        terminal.say(
             "evaluations are by transformers, as the config says or because this machine has no GPU; where "
             "jobs have one, name eval.engine: vllm, which is part of what is kept"
         )
     if dry_run:
         counts = jobs.look(nodes)
-        render.say(", ".join(f"{number} {how}" for how, number in counts.items()))
+        terminal.say(", ".join(f"{number} {how}" for how, number in counts.items()))
         if counts.get(slurm.FAILED):
             raise typer.Exit(1)
     elif waiting := jobs.submit(nodes):
-        render.say(
+        terminal.say(
             f"{len(waiting)} steps are with Slurm; the same command with --dry-run says how they stand"
         )
     else:
-        render.nothing_to_do()
+        terminal.nothing_to_do()
 
 
 def planned(
@@ -159,7 +159,7 @@ def _planned(
     found = cells_of(path, base, only, _numbers(seeds), set_, columns)
     why = f"with {base}" if base else "in these columns"
     for row, other in found.same.items():
-        render.say(f"{path}: {why}, row {row!r} is the same as {other!r} and is left out")
+        terminal.say(f"{path}: {why}, row {row!r} is the same as {other!r} and is left out")
     return found
 
 
@@ -182,25 +182,27 @@ def _announce(cells: list[Cell], nodes: dict[Place, Node], seconds: dict[str, fl
         todo = sum(not node.current for node in mine)
         each = seconds.get(stage)
         total, known = total + todo * (each or 0), known and (each is not None or not todo)
-        told = "" if not todo else "not known" if each is None else render.duration(todo * each)
+        told = "" if not todo else "not known" if each is None else terminal.duration(todo * each)
         sharing = len({cell for node in mine for cell in node.cells})
         drawn.add_row(stage, *map(str, (len(mine), sharing, len(mine) - todo, todo)), told)
     show(drawn)
     asked = sum(len(node.cells) for node in nodes.values())
-    render.say(f"{len(cells)} cells share {len(nodes)} steps; run one by one they would take {asked}")
+    terminal.say(f"{len(cells)} cells share {len(nodes)} steps; run one by one they would take {asked}")
     if any(not node.current for node in nodes.values()):
         told = (
-            f"together about {render.duration(total / places)}" if total else "how long it takes is not known"
+            f"together about {terminal.duration(total / places)}"
+            if total
+            else "how long it takes is not known"
         )
         at_a_time = f", {places} at a time" if places > 1 and total else ""
-        render.say(told + at_a_time + (" and what is not known" if total and not known else ""))
+        terminal.say(told + at_a_time + (" and what is not known" if total and not known else ""))
 
 
 def _close(ended: list[Outcome], cells: int) -> None:
     """Say what failed, and why; the exit code is that of the first step that did."""
     bad = [outcome for outcome in ended if outcome.how != "done"]
     if not ended:
-        render.nothing_to_do()
+        terminal.nothing_to_do()
     if not bad:
         return
     drawn = table("step", "how", "code", "why, for which cells", text="why, for which cells")
@@ -214,5 +216,5 @@ def _close(ended: list[Outcome], cells: int) -> None:
         drawn.add_row(f"{outcome.node.step.name} {outcome.node.step.key}", outcome.how, code, f"{why} ({of})")
     show(drawn)
     lost = {cell for outcome in bad for cell in outcome.node.cells}
-    render.say(f"{len(lost)} of {cells} cells are not complete; the same command goes on")
+    terminal.say(f"{len(lost)} of {cells} cells are not complete; the same command goes on")
     raise typer.Exit(next((o.code for o in bad if o.code is not None and o.code > 0), 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from lorapar_cli.tables import show, table
 from stages.config import DataSection, ModelSection
 from stages.errors import LoraparError, OutputError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.init.data_profile import Survey
 
 
-def init(
+def command(
     data: Annotated[
         str,
         typer.Argument(metavar="DATA", help="Training rows: a JSON Lines file, or a hub id without subsets."),
@@ -61,7 +61,7 @@ def init(
     except LoraparError:
         path.unlink()
         raise
-    render.say(f"wrote {path}; next: lorapar plan {path}")
+    terminal.say(f"wrote {path}; next: lorapar plan {path}")
 
 
 def _tell(found: Survey) -> None:

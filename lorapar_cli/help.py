@@ -27,8 +27,10 @@ def commands() -> Iterator[tuple[str, str]]:
     app = (HERE / "app.py").read_text(encoding="utf-8")
     for name in re.findall(r"^@app\.command\(\)\ndef (\w+)\(", app, re.MULTILINE):
         yield name, _told(app, name)
-    for name, module, function in re.findall(r'^    "([\w-]+)": (\w+)\.(\w+),$', app, re.MULTILINE):
-        yield name, _told((HERE / f"{module}.py").read_text(encoding="utf-8"), function)
+    (names,) = re.findall(r"^COMMANDS = \((.*?)^\)", app, re.MULTILINE | re.DOTALL)
+    for name in re.findall(r'"([\w-]+)"', names):
+        source = (HERE / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+        yield name, _told(source, "command")
 
 
 def _told(source: str, function: str) -> str:

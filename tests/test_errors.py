@@ -11,7 +11,7 @@ from conftest import make_step
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorapar_cli.edge import sentence
+from lorapar_cli.errors import sentence
 from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
 from stages.models.base import load_base

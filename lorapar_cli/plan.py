@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
-from lorapar_cli.render import duration, gib, nothing_to_do, say
 from lorapar_cli.tables import show, table
+from lorapar_cli.terminal import duration, gib, nothing_to_do, say
 from stages.pipeline.state import State, state
 from stages.pipeline.steps import asked_for
 from stages.plan.estimate import Estimate, estimate, knobs
@@ -34,7 +34,7 @@ MEMORY = {
 """Columns of the table of memory, and what they show of `Memory`."""
 
 
-def plan(
+def command(
     config: ConfigPath,
     set_: Overrides = None,
     verbose: Annotated[

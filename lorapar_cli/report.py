@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, plan_of, sets
-from lorapar_cli.sweeping import Base, Columns, Rows, Seeds, planned
+from lorapar_cli.sweep import Base, Columns, Rows, Seeds, planned
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.steps import asked_for
 from stages.sweep import formats
@@ -15,7 +15,7 @@ from stages.sweep.file import is_table
 from stages.sweep.results import results
 
 
-def report(
+def command(
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILE…", help="Table files, or the config of one run.")
     ],
@@ -47,7 +47,7 @@ def _of_run(path: Path, out: Path, set_: list[str] | None) -> None:
     again = ["run", str(path), *sets(set_)]
     text = run_page.page(settings, asked_for(steps, None), formats.command(again))
     (out / "report.html").write_text(text, encoding="utf-8")
-    render.say(f"{out / 'report.html'}")
+    terminal.say(f"{out / 'report.html'}")
 
 
 def _of_tables(
@@ -79,11 +79,11 @@ def _of_tables(
         (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
         (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")
         missing = sum(value is None for value in found.values.values())
-        render.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
+        terminal.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
     written = "\n".join(formats.markdown(found, commands.all) for found, commands in made)
     (out / "report.md").write_text(written, encoding="utf-8")
     (out / "report.html").write_text(table_page.page(made), encoding="utf-8")
-    render.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
+    terminal.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
 
 
 def _options(name: str, values: list[str] | None) -> list[str]:

