@@ -24,22 +24,22 @@ from measure import interval, timed
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from stages.packing.batch import Flat, How
-from stages.packing.trl import groups_of
+from stages.packing.batch import AttentionArgs, PackedBatch
+from stages.packing.trl import prefix_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def block_mask(row: Flat) -> BlockMask:
+def block_mask(row: PackedBatch) -> BlockMask:
     """A token sees its own sequence up to itself, and in a completion the beginning of that, too."""
     size = row.input_ids.shape[1]
     sequence = torch.zeros(size, dtype=torch.long, device=DEVICE)
     before = torch.full((size,), -1, device=DEVICE)
-    assert row.heads is not None
-    sequence[row.heads.index[row.heads.real]] = row.heads.owners()
-    own = row.branches.index[row.branches.real]
-    sequence[own] = len(row.heads.index) + row.branches.owners()
-    before[own] = row.owner[row.branches.owners()]
+    assert row.prefixes is not None
+    sequence[row.prefixes.index[row.prefixes.real]] = row.prefixes.sequence_of()
+    own = row.suffixes.index[row.suffixes.real]
+    sequence[own] = len(row.prefixes.index) + row.suffixes.sequence_of()
+    before[own] = row.prefix_of[row.suffixes.sequence_of()]
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         behind = (sequence[query] == sequence[key]) & (key <= query)
@@ -71,13 +71,13 @@ def ways(given: argparse.Namespace) -> dict[str, Way]:
     low, high = (int(part) for part in given.completion.split("-"))
     lengths = [random.Random(0).randint(low, high) for _ in range(given.prompts * given.group)]
     prompts = [[i] * given.prompt for i in range(given.prompts) for _ in range(given.group)]
-    row = Flat.of(groups_of(prompts, [[0] * n for n in lengths]), DEVICE)
+    row = PackedBatch.of(prefix_groups(prompts, [[0] * n for n in lengths]), DEVICE)
     own = q, k, v = inputs(given, row.input_ids.shape[1])
     padded = inputs(given, given.prompt + max(lengths), len(lengths))
     flex = torch.compile(flex_attention, dynamic=True) if DEVICE.type == "cuda" else flex_attention
     mask, grouped = block_mask(row), given.heads != given.keys
     return {
-        "rectangles": Way(lambda: row.attend(0, q, k, v, How(None)), own),
+        "rectangles": Way(lambda: row.attend(0, q, k, v, AttentionArgs(None)), own),
         "flex": Way(lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2), own),
         "padded": Way(
             lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped), padded

@@ -41,14 +41,14 @@ Measured = tuple[float, bool]
 def votes(given: argparse.Namespace) -> Callable[[], object]:
     from stages.config import ModelSection, ServerSection
     from stages.data.rows import read
-    from stages.engines import Pool, Served
-    from stages.labelling.personas import Brief, personas
+    from stages.engines import EngineCache, EngineSpec
+    from stages.labelling.personas import PersonaContext, personas
 
-    brief = Brief(given.model, False)
+    brief = PersonaContext(given.model, False)
     examples = read(_data(given))[:VOTES]
     ballots = [personas.pick("effort")(example, brief) for example in examples]
     model = ModelSection(name=given.model, attention="eager")
-    engine = Pool().get(Served("transformers", model), ServerSection(), lambda _: None)
+    engine = EngineCache().get(EngineSpec("transformers", model), ServerSection(), lambda _: None)
     return lambda: list(engine.choose(ballots))
 
 

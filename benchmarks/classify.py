@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Choice, Pool, Served
+from stages.engines import ChoiceRequest, ChoiceResult, EngineCache, EngineSpec
 from stages.engines.openai.choices import word_of
-from stages.labelling.personas import SHOTS, Brief, personas, shots
+from stages.labelling.personas import SHOTS, PersonaContext, personas, shots
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import Example, read_jsonl
@@ -28,7 +28,7 @@ BATCHES = {1: 32, 4: 64, 16: 128, 64: 256}
 
 
 @torch.no_grad()
-def plain(model: Any, tokenizer: Any, ballots: list[Ballot], batch: int) -> list[int | None]:
+def plain(model: Any, tokenizer: Any, ballots: list[ChoiceRequest], batch: int) -> list[int | None]:
     """Generate four tokens for each prompt, padded on the left, and read one of the words from them."""
     found: list[int | None] = []
     for at in range(0, len(ballots), batch):
@@ -57,7 +57,7 @@ def main() -> None:
     given = parser.parse_args()
 
     model = ModelSection(name=given.model, attention=given.attention)
-    brief = Brief(Path(given.model).name, False, shots=shots(SHOTS, 16))
+    brief = PersonaContext(Path(given.model).name, False, shots=shots(SHOTS, 16))
     rows = read_jsonl(given.questions)[: given.rows]
     examples = [Example(str(n), row["question"], str(row.get("answer", "")), None) for n, row in rows]
     ballots = [personas.pick(given.persona)(example, brief) for example in examples]
@@ -74,14 +74,18 @@ def main() -> None:
             report(best, f"plain loop, batch {batch}", len(part), time.monotonic() - begun)
         del network
         for name in given.engines:
-            with Pool() as pool:
+            with EngineCache() as pool:
                 begun = time.monotonic()
-                engine = pool.get(Served(name, model), ServerSection(), lambda text: None)
+                engine = pool.get(EngineSpec(name, model), ServerSection(), lambda text: None)
                 starts[name] = time.monotonic() - begun
                 begun = time.monotonic()
                 choices = dict(engine.choose(ballots))
                 report(best, f"engine {name}", len(ballots), time.monotonic() - begun)
-                shares = {i: choice.shares for i, choice in choices.items() if isinstance(choice, Choice)}
+                shares = {
+                    i: choice.probabilities
+                    for i, choice in choices.items()
+                    if isinstance(choice, ChoiceResult)
+                }
                 votes[name] = {i: int(two > one) for i, (one, two) in shares.items()}
     naive = max(rate for name, rate in best.items() if name.startswith("plain"))
     for name in given.engines:

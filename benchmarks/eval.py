@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from stages.config import ModelSection, PromptSection, ServerSection
-from stages.engines import Pool, Question, Sampling, Served
+from stages.engines import EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.records import read_jsonl
@@ -33,7 +33,7 @@ def main() -> None:
     model = ModelSection(name=given.model, attention=given.attention)
     renderer = Renderer(load_tokenizer(model), PromptSection())
     texts = [row.get("question") or row["prompt"] for _, row in read_jsonl(given.questions)[: given.limit]]
-    questions = [Question(renderer.ids(renderer.prompt(text))) for text in texts]
+    questions = [GenerateRequest(renderer.ids(renderer.prompt(text))) for text in texts]
     sampling = Sampling(given.max_new_tokens, tuple(renderer.stop_ids))
     server = ServerSection(batch_size=given.batch_size)
 
@@ -41,9 +41,9 @@ def main() -> None:
     answers = {}
     for _ in range(given.rounds):
         for name, found in rates.items():
-            with Pool() as pool:
+            with EngineCache() as pool:
                 begun = time.monotonic()
-                engine = pool.get(Served(name, model), server, lambda text: None)
+                engine = pool.get(EngineSpec(name, model), server, lambda text: None)
                 ready = time.monotonic()
                 answers[name] = dict(engine.generate(questions, sampling))
                 took = time.monotonic() - ready

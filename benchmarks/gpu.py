@@ -88,7 +88,7 @@ def several(number: int) -> list[Part]:
         Part("processes, fsdp2", lambda m, s: smoke(m, s, *on("fsdp2", number)), frozen, 8),
         Part(
             "processes, tests",
-            lambda m, s: ["-m", "pytest", "tests/lora/test_sharding.py"],
+            lambda m, s: ["-m", "pytest", "tests/lora/test_fsdp.py"],
             r"^.*\d+ passed.*",
             8,
         ),

@@ -26,9 +26,9 @@ from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
 from stages.lora.grpo import vllm_rollouts
-from stages.lora.grpo.prompts import Pool
-from stages.lora.grpo.sampler import Writer
-from stages.lora.training.health import Vitals
+from stages.lora.grpo.prompts import RlPrompts
+from stages.lora.grpo.sampler import RolloutSampler
+from stages.lora.training.health import RunInfo
 from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
 PARTS = ("whole step", "rollouts", "loss + backward", "update", "rest")
-PICK = continuous_batching._Writer._pick
+PICK = continuous_batching._Batcher._pick
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Ends:
             self.write(logits, [line.item for line in lines], [len(line.ids) for line in lines])
             return PICK(writer, logits, lines)
 
-        continuous_batching._Writer._pick = pick  # type: ignore[method-assign, assignment]
+        continuous_batching._Batcher._pick = pick  # type: ignore[method-assign, assignment]
 
 
 class _Force(LogitsProcessor):
@@ -234,13 +234,13 @@ class Bench:
             ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.checked("odd", odd)]
-        pool = Pool(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
+        pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion, tuple(self.renderer.stop_ids), 1.0)
-        writer = Writer(model, merged, self.renderer.tokenizer, sampling)
+        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)
         trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)
         trainer.sharing = True
-        trl.accept(base)
-        trainer.vitals = Vitals(lambda _: [], "")
+        trl.accept_packed(base)
+        trainer.vitals = RunInfo(lambda _: [], "")
         pack(model, random_masks(model, self.given.share))
         return trainer
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Store
 
 CONFIG = Path("configs/smoke.yaml")
@@ -53,7 +53,7 @@ def line(settings: list[str], folder: Path) -> list[str]:
     flags = [part for text in settings for part in ("--set", text)]
     said = lorapar("run", str(CONFIG), *flags, "--to", "rl")
     config = resolved(load(CONFIG, settings))
-    step = plan(config)["rl"]
+    step = plan_steps(config)["rl"]
     manifest = Store(config.root).folder("rl", step.key) / "manifest.json"
     if not manifest.exists():
         return [next((text for text in said if text.startswith("error")), "failed"), "", ""]

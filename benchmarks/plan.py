@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import asked_for, plan
+from stages.pipeline.steps import ancestors, plan_steps
 from stages.store.artifacts import Store
-from stages.store.estimates import spent
+from stages.store.estimates import actual_and_planned
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
         config = resolved(load(Path(given.config), settings))
         store, together = Store(config.root), [0.0, 0.0]
         print("step", "seconds", "planned", "ratio", "MiB", "planned", "ratio", sep="\t")
-        for name, step in asked_for(plan(config), None).items():
+        for name, step in ancestors(plan_steps(config), None).items():
             manifest = json.loads((store.folder(step.stage.name, step.key) / "manifest.json").read_bytes())
-            took, told = spent(manifest["provenance"])
+            took, told = actual_and_planned(manifest["provenance"])
             if took.seconds is not None and told.seconds is not None:
                 together = [together[0] + took.seconds, together[1] + told.seconds]
             print(name, *_beside(took.seconds, told.seconds), *_beside(took.mib, told.mib), sep="\t")

@@ -14,7 +14,7 @@ import time
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RolloutsSection
 from stages.engines import Sampling
-from stages.engines.continuous_batching import continuations
+from stages.engines.continuous_batching import generate
 from stages.lora.adapter import adapter, merge
 from stages.lora.grpo import vllm_rollouts
 from stages.models.base import load_base
@@ -49,7 +49,7 @@ def main() -> None:
         max_completion_length=given.tokens,
         gpu_memory_utilization=0.3,
     )
-    engine._iter_named_params = lambda: merge.plain(model)
+    engine._iter_named_params = lambda: merge.merged_parameters(model)
     print(f"vLLM ready after {time.perf_counter() - begun:.0f} s")
 
     def by_vllm(prompts: list[list[int]]) -> int:
@@ -58,7 +58,7 @@ def main() -> None:
 
     def by_copy(prompts: list[list[int]]) -> int:
         copy.refresh(model)
-        made = continuations(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
+        made = generate(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
         return sum(len(answer.ids) for _, answer in made)
 
     rates: dict[str, list[float]] = {"vllm": [], "copy": []}

@@ -15,7 +15,7 @@ import torch
 
 from stages.config import ModelSection, ServerSection
 from stages.config.rl import RolloutsSection
-from stages.engines import Served, vllm
+from stages.engines import EngineSpec, vllm
 from stages.lora.grpo import vllm_rollouts
 
 
@@ -23,8 +23,8 @@ def main(model: str, runs: str) -> None:
     every = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    section = ServerSection(max_model_len=1024, vllm=vllm.TAKES_WEIGHTS)
-    served = Served("vllm", ModelSection(name=model), devices=gpus[-1] or None)
+    section = ServerSection(max_model_len=1024, vllm=vllm_rollouts.TAKES_WEIGHTS)
+    served = EngineSpec("vllm", ModelSection(name=model), devices=gpus[-1] or None)
     with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
         url = client.transport.urls[0].removesuffix("/v1")
         vllm_rollouts._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)

@@ -70,7 +70,7 @@ class Side:
         empty = table([Row("", [1, 2], [1, 2])])
         self.trainer = kind(model, arguments, train_dataset=empty, processing_class=renderer.tokenizer)
         if name == "lorapar":
-            trl.accept(base)
+            trl.accept_packed(base)
             pack(model, random_masks(model, given.share))
         self.watch = Watch()
         self.trainer.remove_callback(PrinterCallback)
@@ -118,7 +118,7 @@ def main() -> None:
             side = Side(given.only, base, renderer, given, folder)
             for batch in batches[:2]:
                 side.step(batch)
-            print(resources.peak())
+            print(resources.peak_of_scarce())
             return
         sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
         seconds: dict[str, list[float]] = {name: [] for name in SIDES}
@@ -141,7 +141,7 @@ def main() -> None:
     print(f"TRL {statistics.median(theirs):.3g} s, lorapar {statistics.median(ours):.3g} s")
     if given.memory:
         del sides, base
-        resources.give_back()
+        resources.release_memory()
         theirs, ours = (peak(__file__, name) for name in SIDES)  # type: ignore[assignment]
         print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")  # type: ignore[operator]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
 from stages.lora.adapter import adapter
-from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.runtime import resources
@@ -75,7 +75,7 @@ class Way:
 
     def bytes(self) -> dict[str, int]:
         """Every tensor that exists because of the adapter, after a step, by what it is for."""
-        packed = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in self.model.modules() if isinstance(m, SparseLinear)]
         states = [
             t
             for s in self.optimizer.state.values()
@@ -152,7 +152,7 @@ def main() -> None:
         for _ in range(2):
             way.gradients(ids)
             way.step()
-        print(resources.peak())
+        print(resources.peak_of_scarce())
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}

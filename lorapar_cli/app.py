@@ -13,20 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.errors import sentence
+from lorapar_cli.errors import to_user_error
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
 from lorapar_cli.stage_starter import starter
 from stages.config import Config
 from stages.data.rows import no_path
-from stages.engines import Pool
+from stages.engines import EngineCache
 from stages.errors import ConfigError, Ended, panicked
 from stages.pipeline import launch
-from stages.pipeline.context import Job
-from stages.pipeline.run import Task, Verb, foresee, run_step, tasks
+from stages.pipeline.context import StageContext
+from stages.pipeline.run import Task, Verb, check_enough_system2_rows, pending_stages, run_step
 from stages.pipeline.stages import STAGES, Stage, order
 from stages.pipeline.state import state
-from stages.pipeline.steps import Step, asked_for
+from stages.pipeline.steps import Step, ancestors
 from stages.runtime import distributed, libraries, process_guard, resources
 from stages.runtime.fork_server import Starter
 from stages.store.artifacts import Store
@@ -54,19 +54,19 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
             f"{steps[0].name} is no longer what was planned: its config has changed since",
             "call the sweep again",
         )
-    progress = terminal.Progress() if distributed.first() else terminal.Silence()
-    with Pool() as engines:
+    progress = terminal.TerminalProgress() if distributed.is_main() else terminal.Silence()
+    with EngineCache() as engines:
         for step in steps:
             artifact, made = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
-            if distributed.first():
+            if distributed.is_main():
                 terminal.artifact(step.name, artifact, made, as_json)
 
 
 def verb(name: str) -> Verb:
     """The function of a stage; its module, and with it torch, is loaded when it is called."""
 
-    def run(job: Job, **sections: Any) -> dict[str, Any]:
+    def run(job: StageContext, **sections: Any) -> dict[str, Any]:
         with libraries.hidden(*libraries.UNUSED):
             stage = importlib.import_module(f"stages.{name}")
         return stage.run(job, **sections)  # type: ignore[no-any-return]
@@ -178,15 +178,15 @@ def run(
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     ran = shown = False
-    asked = asked_for(steps, last)
+    asked = ancestors(steps, last)
     with starter() as stages:
-        for task in tasks(settings, steps, first, last):
+        for task in pending_stages(settings, steps, first, last):
             shown = task.stage == "eval" and not task.current
             if task.current:
                 terminal.say(f"{task.stage}: {task.why} is current")
                 continue
             if task.stage in ("score", "sft"):
-                foresee(settings, asked)
+                check_enough_system2_rows(settings, asked)
             ran = True
             terminal.say(f"--- {task.stage}: {task.why}")
             _wait_for(stages, [task.stage, str(config), *_options(set_, task)])
@@ -241,7 +241,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
-    logging.getLogger("stages").setLevel(logging.INFO if distributed.first() else logging.ERROR)
+    logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -262,8 +262,8 @@ def main() -> None:
     except BaseException as problem:
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or panicked(problem)):
             raise
-        error = sentence(problem)
-        if not distributed.tell(error):
+        error = to_user_error(problem)
+        if not distributed.report_failure(error):
             terminal.error(error)
         sys.exit(error.exit_code)
     finally:  # nothing is left to unwind, and raised while Python exits these would print a traceback

@@ -43,7 +43,7 @@ def examine() -> Iterator[Finding]:
 
 
 def _cores() -> str:
-    usable = resources.cores()
+    usable = resources.usable_cores()
     return f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
 
 

@@ -27,7 +27,7 @@ LONG = 200
 AGAIN = "nothing that is finished is lost: the same command goes on"
 
 
-def sentence(error: BaseException) -> LoraparError:
+def to_user_error(error: BaseException) -> LoraparError:
     """What a person is told of an exception that nothing below has turned into a LoraparError."""
     if isinstance(error, LoraparError):
         return error

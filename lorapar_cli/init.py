@@ -12,7 +12,7 @@ from lorapar_cli.tables import show, table
 from stages.config import DataSection, ModelSection
 from stages.errors import LoraparError, OutputError
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 
 if TYPE_CHECKING:
     from stages.init.data_profile import Survey
@@ -57,7 +57,7 @@ def command(
     ]
     path.write_text(config_writer.document(chosen, head, undecided), encoding="utf-8")
     try:
-        plan(resolved(load(path, [])))
+        plan_steps(resolved(load(path, [])))
     except LoraparError:
         path.unlink()
         raise

@@ -8,7 +8,7 @@ import typer
 
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import Step, plan
+from stages.pipeline.steps import Step, plan_steps
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
 Overrides = Annotated[
@@ -46,7 +46,7 @@ def sets(overrides: list[str] | None) -> list[str]:
 
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
     config = resolved(load(path, overrides))
-    return config, plan(config)
+    return config, plan_steps(config)
 
 
 def typed(config: Path, overrides: list[str] | None) -> str:

@@ -12,16 +12,16 @@ from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
 from stages.pipeline.state import State, state
-from stages.pipeline.steps import asked_for
+from stages.pipeline.steps import ancestors
 from stages.plan.estimate import Estimate, estimate, knobs
 from stages.runtime import resources
 from stages.store import estimates
 from stages.store.artifacts import Store
-from stages.store.estimates import Told
+from stages.store.estimates import PlannedCost
 
 if TYPE_CHECKING:
     from stages.config import Config
-    from stages.plan.cost import Memory
+    from stages.plan.cost import MemoryEstimate
     from stages.plan.lengths import Span
 
 MEMORY = {
@@ -53,12 +53,14 @@ def command(
         logging.getLogger("stages").setLevel(logging.WARNING)
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
-    states = {name: state(store, step) for name, step in asked_for(steps, None).items()}
+    states = {name: state(store, step) for name, step in ancestors(steps, None).items()}
     todo = [steps[name] for name, now in states.items() if now.state != "current"]
     estimated = estimate(settings, todo) if todo else Estimate({}, [])
     if todo:
         costs = {step.key: estimated.costs[step.name] for step in todo}
-        estimates.tell(settings.root, {key: Told(seconds=c.seconds, mib=c.mib) for key, c in costs.items()})
+        estimates.save(
+            settings.root, {key: PlannedCost(seconds=c.seconds, mib=c.mib) for key, c in costs.items()}
+        )
     if as_json:
         print(json.dumps(_plan_json(states, estimated)))
     elif brief:
@@ -122,12 +124,12 @@ def _busy(estimated: Estimate) -> str | None:
     """That others compute here, whose work is not in the estimate; None if they do not."""
     if estimated.busy_cores is None:
         return None
-    cores = f"{estimated.busy_cores:.1f} of {resources.cores()} cores"
+    cores = f"{estimated.busy_cores:.1f} of {resources.usable_cores()} cores"
     alone = f"alone it would take {_about(estimated)}" if estimated.seconds else _about(estimated)
     return f"this machine is busy with other work: {cores}; {alone}"
 
 
-def _memory(memories: dict[str, Memory]) -> None:
+def _memory(memories: dict[str, MemoryEstimate]) -> None:
     """What fills the memory of each step; steps that are alike in all of it share a line."""
     drawn = table("MiB", *MEMORY, "together")
     alike: dict[tuple[str, ...], list[str]] = {}

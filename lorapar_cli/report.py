@@ -9,7 +9,7 @@ from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, plan_of, sets
 from lorapar_cli.sweep import Base, Columns, Rows, Seeds, planned
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.steps import asked_for
+from stages.pipeline.steps import ancestors
 from stages.sweep import formats
 from stages.sweep.file import is_table
 from stages.sweep.results import results
@@ -45,7 +45,7 @@ def _of_run(path: Path, out: Path, set_: list[str] | None) -> None:
     settings, steps = plan_of(path, set_)
     out.mkdir(parents=True, exist_ok=True)
     again = ["run", str(path), *sets(set_)]
-    text = run_page.page(settings, asked_for(steps, None), formats.command(again))
+    text = run_page.page(settings, ancestors(steps, None), formats.command(again))
     (out / "report.html").write_text(text, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}")
 

@@ -15,7 +15,7 @@ from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.stages import STAGES
 from stages.sweep import slurm
-from stages.sweep.graph import Node, Place, measured, union
+from stages.sweep.graph import Node, Place, build_graph, measured
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as cells_of
@@ -64,7 +64,7 @@ def command(
     """Make what is missing of tables; steps that their cells share are made once."""
     found = planned(paths, base, only, column, seeds, set_)
     cells = [cell for one in found for cell in one.cells]
-    nodes = union(cells)
+    nodes = build_graph(cells)
     logs = Path(cells[0].config.runs_dir) / "sweeps"
     if cluster is not None and (jobs or devices):
         raise ConfigError("--slurm goes without --jobs and --devices", "its file says what a job gets")

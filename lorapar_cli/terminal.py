@@ -18,7 +18,7 @@ from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison
 from stages.store.artifacts import Artifact, Store
-from stages.store.estimates import spent
+from stages.store.estimates import actual_and_planned
 
 LINE_EVERY_S = 5
 SETTLE_S = 0.2
@@ -39,7 +39,7 @@ def error(problem: LoraparError) -> None:
             say(f"  hint: {problem.hint}")
 
 
-class Progress:
+class TerminalProgress:
     """One line that is rewritten on a terminal; elsewhere a line every few seconds.
 
     Answers come a batch at a time. So a line is drawn a moment after the first answer of a batch: else it
@@ -133,7 +133,7 @@ def artifact(name: str, made: Artifact, now: bool, as_json: bool) -> None:
 
 def _spent(made: Artifact) -> str:
     """Time and memory of a step, and in brackets what `lorapar plan` had told."""
-    took, told = spent(made.manifest["provenance"])
+    took, told = actual_and_planned(made.manifest["provenance"])
     parts = [f"{took.seconds:.0f} s" + (f" (planned {told.seconds:.0f})" if told.seconds is not None else "")]
     if took.mib is not None:
         parts.append(f"{took.mib:.0f} MiB" + (f" (planned {told.mib:.0f})" if told.mib is not None else ""))

@@ -54,7 +54,7 @@ def time_left(sweep: Sweep, seconds: dict[str, float]) -> float | None:
     return rest / max(1, len(sweep.places) + len(sweep.running))
 
 
-class Watch:
+class LiveView:
     """The view on a terminal: running steps with the last line of their logs, and the summary."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
@@ -119,5 +119,5 @@ def watching(
     """What to be within while a sweep runs, how it says something, and what looks at it now and then."""
     if not interactive:
         return nullcontext(), terminal.say, lambda sweep: None
-    watch = Watch(seconds)
+    watch = LiveView(seconds)
     return watch.live, watch.say, watch.look

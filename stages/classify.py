@@ -18,33 +18,33 @@ from typing import Any
 
 from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
 from stages.data.rows import read
-from stages.engines import Pool, Served
+from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling import known, report
-from stages.labelling.aggregate import Voice, decide
+from stages.labelling.aggregate import VoterResult, aggregate
 from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
 from stages.labelling.personas import (
     CONTENT_FREE,
-    Judged,
+    CalibrationExample,
     as_example,
-    brief_of,
     empty,
     held_out,
+    persona_context,
     personas,
 )
-from stages.labelling.votes import Votes
+from stages.labelling.votes import VoterLog
 from stages.models.dtype import resolve
-from stages.pipeline.context import Job
+from stages.pipeline.context import StageContext
 from stages.records import Example, Labelled, write_labels
-from stages.runtime.background import beside
+from stages.runtime.background import in_background
 
 PATIENCE = 10
 """A voter with this many bad answers more than allowed is not asked further questions."""
 
 
 def run(
-    job: Job,
+    job: StageContext,
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
@@ -75,8 +75,8 @@ def run(
         box.check(classify.max_failed, classify.max_invalid)
         found[box.title] = _calibrated(box, judged)
         given = {e.id: box.vote(e) for e in examples}
-        voices[box.title] = Voice(given, found[box.title].threshold, box.voter.weight)
-    rows, held, twos = decide(examples, voices, classify)
+        voices[box.title] = VoterResult(given, found[box.title].threshold, box.voter.weight)
+    rows, held, twos = aggregate(examples, voices, classify)
     written = _swapped(rows, classify)
     write_labels(job.out / "labels.jsonl", written)
     return report.report(
@@ -100,9 +100,9 @@ def _swapped(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
     return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
 
 
-def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Votes]:
+def _boxes(model: ModelSection, classify: ClassifySection, job: StageContext) -> list[VoterLog]:
     """The Votes of each voter, in the order of the config."""
-    boxes: list[Votes] = []
+    boxes: list[VoterLog] = []
     for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
         asked = voter.asks(model)
         name = voter.name or f"{asked.title}/{voter.persona}"
@@ -112,12 +112,12 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
             raise ConfigError(
                 f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place"
             )
-        brief = brief_of(voter, model.title, classify.show_answer)
+        brief = persona_context(voter, model.title, classify.show_answer)
         # A model's data type changes its votes. It is known for models that run here, not for remote servers.
         answering = identity if voter.urls else f"{identity} {resolve(asked)}"
-        box = Votes(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes")
+        box = VoterLog(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes")
         for other in boxes:
-            if box.shares(other) and voter.urls != other.voter.urls:
+            if box.same_journal(other) and voter.urls != other.voter.urls:
                 raise ConfigError(
                     f"classify.voters: {other.title} and {name} are one model and persona at two addresses",
                     "of one model, name both in one base_url: [URL, URL]; else serve it under another name",
@@ -127,7 +127,11 @@ def _boxes(model: ModelSection, classify: ClassifySection, job: Job) -> list[Vot
 
 
 def _ask_all(
-    boxes: list[Votes], model: ModelSection, classify: ClassifySection, server: ServerSection, job: Job
+    boxes: list[VoterLog],
+    model: ModelSection,
+    classify: ClassifySection,
+    server: ServerSection,
+    job: StageContext,
 ) -> None:
     """Have every voter answer the questions that its journal lacks.
 
@@ -137,7 +141,7 @@ def _ask_all(
     """
     progress = job.progress
     wanted = {box.title: len(box.missing()) for box in boxes}
-    lanes: dict[str, list[Votes]] = {}
+    lanes: dict[str, list[VoterLog]] = {}
     for box in boxes:
         if wanted[box.title]:
             lanes.setdefault(str(box.voter.urls or box.voter.devices or ""), []).append(box)
@@ -145,7 +149,7 @@ def _ask_all(
             progress.say(f"{box.title}: all votes are in its journal")
     stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(wanted.values())))
 
-    def lane(boxes: list[Votes], pool: Pool) -> None:
+    def lane(boxes: list[VoterLog], pool: EngineCache) -> None:
         for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
             # No name for the engine, which would keep it in memory beside the next.
             asked = box.ask(pool.get(_served(box.voter, model), server, progress.say), progress.say)
@@ -158,12 +162,12 @@ def _ask_all(
                     if stop.is_set():
                         return
 
-    def alone(boxes: list[Votes]) -> None:
-        with Pool() as pool:
+    def alone(boxes: list[VoterLog]) -> None:
+        with EngineCache() as pool:
             lane(boxes, pool)
 
     own = lanes.pop("", [])
-    with beside([partial(alone, found) for found in lanes.values()], stop):
+    with in_background([partial(alone, found) for found in lanes.values()], stop):
         lane(own, job.engines)
 
 
@@ -180,12 +184,12 @@ class _Once:
                 self._call()
 
 
-def _served(voter: Voter, model: ModelSection) -> Served:
+def _served(voter: Voter, model: ModelSection) -> EngineSpec:
     asked = voter.asks(model)
-    return Served(voter.engine, asked, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
+    return EngineSpec(voter.engine, asked, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
 
 
-def _calibrated(box: Votes, judged: list[Judged]) -> Calibration:
+def _calibrated(box: VoterLog, judged: list[CalibrationExample]) -> Calibration:
     """The calibration of a voter, from the labelled examples that are not in its prompt."""
     shown = {row.question for row in box.brief.shots}
     apart = [row for row in judged if row.question not in shown]

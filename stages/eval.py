@@ -22,8 +22,8 @@ from stages.config import (
     SandboxSection,
     ServerSection,
 )
-from stages.engines import Served
-from stages.evaluation.answer_cache import Recorded, Replies
+from stages.engines import EngineSpec
+from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.evaluation.metrics import brief, measured
@@ -36,12 +36,12 @@ from stages.store.digests import key_of, sha256_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.pipeline.context import Job
+    from stages.pipeline.context import StageContext
     from stages.progress import Progress
 
 
 def run(
-    job: Job,
+    job: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     eval: EvalSection,
@@ -60,7 +60,7 @@ def run(
 
 
 @contextmanager
-def _adapter(job: Job) -> Iterator[Path | None]:
+def _adapter(job: StageContext) -> Iterator[Path | None]:
     """The folder of the target's adapter; that of a region is there for this evaluation only."""
     target = job.variant.partition("@")[0]
     if target not in REGIONS:
@@ -77,7 +77,7 @@ def _adapter(job: Job) -> Iterator[Path | None]:
 
 
 def _evaluated(
-    job: Job,
+    job: StageContext,
     adapter: Path | None,
     model: ModelSection,
     prompt: PromptSection,
@@ -98,9 +98,9 @@ def _evaluated(
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
     asked = module.ask([row.example for row in rows], benchmark, renderer)
 
-    served = Served(eval.engine, model, adapter)
+    served = EngineSpec(eval.engine, model, adapter)
     identity = _identity(job, served)
-    replies = Replies(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
+    replies = AnswerCache(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
     replies.complete(
         lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress
     )
@@ -124,14 +124,14 @@ def _evaluated(
     return {"kind": benchmark.kind, **held_by, **brief(metrics)}
 
 
-def _rows(job: Job, benchmark: BenchmarkSection) -> list[Labelled]:
+def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
     """The benchmark's items with their labels, or undecided where the voters do not label this benchmark."""
     if "classify" in job.inputs:
         return read_labels(job.labels)
     return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
 
 
-def _identity(job: Job, served: Served) -> dict[str, Any]:
+def _identity(job: StageContext, served: EngineSpec) -> dict[str, Any]:
     """What determines the answers, beside the prompts and the sampling."""
     return {
         "model": job.outside["model"],
@@ -162,9 +162,9 @@ def _digest(adapter: Path | None) -> str | None:
 
 
 def _parity(
-    job: Job,
+    job: StageContext,
     asked: list[Asked],
-    recorded: dict[tuple[int, int], Recorded],
+    recorded: dict[tuple[int, int], CachedAnswer],
     benchmark: BenchmarkSection,
     eval: EvalSection,
     model: ModelSection,
@@ -191,7 +191,7 @@ def _parity(
 def _graded(
     rows: list[Labelled],
     asked: list[Asked],
-    recorded: dict[tuple[int, int], Recorded],
+    recorded: dict[tuple[int, int], CachedAnswer],
     renderer: Renderer,
     context: Context,
     benchmark: BenchmarkSection,
@@ -225,7 +225,7 @@ def _graded(
             extra={**example.extra, **found.extra, **given.extra},
         )
 
-    with ThreadPoolExecutor(resources.cores() if context.sandbox else 1) as pool:
+    with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:
         return list(pool.map(one, which))
 
 

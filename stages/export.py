@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import Config, ModelSection
 from stages.data.rows import read
-from stages.engines import Answer, Engine, Pool, Question, Sampling, Served
+from stages.engines import Completion, Engine, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.records import Labelled
@@ -182,14 +182,14 @@ class _Trial:
         texts = [renderer.prompt(example.prompt, of=example) for example in examples]
         return cls(renderer, [Asked(text, renderer.ids(text)) for text in texts])
 
-    def answers(self, engine: Engine) -> dict[int, Answer]:
+    def answers(self, engine: Engine) -> dict[int, Completion]:
         """Greedy ones, of LONGEST tokens at most."""
-        questions = [Question(one.ids) for one in self.asked]
+        questions = [GenerateRequest(one.ids) for one in self.asked]
         return dict(engine.generate(questions, Sampling(LONGEST, tuple(self.renderer.stop_ids))))
 
     def compared(
         self,
-        made: dict[int, Answer],
+        made: dict[int, Completion],
         model: ModelSection,
         artifact: Artifact,
         hint: str,
@@ -197,10 +197,11 @@ class _Trial:
     ) -> dict[str, Any]:
         """Answers beside what the trained adapter says in plain PEFT; see `parity.check`."""
         from stages.evaluation import parity
-        from stages.evaluation.answer_cache import Recorded
+        from stages.evaluation.answer_cache import CachedAnswer
 
         pairs = [
-            (one, Recorded(ids=made[i].ids, complete=made[i].complete)) for i, one in enumerate(self.asked)
+            (one, CachedAnswer(ids=made[i].ids, complete=made[i].complete))
+            for i, one in enumerate(self.asked)
         ]
         return parity.check(pairs, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
 
@@ -220,8 +221,8 @@ def check(
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"
     for engine in engines(config):
-        served = Served(engine, model, None if form == "merged" else out)
-        with Pool() as pool:
+        served = EngineSpec(engine, model, None if form == "merged" else out)
+        with EngineCache() as pool:
             # No name for the engine, which would keep it in memory beside the next.
             made = trial.answers(pool.get(served, config.server, say))
         yield {"engine": engine, **trial.compared(made, base, artifact, hint, say)}

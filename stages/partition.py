@@ -14,10 +14,10 @@ from stages.lora.importance.masks import Masks, flat, read_importance
 from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
-    from stages.pipeline.context import Job
+    from stages.pipeline.context import StageContext
 
 
-def run(job: Job, partition: PartitionSection, seed: int) -> dict[str, Any]:
+def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
     Returns the size of each region and the active share. MeaninglessError if no element is active.

@@ -14,20 +14,20 @@ from stages.lora.adapter.fsdp import DividedRollouts
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.dynamic_sampling import Resampling
 from stages.lora.grpo.kl_probe import NAME as DRIFT
-from stages.lora.grpo.kl_probe import Drift
-from stages.lora.grpo.prompts import Pool
+from stages.lora.grpo.kl_probe import KlProbe
+from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.ratios import Ratios
 from stages.lora.grpo.replay import Replay
-from stages.lora.grpo.sampler import Writer, Written
+from stages.lora.grpo.sampler import RolloutSampler, Written
 from stages.lora.grpo.zero_advantage import Silent
 from stages.lora.training import dry_run, loop
-from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
+from stages.lora.training.health import Healthy, ProgressCallback, RunInfo, row_ids
 from stages.lora.training.optimizers import LoraPlus, WarmUp
 from stages.lora.training.resume import ExactRollouts
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trl
-from stages.packing.support import has_prompt
+from stages.packing.support import is_prompt_learning
 from stages.packing.trl import SharedPrompts
 from stages.prompts.renderer import Renderer
 from stages.records import read_labels
@@ -38,7 +38,7 @@ from stages.store.checkpoints import Checkpoints
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-    from stages.pipeline.context import Job
+    from stages.pipeline.context import StageContext
     from stages.sandbox import Sandbox
 
 PINNED: dict[str, Any] = {
@@ -67,7 +67,7 @@ SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
 
 
 def run(
-    job: Job,
+    job: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
@@ -82,37 +82,39 @@ def run(
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    pool = Pool.of(labels, renderer, rl, functions, seed)
-    start = loop.Start.of("rl", job.adapter("sft", "score"), job.masks)
+    pool = RlPrompts.of(labels, renderer, rl, functions, seed)
+    start = loop.InitialAdapter.of("rl", job.adapter("sft", "score"), job.masks)
     steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
     vllm_rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model, fsdp.start_at(rl.launch))
+    base = load_base(model, fsdp.load_device(rl.launch))
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
     vllm_rollouts.name_revision(base, rl.rollouts, model)
-    copy = None if fsdp.asked(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
+    copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
-    fsdp.divide(peft_model, rl.launch)
+    fsdp.shard_base(peft_model, rl.launch)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
     box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
     rewards = _checked(functions, rl, box, pool.encoded)
     sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
-    writer = Writer(peft_model, copy, renderer.tokenizer, sampling)
+    writer = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
     trainer.sharing = rl.shared_prompts == "auto" and trl.may_share(peft_model)
-    trl.accept(base)
+    trl.accept_packed(base)
     if rl.kl_beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
-    trainer.vitals = Vitals(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
-    trainer.add_callback(dry_run.of_rl(trainer, [list(ids) for ids in pool.ids], rl))
-    trainer.add_callback(Watch(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_equal_steps))
-    if pool.held_out and not has_prompt(peft_model):
+    trainer.vitals = RunInfo(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
+    trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in pool.ids], rl))
+    trainer.add_callback(
+        ProgressCallback(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_equal_steps)
+    )
+    if pool.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
-            start.put_back(peft_model)
-        trainer.add_callback(Drift(trainer, pool.held_out, writer, rl))
+            start.restore(peft_model)
+        trainer.add_callback(KlProbe(trainer, pool.held_out, writer, rl))
     summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {
         "prompts": pool.slow,
@@ -199,11 +201,11 @@ def _arguments(
 
 def _trainer(
     renderer: Renderer,
-    pool: Pool,
+    pool: RlPrompts,
     rl: RlSection,
     functions: list[Callable[..., Any]],
     arguments: GRPOConfig,
-    writer: Writer,
+    writer: RolloutSampler,
 ) -> Any:
     with libraries.hidden(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
         from trl import GRPOTrainer

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from stages.pipeline.context import Job
+    from stages.pipeline.context import StageContext
     from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 def run(
-    job: Job,
+    job: StageContext,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -52,19 +52,19 @@ def run(
     the number of examples, their mean loss (of a pilot run: before the step that takes them) and the weight
     of the formula's second-order term, or the steps of the pilot run.
     """
-    base = load_base(model, fsdp.start_at(score.launch))
+    base = load_base(model, fsdp.load_device(score.launch))
     tuned = job.adapter("sft")
     peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
-    if distributed.first():
+    if distributed.is_main():
         if not tuned:
             adapter.save(peft_model, job.out / "init", model)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     if "classify" not in job.inputs:
         return summary
-    fsdp.divide(peft_model, score.launch)
+    fsdp.shard_base(peft_model, score.launch)
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     examples = {system: of_system(labels, system) for system in (1, 2)}
@@ -73,7 +73,7 @@ def run(
         number = min(score.examples, len(examples[system]))
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
-        resources.give_back()  # what the other system left is in pieces too small for the longest rows
+        resources.release_memory()  # what the other system left is in pieces too small for the longest rows
         steps = min(pilot.STEPS, len(rows)) if scorers.has(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
@@ -84,9 +84,9 @@ def run(
         scores[system], told = _importance(peft_model, batches, sums_of, lora, score.scorer)
         check(flat(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
-    if distributed.first():
+    if distributed.is_main():
         write_importance(job.out / "importance.safetensors", scores)
-    return {**summary, **fsdp.held(peft_model), "prompt": renderer.digest()}
+    return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
 
 
 def _mine(rows: list[Row]) -> list[Row]:
@@ -108,7 +108,7 @@ def _moments(
     model.eval()
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
     sums = moments(model, layers, batches, progress.advance, pad)
-    if fsdp.asked(score.launch):
+    if fsdp.is_sharded(score.launch):
         # A divided base needs all processes in each pass; the first has the most rows.
         most = math.ceil(len(rows[:: distributed.size()]) / score.batch_size)
         moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
@@ -120,7 +120,7 @@ def _add_up(sums: Moments) -> None:
     """Replace the sums in every process by their totals over all processes."""
     device = next(iter(sums.gradient.values())).device
     counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=device)
-    distributed.add([counts, *sums.gradient.values(), *sums.square.values()])
+    distributed.all_reduce([counts, *sums.gradient.values(), *sums.square.values()])
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
 
 

@@ -12,13 +12,13 @@ from stages.errors import DataError
 from stages.lora.adapter import fsdp
 from stages.lora.adapter.fsdp import Divided
 from stages.lora.training import dry_run, loop
-from stages.lora.training.health import Healthy, Vitals, Watch, row_ids
+from stages.lora.training.health import Healthy, ProgressCallback, RunInfo, row_ids
 from stages.lora.training.optimizers import LoraPlus, WarmUp
 from stages.lora.training.resume import ExactResume
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.packing.support import drops_out
-from stages.packing.trl import PaddingFree, accept
+from stages.packing.support import has_active_dropout
+from stages.packing.trl import PaddingFree, accept_packed
 from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, decided, of_system, read_labels
 from stages.runtime import distributed
@@ -26,7 +26,7 @@ from stages.runtime import distributed
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from stages.pipeline.context import Job
+    from stages.pipeline.context import StageContext
     from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
@@ -44,7 +44,7 @@ PINNED: dict[str, Any] = {
 
 
 def run(
-    job: Job,
+    job: StageContext,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -77,24 +77,26 @@ def run(
         job.progress.say(
             f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch"
         )
-    start = loop.Start.of("sft", job.adapter("rl", "score"), job.masks)
+    start = loop.InitialAdapter.of("sft", job.adapter("rl", "score"), job.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    base = load_base(model, fsdp.start_at(sft.launch))
+    base = load_base(model, fsdp.load_device(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.dropout, seed)
-    fsdp.divide(peft_model, sft.launch)
+    fsdp.shard_base(peft_model, sft.launch)
     trainer = Trainer(
         model=peft_model,
         args=_arguments(sft, steps, seed, job.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
     )
-    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not drops_out(peft_model)
-    accept(base)
+    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not has_active_dropout(peft_model)
+    accept_packed(base)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
-    trainer.vitals = Vitals(names, knobs)
-    trainer.add_callback(dry_run.of_sft(trainer, rows, sft.micro_batch))
-    trainer.add_callback(Watch(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate")))
+    trainer.vitals = RunInfo(names, knobs)
+    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.micro_batch))
+    trainer.add_callback(
+        ProgressCallback(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate"))
+    )
     summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
     return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
 

@@ -29,11 +29,11 @@ from tally import tally as tally
 
 from lorapar_cli.app import verb
 from stages.config import Config
-from stages.engines import Pool
+from stages.engines import EngineCache
 from stages.errors import BusyError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import run_step
-from stages.pipeline.steps import Step, plan
+from stages.pipeline.steps import Step, plan_steps
 from stages.records import Labelled, read_labels
 from stages.store.artifacts import Artifact, Store
 
@@ -216,8 +216,8 @@ def make_steps(
             except BusyError:  # another worker makes it
                 time.sleep(0.05)
 
-    with Pool() as engines:
-        for step in plan(config).values():
+    with EngineCache() as engines:
+        for step in plan_steps(config).values():
             if not names or {step.name, step.stage.name} & set(names):
                 made[step.name] = run(step)
     return made
@@ -244,7 +244,7 @@ def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl
 
 def labels_of(config: Config) -> list[Labelled]:
     """The labels of the training rows that were made under this config."""
-    step = plan(resolved(config))["classify:train"]
+    step = plan_steps(resolved(config))["classify:train"]
     return read_labels(Store(config.root).folder("classify", step.key) / "labels.jsonl")
 
 

@@ -221,7 +221,7 @@ def test_progress_counts_a_batch_that_comes_at_once(capsys, monkeypatch):
     from lorapar_cli import terminal
 
     monkeypatch.setattr(terminal, "LINE_EVERY_S", 0)
-    progress = terminal.Progress()
+    progress = terminal.TerminalProgress()
     progress.start("eval base", 164)
     for _ in range(64):
         progress.advance(1)

@@ -11,11 +11,11 @@ from conftest import make_step
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorapar_cli.errors import sentence
+from lorapar_cli.errors import to_user_error
 from stages.config import LaunchSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
 from stages.models.base import load_base
-from stages.models.load_errors import reading
+from stages.models.load_errors import load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline import launch
 from stages.prompts.renderer import Renderer
@@ -41,7 +41,7 @@ WEIGHTS = "model.safetensors"
     ],
 )  # fmt: skip
 def test_errors_of_the_system_have_a_sentence_and_a_code(error, code, told):
-    found = sentence(error)
+    found = to_user_error(error)
     assert found.exit_code == code and str(found).startswith(told)
 
 
@@ -49,7 +49,7 @@ def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace():
     try:
         {}["key"]
     except KeyError as error:
-        found = sentence(error)
+        found = to_user_error(error)
     assert (found.exit_code, str(found)) == (70, "this is a defect of lorapar: KeyError: 'key'")
     trace = Path(re.search(r"report it with (\S+\.txt)", found.hint)[1])
     written = trace.read_text(encoding="utf-8")
@@ -227,5 +227,5 @@ def test_a_mistyped_path_is_named(name, told, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")])
 def test_what_the_machine_lacks_is_no_fault_of_the_model(error, tiny):
-    with pytest.raises(type(error)), reading("model", section(tiny)):
+    with pytest.raises(type(error)), load_errors("model", section(tiny)):
         raise error

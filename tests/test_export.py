@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from stages import export
 from stages.config import BaselineSection
-from stages.engines import Served
+from stages.engines import EngineSpec
 from stages.engines.in_process import open
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
@@ -172,7 +172,7 @@ def test_each_view_is_asked_as_its_stage_asks(trained, another, tmp_path, monkey
     def modules(model, adapters, server, say):
         with contextlib.ExitStack() as stack:
             for name, adapter in {model.name: None, **adapters}.items():
-                engine = stack.enter_context(open(Served("transformers", model, adapter), server, say))
+                engine = stack.enter_context(open(EngineSpec("transformers", model, adapter), server, say))
                 heard[name] = Heard(engine, tokenizer)
             yield heard
 

@@ -13,7 +13,7 @@ from stages.config import DataSection, ModelSection
 from stages.init import config_writer
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
         done = lorapar("init", file, "--model", model, "--out", "c.yaml", *more)
         assert done.code == 0, done.err
         config = resolved(load(Path("c.yaml"), []))
-        assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= plan(
+        assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= plan_steps(
             config.model_copy(update={"eval": config.eval.model_copy(update={"targets": ["base"]})})
         ).keys()
         found = yaml.safe_load(Path("c.yaml").read_text(encoding="utf-8"))

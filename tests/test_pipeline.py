@@ -11,9 +11,9 @@ from conftest import CONFIGS, labels_of, make_step, make_steps
 from stages.config import ModelSection
 from stages.errors import ConfigError, DataError
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import foresee, tasks
+from stages.pipeline.run import check_enough_system2_rows, pending_stages
 from stages.pipeline.stages import STAGES, section
-from stages.pipeline.steps import asked_for, plan
+from stages.pipeline.steps import ancestors, plan_steps
 from stages.report.comparison import answered_fewer
 
 
@@ -35,7 +35,9 @@ def test_every_row_binds_to_its_function(path):
     for stage in STAGES.values():
         for variant in stage.variants(config):
             run = inspect.signature(importlib.import_module(f"stages.{stage.name}").run)
-            names = [section(config, p)[0] for p in (*stage.sections(config, variant), *stage.given)]
+            names = [
+                section(config, p)[0] for p in (*stage.sections(config, variant), *stage.unkeyed_sections)
+            ]
             run.bind(None, **dict.fromkeys(names))
             assert len(run.parameters) <= 8
 
@@ -44,7 +46,9 @@ def test_table_2_shares_what_its_cells_have_in_common(smoke):
     """Nine cells of α × β: three times SFT, nine times RL, one set of labels and scores."""
     keys: dict[str, set[str]] = {}
     for alpha, beta in itertools.product((0, 0.5, 1), repeat=2):
-        for name, step in plan(resolved(smoke(f"partition.alpha={alpha}", f"partition.beta={beta}"))).items():
+        for name, step in plan_steps(
+            resolved(smoke(f"partition.alpha={alpha}", f"partition.beta={beta}"))
+        ).items():
             keys.setdefault(name, set()).add(step.key)
     counts = {name: len(found) for name, found in keys.items()}
     assert counts == {
@@ -80,7 +84,7 @@ ALL = {
     ],
 )
 def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change, changed):
-    one, two = (plan(resolved(smoke(*more))) for more in ((), (change,)))
+    one, two = (plan_steps(resolved(smoke(*more))) for more in ((), (change,)))
     assert set(one) == set(two) == ALL
     assert {name for name in ALL if one[name].key != two[name].key} == changed
 
@@ -97,10 +101,10 @@ def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change
     ],
 )
 def test_labels_that_no_voter_gives_are_keyed_without_voters(smoke, strategy, unread, read):
-    one = plan(resolved(smoke(strategy)))
+    one = plan_steps(resolved(smoke(strategy)))
     for change in unread:
-        assert plan(resolved(smoke(strategy, change)))["sft"].key == one["sft"].key, change
-    assert plan(resolved(smoke(strategy, f"classify.{read}=1")))["sft"].key != one["sft"].key
+        assert plan_steps(resolved(smoke(strategy, change)))["sft"].key == one["sft"].key, change
+    assert plan_steps(resolved(smoke(strategy, f"classify.{read}=1")))["sft"].key != one["sft"].key
 
 
 @pytest.mark.parametrize(
@@ -109,9 +113,9 @@ def test_labels_that_no_voter_gives_are_keyed_without_voters(smoke, strategy, un
 )
 def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
     one, two, three = (
-        plan(resolved(smoke(f"partition.strategy={strategy}", *[f"partition.{c}" for c in change if c])))[
-            "sft"
-        ].key
+        plan_steps(
+            resolved(smoke(f"partition.strategy={strategy}", *[f"partition.{c}" for c in change if c]))
+        )["sft"].key
         for change in ([], [unread], [read])
     )
     assert one == two and (one == three) == (read is None)
@@ -120,7 +124,7 @@ def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
 def test_arguments_of_the_server_count_where_it_answers(smoke):
     served = ("eval.engine=vllm", "eval.benchmarks.demo.label=false")
     one, two, three = (
-        plan(resolved(smoke(*served, *more)))["eval:base@demo"].key
+        plan_steps(resolved(smoke(*served, *more)))["eval:base@demo"].key
         for more in ((), ("server.vllm={quantization: fp8}",), ("server.vllm={max_num_seqs: 3}",))
     )
     assert one == three != two
@@ -130,7 +134,7 @@ def test_the_sandbox_counts_where_code_is_run(smoke):
     benchmark = "eval.benchmarks={humaneval: {path: x.jsonl}}"
     reward = "rl.rewards={code_tests: 1}"
     one, two = (
-        plan(resolved(smoke(benchmark, reward, *more)))
+        plan_steps(resolved(smoke(benchmark, reward, *more)))
         for more in ((), ("eval.sandbox.seconds=9", "rl.sandbox.seconds=9"))
     )
     assert one["eval:base@humaneval"].key != two["eval:base@humaneval"].key
@@ -140,7 +144,7 @@ def test_the_sandbox_counts_where_code_is_run(smoke):
 
 def test_the_type_of_a_voter_counts_and_that_of_the_machine_does_not(smoke, monkeypatch):
     def keys(*more):
-        return plan(resolved(smoke(*more)))["classify:train"].key
+        return plan_steps(resolved(smoke(*more)))["classify:train"].key
 
     auto = keys("model.dtype=auto")
     monkeypatch.setattr("stages.models.dtype.native_bfloat16", lambda: False)
@@ -150,17 +154,20 @@ def test_the_type_of_a_voter_counts_and_that_of_the_machine_does_not(smoke, monk
 
 def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     config = resolved(smoke("eval.targets=[sft]"))
-    steps = plan(config)
+    steps = plan_steps(config)
     assert "rl" in steps
-    assert set(asked_for(steps, None)) == {
+    assert set(ancestors(steps, None)) == {
         "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
     }  # fmt: skip
-    todo = {task.stage: task.variants for task in tasks(config, steps, None, None)}
+    todo = {task.stage: task.variants for task in pending_stages(config, steps, None, None)}
     assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
-    assert set(asked_for(plan(resolved(smoke("eval.benchmarks={}"))), "eval")) > {"rl", "classify:train"}
+    assert set(ancestors(plan_steps(resolved(smoke("eval.benchmarks={}"))), "eval")) > {
+        "rl",
+        "classify:train",
+    }
     with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
-        list(tasks(config, steps, "rl", None))
-    assert set(asked_for(steps, "rl")) == {
+        list(pending_stages(config, steps, "rl", None))
+    assert set(ancestors(steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip
 
@@ -169,16 +176,18 @@ def test_too_few_system_2_rows_are_seen_before_sft(smoke):
     """24 rows, half of them System 2, a step of RL of 16."""
     more = ["classify.strategy=known", "classify.known=intended", "data.limit=24", "rl.prompts_per_step=16"]
     config = smoke(*more)
-    steps = plan(config)
-    foresee(config, steps)  # nothing is known yet
+    steps = plan_steps(config)
+    check_enough_system2_rows(config, steps)  # nothing is known yet
     make_steps(config, "classify:train")
     slow = sum(row.system == 2 for row in labels_of(config))
     assert 0 < slow < 16
     with pytest.raises(DataError, match=f"{slow} rows are labelled System 2, fewer than the 16"):
-        foresee(config, steps)
-    foresee(config, {name: step for name, step in steps.items() if name != "rl"})  # it is not asked for
+        check_enough_system2_rows(config, steps)
+    check_enough_system2_rows(
+        config, {name: step for name, step in steps.items() if name != "rl"}
+    )  # it is not asked for
     other = smoke(*more, "rl.data=all")
-    foresee(other, plan(other))
+    check_enough_system2_rows(other, plan_steps(other))
 
 
 def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):
@@ -217,7 +226,9 @@ def test_untrained_models_may_answer_fewer_items(smoke):
     whole, fewer = smoke(*labels), smoke(*labels, "eval.untrained_items=5")
     make_step(fewer, "classify:demo")
     assert make_step(fewer, "eval:base@demo").manifest["summary"]["all"]["n"] == 5
-    keys = [{name: step.key for name, step in plan(resolved(config)).items()} for config in (whole, fewer)]
+    keys = [
+        {name: step.key for name, step in plan_steps(resolved(config)).items()} for config in (whole, fewer)
+    ]
     changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
     assert changed == {"eval:base@demo", "eval:init@demo"}
 

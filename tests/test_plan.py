@@ -15,16 +15,16 @@ from stages.lora.adapter import adapter
 from stages.models.base import load_base
 from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.plan import cost_model, profiler, prompt_lengths
-from stages.plan.cost import Cost, Memory
+from stages.plan.cost import Cost, MemoryEstimate
 from stages.plan.cost_model import CostModel, Work, per_text
 from stages.plan.estimate import Estimate, knobs
 from stages.plan.lengths import Lengths, Span, sampled
-from stages.plan.profiler import GAIN, Measured, Profiler
+from stages.plan.profiler import GAIN, Measurement, Profiler
 from stages.runtime import resources
 from stages.store import estimates
-from stages.store.estimates import Told
+from stages.store.estimates import PlannedCost
 
 STEPS = ("classify:train", "score", "sft", "rl", "eval:sft@demo")
 SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft, rl]")
@@ -65,13 +65,13 @@ def told(asked, monkeypatch):
 
     def run(*flags: str, seconds: float | None = 60.0, mib: float = 10.0, **more):
         def estimate(_, steps):
-            memory = Memory(weights=20, activations=mib)
+            memory = MemoryEstimate(weights=20, activations=mib)
             costs = {
                 step.name: Cost(seconds, None if step.stage.name == "partition" else memory) for step in steps
             }
             return Estimate(costs, more.pop("spans", []), room=100, **more)
 
-        monkeypatch.setattr(plan, "estimate", estimate)
+        monkeypatch.setattr(plan_command, "estimate", estimate)
         return asked(*flags)[0]
 
     return run
@@ -98,10 +98,12 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
     assert prompts["rows"] == 4 and prompts["longer"] == 0 and prompts["limit"] > prompts["longest"]
     assert any(what.startswith("vote on train, ") for what in told["tokens"])
     made = make_steps(config, "classify", "score")
-    took, before = estimates.spent(made["score"][0].manifest["provenance"])
+    took, before = estimates.actual_and_planned(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
     # With other settings, what was made is stale, and what was not is still missing.
-    monkeypatch.setattr(plan, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, []))
+    monkeypatch.setattr(
+        plan_command, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, [])
+    )
     states = {
         name: row["state"]
         for name, row in json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"].items()
@@ -144,7 +146,7 @@ def test_briefly_it_is_one_line(told):
 
 
 def test_a_busy_machine_is_named(told, monkeypatch):
-    monkeypatch.setattr(resources, "cores", lambda: 2)
+    monkeypatch.setattr(resources, "usable_cores", lambda: 2)
     line = "this machine is busy with other work: 1.4 of 2 cores; alone it would take about 10 minutes\n"
     assert told("--brief", busy_cores=1.4).out == line
     assert line in told(busy_cores=1.4).out
@@ -188,13 +190,13 @@ def model(smoke):
 
     def make(*sets: str) -> CostModel:
         config = resolved(smoke(*SETS, *sets))
-        made = CostModel(config, list(plan(config).values()))
-        measured = Measured(10, 10.0, 20.0)
+        made = CostModel(config, list(plan_steps(config).values()))
+        measured = Measurement(10, 10.0, 20.0)
         made.profiler = SimpleNamespace(  # type: ignore[assignment]
             votes=lambda _: measured,
             scoring=lambda _: measured,
             training=lambda *_: measured,
-            generation=lambda _: (measured, Measured(10, 20.0, 20.0)),
+            generation=lambda _: (measured, Measurement(10, 20.0, 20.0)),
             fits=lambda _: True,
             room=10**6, loading_s=3.0, libraries_mib=500.0, weights_mib=100.0,
             layers_mib=60.0, copy_mib=100.0, token_bytes=2**10, adapter_elements=2**20,
@@ -215,7 +217,7 @@ def test_the_work_of_each_step_is_counted(model):
     assert len(rows) == 16
     assert work["score"].thread_s == pytest.approx(sum(lengths))  # 8 rows of each system
     assert work["score"].memory.activations == 2 * sum(lengths[:8])
-    beginning = profiler.common([row.input_ids for row in rows])
+    beginning = profiler.common_prefix_length([row.input_ids for row in rows])
     # 2 steps of 8 rows (8.8 are of System 1 or of the cold start), in micro batches of 4 that compute
     # a common beginning once
     assert work["sft"].thread_s == pytest.approx(16 * (sum(lengths) / 16 - 0.75 * beginning))
@@ -309,7 +311,7 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     steps = {step.name: step for step in made.steps}
     work = made.work(steps["sft"])
     assert work.memory.weights == 100 + 4 - 30
-    monkeypatch.setattr("stages.runtime.fork_server.possible", lambda: False)  # as it is beside a GPU
+    monkeypatch.setattr("stages.runtime.fork_server.can_fork", lambda: False)  # as it is beside a GPU
     assert made.cost(steps["sft"], work, 1.0).seconds == cost_model.START_S + work.thread_s / 2 + 3
     whole = model("rl.launch={backend: single}")
     whole = whole.work({step.name: step for step in whole.steps}["rl"])
@@ -329,7 +331,7 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
 )
 def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert launch.shares(LaunchSection(**given)) == found
+    assert launch.gpu_split(LaunchSection(**given)) == found
 
 
 @pytest.fixture
@@ -338,9 +340,9 @@ def rested(monkeypatch):
     made = object.__new__(Profiler)
     made._begun, made._on_gpu, made._last = (0.0, 0.0, 1000.0), False, None
     made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
-    monkeypatch.setattr(resources, "worked", lambda: made.now["worked"])
-    monkeypatch.setattr(resources, "forget", lambda: None)
-    monkeypatch.setattr(resources, "peak", lambda: 0)
+    monkeypatch.setattr(resources, "busy_seconds", lambda: made.now["worked"])
+    monkeypatch.setattr(resources, "reset_peak", lambda: None)
+    monkeypatch.setattr(resources, "peak_of_scarce", lambda: 0)
     clock = SimpleNamespace(
         perf_counter=lambda: made.now["wall"],
         process_time=lambda: made.now["own"],
@@ -389,7 +391,7 @@ def test_a_batch_has_enough_tokens(rested, each, most, on_gpu, tried, monkeypatc
 
 
 def test_memory_is_told_by_tokens():
-    assert Measured(100, 1.0, 30.0).mib_of(250) == 75 and Measured(100, 1.0, 30.0).mib_of(50) == 30
+    assert Measurement(100, 1.0, 30.0).mib_of(250) == 75 and Measurement(100, 1.0, 30.0).mib_of(50) == 30
 
 
 def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
@@ -400,9 +402,9 @@ def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "_STAT", stat)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     monkeypatch.setattr("os.sysconf", lambda _: 100)
-    assert resources.worked() == 2.0
+    assert resources.busy_seconds() == 2.0
     monkeypatch.setattr(resources, "_STAT", tmp_path / "none")
-    assert resources.worked() is None
+    assert resources.busy_seconds() is None
 
 
 def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
@@ -424,13 +426,13 @@ def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
 
 
 def test_estimates_survive_damage_and_a_store_that_cannot_be_written(tmp_path):
-    estimates.tell(tmp_path, {"a": Told(seconds=1, mib=2)})
-    estimates.tell(tmp_path, {"b": Told(seconds=3, mib=None)})
-    assert estimates.told(tmp_path, "a") == Told(seconds=1, mib=2)
-    assert estimates.told(tmp_path, "b").mib is None and estimates.told(tmp_path, "c") is None
+    estimates.save(tmp_path, {"a": PlannedCost(seconds=1, mib=2)})
+    estimates.save(tmp_path, {"b": PlannedCost(seconds=3, mib=None)})
+    assert estimates.load(tmp_path, "a") == PlannedCost(seconds=1, mib=2)
+    assert estimates.load(tmp_path, "b").mib is None and estimates.load(tmp_path, "c") is None
     (tmp_path / estimates.NAME).write_text('{"a": 7}')
-    assert estimates.told(tmp_path, "a") is None
-    estimates.tell(tmp_path / estimates.NAME, {"a": Told()})  # a file, not a folder
+    assert estimates.load(tmp_path, "a") is None
+    estimates.save(tmp_path / estimates.NAME, {"a": PlannedCost()})  # a file, not a folder
 
 
 def test_lengths():

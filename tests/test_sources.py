@@ -8,7 +8,7 @@ from conftest import make_step
 
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import rows as data
-from stages.engines import Pool
+from stages.engines import EngineCache
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.evaluation.benchmarks import jsonl, mmlu
 from stages.evaluation.grading import Context
@@ -121,7 +121,7 @@ def test_a_voter_is_the_commit_that_it_names(smoke, monkeypatch):
         raise ConfigError(f"{served.model.name} at {served.model.revision}")
 
     monkeypatch.setattr("stages.classify.resolve", lambda model: "float32")
-    monkeypatch.setattr(Pool, "get", seen)
+    monkeypatch.setattr(EngineCache, "get", seen)
     with pytest.raises(ConfigError, match=f"org/judge at {commit}"):
         make_step(config, "classify:train")
 

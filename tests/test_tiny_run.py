@@ -15,14 +15,14 @@ import torch
 from conftest import ROOT, Small, make_steps, once, processes, wait_for
 from trl import GRPOTrainer
 
-from stages.engines import Answer
+from stages.engines import Completion
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.models.base import load_base
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.records import read_jsonl, read_labels
 from stages.runtime import fork_server
 from stages.store.artifacts import Store
@@ -98,7 +98,7 @@ def test_the_adapter_is_plain_peft(whole, tiny):
 def test_theta_reruns_partition_and_what_follows(copied):
     config = copied("partition.theta=0.8")
     store = Store(config.root)
-    states = {name: state(store, step) for name, step in plan(resolved(config)).items()}
+    states = {name: state(store, step) for name, step in plan_steps(resolved(config)).items()}
     for name in ("partition:sft", "sft"):
         assert (states[name].state, states[name].why) == ("stale", "partition.theta was 0.9, now 0.8")
     made = make_steps(config)
@@ -140,7 +140,7 @@ def test_a_rebuilt_input_makes_what_follows_stale(copied):
             encoding="utf-8",
         )
     assert make_steps(config, "classify:train", force=True)["classify:train"][1]
-    states = {n: state(Store(config.root), s) for n, s in plan(resolved(config)).items()}
+    states = {n: state(Store(config.root), s) for n, s in plan_steps(resolved(config)).items()}
     assert (states["score"].state, states["score"].why) == ("stale", "classify:train was rebuilt")
     assert (states["partition:rl"].state, states["partition:rl"].why) == (
         "stale",
@@ -272,7 +272,7 @@ def test_answers_of_an_evaluation_are_journalled(copied):
     config = copied()
     before = _journals(config)
     assert len(before) == 4 and all(len(lines) == 16 for lines in before.values())
-    shutil.rmtree(Store(config.root).folder("eval", plan(resolved(config))["eval:rl@demo"].key))
+    shutil.rmtree(Store(config.root).folder("eval", plan_steps(resolved(config))["eval:rl@demo"].key))
     for path in (Path(config.runs_dir) / "answers").glob("*.jsonl"):
         path.write_bytes(b"".join(before[path.name][:10]) + b'{"question": "torn')
     make_steps(config, "eval:rl@demo")
@@ -306,9 +306,9 @@ def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
 
 def test_force_asks_again(copied, monkeypatch):
     config = copied("eval.parity_items=0")
-    same = Answer([65], True)
+    same = Completion([65], True)
     monkeypatch.setattr(
-        "stages.engines.in_process.continuations",
+        "stages.engines.in_process.generate",
         lambda _, __, prompts, *rest: enumerate([same] * len(prompts)),
     )
     assert make_steps(config, "eval:base@demo", force=True)["eval:base@demo"][1]
@@ -440,11 +440,13 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             assert not any(
-                state(Store(config.root), s).state == "damaged" for s in plan(resolved(config)).values()
+                state(Store(config.root), s).state == "damaged" for s in plan_steps(resolved(config)).values()
             )
     subprocess.run([*command, stage, str(path)], check=True, cwd=ROOT, capture_output=True)
     states = [
-        state(Store(config.root), s).state for s in plan(resolved(config)).values() if s.stage.name == stage
+        state(Store(config.root), s).state
+        for s in plan_steps(resolved(config)).values()
+        if s.stage.name == stage
     ]
     assert set(states) == {"current"}
 
@@ -480,7 +482,7 @@ def test_a_run_whose_stages_are_forked_makes_the_same_weights(begun, tmp_path, l
     assert [fork.returncode for fork in forks] == [0, 0]
 
     def weights() -> list[str]:
-        steps = plan(resolved(config))
+        steps = plan_steps(resolved(config))
         made = [state(Store(config.root), steps[name]).artifact for name in ("sft", "rl")]
         return [
             artifact.manifest["files"]["adapter/adapter_model.safetensors"]["sha256"] for artifact in made

@@ -11,7 +11,7 @@ from pydantic import ValidationInfo, model_validator
 from stages.config.evaluation import REGIONS as REGIONS
 from stages.config.evaluation import UNTRAINED as UNTRAINED
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
-from stages.config.fields import Section, known, setting
+from stages.config.fields import Section, registries_from, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
@@ -51,9 +51,9 @@ __all__ = [
 
 class Config(Section):
     run: str = setting(
-        "default", "Name of the run: a folder below runs_dir.", identity=False, pattern=r"^[\w][\w.-]*$"
+        "default", "Name of the run: a folder below runs_dir.", in_cache_key=False, pattern=r"^[\w][\w.-]*$"
     )
-    runs_dir: str = setting("runs", "Where runs are kept.", identity=False)
+    runs_dir: str = setting("runs", "Where runs are kept.", in_cache_key=False)
     seed: int = setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
     model: ModelSection = setting(..., "The base model.")
     data: DataSection = setting(DataSection(), "Training rows.")
@@ -74,7 +74,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _importance(self, info: ValidationInfo) -> "Config":
-        registries = known(info)
+        registries = registries_from(info)
         if not registries or registries["strategies"].has(self.partition.strategy, "unscored"):
             return self
         if self.lora.init == "default" and registries["scorers"].has(self.score.scorer, "product"):
@@ -97,7 +97,7 @@ class Config(Section):
     def _rescored(self, info: ValidationInfo) -> "Config":
         if not self.rl.rescore:
             return self
-        registries = known(info)
+        registries = registries_from(info)
         unscored = registries and registries["strategies"].has(self.partition.strategy, "unscored")
         for wrong, why in (
             (self.rl.start_from != "sft", "rl starts from the initial adapter"),

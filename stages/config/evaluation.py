@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from stages.config.fields import MOST_SAMPLES, Section, known, named, setting, without_false
+from stages.config.fields import MOST_SAMPLES, Section, named, registries_from, setting, without_false
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 UNTRAINED = ("base", "init")
@@ -21,31 +21,34 @@ class BenchmarkSection(SourceSection):
         True,
         "Label the rows too, so that results are split by system: true: as the training rows are; known: by "
         "the field that classify.known names.",
-        not_for="classify",
+        ignored_by="classify",
     )
     shots: int = setting(
-        0, "Worked examples in the prompt; 0 with lm_eval: as many as the task has.", not_for="classify", ge=0
+        0,
+        "Worked examples in the prompt; 0 with lm_eval: as many as the task has.",
+        ignored_by="classify",
+        ge=0,
     )
     shots_path: str | None = setting(
-        None, "File with the worked examples; none: the same hub data set.", identity=False
+        None, "File with the worked examples; none: the same hub data set.", in_cache_key=False
     )
     shots_split: str = setting(
-        "train", "Split with the worked examples, in a hub data set.", not_for="classify"
+        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify"
     )
     mode: Literal["generate", "likelihood"] = setting(
-        "generate", "likelihood (mmlu only): the answer is the likeliest choice.", not_for="classify"
+        "generate", "likelihood (mmlu only): the answer is the likeliest choice.", ignored_by="classify"
     )
-    max_new_tokens: int = setting(256, "Longest answer in tokens.", not_for="classify", gt=0)
-    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", not_for="classify", ge=0)
-    top_p: float = setting(1.0, "Nucleus sampling.", not_for="classify", gt=0, le=1)
+    max_new_tokens: int = setting(256, "Longest answer in tokens.", ignored_by="classify", gt=0)
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", ignored_by="classify", ge=0)
+    top_p: float = setting(1.0, "Nucleus sampling.", ignored_by="classify", gt=0, le=1)
     samples: int = setting(
-        1, "Answers per item; pass@k is estimated from them.", not_for="classify", gt=0, le=MOST_SAMPLES
+        1, "Answers per item; pass@k is estimated from them.", ignored_by="classify", gt=0, le=MOST_SAMPLES
     )
-    seed: int = setting(0, "Seed of sampled answers.", not_for="classify", ge=0)
+    seed: int = setting(0, "Seed of sampled answers.", ignored_by="classify", ge=0)
     prompt: PromptSection | None = setting(
-        None, "Overrides `prompt`, of which tasks of lm_eval read nothing.", not_for="classify"
+        None, "Overrides `prompt`, of which tasks of lm_eval read nothing.", ignored_by="classify"
     )
-    tasks: list[str] = setting([], "Tasks of the evaluation harness (lm_eval).", not_for="classify")
+    tasks: list[str] = setting([], "Tasks of the evaluation harness (lm_eval).", ignored_by="classify")
 
     @model_validator(mode="after")
     def _fits(self) -> "BenchmarkSection":
@@ -87,11 +90,11 @@ class EvalSection(Section):
         ["base", "sft", "rl"],
         "Which models to evaluate. s1_only, s2_only, shared: RL's adapter with the elements of that region "
         "alone, the others as they were initially.",
-        identity=False,
+        in_cache_key=False,
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = setting(
-        {}, "Benchmarks, each under a name of your choice.", identity=False
+        {}, "Benchmarks, each under a name of your choice.", in_cache_key=False
     )
     engine: Engine = setting(
         "auto",
@@ -101,16 +104,16 @@ class EvalSection(Section):
         None,
         "How many items base and init answer, whose answers often run to the longest that is allowed; none: "
         "all. Tasks of lm_eval have a limit of their own.",
-        identity=False,
+        in_cache_key=False,
         gt=0,
     )
     parity_items: int = setting(
         8,
         "How many of the first answers are checked against the unmerged adapter; 0: none.",
-        identity=False,
+        in_cache_key=False,
         ge=0,
     )
-    sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.", identity=False)
+    sandbox: SandboxSection = setting(SandboxSection(), "For benchmarks that run code.", in_cache_key=False)
 
     @field_validator("engine")
     @classmethod
@@ -126,7 +129,7 @@ class EvalSection(Section):
 
         An entry with its own `path` gets no defaults for reading rows, which belong to another data set.
         """
-        benchmarks = known(info).get("benchmarks")
+        benchmarks = registries_from(info).get("benchmarks")
         if not isinstance(entries, dict):
             return entries
         filled = {}
@@ -151,6 +154,6 @@ class EvalSection(Section):
     def _have_rows(cls, entries: dict[str, BenchmarkSection], info: ValidationInfo) -> Any:
         for name, entry in entries.items():
             harness = entry.kind == "lm_eval"
-            if known(info).get("benchmarks") and not (entry.tasks if harness else entry.path):
+            if registries_from(info).get("benchmarks") and not (entry.tasks if harness else entry.path):
                 raise ValueError(f"{name} needs {'tasks' if harness else 'a path, a file or a hub id'}")
         return entries

@@ -23,11 +23,15 @@ MOST_SAMPLES = 10_000
 
 
 def setting(
-    default: Any, doc: str, identity: bool = True, not_for: str | tuple[str, ...] = (), **constraints: Any
+    default: Any,
+    doc: str,
+    in_cache_key: bool = True,
+    ignored_by: str | tuple[str, ...] = (),
+    **constraints: Any,
 ) -> Any:
     """A field. `not_for` names what does not read it, though it reads the section: see `identity`."""
-    names = not_for if isinstance(not_for, str) else " ".join(not_for)
-    marks: dict[str, Any] = {"identity": identity, "not_for": names}
+    names = ignored_by if isinstance(ignored_by, str) else " ".join(ignored_by)
+    marks: dict[str, Any] = {"identity": in_cache_key, "not_for": names}
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
@@ -35,7 +39,7 @@ def named(kind: str, also: str = "") -> AfterValidator:
     """Validator: the name is `also`, or in the registry of this kind if there is one (see `known`)."""
 
     def check(name: str, info: ValidationInfo) -> str:
-        registries = known(info)
+        registries = registries_from(info)
         if registries and name != also:
             refuse(lambda: registries[kind].check(name))
         return name
@@ -65,7 +69,7 @@ def plain(value: Any) -> Any:
 Plain = AfterValidator(plain)
 
 
-def known(info: ValidationInfo) -> Mapping[str, Any]:
+def registries_from(info: ValidationInfo) -> Mapping[str, Any]:
     """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `engines`, `rewards`.
 
     There are none where a section is made in code rather than read from YAML.
@@ -100,7 +104,7 @@ class Section(BaseModel):
         return value
 
 
-def identity(value: Any, *readers: str) -> Any:
+def cache_key_fields(value: Any, *readers: str) -> Any:
     """The part of a section that determines a result, as plain JSON values.
 
     readers: the names of the stage and of its variant; a section's own strategy is another, for what is below
@@ -114,10 +118,10 @@ def identity(value: Any, *readers: str) -> Any:
             if not isinstance(marks, dict) or (
                 marks["identity"] and not set(str(marks["not_for"]).split()) & set(readers)
             ):
-                kept[name] = identity(getattr(value, name), *readers)
+                kept[name] = cache_key_fields(getattr(value, name), *readers)
         return kept
     if isinstance(value, list | tuple):
-        return [identity(item, *readers) for item in value]
+        return [cache_key_fields(item, *readers) for item in value]
     return value
 
 
@@ -132,6 +136,6 @@ def check_url(name: str, url: str) -> None:
         raise ValueError(f"{name} {url!r} is no address: expected http://HOST:PORT/…")
 
 
-def typed(value: float) -> Fraction:
+def as_decimal_fraction(value: float) -> Fraction:
     """The decimal as a person has typed it: 0.9 is 9/10, and not the nearest double."""
     return Fraction(str(value))

@@ -16,18 +16,20 @@ class ThinkingSection(Section):
 
 class Voter(Section):
     name: str | None = setting(None, "Its name in the labels; none: model/persona.")
-    model: str | None = setting(None, "Voting model; none: the base model, model.name.", identity=False)
-    revision: str = setting("main", "Branch, tag or commit of the voting model on the hub.", identity=False)
+    model: str | None = setting(None, "Voting model; none: the base model, model.name.", in_cache_key=False)
+    revision: str = setting(
+        "main", "Branch, tag or commit of the voting model on the hub.", in_cache_key=False
+    )
     engine: Engine = setting(
         "auto", "auto: openai if base_url is set, else vllm if it is installed, else transformers."
     )
     base_url: str | list[str] | None = setting(
         None,
         "A running OpenAI-compatible server (…/v1), or a list of servers of one model, which take turns.",
-        identity=False,
+        in_cache_key=False,
     )
     api_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable with the key for base_url.", identity=False
+        "OPENAI_API_KEY", "Environment variable with the key for base_url.", in_cache_key=False
     )
     persona: Persona = setting("role_play", "Prompt and label words of this voter.")
     words: tuple[str, str] | None = setting(None, "Label words for System 1 and 2; none: the persona's.")
@@ -37,7 +39,7 @@ class Voter(Section):
     shots_path: str | None = setting(
         None,
         "File with the worked examples (question, answer, system); none: lorapar's own.",
-        identity=False,
+        in_cache_key=False,
     )
     thinking: ThinkingSection | None = setting(
         None, "Let the voter think before it chooses; chat personas only."
@@ -57,12 +59,12 @@ class Voter(Section):
     devices: str | None = setting(
         None,
         "Devices of the voter's server, as in CUDA_VISIBLE_DEVICES; voters with devices run side by side.",
-        identity=False,
+        in_cache_key=False,
     )
     vllm: Annotated[dict[str, Any], Plain] = setting(
         {},
         "Arguments of the voter's vLLM server, added to server.vllm, e.g. {quantization: fp8}.",
-        identity=False,
+        in_cache_key=False,
     )
 
     @property
@@ -98,32 +100,40 @@ class Voter(Section):
 
 
 class ServerSection(Section):
-    concurrency: int = setting(64, "Requests in flight.", identity=False, gt=0, le=10_000)
+    concurrency: int = setting(64, "Requests in flight.", in_cache_key=False, gt=0, le=10_000)
     timeout_s: float = setting(
         600,
         "Longest time for one request, in seconds, its wait on the server included; long thoughts need more.",
-        identity=False,
+        in_cache_key=False,
         gt=0,
         le=LONGEST,
     )
     stall_s: float = setting(
-        900, "Seconds without any answer after which a server is given up.", identity=False, gt=0, le=LONGEST
+        900,
+        "Seconds without any answer after which a server is given up.",
+        in_cache_key=False,
+        gt=0,
+        le=LONGEST,
     )
-    batch_size: int = setting(64, "Answers that engine transformers writes at a time.", identity=False, gt=0)
+    batch_size: int = setting(
+        64, "Answers that engine transformers writes at a time.", in_cache_key=False, gt=0
+    )
     max_model_len: int = setting(
-        4096, "Context length, in tokens, of a vLLM server that lorapar starts.", identity=False, gt=0
+        4096, "Context length, in tokens, of a vLLM server that lorapar starts.", in_cache_key=False, gt=0
     )
     startup_s: float = setting(
-        600, "Seconds that server may take to start.", identity=False, gt=0, le=LONGEST
+        600, "Seconds that server may take to start.", in_cache_key=False, gt=0, le=LONGEST
     )
     vllm: Annotated[dict[str, Any], Plain] = setting(
-        {}, "Further arguments of that server, e.g. {tensor_parallel_size: 2}.", identity=False
+        {}, "Further arguments of that server, e.g. {tensor_parallel_size: 2}.", in_cache_key=False
     )
-    port: int | None = setting(None, "Port of that server; none: a free one.", identity=False, gt=0, lt=65536)
+    port: int | None = setting(
+        None, "Port of that server; none: a free one.", in_cache_key=False, gt=0, lt=65536
+    )
     adapter: Literal["auto", "merged", "module"] = setting(
         "auto",
         "How that server serves an adapter: merged into the weights or as LoRA module; auto: merged on CPU.",
-        identity=False,
+        in_cache_key=False,
     )
 
 
@@ -140,61 +150,61 @@ class ClassifySection(Section):
         None,
         "For strategy known: a .json object of id or question → 1 or 2, or JSON Lines or CSV with the field "
         "that `known` names; none: the rows have that field.",
-        identity=False,
+        in_cache_key=False,
     )
     swap: bool = setting(False, "Control: exchange the labels System 1 and System 2.")
-    voters: list[Voter] = setting([Voter()], "The voters.", not_for=UNVOTED, min_length=1)
+    voters: list[Voter] = setting([Voter()], "The voters.", ignored_by=UNVOTED, min_length=1)
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = setting(
-        "majority", "How votes become a label; the mean probability decides a tie.", not_for=UNVOTED
+        "majority", "How votes become a label; the mean probability decides a tie.", ignored_by=UNVOTED
     )
     quorum: float = setting(
         0.5,
         "An example is undecided if fewer than this share of the voters gave a valid vote.",
-        not_for=UNVOTED,
+        ignored_by=UNVOTED,
         ge=0,
         le=1,
     )
     min_agreement: float = setting(
         0,
         "An example is undecided if the larger side has less than this share of the votes.",
-        not_for=UNVOTED,
+        ignored_by=UNVOTED,
         ge=0,
         le=1,
     )
-    show_answer: bool = setting(True, "Show the voters the reference answer too.", not_for=UNVOTED)
+    show_answer: bool = setting(True, "Show the voters the reference answer too.", ignored_by=UNVOTED)
     system2_share: float | None = setting(
         None,
         "Known share of System 2; each voter then votes 2 for that share, and calibration is not used.",
-        not_for="known",
+        ignored_by="known",
         gt=0,
         lt=1,
     )
     held_out: str | None = setting(
         None,
         "File with labelled examples for calibration (question, answer, system); none: lorapar's own.",
-        identity=False,
+        in_cache_key=False,
     )
     known: str = setting(
         "system",
         "Field of the rows that may hold a known label (1 or 2); the report compares labels with it, and "
         "strategy known takes it.",
-        not_for="random",
+        ignored_by="random",
     )
     max_failed: float = setting(
         0.01,
         "Share of a voter's questions that may stay unanswered; if more do, the stage ends.",
-        identity=False,
+        in_cache_key=False,
         ge=0,
         le=1,
     )
     max_invalid: float = setting(
         0.1,
         "Share of a voter's answers that may be none of its words; if more are, the stage ends.",
-        identity=False,
+        in_cache_key=False,
         ge=0,
         le=1,
     )
-    seed: int = setting(0, "Seed of strategy random and of sampled votes.", not_for="known")
+    seed: int = setting(0, "Seed of strategy random and of sampled votes.", ignored_by="known")
 
     @model_validator(mode="after")
     def _reads(self) -> "ClassifySection":

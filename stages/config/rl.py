@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
-from stages.config.fields import Section, WithoutFalse, check_url, known, refuse, setting
+from stages.config.fields import Section, WithoutFalse, check_url, refuse, registries_from, setting
 from stages.config.training import AutoOff, TrainSection
 
 
@@ -15,11 +15,13 @@ class RolloutsSection(Section):
         "transformers",
         "Sampling by the trainer, by vLLM on the trainer's GPUs, or by a vLLM server on other GPUs.",
     )
-    base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", identity=False)
-    gpu_memory: float = setting(0.3, "Share of each GPU for a colocated vLLM.", identity=False, gt=0, lt=1)
-    tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", identity=False, gt=0)
+    base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
+    gpu_memory: float = setting(
+        0.3, "Share of each GPU for a colocated vLLM.", in_cache_key=False, gt=0, lt=1
+    )
+    tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", in_cache_key=False, gt=0)
     sleep: bool = setting(
-        False, "Free the memory of a colocated vLLM during optimizer steps.", identity=False
+        False, "Free the memory of a colocated vLLM during optimizer steps.", in_cache_key=False
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         setting(
@@ -51,7 +53,7 @@ class RlSection(TrainSection):
     rescore: bool = setting(
         False,
         "Choose RL's elements by importances scored again, at the SFT adapter (2604.14010).",
-        identity=False,
+        in_cache_key=False,
     )
     data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
@@ -125,9 +127,9 @@ class RlSection(TrainSection):
     rewards_file: str | None = setting(
         None,
         "Python file with your own reward functions, with the signature that TRL expects.",
-        identity=False,
+        in_cache_key=False,
     )
-    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", identity=False)
+    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", in_cache_key=False)
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     dropout: float = setting(
         0.0, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
@@ -135,13 +137,13 @@ class RlSection(TrainSection):
     save_steps: int = setting(
         5,
         "Optimizer steps between checkpoints; a killed run continues from the last one.",
-        identity=False,
+        in_cache_key=False,
         gt=0,
     )
     max_equal_steps: int = setting(
         20,
         "Stop after this many steps in a row in which all rewards of each group are equal.",
-        identity=False,
+        in_cache_key=False,
         gt=0,
     )
 
@@ -205,7 +207,7 @@ class RlSection(TrainSection):
 
     @model_validator(mode="after")
     def _rewards(self, info: ValidationInfo) -> "RlSection":
-        if registries := known(info):
+        if registries := registries_from(info):
             for name in self.rewards:
                 refuse(partial(registries["rewards"].check, name, self.rewards_file))
         return self

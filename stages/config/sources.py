@@ -14,8 +14,8 @@ Engine = Annotated[str, named("engines", also="auto")]
 
 
 class ModelSection(Section):
-    name: str = setting(..., "Base model: a local folder or a hub id.", identity=False)
-    revision: str = setting("main", "Branch, tag or commit of a hub model.", identity=False)
+    name: str = setting(..., "Base model: a local folder or a hub id.", in_cache_key=False)
+    revision: str = setting("main", "Branch, tag or commit of a hub model.", in_cache_key=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Type of the base weights; auto: that of the checkpoint, but on a CPU float32 unless it multiplies "
@@ -27,7 +27,7 @@ class ModelSection(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto",
         "Attention implementation; auto: the library's choice. On CPU eager is faster for short rows.",
-        identity=False,
+        in_cache_key=False,
     )
 
     @property
@@ -47,10 +47,10 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    path: str | None = setting(None, "A .jsonl or .jsonl.gz file, or a hub id.", identity=False)
+    path: str | None = setting(None, "A .jsonl or .jsonl.gz file, or a hub id.", in_cache_key=False)
     subset: str | None = setting(None, "Configuration name of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
-    revision: str = setting("main", "Revision of a hub data set.", identity=False)
+    revision: str = setting("main", "Revision of a hub data set.", in_cache_key=False)
     format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting(
         "auto", "Format of the rows; auto: told by their fields."
     )
@@ -64,9 +64,9 @@ class SourceSection(Section):
 
 
 class DataSection(SourceSection):
-    max_length: int = setting(512, "Longest prompt + response in tokens.", not_for="classify", gt=0)
+    max_length: int = setting(512, "Longest prompt + response in tokens.", ignored_by="classify", gt=0)
     too_long: Literal["error", "drop", "truncate"] = setting(
-        "error", "What to do with longer training rows.", not_for="classify"
+        "error", "What to do with longer training rows.", ignored_by="classify"
     )
 
 

@@ -76,8 +76,8 @@ class BaselineSection(Section):
 class ScoreSection(Section):
     scorer: Scorer = setting("taylor2", "Importance formula.")
     examples: int = setting(100, "Examples per system.", gt=0)
-    batch_size: int = setting(8, "Examples per forward pass.", identity=False, gt=0)
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
+    batch_size: int = setting(8, "Examples per forward pass.", in_cache_key=False, gt=0)
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False)
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 
 
@@ -91,22 +91,22 @@ class PartitionSection(Section):
     theta: float = setting(
         0.9,
         "Share of a system's total importance that its most important elements must reach.",
-        not_for=("all", *BY_DENSITY),
+        ignored_by=("all", *BY_DENSITY),
         gt=0,
         le=1,
     )
     density: float = setting(
         0.5,
         "Share of all elements that strategy topk takes for each system, and random_half in all.",
-        not_for=("all", *BY_THETA),
+        ignored_by=("all", *BY_THETA),
         gt=0,
         le=1,
     )
     alpha: float = setting(
-        1, "Share of the shared elements that SFT trains.", not_for="partition:rl", ge=0, le=1
+        1, "Share of the shared elements that SFT trains.", ignored_by="partition:rl", ge=0, le=1
     )
     beta: float = setting(
-        1, "Share of the shared elements that RL trains.", not_for="partition:sft", ge=0, le=1
+        1, "Share of the shared elements that RL trains.", ignored_by="partition:sft", ge=0, le=1
     )
 
 
@@ -127,17 +127,17 @@ class TrainSection(Section):
     epochs: float = setting(1, "Passes over the data.", gt=0, le=1e6)
     max_steps: int | None = setting(None, "Stop after this many optimizer steps; none: after epochs.", gt=0)
     gradient_checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass: less memory, more time.", identity=False
+        False, "Recompute activations in the backward pass: less memory, more time.", in_cache_key=False
     )
     save_steps: int = setting(
         25,
         "Optimizer steps between checkpoints; a killed run continues from the last one.",
-        identity=False,
+        in_cache_key=False,
         gt=0,
     )
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, identity=False)
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False)
     report_to: list[Tracker] = setting(
-        [], "Trackers that get every logged step; each needs its package.", identity=False
+        [], "Trackers that get every logged step; each needs its package.", in_cache_key=False
     )
     prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
 

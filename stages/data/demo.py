@@ -98,7 +98,7 @@ TEST_FACT_EVERY = 3
 
 
 @dataclass(frozen=True)
-class Item:
+class Problem:
     question: str
     answer: str
     """The worked answer; its last line is `#### ` and the final answer."""
@@ -146,9 +146,9 @@ def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
     return sizes
 
 
-def _items(rng: random.Random, split: str, total: int, shares: Shares, seen: set[str]) -> Iterator[Item]:
+def _items(rng: random.Random, split: str, total: int, shares: Shares, seen: set[str]) -> Iterator[Problem]:
     facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
-    makers: dict[str, Callable[[], Item]] = {
+    makers: dict[str, Callable[[], Problem]] = {
         "recall": lambda: _recall(rng, facts),
         "reading": lambda: _reading(rng),
         "one_step": lambda: _chain(rng, 1),
@@ -171,17 +171,17 @@ def _aside(rng: random.Random) -> str:
 
 def _item(
     rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int
-) -> Item:
+) -> Problem:
     lead = [_aside(rng) for _ in range(asides)]
-    return Item(" ".join(lead + sentences), f"{worked}\n#### {gold}", intended, kind)
+    return Problem(" ".join(lead + sentences), f"{worked}\n#### {gold}", intended, kind)
 
 
-def _recall(rng: random.Random, facts: list[tuple[str, str, str]]) -> Item:
+def _recall(rng: random.Random, facts: list[tuple[str, str, str]]) -> Problem:
     question, sentence, gold = rng.choice(facts)
     return _item(rng, [question], sentence, gold, 1, "recall", rng.randint(0, 2))
 
 
-def _reading(rng: random.Random) -> Item:
+def _reading(rng: random.Random) -> Problem:
     name, thing, box = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
     colours, counts = rng.sample(COLOURS, 3), rng.sample(range(2, 20), 3)
     asked = rng.randrange(3)
@@ -192,7 +192,7 @@ def _reading(rng: random.Random) -> Item:
     return _item(rng, [story, question], worked, str(counts[asked]), 1, "reading", rng.randint(0, 2))
 
 
-def _chain(rng: random.Random, steps: int) -> Item:
+def _chain(rng: random.Random, steps: int) -> Problem:
     story = _Story(rng.choice(NAMES), rng.choice(THINGS), 0, [], [])
     if rng.random() < 0.5:
         _packs(rng, story)

@@ -26,7 +26,7 @@ engines = Modules(
 
 
 @dataclass(frozen=True)
-class Served:
+class EngineSpec:
     """What an engine is opened for."""
 
     engine: str
@@ -43,24 +43,24 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Ballot:
+class ChoiceRequest:
     """A choice to make: which of the given words comes next."""
 
     text: str | list[dict[str, str]] | list[int]
     """A prompt to be continued, the messages of a chat, or token ids."""
     words: tuple[str, ...]
     """The words as they continue the text; for a vote, the words for System 1 and System 2."""
-    thought: int = 0
+    max_thinking_tokens: int = 0
     """Longest thought before the choice, in tokens."""
     temperature: float = 0.0
     seed: int = 0
-    weigh: bool = False
+    measure_mass: bool = False
     """Find out the mass of the words too, even if that takes a separate request."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    shares: tuple[float, ...]
+class ChoiceResult:
+    probabilities: tuple[float, ...]
     """Probability of each word relative to the other words; empty if the reply was none of them."""
     mass: float
     """Probability that any of the words comes next; -1 if the engine cannot tell."""
@@ -78,7 +78,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerateRequest:
     """A prompt to be answered in a model's own words."""
 
     ids: list[int]
@@ -99,7 +99,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     ids: list[int]
     """The tokens, including the stop token if there was one."""
     complete: bool
@@ -107,11 +107,13 @@ class Answer:
 
 
 class Engine(Protocol):
-    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """Yield each ballot's index and choice as soon as it is made, in any order."""
         ...
 
-    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+    def generate(
+        self, questions: list[GenerateRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
         """Yield each question's index and answer as soon as it is made, in any order."""
         ...
 
@@ -128,15 +130,15 @@ def same_model(probes: list[str], others: list[str]) -> bool:
     return sum(a == b for a, b in zip(probes, others, strict=True)) >= SAME_PROBES * len(probes)
 
 
-class Pool:
+class EngineCache:
     """The engine opened in this process, kept until the pool closes or another model needs its place."""
 
     def __init__(self) -> None:
-        self._served: Served | None = None
+        self._served: EngineSpec | None = None
         self._context: AbstractContextManager[Engine] | None = None
         self._engine: Engine | None = None
 
-    def get(self, served: Served, server: ServerSection, say: Callable[[str], None]) -> Engine:
+    def get(self, served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Engine:
         """The engine for a model; callers that ask for the same model share it."""
         if served != self._served or self._engine is None:
             self.close()
@@ -153,7 +155,7 @@ class Pool:
             context.__exit__(*(error or (None, None, None)))
             gc.collect()  # a model holds itself, and the next one needs its place
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> EngineCache:
         return self
 
     def __exit__(self, *error: Any) -> None:

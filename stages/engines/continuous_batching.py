@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.engines import Answer, Sampling
-from stages.engines.kv_cache import Memory, Reading
+from stages.engines import Completion, Sampling
+from stages.engines.kv_cache import KVCache, Prefill
 from stages.packing import support
-from stages.packing.batch import Flat
+from stages.packing.batch import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ FREE = 0.25
 
 
 @dataclass(frozen=True)
-class Ends:
+class StopConditions:
     """What ends an answer: a stop token, one of the texts, or its length."""
 
     sampling: Sampling
@@ -44,7 +44,7 @@ class Ends:
         return any(text in written for text in self.texts)
 
 
-def continuations(
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -52,18 +52,18 @@ def continuations(
     stops: tuple[str, ...] = (),
     seeds: list[int] | None = None,
     slots: int = SLOTS,
-) -> Iterator[tuple[int, Answer]]:
+) -> Iterator[tuple[int, Completion]]:
     """What the model writes after each prompt, as soon as it is written: the prompt's index and the answer.
 
     An answer goes up to the first stop token or text, which is included. seeds: one for each prompt, needed
     with a temperature; an answer follows from its seed, but for the rounding of what is computed beside it.
     slots: answers that are written at a time.
     """
-    ends = Ends(sampling, tokenizer, stops)
+    ends = StopConditions(sampling, tokenizer, stops)
     seeds = seeds or [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # equal beginnings stand together
-    if prompts and support.fits(model, prompts[0]):
-        yield from _Writer(model, ends, min(slots, len(prompts))).write(prompts, seeds, order)
+    if prompts and support.supports_packing(model, prompts[0]):
+        yield from _Batcher(model, ends, min(slots, len(prompts))).write(prompts, seeds, order)
         return
     for part in _batches(model, prompts, slots):
         made = _by_library(model, ends, [prompts[i] for i in part], seeds[part[0]])
@@ -71,7 +71,7 @@ def continuations(
 
 
 @dataclass
-class _Line:
+class _Slot:
     """An answer that is being written."""
 
     item: int
@@ -84,22 +84,22 @@ class _Line:
     over: bool = False
 
 
-class _Writer:
+class _Batcher:
     """Writes answers in a number of slots. A slot whose answer has ended takes the next prompt."""
 
-    def __init__(self, model: PreTrainedModel, ends: Ends, slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, ends: StopConditions, slots: int) -> None:
         self.model, self.ends, self.slots = model, ends, slots
-        self.memory = Memory(slots)
+        self.memory = KVCache(slots)
 
     @torch.no_grad()
     def write(
         self, prompts: list[list[int]], seeds: list[int], order: list[int]
-    ) -> Iterator[tuple[int, Answer]]:
-        waiting, lines, free = deque(order), list[_Line](), list(range(self.slots))
+    ) -> Iterator[tuple[int, Completion]]:
+        waiting, lines, free = deque(order), list[_Slot](), list(range(self.slots))
         while waiting or lines:
             if waiting and (not lines or len(free) >= FREE * self.slots):
                 new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                begun = [_Line(i, free.pop(), len(prompts[i]), self._draws(seeds[i])) for i in new]
+                begun = [_Slot(i, free.pop(), len(prompts[i]), self._draws(seeds[i])) for i in new]
                 logits = self._read([prompts[i] for i in new], [line.row for line in begun])
                 lines += begun
             else:
@@ -112,7 +112,7 @@ class _Writer:
             for line in begun:
                 if line.over:
                     free.append(line.row)
-                    yield line.item, Answer(line.ids, line.complete)
+                    yield line.item, Completion(line.ids, line.complete)
             lines = [line for line in lines if not line.over]
             if not waiting and lines and len(lines) <= (1 - FREE) * self.memory.rows:
                 self._close_up(lines)
@@ -133,34 +133,34 @@ class _Writer:
         """
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
         place = {tuple(ids): i for i, ids in enumerate(unique)}
-        row = Flat.of_prompts(unique, self.model.device)
+        row = PackedBatch.of_prompts(unique, self.model.device)
         owner = torch.tensor([place[tuple(ids)] for ids in prompts], device=self.model.device)
         self.memory.reserve(max(map(len, unique)) + 1)
-        reading = Reading(row, self.memory, owner, self._tensor(rows))
-        states = support.hidden(self.model, row.input_ids, row.position_ids, reading)
-        return self._logits(states[0, row.wanted()])[owner]
+        reading = Prefill(row, self.memory, owner, self._tensor(rows))
+        states = support.packed_hidden_states(self.model, row.input_ids, row.position_ids, reading)
+        return self._logits(states[0, row.target_positions()])[owner]
 
-    def _next(self, lines: list[_Line]) -> Tensor:
+    def _next(self, lines: list[_Slot]) -> Tensor:
         """Compute the last token of each line: logits (lines, vocabulary)."""
         at = self._tensor([line.at for line in lines])
-        self.memory.aim(self._tensor([line.row for line in lines]), at)
+        self.memory.set_positions(self._tensor([line.row for line in lines]), at)
         tokens = self._tensor([line.ids[-1] for line in lines])
         for line in lines:
             line.at += 1
-        return self._logits(support.hidden(self.model, tokens[None], at[None], self.memory)[0])
+        return self._logits(support.packed_hidden_states(self.model, tokens[None], at[None], self.memory)[0])
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(states).float()  # type: ignore[no-any-return]
 
-    def _pick(self, logits: Tensor, lines: list[_Line]) -> list[int]:
+    def _pick(self, logits: Tensor, lines: list[_Slot]) -> list[int]:
         sampling = self.ends.sampling
         if not sampling.temperature:
             return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
         draws = [line.draws[len(line.ids)] for line in lines]
-        return drawn(logits, sampling, torch.tensor(draws, device=logits.device)).tolist()  # type: ignore[no-any-return]
+        return sample_tokens(logits, sampling, torch.tensor(draws, device=logits.device)).tolist()  # type: ignore[no-any-return]
 
-    def _close_up(self, lines: list[_Line]) -> None:
-        self.memory.keep(self._tensor([line.row for line in lines]))
+    def _close_up(self, lines: list[_Slot]) -> None:
+        self.memory.compact(self._tensor([line.row for line in lines]))
         for row, line in enumerate(lines):
             line.row = row
 
@@ -168,7 +168,7 @@ class _Writer:
         return torch.tensor(values, device=self.model.device)
 
 
-def drawn(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """Tokens of the distributions in `logits` (rows, vocabulary), by one number in [0, 1) for each row.
 
     It is the first token, in the order of the vocabulary, with which the probabilities add up to more.
@@ -191,7 +191,7 @@ def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[i
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while order:
         same = len(prompts[order[0]])
-        part = [i for i in order[:size] if len(prompts[i]) == same or not support.has_prompt(model)]
+        part = [i for i in order[:size] if len(prompts[i]) == same or not support.is_prompt_learning(model)]
         order = order[len(part) :]
         yield part
 
@@ -205,7 +205,7 @@ def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 
 @torch.no_grad()
-def _by_library(model: Any, ends: Ends, prompts: list[list[int]], seed: int) -> list[Answer]:
+def _by_library(model: Any, ends: StopConditions, prompts: list[list[int]], seed: int) -> list[Completion]:
     """The same by the library's own generation, padded on the left; the whole batch has one seed."""
     sampling, pad = ends.sampling, ends.tokenizer.pad_token_id
     ids, mask = padded(prompts, pad, model.device)
@@ -248,7 +248,7 @@ def _no_defaults_of(model: Any) -> Iterator[None]:
 class _AtText:
     """Ends a row once it has generated one of the texts; the library's criterion also matches the prompt."""
 
-    def __init__(self, ends: Ends, prompt_tokens: int) -> None:
+    def __init__(self, ends: StopConditions, prompt_tokens: int) -> None:
         self.ends, self.start = ends, prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -256,9 +256,9 @@ class _AtText:
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _answer(ids: list[int], ends: Ends) -> Answer:
+def _answer(ids: list[int], ends: StopConditions) -> Completion:
     """The answer in a row, up to its end: rows that end before others are padded."""
     for number in range(1, len(ids) + 1):
         if ends.reached(ids[:number]):
-            return Answer(ids[:number], True)
-    return Answer(ids, False)
+            return Completion(ids[:number], True)
+    return Completion(ids, False)

@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.config import ServerSection
-from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served
-from stages.engines.continuous_batching import continuations, padded
+from stages.engines import (
+    ChoiceRequest,
+    ChoiceResult,
+    Completion,
+    EngineSpec,
+    Failure,
+    GenerateRequest,
+    Sampling,
+)
+from stages.engines.continuous_batching import generate, padded
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_merged
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
-from stages.packing.batch import Flat, common
+from stages.packing.batch import PackedBatch, common_prefix_length
 from stages.prompts.answers import THOUGHT
 from stages.prompts.renderer import chat
 
@@ -45,7 +53,7 @@ takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
 
 
 @contextmanager
-def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
+def open(served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
     say(f"loading {served.model.name} in this process")
     yield InProcess(
         load_merged(served.model, served.adapter), load_tokenizer(served.model), server.batch_size
@@ -58,7 +66,7 @@ class InProcess:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """One forward pass per batch; the words' probabilities are read at the first token that differs.
 
         Prompts with the same beginning (such as worked examples) follow each other, and each batch computes
@@ -66,13 +74,17 @@ class InProcess:
         of some are made before others think.
         """
         every = list(ballots)
-        size = THOUGHTS * self.batch_size if any(ballot.thought for ballot in every) else max(1, len(every))
+        size = (
+            THOUGHTS * self.batch_size
+            if any(ballot.max_thinking_tokens for ballot in every)
+            else max(1, len(every))
+        )
         for at in range(0, len(every), size):
             for i, choice in self._chosen(every[at : at + size]):
                 yield at + i, choice
 
     @torch.no_grad()
-    def _chosen(self, ballots: list[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+    def _chosen(self, ballots: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         pairs = enumerate(self._prepared(ballots))
         prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
@@ -94,29 +106,33 @@ class InProcess:
                         "try model.dtype=float32, or look at its weights",
                     )
                 shares = tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words)
-                yield i, Choice(shares, mass)
+                yield i, ChoiceResult(shares, mass)
 
-    def at_once(self, ballots: list[Ballot]) -> int:
+    def at_once(self, ballots: list[ChoiceRequest]) -> int:
         """How many of these, which do not think, one forward pass computes."""
         return max(batches(sorted(ids for ids, _ in self._prepared(ballots))))
 
-    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+    def generate(
+        self, questions: list[GenerateRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
         stops = tuple(dict.fromkeys(text for question in questions for text in question.stop))
         prompts, seeds = [question.ids for question in questions], [question.seed for question in questions]
-        return continuations(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
+        return generate(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits after each prompt: (prompts, vocabulary)."""
-        if not support.fits(self.model, prompts[0]):
+        if not support.supports_packing(self.model, prompts[0]):
             return self._last_of_padded(prompts)
-        row = Flat.of_prompts(prompts, self.model.device)
-        states = support.hidden(self.model, row.input_ids, row.position_ids, row)[0, row.wanted()]
+        row = PackedBatch.of_prompts(prompts, self.model.device)
+        states = support.packed_hidden_states(self.model, row.input_ids, row.position_ids, row)[
+            0, row.target_positions()
+        ]
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
     def _last_of_padded(self, prompts: list[list[int]]) -> torch.Tensor:
         """The same in padded batches, behind the cache of the common beginning if there is a long one."""
-        size = 1 if support.has_prompt(self.model) else BATCH
-        shared = min(common(prompts), min(map(len, prompts)) - 1)
+        size = 1 if support.is_prompt_learning(self.model) else BATCH
+        shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
         shared = shared if size > 1 and len(prompts) > 1 and shared >= WORTH_KEEPING else 0
         cache = self._cache(prompts[0][:shared]) if shared else None
         found = []
@@ -137,15 +153,15 @@ class InProcess:
         there = torch.tensor([ids], device=self.model.device)
         return self.model(input_ids=there, use_cache=True, logits_to_keep=1).past_key_values  # type: ignore[no-any-return]
 
-    def _prepared(self, ballots: list[Ballot]) -> Iterator[tuple[list[int], list[int]]]:
+    def _prepared(self, ballots: list[ChoiceRequest]) -> Iterator[tuple[list[int], list[int]]]:
         """For each ballot: the token ids up to where the words differ, and the words' ids there."""
-        prompts = [ballot_ids(self.tokenizer, ballot) for ballot in ballots]
-        thinking = [i for i, ballot in enumerate(ballots) if ballot.thought]
+        prompts = [choice_ids(self.tokenizer, ballot) for ballot in ballots]
+        thinking = [i for i, ballot in enumerate(ballots) if ballot.max_thinking_tokens]
         if thinking:
             first = ballots[thinking[0]]
-            sampling = Sampling(first.thought, (self.tokenizer.eos_token_id,), first.temperature)
+            sampling = Sampling(first.max_thinking_tokens, (self.tokenizer.eos_token_id,), first.temperature)
             asked, seeds = [prompts[i] for i in thinking], [ballots[i].seed for i in thinking]
-            for j, answer in continuations(
+            for j, answer in generate(
                 self.model, self.tokenizer, asked, sampling, (END,), seeds, self.batch_size
             ):
                 thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
@@ -157,7 +173,7 @@ class InProcess:
             yield ids + before, words
 
 
-def ballot_ids(tokenizer: PreTrainedTokenizerBase, ballot: Ballot) -> list[int]:
+def choice_ids(tokenizer: PreTrainedTokenizerBase, ballot: ChoiceRequest) -> list[int]:
     """The tokens of a question; ConfigError if it is a chat and the tokenizer has no template."""
     if isinstance(ballot.text, str):
         return list(tokenizer(ballot.text)["input_ids"])
@@ -179,7 +195,7 @@ def batches(prompts: list[list[int]]) -> Iterator[int]:
     """
     size = tokens = shared = cost = 0  # cost: tokens of the batch, with its beginning counted once
     for last, ids in zip([[], *prompts], prompts, strict=False):
-        same = min(shared, common([last, ids])) if size else len(ids)
+        same = min(shared, common_prefix_length([last, ids])) if size else len(ids)
         new = tokens + len(ids) - size * same
         if size and new > min(TOKENS, cost + len(ids)):
             yield size
@@ -219,7 +235,7 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> t
     ConfigError unless these next tokens are all different.
     """
     tokens = [_continuing(tokenizer, word) for word in words]
-    same = common(tokens)
+    same = common_prefix_length(tokens)
     if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
         raise ConfigError(f"the words {words} do not differ in one token")
     return tokens[0][:same], [ids[same] for ids in tokens]

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.packing.batch import Flat, How
+    from stages.packing.batch import AttentionArgs, PackedBatch
 
 COLUMNS = 64
 """Tokens by which the memory grows."""
 
 
-class Memory:
+class KVCache:
     """Keys and values of the rows that are being written, and how one new token of some of them attends."""
 
     def __init__(self, rows: int) -> None:
@@ -44,14 +44,14 @@ class Memory:
         for store, new in ((self.keys, key), (self.values, value)):
             store[layer][:, :, first : first + new.shape[2]].index_copy_(0, rows, new)
 
-    def keep(self, rows: Tensor) -> None:
+    def compact(self, rows: Tensor) -> None:
         """Give up all other rows."""
         self.rows = len(rows)
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
                 store[layer] = old.index_select(0, rows)
 
-    def aim(self, rows: Tensor, at: Tensor) -> None:
+    def set_positions(self, rows: Tensor, at: Tensor) -> None:
         """Say where the next tokens go: into these rows, at these columns."""
         self.width = int(at.max()) + 1
         self.reserve(self.width)
@@ -59,7 +59,7 @@ class Memory:
         last = at.new_zeros(self.rows).index_copy_(0, rows, at)
         self.mask = (torch.arange(self.width, device=at.device) <= last[:, None])[:, None, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         """Of one token in each aimed row. Rows that are not aimed at are computed, too, and not used."""
         heads, width = query.shape[1], query.shape[3]
         keys, values = self.keys[layer], self.values[layer]
@@ -77,21 +77,21 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prefill:
     """Attention over prompts that keeps what it reads: a branch of `row` goes into each row of `rows`."""
 
-    row: Flat
-    memory: Memory
+    row: PackedBatch
+    memory: KVCache
     owner: Tensor
     """(rows,): the branch."""
     rows: Tensor
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         first = 0
-        if self.row.heads is not None:
-            k, v = (self.row.heads.rectangle(x).expand(len(self.rows), -1, -1, -1) for x in (key, value))
+        if self.row.prefixes is not None:
+            k, v = (self.row.prefixes.rectangle(x).expand(len(self.rows), -1, -1, -1) for x in (key, value))
             self.memory.write(layer, k, v, self.rows, first)
             first = k.shape[2]
-        k, v = (self.row.branches.rectangle(x).index_select(0, self.owner) for x in (key, value))
+        k, v = (self.row.suffixes.rectangle(x).index_select(0, self.owner) for x in (key, value))
         self.memory.write(layer, k, v, self.rows, first)
         return self.row.attend(layer, query, key, value, how)

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Served
+from stages.engines import EngineSpec
 from stages.engines.openai.client import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
@@ -44,7 +44,7 @@ By default vLLM reserves a core for itself and 4 GB of cache; a small machine ha
 
 
 @contextmanager
-def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open(served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     """Start a server, wait until it is healthy, give a client, and stop it, even if this process is killed.
 
     `server.adapter` says whether an adapter is merged into a copy of the model or served as a LoRA module.
@@ -126,7 +126,7 @@ def _running(
 ) -> Iterator[Callable[[], ServerError | None]]:
     """The guarded server, once it is healthy; gives a call that says why it ended, if it has."""
     gc.collect()
-    resources.give_back()  # the server asks for nearly all of a GPU, and this process may still hold some
+    resources.release_memory()  # the server asks for nearly all of a GPU, and this process may still hold some
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     guard = subprocess.Popen(

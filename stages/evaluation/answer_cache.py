@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.config import BenchmarkSection
-from stages.engines import Ballot, Engine, Failure, Question, Sampling
+from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
 from stages.engines.openai.schema import TokenId
 from stages.errors import AnswerError, ArtifactError
 from stages.prompts.renderer import Asked
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
+class AnswerText:
     """The text of an answer, as it is graded."""
 
     text: str
@@ -34,7 +34,7 @@ class Given:
     extra: dict[str, Any]
 
 
-class Recorded(BaseModel):
+class CachedAnswer(BaseModel):
     """One answer in the journal: token ids, or for a choice the probability of each word."""
 
     model_config = ConfigDict(frozen=True)
@@ -43,7 +43,7 @@ class Recorded(BaseModel):
     shares: list[Annotated[float, Field(ge=0, le=1 + 1e-6)]] = []
 
     @model_validator(mode="after")
-    def _something(self) -> Recorded:
+    def _something(self) -> CachedAnswer:
         if not {"ids", "shares"} & self.model_fields_set:
             raise ValueError("neither ids nor shares")
         return self
@@ -53,7 +53,7 @@ class Recorded(BaseModel):
         """Index of the likeliest word."""
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> Given:
+    def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> AnswerText:
         """The likeliest word, or the text without special tokens, up to the first stop text."""
         if len(self.shares) != len(asked.words):
             raise ArtifactError(
@@ -61,14 +61,16 @@ class Recorded(BaseModel):
             )
         if self.shares:
             shown = [round(share, 6) for share in self.shares]
-            return Given(asked.words[self.best].strip(), True, {"shares": shown})
+            return AnswerText(asked.words[self.best].strip(), True, {"shares": shown})
         text = tokenizer.decode(self.ids, skip_special_tokens=True)
         ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
         length = {"tokens": len(self.ids)}
-        return Given(text[: min(ends)], True, length) if ends else Given(text, self.complete, length)
+        return (
+            AnswerText(text[: min(ends)], True, length) if ends else AnswerText(text, self.complete, length)
+        )
 
 
-class Replies:
+class AnswerCache:
     """The answers to all questions of a benchmark, from a journal and, where it lacks one, from an engine.
 
     Each journal belongs to one identity (model, adapter, engine) and one way of sampling. Each of its lines
@@ -95,10 +97,10 @@ class Replies:
             "stop": renderer.stop_ids,
             **(drawn if sampling.temperature else {}),
         }
-        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl", Recorded)
+        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl", CachedAnswer)
         self._again = again
         self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
-        self.recorded: dict[tuple[int, int], Recorded] = {}
+        self.recorded: dict[tuple[int, int], CachedAnswer] = {}
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
         """Ask for the answers that the journal lacks; the engine is started only if there are any."""
@@ -111,7 +113,7 @@ class Replies:
                 ready = engine()
                 progress.start(title, len(missing))
                 self._ask(ready, missing, progress)
-            self.recorded = {(i, n): Recorded(**self._journal[self._keys[i], n]) for i, n in wanted}
+            self.recorded = {(i, n): CachedAnswer(**self._journal[self._keys[i], n]) for i, n in wanted}
 
     def _ask(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
         choices = [(i, n) for i, n in missing if self._asked[i].words]
@@ -120,7 +122,7 @@ class Replies:
             for at, choice in engine.choose([self._ballot(i) for i, _ in choices]):
                 if isinstance(choice, Failure):
                     raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
-                self._keep(choices[at], {"shares": choice.shares, "mass": choice.mass})
+                self._keep(choices[at], {"shares": choice.probabilities, "mass": choice.mass})
                 progress.advance(1)
         if texts:
             questions = [self._question(i, n) for i, n in texts]
@@ -131,9 +133,9 @@ class Replies:
     def _keep(self, at: tuple[int, int], answer: dict[str, Any]) -> None:
         self._journal.keep((self._keys[at[0]], at[1]), answer)
 
-    def _ballot(self, i: int) -> Ballot:
-        return Ballot(self._asked[i].ids, self._asked[i].words)
+    def _ballot(self, i: int) -> ChoiceRequest:
+        return ChoiceRequest(self._asked[i].ids, self._asked[i].words)
 
-    def _question(self, i: int, n: int) -> Question:
+    def _question(self, i: int, n: int) -> GenerateRequest:
         seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})
-        return Question(self._asked[i].ids, self._asked[i].stop, seed)
+        return GenerateRequest(self._asked[i].ids, self._asked[i].stop, seed)

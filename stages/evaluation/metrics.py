@@ -42,7 +42,7 @@ def figures(samples: list[Sample]) -> dict[str, Any]:
     result: dict[str, Any] = {"n": len(items), "answers": len(samples)}
     result |= {name: outcomes[name] for name in OUTCOMES}
     for name, reading in (("", "correct"), ("_flexible", "correct_flexible")):
-        of_items = list(shares(items, reading).values())
+        of_items = list(accuracy_by_item(items, reading).values())
         result[f"accuracy{name}"] = sum(of_items) / len(of_items) if of_items else None
         result[f"interval{name}"] = interval(of_items) if of_items else None
     written = [sample.extra["tokens"] for sample in samples if "tokens" in sample.extra]
@@ -68,6 +68,6 @@ def graded(samples: list[Sample]) -> dict[str, list[Sample]]:
     return {item: part for item, part in items.items() if all(s.outcome != "refused" for s in part)}
 
 
-def shares(items: dict[str, list[Sample]], reading: str = "correct") -> dict[str, float]:
+def accuracy_by_item(items: dict[str, list[Sample]], reading: str = "correct") -> dict[str, float]:
     """Each item's share of correct answers, by the strict reading or by `correct_flexible`."""
     return {item: sum(getattr(s, reading) for s in part) / len(part) for item, part in items.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.config import ModelSection
 from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError
-from stages.evaluation.answer_cache import Recorded
+from stages.evaluation.answer_cache import CachedAnswer
 from stages.models.base import load_adapted, load_base
 from stages.prompts.renderer import Asked
 
@@ -36,7 +36,7 @@ LONGEST = 64
 
 @torch.no_grad()
 def check(
-    pairs: list[tuple[Asked, Recorded]],
+    pairs: list[tuple[Asked, CachedAnswer]],
     model: ModelSection,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,7 +74,7 @@ def check(
     return found
 
 
-def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, reply: Recorded) -> list[float]:
+def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, reply: CachedAnswer) -> list[float]:
     """How far the logit of each token of the reply, or of the word chosen, is below the best one."""
     before, words = word_tokens(tokenizer, asked.words) if reply.shares else ([], [])
     ids = reply.ids[:LONGEST]

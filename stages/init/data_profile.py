@@ -11,7 +11,7 @@ from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
-from stages.models.load_errors import config_of, reading
+from stages.models.load_errors import config_of, load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
 from stages.prompts.answers import letter, number
@@ -147,6 +147,6 @@ def _model(model: ModelSection) -> tuple[int | None, set[str]]:
     from stages.lora.adapter.adapter import linear_modules
 
     config = config_of(model)
-    with reading("model", model), torch.device("meta"):
+    with load_errors("model", model), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     return getattr(config, "max_position_embeddings", None), linear_modules(base)

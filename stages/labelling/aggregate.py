@@ -14,7 +14,7 @@ EDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class Voice:
+class VoterResult:
     """What one voter said."""
 
     given: Mapping[str, float | None]
@@ -27,12 +27,12 @@ class Voice:
         value = self.given[id]
         return None if value is None else 1 / (1 + math.exp(log_odds(self.threshold) - log_odds(value)))
 
-    def at_share(self, share: float) -> tuple[Voice, set[str]]:
+    def at_share(self, share: float) -> tuple[VoterResult, set[str]]:
         """The voice with the threshold that `share` of the valid examples reach, and those; ties go by id."""
         valid = {id: value for id, value in self.given.items() if value is not None}
         above = sorted(valid, key=lambda id: (-valid[id], id))[: round(share * len(valid))]
         threshold = min((valid[id] for id in above), default=1.0)
-        return Voice(self.given, threshold, self.weight), set(above)
+        return VoterResult(self.given, threshold, self.weight), set(above)
 
     def above(self) -> set[str]:
         """The examples for which it votes 2."""
@@ -44,9 +44,9 @@ def log_odds(probability: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-def decide(
-    examples: list[Example], voices: Mapping[str, Voice], section: ClassifySection
-) -> tuple[list[Labelled], dict[str, Voice], dict[str, set[str]]]:
+def aggregate(
+    examples: list[Example], voices: Mapping[str, VoterResult], section: ClassifySection
+) -> tuple[list[Labelled], dict[str, VoterResult], dict[str, set[str]]]:
     """Labels by `section.rule`, the voices with the thresholds used, and per voter the examples it votes 2.
 
     - A voter votes 2 above its threshold. Where the share of System 2 is known, it instead votes 2 for that

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from stages.labelling.aggregate import log_odds
 from stages.labelling.agreement import auc
-from stages.labelling.personas import Judged
+from stages.labelling.personas import CalibrationExample
 
 LEAST_EXAMPLES = 24
 POOR_AUC = 0.65
@@ -27,7 +27,7 @@ class Calibration:
 
 
 def calibrate(
-    method: str, judged: list[Judged], given: list[float | None], free: list[float | None]
+    method: str, judged: list[CalibrationExample], given: list[float | None], free: list[float | None]
 ) -> Calibration:
     """The threshold by `method`, and the AUC on the labelled examples.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.data.rows import encodes
-from stages.engines import Ballot
+from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.known import system_of
 from stages.records import Example, problems, read_jsonl
@@ -35,7 +35,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "...", "Lorem ipsum.")
 
 
 @dataclass(frozen=True)
-class Judged:
+class CalibrationExample:
     """A question with its answer and a label that is beyond doubt."""
 
     question: str
@@ -44,7 +44,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Brief:
+class PersonaContext:
     """What a persona needs beside the example."""
 
     target: str
@@ -52,31 +52,31 @@ class Brief:
     show_answer: bool
     words: tuple[str, str] | None = None
     """Label words for System 1 and 2; None: the persona's own."""
-    shots: tuple[Judged, ...] = ()
+    shots: tuple[CalibrationExample, ...] = ()
 
 
-def brief_of(voter: Voter, target: str, show_answer: bool) -> Brief:
+def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaContext:
     """What the voter's persona needs, with worked examples if it takes any.
 
     target: name of the model that a role-playing voter plays.
     """
     file = Path(voter.shots_path) if voter.shots_path else SHOTS
     worked = shots(file, voter.shots) if personas.has(voter.persona, "few-shot") else ()
-    return Brief(target, show_answer, voter.words, worked)
+    return PersonaContext(target, show_answer, voter.words, worked)
 
 
-def held_out(path: str | None) -> list[Judged]:
+def held_out(path: str | None) -> list[CalibrationExample]:
     """The labelled examples for calibration: those of a person's file, or lorapar's own."""
     return read_judged(Path(path) if path else HELD_OUT)
 
 
-def read_judged(path: Path) -> list[Judged]:
+def read_judged(path: Path) -> list[CalibrationExample]:
     """Rows with question, answer and system (1 or 2); DataError lists all that lack one of them."""
     found, bad = [], []
     for number, row in read_jsonl(path):
         system = system_of(row.get("system"))
         if system and isinstance(row.get("question"), str) and encodes(row):
-            found.append(Judged(row["question"], str(row.get("answer", "")), system))
+            found.append(CalibrationExample(row["question"], str(row.get("answer", "")), system))
         else:
             bad.append(f"{path}:{number}")
     if bad:
@@ -86,7 +86,7 @@ def read_judged(path: Path) -> list[Judged]:
     return found
 
 
-def shots(path: Path, number: int) -> tuple[Judged, ...]:
+def shots(path: Path, number: int) -> tuple[CalibrationExample, ...]:
     """The first `number` examples of a file, System 1 and System 2 in turn; DataError if there are fewer."""
     rows = read_judged(path)
     ones, twos = ([row for row in rows if row.system == k] for k in (1, 2))
@@ -99,20 +99,20 @@ def shots(path: Path, number: int) -> tuple[Judged, ...]:
 
 
 @personas.add("chat")
-def role_play(example: Example, brief: Brief) -> Ballot:
+def role_play(example: Example, brief: PersonaContext) -> ChoiceRequest:
     """The paper's persona: in a chat, judge as the named model would, from criteria, question and answer."""
     system = f"You are {brief.target}. Judge each question as you would meet it yourself, briefly."
     return _chat(system, example, brief, f"Which system does {brief.target} need?")
 
 
 @personas.add("chat")
-def judge(example: Example, brief: Brief) -> Ballot:
+def judge(example: Example, brief: PersonaContext) -> ChoiceRequest:
     """`role_play` without the role: the paper's ablation."""
     system = "You judge how much thought a question needs, briefly."
     return _chat(system, example, brief, "Which system does it need?")
 
 
-def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
+def _chat(system: str, example: Example, brief: PersonaContext, ask: str) -> ChoiceRequest:
     one, two = words = brief.words or ("System1", "System2")
     criteria = (
         f"{one}: immediate recall, plain reading comprehension, or one simple step. "
@@ -120,11 +120,11 @@ def _chat(system: str, example: Example, brief: Brief, ask: str) -> Ballot:
     )
     answer = f"\nAnswer: {example.response}" if brief.show_answer else ""
     user = f"{criteria}\n\nQuestion: {example.prompt}{answer}\n\n{ask} Answer {one} or {two}."
-    return Ballot([{"role": "system", "content": system}, {"role": "user", "content": user}], words)
+    return ChoiceRequest([{"role": "system", "content": system}, {"role": "user", "content": user}], words)
 
 
 @personas.add("few-shot")
-def steps(example: Example, brief: Brief) -> Ballot:
+def steps(example: Example, brief: PersonaContext) -> ChoiceRequest:
     """Few-shot completion: does the question need one step or many? For small models."""
     one, two = words = brief.words or ("one", "many")
     head = f"How many steps does each question need, {one} or {two}?"
@@ -132,7 +132,7 @@ def steps(example: Example, brief: Brief) -> Ballot:
 
 
 @personas.add("few-shot")
-def effort(example: Example, brief: Brief) -> Ballot:
+def effort(example: Example, brief: PersonaContext) -> ChoiceRequest:
     """Few-shot completion: is the question easy or hard? For small models."""
     one, two = words = brief.words or ("easy", "hard")
     head = (
@@ -143,14 +143,14 @@ def effort(example: Example, brief: Brief) -> Ballot:
 
 
 @personas.add()
-def simplicity(example: Example, brief: Brief) -> Ballot:
+def simplicity(example: Example, brief: PersonaContext) -> ChoiceRequest:
     """Zero-shot completion: is the question simple or complex? For small models."""
     one, two = brief.words or ("simple", "complex")
     asked = _question(example.prompt, example.response, brief)
-    return Ballot(f"{asked}\nThis question is", (f" {one}", f" {two}"))
+    return ChoiceRequest(f"{asked}\nThis question is", (f" {one}", f" {two}"))
 
 
-def _question(question: str, answer: str, brief: Brief) -> str:
+def _question(question: str, answer: str, brief: PersonaContext) -> str:
     return f"Question: {question}" + (f"\nAnswer: {_worked(answer)}" if brief.show_answer else "")
 
 
@@ -159,15 +159,17 @@ def _worked(answer: str) -> str:
     return " ".join(answer.partition("####")[0].split())
 
 
-def _few_shot(head: str, cue: str, words: tuple[str, str], example: Example, brief: Brief) -> Ballot:
+def _few_shot(
+    head: str, cue: str, words: tuple[str, str], example: Example, brief: PersonaContext
+) -> ChoiceRequest:
     parts = [head]
     for row in brief.shots:
         parts.append(f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}")
     parts.append(f"{_question(example.prompt, example.response, brief)}\n{cue}")
-    return Ballot("\n\n".join(parts), (f" {words[0]}", f" {words[1]}"))
+    return ChoiceRequest("\n\n".join(parts), (f" {words[0]}", f" {words[1]}"))
 
 
-def as_example(row: Judged) -> Example:
+def as_example(row: CalibrationExample) -> Example:
     """A labelled example in the form in which voters are asked about it."""
     return Example(f"held_out/{row.question}", row.question, row.answer, None)
 

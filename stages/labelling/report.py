@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection
-from stages.labelling.aggregate import Voice, rounded
+from stages.labelling.aggregate import VoterResult, rounded
 from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.labelling.known import system_of
-from stages.labelling.votes import Votes
+from stages.labelling.votes import VoterLog
 from stages.records import Labelled
 
 CONTESTED = 10
@@ -31,8 +31,8 @@ def counts(rows: list[Labelled]) -> dict[str, Any]:
 
 def report(
     rows: list[Labelled],
-    boxes: list[Votes],
-    held: dict[str, Voice],
+    boxes: list[VoterLog],
+    held: dict[str, VoterResult],
     twos: dict[str, set[str]],
     found: dict[str, Calibration],
     section: ClassifySection,

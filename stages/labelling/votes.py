@@ -11,17 +11,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from stages.config import Voter
-from stages.engines import Ballot, Choice, Engine, Failure, same_model
+from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure, same_model
 from stages.engines.openai.client import Client
 from stages.errors import AnswerError
-from stages.labelling.personas import Brief, is_judged, personas
+from stages.labelling.personas import PersonaContext, is_judged, personas
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VoteRequest:
     """One question to one voter: an example and the number of the sample."""
 
     example: Example
@@ -38,7 +38,7 @@ class Vote(BaseModel):
     text: str = ""
 
 
-class Votes:
+class VoterLog:
     """One voter's answers, journalled by ballot and sample; no question in the journal is asked again.
 
     A journal belongs to one persona and to one way of answering: model, data type, engine, temperature,
@@ -48,7 +48,14 @@ class Votes:
     """
 
     def __init__(
-        self, voter: Voter, title: str, model_title: str, identity: str, brief: Brief, seed: int, folder: Path
+        self,
+        voter: Voter,
+        title: str,
+        model_title: str,
+        identity: str,
+        brief: PersonaContext,
+        seed: int,
+        folder: Path,
     ) -> None:
         """identity: identifies the model and everything else that changes its answers."""
         self.voter, self.title = voter, title
@@ -69,7 +76,7 @@ class Votes:
         self.failures: list[tuple[str, Failure]] = []
         """Example id and reason for each question that got no answer."""
 
-    def shares(self, other: Votes) -> bool:
+    def same_journal(self, other: VoterLog) -> bool:
         """Whether both keep their answers in one journal: they are one model, for all that was said."""
         return self._journal.path == other._journal.path
 
@@ -81,14 +88,16 @@ class Votes:
     def _count(self) -> None:
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 
-    def missing(self) -> list[Wanted]:
+    def missing(self) -> list[VoteRequest]:
         """The questions whose answers are not in the journal."""
-        wanted: dict[tuple[str, int], Wanted] = {}
+        wanted: dict[tuple[str, int], VoteRequest] = {}
         for example in self.examples:
             for sample in range(self.voter.samples):
                 question = (self._key(example), sample)
                 if question not in self._journal:
-                    wanted.setdefault(question, Wanted(example, sample))  # equal questions are asked once
+                    wanted.setdefault(
+                        question, VoteRequest(example, sample)
+                    )  # equal questions are asked once
         return list(wanted.values())
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Generator[None, None, None]:
@@ -118,11 +127,11 @@ class Votes:
                 self._keep(missing[i], found)
                 yield
 
-    def _keep(self, wanted: Wanted, found: Choice | Failure) -> None:
+    def _keep(self, wanted: VoteRequest, found: ChoiceResult | Failure) -> None:
         if isinstance(found, Failure):
             self.failures.append((wanted.example.id, found))
             return
-        system2 = found.shares[1] if found.shares else None
+        system2 = found.probabilities[1] if found.probabilities else None
         answer = {"example": wanted.example.id, "system2": system2, "mass": found.mass}
         if found.text:
             answer["text"] = found.text
@@ -176,19 +185,21 @@ class Votes:
                 if answer is not None:
                     yield answer
 
-    def _ballot(self, wanted: Wanted) -> Ballot:
-        ballot: Ballot = self._persona(wanted.example, self.brief)
-        ballot = replace(ballot, weigh=is_judged(wanted.example))
+    def _ballot(self, wanted: VoteRequest) -> ChoiceRequest:
+        ballot: ChoiceRequest = self._persona(wanted.example, self.brief)
+        ballot = replace(ballot, measure_mass=is_judged(wanted.example))
         if self.voter.thinking or self.voter.temperature:
             thought = self.voter.thinking.max_tokens if self.voter.thinking else 0
             asked = {"question": self._key(wanted.example), "seed": self._seed, "sample": wanted.sample}
             seed = seed_of(asked)
-            ballot = replace(ballot, thought=thought, temperature=self.voter.temperature, seed=seed)
+            ballot = replace(
+                ballot, max_thinking_tokens=thought, temperature=self.voter.temperature, seed=seed
+            )
         return ballot
 
     def _key(self, example: Example) -> str:
         """The digest of the question as asked; the example's id would not change with the persona's text."""
         if example.id not in self._keys:
-            ballot: Ballot = self._persona(example, self.brief)
+            ballot: ChoiceRequest = self._persona(example, self.brief)
             self._keys[example.id] = key_of({"text": ballot.text, "words": ballot.words})
         return self._keys[example.id]

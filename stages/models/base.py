@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
-from stages.models.load_errors import complete, reading
+from stages.models.load_errors import check_no_missing_weights, load_errors
 from stages.runtime import libraries
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrai
     kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if model.load_in_4bit:
         kind |= _four_bit(dtype)
-    with reading("model", model):
+    with load_errors("model", model):
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **kind
         )
-        complete(model, found["missing_keys"])
+        check_no_missing_weights(model, found["missing_keys"])
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
         # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
@@ -57,7 +57,7 @@ def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrai
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if loaded.device.type == device().type:  # else nothing is computed before it is moved
-        with reading("model", model):
+        with load_errors("model", model):
             _try(loaded)
     return loaded.eval()
 

@@ -17,7 +17,7 @@ CHANGED = "the folder may be incomplete or of another kind: compare it with wher
 
 
 @contextmanager
-def reading(what: str, model: ModelSection) -> Iterator[None]:
+def load_errors(what: str, model: ModelSection) -> Iterator[None]:
     """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
     if not Path(model.name).exists() and not model.of_hub:
         raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
@@ -44,7 +44,7 @@ def config_of(model: ModelSection) -> Any:
     """The config of the model, of transformers' class for it."""
     from transformers import AutoConfig
 
-    with reading("model", model):
+    with load_errors("model", model):
         return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
@@ -58,7 +58,7 @@ def positions(config: Any) -> int | None:
     return int(found) if found else None
 
 
-def complete(model: ModelSection, missing: Iterable[str]) -> None:
+def check_no_missing_weights(model: ModelSection, missing: Iterable[str]) -> None:
     """DataError if parameters of the model have no weights in its files: they would be random."""
     names = sorted(missing)
     if names:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import ModelSection
 from stages.errors import DataError
-from stages.models.load_errors import reading
+from stages.models.load_errors import load_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with reading("the tokenizer of", model):
+    with load_errors("the tokenizer of", model):
         tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
     if tokenizer.eos_token_id is None:
         raise DataError(

@@ -19,7 +19,7 @@ from stages.prompts.renderer import IGNORED
 
 
 @dataclass(frozen=True)
-class Branch:
+class Suffix:
     """What follows a shared beginning."""
 
     ids: list[int]
@@ -28,15 +28,15 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """Sequences with the same beginning, on whose own tokens nothing is to be predicted."""
 
-    shared: list[int]
-    branches: list[Branch]
+    prefix: list[int]
+    suffixes: list[Suffix]
 
 
 @dataclass(frozen=True)
-class How:
+class AttentionArgs:
     """What a layer says of its attention."""
 
     scale: float | None
@@ -44,10 +44,10 @@ class How:
     dropout: float = 0.0
 
 
-class Layout(Protocol):
+class AttentionLayout(Protocol):
     """How attention finds the sequences in a row."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         """Attention over a row: query (1, heads, tokens, width), key and value with as many heads or fewer.
 
         Returns (1, tokens, heads, width).
@@ -55,7 +55,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Flat:
+class PackedBatch:
     """Groups in one row: first all shared beginnings, then all branches."""
 
     input_ids: Tensor
@@ -64,24 +64,24 @@ class Flat:
     """(1, tokens): a branch goes on where its beginning ends."""
     targets: Tensor
     """(1, tokens)"""
-    heads: Cells | None
+    prefixes: RaggedIndex | None
     """The beginnings in a rectangle; None if there are none."""
-    branches: Cells
-    owner: Tensor
+    suffixes: RaggedIndex
+    prefix_of: Tensor
     """(branches,): row in `heads`."""
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device) -> Flat:
-        branches = [branch for group in groups for branch in group.branches]
-        shared = [group.shared for group in groups]
+    def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
+        branches = [branch for group in groups for branch in group.suffixes]
+        shared = [group.prefix for group in groups]
         rows = [*shared, *(branch.ids for branch in branches)]
-        begins = [len(group.shared) for group in groups for _ in group.branches]
+        begins = [len(group.prefix) for group in groups for _ in group.suffixes]
         positions = [range(len(ids)) for ids in shared]
         positions += [range(begin, begin + len(b.ids)) for begin, b in zip(begins, branches, strict=True)]
         targets = [IGNORED] * sum(map(len, shared)) + [t for branch in branches for t in branch.targets]
-        heads = Cells.of([len(ids) for ids in shared], 0, device) if any(shared) else None
-        own = Cells.of([len(b.ids) for b in branches], sum(map(len, shared)), device)
-        owner = [i for i, group in enumerate(groups) for _ in group.branches]
+        heads = RaggedIndex.of([len(ids) for ids in shared], 0, device) if any(shared) else None
+        own = RaggedIndex.of([len(b.ids) for b in branches], sum(map(len, shared)), device)
+        owner = [i for i, group in enumerate(groups) for _ in group.suffixes]
 
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, device=device)
@@ -90,20 +90,20 @@ class Flat:
             input_ids=tensor([i for row in rows for i in row])[None],
             position_ids=tensor([i for row in positions for i in row])[None],
             targets=tensor(targets)[None],
-            heads=heads,
-            branches=own,
-            owner=tensor(owner),
+            prefixes=heads,
+            suffixes=own,
+            prefix_of=tensor(owner),
         )
 
     @classmethod
-    def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> Flat:
+    def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> PackedBatch:
         """Prompts with one token to predict, after each; what they all begin with stands there once."""
-        shared = min(common(prompts), min(map(len, prompts)) - 1)
+        shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
         marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
-        branches = [Branch(ids[shared:], mark) for ids, mark in zip(prompts, marks, strict=True)]
-        return cls.of([Group(prompts[0][:shared], branches)], device)
+        branches = [Suffix(ids[shared:], mark) for ids, mark in zip(prompts, marks, strict=True)]
+        return cls.of([PrefixGroup(prompts[0][:shared], branches)], device)
 
-    def wanted(self) -> Tensor:
+    def target_positions(self) -> Tensor:
         """Places of the tokens that have a target."""
         return (self.targets[0] != IGNORED).nonzero()[:, 0]
 
@@ -113,24 +113,24 @@ class Flat:
 
         A branch sees all of its beginning, and of itself what is not later.
         """
-        assert self.heads is not None
-        number, width = self.branches.index.shape
-        before = self.heads.real[self.owner][:, None].expand(-1, width, -1)
+        assert self.prefixes is not None
+        number, width = self.suffixes.index.shape
+        before = self.prefixes.real[self.prefix_of][:, None].expand(-1, width, -1)
         own = torch.ones(width, width, dtype=torch.bool, device=before.device).tril()
         return torch.cat([before, own.expand(number, -1, -1)], -1)[:, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-        q, k, v = (self.branches.rectangle(x) for x in (query, key, value))
-        if self.heads is None:
-            return self.branches.flatten(_causal(q, k, v, how))[None]
-        first_q, first_k, first_v = (self.heads.rectangle(x) for x in (query, key, value))
-        k, v = (torch.cat([x.index_select(0, self.owner), y], 2) for x, y in ((first_k, k), (first_v, v)))
-        first = self.heads.flatten(_causal(first_q, first_k, first_v, how))
-        return torch.cat([first, self.branches.flatten(_masked(q, k, v, self.mask, how))])[None]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
+        q, k, v = (self.suffixes.rectangle(x) for x in (query, key, value))
+        if self.prefixes is None:
+            return self.suffixes.flatten(_causal(q, k, v, how))[None]
+        first_q, first_k, first_v = (self.prefixes.rectangle(x) for x in (query, key, value))
+        k, v = (torch.cat([x.index_select(0, self.prefix_of), y], 2) for x, y in ((first_k, k), (first_v, v)))
+        first = self.prefixes.flatten(_causal(first_q, first_k, first_v, how))
+        return torch.cat([first, self.suffixes.flatten(_masked(q, k, v, self.mask, how))])[None]
 
 
 @dataclass(frozen=True)
-class Cells:
+class RaggedIndex:
     """Where the sequences of a row stand in a rectangle (sequences, longest), filled from the left."""
 
     index: Tensor
@@ -141,7 +141,7 @@ class Cells:
     """(tokens,): for each token in the order of the row its place in the flattened rectangle."""
 
     @classmethod
-    def of(cls, lengths: list[int], first: int, device: torch.device) -> Cells:
+    def of(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
         sizes = torch.tensor(lengths, device=device)
         column = torch.arange(int(sizes.max()), device=device)
         real = column < sizes[:, None]
@@ -159,7 +159,7 @@ class Cells:
         made = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.places, x)
         return made.view(*self.real.shape, -1)
 
-    def owners(self) -> Tensor:
+    def sequence_of(self) -> Tensor:
         """(tokens,): the sequence of each token."""
         return self.places // self.real.shape[1]
 
@@ -168,7 +168,7 @@ class Cells:
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
     """Each row by itself; what is behind its end is computed and not used."""
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -176,7 +176,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
     )
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: How) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: AttentionArgs) -> Tensor:
     """The heads that share a key stand one below the other, so that no key is repeated."""
     rows, heads, width, size = query.shape
     times = heads // key.shape[1]
@@ -191,7 +191,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: How) -
     return found.view(rows, heads, width, size)
 
 
-def common(rows: Sequence[list[int]]) -> int:
+def common_prefix_length(rows: Sequence[list[int]]) -> int:
     """Length of the beginning that all rows share."""
     first, last = min(rows), max(rows)  # in sorted order, these two differ the earliest
     return next(

@@ -13,22 +13,24 @@ PART = 2**24
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TokenLogprobs:
     """For each hidden state: (tokens,) each, at least float32."""
 
     log_probs: Tensor
     entropy: Tensor
     """Of the whole distribution; without gradient."""
-    likeliest: Tensor
+    is_top1: Tensor
     """Whether no other token is likelier; bool."""
 
 
-def chosen(hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0) -> Chosen:
+def selected_logprobs(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0
+) -> TokenLogprobs:
     """What the head gives for `targets` (tokens,) at the hidden states (tokens, width).
 
     Only the log-probabilities have a gradient, and it goes to the hidden states alone: the head is frozen.
     """
-    return Chosen(*_Chosen.apply(hidden, head.weight, head.bias, targets, temperature))
+    return TokenLogprobs(*_Chosen.apply(hidden, head.weight, head.bias, targets, temperature))
 
 
 class _Chosen(torch.autograd.Function):

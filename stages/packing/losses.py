@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from stages.packing.batch import Flat
+    from stages.packing.batch import PackedBatch
 
 
 @dataclass
@@ -53,21 +53,23 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     return losses.view(targets.shape).sum(1) / counts
 
 
-def unpadded(model: PreTrainedModel, rows: list[Row], device: torch.device) -> Flat | None:
+def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> PackedBatch | None:
     """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
-    from stages.packing.batch import Branch, Flat, Group
-    from stages.packing.support import fits
+    from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
+    from stages.packing.support import supports_packing
 
-    if not fits(model, rows[0].input_ids):
+    if not supports_packing(model, rows[0].input_ids):
         return None
-    return Flat.of([Group([], [Branch(row.input_ids[:-1], row.labels[1:]) for row in rows])], device)
+    return PackedBatch.of(
+        [PrefixGroup([], [Suffix(row.input_ids[:-1], row.labels[1:]) for row in rows])], device
+    )
 
 
-def of_row(model: PreTrainedModel, row: Flat) -> Tensor:
+def packed_answer_losses(model: PreTrainedModel, row: PackedBatch) -> Tensor:
     """The same as `answer_losses` for the examples of a row: (examples,)."""
-    from stages.packing.support import choose
+    from stages.packing.support import packed_logprobs
 
-    found = choose(model, row).log_probs
-    owner = row.branches.owners()[row.wanted()]
-    sums = found.new_zeros(len(row.branches.index)).index_add(0, owner, found)
+    found = packed_logprobs(model, row).log_probs
+    owner = row.suffixes.sequence_of()[row.target_positions()]
+    sums = found.new_zeros(len(row.suffixes.index)).index_add(0, owner, found)
     return -sums / owner.bincount(minlength=len(sums))

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.packing.batch import Branch, Flat, Group, How, Layout
-from stages.packing.logprobs import Chosen, chosen
+from stages.packing.batch import AttentionArgs, AttentionLayout, PackedBatch, PrefixGroup, Suffix
+from stages.packing.logprobs import TokenLogprobs, selected_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +42,15 @@ def _attention(usual: str) -> Any:
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        flat: Layout | None = None, scaling: float | None = None, dropout: float = 0.0, **given: Any,
+        layout: AttentionLayout | None = None, scaling: float | None = None, dropout: float = 0.0, **given: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if flat is None:
+        if layout is None:
             own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(usual, own)
             return interface(  # type: ignore[no-any-return]
                 module, query, key, value, mask, scaling=scaling, dropout=dropout, **given
             )
-        return flat.attend(module.layer_idx, query, key, value, How(scaling, dropout)), None
+        return layout.attend(module.layer_idx, query, key, value, AttentionArgs(scaling, dropout)), None
 
     return attend
 
@@ -60,7 +60,7 @@ for usual in KINDS:
     AttentionMaskInterface.register(MARK + usual, ALL_MASK_ATTENTION_FUNCTIONS[usual])
 
 
-def unfit(model: PreTrainedModel) -> str | None:
+def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why the architecture cannot take rows, as far as its config says; else None."""
     config = model.config
     kind = config._attn_implementation.removeprefix(MARK)
@@ -76,7 +76,7 @@ def unfit(model: PreTrainedModel) -> str | None:
     return None
 
 
-def fits(model: Any, ids: list[int]) -> bool:
+def supports_packing(model: Any, ids: list[int]) -> bool:
     """Whether rows give the model's own numbers; if not, one warning says why. Asked once for each model.
 
     model: a plain model, or one in PEFT's wrapper. ids: a real sequence, on which both ways are compared. Its
@@ -84,8 +84,8 @@ def fits(model: Any, ids: list[int]) -> bool:
     """
     base = _plain(model)
     if base not in _fitting:
-        prompt = "a trained prompt stands before every text" if has_prompt(model) else None
-        reason = prompt or unfit(base) or _differs(model, base, ids)
+        prompt = "a trained prompt stands before every text" if is_prompt_learning(model) else None
+        reason = prompt or unsupported_reason(base) or _differs(model, base, ids)
         if reason:
             _warn(f"{type(base).__name__} computes every sequence by itself: {reason}")
         _fitting[base] = reason is None
@@ -107,13 +107,13 @@ def _differs(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     ids = (ids * 4)[: min(max(4, len(ids)), LONGEST)]
     half = len(ids) // 2
     device = base.get_input_embeddings().weight.device
-    branch = Branch(ids[half - 1 : -1], ids[half:])
-    row = Flat.of([Group(ids[: half - 1], [branch, branch])], device)
+    branch = Suffix(ids[half - 1 : -1], ids[half:])
+    row = PackedBatch.of([PrefixGroup(ids[: half - 1], [branch, branch])], device)
     try:
-        with evaluating(model):
+        with eval_mode(model):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, half - 1 : -1]
             base.set_attn_implementation(MARK + base.config._attn_implementation.removeprefix(MARK))
-            found = choose(model, row).log_probs.view(2, -1)
+            found = packed_logprobs(model, row).log_probs.view(2, -1)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     usual = logits.to(found.dtype).log_softmax(-1).gather(1, torch.tensor(ids[half:], device=device)[:, None])
@@ -124,7 +124,7 @@ def _differs(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, nothing drops out."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -135,7 +135,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def drops_out(model: nn.Module) -> bool:
+def has_active_dropout(model: nn.Module) -> bool:
     """Whether anything in the model drops out in training: its adapter, its layers or its attention."""
     return any(
         (isinstance(module, nn.Dropout) and module.p) or getattr(module, "attention_dropout", 0.0)
@@ -143,7 +143,7 @@ def drops_out(model: nn.Module) -> bool:
     )
 
 
-def has_prompt(model: Any) -> bool:
+def is_prompt_learning(model: Any) -> bool:
     """Whether a trained prompt stands before every text.
 
     PEFT then ignores position ids, so padding would stand between the prompt and the text.
@@ -155,7 +155,9 @@ def _plain(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
 
 
-def hidden(model: Any, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+def packed_hidden_states(
+    model: Any, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout
+) -> Tensor:
     """Last hidden states of a row: (1, tokens, width). The model must be one that `fits`.
 
     input_ids, position_ids: (1, tokens).
@@ -168,14 +170,14 @@ def hidden(model: Any, input_ids: Tensor, position_ids: Tensor, layout: Layout) 
             position_ids=position_ids,
             attention_mask=anything,  # with four dimensions the library makes none of its own
             use_cache=False,
-            flat=layout,
+            layout=layout,
         )
         .last_hidden_state
     )
 
 
-def choose(model: Any, row: Flat, temperature: float = 1.0) -> Chosen:
+def packed_logprobs(model: Any, row: PackedBatch, temperature: float = 1.0) -> TokenLogprobs:
     """What the model gives for the row's targets, in their order; without the head on any other token."""
-    at = row.wanted()
-    states = hidden(model, row.input_ids, row.position_ids, row)[0].index_select(0, at)
-    return chosen(states, model.get_output_embeddings(), row.targets[0, at], temperature)
+    at = row.target_positions()
+    states = packed_hidden_states(model, row.input_ids, row.position_ids, row)[0].index_select(0, at)
+    return selected_logprobs(states, model.get_output_embeddings(), row.targets[0, at], temperature)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.packing import support
-from stages.packing.batch import Branch, Flat, Group, common
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
 from stages.prompts.renderer import IGNORED
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def accept(base: PreTrainedModel) -> None:
-    """Let `base` take a row: `base(flat=row, temperature=1.0)`, which returns TRL's FusedCausalLMOutput.
+def accept_packed(base: PreTrainedModel) -> None:
+    """Let `base` take a row: `base(packed=row, temperature=1.0)`, which returns TRL's FusedCausalLMOutput.
 
     Its values are (1, tokens), zero where the row has no target. A trainer's model is called through wrappers
     (PEFT, DDP), which pass unknown arguments on. To be called when the trainer is built, because TRL replaces
@@ -37,25 +37,25 @@ def accept(base: PreTrainedModel) -> None:
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    usual, choose = base.forward.__func__, support.choose
+    usual, choose = base.forward.__func__, support.packed_logprobs
 
     @functools.wraps(usual)
     def forward(
-        self: Any, *args: Any, flat: Flat | None = None, temperature: float = 1.0, **given: Any
+        self: Any, *args: Any, packed: PackedBatch | None = None, temperature: float = 1.0, **given: Any
     ) -> Any:
-        if flat is None:
+        if packed is None:
             return usual(self, *args, **given)
-        found = choose(self, flat, temperature)
-        at = flat.wanted()
+        found = choose(self, packed, temperature)
+        at = packed.target_positions()
 
         def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(flat.targets.shape[1]).index_copy(0, at, values)[None]
+            return values.new_zeros(packed.targets.shape[1]).index_copy(0, at, values)[None]
 
         return FusedCausalLMOutput(
             log_probs=spread(found.log_probs),
             entropy=spread(found.entropy),
-            is_top1=spread(found.likeliest),
-            label_mask=flat.targets != IGNORED,
+            is_top1=spread(found.is_top1),
+            label_mask=packed.targets != IGNORED,
         )
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
@@ -63,7 +63,7 @@ def accept(base: PreTrainedModel) -> None:
 
 def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    apart = support.drops_out(model)
+    apart = support.has_active_dropout(model)
     if apart:
         log.warning("with dropout each completion is computed with a prompt of its own; see rl.dropout")
     return not apart
@@ -74,14 +74,14 @@ def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
 
 
-def groups_of(prompts: list[list[int]], completions: list[list[int]]) -> list[Group]:
+def prefix_groups(prompts: list[list[int]], completions: list[list[int]]) -> list[PrefixGroup]:
     """One group for each run of equal prompts.
 
     The prompt's last token stands in every branch, because each has another token to predict after it.
     """
     pairs = zip(prompts, completions, strict=True)
     return [
-        Group(prompt[:-1], [Branch([prompt[-1], *ids][: len(ids)], ids) for _, ids in run])
+        PrefixGroup(prompt[:-1], [Suffix([prompt[-1], *ids][: len(ids)], ids) for _, ids in run])
         for prompt, run in groupby(pairs, key=lambda pair: pair[0])
     ]
 
@@ -136,7 +136,7 @@ class SharedPrompts:
         """
         rows = input_ids.split(batch_size or len(input_ids))
         masks = attention_mask.split(batch_size or len(input_ids))
-        with nullcontext() if torch.is_grad_enabled() else support.evaluating(self.model):
+        with nullcontext() if torch.is_grad_enabled() else support.eval_mode(self.model):
             if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):
                 return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
                     model,
@@ -153,14 +153,14 @@ class SharedPrompts:
         return log_probs, entropies if compute_entropy else None, None
 
     def _fits(self, model: Any, ids: Tensor, mask: Tensor) -> bool:
-        return support.fits(self.accelerator.unwrap_model(model), _lists(ids, mask)[0])
+        return support.supports_packing(self.accelerator.unwrap_model(model), _lists(ids, mask)[0])
 
     def _of_rows(self, model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         real = mask[:, -keep:].bool()
         prompts, completions = _lists(ids[:, :-keep], mask[:, :-keep]), _lists(ids[:, -keep:], real)
-        row = Flat.of(groups_of(prompts, completions), ids.device)
-        found = model(flat=row, temperature=self.temperature)
-        at = row.wanted()
+        row = PackedBatch.of(prefix_groups(prompts, completions), ids.device)
+        found = model(packed=row, temperature=self.temperature)
+        at = row.target_positions()
         if torch.is_grad_enabled():
             self._metrics["train"]["tokens_saved"].append(1 - row.input_ids.numel() / ids.numel())
 
@@ -199,16 +199,18 @@ class PaddingFree:
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **given: Any) -> Any:
         if self.unpadded and not self.aux_loss_enabled:
             rows = _lists(inputs["input_ids"], inputs["attention_mask"])
-            if support.fits(self.accelerator.unwrap_model(model), rows[0]):
+            if support.supports_packing(self.accelerator.unwrap_model(model), rows[0]):
                 labels = _lists(inputs["labels"], inputs["attention_mask"])
-                row = Flat.of([group_of(rows, labels, self.shares)], inputs["input_ids"].device)
-                inputs = {"flat": row, "attention_mask": inputs["attention_mask"]}  # TRL counts tokens by it
+                row = PackedBatch.of([suffix_only(rows, labels, self.shares)], inputs["input_ids"].device)
+                inputs = {"packed": row, "attention_mask": inputs["attention_mask"]}  # TRL counts tokens by it
         return super().compute_loss(model, inputs, *args, **given)  # type: ignore[misc]
 
 
-def group_of(rows: list[list[int]], labels: list[list[int]], shares: bool) -> Group:
+def suffix_only(rows: list[list[int]], labels: list[list[int]], shares: bool) -> PrefixGroup:
     """All rows as one group, whose beginning ends before the first token after which one is predicted."""
     first = min(next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in labels)
-    shared = max(0, min(common(rows), first - 1)) if shares else 0
+    shared = max(0, min(common_prefix_length(rows), first - 1)) if shares else 0
     pairs = zip(rows, labels, strict=True)
-    return Group(rows[0][:shared], [Branch(ids[shared:-1], wanted[shared + 1 :]) for ids, wanted in pairs])
+    return PrefixGroup(
+        rows[0][:shared], [Suffix(ids[shared:-1], wanted[shared + 1 :]) for ids, wanted in pairs]
+    )

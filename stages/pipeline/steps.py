@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import Config
-from stages.config.fields import identity
+from stages.config.fields import cache_key_fields
 from stages.data.rows import no_path
 from stages.pipeline.stages import Stage, order, section
 from stages.store.digests import DigestCache, key_of
@@ -36,7 +36,7 @@ class Step:
         return self.variant or self.stage.name
 
 
-def plan(config: Config) -> dict[str, Step]:
+def plan_steps(config: Config) -> dict[str, Step]:
     """All steps of a config with their keys, in an order in which each follows its inputs.
 
     Without `data.path` nothing is trained, and only the base can be evaluated.
@@ -66,15 +66,16 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
         "variant": variant,
         "version": stage.version,
         "config": {
-            path: identity(section(config, path)[1], *readers) for path in stage.sections(config, variant)
+            path: cache_key_fields(section(config, path)[1], *readers)
+            for path in stage.sections(config, variant)
         },
         "inputs": {name: step.key for name, step in inputs.items()},
-        "outside": stage.outside(config, variant, cache),
+        "outside": stage.external_inputs(config, variant, cache),
     }
     return Step(stage, variant, key_of(whole), whole, inputs)
 
 
-def asked_for(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
+def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
     """The steps of stage `last` and all that they are made from, in order.
 
     Without `last` it is eval. Where nothing is evaluated, that means all steps.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """The most that is in use at once, in MiB (2²⁰ bytes): of the GPU, or without one of the process."""
 
     libraries: float = 0.0
@@ -30,7 +30,7 @@ class Cost:
     """Cost of one step; None is what cannot be told: it is done elsewhere, or by code that is not ours."""
 
     seconds: float | None = None
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
 
     @property
     def mib(self) -> float | None:

@@ -17,19 +17,19 @@ from statistics import fmean
 from stages.config import UNTRAINED, Config, LaunchSection
 from stages.data.rows import read
 from stages.engines.continuous_batching import FREE, SLOTS
-from stages.engines.in_process import ballot_ids, batches
+from stages.engines.in_process import batches, choice_ids
 from stages.errors import DataError, lacks_memory
 from stages.labelling.personas import held_out
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
 from stages.models.tokenizer import load_tokenizer
-from stages.packing.batch import common
+from stages.packing.batch import common_prefix_length
 from stages.pipeline import launch
 from stages.pipeline.steps import Step
 from stages.plan import prompt_lengths
-from stages.plan.cost import Cost, Memory
+from stages.plan.cost import Cost, MemoryEstimate
 from stages.plan.lengths import Lengths, drawn, sampled
-from stages.plan.profiler import Measured, Profiler
+from stages.plan.profiler import Measurement, Profiler
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.runtime import fork_server
 from stages.runtime.resources import MIB
@@ -55,7 +55,7 @@ class Work:
 
     thread_s: float = 0.0
     """Computation by one thread, or by one GPU."""
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     loads: int = 1
     """How often the model is loaded."""
 
@@ -97,7 +97,9 @@ class CostModel:
         except Exception as error:
             if not lacks_memory(error):
                 raise
-            return Work(memory=Memory(activations=self.profiler.room + 1))  # one row of it does not fit
+            return Work(
+                memory=MemoryEstimate(activations=self.profiler.room + 1)
+            )  # one row of it does not fit
 
     def cost(self, step: Step, work: Work | None, speedup: float) -> Cost:
         """speedup: by the threads of a stage, see `Profiler.speedup`."""
@@ -106,9 +108,9 @@ class CostModel:
             return Cost()
         if not work.thread_s:
             return Cost(None if work.memory else 0.0, work.memory)
-        gpus, _ = launch.shares(getattr(getattr(self.config, stage), "launch", LaunchSection()))
+        gpus, _ = launch.gpu_split(getattr(getattr(self.config, stage), "launch", LaunchSection()))
         seconds = work.thread_s / speedup / gpus + work.loads * self.profiler.loading_s + self._server_s(step)
-        start = 0.0 if stage in self._started else FORK_S if fork_server.possible() else START_S
+        start = 0.0 if stage in self._started else FORK_S if fork_server.can_fork() else START_S
         self._started.add(stage)
         return Cost(start + seconds, work.memory)
 
@@ -157,7 +159,7 @@ class CostModel:
             return None  # the base itself votes in 16 bits
         some = drawn(examples, TEXTS)
         asked = [prompt_lengths.ballots(self.config, voter, some) for voter in voters]
-        texts = [sorted(ballot_ids(self.tokenizer, ballot) for ballot in ballots) for ballots in asked]
+        texts = [sorted(choice_ids(self.tokenizer, ballot) for ballot in ballots) for ballots in asked]
         sizes = [max(batches(ids)) for ids in texts]
         # Those with the longest prompts are measured for all voters, and for the rows of benchmarks, too.
         most = max(range(len(voters)), key=lambda i: len(texts[i][-1]))
@@ -223,13 +225,13 @@ class CostModel:
         memory = self._beside_rollouts(trained, min(completions, SLOTS), longest + rl.max_completion)
         return Work(steps * (learning + sampling / rl.iterations), memory)
 
-    def _beside_rollouts(self, trained: Memory, slots: int, length: int) -> Memory:
+    def _beside_rollouts(self, trained: MemoryEstimate, slots: int, length: int) -> MemoryEstimate:
         """Memory of RL, given that of its training passes: the more of these and of sampling."""
         rl, profiler = self.config.rl, self.profiler
         if rl.rollouts.engine != "transformers":
             colocated = rl.rollouts.engine == "vllm_colocate"
             return replace(trained, cache=rl.rollouts.gpu_memory * profiler.room if colocated else 0.0)
-        divided = launch.shares(rl.launch)[1] < 1
+        divided = launch.gpu_split(rl.launch)[1] < 1
         copy = 0.0 if divided or self.config.model.load_in_4bit else profiler.copy_mib
         sampling = self._memory(self.generation[1].mib_of(slots), adapted=True, trains=True, copy=copy)
         sampling = replace(sampling, cache=slots * length * profiler.token_bytes / MIB)
@@ -237,7 +239,7 @@ class CostModel:
         return max(trained, sampling, key=lambda memory: memory.total)
 
     @cached_property
-    def generation(self) -> tuple[Measured, Measured]:
+    def generation(self) -> tuple[Measurement, Measurement]:
         """Reading and writing, see `Profiler.generation`, behind a prompt of usual length."""
         if self.rows["train"]:
             rows = sorted(self.training_rows("rl"), key=prompt_length)
@@ -279,20 +281,20 @@ class CostModel:
 
     def _memory(
         self, activations: float, adapted: bool = False, trains: bool = False, copy: float = 0.0
-    ) -> Memory:
+    ) -> MemoryEstimate:
         """copy: weights of a second model. trains: with an optimizer."""
         profiler = self.profiler
         elements = profiler.adapter_elements if adapted else 0
-        return Memory(
+        return MemoryEstimate(
             libraries=profiler.libraries_mib,
             weights=profiler.weights_mib + elements * 4 / MIB + copy,
             optimizer=elements * ADAM_BYTES / MIB * trains,
             activations=activations,
         )
 
-    def _divided(self, memory: Memory, launched: LaunchSection) -> Memory:
+    def _divided(self, memory: MemoryEstimate, launched: LaunchSection) -> MemoryEstimate:
         """Memory of a process that holds a part of the base's layers, if `launched` divides them."""
-        spared = self.profiler.layers_mib * (1 - launch.shares(launched)[1])
+        spared = self.profiler.layers_mib * (1 - launch.gpu_split(launched)[1])
         return replace(memory, weights=memory.weights - spared)
 
 
@@ -306,4 +308,4 @@ def tokens_of(rows: Sequence[Row]) -> int:
 
 def per_text(texts: Sequence[list[int]], size: int) -> float:
     """Tokens that are computed for each text, in batches of which each computes a common beginning once."""
-    return fmean(map(len, texts)) - common(texts) * (1 - 1 / size)
+    return fmean(map(len, texts)) - common_prefix_length(texts) * (1 - 1 / size)

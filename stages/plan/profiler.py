@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.config import Config, RlSection, SftSection
-from stages.engines import Ballot, Sampling
-from stages.engines.continuous_batching import SLOTS, continuations
-from stages.engines.in_process import InProcess, ballot_ids
+from stages.engines import ChoiceRequest, Sampling
+from stages.engines.continuous_batching import SLOTS, generate
+from stages.engines.in_process import InProcess, choice_ids
 from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import moments
 from stages.models.base import decoder_layers, load_base
 from stages.packing import support
-from stages.packing.batch import Flat, common
-from stages.packing.trl import group_of
+from stages.packing.batch import PackedBatch, common_prefix_length
+from stages.packing.trl import suffix_only
 from stages.prompts.renderer import Row
 from stages.runtime import resources
 
@@ -50,7 +50,7 @@ GAIN = 0.75
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A batch of work."""
 
     tokens: int
@@ -83,30 +83,30 @@ class Profiler:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self._on_gpu = torch.cuda.is_available()
-        self._begun = time.perf_counter(), time.process_time(), resources.worked()
-        resources.forget()
+        self._begun = time.perf_counter(), time.process_time(), resources.busy_seconds()
+        resources.reset_peak()
         self.config, self.tokenizer = config, tokenizer
         loaded: list[PreTrainedModel] = []
         self.loading_s = self._seconds(lambda: loaded.append(load_base(config.model)))
         self.base = loaded[0]
-        peak = resources.peak()
-        self.room = resources.room()
+        peak = resources.peak_of_scarce()
+        self.room = resources.total_memory()
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
         self.weights_mib = sum(weights.values()) / resources.MIB
         layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
         self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
         self.libraries_mib = max(0.0, peak - self.weights_mib)
-        self._votes: Measured | None = None
-        self._trained: dict[tuple[bool, bool, bool], Measured] = {}
+        self._votes: Measurement | None = None
+        self._trained: dict[tuple[bool, bool, bool], Measurement] = {}
         self._last: tuple[Callable[[], Any], float] | None = None
         """What was measured last, and its seconds."""
 
-    def votes(self, ballots: list[Ballot]) -> Measured:
+    def votes(self, ballots: list[ChoiceRequest]) -> Measurement:
         """Votes of engine transformers."""
         engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
-        ballots = sorted(ballots, key=lambda ballot: ballot_ids(self.tokenizer, ballot))
-        ids = [ballot_ids(self.tokenizer, ballot) for ballot in ballots]
+        ballots = sorted(ballots, key=lambda ballot: choice_ids(self.tokenizer, ballot))
+        ids = [choice_ids(self.tokenizer, ballot) for ballot in ballots]
 
         def work(number: int) -> None:
             deque(engine.choose(ballots[:number]), maxlen=0)
@@ -116,7 +116,7 @@ class Profiler:
             self._votes = self._measured(work, lambda number: computed(ids[:number]), len(ballots))
         return self._votes
 
-    def generation(self, prompt: list[int]) -> tuple[Measured, Measured]:
+    def generation(self, prompt: list[int]) -> tuple[Measurement, Measurement]:
         """Reading prompts; then one more token for each of several answers, which count as the tokens."""
         number = SLOTS // TOGETHER
         prompts = [[i, *prompt[1:]] for i in range(number) for _ in range(TOGETHER)]
@@ -125,9 +125,9 @@ class Profiler:
         written_s, written_mib = self._fastest(lambda: self._write(prompts, NEW_TOKENS + 1))
         cache = len(prompts) * (len(prompt) + NEW_TOKENS) * self.token_bytes / resources.MIB
         each = max(0.0, written_s - read_s) / NEW_TOKENS
-        return Measured(tokens, read_s, read_mib), Measured(SLOTS, each, max(0.0, written_mib - cache))
+        return Measurement(tokens, read_s, read_mib), Measurement(SLOTS, each, max(0.0, written_mib - cache))
 
-    def scoring(self, rows: Sequence[Row]) -> Measured:
+    def scoring(self, rows: Sequence[Row]) -> Measurement:
         """A batch of score, the gradients of each row by itself."""
         model = self.adapted
         layers, pad = adapter.lora_layers(model), self.tokenizer.pad_token_id
@@ -141,7 +141,7 @@ class Profiler:
             work, lambda number: sum(len(row.input_ids) for row in rows[:number]), len(rows)
         )
 
-    def training(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measured:
+    def training(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measurement:
         """A micro batch, forward and backward. SFT and GRPO compute alike, so their tokens take as long."""
         unpadded = unpadded and self.fits(rows[0].input_ids)
         kind = (bool(section.dropout), section.gradient_checkpointing, unpadded)
@@ -149,7 +149,7 @@ class Profiler:
             self._trained[kind] = self._train(rows, section, unpadded)
         return self._trained[kind]
 
-    def _train(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measured:
+    def _train(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measurement:
         model = self.adapted
         model.train()
         for name, parameter in model.named_parameters():
@@ -162,8 +162,10 @@ class Profiler:
             ids = [row.input_ids for row in rows[:number]]
             if unpadded:
                 labels = [row.labels for row in rows[:number]]
-                group = group_of(ids, labels, shares=not section.dropout)
-                support.choose(model, Flat.of([group], self.base.device)).log_probs.sum().backward()
+                group = suffix_only(ids, labels, shares=not section.dropout)
+                support.packed_logprobs(
+                    model, PackedBatch.of([group], self.base.device)
+                ).log_probs.sum().backward()
             else:
                 width = max(map(len, ids))
                 batch = torch.tensor([(row * width)[:width] for row in ids], device=self.base.device)
@@ -181,7 +183,7 @@ class Profiler:
 
     def fits(self, ids: list[int]) -> bool:
         """Whether the architecture computes rows without padding. ids: any real ones."""
-        return support.fits(self.base, ids)
+        return support.supports_packing(self.base, ids)
 
     @cached_property
     def adapted(self) -> Any:
@@ -211,7 +213,7 @@ class Profiler:
     def busy_cores(self) -> float | None:
         """How many of our cores other work has kept busy; None if that is not known or is little."""
         begun, own, worked = self._begun
-        now = resources.worked()
+        now = resources.busy_seconds()
         if worked is None or now is None:
             return None
         others = now - worked - (time.process_time() - own)
@@ -237,17 +239,17 @@ class Profiler:
         sampling = Sampling(tokens, ())
         off = nullcontext() if through or "adapted" not in vars(self) else self.adapted.disable_adapter()
         with off:
-            made = continuations(model, self.tokenizer, list(prompts), sampling, slots=len(prompts))
+            made = generate(model, self.tokenizer, list(prompts), sampling, slots=len(prompts))
             deque(made, maxlen=0)
 
-    def _measured(self, work: Callable[[int], Any], tokens: Callable[[int], int], most: int) -> Measured:
+    def _measured(self, work: Callable[[int], Any], tokens: Callable[[int], int], most: int) -> Measurement:
         """A batch of at most `most` rows: on a CPU so many as have FEW_TOKENS, on a GPU all of them.
 
         tokens: of the batch, by the number of its rows.
         """
         enough = math.inf if self._on_gpu else FEW_TOKENS
         number = next((n for n in range(1, most) if tokens(n) >= enough), most)
-        measured = Measured(tokens(number), *self._fastest(functools.partial(work, number)))
+        measured = Measurement(tokens(number), *self._fastest(functools.partial(work, number)))
         self._last = functools.partial(work, number), measured.seconds
         return measured
 
@@ -259,10 +261,10 @@ class Profiler:
 
     def _trial(self, work: Callable[[], Any]) -> tuple[float, float]:
         """Seconds, and MiB beyond what is in use before."""
-        resources.forget()
-        before = resources.peak()
+        resources.reset_peak()
+        before = resources.peak_of_scarce()
         seconds = self._seconds(work)
-        return seconds, resources.peak() - before
+        return seconds, resources.peak_of_scarce() - before
 
     def _seconds(self, work: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
         """On a CPU those of this thread alone, in which others on the machine do not count."""
@@ -276,4 +278,4 @@ class Profiler:
 
 def computed(texts: Sequence[list[int]], shares: bool = True) -> int:
     """Tokens that are computed where these texts are a batch, in which a common beginning stands once."""
-    return sum(map(len, texts)) - shares * (len(texts) - 1) * common(texts)
+    return sum(map(len, texts)) - shares * (len(texts) - 1) * common_prefix_length(texts)

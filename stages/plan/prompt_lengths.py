@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stages.config import BenchmarkSection, Config, Voter
-from stages.engines import Ballot, vllm
-from stages.engines.in_process import ballot_ids
+from stages.engines import ChoiceRequest, vllm
+from stages.engines.in_process import choice_ids
 from stages.engines.openai import client
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling.personas import brief_of, personas
+from stages.labelling.personas import persona_context, personas
 from stages.models.load_errors import config_of, positions
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.prompts.renderer import Renderer
@@ -59,16 +59,16 @@ def of_voters(
         if voter.model or voter.urls or not some:
             continue
         asked = ballots(config, voter, some)
-        lengths = Lengths.of(len(ballot_ids(tokenizer, ballot)) for ballot in asked)
+        lengths = Lengths.of(len(choice_ids(tokenizer, ballot)) for ballot in asked)
         answer = 0 if voter.engine == "transformers" else max(map(client.replied, asked))
         room = _room(config, voter.engine, answer)
         yield Span(f"vote on {name}, {voter.persona}", len(examples), lengths, *room, "fail")
 
 
-def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[Ballot]:
+def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[ChoiceRequest]:
     """What a voter is asked about these rows."""
     persona = personas.pick(voter.persona)
-    brief = brief_of(voter, config.model.title, config.classify.show_answer)
+    brief = persona_context(voter, config.model.title, config.classify.show_answer)
     return [persona(example, brief) for example in examples]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.config import REGIONS
 from stages.errors import ConfigError
-from stages.evaluation.metrics import figures, graded, shares
+from stages.evaluation.metrics import accuracy_by_item, figures, graded
 from stages.evaluation.statistics import paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
@@ -98,7 +98,7 @@ def _tested(before: list[Sample], after: list[Sample]) -> Test | None:
     """On the items that were graded for both targets."""
     if {sample.id for sample in before} != {sample.id for sample in after}:
         return None
-    earlier, now = shares(graded(before)), shares(graded(after))
+    earlier, now = accuracy_by_item(graded(before)), accuracy_by_item(graded(after))
     both = [item for item in now if item in earlier]
     if not both:
         return None

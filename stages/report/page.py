@@ -48,7 +48,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Item:
+class ComparedItem:
     """One item that two targets answered unlike."""
 
     how: str
@@ -64,7 +64,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    items: list[Item]
+    items: list[ComparedItem]
     kind: ClassVar[str] = "items"
 
 
@@ -87,13 +87,13 @@ Part = Text | Grid | Pictures | Command | Items | Heading | Details
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     id: str
     title: str
     parts: list[Part] = field(default_factory=list)
 
 
-def render(title: str, lead: list[str], sections: list[Section]) -> str:
+def render(title: str, lead: list[str], sections: list[PageSection]) -> str:
     """The page as HTML. All texts are escaped: questions and answers are not trusted."""
     from jinja2 import Environment, FileSystemLoader
 

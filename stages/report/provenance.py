@@ -9,7 +9,7 @@ from stages.config import Config
 from stages.config.fields import Section as Settings
 from stages.report.page import Details, Grid, Part
 from stages.store.artifacts import Artifact
-from stages.store.estimates import spent
+from stages.store.estimates import actual_and_planned
 
 
 def cost(found: dict[str, Artifact]) -> Grid:
@@ -17,7 +17,7 @@ def cost(found: dict[str, Artifact]) -> Grid:
     for name, artifact in found.items():
         provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
         share = summary.get("active_share")
-        took, told = spent(provenance)
+        took, told = actual_and_planned(provenance)
         rows.append([
             name, _rounded(took.seconds), _rounded(told.seconds), _rounded(took.mib), _rounded(told.mib),
             _rounded(tokens(artifact)), _rounded(provenance.get("joules")),

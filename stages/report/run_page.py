@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from stages.config import REGIONS, Config
-from stages.evaluation.metrics import graded, shares
+from stages.evaluation.metrics import accuracy_by_item, graded
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
@@ -15,13 +15,13 @@ from stages.records import Sample, read_samples
 from stages.report import comparison, elements, figures, provenance
 from stages.report.page import (
     Command,
+    ComparedItem,
     Grid,
-    Item,
     Items,
+    PageSection,
     Part,
     Picture,
     Pictures,
-    Section,
     Text,
     render,
 )
@@ -34,15 +34,19 @@ SHOWN = 4
 
 def page(config: Config, steps: dict[str, Step], command: str) -> str:
     """command: what makes the steps that are missing."""
-    lead, sections, missing = of(config, steps, Store(config.root))
+    lead, sections, missing = build(config, steps, Store(config.root))
     if missing:
         sections.append(
-            Section("missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)])
+            PageSection(
+                "missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)]
+            )
         )
     return render(f"lorapar: {config.run}", lead, sections)
 
 
-def of(config: Config, steps: dict[str, Step], store: Store) -> tuple[list[str], list[Section], list[str]]:
+def build(
+    config: Config, steps: dict[str, Step], store: Store
+) -> tuple[list[str], list[PageSection], list[str]]:
     """Verdicts, all that there is to be seen, and the steps that are not current."""
     made = {
         name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
@@ -53,13 +57,13 @@ def of(config: Config, steps: dict[str, Step], store: Store) -> tuple[list[str],
     tables = comparison.tables(store, evaluations, "system")
     missing = [name for name in steps if name not in found]
     sections = [
-        Section("results", "Results", _results(tables)),
-        Section("items", "Won and lost", _items(found, tables)),
-        Section("training", "Training", _training(found)),
-        Section("elements", "Elements", elements.parts(config, found)),
-        Section("labels", "Labels", _labels(found)),
-        Section("cost", "Cost", [provenance.cost(found)] if found else []),
-        Section("settings", "Settings and versions", provenance.settings(config, found)),
+        PageSection("results", "Results", _results(tables)),
+        PageSection("items", "Won and lost", _items(found, tables)),
+        PageSection("training", "Training", _training(found)),
+        PageSection("elements", "Elements", elements.parts(config, found)),
+        PageSection("labels", "Labels", _labels(found)),
+        PageSection("cost", "Cost", [provenance.cost(found)] if found else []),
+        PageSection("settings", "Settings and versions", provenance.settings(config, found)),
     ]
     return _verdicts(tables), sections, missing
 
@@ -146,7 +150,7 @@ def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) 
         if len(targets) < 2:
             continue
         earlier, later = (_answers(found[f"eval:{target}@{name}"]) for target in targets)
-        parts += unlike(f"{name}: ", (targets[0], earlier), (targets[1], later))
+        parts += won_and_lost(f"{name}: ", (targets[0], earlier), (targets[1], later))
     return parts
 
 
@@ -155,7 +159,7 @@ Answers = dict[str, list[Sample]]
 STRICTLY = ("correct", "correct")
 
 
-def unlike(
+def won_and_lost(
     what: str, first: tuple[str, Answers], second: tuple[str, Answers], read: tuple[str, str] = STRICTLY
 ) -> list[Part]:
     """Items that two models, each with its title, answered unlike. what: before the sentence on them.
@@ -163,7 +167,7 @@ def unlike(
     read: the field of a sample that says whether it is right, of either.
     """
     (title, earlier), (other, later) = first, second
-    less, more = shares(earlier, read[0]), shares(later, read[1])
+    less, more = accuracy_by_item(earlier, read[0]), accuracy_by_item(later, read[1])
     both = [item for item in more if item in less]
     won = [item for item in both if more[item] > less[item]]
     lost = [item for item in both if more[item] < less[item]]
@@ -172,7 +176,7 @@ def unlike(
     before, after = ({item: given[0] for item, given in part.items()} for part in (earlier, later))
     shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
     items = [
-        Item(
+        ComparedItem(
             how,
             "" if after[i].system is None else f"System {after[i].system}",
             after[i].prompt.strip(),

@@ -16,15 +16,15 @@ from stages.report.page import (
     Details,
     Grid,
     Heading,
+    PageSection,
     Part,
     Picture,
     Pictures,
-    Section,
     Text,
     render,
 )
-from stages.report.run_page import unlike
-from stages.store.estimates import Told, spent
+from stages.report.run_page import won_and_lost
+from stages.store.estimates import PlannedCost, actual_and_planned
 from stages.sweep import formats
 from stages.sweep.file import Plot
 from stages.sweep.results import Results, Value, answers, reading
@@ -69,7 +69,7 @@ def _verdict(results: Results) -> str:
     return f"{begin}told apart from chance ({how}), in points: {'; '.join(named)}."
 
 
-def _section(results: Results, commands: Commands) -> Section:
+def _section(results: Results, commands: Commands) -> PageSection:
     file = results.table.file
     head, rows = formats.grid(results)
     name = re.sub(r"\W+", "-", results.table.path.stem)
@@ -83,7 +83,7 @@ def _section(results: Results, commands: Commands) -> Section:
         parts.append(Pictures([curves]))
     parts += [Text("Made, or completed, by:", quiet=True), Command(commands.all)]
     parts += [_rows(results, commands), *_unlike(results), *_whole(results)]
-    return Section(name, file.title, parts)
+    return PageSection(name, file.title, parts)
 
 
 def _rows(results: Results, commands: Commands) -> Details:
@@ -108,7 +108,7 @@ def _rows(results: Results, commands: Commands) -> Details:
     return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
 
 
-def _spent(results: Results, cell: Cell) -> list[Told] | None:
+def _spent(results: Results, cell: Cell) -> list[PlannedCost] | None:
     """Of each step that is made for a cell; None if one is missing."""
     names: dict[str, None] = {}
 
@@ -121,7 +121,9 @@ def _spent(results: Results, cell: Cell) -> list[Told] | None:
         for name in column.steps:
             add(cell.steps[name])
     made = [results.artifacts.current(cell, name) for name in names]
-    found = [spent(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None]
+    found = [
+        actual_and_planned(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None
+    ]
     return found if len(found) == len(made) else None
 
 
@@ -143,7 +145,7 @@ def _unlike(results: Results) -> list[Part]:
             before, after = answers(made[0], columns[0]), answers(made[1], columns[1])
             read = reading(columns[0]), reading(columns[1])
             what = f"{compare.on}, seed {both[0].seed}: "
-            parts += unlike(what, (pair[0].row, before), (pair[1].row, after), read)
+            parts += won_and_lost(what, (pair[0].row, before), (pair[1].row, after), read)
     return [Details(f"Won and lost against {against}", parts)] if parts else []
 
 
@@ -155,7 +157,7 @@ def _whole(results: Results) -> list[Part]:
     cell = next(there, None)
     if cell is None:
         return []
-    lead, sections, _ = run_page.of(cell.config, cell.steps, results.artifacts.store(cell))
+    lead, sections, _ = run_page.build(cell.config, cell.steps, results.artifacts.store(cell))
     parts: list[Part] = [Text(sentence) for sentence in lead]
     for section in sections:
         if section.parts:

@@ -151,5 +151,5 @@ def code_tests(
     def passes(text: str, tests: str, entry: str) -> float:
         return float(sandbox.check(code_block(text, entry), tests, entry).passed)
 
-    with ThreadPoolExecutor(resources.cores()) as pool:
+    with ThreadPoolExecutor(resources.usable_cores()) as pool:
         return list(pool.map(passes, completions, test, entry_point))

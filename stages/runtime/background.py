@@ -12,7 +12,7 @@ GRACE_S = 5
 
 
 @contextmanager
-def beside(calls: Iterable[Callable[[], None]], stop: threading.Event) -> Iterator[None]:
+def in_background(calls: Iterable[Callable[[], None]], stop: threading.Event) -> Iterator[None]:
     """Make each call in a thread of its own while the block runs, and wait for them all.
 
     What a call or the block raises sets `stop`, which the others are to obey, and is raised here. One that

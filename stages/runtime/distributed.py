@@ -33,17 +33,17 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
-def first() -> bool:
+def is_main() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process has come to this point."""
     if size() > 1:
         _state().wait_for_everyone()
 
 
-def agree(value: Any) -> bool:
+def all_equal(value: Any) -> bool:
     """Whether `value` is the same in all processes."""
     if size() == 1:
         return True
@@ -53,7 +53,7 @@ def agree(value: Any) -> bool:
     return len(set(gather_object([value]))) == 1
 
 
-def add(tensors: Iterable[Tensor]) -> None:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
     if size() > 1:
         import torch.distributed as dist
@@ -71,7 +71,7 @@ def _state() -> Any:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=LONGEST_S))
 
 
-def tell(error: LoraparError) -> bool:
+def report_failure(error: LoraparError) -> bool:
     """Leave the error for the parent; False if no parent waits for it. Only the first error is kept."""
     if not launched() or FAILURE not in os.environ:
         return False

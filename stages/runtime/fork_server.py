@@ -78,7 +78,7 @@ class Starter:
         return process_guard.start([sys.executable, "-m", self.program, *arguments], env, out)
 
     def _ready(self) -> bool:
-        if self._server is None and possible():
+        if self._server is None and can_fork():
             self._socket, theirs = socket.socketpair()
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), self.program, *self.modules]
             self._server = subprocess.Popen(
@@ -132,7 +132,7 @@ class Starter:
             self._server.wait()
 
 
-def possible() -> bool:
+def can_fork() -> bool:
     """Whether commands can be forked here at all."""
     return sys.platform == "linux" and not any(Path(device).exists() for device in GPUS)
 

@@ -19,7 +19,7 @@ _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """How long a waiting thread spins: turns of a loop for GNU's OpenMP, milliseconds for LLVM's and Intel's."""
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: fewer than the machine has in a job that was given some of them."""
     able = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(able(0)) if able else os.cpu_count() or 1
@@ -36,7 +36,7 @@ def let_waiting_threads_sleep() -> None:
         os.environ.update(_OPENMP)
 
 
-def worked() -> float | None:
+def busy_seconds() -> float | None:
     """Seconds that the cores of this process have worked, for anybody, since the machine was started.
 
     Work of other machines on the same hardware counts, where the system knows of it. See proc(5).
@@ -51,7 +51,7 @@ def worked() -> float | None:
     return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Give the system and the GPU the memory that is free in this process; libraries keep it otherwise.
 
     Where the C library cannot, nothing happens.
@@ -63,16 +63,16 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def forget() -> None:
+def reset_peak() -> None:
     """Give freed memory back and begin the count of `peak` anew, as far as the system can."""
-    give_back()
+    release_memory()
     with suppress(OSError):
         _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
     if torch := _in_use():
         torch.cuda.reset_peak_memory_stats()
 
 
-def peaks() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """The most that was used since `forget`: by the process, and of a GPU by torch in it, if it did."""
     found = {"process": _process()}
     if (torch := _in_use()) and (used := torch.cuda.max_memory_reserved()):
@@ -80,13 +80,13 @@ def peaks() -> dict[str, int]:
     return found
 
 
-def peak() -> int:
+def peak_of_scarce() -> int:
     """Of the memory that is scarce: the GPU's, or without one the machine's."""
-    found = peaks()
+    found = peak_memory()
     return found.get("device", 0) if _has_gpu() else found["process"]
 
 
-def joules() -> float | None:
+def gpu_energy() -> float | None:
     """What the GPUs that are visible here have used since their driver was loaded, by NVML; None if unknown.
 
     All processes on them count, servers too.
@@ -123,7 +123,7 @@ def _has_gpu() -> bool:
     return bool(torch and torch.cuda.is_available())
 
 
-def room() -> int:
+def total_memory() -> int:
     """How much of it there is. The limit of a container or a batch job counts as the machine's."""
     if _has_gpu():
         return int(sys.modules["torch"].cuda.mem_get_info()[1]) // MIB

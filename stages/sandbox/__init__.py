@@ -49,7 +49,7 @@ def examine() -> dict[str, list[str]]:
     return {name: selftest(BACKENDS[name]) for name in SAFE}
 
 
-class Section(Protocol):
+class SandboxSettings(Protocol):
     """The settings of a config that concern the sandbox."""
 
     @property
@@ -60,7 +60,7 @@ class Section(Protocol):
     def memory_mb(self) -> int: ...
 
 
-def of(section: Section, say: Callable[[str], None]) -> Sandbox:
+def of(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
     """The sandbox that a config asks for."""
     return choose(section.backend, Limits(section.seconds, section.memory_mb), say)
 

@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Start:
+class ChildProcess:
     """How to start a process: what `subprocess.Popen` needs, and the file descriptors it keeps open."""
 
     command: list[str]
@@ -84,7 +84,7 @@ ENVIRONMENT = (
 
 
 @contextmanager
-def bubblewrap(role: str, limits: Limits) -> Iterator[Start]:
+def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Namespaces by bubblewrap (in Debian and others the package bubblewrap), hardened.
 
     The seccomp filter refuses new processes, because RLIMIT_NPROC is never enforced for root.
@@ -98,7 +98,7 @@ def bubblewrap(role: str, limits: Limits) -> Iterator[Start]:
         number = rules.fileno()
         command = [found, *ISOLATION, *ENVIRONMENT, *_root(folders), "--seccomp", str(number)]
         command += _inside(python, "/inside.py", role, allowed)
-        yield Start(command, {"PATH": "/usr/bin:/bin"}, (number,))
+        yield ChildProcess(command, {"PATH": "/usr/bin:/bin"}, (number,))
 
 
 def _root(folders: list[str]) -> list[str]:
@@ -124,7 +124,7 @@ def _root(folders: list[str]) -> list[str]:
 
 
 @contextmanager
-def landlock(role: str, limits: Limits) -> Iterator[Start]:
+def landlock(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Landlock and a stricter seccomp filter, where there are no namespaces. Programs can write no file."""
     if abi() < LEAST_ABI:
         raise OSError(f"Landlock is at version {abi()}, {LEAST_ABI} is needed (kernel 6.2)")
@@ -133,14 +133,16 @@ def landlock(role: str, limits: Limits) -> Iterator[Start]:
     readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
     allowed = json.dumps(limits.of_process())
     launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_filter("landlock")), allowed]
-    yield Start([*launch, *readable, "--", *_inside(python, script, role, {})], {"PATH": "/usr/bin:/bin"})
+    yield ChildProcess(
+        [*launch, *readable, "--", *_inside(python, script, role, {})], {"PATH": "/usr/bin:/bin"}
+    )
 
 
 @contextmanager
-def none(role: str, limits: Limits) -> Iterator[Start]:
+def none(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Only limits of the process: the program can read, write, connect and start whatever its user can."""
     command = _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process())
-    yield Start([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
+    yield ChildProcess([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
 
 
 BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from stages.sandbox.backends import Limits, Start
+from stages.sandbox.backends import ChildProcess, Limits
 from stages.sandbox.inside import MAX_LINE
 
 START_S = 30
@@ -20,7 +20,7 @@ START_S = 30
 MAX_OUTPUT = 2**20
 KEPT_OUTPUT = 4096
 
-Backend = Callable[[str, Limits], AbstractContextManager[Start]]
+Backend = Callable[[str, Limits], AbstractContextManager[ChildProcess]]
 
 
 class SandboxFailure(Exception):
@@ -52,7 +52,7 @@ class _Ended(Exception):
 class _Sandboxed:
     """One process in a sandbox: its lines, and the end of what it wrote to its error stream."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: ChildProcess) -> None:
         self.process = subprocess.Popen(
             start.command,
             stdin=subprocess.PIPE,

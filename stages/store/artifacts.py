@@ -19,7 +19,7 @@ from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
 from stages.store.digests import canonical, fsync, sha256_file
-from stages.store.manifest import SCHEMA, fault, sealed
+from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
 AWAY = "move it away and run the stage again"
@@ -42,7 +42,7 @@ class Artifact:
         """The folder of its adapter: for score the initial adapter, else the trained one."""
         return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
 
-    def damage(self) -> str | None:
+    def integrity_error(self) -> str | None:
         """What is wrong with the files, or None. Reads every byte, for safetensors notices no flipped bit."""
         for name, entry in self.manifest["files"].items():
             file = self.path / name
@@ -94,15 +94,15 @@ class Store:
             raise ArtifactError(
                 f"{path} has schema {schema}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
             )
-        if reason := fault(manifest, path.name.split(".")[0]):
+        if reason := manifest_error(manifest, path.name.split(".")[0]):
             raise ArtifactError(f"{path} is a foreign artifact: {reason}", AWAY)
         return Artifact(path, manifest)
 
-    def damage(self, artifact: Artifact) -> str | None:
+    def integrity_error(self, artifact: Artifact) -> str | None:
         """`artifact.damage()`, computed once per store, because several steps share an input."""
         which = (artifact.path, artifact.digest)
         if which not in self._damage:
-            self._damage[which] = artifact.damage()
+            self._damage[which] = artifact.integrity_error()
         return self._damage[which]
 
     def latest(self, stage: str, variant: str) -> Artifact | None:
@@ -168,7 +168,7 @@ class Store:
                 "size": file.stat().st_size,
                 "sha256": sha256_file(file),
             }
-        full = sealed({"stage": stage, "key": key, **manifest, "files": entries})
+        full = with_checksum({"stage": stage, "key": key, **manifest, "files": entries})
         text = json.dumps(full, indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         fsync(partial / MANIFEST)

@@ -33,7 +33,7 @@ class Checkpoints:
         for path in self._found():
             if reason := self._fault(path):
                 log.warning("%s is left aside: %s", path.name, reason)
-                if distributed.first():
+                if distributed.is_main():
                     aside = path.with_name(f"{path.name}.incomplete")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)

@@ -15,17 +15,17 @@ from pydantic import BaseModel, TypeAdapter
 NAME = ".estimates.json"
 
 
-class Told(BaseModel):
+class PlannedCost(BaseModel):
     """Of one step."""
 
     seconds: float | None = None
     mib: float | None = None
 
 
-_FILE = TypeAdapter(dict[str, Told])
+_FILE = TypeAdapter(dict[str, PlannedCost])
 
 
-def tell(root: Path, found: dict[str, Told]) -> None:
+def save(root: Path, found: dict[str, PlannedCost]) -> None:
     """Keep them by the keys of their steps. A store that cannot be written stays without."""
     told = {**_read(root), **found}  # by others or before
     with suppress(OSError):
@@ -35,19 +35,19 @@ def tell(root: Path, found: dict[str, Told]) -> None:
         os.replace(temporary, root / NAME)
 
 
-def told(root: Path, key: str) -> Told | None:
+def load(root: Path, key: str) -> PlannedCost | None:
     """What was told of a step, if anything."""
     return _read(root).get(key)
 
 
-def spent(provenance: dict[str, Any]) -> tuple[Told, Told]:
+def actual_and_planned(provenance: dict[str, Any]) -> tuple[PlannedCost, PlannedCost]:
     """What a manifest says that its step took, and what had been told before."""
     peaks = provenance.get("peak_mib", {})  # older ones have none
-    took = Told(seconds=provenance["seconds"], mib=peaks.get("device", peaks.get("process")))
-    return took, Told.model_validate(provenance.get("estimated", {}))
+    took = PlannedCost(seconds=provenance["seconds"], mib=peaks.get("device", peaks.get("process")))
+    return took, PlannedCost.model_validate(provenance.get("estimated", {}))
 
 
-def _read(root: Path) -> dict[str, Told]:
+def _read(root: Path) -> dict[str, PlannedCost]:
     with suppress(OSError, ValueError):  # a damaged file is as good as none: it only serves to compare
         return _FILE.validate_json((root / NAME).read_bytes())
     return {}

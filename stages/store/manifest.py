@@ -23,21 +23,21 @@ def _inside(name: str) -> str:
     return name
 
 
-class _Shape(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _File(_Shape):
+class _File(_Strict):
     size: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class _Input(_Shape):
+class _Input(_Strict):
     key: str
     content: str
 
 
-class _Manifest(_Shape):
+class _Manifest(_Strict):
     schema_: Literal[2] = Field(alias="schema")
     stage: str
     key: str
@@ -50,13 +50,13 @@ class _Manifest(_Shape):
     seal: str
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest as it is read back, with the digest of all the rest as its seal."""
     plain = json.loads(json.dumps({"schema": SCHEMA, **manifest}, allow_nan=False))
     return {**plain, SEAL: _digest(plain)}
 
 
-def fault(manifest: Any, key: str) -> str | None:
+def manifest_error(manifest: Any, key: str) -> str | None:
     """What is wrong with a manifest that is to be that of `key`, or None."""
     try:
         _Manifest.model_validate(manifest)

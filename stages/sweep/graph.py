@@ -42,7 +42,7 @@ class Node:
         return f"{self.step.name} {self.step.key} for {row!r}, seed {seed}{more}"
 
 
-def union(cells: list[Cell]) -> dict[Place, Node]:
+def build_graph(cells: list[Cell]) -> dict[Place, Node]:
     """The steps of all columns and what they are made from, each after its inputs."""
     nodes: dict[Place, Node] = {}
     stores: dict[Path, Store] = {}

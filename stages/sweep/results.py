@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.evaluation.metrics import graded, shares
+from stages.evaluation.metrics import accuracy_by_item, graded
 from stages.evaluation.statistics import interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
@@ -163,7 +163,7 @@ class _Reader:
     def _shares(self, artifact: Artifact, column: Column) -> Shares:
         place = (str(artifact.path), column.rest)
         if place not in self.answers:
-            self.answers[place] = shares(answers(artifact, column), reading(column))
+            self.answers[place] = accuracy_by_item(answers(artifact, column), reading(column))
         return self.answers[place]
 
 

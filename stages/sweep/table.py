@@ -12,7 +12,7 @@ import yaml
 from stages.config import Config
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import Step, plan
+from stages.pipeline.steps import Step, plan_steps
 from stages.sweep.file import OWN, Column, TableFile, read, refused
 
 
@@ -112,7 +112,7 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, m
         raise ConfigError(f"{wrong[0]} is a section: name its settings one by one, as {wrong[0]}.NAME")
     overrides = (*(f"{name}={_yaml(value)}" for name, value in values.items()), *more)
     config = resolved(load(config_path, list(overrides)))
-    steps = plan(config)
+    steps = plan_steps(config)
     texts = {**file.columns, **own.get("columns", {})}
     columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
     if base is not None:

@@ -17,10 +17,10 @@ from transformers import (
 
 from stages.config import ModelSection
 from stages.engines import Sampling, continuous_batching
-from stages.engines.continuous_batching import Ends, continuations, drawn
+from stages.engines.continuous_batching import StopConditions, generate, sample_tokens
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
-from stages.packing.batch import common
+from stages.packing.batch import common_prefix_length
 
 SMALL = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -51,14 +51,14 @@ def random(*lengths: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
 
 def answers(model, tokenizer, prompts, sampling, **given):
     """In the order of the prompts; each is given once."""
-    made = list(continuations(model, tokenizer, prompts, sampling, **given))
+    made = list(generate(model, tokenizer, prompts, sampling, **given))
     assert sorted(i for i, _ in made) == list(range(len(prompts)))
     return [answer for _, answer in sorted(made, key=lambda pair: pair[0])]
 
 
 def by_library(model, tokenizer, prompts, sampling, stops=()):
     """One prompt at a time."""
-    ends = Ends(sampling, tokenizer, stops)
+    ends = StopConditions(sampling, tokenizer, stops)
     return [continuous_batching._by_library(model, ends, [ids], 0)[0] for ids in prompts]
 
 
@@ -181,7 +181,7 @@ def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     wanted = logits.softmax(-1)[0]
-    found = torch.bincount(drawn(LOGITS.expand(number, -1), sampling, draws), minlength=6)
+    found = torch.bincount(sample_tokens(LOGITS.expand(number, -1), sampling, draws), minlength=6)
     assert not found[wanted == 0].any() and wanted[3] == 0
     kept = wanted > 0
     chi = ((found - number * wanted) ** 2 / (number * wanted))[kept].sum()
@@ -194,7 +194,9 @@ def test_the_first_and_the_last_draw_are_tokens_that_can_be():
         logits[dead] = float("-inf")
         alive = [i for i in range(6) if i not in dead]
         draws = torch.tensor([0.0, 1 - 1e-16, 0.5], dtype=torch.float64)
-        first, last, middle = drawn(logits.expand(3, -1), Sampling(1, (), temperature=1.0), draws).tolist()
+        first, last, middle = sample_tokens(
+            logits.expand(3, -1), Sampling(1, (), temperature=1.0), draws
+        ).tolist()
         assert (first, last) == (alive[0], alive[-1]) and middle in alive
 
 
@@ -203,14 +205,14 @@ def test_a_token_of_small_probability_can_be_drawn():
     logits = torch.zeros(4)
     logits[3] = -18.0
     last = torch.tensor([1 - 1e-10], dtype=torch.float64)
-    assert drawn(logits[None], Sampling(1, (), temperature=1.0), last).tolist() == [3]
+    assert sample_tokens(logits[None], Sampling(1, (), temperature=1.0), last).tolist() == [3]
 
 
 @given(st.integers(0, 999), st.floats(0.2, 1.0), st.integers(1, 6), st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_one_of_the_likeliest(seed, top_p, top_k, draw):
     logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
     at = torch.tensor([draw], dtype=torch.float64)
-    (token,) = drawn(logits, Sampling(1, (), temperature=1.0, top_p=top_p, top_k=top_k), at).tolist()
+    (token,) = sample_tokens(logits, Sampling(1, (), temperature=1.0, top_p=top_p, top_k=top_k), at).tolist()
     assert int((logits[0] > logits[0, token]).sum()) < top_k
     likelier = logits[0].softmax(0)[logits[0] > logits[0, token]].sum()
     assert float(likelier) < top_p + 1e-6 or token == int(logits.argmax())
@@ -219,24 +221,24 @@ def test_a_draw_is_one_of_the_likeliest(seed, top_p, top_k, draw):
 @pytest.fixture
 def calls(monkeypatch):
     """Tokens of each row that is computed."""
-    seen, usual = [], support.hidden
+    seen, usual = [], support.packed_hidden_states
 
     def hidden(model, input_ids, *rest):
         seen.append(input_ids.shape[1])
         return usual(model, input_ids, *rest)
 
-    monkeypatch.setattr(support, "hidden", hidden)
+    monkeypatch.setattr(support, "packed_hidden_states", hidden)
     return seen
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, tokenizer, calls, kind):
     prompts = PROMPTS[kind] * 3
-    assert support.fits(model, prompts[0])
+    assert support.supports_packing(model, prompts[0])
     calls.clear()
     made = answers(model, tokenizer, prompts, Sampling(10, tuple(range(100, 140))))
     unique = sorted(set(map(tuple, prompts)))
-    shared = min(common([list(ids) for ids in unique]), min(map(len, unique)) - 1)
+    shared = min(common_prefix_length([list(ids) for ids in unique]), min(map(len, unique)) - 1)
     read = sum(map(len, unique)) - shared * (len(unique) - 1)
     assert calls[0] == read
     # The last token of an answer is never computed.
@@ -247,14 +249,14 @@ def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, toke
 def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, monkeypatch):
     """One by one the answers end: the memory is never read for more rows than a third above those in use."""
     prompts = random(*range(3, 15))
-    rows, usual = [], continuous_batching.Memory.aim
+    rows, usual = [], continuous_batching.KVCache.set_positions
 
     def aim(memory, aimed, at):
         rows.append((len(aimed), memory.rows))
         usual(memory, aimed, at)
         assert {len(x) for x in (*memory.keys, *memory.values)} == {memory.rows}
 
-    monkeypatch.setattr(continuous_batching.Memory, "aim", aim)
+    monkeypatch.setattr(continuous_batching.KVCache, "aim", aim)
     sampling = Sampling(20, tuple(range(100, 130)))
     wanted = by_library(model, tokenizer, prompts, sampling)
     lengths = [len(answer.ids) for answer in wanted]
@@ -295,4 +297,4 @@ def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplo
 
 
 def test_nothing_is_written_after_no_prompt(model, tokenizer):
-    assert list(continuations(model, tokenizer, [], Sampling(4, ()))) == []
+    assert list(generate(model, tokenizer, [], Sampling(4, ()))) == []

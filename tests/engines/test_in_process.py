@@ -7,7 +7,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Pool, Question, Sampling, Served, in_process
+from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
 from stages.engines.in_process import BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_base
@@ -31,29 +31,29 @@ def expected(engine, ids, words):
 
 
 def test_no_model_stays_in_memory_beside_the_next(tiny, silent):
-    with Pool() as pool:
-        served = Served("transformers", ModelSection(name=str(tiny), dtype="float32"))
+    with EngineCache() as pool:
+        served = EngineSpec("transformers", ModelSection(name=str(tiny), dtype="float32"))
         first = weakref.ref(pool.get(served, ServerSection(), silent.say).model)
         assert first() is not None
         pool.close()
         assert first() is None
 
 
-usual = support.fits
+usual = support.supports_packing
 
 
 @pytest.mark.parametrize("shared", [0, 10, 50])
 @pytest.mark.parametrize("fits", [True, False])
 def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fits):
     """Also with one beginning for all, with two in turn, and where one prompt is a beginning of another."""
-    monkeypatch.setattr("stages.packing.support.fits", lambda *_: fits and usual(*_))
+    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: fits and usual(*_))
     generator = torch.Generator().manual_seed(0)
     random = lambda n: torch.randint(5, 250, (n,), generator=generator).tolist()  # noqa: E731
     heads = [random(shared), random(shared)]
     prompts = [heads[i % 2] + random(1 + i % 7) for i in range(40)]
     prompts += [prompts[0] + [9], [*heads[0], *random(40)], [*heads[0], *prompts[-1][shared:], 8]]
     words = ("A", "B", "C", "D")
-    found = dict(engine.choose([Ballot(ids, words) for ids in prompts]))
+    found = dict(engine.choose([ChoiceRequest(ids, words) for ids in prompts]))
     for i, ids in enumerate(prompts):
         assert found[i].shares == pytest.approx(expected(engine, ids, words), abs=1e-5)
         assert 0 < found[i].mass < 1
@@ -78,7 +78,7 @@ def test_words_must_differ_in_one_token(engine):
 
 
 def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
-    questions = [Question([40 + i, 9, 60 + i] * (1 + i % 3)) for i in range(9)]
+    questions = [GenerateRequest([40 + i, 9, 60 + i] * (1 + i % 3)) for i in range(9)]
     whole = dict(engine.generate(questions, Sampling(20, ())))
     assert all(len(answer.ids) == 20 and not answer.complete for answer in whole.values())
     for i, question in enumerate(questions):
@@ -91,14 +91,16 @@ def test_answers_do_not_depend_on_the_batch_and_end_at_stops(engine):
     at = next(i for i in range(19) if all(35 < token < 128 for token in ids[i : i + 2]))  # whole characters
     text = engine.tokenizer.decode(ids[at : at + 2])
     stopped = dict(
-        engine.generate([Question(questions[0].ids), Question(questions[1].ids, (text,))], Sampling(20, ()))
+        engine.generate(
+            [GenerateRequest(questions[0].ids), GenerateRequest(questions[1].ids, (text,))], Sampling(20, ())
+        )
     )
     assert stopped[1].complete and len(stopped[1].ids) < 20 and ids[: len(stopped[1].ids)] == stopped[1].ids
     assert text in engine.tokenizer.decode(stopped[1].ids)
 
 
 def test_the_likeliest_of_one_token_is_greedy(engine):
-    questions = [Question([40 + i, 9, 60 + i]) for i in range(4)]
+    questions = [GenerateRequest([40 + i, 9, 60 + i]) for i in range(4)]
     hot = dict(engine.generate(questions, Sampling(8, (), temperature=5.0, top_k=1)))
     assert hot == dict(engine.generate(questions, Sampling(8, ())))
 
@@ -106,7 +108,7 @@ def test_the_likeliest_of_one_token_is_greedy(engine):
 def test_a_thought_comes_before_the_choice(engine):
     """The choice is that after prompt, thought and its end; the same thought gives the same choice."""
     ids = [40, 9, 60, 70]
-    ((_, answer),) = engine.generate([Question(ids)], Sampling(6, (engine.tokenizer.eos_token_id,)))
+    ((_, answer),) = engine.generate([GenerateRequest(ids)], Sampling(6, (engine.tokenizer.eos_token_id,)))
     thought = engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
     after = ids + engine.tokenizer(f"{thought}\n</think>\n\n", add_special_tokens=False)["input_ids"]
     plain, with_thought, again, written = (
@@ -114,10 +116,10 @@ def test_a_thought_comes_before_the_choice(engine):
         for _, choice in sorted(
             engine.choose(
                 [
-                    Ballot(ids, ("A", "B")),
-                    Ballot(ids, ("A", "B"), thought=6),
-                    Ballot(ids, ("A", "B"), thought=6),
-                    Ballot(after, ("A", "B")),
+                    ChoiceRequest(ids, ("A", "B")),
+                    ChoiceRequest(ids, ("A", "B"), max_thinking_tokens=6),
+                    ChoiceRequest(ids, ("A", "B"), max_thinking_tokens=6),
+                    ChoiceRequest(after, ("A", "B")),
                 ]
             )
         )
@@ -129,12 +131,14 @@ def test_a_thought_comes_before_the_choice(engine):
 def test_outputs_that_are_no_numbers_are_no_votes(engine, monkeypatch):
     monkeypatch.setattr(engine, "_last_logits", lambda prompts: torch.full((len(prompts), 300), torch.nan))
     with pytest.raises(MeaninglessError, match="the model's outputs are not numbers"):
-        list(engine.choose([Ballot("Is it?", (" Yes", " No"))]))
+        list(engine.choose([ChoiceRequest("Is it?", (" Yes", " No"))]))
 
 
 def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):
     longest = engine.model.config.max_position_embeddings
-    found = dict(engine.choose([Ballot([40] * (longest + 1), ("A", "B")), Ballot([40, 9], ("A", "B"))]))
+    found = dict(
+        engine.choose([ChoiceRequest([40] * (longest + 1), ("A", "B")), ChoiceRequest([40, 9], ("A", "B"))])
+    )
     assert found[0].reason == "too_long" and len(found[1].shares) == 2
 
 
@@ -162,8 +166,10 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     """Of the hidden state as the model has it; a cap on its logits is kept."""
     engine, given = sixteen_bits(tiny, **config)
     prompts = [[40 + i, 9, 60 + i] for i in range(BATCH)]
-    found = dict(engine.choose([Ballot(ids, ("A", "B")) for ids in prompts]))
-    assert support.fits(engine.model, prompts[0]) != bool(config)  # by 16 bits, though the head gives 32
+    found = dict(engine.choose([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
+    assert support.supports_packing(engine.model, prompts[0]) != bool(
+        config
+    )  # by 16 bits, though the head gives 32
     weight = engine.model.get_output_embeddings().weight
     assert given[-1].dtype == weight.dtype == torch.bfloat16
     states = given[-1].flatten(0, -2)  # one token of each prompt
@@ -174,18 +180,20 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     expected = logits.softmax(-1)[:, words]
     for i, row in enumerate(expected):
         assert found[i].mass == pytest.approx(float(row.sum()), rel=1e-6)
-        assert found[i].shares == pytest.approx((row / row.sum()).tolist(), abs=1e-6)
+        assert found[i].probabilities == pytest.approx((row / row.sum()).tolist(), abs=1e-6)
 
 
 def test_prompts_that_differ_have_probabilities_that_differ_in_16_bits(tiny):
     engine, _ = sixteen_bits(tiny)
-    found = dict(engine.choose([Ballot([40 + i % 80, 9, 60 + i // 80], ("A", "B")) for i in range(240)]))
-    assert len({choice.shares[1] for choice in found.values()}) == 240
+    found = dict(
+        engine.choose([ChoiceRequest([40 + i % 80, 9, 60 + i // 80], ("A", "B")) for i in range(240)])
+    )
+    assert len({choice.probabilities[1] for choice in found.values()}) == 240
 
 
 def test_the_head_is_the_model_s_own_again_after_choices(tiny):
     engine, _ = sixteen_bits(tiny)
-    list(engine.choose([Ballot([40, 9], ("A", "B"))]))
+    list(engine.choose([ChoiceRequest([40, 9], ("A", "B"))]))
     assert engine.model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
 
 
@@ -205,10 +213,10 @@ def test_a_word_behind_a_text_has_the_tokens_that_it_has_there():
 
 def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
     written = []
-    usual = in_process.continuations
+    usual = in_process.generate
     count = lambda *given: written.extend(given[2]) or usual(*given)  # noqa: E731
-    monkeypatch.setattr(in_process, "continuations", count)
-    ballots = [Ballot([40, 9, 60 + i], ("A", "B"), thought=2) for i in range(40)]
+    monkeypatch.setattr(in_process, "generate", count)
+    ballots = [ChoiceRequest([40, 9, 60 + i], ("A", "B"), max_thinking_tokens=2) for i in range(40)]
     made = engine.choose(ballots)
     first = next(made)
     assert len(written) == in_process.THOUGHTS * engine.batch_size < 40

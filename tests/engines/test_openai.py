@@ -13,15 +13,15 @@ from conftest import wait_for
 from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import Ballot, Choice, Failure, Question, Sampling, Served, vllm
+from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
 from stages.engines.openai import client, transport
 from stages.engines.openai.choices import word_of
 from stages.engines.openai.client import Client
 from stages.engines.openai.errors import seconds_of
 from stages.errors import ConfigError, ServerError
 
-CHAT = Ballot([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
-TEXT = Ballot("q", (" one", " many"))
+CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
+TEXT = ChoiceRequest("q", (" one", " many"))
 QUICK = ServerSection(concurrency=4, timeout_s=0.5, stall_s=5)
 
 
@@ -38,7 +38,7 @@ def no_waiting(monkeypatch):
     return waited
 
 
-def ask(mock: Mock, *ballots: Ballot, server: ServerSection = QUICK, model: str | None = None) -> dict:
+def ask(mock: Mock, *ballots: ChoiceRequest, server: ServerSection = QUICK, model: str | None = None) -> dict:
     return dict(Client((mock.url,), model, "", server).choose(ballots))
 
 
@@ -72,7 +72,7 @@ def test_top_k_is_always_said(top_k, asked):
     answer = ("body", {"choices": [{"token_ids": [5], "finish_reason": "stop"}]})
     with serve(Mock(lambda n, path, body: bodies.append(body) or answer)) as mock:
         client = Client((mock.url,), None, "", QUICK)
-        list(client.generate([Question([1])], Sampling(4, (), 1.0, top_k=top_k)))
+        list(client.generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
     assert [body["top_k"] for body in bodies] == [asked]
 
 
@@ -117,7 +117,7 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
         client = Client((mock.url,), "judge", "", QUICK)
         assert len(client.fingerprint()) == 5
         found = dict(client.choose([CHAT] * 3))
-    assert all(choice.shares in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
+    assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_server_without_a_list_is_believed_to_know_the_name(monkeypatch):
 
 def test_a_thought_is_not_the_answer():
     with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
-        ballot = Ballot(CHAT.text, CHAT.words, thought=100, temperature=0.6, seed=7)
+        ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
         (choice,) = ask(mock, ballot).values()
     assert choice.shares == (0.0, 1.0)
 
@@ -233,7 +233,7 @@ def test_failures_of_a_while_are_tried_again():
     )
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = Client((mock.url,), None, "", QUICK)
-        assert isinstance(dict(client.choose([TEXT]))[0], Choice)
+        assert isinstance(dict(client.choose([TEXT]))[0], ChoiceResult)
     assert client.transport.counts.retried == 4
 
 
@@ -257,8 +257,8 @@ def test_failures_of_a_while_are_tried_again():
 )
 def test_one_bad_question_stops_no_other(fault, reason):
     server = QUICK.model_copy(update={"concurrency": 2})
-    ballots = [Ballot(f"q{i}", TEXT.words) for i in range(3)] + [Ballot("bad", TEXT.words)]
-    ballots += [Ballot(f"q{i}", TEXT.words) for i in range(4, 400)] if reason == "timeout" else []
+    ballots = [ChoiceRequest(f"q{i}", TEXT.words) for i in range(3)] + [ChoiceRequest("bad", TEXT.words)]
+    ballots += [ChoiceRequest(f"q{i}", TEXT.words) for i in range(4, 400)] if reason == "timeout" else []
     with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else None)) as mock:
         if reason == "timeout":  # others must be answered all the while
             mock.fault = lambda n, path, body: fault if body["prompt"] == "bad" else time_passes()
@@ -333,11 +333,11 @@ def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
     with serve(Mock()) as one, serve(Mock()) as two:
         client = Client((one.url, two.url), "judge", "", QUICK)
-        list(client.choose(Ballot(f"q{i}", TEXT.words) for i in range(40)))
+        list(client.choose(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
         assert abs(len(one.log) - len(two.log)) <= 2
         one.fault = lambda n, path, body: ("reset", None)
-        found = dict(client.choose([Ballot(f"r{i}", TEXT.words) for i in range(40)]))
-    assert all(isinstance(choice, Choice) for choice in found.values()) and len(found) == 40
+        found = dict(client.choose([ChoiceRequest(f"r{i}", TEXT.words) for i in range(40)]))
+    assert all(isinstance(choice, ChoiceResult) for choice in found.values()) and len(found) == 40
 
 
 def test_a_bad_question_stops_no_other_while_one_of_two_servers_is_gone():
@@ -345,8 +345,12 @@ def test_a_bad_question_stops_no_other_while_one_of_two_servers_is_gone():
     with serve(Mock()) as one, serve(Mock(lambda n, path, body: bad if "bad" in str(body) else None)) as two:
         client = Client((one.url, two.url), "judge", "", QUICK)
         one.fault = lambda n, path, body: ("reset", None)  # for its list of models, too
-        found = dict(client.choose([TEXT, Ballot("bad", TEXT.words), TEXT]))
-    assert isinstance(found[1], Failure) and isinstance(found[0], Choice) and isinstance(found[2], Choice)
+        found = dict(client.choose([TEXT, ChoiceRequest("bad", TEXT.words), TEXT]))
+    assert (
+        isinstance(found[1], Failure)
+        and isinstance(found[0], ChoiceResult)
+        and isinstance(found[2], ChoiceResult)
+    )
 
 
 def test_no_more_is_asked_than_a_kill_may_lose():
@@ -371,15 +375,15 @@ def test_unlike_servers_of_one_model_are_noticed():
 @pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])
 def test_what_is_too_long_is_not_sent(words, fits):
     with serve(Mock()) as mock:
-        (found,) = ask(mock, Ballot("long " * words, TEXT.words), server=ServerSection()).values()
+        (found,) = ask(mock, ChoiceRequest("long " * words, TEXT.words), server=ServerSection()).values()
         sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
-    assert isinstance(found, Choice) is fits and bool(sent) is fits
+    assert isinstance(found, ChoiceResult) is fits and bool(sent) is fits
     if not fits:
         assert (found.reason, found.detail) == ("too_long", "4089 tokens, and judge has room for 4088")
 
 
 def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
-    served = Served("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
+    served = EngineSpec("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
     monkeypatch.setenv("MY_KEY", "sk-\u201csecret\u201d")
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
         client.open(served, QUICK, print).__enter__()

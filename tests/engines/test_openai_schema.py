@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stages.engines.openai.client import Client
-from stages.engines.openai.schema import Completion, count_of, models_of
+from stages.engines.openai.schema import ReplyChoice, count_of, models_of
 
 CHAT = {
     "model": "m",
@@ -38,7 +38,7 @@ def client(*replies: dict) -> Client:
     return found
 
 
-def read(reply: object) -> Completion:
+def read(reply: object) -> ReplyChoice:
     return client(TEXT)._completion(reply)
 
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, servers
 
 from stages.config import LoraSection, ModelSection, ServerSection
-from stages.engines import Ballot, Pool, Question, Sampling, Served
+from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.errors import ServerError
 from stages.models.base import load_base
 
@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
 BALLOTS = [
-    Ballot("Question: 2 + 2?\nSteps:", (" one", " many")),
-    Ballot([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
+    ChoiceRequest("Question: 2 + 2?\nSteps:", (" one", " many")),
+    ChoiceRequest([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
 ]
 
 
@@ -33,9 +33,9 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
     model = ModelSection(name=str(tiny), dtype="float32")
     given = {}
     for name in ("vllm", "transformers"):
-        with Pool() as pool:
-            engine = pool.get(Served(name, model), ServerSection(), print)
-            given[name] = {i: choice.shares[1] for i, choice in engine.choose(BALLOTS)}
+        with EngineCache() as pool:
+            engine = pool.get(EngineSpec(name, model), ServerSection(), print)
+            given[name] = {i: choice.probabilities[1] for i, choice in engine.choose(BALLOTS)}
     assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
     assert servers() == []
 
@@ -47,15 +47,17 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
 
     model = ModelSection(name=str(tiny), dtype="float32")
     adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
-    questions = [Question([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)]
-    words = [Ballot(question.ids, (" a", " b", " c")) for question in questions]
+    questions = [
+        GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
+    ]
+    words = [ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions]
     given, chosen = {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
-        with Pool() as pool:
-            served = Served("vllm" if name == "vllm" else "transformers", model, folder)
+        with EngineCache() as pool:
+            served = EngineSpec("vllm" if name == "vllm" else "transformers", model, folder)
             engine = pool.get(served, ServerSection(adapter=how), print)
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
-            chosen[name] = {i: choice.shares for i, choice in engine.choose(words)}
+            chosen[name] = {i: choice.probabilities for i, choice in engine.choose(words)}
     assert given["vllm"] == given["transformers"] != given["base"]
     for i in range(6):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
@@ -81,8 +83,13 @@ def test_a_killed_parent_leaves_no_server(tiny):
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    with pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught, Pool() as pool:
-        pool.get(Served("vllm", ModelSection(name=str(tmp_path), dtype="float32")), ServerSection(), print)
+    with (
+        pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught,
+        EngineCache() as pool,
+    ):
+        pool.get(
+            EngineSpec("vllm", ModelSection(name=str(tmp_path), dtype="float32")), ServerSection(), print
+        )
     assert "its log is" in caught.value.hint
 
 

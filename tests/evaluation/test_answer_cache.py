@@ -5,10 +5,10 @@ from conftest import Silent
 from pydantic import ValidationError
 
 from stages.config import BenchmarkSection, ModelSection, PromptSection
-from stages.engines import Answer
+from stages.engines import Completion
 from stages.errors import ArtifactError
 from stages.eval import _graded, _outcome
-from stages.evaluation.answer_cache import Recorded, Replies
+from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Asked, Renderer
@@ -28,30 +28,30 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def test_a_choice_is_the_likeliest_word(tokenizer):
     asked = Asked("", [], (), (" A", " B", " C", " D"))
-    assert Recorded(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
+    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
 
 
 @pytest.mark.parametrize("odd", [{}, {"complete": True}, {"ids": [2**31]}, {"ids": [-1]}, {"shares": [1.5]}])
 def test_a_line_of_a_journal_that_is_no_answer(odd):
     with pytest.raises(ValidationError):
-        Recorded(**odd)
+        CachedAnswer(**odd)
 
 
 def test_a_line_of_a_journal_that_is_the_answer_to_another_question(tokenizer):
     with pytest.raises(ArtifactError, match="has 3 shares for 2 words"):
-        Recorded(shares=[0.1, 0.2, 0.7]).text(tokenizer, Asked("", [], (), (" A", " B")))
+        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, Asked("", [], (), (" A", " B")))
 
 
 def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
-    given = Recorded(ids=written, complete=False).text(tokenizer, Asked("", [], ("\nQ", "\nX")))
+    given = CachedAnswer(ids=written, complete=False).text(tokenizer, Asked("", [], ("\nQ", "\nX")))
     assert (given.text, given.complete, given.extra) == ("#### 5", True, {"tokens": len(written)})
 
 
 def test_each_answer_is_graded_against_its_own_item(tokenizer):
     golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
     rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
-    recorded = {(i, 0): Recorded(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
+    recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
     asked, renderer = [Asked("", [])] * 3, Renderer(tokenizer, PromptSection())
     found = _graded(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
     assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
@@ -73,11 +73,11 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
         def generate(self, questions, sampling):
             for i, question in enumerate(questions):
                 seeds.append(question.seed)
-                yield i, Answer([65 + i], True)
+                yield i, Completion([65 + i], True)
 
     section = DEMO.model_copy(update={"samples": 3, "temperature": 0.8})
     renderer = Renderer(tokenizer, PromptSection())
-    replies = Replies([Asked("x", [5])], section, renderer, {}, tmp_path, again=False)
+    replies = AnswerCache([Asked("x", [5])], section, renderer, {}, tmp_path, again=False)
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
     assert [replies.recorded[0, n].ids for n in range(3)] == [[65], [66], [67]]

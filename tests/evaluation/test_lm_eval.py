@@ -108,7 +108,7 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     data, model_dir = Path(os.environ.get("LORAPAR_DATA", "nowhere")), ROOT / "models/smollm2-135m-q4"
     if not data.is_dir() or not model_dir.is_dir():
         pytest.skip("needs LORAPAR_DATA and the fetched model")
-    from stages.engines import Ballot
+    from stages.engines import ChoiceRequest
     from stages.engines.in_process import InProcess
     from stages.models.base import load_base
     from stages.models.tokenizer import load_tokenizer
@@ -131,8 +131,8 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     tokenizer = load_tokenizer(model)
     asked = mmlu.ask(mmlu.load(section), section, Renderer(tokenizer, section.prompt))
     engine = InProcess(load_base(model), tokenizer, 16)
-    choices = dict(engine.choose([Ballot(item.ids, item.words) for item in asked]))
-    ours = [max(range(4), key=choices[i].shares.__getitem__) for i in range(len(asked))]
+    choices = dict(engine.choose([ChoiceRequest(item.ids, item.words) for item in asked]))
+    ours = [max(range(4), key=choices[i].probabilities.__getitem__) for i in range(len(asked))]
 
     import lm_eval
     from lm_eval.models.huggingface import HFLM

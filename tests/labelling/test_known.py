@@ -11,7 +11,7 @@ from stages.errors import DataError, MissingInputError
 from stages.labelling import report
 from stages.labelling.known import labelled
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.records import Example, Labelled, read_labels
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
@@ -149,7 +149,10 @@ def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(s
     rows = read_labels(artifact.path / "labels.jsonl")
     assert [row.system for row in rows] == [row.example.extra["intended"] for row in rows]
     assert {row.system for row in rows} == {1, 2} and not any(row.votes for row in rows)
-    assert artifact.manifest["key"] != plan(resolved(smoke("classify.known=intended")))["classify:demo"].key
+    assert (
+        artifact.manifest["key"]
+        != plan_steps(resolved(smoke("classify.known=intended")))["classify:demo"].key
+    )
     with pytest.raises(DataError, match="no label for any of 16 examples in the field nothing"):
         make_step(smoke("eval.benchmarks.demo.label=known", "classify.known=nothing"), "classify:demo")
 

@@ -3,10 +3,10 @@
 import pytest
 
 from stages.config import Voter
-from stages.engines import Choice
+from stages.engines import ChoiceResult
 from stages.errors import AnswerError
-from stages.labelling.personas import Brief
-from stages.labelling.votes import Votes
+from stages.labelling.personas import PersonaContext
+from stages.labelling.votes import VoterLog
 from stages.records import Example
 
 
@@ -18,11 +18,16 @@ class Echo:
 
     def choose(self, ballots):
         for i, _ in enumerate(ballots):
-            yield i, Choice(() if i < self.invalid else (0.3, 0.7), -1.0, "hm" if i < self.invalid else "")
+            yield (
+                i,
+                ChoiceResult(() if i < self.invalid else (0.3, 0.7), -1.0, "hm" if i < self.invalid else ""),
+            )
 
 
-def votes(folder, number: int, **voter) -> Votes:
-    made = Votes(Voter(persona="simplicity", **voter), "v", "m", "x", Brief("m", False), 0, folder)
+def votes(folder, number: int, **voter) -> VoterLog:
+    made = VoterLog(
+        Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False), 0, folder
+    )
     made.take([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
     return made
 
@@ -47,7 +52,7 @@ def test_bad_answers_that_another_run_got_count_too(tmp_path):
 def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
     voter = Voter(persona="simplicity", temperature=0.5, thinking={})
     for seed in (0, 1):
-        made = Votes(voter, "v", "m", "x", Brief("m", False), seed, tmp_path)
+        made = VoterLog(voter, "v", "m", "x", PersonaContext("m", False), seed, tmp_path)
         made.take([Example("a", "Q?", "A", None)])
         assert len(list(made.ask(Echo(0), print))) == 1
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
@@ -56,7 +61,11 @@ def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
     class Three:
         def choose(self, ballots):
-            choices = [Choice((0.8, 0.2), -1.0), Choice((0.4, 0.6), -1.0), Choice((), -1.0, "hm")]
+            choices = [
+                ChoiceResult((0.8, 0.2), -1.0),
+                ChoiceResult((0.4, 0.6), -1.0),
+                ChoiceResult((), -1.0, "hm"),
+            ]
             yield from zip(range(len(list(ballots))), choices, strict=True)
 
     made = votes(tmp_path, 1, samples=3, temperature=0.5, thinking={})

@@ -5,26 +5,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.config import ClassifySection
-from stages.engines import Ballot
+from stages.engines import ChoiceRequest
 from stages.errors import DataError
-from stages.labelling.aggregate import Voice, decide
+from stages.labelling.aggregate import VoterResult, aggregate
 from stages.labelling.agreement import auc, kappas, neighbours, surface, with_known
 from stages.labelling.calibration import calibrate
-from stages.labelling.personas import HELD_OUT, SHOTS, Brief, Judged, personas, read_judged, shots
+from stages.labelling.personas import (
+    HELD_OUT,
+    SHOTS,
+    CalibrationExample,
+    PersonaContext,
+    personas,
+    read_judged,
+    shots,
+)
 from stages.labelling.report import _of_known
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
 
 
-def brief(show: bool = True, **more) -> Brief:
-    return Brief("LLaMA-2-7B", show, **more)
+def brief(show: bool = True, **more) -> PersonaContext:
+    return PersonaContext("LLaMA-2-7B", show, **more)
 
 
 @pytest.mark.parametrize("name", personas.names())
 @pytest.mark.parametrize("show", [True, False])
 def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
-    ballot: Ballot = personas.pick(name)(EXAMPLE, brief(show, shots=shots(SHOTS, 4)))
+    ballot: ChoiceRequest = personas.pick(name)(EXAMPLE, brief(show, shots=shots(SHOTS, 4)))
     text = str(ballot.text)
     assert "How many?" in text
     assert ("3 + 4 = 7." in text.replace("\\n", "\n").split("How many?")[-1]) is show
@@ -33,7 +41,9 @@ def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
 
 @pytest.mark.parametrize("name", personas.names())
 def test_words_of_a_voter_s_own(name):
-    ballot: Ballot = personas.pick(name)(EXAMPLE, brief(words=("quick", "slow"), shots=shots(SHOTS, 4)))
+    ballot: ChoiceRequest = personas.pick(name)(
+        EXAMPLE, brief(words=("quick", "slow"), shots=shots(SHOTS, 4))
+    )
     assert tuple(word.strip() for word in ballot.words) == ("quick", "slow")
     assert "many" not in str(ballot.text).replace("How many", "") and "System1" not in str(ballot.text)
 
@@ -82,14 +92,14 @@ def labels(
 ) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
     voices = {
-        voter: Voice(
+        voter: VoterResult(
             {str(i): v for i, v in enumerate(values)},
             (thresholds or {}).get(voter, 0.5),
             (weights or {}).get(voter, 1.0),
         )
         for voter, values in votes.items()
     }
-    return [row.system for row in decide(rows, voices, ClassifySection(**settings))[0]]
+    return [row.system for row in aggregate(rows, voices, ClassifySection(**settings))[0]]
 
 
 THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
@@ -151,12 +161,12 @@ def test_the_known_share_is_reached_by_either_rule(rule, votes):
 def test_a_threshold_moves_votes_and_probabilities():
     votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}
     assert labels(votes, thresholds={"a": 0.75, "b": 0.5}, rule="mean_probability") == [1, 1, 2]
-    voice = Voice({"x": 0.75, "y": 0.0, "z": 1.0}, 0.75)
+    voice = VoterResult({"x": 0.75, "y": 0.0, "z": 1.0}, 0.75)
     assert voice.calibrated("x") == pytest.approx(0.5)
     assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
 
 
-JUDGED = [Judged(f"q{i}", "", 1 + i % 2) for i in range(24)]
+JUDGED = [CalibrationExample(f"q{i}", "", 1 + i % 2) for i in range(24)]
 
 
 def test_held_out_examples_set_the_threshold_between_the_systems():
@@ -167,7 +177,7 @@ def test_held_out_examples_set_the_threshold_between_the_systems():
 
 
 def test_an_unbalanced_file_does_not_move_the_threshold():
-    rows = [*JUDGED, *(Judged(f"more{i}", "", 2) for i in range(100))]
+    rows = [*JUDGED, *(CalibrationExample(f"more{i}", "", 2) for i in range(100))]
     assert calibrate("held_out", rows, [0.8 if r.system == 2 else 0.7 for r in rows], []).threshold == 0.75
 
 
@@ -178,7 +188,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     def spread(number: int, middle: float) -> list[float]:
         return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
 
-    rows = [Judged(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
+    rows = [CalibrationExample(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
     given = [*spread(ones, 0.4), *spread(twos, 0.6)]
     assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
 
@@ -324,6 +334,6 @@ def test_a_threshold_without_content_is_the_mean_of_log_odds():
 
 
 def test_worked_examples_have_their_own_words():
-    worked = (Judged("q1", "a", 1), Judged("q2", "b", 2))
+    worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
     text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
     assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from stages.config import LaunchSection, LoraSection, ModelSection
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.adapter.merge import plain
+from stages.lora.adapter.merge import merged_parameters
 from stages.models.base import load_base
 from stages.runtime import distributed
 
@@ -25,7 +25,7 @@ def adapted(model: ModelSection):
 def main(folder: str) -> None:
     model = ModelSection(name=folder, dtype="float32")
     one, two = adapted(model), adapted(model)
-    fsdp.divide(two, FSDP2)
+    fsdp.shard_base(two, FSDP2)
     held = {name: weight for name, weight in two.named_parameters() if isinstance(weight, DTensor)}
     layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
     assert held.keys() == layers and layers, held.keys() ^ layers
@@ -41,15 +41,15 @@ def main(folder: str) -> None:
     with torch.no_grad():
         wanted = one(input_ids=ids).logits
         torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
-        with fsdp.whole(two):
+        with fsdp.unsharded(two):
             assert not any(isinstance(weight, DTensor) for weight in two.parameters())
             for _ in range(3 * distributed.rank()):  # the others do not wait
                 torch.testing.assert_close(two(input_ids=ids.to(where)).logits.cpu(), wanted, **EXACT)
     assert all(isinstance(weight, DTensor) for name, weight in two.named_parameters() if name in held)
-    merged = dict(plain(two))
-    for name, weight in plain(one):
+    merged = dict(merged_parameters(two))
+    for name, weight in merged_parameters(one):
         torch.testing.assert_close(merged[name].cpu(), weight, **EXACT)
-    distributed.wait()
+    distributed.barrier()
     os._exit(0)  # gloo's processes may wait for each other at the end
 
 

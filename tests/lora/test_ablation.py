@@ -11,7 +11,7 @@ from stages.lora.importance import ablation
 from stages.lora.importance.masks import Masks
 from stages.lora.importance.strategies import NONE
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.records import Sample
 from stages.report.comparison import compared
 
@@ -50,7 +50,7 @@ def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begu
     settings = [*begun.home, *RL, TARGETS]
     config = begun(*RL, TARGETS)
     make_steps(config, "classify:demo", "sft", "rl", "eval")
-    steps = plan(resolved(config))
+    steps = plan_steps(resolved(config))
     assert list(steps["eval:shared@demo"].inputs) == ["classify:demo", "score", "partition:rl", "rl"]
     sets = [part for text in settings for part in ("--set", text)]
     done = lorapar("show", ROOT / "configs/smoke.yaml", *sets)

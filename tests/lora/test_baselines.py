@@ -12,7 +12,7 @@ from stages.lora.adapter import adapter, baselines
 from stages.models.base import load_adapted, load_base
 from stages.packing import support
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
 QUICK = [("p_tuning", "float32"), ("prefix_tuning", "float32"), ("ia3", "float32"), ("dora", "bfloat16")]
@@ -37,7 +37,7 @@ def chosen(begun, method: str, *more: str):
 @pytest.mark.parametrize(("method", "dtype"), STAGES)
 def test_sft_rl_and_eval_run(begun, method, dtype):
     config = chosen(begun, method, f"model.dtype={dtype}")
-    assert not {"score", "partition"} & set(plan(resolved(config)))
+    assert not {"score", "partition"} & set(plan_steps(resolved(config)))
     _, *made = [make_step(config, step) for step in ("classify", "sft", "rl", "eval:rl@demo")]
     # In 16 bits two ways of computing may differ by more than their resolution in a token of a hundred.
     agree = json.loads((made[2].path / "metrics.json").read_text())["parity"]["agree"]
@@ -55,7 +55,7 @@ def test_dropout_reaches_the_methods_that_have_one(begun, method):
     assert config.baseline is not None
     adapted = baselines.attach(load_base(config.model), config.baseline, config.lora, 0, None, 0.5)
     without = method in ("shira", "ia3") or config.baseline.trains_prompt
-    assert support.drops_out(adapted) == (not without)
+    assert support.has_active_dropout(adapted) == (not without)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +65,7 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
     ids = torch.arange(5, 25)[None]
     assert config.baseline is not None
     made = baselines.attach(load_base(config.model), config.baseline, config.lora, config.seed, None)
-    for weight in adapter.trained(made).values():
+    for weight in adapter.trained_parameters(made).values():
         weight.data += 0.1 * torch.randn(weight.shape)
     adapter.save(made, tmp_path, config.model)
     baselines.save(made, tmp_path)
@@ -81,7 +81,7 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
 def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     """Padding or a shared cache would part the two."""
     from stages.engines import Sampling
-    from stages.engines.continuous_batching import continuations
+    from stages.engines.continuous_batching import generate
     from stages.engines.in_process import InProcess
     from stages.models.tokenizer import load_tokenizer
 
@@ -93,7 +93,7 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
     monkeypatch.setattr(
         model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given)
     )
-    made = dict(continuations(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,))))
+    made = dict(generate(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,))))
     assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(made[i].ids) == 4 for i in range(3))
     with torch.no_grad():
         together = InProcess(model, tokenizer, 8)._last_logits(prompts)
@@ -103,7 +103,7 @@ def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
 
 def test_reversed_order_and_no_start(begun):
     config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
-    steps = plan(resolved(config))
+    steps = plan_steps(resolved(config))
     assert list(steps["rl"].inputs) == ["classify:train"]
     assert list(steps["sft"].inputs) == ["classify:train", "rl"]
 

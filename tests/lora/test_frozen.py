@@ -18,7 +18,7 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, read_importance
 from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Store
 
 OPTIMIZERS = {
@@ -83,13 +83,13 @@ def made_by(small, overrides: list[str], stage: str, processes: int, backend: st
     else:
         done = command(small.home, overrides, stage, processes, backend)
         assert done.returncode == 0, done.stderr
-    step = plan(resolved(config))[stage]
+    step = plan_steps(resolved(config))[stage]
     artifact = Store(config.root).load(Store(config.root).folder(stage, step.key))
     assert artifact.manifest["provenance"]["processes"] == processes
 
 
 def files(config, stage: str):
-    step = plan(resolved(config))[stage]
+    step = plan_steps(resolved(config))[stage]
     store = Store(config.root)
     path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
     start = path["score"] / "init" if "score" in path else path["sft"] / "adapter"
@@ -100,7 +100,7 @@ def files(config, stage: str):
 def drawn_again(config) -> None:
     """In every step the groups of System 2, in which no completion is correct, but not that of System 1."""
     store = Store(config.root)
-    folder = store.folder("rl", plan(resolved(config))["rl"].key)
+    folder = store.folder("rl", plan_steps(resolved(config))["rl"].key)
     for step in json.loads((folder / "history.json").read_text()):
         assert step["resampled/groups"] == 6 and step["system1/reward"] == step["system2/reward"] == 0
 
@@ -148,7 +148,7 @@ def test_two_processes_train_what_one_does(own, capsys):
             if stage == "sft":
                 make_step(config, "partition")
             made_by(own, changes, stage, processes)
-        step = plan(resolved(config))["score"]
+        step = plan_steps(resolved(config))["score"]
         scores.append(
             read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors")
         )
@@ -183,7 +183,7 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own,
         )  # fmt: skip
         changes.append("rl.rewards={odd: 1}")
         made_by(own, changes, "rl", 2)
-        folder = Store(own().root).folder("rl", plan(resolved(own(*changes)))["rl"].key)
+        folder = Store(own().root).folder("rl", plan_steps(resolved(own(*changes)))["rl"].key)
         found[way] = json.loads((folder / "history.json").read_text())
     assert len(found["auto"]) == len(found["off"]) == 2
     for one, two in zip(found["auto"], found["off"], strict=True):
@@ -229,7 +229,7 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
     _, found, _ = files(config, "sft")
-    made = Store(config.root).load(Store(config.root).folder("sft", plan(resolved(config))["sft"].key))
+    made = Store(config.root).load(Store(config.root).folder("sft", plan_steps(resolved(config))["sft"].key))
     assert made.manifest["provenance"]["config"]["sft"]["launch"]["config"] == str(tmp_path / "0.yaml")
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 

@@ -14,7 +14,7 @@ from test_frozen import files, made_by, pair, settings
 
 from stages.lora.importance.masks import read_importance
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL
 
@@ -35,7 +35,7 @@ def assert_alike(one: torch.Tensor, two: torch.Tensor) -> None:
 def held(config, stage: str) -> float | None:
     """The share of the base that a process held, by the manifest."""
     store = Store(config.root)
-    step = plan(resolved(config))[stage]
+    step = plan_steps(resolved(config))[stage]
     return store.load(store.folder(stage, step.key)).manifest["summary"].get("base_held")
 
 
@@ -72,7 +72,7 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(own,
         changes = [f"score.scorer={scorer}", "score.examples=5", "score.batch_size=1"]
         made_by(own, changes, "score", 2, backend)
         config = own(*changes)
-        folder = Store(config.root).folder("score", plan(resolved(config))["score"].key)
+        folder = Store(config.root).folder("score", plan_steps(resolved(config))["score"].key)
         systems = read_importance(folder / "importance.safetensors")
         found.append(torch.cat([joined(systems[system]) for system in (1, 2)]))
         share = held(config, "score")
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own):
     make_step(config, "partition")
     arguments = [part for text in (*own.home, *changes) for part in ("--set", text)]
     command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments]
-    store, key = Store(config.root), plan(resolved(config))["sft"].key
+    store, key = Store(config.root), plan_steps(resolved(config))["sft"].key
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not list(config.root.glob(f"sft/checkpoints/{key}/checkpoint-*/{SEAL}")):

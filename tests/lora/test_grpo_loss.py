@@ -47,7 +47,9 @@ def objective(model, inputs: dict[str, Tensor]) -> Tensor:
 def gradient(model, loss: Tensor) -> Tensor:
     model.zero_grad()
     loss.backward()
-    return torch.cat([p.grad.flatten().double() for _, p in sorted(adapter.trained(model).items())])
+    return torch.cat(
+        [p.grad.flatten().double() for _, p in sorted(adapter.trained_parameters(model).items())]
+    )
 
 
 @pytest.mark.parametrize("way", ["auto", "off"])

@@ -10,7 +10,7 @@ from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.lora.training import dry_run
-from stages.lora.training.health import Watch, equal_rewards
+from stages.lora.training.health import ProgressCallback, equal_rewards
 from stages.rewards.builtin import rewards
 
 SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
@@ -92,8 +92,8 @@ def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stag
     def choose(*_):
         raise MemoryError
 
-    monkeypatch.setattr("stages.packing.support.choose", choose)
-    monkeypatch.setattr("stages.packing.support.fits", lambda *_: True)
+    monkeypatch.setattr("stages.packing.support.packed_logprobs", choose)
+    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: True)
     with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
         make_step(config, stage, force=True)
 
@@ -111,7 +111,7 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
         return (path / "adapter/adapter_model.safetensors").read_bytes(), history
 
     rehearsed = trained()
-    monkeypatch.setattr("stages.lora.training.dry_run.Rehearsal.on_train_begin", lambda *_, **__: None)
+    monkeypatch.setattr("stages.lora.training.dry_run.DryRun.on_train_begin", lambda *_, **__: None)
     assert trained() == rehearsed
 
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_has_no_rehearsal():
     def loss():
         raise AssertionError
 
-    dry_run.Rehearsal(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
+    dry_run.DryRun(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
 
 
 def test_other_errors_stay_what_they_are(own, monkeypatch):
@@ -148,7 +148,7 @@ def test_equal_rewards_in_a_row():
 
 
 def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog):
-    watch = Watch(Silent(), "rl", 8, (), patience=2)
+    watch = ProgressCallback(Silent(), "rl", 8, (), patience=2)
     state = SimpleNamespace(log_history=[], global_step=0)
     for logs in ({"frac_reward_zero_std": 1.0}, {"loss": 0.1}, {"loss": 0.1}):
         state.global_step += 1

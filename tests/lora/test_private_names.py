@@ -16,7 +16,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
 from stages.lora.adapter.fsdp import Divided, DividedRollouts
-from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.lora.grpo.dynamic_sampling import Resampling
 from stages.lora.grpo.ratios import Ratios
 from stages.lora.grpo.replay import Replay
@@ -136,7 +136,7 @@ def test_no_private_override_is_missing_here():
         Ratios,
         Written,
         PaddingFree,
-        PackedLinear,
+        SparseLinear,
     ):
         methods = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
         assert not {name for name in methods - known if re.match("_[a-z]", name)}, mixin.__name__

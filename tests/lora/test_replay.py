@@ -11,8 +11,8 @@ from trl.trainer.utils import RepeatSampler
 
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.lora.adapter import adapter
-from stages.lora.grpo.kl_probe import NAME, Drift
-from stages.lora.grpo.replay import Mixed, equal_groups, summed
+from stages.lora.grpo.kl_probe import NAME, KlProbe
+from stages.lora.grpo.replay import ReplaySampler, equal_groups, summed
 
 REWARDS = """
 def odd(completions, **_):
@@ -78,7 +78,7 @@ def watched(monkeypatch):
 def test_the_order_of_mixed_rows(first, last, per_step, size):
     """Each first row once at most, the last rows all before one comes again, each step with its share."""
     usual = RepeatSampler(range(first + last), 2, size, 3, True, 7)
-    mixed = Mixed(usual, last, per_step)
+    mixed = ReplaySampler(usual, last, per_step)
     order = list(mixed)
     steps = [order[i : i + 2 * size * 3] for i in range(0, len(order), 2 * size * 3)]
     assert len(order) == len(mixed) and len(steps) == first // (size - per_step)
@@ -254,7 +254,7 @@ def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_p
 def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
     """Against whole sequences, one by one, through the model's own forward pass; 0 at the start."""
     seen = []
-    monkeypatch.setattr("stages.rl.Drift", lambda *given: seen.append(made := Drift(*given)) or made)
+    monkeypatch.setattr("stages.rl.KlProbe", lambda *given: seen.append(made := KlProbe(*given)) or made)
     trainer, model, _ = trainer_of(with_reward("odd", "rl.drift_prompts=5"), monkeypatch)
     (drift,) = seen
     assert drift.divergence() == 0
@@ -271,7 +271,7 @@ def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
         return found
 
     before = torch.cat(by_hand())
-    for weight in adapter.trained(model).values():
+    for weight in adapter.trained_parameters(model).values():
         weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     change = torch.cat(by_hand()) - before
     model.train()

@@ -7,8 +7,8 @@ from conftest import ROOT, make_steps
 from stages.errors import ConfigError
 from stages.lora.importance.masks import read_importance
 from stages.pipeline.resolve import resolved
-from stages.pipeline.run import tasks
-from stages.pipeline.steps import plan
+from stages.pipeline.run import pending_stages
+from stages.pipeline.steps import plan_steps
 from stages.report import elements
 from stages.report.page import Pictures, Text
 
@@ -17,13 +17,15 @@ AGAIN = "rl.rescore=true"
 
 
 def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
-    before, now = (plan(resolved(begun(*RL, *more))) for more in ((), (AGAIN,)))
+    before, now = (plan_steps(resolved(begun(*RL, *more))) for more in ((), (AGAIN,)))
     differ = [name for name in now if name not in before or now[name].key != before[name].key]
     assert [name for name in differ if not name.startswith("eval")] == ["score:rl", "partition:rl", "rl"]
     assert list(now["score:rl"].inputs) == ["classify:train", "sft"]
     assert list(now["partition:rl"].inputs) == ["score:rl"] and list(now["partition:sft"].inputs) == ["score"]
     config = resolved(begun(*RL, AGAIN, "eval.targets=[rl]"))
-    assert [(task.stage, task.variants) for task in tasks(config, plan(config), None, "rl")] == [
+    assert [
+        (task.stage, task.variants) for task in pending_stages(config, plan_steps(config), None, "rl")
+    ] == [
         ("classify", ["train"]),
         ("score", ["score"]),
         ("partition", ["sft"]),

@@ -12,7 +12,7 @@ import torch
 from conftest import make_step
 
 from stages.lora.adapter import adapter, baselines
-from stages.lora.training.health import Watch
+from stages.lora.training.health import ProgressCallback
 from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file
@@ -53,14 +53,14 @@ def in_a_child(config, stage: str, kill_at: int | None) -> int:
 
 
 def _make(config, stage: str, kill_at: int | None) -> None:
-    usual = Watch.on_step_end
+    usual = ProgressCallback.on_step_end
 
     def on_step_end(self, args, state, control, **rest):
         if state.global_step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return usual(self, args, state, control, **rest)
 
-    Watch.on_step_end = on_step_end
+    ProgressCallback.on_step_end = on_step_end
     torch.set_num_threads(1)
     make_step(config, stage)
 

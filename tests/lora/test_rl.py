@@ -9,9 +9,9 @@ from transformers import GenerationMixin
 from trl import GRPOTrainer
 
 from stages import rl
-from stages.engines.continuous_batching import continuations
+from stages.engines.continuous_batching import generate
 from stages.errors import ConfigError, DataError, MeaninglessError
-from stages.lora.grpo.prompts import Pool
+from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
@@ -98,9 +98,9 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
 
     def watched(model, tokenizer, prompts, *rest):
         seen.extend(prompts)
-        return continuations(model, tokenizer, prompts, *rest)
+        return generate(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr("stages.lora.grpo.sampler.continuations", watched)
+    monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left", "rl.drift_prompts=0")
@@ -165,7 +165,7 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
 
     def pool(how: str):
         config = ready(*mixed, f"rl.max_prompt={longest - 1}", f"rl.too_long={how}")
-        return Pool.of(labels, renderer, config.rl, functions, 0)
+        return RlPrompts.of(labels, renderer, config.rl, functions, 0)
 
     with pytest.raises(DataError, match=f"longer than rl.max_prompt {longest - 1}"):
         pool("error")
@@ -188,7 +188,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
         for i, row in enumerate(labels_of(config))
     ]
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    pool = Pool.of(labels, renderer, config.rl, {"mine": mine}, 0)
+    pool = RlPrompts.of(labels, renderer, config.rl, {"mine": mine}, 0)
     reward = loading.checked("mine", mine, pool.encoded)
     reward(completions=["a"] * pool.slow, **{name: list(pool.rows[name]) for name in ("target", "more")})
     wanted = [row.example.extra for row in labels if row.system == 2]

@@ -140,7 +140,7 @@ def test_merged_weights_are_those_of_peft(begun):
     model = adapter.initial(load_base(config.model), config.lora, 3)
     for layer in adapter.lora_layers(model).values():
         torch.nn.init.normal_(layer.weight)
-    ours = dict(merge.plain(model))
+    ours = dict(merge.merged_parameters(model))
     theirs = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
@@ -179,8 +179,8 @@ def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
         args = SimpleNamespace(use_vllm=vllm)
         writer = SimpleNamespace(copy=None, adapted=None)
 
-    monkeypatch.setattr("stages.lora.grpo.sampler.sparse_linear.fixed", lambda _: nullcontext())
-    monkeypatch.setattr("stages.lora.grpo.sampler.evaluating", lambda _: nullcontext())
+    monkeypatch.setattr("stages.lora.grpo.sampler.sparse_linear.frozen_weights", lambda _: nullcontext())
+    monkeypatch.setattr("stages.lora.grpo.sampler.eval_mode", lambda _: nullcontext())
     made, logprobs = Trainer()._generate_single_turn([[n] for n in range(130)], None)
     assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
     assert Trainer()._generate_single_turn([], None) == ([], None)  # a process with nothing to draw again

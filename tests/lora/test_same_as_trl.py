@@ -8,7 +8,7 @@ from conftest import ROOT, make_step, paths
 
 from stages.lora.adapter import adapter
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Store
 
 
@@ -34,7 +34,8 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
     folder = {
-        name: Store(config.root).folder(s.stage.name, s.key) for name, s in plan(resolved(config)).items()
+        name: Store(config.root).folder(s.stage.name, s.key)
+        for name, s in plan_steps(resolved(config)).items()
     }
     ours = load_file(folder["sft"] / "adapter/adapter_model.safetensors")
     start = load_file(folder["score"] / "init/adapter_model.safetensors")

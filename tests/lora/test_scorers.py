@@ -17,7 +17,7 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.packing.losses import answer_losses, collate, of_row, unpadded
+from stages.packing.losses import answer_losses, collate, pack_rows, packed_answer_losses
 from stages.prompts.renderer import IGNORED, Row
 
 
@@ -61,7 +61,7 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
 @pytest.mark.parametrize("fits", [True, False])
 def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, compensate, fits):
     if not fits:
-        monkeypatch.setattr("stages.packing.support.fits", lambda *_: False)
+        monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
@@ -78,12 +78,12 @@ def test_loss_is_the_mean_over_answer_tokens(tiny):
     """In a padded batch and in a row without padding."""
     model = adapted(tiny, LoraSection(r=3), torch.float64)
     examples = rows()
-    row = unpadded(model, examples, torch.device("cpu"))
+    row = pack_rows(model, examples, torch.device("cpu"))
     assert row is not None and row.input_ids.numel() == sum(len(e.input_ids) - 1 for e in examples)
     batch = answer_losses(model, collate(examples, 0, torch.device("cpu")))
     single = torch.cat([answer_losses(model, collate([row], 0, torch.device("cpu"))) for row in examples])
     torch.testing.assert_close(batch, single)
-    torch.testing.assert_close(of_row(model, row), single)
+    torch.testing.assert_close(packed_answer_losses(model, row), single)
 
 
 def test_formulas():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lora.adapter.sparse_linear import PackedLinear, fixed
+from stages.lora.adapter.sparse_linear import SparseLinear, frozen_weights
 
 
 def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:
@@ -28,7 +28,7 @@ def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:
 def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
     linear, mask = layer()
     start = linear.weight.detach().clone()
-    packed = PackedLinear(linear, mask)
+    packed = SparseLinear(linear, mask)
     steps = optimizer(packed.parameters())
     for _ in range(3):
         packed(torch.randn(5, 12)).square().sum().backward()
@@ -43,7 +43,7 @@ def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
 
 def test_gradients_are_those_of_the_plain_layer():
     linear, mask = layer()
-    packed, x = PackedLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
+    packed, x = SparseLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
     linear(x).square().sum().backward()
     packed(x).square().sum().backward()
     assert torch.equal(packed.values.grad, linear.weight.grad[mask])
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_plain_layer():
 
 def test_state_dict_is_dense_under_the_plain_name_and_loads_back():
     linear, mask = layer()
-    packed = PackedLinear(linear, mask)
+    packed = SparseLinear(linear, mask)
     state = packed.state_dict()
     assert list(state) == ["weight"] and torch.equal(state["weight"], linear.weight)
     state["weight"][mask] += 1
@@ -61,7 +61,7 @@ def test_state_dict_is_dense_under_the_plain_name_and_loads_back():
 
 def test_other_frozen_elements_are_refused():
     linear, mask = layer()
-    packed = PackedLinear(linear, mask)
+    packed = SparseLinear(linear, mask)
     state = packed.state_dict()
     state["weight"][~mask] += 1
     with pytest.raises(RuntimeError, match="differs in frozen elements"):
@@ -70,7 +70,7 @@ def test_other_frozen_elements_are_refused():
 
 def test_without_active_elements_there_is_no_parameter():
     linear, _ = layer()
-    packed = PackedLinear(linear, torch.zeros(7, 12, dtype=torch.bool))
+    packed = SparseLinear(linear, torch.zeros(7, 12, dtype=torch.bool))
     assert list(packed.parameters()) == []
     assert torch.equal(packed.weight, linear.weight)
     assert list(packed.state_dict()) == ["weight"]
@@ -78,7 +78,7 @@ def test_without_active_elements_there_is_no_parameter():
 
 def test_copies_and_pickles_are_independent():
     linear, mask = layer()
-    packed = PackedLinear(linear, mask)
+    packed = SparseLinear(linear, mask)
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         optimizer = torch.optim.SGD(twin.parameters(), lr=1.0)
         twin(torch.randn(5, 12)).sum().backward()
@@ -89,15 +89,15 @@ def test_copies_and_pickles_are_independent():
 
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="does not fit weight"):
-        PackedLinear(layer()[0], torch.ones(7, 11, dtype=torch.bool))
+        SparseLinear(layer()[0], torch.ones(7, 11, dtype=torch.bool))
 
 
 def test_fixed_weights_are_made_once_and_train_again_afterwards():
     linear, mask = layer()
-    packed = PackedLinear(linear, mask)
+    packed = SparseLinear(linear, mask)
     with torch.no_grad():
         packed.values += 1
-    with fixed(nn.Sequential(packed)):
+    with frozen_weights(nn.Sequential(packed)):
         assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
         assert packed.weight is packed.weight
     packed(torch.randn(5, 12)).sum().backward()
@@ -109,7 +109,7 @@ def test_fixed_weights_are_made_once_and_train_again_afterwards():
 
 def test_gradients_under_autocast_are_those_of_the_plain_layer():
     linear, mask = layer()
-    packed, x = PackedLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
+    packed, x = SparseLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
     with torch.autocast("cpu", torch.bfloat16):
         linear(x).square().sum().backward()
         packed(x).square().sum().backward()

@@ -18,12 +18,12 @@ from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import loop
 from stages.lora.training.optimizers import LoraPlus, WarmUp
-from stages.lora.training.resume import AsAsked, ExactResume
+from stages.lora.training.resume import ExactResume, UseConfiguredSaveSteps
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.stages import order
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled, decided, read_labels
 from stages.store.artifacts import Store
@@ -34,7 +34,7 @@ SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.system2_share=0", "sft.weight_dec
 
 def inputs(config: Config, stage: str):
     """Adapter before and after the stage, and its masks."""
-    step = plan(resolved(config))[stage]
+    step = plan_steps(resolved(config))[stage]
     store = Store(config.root)
     path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
     start = next(
@@ -153,7 +153,7 @@ def test_the_reversed_order(begun):
     """RL from the initial adapter, SFT from RL's."""
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
     assert [stage.name for stage in order(config)] == ["classify", "score", "partition", "rl", "sft", "eval"]
-    steps = plan(resolved(config))
+    steps = plan_steps(resolved(config))
     assert set(steps["rl"].inputs) == {"classify:train", "partition:rl", "score"}
     assert set(steps["sft"].inputs) == {"classify:train", "partition:sft", "rl"}
     for stage in ("rl", "sft"):
@@ -299,7 +299,7 @@ def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
 
 def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
     state = SimpleNamespace(save_steps=25)
-    AsAsked().on_train_begin(SimpleNamespace(save_steps=5), state, None)
+    UseConfiguredSaveSteps().on_train_begin(SimpleNamespace(save_steps=5), state, None)
     assert state.save_steps == 5
 
 
@@ -314,9 +314,9 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     monkeypatch.setattr("stages.runtime.distributed.size", lambda: 2)
     model.get_base_model().config.router_aux_loss_coef = 0.1
     with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
-        fsdp.divide(model, LaunchSection(backend="fsdp2"))
+        fsdp.shard_base(model, LaunchSection(backend="fsdp2"))
     monkeypatch.setattr("stages.lora.adapter.fsdp.decoder_layers", lambda _: [])
     with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
-        fsdp.divide(model, LaunchSection(backend="fsdp2"))
+        fsdp.shard_base(model, LaunchSection(backend="fsdp2"))
     with pytest.raises(ConfigError, match="resample with rollouts.sleep and launch.backend fsdp2"):
         begun("rl.resample=1", "rl.rollouts={engine: vllm_colocate, sleep: true}", "rl.launch.backend=fsdp2")

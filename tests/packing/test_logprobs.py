@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stages.packing import logprobs
-from stages.packing.logprobs import chosen
+from stages.packing.logprobs import selected_logprobs
 
 
 def given(bias: bool, tokens: int = 13, words: int = 29, width: int = 8):
@@ -31,11 +31,11 @@ def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
     monkeypatch.setattr(logprobs, "PART", part)
     hidden, layer, targets = given(bias)
     targets[::2] = layer(hidden).argmax(-1)[::2]
-    found = chosen(hidden, layer, targets, temperature)
+    found = selected_logprobs(hidden, layer, targets, temperature)
     log_probs, entropy, likeliest = expected(hidden, layer, targets, temperature)
     torch.testing.assert_close(found.log_probs, log_probs, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-12)
-    assert torch.equal(found.likeliest, likeliest) and 0 < likeliest.sum() < len(likeliest)
+    assert torch.equal(found.is_top1, likeliest) and 0 < likeliest.sum() < len(likeliest)
     weights = torch.randn(len(targets), dtype=torch.float64)
     (wanted,) = torch.autograd.grad((weights * log_probs).sum(), hidden)
     (slope,) = torch.autograd.grad((weights * found.log_probs).sum(), hidden)
@@ -44,25 +44,25 @@ def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
 
 def test_the_gradient_is_that_of_finite_differences():
     hidden, layer, targets = given(bias=True, tokens=3, words=5, width=4)
-    assert torch.autograd.gradcheck(lambda x: chosen(x, layer, targets, 0.8).log_probs, (hidden,))
+    assert torch.autograd.gradcheck(lambda x: selected_logprobs(x, layer, targets, 0.8).log_probs, (hidden,))
 
 
 def test_entropy_has_no_gradient():
     hidden, layer, targets = given(bias=False)
-    found = chosen(hidden, layer, targets)
+    found = selected_logprobs(hidden, layer, targets)
     assert found.log_probs.requires_grad
-    assert not found.entropy.requires_grad and not found.likeliest.requires_grad
+    assert not found.entropy.requires_grad and not found.is_top1.requires_grad
     with torch.no_grad():
-        assert not chosen(hidden, layer, targets).log_probs.requires_grad
+        assert not selected_logprobs(hidden, layer, targets).log_probs.requires_grad
 
 
 def test_16_bit_states_give_32_bit_numbers():
     """Of the logits as the head has them in 16 bits; the gradient is again in 16 bits."""
     hidden, layer, targets = given(bias=True)
     small, layer = hidden.detach().bfloat16().requires_grad_(), layer.bfloat16()
-    found = chosen(small, layer, targets, 0.7)
+    found = selected_logprobs(small, layer, targets, 0.7)
     assert found.log_probs.dtype == found.entropy.dtype == torch.float32
-    assert found.likeliest.dtype == torch.bool
+    assert found.is_top1.dtype == torch.bool
     logp = (layer(small).double() / 0.7).log_softmax(-1)
     wanted = logp.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.log_probs.double(), wanted, rtol=0, atol=1e-5)
@@ -77,7 +77,7 @@ def test_16_bit_states_give_32_bit_numbers():
 def test_large_logits_overflow_nowhere():
     hidden, layer, targets = given(bias=False)
     far = (hidden.detach() * 1e4).float().requires_grad_()
-    found = chosen(far, layer.float(), targets)
+    found = selected_logprobs(far, layer.float(), targets)
     assert found.log_probs.isfinite().all() and found.entropy.isfinite().all()
     found.log_probs.sum().backward()
     assert far.grad.isfinite().all()
@@ -85,7 +85,7 @@ def test_large_logits_overflow_nowhere():
 
 def test_no_token_has_no_value():
     hidden, layer, targets = given(bias=False)
-    found = chosen(hidden[:0], layer, targets[:0])
-    assert found.log_probs.shape == found.entropy.shape == found.likeliest.shape == (0,)
+    found = selected_logprobs(hidden[:0], layer, targets[:0])
+    assert found.log_probs.shape == found.entropy.shape == found.is_top1.shape == (0,)
     found.log_probs.sum().backward()
     assert not hidden.grad.any()

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from stages.packing import support
-from stages.packing.batch import Branch, Flat, Group, common
-from stages.packing.support import choose, fits
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
+from stages.packing.support import packed_logprobs, supports_packing
 
 WORDS = 97
 SMALL = {
@@ -88,12 +88,12 @@ def some(shape: list[tuple[int, list[int]]], seed: int = 0) -> list[tuple[list[i
     return [(tokens(n, generator), [tokens(m, generator) for m in own]) for n, own in shape]
 
 
-def row_of(texts) -> Flat:
+def row_of(texts) -> PackedBatch:
     groups = [
-        Group(prompt[:-1], [Branch([prompt[-1], *ids[:-1]], ids) for ids in completions])
+        PrefixGroup(prompt[:-1], [Suffix([prompt[-1], *ids[:-1]], ids) for ids in completions])
         for prompt, completions in texts
     ]
-    return Flat.of(groups, torch.device("cpu"))
+    return PackedBatch.of(groups, torch.device("cpu"))
 
 
 def alone(model, texts, temperature=1.0):
@@ -120,7 +120,7 @@ def gradient(model, values: torch.Tensor) -> torch.Tensor:
 def exact():
     """A model in float64, one that takes rows."""
     model = adapted(TAKEN["llama"]).double().eval()
-    assert fits(model, [5, 6, 7, 8, 9])
+    assert supports_packing(model, [5, 6, 7, 8, 9])
     return model
 
 
@@ -133,11 +133,11 @@ SHAPES = st.lists(
 @given(SHAPES, st.integers(0, 99), st.sampled_from([0.7, 1.0, 1.6]))
 def test_a_row_gives_what_each_sequence_gives_alone(exact, shape, seed, temperature):
     texts = some(shape, seed)
-    found = choose(exact, row_of(texts), temperature)
+    found = packed_logprobs(exact, row_of(texts), temperature)
     log_probs, entropy, likeliest = alone(exact, texts, temperature)
     torch.testing.assert_close(found.log_probs, log_probs, rtol=0, atol=1e-9)
     torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-9)
-    assert torch.equal(found.likeliest, likeliest)
+    assert torch.equal(found.is_top1, likeliest)
     wanted = gradient(exact, log_probs)
     apart = gradient(exact, found.log_probs) - wanted
     assert float(apart.norm()) <= 1e-6 * float(wanted.norm())
@@ -155,7 +155,7 @@ def test_no_completion_sees_another(exact, shape, seed, data):
     changed[group][1][one] = [3 + (token - 2) % (WORDS - 3) for token in completions[one]]
     first = sum(map(len, (ids for _, own in texts[:group] for ids in own))) + sum(map(len, completions[:one]))
     end = first + len(completions[one])
-    before, after = (choose(exact, row_of(t)).log_probs for t in (texts, changed))
+    before, after = (packed_logprobs(exact, row_of(t)).log_probs for t in (texts, changed))
     assert torch.equal(before[:first], after[:first]) and torch.equal(before[end:], after[end:])
     assert not torch.equal(before[first:end], after[first:end])
 
@@ -175,12 +175,12 @@ def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
         return whole, padded, model(input_ids=ids[1:, 3:], past_key_values=half).logits
 
     before = own()
-    assert fits(model, ids[1].tolist())
+    assert supports_packing(model, ids[1].tolist())
     assert model.config._attn_implementation == support.MARK + kind
     for old, new in zip(before, own(), strict=True):
         assert torch.equal(old, new)
     texts = some([(7, [5, 1, 6]), (1, [3, 2]), (4, [7])])
-    found = choose(model, row_of(texts))
+    found = packed_logprobs(model, row_of(texts))
     log_probs, entropy, _ = alone(model, texts)
     assert log_probs.std() > 0.2, "a model that knows nothing shows nothing"
     torch.testing.assert_close(found.log_probs, log_probs, rtol=0, atol=2e-5)
@@ -199,7 +199,7 @@ def test_what_rows_would_get_wrong_is_refused_with_one_warning(name, caplog):
     with torch.no_grad():
         before = model(input_ids=torch.tensor([ids])).logits
     with caplog.at_level(logging.WARNING):
-        assert not fits(model, ids) and not fits(model, ids)
+        assert not supports_packing(model, ids) and not supports_packing(model, ids)
     (said,) = warnings_of(caplog)
     assert said.startswith(f"{type(model).__name__} computes every sequence by itself: {reason}")
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_a_trained_prompt_is_refused(caplog):
         made(TAKEN["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
     with caplog.at_level(logging.WARNING):
-        assert not fits(model, [5, 6, 7]) and not fits(model, [5, 6, 7])
+        assert not supports_packing(model, [5, 6, 7]) and not supports_packing(model, [5, 6, 7])
     (said,) = warnings_of(caplog)
     assert said.endswith("a trained prompt stands before every text")
 
@@ -219,14 +219,14 @@ def test_a_trained_prompt_is_refused(caplog):
 def test_another_kind_of_attention_is_refused(caplog):
     model = made(TAKEN["llama"])
     model.set_attn_implementation("flex_attention")
-    assert not fits(model, [5, 6, 7])
+    assert not supports_packing(model, [5, 6, 7])
     assert "attention is flex_attention, not eager or sdpa" in caplog.text
 
 
 def test_a_trained_head_is_refused(caplog):
     """Rows give it no gradient."""
     model = get_peft_model(made(TAKEN["llama"]), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    assert not fits(model, [5, 6, 7])
+    assert not supports_packing(model, [5, 6, 7])
     assert "its head is no linear layer" in caplog.text
 
 
@@ -239,11 +239,11 @@ def test_checkpointing_changes_no_gradient():
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-        assert fits(model, texts[0][0])
+        assert supports_packing(model, texts[0][0])
         calls = []
         layer = model.get_base_model().model.layers[0].self_attn
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        grown.append(gradient(model, choose(model, row_of(texts)).log_probs))
+        grown.append(gradient(model, packed_logprobs(model, row_of(texts)).log_probs))
         assert len(calls) == 1 + checkpointing, "the layer is computed again"
     torch.testing.assert_close(*grown, rtol=1e-9, atol=1e-12)
 
@@ -254,14 +254,14 @@ def test_the_question_draws_no_number_and_leaves_every_mode():
     model.get_base_model().model.layers[1].eval()
     before, modes = torch.random.get_rng_state(), [module.training for module in model.modules()]
     assert True in modes and False in modes
-    assert fits(model, [5, 6, 7, 8, 9])
+    assert supports_packing(model, [5, 6, 7, 8, 9])
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6))
 def test_the_common_beginning_is_the_longest(rows):
-    size = common(rows)
+    size = common_prefix_length(rows)
     assert all(row[:size] == rows[0][:size] and len(row) >= size for row in rows)
     longer = {tuple(row[: size + 1]) for row in rows}
     assert len(longer) > 1 or len(longer.pop()) == size
@@ -271,12 +271,16 @@ def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
     """In training; the numbers of a shared beginning would drop out for all its branches alike."""
     config = LlamaConfig(**GROUPED, attention_dropout=0.5)
     model = LlamaForCausalLM(config).eval()
-    assert support.drops_out(model) and not support.drops_out(LlamaForCausalLM(LlamaConfig(**GROUPED)))
-    assert support.fits(model, [3, 4, 5, 6, 7])
-    row = Flat.of([Group([], [Branch([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu"))
+    assert support.has_active_dropout(model) and not support.has_active_dropout(
+        LlamaForCausalLM(LlamaConfig(**GROUPED))
+    )
+    assert support.supports_packing(model, [3, 4, 5, 6, 7])
+    row = PackedBatch.of([PrefixGroup([], [Suffix([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu"))
 
     def alike() -> bool:
-        return torch.equal(support.choose(model, row).log_probs, support.choose(model, row).log_probs)
+        return torch.equal(
+            support.packed_logprobs(model, row).log_probs, support.packed_logprobs(model, row).log_probs
+        )
 
     assert alike()
     model.train()

@@ -16,8 +16,8 @@ from trl.trainer.utils import use_adapter
 from stages.lora.adapter import adapter
 from stages.models.base import device
 from stages.packing import support, trl
-from stages.packing.batch import Branch, Flat, Group
-from stages.packing.trl import PaddingFree, SharedPrompts, accept, group_of, groups_of
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
+from stages.packing.trl import PaddingFree, SharedPrompts, accept_packed, prefix_groups, suffix_only
 from stages.prompts.renderer import IGNORED
 
 GROUP = 4
@@ -41,7 +41,7 @@ def sft(begun):
     with pytest.MonkeyPatch.context() as patch:
         trainer, model, _ = trainer_of(begun("sft.dropout=0"), patch, "sft")
     torch.manual_seed(0)
-    for weight in adapter.trained(model).values():
+    for weight in adapter.trained_parameters(model).values():
         weight.data.normal_(0, 0.1)
     return trainer, model.train()
 
@@ -85,7 +85,7 @@ def trained(trainer, model, loss) -> tuple[float, Tensor, dict]:
     model.zero_grad()
     value = loss()
     value.backward()
-    slopes = [p.grad.flatten() for _, p in sorted(adapter.trained(model).items())]
+    slopes = [p.grad.flatten() for _, p in sorted(adapter.trained_parameters(model).items())]
     return value.item(), torch.cat(slopes), {n: list(v) for n, v in trainer._metrics["train"].items()}
 
 
@@ -151,7 +151,7 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     inputs, found, computed = batch(), {}, []
     inputs["advantages"][silent] = 0
-    usual = trl.groups_of
+    usual = trl.prefix_groups
     monkeypatch.setattr(
         trl, "groups_of", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
     )
@@ -177,8 +177,10 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
 def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, monkeypatch):
     """Its gradient is zero, and no metric tells of it."""
     trainer, model = grpo
-    sizes, usual = [], trl.groups_of
-    monkeypatch.setattr(trl, "groups_of", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows))
+    sizes, usual = [], trl.prefix_groups
+    monkeypatch.setattr(
+        trl, "prefix_groups", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
+    )
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
@@ -196,7 +198,7 @@ def test_entropy_is_that_of_the_completions_computed(grpo, monkeypatch, fits):
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
-    monkeypatch.setattr(support, "fits", lambda *_: fits)
+    monkeypatch.setattr(support, "supports_packing", lambda *_: fits)
     inputs = batch()
     inputs["advantages"][:GROUP] = 0
     logged = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))[2]
@@ -239,11 +241,11 @@ def test_log_probs_without_a_gradient_are_no_part_of_the_tokens_saved(grpo, monk
 
 
 def test_equal_prompts_that_follow_one_another_are_a_group():
-    found = groups_of([[1, 2], [1, 2], [3], [1, 2]], [[5, 6], [7], [8, 9, 4], [4]])
+    found = prefix_groups([[1, 2], [1, 2], [3], [1, 2]], [[5, 6], [7], [8, 9, 4], [4]])
     assert found == [
-        Group([1], [Branch([2, 5], [5, 6]), Branch([2], [7])]),
-        Group([], [Branch([3, 8, 9], [8, 9, 4])]),
-        Group([1], [Branch([2], [4])]),
+        PrefixGroup([1], [Suffix([2, 5], [5, 6]), Suffix([2], [7])]),
+        PrefixGroup([], [Suffix([3, 8, 9], [8, 9, 4])]),
+        PrefixGroup([1], [Suffix([2], [4])]),
     ]
 
 
@@ -268,15 +270,15 @@ TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0
 
 def steps_of(config, monkeypatch):
     """What a run logged, and the sizes of the groups in each batch of log-probabilities."""
-    sizes, usual = [], groups_of
+    sizes, usual = [], prefix_groups
 
     def seen(*given):
         made = usual(*given)
-        sizes.append([len(group.branches) for group in made])
+        sizes.append([len(group.suffixes) for group in made])
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl, "groups_of", seen)
+        patch.setattr(trl, "prefix_groups", seen)
         artifact = make_step(config, "rl")
     return json.loads((artifact.path / "history.json").read_text()), sizes
 
@@ -324,7 +326,7 @@ def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, c
 def test_a_model_that_does_not_fit_is_trl_s(grpo, monkeypatch):
     trainer, model = grpo
     monkeypatch.setattr(trainer, "sharing", True)
-    monkeypatch.setattr(support, "fits", lambda *_: False)
+    monkeypatch.setattr(support, "supports_packing", lambda *_: False)
     monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model, batch())[0].requires_grad
 
@@ -368,13 +370,15 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     monkeypatch.setattr(trainer.args, "loss_type", loss)
     rows = ROWS.get(kind) or [trainer.train_dataset[i] for i in range(4)]
     monkeypatch.setattr(trainer, "shares", shares)
-    tokens, usual = [], support.hidden
-    monkeypatch.setattr(support, "hidden", lambda *given: tokens.append(given[1].numel()) or usual(*given))
+    tokens, usual = [], support.packed_hidden_states
+    monkeypatch.setattr(
+        support, "packed_hidden_states", lambda *given: tokens.append(given[1].numel()) or usual(*given)
+    )
     for number in (None, torch.tensor(50)):
         found = {}
         for way in (True, False):
             monkeypatch.setattr(trainer, "unpadded", way)
-            assert support.fits(model, [5, 6, 7])
+            assert support.supports_packing(model, [5, 6, 7])
             tokens.clear()
             found[way] = sft_step(trainer, model, rows, number)
             assert len(tokens) == way
@@ -429,7 +433,7 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
         train_dataset=Dataset.from_list(ROWS["a shared beginning"]),
         processing_class=AutoTokenizer.from_pretrained(tiny),
     )
-    accept(model)
+    accept_packed(model)
     model.train()
     inputs = trainer.data_collator(ROWS["a shared beginning"])
     with_router = trainer.compute_loss(model, inputs)
@@ -444,11 +448,11 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
 def test_a_group_of_rows_shares_no_token_after_which_one_is_predicted():
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9, 8]]
     labels = [[IGNORED, IGNORED, IGNORED, 4, 5], [IGNORED, IGNORED, IGNORED, IGNORED, 9, 8]]
-    assert group_of(rows, labels, shares=True) == Group(
+    assert suffix_only(rows, labels, shares=True) == PrefixGroup(
         [1, 2],
-        [Branch([3, 4], [4, 5]), Branch([3, 4, 9], [IGNORED, 9, 8])],
+        [Suffix([3, 4], [4, 5]), Suffix([3, 4, 9], [IGNORED, 9, 8])],
     )
-    assert group_of(rows, labels, shares=False).shared == []
+    assert suffix_only(rows, labels, shares=False).prefix == []
 
 
 def test_the_model_s_own_call_is_untouched(sft):
@@ -457,8 +461,8 @@ def test_the_model_s_own_call_is_untouched(sft):
     ids = torch.tensor([[5, 6, 7, 8]], device=device())
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        row = Flat.of([Group([5], [Branch([6, 7], [7, 8])])], ids.device)
-        found = model(flat=row)
+        row = PackedBatch.of([PrefixGroup([5], [Suffix([6, 7], [7, 8])])], ids.device)
+        found = model(packed=row)
     wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
     wanted = torch.cat([wanted.new_zeros(1), wanted])[None]
     torch.testing.assert_close(found.log_probs, wanted, rtol=0, atol=2e-5)

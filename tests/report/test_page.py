@@ -15,7 +15,17 @@ from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, elements, figures, provenance, run_page, table_page
-from stages.report.page import Command, Grid, Item, Items, Picture, Pictures, Section, Text, render
+from stages.report.page import (
+    Command,
+    ComparedItem,
+    Grid,
+    Items,
+    PageSection,
+    Picture,
+    Pictures,
+    Text,
+    render,
+)
 from stages.store.artifacts import Artifact
 from stages.sweep.results import Comparison
 from stages.sweep.table import Table
@@ -26,12 +36,12 @@ EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
 
 def test_every_text_is_escaped():
-    item = Item("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
+    item = ComparedItem("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
     parts = [
         Text(EVIL), Grid([EVIL], [[EVIL, EVIL]], EVIL), Command(EVIL), Items([item]),
         Pictures([Picture("<svg></svg>", EVIL, EVIL)]),
     ]  # fmt: skip
-    page = render(EVIL, [EVIL], [Section("a", EVIL, parts)])
+    page = render(EVIL, [EVIL], [PageSection("a", EVIL, parts)])
     assert "<script" not in page and "<img" not in page and 'aria-label="<' not in page
     assert page.count("&lt;script&gt;") > 12 and "<svg></svg>" in page
 
@@ -62,10 +72,10 @@ def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
 
 
 def test_a_section_without_parts_is_left_out_and_one_alone_has_no_contents():
-    parts = [Section("empty", "Nothing here"), Section("full", "Something", [Text("x")])]
+    parts = [PageSection("empty", "Nothing here"), PageSection("full", "Something", [Text("x")])]
     page = render("t", [], parts)
     assert "Nothing here" not in page and "<p>x</p>" in page and "<nav" not in page and "<h2" not in page
-    page = render("t", [], [*parts, Section("more", "More", [Text("y")])])
+    page = render("t", [], [*parts, PageSection("more", "More", [Text("y")])])
     assert "Nothing here" not in page and 'href="#full"' in page and 'href="#more"' in page
 
 
@@ -234,9 +244,9 @@ def test_won_and_lost_are_read_as_their_column_is():
         return {row.id: [row] for row in rows}
 
     before, after = answers((False, True), (False, False)), answers((True, True), (True, True))
-    told, _ = run_page.unlike("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
+    told, _ = run_page.won_and_lost("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
     assert told.text == "sft wins 1 and loses 0 of 2 items."
-    told, _ = run_page.unlike("", ("base", before), ("sft", after))
+    told, _ = run_page.won_and_lost("", ("base", before), ("sft", after))
     assert told.text == "sft wins 2 and loses 0 of 2 items."
 
 

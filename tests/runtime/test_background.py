@@ -12,12 +12,12 @@ from conftest import ROOT
 from mock_server import Mock, serve
 
 from stages.runtime import background as module
-from stages.runtime.background import beside
+from stages.runtime.background import in_background
 
 
 def test_all_calls_are_made_before_the_block_is_left():
     made, stop = [], threading.Event()
-    with beside([lambda n=n: made.append((time.sleep(n / 50), n)) for n in range(3)], stop):
+    with in_background([lambda n=n: made.append((time.sleep(n / 50), n)) for n in range(3)], stop):
         made.append("block")
     assert sorted(n for _, n in (one for one in made if one != "block")) == [0, 1, 2] and "block" in made
     assert not stop.is_set()
@@ -36,7 +36,7 @@ def test_an_error_stops_the_others_and_waits_for_none_that_cannot_stop(monkeypat
         if who == "call":
             raise ValueError("told")
 
-    with pytest.raises(ValueError, match="told"), beside([deaf.wait, obeys, fails], stop):
+    with pytest.raises(ValueError, match="told"), in_background([deaf.wait, obeys, fails], stop):
         if who == "block":
             raise ValueError("told")
     assert obeyed.is_set()

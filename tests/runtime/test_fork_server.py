@@ -62,7 +62,7 @@ def test_a_fork_is_like_a_process_that_was_started(program, monkeypatch):
         forked, one = facts(starter, program)
         _, other = facts(starter, program)
         assert one.split(",")[0] == other.split(",")[0] and one != other  # one import, and two draws
-        monkeypatch.setattr(fork_server, "possible", lambda: False)
+        monkeypatch.setattr(fork_server, "can_fork", lambda: False)
         with Starter("asked", ["heavy"]) as plain:
             started, _ = facts(plain, program)
     assert forked == started

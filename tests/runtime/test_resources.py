@@ -13,14 +13,14 @@ from stages.runtime import resources
 
 
 def test_the_peak_is_of_what_was_used_since_it_was_forgotten():
-    resources.forget()
-    before = resources.peaks()["process"]
+    resources.reset_peak()
+    before = resources.peak_memory()["process"]
     block = np.ones(200 * resources.MIB // 8)
-    assert 195 <= resources.peaks()["process"] - before <= 230
+    assert 195 <= resources.peak_memory()["process"] - before <= 230
     del block
-    resources.forget()
-    assert resources.peaks()["process"] - before < 50
-    assert resources.peak() < resources.room()
+    resources.reset_peak()
+    assert resources.peak_memory()["process"] - before < 50
+    assert resources.peak_of_scarce() < resources.total_memory()
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_the_peak_is_of_what_was_used_since_it_was_forgotten():
     ],
 )
 def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, monkeypatch):
-    whole = resources.room()
+    whole = resources.total_memory()
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "cgroup").write_text(mine + "\n")
     monkeypatch.setattr(resources, "_MINE", tmp_path / "cgroup")
     monkeypatch.setattr(resources, "_GROUPS", tmp_path)
-    assert resources.room() == (limit or whole)
+    assert resources.total_memory() == (limit or whole)
     assert whole > 300
 
 
@@ -73,14 +73,14 @@ def test_energy_is_that_of_the_visible_gpus(monkeypatch, visible, joules):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert resources.joules() == joules
+    assert resources.gpu_energy() == joules
 
 
 def test_without_a_driver_nobody_tells_energy(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", NVML(tells=False))
-    assert resources.joules() is None
+    assert resources.gpu_energy() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert resources.joules() is None
+    assert resources.gpu_energy() is None
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def submitted(monkeypatch):
 def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted):
     done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
     assert done.code == 0 and "13 steps are with Slurm" in done.err, done.err
-    nodes = graph.union(table(path).cells)
+    nodes = graph.build_graph(table(path).cells)
     number = {"/".join(place): str(100 + i) for i, place in enumerate(nodes)}
     assert json.loads((path.parent / "runs/sweeps/jobs.json").read_text()) == number
     for node, (given, command) in zip(nodes.values(), submitted.jobs, strict=True):
@@ -103,7 +103,7 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
     lorapar(*command)
     assert "job 100 is pending" in lorapar(*command).err and len(submitted.jobs) == 13
-    nodes = list(graph.union(table(path).cells).values())
+    nodes = list(graph.build_graph(table(path).cells).values())
     at = next(i for i, node in enumerate(nodes) if node.step.name == "sft")
     after = [i for i, node in enumerate(nodes) if i == at or {nodes[at].place} & above(node, nodes)]
     for number, name in list(submitted.queue):
@@ -125,7 +125,9 @@ def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lora
     """Neither is what waited for it, which may be running by now."""
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
     lorapar(*command)
-    ended = next(i for i, node in enumerate(graph.union(table(path).cells).values()) if node.stage == "sft")
+    ended = next(
+        i for i, node in enumerate(graph.build_graph(table(path).cells).values()) if node.stage == "sft"
+    )
     submitted.queue = {job: how for job, how in submitted.queue.items() if job[0] != str(100 + ended)}
     monkeypatch.setattr(slurm, "is_current", lambda node, stores: node.stage == "sft")
     monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: pytest.fail("cancelled"))
@@ -329,7 +331,7 @@ def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch)
     log = job.paths.stdout.read_text()
     assert "Requeued job" in job.paths.stderr.read_text() + log
     assert re.search(r"resuming from checkpoint-\d+", log + job.paths.stderr.read_text())
-    (node,) = [node for node in graph.union(table(path).cells).values() if node.stage == "rl"]
+    (node,) = [node for node in graph.build_graph(table(path).cells).values() if node.stage == "rl"]
     assert node.current
 
 
@@ -412,6 +414,6 @@ def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lor
     subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)
     wait(lambda: not slurm.queued(), 900)
     assert re.search(r"resuming from checkpoint-\d+", log.read_text())
-    nodes = graph.union(table(path).cells)
+    nodes = graph.build_graph(table(path).cells)
     assert all(node.current for node in nodes.values())
     assert "nothing to do: every artifact is current" in lorapar(*command).err

@@ -151,14 +151,14 @@ def test_rows_are_chosen_by_name_or_pattern(small):
 def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
     one = table(small, columns=["SFT*", "active"], seeds=[1])
     assert list(one.file.columns) == ["SFT", "SFT, System 2", "active"] and one.file.compare.on == "SFT"
-    assert {node.stage for node in graph.union(one.cells).values()} == {
+    assert {node.stage for node in graph.build_graph(one.cells).values()} == {
         "classify", "score", "partition", "sft", "eval",
     }  # fmt: skip
     assert one.same == {"β 0": "θ .9"}  # β plays no part before RL
     other = table(small, columns=["RL", "gain"], seeds=[1])
     assert other.file.compare.on == "RL" and other.rows == ["θ .9", "θ .5", "β 0"]
     none = table(small, columns=["active"], seeds=[1])
-    assert none.file.compare is None and {n.stage for n in graph.union(none.cells).values()} <= {
+    assert none.file.compare is None and {n.stage for n in graph.build_graph(none.cells).values()} <= {
         "classify", "score", "partition",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="no column 'DPO'"):
@@ -290,7 +290,7 @@ def test_a_grid_is_all_with_all(small):
 def test_table_2_shares_what_it_can(small):
     """Nine cells of one seed: three SFT and nine RL artifacts, one classify, one score."""
     found = table(ROOT / "configs/tables/alpha-beta.yaml", base=small.with_name("base.yaml"), seeds=[3])
-    names = [node.step.name for node in graph.union(found.cells).values()]
+    names = [node.step.name for node in graph.build_graph(found.cells).values()]
     counts = {name: names.count(name) for name in ("classify:train", "score", "sft", "rl")}
     assert counts == {"classify:train": 1, "score": 1, "sft": 3, "rl": 9}
 
@@ -332,7 +332,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
     lines = whole.communicate()[1].splitlines()
     made = [line for line in lines if line.startswith("done in")]
     runs = [f"runs_dir={tmp_path / 'whole'}"]
-    nodes = graph.union(table(small, only=["θ .9", "β 0"], seeds=[1], more=runs).cells)
+    nodes = graph.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], more=runs).cells)
     assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
     for number in (2, 3, 3):  # steps that are done before the kill
         child = begun(tmp_path / "killed")
@@ -352,7 +352,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
 
 def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
     """Not of the link to the latest one, nor of one that was made again."""
-    nodes = graph.union(table(small, only=["θ .9"], seeds=[1], more=[f"runs_dir={tmp_path}"]).cells)
+    nodes = graph.build_graph(table(small, only=["θ .9"], seeds=[1], more=[f"runs_dir={tmp_path}"]).cells)
     (root,) = {Path(place[0]) for place in nodes}
     for folder, key, seconds in (("a", "a", 10), ("b", "b", 20), ("b.old-1", "b", 600)):
         (root / "sft" / folder).mkdir(parents=True)
@@ -557,7 +557,7 @@ def children(monkeypatch, tmp_path):
 
 
 def swept_by(children, small, tmp_path, places=(None,)):
-    nodes = graph.union(table(small, seeds=[5, 6]).cells)
+    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
     return nodes, local.Sweep(nodes, list(places), tmp_path, said.append).run(), said
 
@@ -597,7 +597,7 @@ def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, m
 def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorapar, monkeypatch):
     """Somebody edited the base while a job was waiting."""
     cell = table(small, only=["θ .5"], seeds=[1]).cells[0]
-    node = next(node for node in graph.union([cell]).values() if node.stage == "score")
+    node = next(node for node in graph.build_graph([cell]).values() if node.stage == "score")
     monkeypatch.setenv(graph.PLANNED, "0" * 12)
     done = lorapar(*node.command)
     assert done.code == 78 and "score is no longer what was planned" in done.err
@@ -607,7 +607,7 @@ def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorap
 
 def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     """A real child, which would run for ten minutes; its guard ends it and what it has started."""
-    nodes = graph.union(table(small, seeds=[9]).cells)
+    nodes = graph.build_graph(table(small, seeds=[9]).cells)
     mark = tmp_path / "mark"
     inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     command = [sys.executable, "-c", inner]
@@ -678,7 +678,7 @@ def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_p
             assert not any(looks)
             other.give_back()
 
-    nodes = graph.union(table(small, seeds=[5, 6]).cells)
+    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
     ended = local.Sweep(nodes, ["3"], tmp_path, said.append, look).run()
     assert sum("device 3 is in use by another sweep" in line for line in said) == 1
@@ -695,13 +695,13 @@ def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp
             had.append(len(sweep.done))
             other.give_back()
 
-    nodes = graph.union(table(small, seeds=[5]).cells)
+    nodes = graph.build_graph(table(small, seeds=[5]).cells)
     ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
     assert had and had[0] < len(ended)
 
 
 def test_each_command_makes_its_step_alone(small):
-    for node in graph.union(table(small).cells).values():
+    for node in graph.build_graph(table(small).cells).values():
         stage, _, *rest = node.command
         assert stage == node.stage
         if stage == "eval":

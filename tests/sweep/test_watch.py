@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from lorapar_cli.watch import Watch, last_line, summary, time_left
+from lorapar_cli.watch import LiveView, last_line, summary, time_left
 from stages.sweep.local import Outcome, Sweep
 
 PLACES = {
@@ -57,7 +57,7 @@ def test_the_view_names_what_runs_with_its_last_word(tmp_path):
     found = sweep(running=running, waiting=[PLACES["c"]], logs=tmp_path)
     found.log(found.nodes[PLACES["b"]]).write_text("loading\nsft 3/36  [red]9 s[/red]\n\n")
     console = Console(file=io.StringIO(), width=100)
-    console.print(Watch({}).drawn(found))
+    console.print(LiveView({}).drawn(found))
     text = console.file.getvalue()
     assert (
         "sft b (" in text

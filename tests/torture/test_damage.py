@@ -21,11 +21,11 @@ from stages.config import Config
 from stages.config.yaml import _names
 from stages.data.rows import read
 from stages.errors import LoraparError
-from stages.evaluation.answer_cache import Recorded
+from stages.evaluation.answer_cache import CachedAnswer
 from stages.labelling.votes import Vote
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL, Checkpoints
@@ -148,7 +148,7 @@ def test_says_the_same():
 def test_damaged_files(store, tally):
     """Artifacts: manifests and what they list. The step is then not current, whatever it is called."""
     root = store.root
-    steps = list(plan(store).values())
+    steps = list(plan_steps(store).values())
     files = [f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and not f.name.startswith(".")]
     files = [f for f in files if f.parent != root and "checkpoints" not in f.parts]
     whole = {now.artifact.path for s in steps if (now := state(Store(root), s)).state == "current"}
@@ -172,7 +172,7 @@ def test_damaged_files(store, tally):
 def test_damaged_journals_and_records(store, tally, tmp_path):
     """What is not sealed: it must have the shape that is read, or is no obstacle."""
     runs = Path(store.runs_dir)
-    estimates.tell(store.root, {"0123": estimates.Told(seconds=1.5, mib=300)})
+    estimates.save(store.root, {"0123": estimates.PlannedCost(seconds=1.5, mib=300)})
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "weights").write_bytes(b"x")
@@ -181,9 +181,9 @@ def test_damaged_journals_and_records(store, tally, tmp_path):
     jobs.write_text(json.dumps({"runs/rl/0123": "17"}))
     readers: dict[Path, Callable[[Path], object]] = {
         **{file: lambda copy: Journal(copy, Vote) for file in (runs / "votes").glob("*.jsonl")},
-        **{file: lambda copy: Journal(copy, Recorded) for file in (runs / "answers").glob("*.jsonl")},
+        **{file: lambda copy: Journal(copy, CachedAnswer) for file in (runs / "answers").glob("*.jsonl")},
         **{file: lambda copy: DigestCache(copy).file(jobs) for file in runs.rglob(".digests.json")},
-        store.root / estimates.NAME: lambda copy: estimates.told(copy.parent, "0123"),
+        store.root / estimates.NAME: lambda copy: estimates.load(copy.parent, "0123"),
         checkpoint / SEAL: lambda copy: Checkpoints(tmp_path, "of").newest(),
         jobs: lambda copy: Cluster(copy.parent, {}, print)._recorded(),
     }
@@ -322,4 +322,4 @@ def test_odd_places(tiny, demo_data, tmp_path, tally):
     for name in ("model.name", "data.path", "classify.labels_file", "eval.benchmarks.demo.path", "runs_dir"):
         for path in odd:
             with trying(tally, f"{name}={path}"[:200]), suppress(OSError):  # the edge has a sentence for each
-                plan(resolved(load(ROOT / "configs/smoke.yaml", [*known, f"{name}={path}"])))
+                plan_steps(resolved(load(ROOT / "configs/smoke.yaml", [*known, f"{name}={path}"])))

@@ -14,7 +14,7 @@ from tally import FULL
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Store
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             time.sleep(0.1)
         tally.left += [f"{title}: process {left}" for left in processes(str(file))]
         ended = subprocess.run([*command, stage, str(file)], cwd=ROOT, capture_output=True, text=True)
-        steps = [step for step in plan(config).values() if step.stage.name == stage]
+        steps = [step for step in plan_steps(config).values() if step.stage.name == stage]
         if ended.returncode or any(state(Store(config.root), s).state != "current" for s in steps):
             tally.lost.append(f"{title}: then code {ended.returncode}: {ended.stderr[-300:]}")
 

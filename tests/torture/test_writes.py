@@ -15,7 +15,7 @@ from tally import FULL, Tally
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import plan
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Artifact, Store
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ class Pipeline:
     def made(self, stage: str) -> dict[str, dict]:
         """The files of the stage's artifacts, by step."""
         store = Store(self.config.root)
-        states = {n: state(store, s) for n, s in plan(self.config).items() if s.stage.name == stage}
+        states = {n: state(store, s) for n, s in plan_steps(self.config).items() if s.stage.name == stage}
         return {n: content(s.artifact) for n, s in states.items() if s.state == "current" and s.artifact}
 
 

@@ -25,7 +25,9 @@ def _bare(text: str) -> str:
     return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
 
 
-def shares_of(tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]) -> tuple[float, ...] | None:
+def choice_probabilities(
+    tokens: list[tuple[str, dict[str, float]]], words: tuple[str, ...]
+) -> tuple[float, ...] | None:
     """Each word's share at the first token whose alternatives fit exactly one word; None if there is none.
 
     ValueError if at a token no alternative fits any word.

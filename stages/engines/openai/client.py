@@ -17,11 +17,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 from stages.config import ServerSection
-from stages.engines import Answer, Ballot, Choice, Failure, Question, Sampling, Served, same_model
-from stages.engines.openai.choices import shares_of, word_of
-from stages.engines.openai.errors import ItemFailed, Refused
-from stages.engines.openai.quirks import Dialect
-from stages.engines.openai.schema import Completion, Listed, Reply, count_of, models_of
+from stages.engines import (
+    ChoiceRequest,
+    ChoiceResult,
+    Completion,
+    EngineSpec,
+    Failure,
+    GenerateRequest,
+    Sampling,
+    same_model,
+)
+from stages.engines.openai.choices import choice_probabilities, word_of
+from stages.engines.openai.errors import ItemFailed, RequestRefused
+from stages.engines.openai.quirks import Quirks
+from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, count_of, models_of
 from stages.engines.openai.transport import Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
@@ -44,7 +53,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open(served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     key = os.environ.get(served.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the key in {served.api_key_env} has characters that no key has", "type it again")
@@ -53,9 +62,9 @@ def open(served: Served, server: ServerSection, say: Callable[[str], None]) -> I
     yield client
 
 
-def replied(ballot: Ballot) -> int:
+def replied(ballot: ChoiceRequest) -> int:
     """The most tokens of a reply, for which a question must leave room."""
-    return ballot.thought + REPLY_TOKENS if ballot.thought else MAX_WORD_TOKENS
+    return ballot.max_thinking_tokens + REPLY_TOKENS if ballot.max_thinking_tokens else MAX_WORD_TOKENS
 
 
 class Client:
@@ -76,12 +85,12 @@ class Client:
         """For each endpoint: whether the server keeps to given words."""
         self._told: str | None = None
         """What replies call the model."""
-        self._listed: dict[str, Listed] = {}
+        self._listed: dict[str, ServedModel] = {}
         """The models that the servers list, by name."""
-        self._dialect = Dialect()
+        self._dialect = Quirks()
         self.model, self.max_model_len = self._look(model)
 
-    def choose(self, ballots: Iterable[Ballot]) -> Iterator[tuple[int, Choice | Failure]]:
+    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """The first ballot goes alone: a shared beginning is computed once, and mistakes show early."""
         rest = iter(ballots)
         for first in rest:
@@ -90,14 +99,16 @@ class Client:
         for i, found in self.transport.each(rest, self._choice):
             yield i + 1, found
 
-    def generate(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+    def generate(
+        self, questions: list[GenerateRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
         """Answers as token ids, which vLLM gives (`return_token_ids`) and other servers do not."""
 
-        def answer(reply: Any) -> Answer:
+        def answer(reply: Any) -> Completion:
             choice = self._completion(reply)
-            return Answer(choice.ids, choice.finish_reason == "stop")
+            return Completion(choice.ids, choice.finish_reason == "stop")
 
-        async def ask(session: Session, question: Question) -> Any:
+        async def ask(session: Session, question: GenerateRequest) -> Any:
             return await session.send("POST", "completions", self._request(question, sampling), answer)
 
         for i, found in self.transport.each(questions, ask):
@@ -127,16 +138,16 @@ class Client:
             lengths.append(served[names[-1]].max_model_len if names[-1] in served else 0)
         return names[0], min(lengths)
 
-    def _list(self, one: Transport, wanted: str | None) -> dict[str, Listed]:
+    def _list(self, one: Transport, wanted: str | None) -> dict[str, ServedModel]:
         """What a server lists; nothing if it has no list and the model's name is known."""
         try:
             return one.one(lambda session, _: session.send("GET", "models", None, models_of), None)
-        except Refused as error:
+        except RequestRefused as error:
             if wanted is None or error.code not in (404, 405):
                 raise
             return {}
 
-    def _completion(self, reply: Any) -> Completion:
+    def _completion(self, reply: Any) -> ReplyChoice:
         """The only choice of a reply; ValueError if another model gave it.
 
         A gateway may call the model otherwise than it is asked for. Such a name counts if the first reply has
@@ -179,7 +190,7 @@ class Client:
     def _shares_of(self, words: tuple[str, ...], asked: int, reply: Any) -> tuple[float, ...] | None:
         """The words' shares, or None if they are alike in all `asked` tokens; ValueError for odd tokens."""
         tokens = self._tokens_of(reply)
-        shares = shares_of(tokens, words)
+        shares = choice_probabilities(tokens, words)
         if shares is None and len(tokens) < asked:
             raise ValueError(f"{len(tokens)} tokens of {asked}, and no word yet")
         return shares
@@ -195,24 +206,26 @@ class Client:
                 session, "chat/completions", {**body, "messages": messages}, self._content
             )
 
-    async def _choice(self, session: Session, ballot: Ballot) -> Choice:
+    async def _choice(self, session: Session, ballot: ChoiceRequest) -> ChoiceResult:
         """One choice. A token costs a decoding step, so more than one is asked for only if needed."""
         await self._fits(session, ballot)
-        if ballot.thought or not await self._keeps_to_words(session, ballot):
+        if ballot.max_thinking_tokens or not await self._keeps_to_words(session, ballot):
             return await self._word(session, ballot)
         while True:
             tokens = self._tokens.get(ballot.words, 1)
             path, body = self._constrained(ballot, ballot.words, tokens)
             read = partial(self._shares_of, ballot.words, tokens)
             if shares := await self._post(session, path, body, read):
-                return Choice(shares, await self._mass(session, ballot) if ballot.weigh else -1.0)
+                return ChoiceResult(
+                    shares, await self._mass(session, ballot) if ballot.measure_mass else -1.0
+                )
             if tokens >= MAX_WORD_TOKENS:
                 raise ItemFailed(
                     "unreadable", f"the words {ballot.words} do not differ within {tokens} tokens"
                 )
             self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
 
-    async def _mass(self, session: Session, ballot: Ballot) -> float:
+    async def _mass(self, session: Session, ballot: ChoiceRequest) -> float:
         """Probability that the unconstrained next token begins one of the words; -1 if not told.
 
         Only the TOP likeliest tokens count.
@@ -228,7 +241,7 @@ class Client:
         except ValueError:
             return -1.0
 
-    async def _keeps_to_words(self, session: Session, ballot: Ballot) -> bool:
+    async def _keeps_to_words(self, session: Session, ballot: ChoiceRequest) -> bool:
         """Whether the server keeps to given words and gives log-probabilities; tried once per endpoint.
 
         That it does not is believed when it is seen twice: all votes are then read in another way.
@@ -251,27 +264,29 @@ class Client:
                 raise
             return False
 
-    def _constrained(self, ballot: Ballot, words: tuple[str, ...], tokens: int) -> tuple[str, dict[str, Any]]:
+    def _constrained(
+        self, ballot: ChoiceRequest, words: tuple[str, ...], tokens: int
+    ) -> tuple[str, dict[str, Any]]:
         path, body = self._asked(ballot, tokens)
         wanted = {"logprobs": 5} if path == "completions" else {"logprobs": True, "top_logprobs": 5}
         return path, {**body, **wanted, "temperature": 0, "structured_outputs": {"choice": list(words)}}
 
-    def _asked(self, ballot: Ballot, tokens: int) -> tuple[str, dict[str, Any]]:
+    def _asked(self, ballot: ChoiceRequest, tokens: int) -> tuple[str, dict[str, Any]]:
         body = {"model": self.model, "max_tokens": tokens}
         if _is_chat(ballot):
             return "chat/completions", {**body, "messages": ballot.text}
         return "completions", {**body, "prompt": ballot.text}
 
-    async def _word(self, session: Session, ballot: Ballot) -> Choice:
+    async def _word(self, session: Session, ballot: ChoiceRequest) -> ChoiceResult:
         """The word in the model's reply, after its thought if it thinks."""
-        path, body = self._asked(ballot, ballot.thought + REPLY_TOKENS)
+        path, body = self._asked(ballot, ballot.max_thinking_tokens + REPLY_TOKENS)
         body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
         text = await self._post(session, path, body, self._content)
         which = word_of(text, ballot.words)
         shares = () if which is None else tuple(float(i == which) for i in range(len(ballot.words)))
-        return Choice(shares, -1.0, text[-KEPT_TEXT:])
+        return ChoiceResult(shares, -1.0, text[-KEPT_TEXT:])
 
-    async def _fits(self, session: Session, ballot: Ballot) -> None:
+    async def _fits(self, session: Session, ballot: ChoiceRequest) -> None:
         """ItemFailed if a prompt is too long; the server counts the tokens of prompts that may be."""
         room = self.max_model_len - replied(ballot)
         if not self.max_model_len or _most_tokens(ballot) <= room:
@@ -289,7 +304,7 @@ class Client:
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
 
-    def _request(self, question: Question, sampling: Sampling) -> dict[str, Any]:
+    def _request(self, question: GenerateRequest, sampling: Sampling) -> dict[str, Any]:
         return {
             "model": self.model,
             "prompt": question.ids,
@@ -305,11 +320,11 @@ class Client:
         }
 
 
-def _is_chat(ballot: Ballot) -> bool:
+def _is_chat(ballot: ChoiceRequest) -> bool:
     return not isinstance(ballot.text, str) and isinstance(ballot.text[0], dict)
 
 
-def _most_tokens(ballot: Ballot) -> int:
+def _most_tokens(ballot: ChoiceRequest) -> int:
     """An upper bound that needs no tokenizer: a token is at least one byte."""
     if isinstance(ballot.text, str):
         return len(ballot.text.encode())

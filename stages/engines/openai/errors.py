@@ -9,7 +9,7 @@ from stages.engines import Failure
 from stages.errors import ConfigError
 
 
-class Trouble(Exception):
+class RetryableError(Exception):
     """A failure that may pass: worth another try."""
 
     def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
@@ -18,7 +18,7 @@ class Trouble(Exception):
         self.reason, self.busy = reason, busy
 
 
-class Refused(ConfigError):
+class RequestRefused(ConfigError):
     """The server refuses what every request asks for."""
 
     def __init__(self, code: int, message: str) -> None:

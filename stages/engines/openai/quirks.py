@@ -8,7 +8,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class Dialect:
+class Quirks:
     """What OpenAI's reasoning models want otherwise, learned from their refusals."""
 
     def __init__(self) -> None:

@@ -17,21 +17,21 @@ LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Shape(BaseModel):
+class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Alternative(_Shape):
+class _Alternative(_Lenient):
     token: str
     logprob: LogProb
 
 
-class _Token(_Shape):
+class _Token(_Lenient):
     token: str
     top_logprobs: list[_Alternative]
 
 
-class _LogProbs(_Shape):
+class _LogProbs(_Lenient):
     """Of a chat in `content`, of a completion in two lists."""
 
     content: list[_Token] | None = None
@@ -45,11 +45,11 @@ class _LogProbs(_Shape):
         return self
 
 
-class _Message(_Shape):
+class _Message(_Lenient):
     content: str | None = None
 
 
-class Completion(_Shape):
+class ReplyChoice(_Lenient):
     """One choice of a reply. What is asked of it and is not there is a ValueError."""
 
     index: Literal[0] = 0
@@ -84,12 +84,12 @@ class Completion(_Shape):
         return list(zip(self.logprobs.tokens, self.logprobs.top_logprobs, strict=True))
 
 
-class Reply(_Shape):
+class Reply(_Lenient):
     model: str | None = None
-    choices: list[Completion] = Field(min_length=1, max_length=1)
+    choices: list[ReplyChoice] = Field(min_length=1, max_length=1)
 
 
-class Listed(_Shape):
+class ServedModel(_Lenient):
     """A model that a server lists."""
 
     id: str
@@ -108,11 +108,11 @@ class Listed(_Shape):
         return name == self.id or ("*" in self.id and fnmatchcase(name, self.id))
 
 
-class _Models(_Shape):
-    data: list[Listed]
+class _Models(_Lenient):
+    data: list[ServedModel]
 
 
-class _Count(_Shape):
+class _Count(_Lenient):
     count: int = Field(ge=0)
 
 
@@ -121,7 +121,7 @@ def count_of(reply: Any) -> int:
     return _Count.model_validate(reply).count
 
 
-def models_of(reply: Any) -> dict[str, Listed]:
+def models_of(reply: Any) -> dict[str, ServedModel]:
     """The models that a server lists, by name; some have the list alone, not in `data`."""
     found = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
     return {entry.id: entry for entry in found.data}

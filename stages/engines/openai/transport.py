@@ -22,7 +22,7 @@ import tenacity
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai.errors import ItemFailed, Refused, Trouble, seconds_of
+from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, seconds_of
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6
@@ -214,14 +214,14 @@ class Session:
         tries = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
-            retry=tenacity.retry_if_exception_type(Trouble),
+            retry=tenacity.retry_if_exception_type(RetryableError),
             before_sleep=self._retrying,
             sleep=_pause,
             reraise=True,
         )
         try:
             return await tries(self._try, method, path, body, read)
-        except Trouble as trouble:
+        except RetryableError as trouble:
             others = transport.counts.answered > before
             if not others and (trouble.reason in ("timeout", "transport") or not await self._alive()):
                 raise ServerError(
@@ -263,12 +263,12 @@ class Session:
         except (TimeoutError, httpx.TimeoutException):
             transport.rest(base)
             detail = f"no answer in {transport.server.timeout_s:g} s"
-            raise Trouble("timeout", detail, busy=True) from None
+            raise RetryableError("timeout", detail, busy=True) from None
         except httpx.HTTPError as error:
             transport.rest(base)
             if ended := transport.ended():
                 raise ended from None
-            raise Trouble("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
+            raise RetryableError("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
         if response.status_code >= 400:
             self._refusal(url, response)
         try:
@@ -276,7 +276,7 @@ class Session:
         except (ValueError, RecursionError) as error:
             shown = " ".join(response.text[:120].split())
             detail = f"no readable answer: {type(error).__name__} {error}: {shown}"
-            raise Trouble("unreadable", detail) from None
+            raise RetryableError("unreadable", detail) from None
         transport.counts.answered += 1
         return found
 
@@ -287,10 +287,10 @@ class Session:
         if code in (408, 425, 429) or code >= 500:
             wait = min(seconds_of(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
             transport._free_at = max(transport._free_at, time.monotonic() + wait)
-            raise Trouble("server_error", text, busy=code not in (500, 501))
+            raise RetryableError("server_error", text, busy=code not in (500, 501))
         signs = ("context length", "too long", "max_model_len")
         if code in (400, 413, 422) and any(words in text.lower() for words in signs):
             raise ItemFailed("too_long", text)
         if code in (400, 413, 422) and transport.counts.answered > 1:  # one of them is the list of models
             raise ItemFailed("refused", text)
-        raise Refused(code, f"{url} refused: {text}")
+        raise RequestRefused(code, f"{url} refused: {text}")

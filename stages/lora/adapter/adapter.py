@@ -181,7 +181,7 @@ def dropping_out(model: PeftModel, share: float) -> Iterator[None]:
             one.update(then)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

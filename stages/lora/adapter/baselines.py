@@ -117,12 +117,15 @@ def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout
 
 def save(model: PeftModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: p.detach().cpu().contiguous() for n, p in adapter.trained(model).items()}, folder / STATE)
+    save_file(
+        {n: p.detach().cpu().contiguous() for n, p in adapter.trained_parameters(model).items()},
+        folder / STATE,
+    )
 
 
 def load(model: PeftModel, folder: Path) -> None:
     """Put back what `save` wrote; ArtifactError unless every name and shape fits."""
-    stored, wanted = adapter.read(folder, STATE), adapter.trained(model)
+    stored, wanted = adapter.read(folder, STATE), adapter.trained_parameters(model)
     if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in wanted.items()}:
         raise ArtifactError(f"{folder} does not fit the model: it was made for another base or baseline")
     with torch.no_grad():

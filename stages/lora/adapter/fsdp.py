@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def asked(launch: LaunchSection) -> bool:
+def is_sharded(launch: LaunchSection) -> bool:
     """Whether this stage, as it runs now, is to divide its base."""
     return launch.divides and distributed.size() > 1
 
 
-def start_at(launch: LaunchSection) -> torch.device:
+def load_device(launch: LaunchSection) -> torch.device:
     """Where the base is loaded: a GPU that holds a part of it may have no room for the whole."""
-    return torch.device("cpu") if asked(launch) else device()
+    return torch.device("cpu") if is_sharded(launch) else device()
 
 
-def divide(adapted: PeftModel, launch: LaunchSection) -> None:
+def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
     """Leave each process its part of the base, if `launch` asks for that.
 
     To be called before a trainer is built. ConfigError if the model cannot be divided.
     """
-    if not asked(launch):
+    if not is_sharded(launch):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -53,7 +53,7 @@ def divide(adapted: PeftModel, launch: LaunchSection) -> None:
         raise ConfigError(
             f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
         )
-    distributed.wait()
+    distributed.barrier()
     mesh = init_device_mesh(device().type, (distributed.size(),))
     # Not the weights themselves: torch frees them as soon as nobody holds them.
     parts = {id(weight) for layer in layers for weight in _of_base(layer)}
@@ -78,7 +78,7 @@ def _of_base(layer: nn.Module) -> Iterator[nn.Parameter]:
     yield from (weight for weight in layer.parameters() if weight not in owned)
 
 
-def held(model: nn.Module) -> dict[str, float]:
+def local_share(model: nn.Module) -> dict[str, float]:
     """For a summary: which share of the base's elements this process holds, if the base is divided."""
     from torch.distributed.tensor import DTensor
 
@@ -96,7 +96,7 @@ def _divided(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, every process holds the whole base, and may compute without the others.
 
     To be entered by all processes together.
@@ -123,10 +123,10 @@ class Divided:
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the mean of all processes' gradients, which DDP would have taken in the backward pass."""
         if _divided(self.model):
-            trained = list(adapter.trained(self.model).values())
+            trained = list(adapter.trained_parameters(self.model).values())
             parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
             joined = torch.cat([part.flatten() for part in parts])
-            distributed.add([joined])
+            distributed.all_reduce([joined])
             found = joined.div_(distributed.size()).split([part.numel() for part in parts])
             for weight, part in zip(trained, found, strict=True):
                 weight.grad = part.view_as(weight).to(weight.dtype)
@@ -140,12 +140,12 @@ class DividedRollouts(Divided):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         # vLLM has a model of its own, for which weights are gathered one by one.
-        alone: AbstractContextManager[None] = nullcontext() if self.args.use_vllm else whole(self.model)
+        alone: AbstractContextManager[None] = nullcontext() if self.args.use_vllm else unsharded(self.model)
         with alone:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
 
 
-def gathered(weight: Tensor) -> Tensor:
+def full_tensor(weight: Tensor) -> Tensor:
     """The whole of a weight. Of a divided one all processes ask at the same time."""
     from torch.distributed.tensor import DTensor
 

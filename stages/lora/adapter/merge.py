@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.lora.adapter.adapter import lora_layers
-from stages.lora.adapter.fsdp import gathered
+from stages.lora.adapter.fsdp import full_tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,11 +34,11 @@ def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
 @torch.no_grad()
 def merge(layer: Any) -> Tensor:
     """W + scaling · B A for one of PEFT's layers, in the type of W."""
-    weight = gathered(layer.base_layer.weight)
+    weight = full_tensor(layer.base_layer.weight)
     return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
 
-def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter of the plain model that answers like the adapted one.
 
     Tied parameters come once. Only one merged weight exists at a time: all of them would be a second model.
@@ -47,7 +47,7 @@ def plain(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in adapted.named_parameters():
         name = name.removeprefix(ADAPTED).replace(".base_layer", "")
         if adapted.prefix not in name:
-            yield name, merge(layers.pop(name)) if name in layers else gathered(parameter).detach()
+            yield name, merge(layers.pop(name)) if name in layers else full_tensor(parameter).detach()
     assert not layers, sorted(layers)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PackedLinear(nn.Linear):
+class SparseLinear(nn.Linear):
     """A bias-free linear layer of which only the elements under `mask` train.
 
     `values` is 1-D and holds the active elements in flat order; if there are none, it is a frozen, empty
@@ -58,7 +58,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
         self._dense, self._index = fn(self._dense), fn(self._index)
         return self
@@ -90,9 +90,9 @@ class PackedLinear(nn.Linear):
 
 
 @contextmanager
-def fixed(model: nn.Module) -> Iterator[None]:
+def frozen_weights(model: nn.Module) -> Iterator[None]:
     """Inside, packed weights do not change and are built once: sampling reads all of them for every token."""
-    layers = [m for m in model.modules() if isinstance(m, PackedLinear) and not m._fixed]
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear) and not m._fixed]
     for layer in layers:
         layer._dense = layer.weight.detach()
         layer._fixed = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.lora.grpo.replay import equal_groups, summed
 
 if TYPE_CHECKING:
-    from stages.lora.grpo.prompts import Pool
+    from stages.lora.grpo.prompts import RlPrompts
 
 
 class Resampling:
@@ -22,7 +22,7 @@ class Resampling:
     resumed run draws the same. Rewards are asked once more, for all completions, whenever a step draws again.
     """
 
-    pool: Pool
+    pool: RlPrompts
     attempts: int
     """How many times a step may draw again."""
     attempt = 0

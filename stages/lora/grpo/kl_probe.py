@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.packing.support import evaluating
+from stages.packing.support import eval_mode
 
 if TYPE_CHECKING:
     from stages.config import RlSection
-    from stages.lora.grpo.sampler import Writer
+    from stages.lora.grpo.sampler import RolloutSampler
 
 NAME = "system1/kl_from_start"
 """In the history: KL(start ‖ policy) in nats per token."""
 
 
-class Drift(TrainerCallback):
+class KlProbe(TrainerCallback):
     """Logs KL(start ‖ policy), where start is the policy at the time this is built.
 
     It is estimated on one answer by the start to each prompt: the mean over their tokens of r − 1 − log r,
@@ -31,12 +31,12 @@ class Drift(TrainerCallback):
         self,
         trainer: Any,
         prompts: list[list[int]],
-        writer: Writer,
+        writer: RolloutSampler,
         rl: RlSection,
     ) -> None:
         self.trainer, self.every, self.batch = trainer, rl.drift_steps, rl.micro_batch
-        with trainer.memory("while the drift was prepared"), evaluating(writer.adapted):
-            answers = writer.write(prompts, f"{trainer.args.seed} drift")  # the same in every process
+        with trainer.memory("while the drift was prepared"), eval_mode(writer.adapted):
+            answers = writer.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)
             self.start = self._log_probs()
 
@@ -52,7 +52,7 @@ class Drift(TrainerCallback):
     def _log_probs(self) -> Tensor:
         """(prompts, longest answer); any number behind the end of an answer."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with evaluating(model):
+        with eval_mode(model):
             found, *_ = self.trainer._get_per_token_logps_and_entropies(
                 model, self.ids, self.mask, self.keep, self.batch
             )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pool:
+class RlPrompts:
     """Rendered prompts and what rewards read of their rows."""
 
     rows: Dataset
@@ -67,7 +67,7 @@ class Pool:
         rl: RlSection,
         functions: dict[str, Callable[..., Any]],
         seed: int,
-    ) -> Pool:
+    ) -> RlPrompts:
         """functions: the rewards by name.
 
         DataError if a row to train on lacks a column that a reward reads, or if rows are too few. A System 1

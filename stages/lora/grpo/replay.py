@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 if TYPE_CHECKING:
-    from stages.lora.grpo.prompts import Pool
+    from stages.lora.grpo.prompts import RlPrompts
 
 
-class Mixed(Sampler[int]):
+class ReplaySampler(Sampler[int]):
     """TRL's order of rows, but that each step takes so many of the last rows and the others from the first.
 
     In an epoch each of the first rows is drawn at most once. The last ones are all drawn before one comes
@@ -60,7 +60,7 @@ class Replay:
     share of groups that teach nothing.
     """
 
-    pool: Pool
+    pool: RlPrompts
     replayed: int
     """System 1 prompts of a step."""
     accelerator: Any
@@ -73,7 +73,7 @@ class Replay:
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         usual = super()._get_train_sampler(dataset)  # type: ignore[misc]
-        return Mixed(usual, self.pool.replayed, self.replayed) if self.replayed else usual
+        return ReplaySampler(usual, self.pool.replayed, self.replayed) if self.replayed else usual
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         found = super()._generate_and_score_completions(inputs)  # type: ignore[misc]

@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.engines.continuous_batching import SLOTS, continuations
+from stages.engines.continuous_batching import SLOTS, generate
 from stages.lora.adapter import fsdp, sparse_linear
-from stages.packing.support import evaluating
+from stages.packing.support import eval_mode
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from stages.engines import Sampling
     from stages.lora.adapter.merge import MergedCopy
-    from stages.lora.grpo.prompts import Pool
+    from stages.lora.grpo.prompts import RlPrompts
 
 
 @dataclass(frozen=True)
-class Writer:
+class RolloutSampler:
     """Samples from the model in training as it is at that moment."""
 
     adapted: PeftModel
@@ -30,13 +30,13 @@ class Writer:
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
 
-    def write(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
+    def sample(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
         """The token ids of one completion for each prompt; the same seed gives the same ones."""
         draw = random.Random(seed)
         seeds = [draw.getrandbits(62) for _ in prompts]
-        with fsdp.whole(self.adapted), sparse_linear.fixed(self.adapted):
+        with fsdp.unsharded(self.adapted), sparse_linear.frozen_weights(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
-            made = dict(continuations(model, self.tokenizer, prompts, self.sampling, (), seeds))
+            made = dict(generate(model, self.tokenizer, prompts, self.sampling, (), seeds))
         return [made[i].ids for i in range(len(prompts))]
 
 
@@ -47,8 +47,8 @@ class Written:
     generating through the adapter, of which nothing drops out then.
     """
 
-    pool: Pool
-    writer: Writer
+    pool: RlPrompts
+    writer: RolloutSampler
     attempt: int
     args: Any
     state: Any
@@ -60,7 +60,7 @@ class Written:
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **given: Any) -> Any:
         if self.writer.copy is None:
             write = super()._generate_single_turn  # type: ignore[misc]
-            with sparse_linear.fixed(self.writer.adapted), evaluating(self.writer.adapted):
+            with sparse_linear.frozen_weights(self.writer.adapted), eval_mode(self.writer.adapted):
                 if self.args.use_vllm or len(prompt_ids) <= SLOTS:  # vLLM has a scheduler of its own
                     return write(prompt_ids, *args, **given)
                 # TRL would have all samples of a step in memory at once.
@@ -69,4 +69,4 @@ class Written:
             return [ids for made, *_ in parts for ids in made], *parts[0][1:]
         again = f" {self.attempt}" if self.attempt else ""
         seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{again}"
-        return self.writer.write(prompt_ids, seed), None
+        return self.writer.sample(prompt_ids, seed), None

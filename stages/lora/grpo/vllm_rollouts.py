@@ -152,7 +152,7 @@ def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed:
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
-    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merge.plain(adapted))
+    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merge.merged_parameters(adapted))
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.

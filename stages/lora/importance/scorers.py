@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from stages.packing.batch import Flat
+    from stages.packing.batch import PackedBatch
     from stages.prompts.renderer import Row
 
 scorers: Registry = Registry("scorer")
@@ -81,7 +81,7 @@ def moved(value: Tensor, after: Tensor) -> Tensor:
 
 @contextmanager
 def _captured(
-    model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments, row: Flat | None
+    model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments, row: PackedBatch | None
 ) -> Iterator[None]:
     """Inside, a backward pass adds the per-example gradients of every LoRA layer to `sums`.
 
@@ -93,7 +93,7 @@ def _captured(
 
     def apart(x: Tensor) -> Tensor:
         """(examples, longest, width) of what a layer sees."""
-        return x if row is None else row.branches.spread(x[0])
+        return x if row is None else row.suffixes.spread(x[0])
 
     def watch(name: str):  # type: ignore[no-untyped-def]
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -154,12 +154,12 @@ def moments(
         zeros[name] = torch.zeros_like(module.weight, dtype=wide)
     sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
     for rows in batches:
-        row = losses.unpadded(model, rows, device)
+        row = losses.pack_rows(model, rows, device)
         with _captured(model, weights, sums, row):
             if row is None:
                 found = losses.answer_losses(model, losses.collate(rows, pad, device))
             else:
-                found = losses.of_row(model, row)
+                found = losses.packed_answer_losses(model, row)
             finite = torch.isfinite(found)
             if not bool(finite.all()):
                 bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]

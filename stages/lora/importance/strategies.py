@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
-from stages.config.fields import typed
+from stages.config.fields import as_decimal_fraction
 from stages.errors import ConfigError, MeaninglessError
 from stages.registry import Registry
 
@@ -132,7 +132,7 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     """
     import torch
 
-    theta = typed(section.theta)
+    theta = as_decimal_fraction(section.theta)
     sets = {}
     for system, values in scores.items():
         values = values + 0.0  # -0.0 would sort as the largest bit pattern
@@ -153,7 +153,7 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     sets = {}
     for system, values in scores.items():
         check(values + 0.0, system)
-        number = Fraction(int(typed(section.density) * len(values)))
+        number = Fraction(int(as_decimal_fraction(section.density) * len(values)))
         sets[system] = top_set(values + 0.0, number, "count")
     return _split(sets, scores, section)
 
@@ -166,7 +166,7 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     shared = (region == SHARED).nonzero().flatten()
     active = {}
     for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
-        number = Fraction(int(typed(share) * len(shared)))
+        number = Fraction(int(as_decimal_fraction(share) * len(shared)))
         active[stage] = region == only
         active[stage][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
     return Split(region, active)
@@ -222,7 +222,7 @@ def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     total = len(scores[1])
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[order[: int(typed(section.density) * total)]] = True
+    chosen[order[: int(as_decimal_fraction(section.density) * total)]] = True
     return Split(SHARED * chosen.to(torch.uint8), {"sft": chosen, "rl": chosen.clone()})
 
 

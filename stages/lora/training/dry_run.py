@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stages.prompts.renderer import Row
 
 
-class Rehearsal(TrainerCallback):
+class DryRun(TrainerCallback):
     """Before step 1, a forward and a backward pass through the longest micro batch, without an update.
 
     It changes nothing: no weight, no metric, no random number. A resumed run has none.
@@ -41,7 +41,7 @@ class Rehearsal(TrainerCallback):
         trainer._metrics["train"].clear()
 
 
-def of_sft(trainer: Any, rows: list[Row], size: int) -> Rehearsal:
+def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
     """size: rows per micro batch."""
     from accelerate.utils import send_to_device
 
@@ -54,10 +54,10 @@ def of_sft(trainer: Any, rows: list[Row], size: int) -> Rehearsal:
         trainer._total_train_tokens = 0
         return found
 
-    return Rehearsal(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
+    return DryRun(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
 
 
-def of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> Rehearsal:
+def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryRun:
     """The longest prompts with completions as long as may be."""
     groups = -(-rl.micro_batch // rl.group)
     longest = sorted(prompts, key=len)[-groups:]
@@ -74,6 +74,6 @@ def of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> Rehearsal:
         )
         return log_probs.sum()  # type: ignore[no-any-return]
 
-    return Rehearsal(
+    return DryRun(
         trainer, loss, f"{len(rows)} completions of {rl.max_completion} tokens, prompts of up to {width}"
     )

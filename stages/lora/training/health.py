@@ -23,7 +23,7 @@ SHOWN_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Vitals:
+class RunInfo:
     """What an error message of the run names."""
 
     rows: Callable[[dict[str, Any]], list[str]]
@@ -39,7 +39,7 @@ class Healthy:
     last checkpoint stay sound.
     """
 
-    vitals: Vitals
+    vitals: RunInfo
     state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +115,7 @@ def row_ids(
     return ids
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Reports progress, and stops GRPO after too many steps in a row that could teach nothing."""
 
     def __init__(

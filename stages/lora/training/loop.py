@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
-from stages.config.fields import typed
+from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
 from stages.errors import ArtifactError, ConfigError, MeaninglessError
 from stages.lora.adapter import adapter, baselines, fsdp
-from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.lora.importance.masks import Masks
 from stages.lora.training import curves
-from stages.lora.training.resume import AsAsked
+from stages.lora.training.resume import UseConfiguredSaveSteps
 from stages.lora.training.watchdog import Watchdog
 from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
@@ -93,7 +93,7 @@ def arguments(
         "optim": OPTIMIZERS[section.optimizer],
         "learning_rate": section.lr,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": math.ceil(typed(section.warmup) * steps),
+        "warmup_steps": math.ceil(as_decimal_fraction(section.warmup) * steps),
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,
@@ -143,14 +143,14 @@ def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
         mask = adapter.full_mask(name, active[name], layer.weight)
         parent = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(parent, nn.ModuleDict)
-        parent["default"] = PackedLinear(layer, mask)
+        parent["default"] = SparseLinear(layer, mask)
     number = sum(int(mask.sum()) for mask in active.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == number, (trainable, number)
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialAdapter:
     """What a training stage starts from."""
 
     folder: Path | None
@@ -159,7 +159,7 @@ class Start:
     """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
 
     @classmethod
-    def of(cls, stage: str, folder: Path | None, partition: Path | None) -> Start:
+    def of(cls, stage: str, folder: Path | None, partition: Path | None) -> InitialAdapter:
         """The adapter in `folder` and the masks for `stage` in `partition`; a baseline has no partition."""
         return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
@@ -176,7 +176,7 @@ class Start:
         assert self.folder is not None
         return adapter.attach(base, lora, self.folder, dropout)
 
-    def put_back(self, model: PeftModel) -> None:
+    def restore(self, model: PeftModel) -> None:
         """Restore every LoRA weight from the file: TRL rounds the adapters of a 4-bit base to bfloat16."""
         assert self.folder is not None
         stored = adapter.read(self.folder)
@@ -186,7 +186,12 @@ class Start:
 
 
 def train(
-    trainer: Any, model: PeftModel, start: Start, out: Path, base: ModelSection, checkpoints: Checkpoints
+    trainer: Any,
+    model: PeftModel,
+    start: InitialAdapter,
+    out: Path,
+    base: ModelSection,
+    checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Pack, train from the newest checkpoint or else from `start`, and write the results below `out`.
 
@@ -199,10 +204,10 @@ def train(
     _refuse_untested(trainer)
     drawn = None
     if start.active is not None:
-        start.put_back(model)
+        start.restore(model)
         pack(model, start.active)
     else:
-        drawn = {name: p.detach().cpu().clone() for name, p in adapter.trained(model).items()}
+        drawn = {name: p.detach().cpu().clone() for name, p in adapter.trained_parameters(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
@@ -210,7 +215,7 @@ def train(
         log.info("resuming from %s", resumed.name)
     dog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
     trainer.add_callback(dog)
-    trainer.add_callback(AsAsked())
+    trainer.add_callback(UseConfiguredSaveSteps())
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
@@ -218,8 +223,8 @@ def train(
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
     if distributed.size() > 1:
-        assert distributed.agree(_digest(model)), "the processes ended with different adapters"
-    if not distributed.first():
+        assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
+    if not distributed.is_main():
         return {}
     adapter.save(model, out / "adapter", base)
     if drawn is not None:
@@ -227,10 +232,10 @@ def train(
     logged = history(trainer)
     (out / "history.json").write_text(json.dumps(logged, indent=1), encoding="utf-8")
     curves.draw(logged, out / "curves.png")
-    counted = proof(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
+    counted = verify_frozen(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
     if counted["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **fsdp.held(model), **counted}
+    return {"steps": trainer.state.global_step, **fsdp.local_share(model), **counted}
 
 
 def _refuse_untested(trainer: Any) -> None:
@@ -251,7 +256,7 @@ def _refuse_untested(trainer: Any) -> None:
 def _digest(model: PeftModel) -> str:
     """sha256 over the trained parameters."""
     digest = hashlib.sha256()
-    for _, weight in sorted(adapter.trained(model).items()):
+    for _, weight in sorted(adapter.trained_parameters(model).items()):
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -262,7 +267,7 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def proof(start: Start, end: Path) -> dict[str, Any]:
+def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
     """Read both adapter files back, count the active elements that moved, and assert that no other did."""
     assert start.folder is not None and start.active is not None
     before, after = adapter.read(start.folder), adapter.read(end)
@@ -305,5 +310,5 @@ def accumulation(samples: int, micro_batch: int) -> int:
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
     """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
-    steps = math.ceil(typed(section.epochs) * batches * passes)
+    steps = math.ceil(as_decimal_fraction(section.epochs) * batches * passes)
     return min(steps, section.max_steps or steps)

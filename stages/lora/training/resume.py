@@ -20,11 +20,11 @@ from transformers import TrainerCallback
 
 from stages.errors import ArtifactError
 from stages.lora.adapter import adapter, baselines
-from stages.lora.adapter.sparse_linear import PackedLinear
+from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.store.checkpoints import Checkpoints
 
 
-class AsAsked(TrainerCallback):
+class UseConfiguredSaveSteps(TrainerCallback):
     """Checkpoints as often as is asked for now: the library goes on as the run before did."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -58,10 +58,10 @@ class ExactResume:
         else:
             baselines.save(self.model, Path(output_dir or self.args.output_dir))
 
-    def _packed(self) -> dict[str, PackedLinear]:
+    def _packed(self) -> dict[str, SparseLinear]:
         """The layers of a partition, of which some elements train. A baseline trains all of its weights."""
         layers = adapter.lora_layers(self.model)  # DoRA has such layers, too, beside its magnitudes
-        return {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._packed():

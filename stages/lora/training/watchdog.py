@@ -96,7 +96,7 @@ class Watchdog(TrainerCallback):
             + self._missing(),
             "where it stands is above; the same command, without --force, goes on from the last checkpoint",
         )
-        if not distributed.tell(error):
+        if not distributed.report_failure(error):
             log.error("error: %s\n  hint: %s", error, error.hint)
         os._exit(error.exit_code)
 
