@@ -206,8 +206,9 @@ class Bench:
     def side(self, name: str, base: Any, shape: Shape, batches: Sequence[Batch]) -> Side:
         """One of SIDES, on `base` itself, ready for these batches."""
         section = RlSection(
-            max_steps=1, warmup=0, scheduler="constant", prompts_per_step=shape.prompts, group=shape.group,
-            micro_batch=shape.micro_batch, max_completion=shape.completion[1], rewards={"odd": 1.0},
+            max_steps=1, warmup_ratio=0, lr_scheduler_type="constant", prompts_per_step=shape.prompts,
+            num_generations=shape.group, per_device_train_batch_size=shape.micro_batch,
+            max_completion_length=shape.completion[1], rewards={"odd": 1.0},
         )  # fmt: skip
         stops = self.renderer.stop_ids
         arguments = rl._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
@@ -235,7 +236,7 @@ class Bench:
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.checked("odd", odd)]
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
-        sampling = Sampling(section.max_completion, tuple(self.renderer.stop_ids), 1.0)
+        sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)
         trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)
         trainer.sharing = True

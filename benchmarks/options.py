@@ -23,15 +23,18 @@ OPTIONS = {
     "lora.target_modules all-linear": ["lora.target_modules=all-linear"],
     "lora.init pissa_niter_16": ["lora.init=pissa_niter_16"],
     "lora.init olora": ["lora.init=olora"],
-    "lora.rslora": ["lora.rslora=true"],
+    "lora.use_rslora": ["lora.use_rslora=true"],
     "strategy topk, scorer grad2 (SPT)": ["partition.strategy=topk", "score.scorer=grad2"],
     "strategy topk, scorer moved": ["partition.strategy=topk", "score.scorer=moved"],
     "strategy random_half (LoRA-SP)": ["partition.strategy=random_half"],
     "rl.rescore": ["rl.rescore=true"],
-    "rl.importance_sampling sequence (GSPO)": ["rl.importance_sampling=sequence", "rl.loss=grpo"],
+    "rl.importance_sampling_level sequence (GSPO)": [
+        "rl.importance_sampling_level=sequence",
+        "rl.loss_type=grpo",
+    ],
     "rl.epsilon_high (clip-higher)": ["rl.epsilon_high=0.28"],
-    "rl.loss cispo": ["rl.loss=cispo", "rl.epsilon_high=5"],
-    "sft.loss dft": ["sft.loss=dft"],
+    "rl.loss_type cispo": ["rl.loss_type=cispo", "rl.epsilon_high=5"],
+    "sft.loss_type dft": ["sft.loss_type=dft"],
     "sft.system1_targets answer": ["sft.system1_targets=answer"],
     **{
         f"baseline {name}": [f"baseline.method={name}"]

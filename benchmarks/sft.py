@@ -61,7 +61,11 @@ class Side:
         self, name: str, base: Any, renderer: Renderer, given: argparse.Namespace, folder: str
     ) -> None:
         section = SftSection(
-            max_steps=1, batch_size=given.batch, micro_batch=given.micro_batch, warmup=0, scheduler="constant"
+            max_steps=1,
+            batch_size=given.batch,
+            per_device_train_batch_size=given.micro_batch,
+            warmup_ratio=0,
+            lr_scheduler_type="constant",
         )
         arguments = sft._arguments(section, 1, 0, Checkpoints(Path(folder), ""))
         arguments.save_strategy = SaveStrategy.NO

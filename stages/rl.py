@@ -84,32 +84,37 @@ def run(
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     pool = RlPrompts.of(labels, renderer, rl, functions, seed)
     start = loop.InitialAdapter.of("rl", job.adapter("sft", "score"), job.masks)
-    steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.iterations)
+    steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.num_iterations)
     vllm_rollouts.prepare(rl.rollouts, model.name)
     base = load_base(model, fsdp.load_device(rl.launch))
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
     vllm_rollouts.name_revision(base, rl.rollouts, model)
     copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
-    peft_model = start.attach(base, lora, baseline, rl.dropout, seed)
+    peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
     fsdp.shard_base(peft_model, rl.launch)
     arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
     box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
     rewards = _checked(functions, rl, box, pool.encoded)
-    sampling = Sampling(rl.max_completion, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k)
+    sampling = Sampling(
+        rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
+    )
     writer = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
     trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
-    trainer.sharing = rl.shared_prompts == "auto" and trl.may_share(peft_model)
+    trainer.sharing = rl.prefix_sharing == "auto" and trl.may_share(peft_model)
     trl.accept_packed(base)
-    if rl.kl_beta and _holds_to_base(rl, baseline):
+    if rl.beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-    knobs = f"rl.micro_batch from {rl.micro_batch}, or rl.max_completion from {rl.max_completion}"
+    knobs = (
+        f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
+        f"or rl.max_completion_length from {rl.max_completion_length}"
+    )
     trainer.vitals = RunInfo(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
     trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in pool.ids], rl))
     trainer.add_callback(
-        ProgressCallback(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_equal_steps)
+        ProgressCallback(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_zero_signal_steps)
     )
     if pool.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
@@ -122,7 +127,7 @@ def run(
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": pool.long,
         "prompt": renderer.digest(),
         **({"sandbox": box.name} if box else {}),
-        **_earned(loop.history(trainer), rl.prompts_per_step * rl.group),
+        **_earned(loop.history(trainer), rl.prompts_per_step * rl.num_generations),
         **summary,
     }
 
@@ -173,28 +178,28 @@ def _arguments(
 ) -> GRPOConfig:
     from trl import GRPOConfig
 
-    accumulation = loop.accumulation(rl.prompts_per_step * rl.group, rl.micro_batch)
+    accumulation = loop.accumulation(rl.prompts_per_step * rl.num_generations, rl.per_device_train_batch_size)
     return GRPOConfig(
-        **loop.arguments(rl, steps, seed, checkpoints, rl.iterations),
+        **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
         **PINNED,
-        per_device_train_batch_size=rl.micro_batch,
+        per_device_train_batch_size=rl.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation,
-        num_generations=rl.group,
-        num_iterations=rl.iterations,
-        max_completion_length=rl.max_completion,
+        num_generations=rl.num_generations,
+        num_iterations=rl.num_iterations,
+        max_completion_length=rl.max_completion_length,
         temperature=rl.temperature,
         top_p=rl.top_p,
         top_k=rl.top_k,
-        beta=rl.kl_beta,
-        use_bias_correction_kl=rl.kl_bias_correction,
-        loss_type=rl.loss,
-        importance_sampling_level=rl.importance_sampling,
+        beta=rl.beta,
+        use_bias_correction_kl=rl.use_bias_correction_kl,
+        loss_type=rl.loss_type,
+        importance_sampling_level=rl.importance_sampling_level,
         epsilon=rl.epsilon,
         epsilon_high=rl.epsilon_high,
         scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),
-        **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt + rl.max_completion, stops),
+        **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt_length + rl.max_completion_length, stops),
         log_completions=False,
     )
 
@@ -214,7 +219,7 @@ def _trainer(
         Healthy, DividedRollouts, ExactRollouts, LoraPlus, WarmUp,
         Replay, Resampling, Ratios, Silent, SharedPrompts, Written, GRPOTrainer,
     ):  # fmt: skip
-        ratio = rl.loraplus_ratio
+        ratio = rl.loraplus_lr_ratio
 
     trainer = Trainer(
         model=writer.adapted,
@@ -224,5 +229,5 @@ def _trainer(
         processing_class=renderer.tokenizer,
     )
     trainer.pool, trainer.writer = pool, writer
-    trainer.replayed, trainer.attempts = rl.replayed, rl.resample
+    trainer.replayed, trainer.attempts = rl.replayed, rl.dynamic_sampling
     return trainer

@@ -58,7 +58,7 @@ def run(
     from trl import SFTTrainer
 
     class Trainer(Healthy, Divided, ExactResume, LoraPlus, WarmUp, PaddingFree, SFTTrainer):
-        ratio = sft.loraplus_ratio
+        ratio = sft.loraplus_lr_ratio
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             super()._load_rng_state(checkpoint)
@@ -73,14 +73,18 @@ def run(
     if endless := renderer.never_stop(rows):
         of = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         job.progress.say(f"warning: {of}: the model may not learn to stop")
-    if spare := -len(rows) % (sft.micro_batch * distributed.size()) if distributed.size() > 1 else 0:
+    if (
+        spare := -len(rows) % (sft.per_device_train_batch_size * distributed.size())
+        if distributed.size() > 1
+        else 0
+    ):
         job.progress.say(
             f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch"
         )
     start = loop.InitialAdapter.of("sft", job.adapter("rl", "score"), job.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = load_base(model, fsdp.load_device(sft.launch))
-    peft_model = start.attach(base, lora, baseline, sft.dropout, seed)
+    peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
     fsdp.shard_base(peft_model, sft.launch)
     trainer = Trainer(
         model=peft_model,
@@ -91,9 +95,12 @@ def run(
     trainer.unpadded, trainer.shares = sft.padding_free == "auto", not has_active_dropout(peft_model)
     accept_packed(base)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
-    knobs = f"sft.micro_batch from {sft.micro_batch}, or set sft.gradient_checkpointing"
+    knobs = (
+        f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
+        "or set sft.gradient_checkpointing"
+    )
     trainer.vitals = RunInfo(names, knobs)
-    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.micro_batch))
+    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
     trainer.add_callback(
         ProgressCallback(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate"))
     )
@@ -114,9 +121,9 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
     return SFTConfig(
         **loop.arguments(sft, steps, seed, checkpoints),
         **PINNED,
-        loss_type=sft.loss,
-        per_device_train_batch_size=sft.micro_batch,
-        gradient_accumulation_steps=loop.accumulation(sft.batch_size, sft.micro_batch),
+        loss_type=sft.loss_type,
+        per_device_train_batch_size=sft.per_device_train_batch_size,
+        gradient_accumulation_steps=loop.accumulation(sft.batch_size, sft.per_device_train_batch_size),
     )
 
 

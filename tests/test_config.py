@@ -8,7 +8,7 @@ from conftest import CONFIGS
 from lorapar_cli.harness import entries
 from stages.config import Config
 from stages.config.fields import cache_key_fields
-from stages.config.yaml import annotated
+from stages.config.yaml import RENAMED, annotated
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
 
@@ -59,13 +59,19 @@ def test_a_config_over_another(tmp_path):
     (tmp_path / "sub").mkdir()
     written(
         tmp_path,
-        "model: {name: x}\nsft: {lr: 1, epochs: 3}\n"
+        "model: {name: x}\nsft: {learning_rate: 1, num_train_epochs: 3}\n"
         "classify: {voters: [{persona: judge}, {persona: steps}]}\n",
     )
     above = tmp_path / "sub/above.yaml"
-    above.write_text("extends: ../config.yaml\nsft: {lr: 2}\nclassify: {voters: [{persona: effort}]}\n")
-    found = load(above, ["sft.epochs=5"])
-    assert (found.sft.lr, found.sft.epochs, [v.persona for v in found.classify.voters]) == (2, 5, ["effort"])
+    above.write_text(
+        "extends: ../config.yaml\nsft: {learning_rate: 2}\nclassify: {voters: [{persona: effort}]}\n"
+    )
+    found = load(above, ["sft.num_train_epochs=5"])
+    assert (
+        found.sft.learning_rate,
+        found.sft.num_train_epochs,
+        [v.persona for v in found.classify.voters],
+    ) == (2, 5, ["effort"])
     above.write_text("extends: above.yaml\n")
     assert message(above) == f"{above} extends itself"
 
@@ -100,7 +106,7 @@ def test_table6_has_a_config_for_every_method():
     assert methods == ["ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
     assert len({c.run for c in found}) == 4
     for config in found:  # two epochs of SFT on all rows; RL is not evaluated
-        assert (config.sft.data, config.sft.epochs, config.sft.start_from) == ("all", 2, "init")
+        assert (config.sft.data, config.sft.num_train_epochs, config.sft.start_from) == ("all", 2, "init")
         assert config.eval.targets == ["sft"]
 
 
@@ -159,12 +165,17 @@ def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
 
 
 def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path):
-    text = "model: {name: x}\nsft: {lr: 0.1}\nrl: {epochs: 2}\nsft: {epochs: 3}\n"
+    text = (
+        "model: {name: x}\nsft: {learning_rate: 0.1}\nrl: {num_train_epochs: 2}\nsft: {num_train_epochs: 3}\n"
+    )
     path = written(tmp_path, text)
     assert message(path) == f"{path} is not YAML: 'sft' is there twice, in lines 2 and 4"
-    merged = "model: {name: x}\nsft: &train {lr: 0.1, epochs: 2}\nrl: {<<: *train, epochs: 3}\n"
+    merged = (
+        "model: {name: x}\nsft: &train {learning_rate: 0.1, num_train_epochs: 2}\n"
+        "rl: {<<: *train, num_train_epochs: 3}\n"
+    )
     config = load(written(tmp_path, merged))
-    assert (config.sft.epochs, config.rl.lr, config.rl.epochs) == (2, 0.1, 3)
+    assert (config.sft.num_train_epochs, config.rl.learning_rate, config.rl.num_train_epochs) == (2, 0.1, 3)
 
 
 def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
@@ -200,16 +211,32 @@ def test_an_init_that_would_break_the_base_needs_compensation(tmp_path, init):
 
 def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     path = written(
-        tmp_path, "model: {name: x}\npartition: {thta: 0.9}\nsft: {lr: fast}\nscore: {scorer: taylr}\n"
+        tmp_path,
+        "model: {name: x}\npartition: {thta: 0.9}\nsft: {learning_rate: fast}\nscore: {scorer: taylr}\n",
     )
     text = message(path)
     assert "3 mistakes" in text
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
-    assert "sft.lr: input should be a valid number, unable to parse string as a number, got 'fast'" in text
+    assert (
+        "sft.learning_rate: input should be a valid number, unable to parse string as a number, got 'fast'"
+        in text
+    )
     assert (
         "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2, magnitude, moved, taylor1, taylor2"
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [(section, *names) for section, table in RENAMED.items() for names in table.items()],
+)
+def test_an_old_name_of_a_setting_says_the_new_one(tmp_path, section, old, new):
+    path = written(tmp_path, "model: {name: x}\n")
+    assert message(path, f"{section}.{old}=1") == f"{section}.{old} is called {section}.{new} now"
+    assert "now" not in message(
+        path, f"{section}.{new}={{}}"
+    )  # a name that there is: only the value is wrong
 
 
 def test_unknown_strategy(tmp_path):
@@ -230,9 +257,9 @@ def test_a_python_tag_is_not_executed(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("override", ["sft.lr", "sft.lr.x=1", "sft=3"])
+@pytest.mark.parametrize("override", ["sft.learning_rate", "sft.learning_rate.x=1", "sft=3"])
 def test_bad_overrides(tmp_path, override):
-    assert message(written(tmp_path, "model: {name: x}\nsft: {lr: 1}\n"), override)
+    assert message(written(tmp_path, "model: {name: x}\nsft: {learning_rate: 1}\n"), override)
 
 
 def test_no_file(tmp_path):
@@ -241,9 +268,9 @@ def test_no_file(tmp_path):
 
 
 def test_order_is_defaults_yaml_overrides(tmp_path):
-    path = written(tmp_path, "model: {name: x}\nsft: {lr: 0.5, epochs: 2}\n")
-    config = load(path, ["sft.lr=1e-3"])
-    assert (config.sft.lr, config.sft.epochs, config.sft.weight_decay) == (1e-3, 2, 0)
+    path = written(tmp_path, "model: {name: x}\nsft: {learning_rate: 0.5, num_train_epochs: 2}\n")
+    config = load(path, ["sft.learning_rate=1e-3"])
+    assert (config.sft.learning_rate, config.sft.num_train_epochs, config.sft.weight_decay) == (1e-3, 2, 0)
 
 
 def test_identity_leaves_out_what_does_not_change_a_result(tmp_path):
@@ -262,8 +289,10 @@ def test_annotated_defaults_are_the_defaults():
 
 
 def test_micro_batch_must_divide(tmp_path):
-    text = message(written(tmp_path, "model: {name: x}\nsft: {batch_size: 10, micro_batch: 4}\n"))
-    assert text == "sft: micro_batch 4 does not divide batch_size 10"
+    text = message(
+        written(tmp_path, "model: {name: x}\nsft: {batch_size: 10, per_device_train_batch_size: 4}\n")
+    )
+    assert text == "sft: per_device_train_batch_size 4 does not divide batch_size 10"
 
 
 def test_engines_are_checked_by_the_files_there_are(smoke):
@@ -284,10 +313,10 @@ def test_a_harness_has_no_rows_to_label(smoke):
 
 ODD = {
     "server.timeout_s=.inf": "server.timeout_s: input should be a finite number, got inf",
-    "rl.lr=.nan": "rl.lr: input should be a finite number, got nan",
+    "rl.learning_rate=.nan": "rl.learning_rate: input should be a finite number, got nan",
     "rl.rewards={correctness: .inf}": "rl.rewards.correctness: input should be a finite number, got inf",
     "server.timeout_s=1e12": "server.timeout_s: input should be less than or equal to 1000000000",
-    "sft.epochs=1e300": "sft.epochs: input should be less than or equal to 1000000",
+    "sft.num_train_epochs=1e300": "sft.num_train_epochs: input should be less than or equal to 1000000",
     "seed=4294967296": "seed: at most 4294967295 in size",
     "classify.seed=-99999999999": "classify.seed: at most 4294967295 in size",
     "lora.r=" + "9" * 5000: "is not YAML: Exceeds the limit",
@@ -341,7 +370,7 @@ def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
 
 
 def test_a_reference_that_does_not_exist_is_refused(tmp_path):
-    path = written(tmp_path, "model: {name: x}\nrl: {start_from: init, kl_reference: sft, kl_beta: .1}\n")
+    path = written(tmp_path, "model: {name: x}\nrl: {start_from: init, kl_reference: sft, beta: .1}\n")
     assert "kl_reference sft goes with start_from sft, got start_from init" in message(path)
 
 

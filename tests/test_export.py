@@ -24,7 +24,7 @@ from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.report.card import card_of_views
 
-SETTINGS = ["sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
+SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9", "lora.lora_alpha=256"]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, m
 
 
 def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
-    overrides = [part for text in (*begun.home, "sft.lr=0.77") for part in ("--set", text)]
+    overrides = [part for text in (*begun.home, "sft.learning_rate=0.77") for part in ("--set", text)]
     done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft")
     # Stale where another test has made it with other settings in the store that they share.
     assert done.code == 66 and re.match("error: sft is (missing|stale)", done.err)
@@ -252,7 +252,13 @@ class Hub:
 
 def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
-    settings = [*begun.home, "sft.max_steps=3", "sft.lr=0.1", "sft.epochs=9", "lora.alpha=256"]
+    settings = [
+        *begun.home,
+        "sft.max_steps=3",
+        "sft.learning_rate=0.1",
+        "sft.num_train_epochs=9",
+        "lora.lora_alpha=256",
+    ]
     overrides = [part for text in settings for part in ("--set", text)]
     where = (ROOT / "configs/smoke.yaml", tmp_path / "x")
     export = ("export", *where, *overrides, "--target", "sft", "--push", "mine")

@@ -62,8 +62,8 @@ def test_lengths_hold_all_rows_but_far_ones(tiny, written):
     file = found["data"]["path"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
-    assert seen.prompt.longest <= found["rl"]["max_prompt"] < seen.prompt.longest + config_writer.STEP
-    assert seen.response.longest < found["rl"]["max_completion"]
+    assert seen.prompt.longest <= found["rl"]["max_prompt_length"] < seen.prompt.longest + config_writer.STEP
+    assert seen.response.longest < found["rl"]["max_completion_length"]
     (Path("c.yaml")).unlink()
     far = rows(300)
     far[7]["answer"] = "long " * 400 + "\n#### 8"
@@ -127,7 +127,7 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
         "jsonl": "jsonl", "2024": "gsm8k", "on": "mmlu", "jsonl-1": "jsonl",
     }  # fmt: skip
     assert made["on"]["shots"] == 0 and "max_new_tokens" not in made["on"]
-    assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion"]
+    assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion_length"]
     assert "which rows measure success" not in said
 
 
@@ -139,7 +139,11 @@ def test_answers_of_any_test_rows_may_be_as_long_as_in_rl_and_odd_rows_are_left_
     tests = (part for name in ("words", "odd") for part in ("--test", str(tmp_path / f"{name}.jsonl")))
     made = written(rows(300), *tests)[0]
     part = made["eval"]["benchmarks"]
-    assert part["words"]["max_new_tokens"] == part["odd"]["max_new_tokens"] == made["rl"]["max_completion"]
+    assert (
+        part["words"]["max_new_tokens"]
+        == part["odd"]["max_new_tokens"]
+        == made["rl"]["max_completion_length"]
+    )
     assert "duplicates" not in part["words"]
     assert (part["odd"]["empty"], part["odd"]["duplicates"]) == ("drop", "first")
 
@@ -179,7 +183,7 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     assert found["lora"]["target_modules"] == "all-linear"
     assert "(dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
-    assert found["rl"]["max_prompt"] + found["rl"]["max_completion"] <= 64
+    assert found["rl"]["max_prompt_length"] + found["rl"]["max_completion_length"] <= 64
 
 
 def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monkeypatch):

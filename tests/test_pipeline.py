@@ -79,7 +79,7 @@ ALL = {
         ("rl.sandbox.seconds=9", set()),
         ("eval.sandbox.seconds=9", set()),
         ("server.vllm={dtype: float16}", set()),  # nothing is served by it
-        ("sft.lr=0.5", {"sft", "rl", "eval:sft@demo", "eval:rl@demo"}),
+        ("sft.learning_rate=0.5", {"sft", "rl", "eval:sft@demo", "eval:rl@demo"}),
         ("eval.benchmarks.demo.max_new_tokens=9", {name for name in ALL if name.startswith("eval")}),
     ],
 )

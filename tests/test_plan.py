@@ -134,7 +134,9 @@ def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
     out = told(spans=spans, mib=90.0).out
     assert re.search(r"^row .* data.max_length 4 +1: drop$", out, re.MULTILINE) and "prompt " not in out
     assert re.search(r"^MiB +weights", out, re.MULTILINE)
-    assert "sft does not fit: lower sft.micro_batch, or set sft.gradient_checkpointing\n" in out
+    assert (
+        "sft does not fit: lower sft.per_device_train_batch_size, or set sft.gradient_checkpointing\n" in out
+    )
 
 
 def test_briefly_it_is_one_line(told):
@@ -161,7 +163,7 @@ def test_what_is_not_known_is_said_beside_the_total():
 
 
 def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
-    done, _ = asked("--set", "rl.max_completion=3")
+    done, _ = asked("--set", "rl.max_completion_length=3")
     assert "16: cut" in done.out and "how long it takes is not known" in done.out
     assert "nothing could be measured" in caplog.text
 
@@ -208,7 +210,7 @@ def model(smoke):
 
 def test_the_work_of_each_step_is_counted(model):
     """Against sums over all rows, of which the sample has each once."""
-    made = model("rl.kl_beta=0", "sft.dropout=0")
+    made = model("rl.beta=0", "sft.lora_dropout=0")
     work = {step.name: made.work(step) for step in made.steps}
     rows = made.training_rows("sft")
     lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
@@ -268,8 +270,8 @@ def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model
         made = model(*sets)
         return made.work(next(step for step in made.steps if step.name == "rl"))
 
-    plain = rl("rl.kl_beta=0").thread_s
-    more = rl("rl.kl_beta=0.04").thread_s - plain
+    plain = rl("rl.beta=0").thread_s
+    more = rl("rl.beta=0.04").thread_s - plain
     made = model()
     learning = 2 * (4 * made.rl_prompts.within(512) + 16 * made.responses.within(12))
     assert more == pytest.approx(learning / 3)
@@ -420,8 +422,10 @@ def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
 
 
 def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
-    assert knobs("rl", smoke()).startswith("rl.micro_batch")
-    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith("rl.rollouts.gpu_memory, or")
+    assert knobs("rl", smoke()).startswith("rl.per_device_train_batch_size")
+    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith(
+        "rl.rollouts.gpu_memory_utilization, or"
+    )
     assert knobs("eval:rl@demo", smoke()) == "server.batch_size"
 
 

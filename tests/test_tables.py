@@ -6,7 +6,10 @@ import pytest
 
 from lorapar_cli.tables import show, table
 
-WHY = "sft.lr was 0.01, now 0.003, sft.epochs was 1.0, now 2.0, sft.batch_size was 8, now [16]"
+WHY = (
+    "sft.learning_rate was 0.01, now 0.003, sft.num_train_epochs was 1.0, now 2.0, "
+    "sft.batch_size was 8, now [16]"
+)
 
 
 class Terminal(io.StringIO):
@@ -37,6 +40,6 @@ def test_a_terminal_folds_the_text_alone(drawn, monkeypatch, columns):
     monkeypatch.setattr("sys.stdout", terminal)
     show(drawn)
     first, *rest = terminal.getvalue().splitlines()[1:]
-    assert first.startswith("eval:sft@demo  stale  sft.lr was 0.01")
+    assert first.startswith("eval:sft@demo  stale  sft.learning_rate was 0.01")
     assert max(map(len, [first, *rest])) <= max(columns, 50)
     assert " ".join(" ".join([first, *rest]).split()[2:]) == WHY

@@ -89,7 +89,7 @@ def test_the_adapter_is_plain_peft(whole, tiny):
     folder = whole["rl"].path / "adapter"
     plain = PeftModel.from_pretrained(load_base(ModelSection(name=str(tiny), dtype="float32")), str(folder))
     ours = adapter.attach(
-        load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, alpha=32), folder
+        load_base(ModelSection(name=str(tiny), dtype="float32")), LoraSection(r=4, lora_alpha=32), folder
     )
     ids = torch.arange(5, 60).view(1, -1)
     assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
@@ -358,7 +358,9 @@ def test_rollouts_by_trl_itself(copied, monkeypatch, again):
     monkeypatch.setattr(
         GRPOTrainer, "_generate_single_turn", lambda *given: calls.append(len(given[1])) or usual(*given)
     )
-    summary = make_steps(copied("rl.max_steps=1", f"rl.resample={again}"), "rl")["rl"][0].manifest["summary"]
+    summary = make_steps(copied("rl.max_steps=1", f"rl.dynamic_sampling={again}"), "rl")["rl"][0].manifest[
+        "summary"
+    ]
     assert calls == ([16, 16] if again else [16])  # no completion of the tiny model is correct
     assert (
         summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
@@ -396,7 +398,7 @@ def test_rl_rows_without_gold(copied, tmp_path):
 
 def test_prompts_that_are_too_long_for_rl(copied):
     with pytest.raises(DataError, match=r"0 RL prompts \(\d+ too long\) are fewer than the 4 of a step"):
-        make_steps(copied("rl.max_prompt=20"), "rl")
+        make_steps(copied("rl.max_prompt_length=20"), "rl")
 
 
 def test_rows_that_are_too_long_for_sft(copied):
@@ -457,7 +459,7 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
     ids=lambda n: n.name,
 )
 def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number):
-    config = own("sft.max_steps=100000", "sft.epochs=100000")
+    config = own("sft.max_steps=100000", "sft.num_train_epochs=100000")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "lorapar_cli", "run", str(path), "--to", "sft"]

@@ -117,8 +117,8 @@ class Config(Section):
             raise ValueError(f"{here} has no scored initial adapter; take {scored[0]} out of eval.targets")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
             raise ValueError(f"vllm cannot serve {here}; use engine transformers")
-        if self.sft.loraplus_ratio or self.rl.loraplus_ratio:
-            raise ValueError(f"{here} has no LoRA factors; leave out loraplus_ratio")
+        if self.sft.loraplus_lr_ratio or self.rl.loraplus_lr_ratio:
+            raise ValueError(f"{here} has no LoRA factors; leave out loraplus_lr_ratio")
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
         if self.baseline.method == "dora" and self.rl.launch.backend == "fsdp2":
             raise ValueError(f"{here} needs whole weights for the copy that RL starts from; use ddp")
@@ -129,7 +129,7 @@ class Config(Section):
             raise ValueError(
                 f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt"
             )
-        if self.rl.kl_beta and self.rl.kl_reference == "sft":
+        if self.rl.beta and self.rl.kl_reference == "sft":
             raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
         return self
 

@@ -16,11 +16,11 @@ class RolloutsSection(Section):
         "Sampling by the trainer, by vLLM on the trainer's GPUs, or by a vLLM server on other GPUs.",
     )
     base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
-    gpu_memory: float = setting(
+    gpu_memory_utilization: float = setting(
         0.3, "Share of each GPU for a colocated vLLM.", in_cache_key=False, gt=0, lt=1
     )
-    tensor_parallel: int = setting(1, "GPUs that share one colocated vLLM.", in_cache_key=False, gt=0)
-    sleep: bool = setting(
+    tensor_parallel_size: int = setting(1, "GPUs that share one colocated vLLM.", in_cache_key=False, gt=0)
+    enable_sleep_mode: bool = setting(
         False, "Free the memory of a colocated vLLM during optimizer steps.", in_cache_key=False
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
@@ -43,8 +43,8 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
-    lr: float = setting(5e-6, "Peak learning rate, as in the paper.", gt=0)
-    warmup: float = setting(
+    learning_rate: float = setting(5e-6, "Peak learning rate, as in the paper.", gt=0)
+    warmup_ratio: float = setting(
         0.1, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
     )
     weight_decay: float = setting(0.1, "Weight decay.", ge=0)
@@ -63,55 +63,57 @@ class RlSection(TrainSection):
         ge=0,
         lt=1,
     )
-    resample: int = setting(
+    dynamic_sampling: int = setting(
         0,
         "How many times a step draws other prompts for System 2 groups whose rewards are all equal.",
         ge=0,
     )
-    group: int = setting(8, "Completions per prompt.", gt=1)
-    micro_batch: int = setting(8, "Completions per forward pass; divides prompts_per_step × group.", gt=0)
-    shared_prompts: AutoOff = setting(
+    num_generations: int = setting(8, "Completions per prompt.", gt=1)
+    per_device_train_batch_size: int = setting(
+        8, "Completions per forward pass; divides prompts_per_step × num_generations.", gt=0
+    )
+    prefix_sharing: AutoOff = setting(
         "auto",
         "Compute each prompt once for all its completions, where the architecture allows it, and without a "
         "KL term train on no completion whose advantage is zero; off: TRL's own way.",
     )
-    iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
+    num_iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
     temperature: float = setting(1.0, "Sampling temperature (the paper: 0.9).", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
     top_k: int = setting(
         0, "Sample only among this many likeliest tokens (the paper: 50); 0: among all.", ge=0
     )
-    max_prompt: int = setting(128, "Longest prompt in tokens.", gt=0)
+    max_prompt_length: int = setting(128, "Longest prompt in tokens.", gt=0)
     too_long: Literal["error", "drop", "truncate_left"] = setting(
-        "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt tokens."
+        "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt_length tokens."
     )
-    max_completion: int = setting(256, "Longest completion in tokens.", gt=0)
-    kl_beta: float = setting(0.0, "Weight of the KL term (the paper: 0.04).", ge=0)
+    max_completion_length: int = setting(256, "Longest completion in tokens.", gt=0)
+    beta: float = setting(0.0, "Weight of the KL term (the paper: 0.04).", ge=0)
     kl_reference: Literal["auto", "base", "sft"] = setting(
         "auto", "Reference model of the KL term; auto: sft if RL starts from there, base for a baseline."
     )
-    kl_bias_correction: bool = setting(
+    use_bias_correction_kl: bool = setting(
         False, "Multiply the KL term by the importance ratio, as DeepSeek-V3.2 does and GRPO does not."
     )
-    drift_prompts: int = setting(
+    kl_probe_prompts: int = setting(
         16,
         "System 1 prompts that RL never trains on, on which its KL divergence from its start is logged; "
         "0, or data all: none.",
         ge=0,
     )
-    drift_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
+    kl_probe_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
         "dapo",
         "How token losses are averaged (the paper: grpo); cispo: as dapo, with clipped ratios as weights "
         "(2506.13585).",
     )
-    importance_sampling: Literal["token", "sequence"] = setting(
+    importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "Ratios to the policy that sampled: of each token, or of the whole completion (GSPO)."
     )
     epsilon: float = setting(0.2, "How far a ratio may move from 1 before it is clipped.", gt=0)
     epsilon_high: float | None = setting(
         None,
-        "How far a ratio may rise above 1; none: epsilon. For loss cispo the largest ratio itself, e.g. 5.",
+        "How far a ratio may rise above 1; none: epsilon. For cispo the largest ratio itself, e.g. 5.",
         gt=0,
     )
     scale_rewards: Literal["group", "batch", "none"] = setting(
@@ -131,7 +133,7 @@ class RlSection(TrainSection):
     )
     sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", in_cache_key=False)
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
-    dropout: float = setting(
+    lora_dropout: float = setting(
         0.0, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
     )
     save_steps: int = setting(
@@ -140,7 +142,7 @@ class RlSection(TrainSection):
         in_cache_key=False,
         gt=0,
     )
-    max_equal_steps: int = setting(
+    max_zero_signal_steps: int = setting(
         20,
         "Stop after this many steps in a row in which all rewards of each group are equal.",
         in_cache_key=False,
@@ -149,21 +151,22 @@ class RlSection(TrainSection):
 
     @model_validator(mode="after")
     def _divides(self) -> "RlSection":
-        if (self.prompts_per_step * self.group) % self.micro_batch:
+        if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
             raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide {self.prompts_per_step} × {self.group}"
+                f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
+                f"{self.prompts_per_step} × {self.num_generations}"
             )
         return self
 
     @model_validator(mode="after")
     def _ratios(self) -> "RlSection":
-        if self.importance_sampling == "sequence" and self.loss != "grpo":
+        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             raise ValueError(
-                f"importance_sampling sequence goes with loss grpo; {self.loss} would weigh a completion by "
-                "its length"
+                f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh a "
+                "completion by its length"
             )
-        if self.loss == "cispo" and self.epsilon_high is None:
-            raise ValueError("loss cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
         by_vllm = self.rollouts.engine != "transformers"
         if (self.top_p < 1 or self.top_k) and by_vllm and self.rollouts.correction != "none":
             raise ValueError(
@@ -194,14 +197,14 @@ class RlSection(TrainSection):
                 "a step needs at least one prompt of each system"
             )
         alone = self.rollouts.engine == "transformers" or (
-            self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel == 1
+            self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
         )
-        if self.resample and not alone:
-            raise ValueError("resample needs rollouts that each process samples for itself")
-        if self.resample and self.rollouts.sleep and self.launch.backend == "fsdp2":
+        if self.dynamic_sampling and not alone:
+            raise ValueError("dynamic_sampling needs rollouts that each process samples for itself")
+        if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
             raise ValueError(
-                "resample with rollouts.sleep and launch.backend fsdp2: a process that draws again would "
-                "wait for the others' parts of the base; leave out one of them"
+                "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "
+                "draws again would wait for the others' parts of the base; leave out one of them"
             )
         return self
 

@@ -98,7 +98,7 @@ SUBTRACTED = ("pissa", "pissa_niter_16", "olora")
 
 class LoraSection(Section):
     r: int = setting(8, "Rank.", gt=0)
-    alpha: float = setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
+    lora_alpha: float = setting(64, "lora_alpha; the update is scaled by alpha / r.", gt=0)
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
         "Modules of the base model that get an adapter; all-linear: all linear ones but the head.",
@@ -114,7 +114,7 @@ class LoraSection(Section):
         "auto",
         "Subtract the initial B₀A₀, to start from the base model; auto: for all but normal and default.",
     )
-    rslora: bool = setting(False, "Scale the update by alpha / √r instead of alpha / r.")
+    use_rslora: bool = setting(False, "Scale the update by alpha / √r instead of alpha / r.")
 
     @field_validator("target_modules", mode="before")
     @classmethod

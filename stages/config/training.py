@@ -60,7 +60,8 @@ class BaselineSection(Section):
     method: Literal[
         "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"
     ] = setting(
-        ..., "Method, by PEFT. Those from dora on take lora.target_modules, and dora lora.alpha and rslora."
+        ...,
+        "Method, by PEFT. Those from dora on take lora.target_modules, and dora lora_alpha and use_rslora.",
     )
     virtual_tokens: int = setting(20, "Length of the trained prompt or prefix, in tokens.", gt=0)
     encoder_hidden: int | None = setting(None, "Width of p_tuning's encoder; none: that of the model.", gt=0)
@@ -111,20 +112,20 @@ class PartitionSection(Section):
 
 
 class TrainSection(Section):
-    lr: float = setting(2e-4, "Peak learning rate.", gt=0)
-    optimizer: Optimizer = setting(
+    learning_rate: float = setting(2e-4, "Peak learning rate.", gt=0)
+    optim: Optimizer = setting(
         "adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
     )
-    loraplus_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
-    scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
-    warmup: float = setting(
+    loraplus_lr_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
+    warmup_ratio: float = setting(
         0.03, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
     )
     weight_decay: float = setting(0.0, "Weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
-    epochs: float = setting(1, "Passes over the data.", gt=0, le=1e6)
+    num_train_epochs: float = setting(1, "Passes over the data.", gt=0, le=1e6)
     max_steps: int | None = setting(None, "Stop after this many optimizer steps; none: after epochs.", gt=0)
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time.", in_cache_key=False
@@ -155,12 +156,12 @@ class SftSection(TrainSection):
         "What System 1 rows teach: their responses, or only the final answer, at once (rows without a "
         "verifiable answer keep their responses).",
     )
-    loss: Literal["nll", "dft"] = setting(
+    loss_type: Literal["nll", "dft"] = setting(
         "nll", "nll, or dft: each token's loss is weighted by its probability (arXiv 2508.05629)."
     )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
-    micro_batch: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
-    dropout: float = setting(
+    per_device_train_batch_size: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
+    lora_dropout: float = setting(
         0.05, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
     )
     padding_free: AutoOff = setting(
@@ -171,6 +172,9 @@ class SftSection(TrainSection):
 
     @model_validator(mode="after")
     def _divides(self) -> "SftSection":
-        if self.batch_size % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}")
+        if self.batch_size % self.per_device_train_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
+                f"batch_size {self.batch_size}"
+            )
         return self

@@ -145,12 +145,52 @@ def _check(value: Any, sizes: dict[int, int], depth: int) -> int:
     return sizes[id(value)]
 
 
+_TRAIN = {
+    "lr": "learning_rate",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "epochs": "num_train_epochs",
+    "warmup": "warmup_ratio",
+    "loraplus_ratio": "loraplus_lr_ratio",
+    "loss": "loss_type",
+    "micro_batch": "per_device_train_batch_size",
+    "dropout": "lora_dropout",
+}
+RENAMED = {
+    "lora": {"alpha": "lora_alpha", "rslora": "use_rslora"},
+    "sft": _TRAIN,
+    "rl": {
+        **_TRAIN,
+        "group": "num_generations",
+        "iterations": "num_iterations",
+        "max_prompt": "max_prompt_length",
+        "max_completion": "max_completion_length",
+        "kl_beta": "beta",
+        "kl_bias_correction": "use_bias_correction_kl",
+        "importance_sampling": "importance_sampling_level",
+        "resample": "dynamic_sampling",
+        "shared_prompts": "prefix_sharing",
+        "drift_prompts": "kl_probe_prompts",
+        "drift_steps": "kl_probe_steps",
+        "max_equal_steps": "max_zero_signal_steps",
+    },
+    "rl.rollouts": {
+        "gpu_memory": "gpu_memory_utilization",
+        "tensor_parallel": "tensor_parallel_size",
+        "sleep": "enable_sleep_mode",
+    },
+}
+"""Section → old name of a setting → the name that it has now, which is TRL's, PEFT's or vLLM's."""
+
+
 def _mistake(error: Any) -> str:
     location = [
         str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))
     ]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
+        if renamed := RENAMED.get(".".join(location[:-1]), {}).get(location[-1]):
+            return f"{name} is called {'.'.join([*location[:-1], renamed])} now"
         near = difflib.get_close_matches(_without_keys(location), list(_names(Config)), n=1, cutoff=0.6)
         path, _, last = near[0].rpartition(".") if near else ("", "", "")
         # In the same section, show the path with the names of entries that the person typed.

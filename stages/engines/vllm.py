@@ -126,7 +126,8 @@ def _running(
 ) -> Iterator[Callable[[], ServerError | None]]:
     """The guarded server, once it is healthy; gives a call that says why it ended, if it has."""
     gc.collect()
-    resources.release_memory()  # the server asks for nearly all of a GPU, and this process may still hold some
+    # The server asks for nearly all of a GPU, and this process may still hold some.
+    resources.release_memory()
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     guard = subprocess.Popen(

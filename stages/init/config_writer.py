@@ -62,7 +62,7 @@ def choices(found: Survey, model: str, data: str, tests: list[BenchmarkSection])
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     rl = _rl(found)
     limits = {choice.name: choice.value for choice in rl}
-    return [*chosen, *rl, *_server(found, limits), *_eval(tests, limits["rl.max_completion"])]
+    return [*chosen, *rl, *_server(found, limits), *_eval(tests, limits["rl.max_completion_length"])]
 
 
 def undecided(found: Survey, tests: list[BenchmarkSection]) -> list[str]:
@@ -176,8 +176,8 @@ def _rl(found: Survey) -> list[Choice]:
         number = 1 << max(fewest, 1).bit_length() - 1
         chosen.append(Choice("rl.prompts_per_step", number, f"there are {there}"))
     chosen += [
-        Choice("rl.max_prompt", prompt, why),
-        Choice("rl.max_completion", completion, f"responses, with a quarter more: {of_response}"),
+        Choice("rl.max_prompt_length", prompt, why),
+        Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {of_response}"),
         Choice("rl.rewards", *_reward(found)),
     ]
     return chosen
@@ -185,7 +185,7 @@ def _rl(found: Survey) -> list[Choice]:
 
 def _server(found: Survey, limits: dict[str, Any]) -> list[Choice]:
     """Room for the longest votes and answers, where a server that lorapar starts would have less."""
-    most = max(limits["rl.max_prompt"] + limits["rl.max_completion"], found.row.longest) + VOTE
+    most = max(limits["rl.max_prompt_length"] + limits["rl.max_completion_length"], found.row.longest) + VOTE
     if most <= ServerSection().max_model_len:
         return []
     room = min(most, found.positions or most)

@@ -42,7 +42,8 @@ def _attention(usual: str) -> Any:
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        layout: AttentionLayout | None = None, scaling: float | None = None, dropout: float = 0.0, **given: Any,
+        layout: AttentionLayout | None = None, scaling: float | None = None, dropout: float = 0.0,
+        **given: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if layout is None:
             own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -65,7 +65,7 @@ def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
     apart = support.has_active_dropout(model)
     if apart:
-        log.warning("with dropout each completion is computed with a prompt of its own; see rl.dropout")
+        log.warning("with dropout each completion is computed with a prompt of its own; see rl.lora_dropout")
     return not apart
 
 
@@ -202,7 +202,10 @@ class PaddingFree:
             if support.supports_packing(self.accelerator.unwrap_model(model), rows[0]):
                 labels = _lists(inputs["labels"], inputs["attention_mask"])
                 row = PackedBatch.of([suffix_only(rows, labels, self.shares)], inputs["input_ids"].device)
-                inputs = {"packed": row, "attention_mask": inputs["attention_mask"]}  # TRL counts tokens by it
+                inputs = {
+                    "packed": row,
+                    "attention_mask": inputs["attention_mask"],
+                }  # TRL counts tokens by it
         return super().compute_loss(model, inputs, *args, **given)  # type: ignore[misc]
 
 

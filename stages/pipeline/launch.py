@@ -36,7 +36,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
             raise error
         if code == 128 + signal.SIGKILL:
             raise OutOfMemoryError(
-                "the launcher was killed, probably for lack of memory", "lower micro_batch"
+                "the launcher was killed, probably for lack of memory", "lower per_device_train_batch_size"
             )
         if code:
             raise ServerError(f"the launcher ended with code {code}", "what its processes said stands above")

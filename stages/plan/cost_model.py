@@ -192,9 +192,13 @@ class CostModel:
         used = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
         steps = steps_of(math.ceil(used / sft.batch_size), sft)
         rows = self._longest_first("sft")
-        measured = self.profiler.training(rows[: sft.micro_batch], sft, sft.padding_free == "auto")
-        memory = self._memory(measured.mib_of(tokens_of(rows[: sft.micro_batch])), adapted=True, trains=True)
-        size = 1 if sft.dropout or sft.padding_free == "off" else sft.micro_batch
+        measured = self.profiler.training(
+            rows[: sft.per_device_train_batch_size], sft, sft.padding_free == "auto"
+        )
+        memory = self._memory(
+            measured.mib_of(tokens_of(rows[: sft.per_device_train_batch_size])), adapted=True, trains=True
+        )
+        size = 1 if sft.lora_dropout or sft.padding_free == "off" else sft.per_device_train_batch_size
         tokens = steps * sft.batch_size * per_text([row.input_ids for row in rows], size)
         return Work(tokens * measured.token_s, self._divided(memory, sft.launch))
 
@@ -203,34 +207,49 @@ class CostModel:
         if self.config.baseline is not None:
             return None
         used = number if rl.data == "all" else number * (1 - SYSTEM1)
-        steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.iterations)
+        steps = steps_of(int(used // (rl.prompts_per_step - rl.replayed)), rl, rl.num_iterations)
         if not steps:
             fill = f"{rl.prompts_per_step - rl.replayed} of a step"
             log.warning("rl: about %d rows do not fill the %s: lower rl.prompts_per_step", used, fill)
             return None
         rows = self._longest_first("rl")
-        fits, shares = self.profiler.fits(rows[0].input_ids), rl.shared_prompts == "auto" and not rl.dropout
-        measured = self.profiler.training(rows[: rl.micro_batch], rl, rl.shared_prompts == "auto")
-        prompt, answer = self.rl_prompts.within(rl.max_prompt), self.responses.within(rl.max_completion)
-        completions, apart = rl.prompts_per_step * rl.group, 1 / rl.group if fits and shares else 1
+        fits, shares = (
+            self.profiler.fits(rows[0].input_ids),
+            rl.prefix_sharing == "auto" and not rl.lora_dropout,
+        )
+        measured = self.profiler.training(
+            rows[: rl.per_device_train_batch_size], rl, rl.prefix_sharing == "auto"
+        )
+        prompt, answer = (
+            self.rl_prompts.within(rl.max_prompt_length),
+            self.responses.within(rl.max_completion_length),
+        )
+        completions, apart = (
+            rl.prompts_per_step * rl.num_generations,
+            1 / rl.num_generations if fits and shares else 1,
+        )
         # The reference of the KL term, and what the completions had when they were sampled: forward alone,
         # which is a third.
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
-        passes = 1 + (bool(rl.kl_beta) + (rl.iterations > 1 or corrected)) / 3
+        passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1 or corrected)) / 3
         learning = completions * (prompt * apart + answer) * passes * measured.token_s
-        sampling = self._writing_s(completions, prompt / rl.group if fits else prompt, answer)
-        longest = min(self.rl_prompts.longest, rl.max_prompt)
-        activations = measured.mib_of(rl.micro_batch * (longest * apart + rl.max_completion))
+        sampling = self._writing_s(completions, prompt / rl.num_generations if fits else prompt, answer)
+        longest = min(self.rl_prompts.longest, rl.max_prompt_length)
+        activations = measured.mib_of(
+            rl.per_device_train_batch_size * (longest * apart + rl.max_completion_length)
+        )
         trained = self._divided(self._memory(activations, adapted=True, trains=True), rl.launch)
-        memory = self._beside_rollouts(trained, min(completions, SLOTS), longest + rl.max_completion)
-        return Work(steps * (learning + sampling / rl.iterations), memory)
+        memory = self._beside_rollouts(trained, min(completions, SLOTS), longest + rl.max_completion_length)
+        return Work(steps * (learning + sampling / rl.num_iterations), memory)
 
     def _beside_rollouts(self, trained: MemoryEstimate, slots: int, length: int) -> MemoryEstimate:
         """Memory of RL, given that of its training passes: the more of these and of sampling."""
         rl, profiler = self.config.rl, self.profiler
         if rl.rollouts.engine != "transformers":
             colocated = rl.rollouts.engine == "vllm_colocate"
-            return replace(trained, cache=rl.rollouts.gpu_memory * profiler.room if colocated else 0.0)
+            return replace(
+                trained, cache=rl.rollouts.gpu_memory_utilization * profiler.room if colocated else 0.0
+            )
         divided = launch.gpu_split(rl.launch)[1] < 1
         copy = 0.0 if divided or self.config.model.load_in_4bit else profiler.copy_mib
         sampling = self._memory(self.generation[1].mib_of(slots), adapted=True, trains=True, copy=copy)

@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 KNOBS = {
     "classify": "server.batch_size, or choose a smaller model",
     "score": "score.batch_size",
-    "sft": "sft.micro_batch, or set sft.gradient_checkpointing",
-    "rl": "rl.micro_batch, or rl.max_completion, or set rl.gradient_checkpointing",
+    "sft": "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
+    "rl": "rl.per_device_train_batch_size, or rl.max_completion_length, or set rl.gradient_checkpointing",
     "eval": "server.batch_size",
 }
 """The settings that lower the memory of a stage."""
-COLOCATED = "rl.rollouts.gpu_memory, or set rl.rollouts.sleep, or lower "
+COLOCATED = "rl.rollouts.gpu_memory_utilization, or set rl.rollouts.enable_sleep_mode, or lower "
 """Before those of rl, where vLLM samples on the same GPU."""
 
 

@@ -144,7 +144,7 @@ class Profiler:
     def training(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measurement:
         """A micro batch, forward and backward. SFT and GRPO compute alike, so their tokens take as long."""
         unpadded = unpadded and self.fits(rows[0].input_ids)
-        kind = (bool(section.dropout), section.gradient_checkpointing, unpadded)
+        kind = (bool(section.lora_dropout), section.gradient_checkpointing, unpadded)
         if kind not in self._trained:
             self._trained[kind] = self._train(rows, section, unpadded)
         return self._trained[kind]
@@ -162,7 +162,7 @@ class Profiler:
             ids = [row.input_ids for row in rows[:number]]
             if unpadded:
                 labels = [row.labels for row in rows[:number]]
-                group = suffix_only(ids, labels, shares=not section.dropout)
+                group = suffix_only(ids, labels, shares=not section.lora_dropout)
                 support.packed_logprobs(
                     model, PackedBatch.of([group], self.base.device)
                 ).log_probs.sum().backward()
@@ -173,9 +173,9 @@ class Profiler:
             model.zero_grad()
 
         def tokens(number: int) -> int:
-            return computed([row.input_ids for row in rows[:number]], unpadded and not section.dropout)
+            return computed([row.input_ids for row in rows[:number]], unpadded and not section.lora_dropout)
 
-        with adapter.dropping_out(model, section.dropout):
+        with adapter.dropping_out(model, section.lora_dropout):
             measured = self._measured(work, tokens, len(rows))
         if section.gradient_checkpointing:
             model.gradient_checkpointing_disable()

@@ -36,8 +36,17 @@ def spans(model: CostModel) -> Iterator[Span]:
         lengths = Lengths.of(len(row.input_ids) for row in model.training_rows("sft"))
         yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)
     if "rl" in model.stages:
-        yield Span("prompt of rl", number, model.rl_prompts, "rl.max_prompt", rl.max_prompt, rl.too_long)
-        yield Span("response", number, model.responses, "rl.max_completion", rl.max_completion, "cut")
+        yield Span(
+            "prompt of rl",
+            number,
+            model.rl_prompts,
+            "rl.max_prompt_length",
+            rl.max_prompt_length,
+            rl.too_long,
+        )
+        yield Span(
+            "response", number, model.responses, "rl.max_completion_length", rl.max_completion_length, "cut"
+        )
     for name in dict.fromkeys(name.partition("@")[2] for name in names if name.startswith("eval:")):
         if rows[name]:
             yield of_benchmark(config, model.tokenizer, name, rows[name])

@@ -15,7 +15,7 @@ from stages.pipeline.steps import plan_steps
 from stages.records import Sample
 from stages.report.comparison import compared
 
-RL = ["rl.max_steps=1", "sft.lr=0.1", "eval.benchmarks.demo.limit=4"]
+RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
 
 

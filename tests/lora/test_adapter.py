@@ -34,7 +34,7 @@ def logits(model) -> torch.Tensor:
     [*product(INITS, ("auto", True)), *product(("normal", "default", "orthogonal"), (False,))],
 )
 def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
-    lora = LoraSection(r=4, alpha=8, init=init, compensate=compensate, rslora=rslora)
+    lora = LoraSection(r=4, lora_alpha=8, init=init, compensate=compensate, use_rslora=rslora)
     model = adapter.initial(base(tiny), lora, 0)
     with torch.no_grad():  # as if trained: the first half of a compensated adapter moves
         for name, layer in adapter.lora_layers(model).items():
@@ -59,7 +59,7 @@ def test_the_paper_s_init_does_not(tiny):
 
 def test_pissa_trains_as_pissa_on_the_residual(tiny):
     """Base − s·B₀A₀ + s·BA, PEFT's own form, against [A; A₀], [B, −B₀] on the unchanged base."""
-    lora = LoraSection(r=4, alpha=8, init="pissa")
+    lora = LoraSection(r=4, lora_alpha=8, init="pissa")
     ours = adapter.initial(base(tiny), lora, 0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=lora.target_modules, init_lora_weights="pissa")
     theirs = get_peft_model(base(tiny), config).eval()
@@ -75,7 +75,7 @@ def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, boun
     plain = base(tiny, dtype)
     before = {n: p.clone() for n, p in plain.named_parameters()}
     copy = MergedCopy(plain)
-    model = adapter.initial(plain, LoraSection(r=4, alpha=8), 0)
+    model = adapter.initial(plain, LoraSection(r=4, lora_alpha=8), 0)
     for _ in range(3):
         merged = copy.refresh(model)
     assert float((logits(merged) - logits(model)).abs().max()) < bound

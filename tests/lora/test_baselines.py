@@ -26,7 +26,7 @@ COMMON = [
     "eval.targets=[base,sft,rl]",
     "baseline.virtual_tokens=4",
     "baseline.encoder_hidden=16",
-    "sft.epochs=9",
+    "sft.num_train_epochs=9",
 ]
 
 
@@ -116,7 +116,7 @@ def test_reversed_order_and_no_start(begun):
             "baseline ia3 has no scored initial adapter; take init out of eval.targets",
         ),
         (["eval.engine=vllm"], "vllm cannot serve baseline ia3; use engine transformers"),
-        (["sft.loraplus_ratio=4"], "baseline ia3 has no LoRA factors; leave out loraplus_ratio"),
+        (["sft.loraplus_lr_ratio=4"], "baseline ia3 has no LoRA factors; leave out loraplus_lr_ratio"),
         (["rl.kl_reference=sft"], "baseline ia3 can hold on to the base alone; use rl.kl_reference=base"),
     ],
 )

@@ -21,7 +21,7 @@ FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 )
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
-    config = begun(*FOUR, *how, "sft.lr=0.01", "sft.epochs=9")
+    config = begun(*FOUR, *how, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
     for step in ("classify", "score", "partition", "sft", "rl", "eval:rl@demo"):
         made = make_step(config, step)
         if step in ("sft", "rl"):
@@ -47,7 +47,7 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
 
 
 def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_path, silent):
-    config = begun(*FOUR, "sft.lr=0.01", "sft.epochs=9")
+    config = begun(*FOUR, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
     for step in ("classify", "score", "partition"):
         make_step(config, step)
     artifact = make_step(config, "sft")

@@ -24,15 +24,15 @@ from stages.store.artifacts import Store
 OPTIMIZERS = {
     "AdamW": [],
     "Adafactor": ["{}.optimizer=adafactor"],
-    "LoRA+": ["{}.loraplus_ratio=8"],
+    "LoRA+": ["{}.loraplus_lr_ratio=8"],
 }
 STAGES = {
     "sft": ("sft", []),
-    "rl, beta 0": ("rl", ["rl.kl_beta=0"]),
-    "rl, beta 0.04": ("rl", ["rl.kl_beta=0.04"]),
+    "rl, beta 0": ("rl", ["rl.beta=0"]),
+    "rl, beta 0.04": ("rl", ["rl.beta=0.04"]),
     "sft, padded": ("sft", ["sft.padding_free=off"]),
-    "rl, not shared": ("rl", ["rl.shared_prompts=off"]),
-    "rl, both systems": ("rl", ["rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4"]),
+    "rl, not shared": ("rl", ["rl.prefix_sharing=off"]),
+    "rl, both systems": ("rl", ["rl.system1_share=0.25", "rl.dynamic_sampling=2", "rl.kl_probe_prompts=4"]),
 }
 SINGLE, DDP, FSDP2 = (1, "single"), (2, "ddp"), (2, "fsdp2")
 COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
@@ -140,7 +140,7 @@ def test_frozen_elements_are_identical_on_every_launcher(own, capsys):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(own, capsys):
     """SFT without dropout: the same rows in each step, so the same adapter to float tolerance; and scores."""
-    changes = settings("sft", "sft.dropout=0", "sft.lr=0.001")
+    changes = settings("sft", "sft.lora_dropout=0", "sft.learning_rate=0.001")
     config = own(*changes)
     ends, scores = [], []
     for processes in (1, 2):
@@ -178,8 +178,9 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own,
     found = {}
     for way in ("auto", "off"):
         changes = settings(
-            "rl", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.micro_batch=2",
-            "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.shared_prompts={way}",
+            "rl", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001",
+            "rl.per_device_train_batch_size=2",
+            "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.prefix_sharing={way}",
         )  # fmt: skip
         changes.append("rl.rewards={odd: 1}")
         made_by(own, changes, "rl", 2)
@@ -197,7 +198,7 @@ def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own,
 @pytest.mark.slow
 def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
     """Two commands with a file each, as on two machines that share the folder of runs."""
-    changes = settings("sft", "sft.lr=0.002")
+    changes = settings("sft", "sft.learning_rate=0.002")
     config = own(*changes)
     made_by(own, changes, "sft", 2)
     _, wanted, _ = files(config, "sft")
@@ -237,16 +238,16 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
 @pair
 @pytest.mark.slow
 def test_an_error_of_one_process_is_the_command_s(own):
-    done = command(own.home, ["sft.batch_size=6", "sft.micro_batch=2"], "sft", 2)
+    done = command(own.home, ["sft.batch_size=6", "sft.per_device_train_batch_size=2"], "sft", 2)
     assert done.returncode == 78
     assert done.stderr.rstrip().splitlines()[-2:] == [
         "error: 2 processes with micro batches of 2 cannot share 6 samples a step evenly",
-        "  hint: lower micro_batch or the number of processes",
+        "  hint: lower per_device_train_batch_size or the number of processes",
     ]
 
 
 def test_what_would_bring_nothing_is_refused(begun, lorapar):
-    overrides = [*begun.home, "sft.lr=0.5", "sft.launch.backend=zero2"]
+    overrides = [*begun.home, "sft.learning_rate=0.5", "sft.launch.backend=zero2"]
     done = lorapar(
         "sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text))
     )

@@ -51,12 +51,12 @@ def test_a_divided_base_holds_its_part_and_answers_as_the_whole(own):
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["sft.gradient_checkpointing=true", "sft.padding_free=off", "sft.dropout=0.1"]]
+    "how", [[], ["sft.gradient_checkpointing=true", "sft.padding_free=off", "sft.lora_dropout=0.1"]]
 )
 def test_sft_is_that_of_ddp_to_the_bit(own, how):
     found = []
     for backend in ("ddp", "fsdp2"):
-        changes = settings("sft", "sft.micro_batch=2", *how)
+        changes = settings("sft", "sft.per_device_train_batch_size=2", *how)
         made_by(own, changes, "sft", 2, backend)
         before, after, _ = files(own(*changes), "sft")
         found.append(joined(after) - joined(before))
@@ -81,8 +81,8 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(own,
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(own):
-    changes = settings("sft", "sft.lr=0.003", "sft.save_steps=1", "sft.launch.backend=fsdp2")
-    changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.epochs=99"]
+    changes = settings("sft", "sft.learning_rate=0.003", "sft.save_steps=1", "sft.launch.backend=fsdp2")
+    changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.num_train_epochs=99"]
     config = own(*changes)
     make_step(config, "partition")
     arguments = [part for text in (*own.home, *changes) for part in ("--set", text)]

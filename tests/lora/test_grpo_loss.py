@@ -55,7 +55,9 @@ def gradient(model, loss: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", ["auto", "off"])
 def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     """TRL's correction changes the gradient and not the loss: where it is on, the oracle must see it."""
-    config = begun(f"rl.kl_beta={BETA}", "rl.loss=grpo", "sft.lr=0.1", f"rl.shared_prompts={way}")
+    config = begun(
+        f"rl.beta={BETA}", "rl.loss_type=grpo", "sft.learning_rate=0.1", f"rl.prefix_sharing={way}"
+    )
     make_step(config, "sft")
     trainer, model, start = trainer_of(config, monkeypatch)
     assert trainer.sharing == (way == "auto")

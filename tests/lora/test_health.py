@@ -13,7 +13,7 @@ from stages.lora.training import dry_run
 from stages.lora.training.health import ProgressCallback, equal_rewards
 from stages.rewards.builtin import rewards
 
-SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
+SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
 
 def ids(config, system: int) -> set[str]:
@@ -74,9 +74,11 @@ def test_out_of_memory_names_step_lengths_and_knob(own, monkeypatch, error):
     with pytest.raises(
         OutOfMemoryError, match=r"out of memory in step 1, input_ids of 4 × \d+ tokens"
     ) as caught:
-        make_step(own("sft.lr=0.02"), "sft")
+        make_step(own("sft.learning_rate=0.02"), "sft")
     assert caught.value.exit_code == 74
-    assert caught.value.hint == "lower sft.micro_batch from 4, or set sft.gradient_checkpointing"
+    assert (
+        caught.value.hint == "lower sft.per_device_train_batch_size from 4, or set sft.gradient_checkpointing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_out_of_memory_names_step_lengths_and_knob(own, monkeypatch, error):
     ],
 )
 def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stage, said):
-    config = own("rl.start_from=init", "rl.drift_prompts=0")
+    config = own("rl.start_from=init", "rl.kl_probe_prompts=0")
 
     def choose(*_):
         raise MemoryError
@@ -101,7 +103,9 @@ def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stag
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
     """With dropout, which draws random numbers."""
-    config = own("rl.start_from=init", "sft.dropout=0.1", "rl.dropout=0.1", "sft.lr=0.02")
+    config = own(
+        "rl.start_from=init", "sft.lora_dropout=0.1", "rl.lora_dropout=0.1", "sft.learning_rate=0.02"
+    )
 
     def trained() -> tuple[bytes, list[dict[str, float]]]:
         path = make_step(config, stage, force=True).path
@@ -128,12 +132,12 @@ def test_other_errors_stay_what_they_are(own, monkeypatch):
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
     with pytest.raises(RuntimeError, match="a bug"):
-        make_step(own("sft.lr=0.02"), "sft")
+        make_step(own("sft.learning_rate=0.02"), "sft")
 
 
 def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
     equal = ["rl.start_from=init", "rl.rewards={'integer': 1.0}"]
-    config = own(*equal, "rl.max_steps=6", "rl.max_equal_steps=3")
+    config = own(*equal, "rl.max_steps=6", "rl.max_zero_signal_steps=3")
     with pytest.raises(MeaninglessError, match="all rewards were equal in 3 steps in a row, up to step 3"):
         make_step(config, "rl")  # a random model never writes a whole number
     assert "all rewards were equal in step 1" in caplog.text
@@ -164,7 +168,9 @@ def test_a_reward_that_raises_is_named_with_its_sample(own, monkeypatch):
         assert chosen not in gold, "no such answer"
         return [float(i) for i in range(len(completions))]
 
-    config = own("rl.start_from=init", "rl.max_steps=9", "rl.epochs=9", "rl.rewards={'correctness': 1.0}")
+    config = own(
+        "rl.start_from=init", "rl.max_steps=9", "rl.num_train_epochs=9", "rl.rewards={'correctness': 1.0}"
+    )
     chosen = [row.example.gold for row in labels_of(config) if row.system == 2][0]
     monkeypatch.setitem(rewards._functions, "correctness", picky)
     with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):

@@ -16,7 +16,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_trains_and_its_adapter_is_plain_peft(begun, name):
-    config = begun(*OPTIONS[name], "sft.max_steps=2", "sft.lr=0.02", "rl.lr=0.02")
+    config = begun(*OPTIONS[name], "sft.max_steps=2", "sft.learning_rate=0.02", "rl.learning_rate=0.02")
     last = "rl" if name == "rescore" else "sft"
     made = make_steps(config, "score", "partition", "sft", *(["rl"] if last == "rl" else []))
     artifact = made[last][0]

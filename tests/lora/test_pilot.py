@@ -63,7 +63,9 @@ def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, 
 
 def test_scorer_moved_makes_masks_that_sft_trains(begun):
     few = ["score.scorer=moved", "score.examples=6", "lora.init=default"]
-    config = begun(*few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.lr=0.1")
+    config = begun(
+        *few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1"
+    )
     made = {
         n: one for n, (one, _) in make_steps(config, "classify:train", "score", "partition", "sft").items()
     }

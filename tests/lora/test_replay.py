@@ -43,7 +43,7 @@ def with_reward(own, tmp_path):
     """The config of an RL run from the initial adapter with one of these rewards."""
     file = tmp_path / "mine.py"
     file.write_text(REWARDS)
-    start = ["rl.start_from=init", f"rl.rewards_file={file}", "rl.max_steps=3", "rl.epochs=9"]
+    start = ["rl.start_from=init", f"rl.rewards_file={file}", "rl.max_steps=3", "rl.num_train_epochs=9"]
     return lambda reward, *more: own(*start, f"rl.rewards={{{reward}: 2}}", *more)
 
 
@@ -95,7 +95,7 @@ def test_the_order_of_mixed_rows(first, last, per_step, size):
 
 
 def test_a_share_of_each_step_is_of_system_1(with_reward, watched):
-    config = with_reward("odd", "rl.system1_share=0.25", "rl.drift_prompts=6", "rl.drift_steps=2")
+    config = with_reward("odd", "rl.system1_share=0.25", "rl.kl_probe_prompts=6", "rl.kl_probe_steps=2")
     made = make_step(config, "rl")
     of, slow = systems(config), set()
     steps = history(made)
@@ -125,7 +125,7 @@ def test_without_a_share_no_step_has_system_1(with_reward, watched):
 
 
 def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
-    trainer, *_ = trainer_of(with_reward("odd", "rl.system1_share=0.5", "rl.drift_prompts=7"), monkeypatch)
+    trainer, *_ = trainer_of(with_reward("odd", "rl.system1_share=0.5", "rl.kl_probe_prompts=7"), monkeypatch)
     pool = trainer.pool
     trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
     assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
@@ -139,8 +139,12 @@ def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
         (["rl.system1_share=0.9"], "system1_share 0.9 of 4 prompts is 4"),
         (["rl.system1_share=0.5", "rl.data=all"], "system1_share goes with data system2"),
         (
-            ["rl.resample=1", "rl.rollouts.engine=vllm_colocate", "rl.rollouts.tensor_parallel=2"],
-            "resample needs rollouts that each process samples for itself",
+            [
+                "rl.dynamic_sampling=1",
+                "rl.rollouts.engine=vllm_colocate",
+                "rl.rollouts.tensor_parallel_size=2",
+            ],
+            "dynamic_sampling needs rollouts that each process samples for itself",
         ),
     ],
 )
@@ -151,12 +155,12 @@ def test_what_cannot_be_mixed_is_refused(begun, settings, said):
 
 def test_too_few_rows_to_replay_are_an_error(with_reward):
     with pytest.raises(DataError, match="0 System 1 rows can be replayed, fewer than the 1 of a step"):
-        make_step(with_reward("odd", "rl.system1_share=0.25", "rl.drift_prompts=99"), "rl")
+        make_step(with_reward("odd", "rl.system1_share=0.25", "rl.kl_probe_prompts=99"), "rl")
 
 
 def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward, watched):
     """The reward is always the same: every System 2 group is drawn again, twice, and no System 1 group."""
-    config = with_reward("same", "rl.system1_share=0.25", "rl.resample=2", "rl.kl_beta=0")
+    config = with_reward("same", "rl.system1_share=0.25", "rl.dynamic_sampling=2", "rl.beta=0")
     steps = history(make_step(config, "rl"))
     of = systems(config)
     calls = [watched[i : i + 3] for i in range(0, len(watched), 3)]  # the step's first draw, and two more
@@ -185,14 +189,14 @@ def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(wit
     assert [step["frac_reward_zero_std"] for step in steps] == [0, 1, 0]
     assert made.manifest["summary"]["completions"] == 3 * 16
     with pytest.raises(MeaninglessError, match="all rewards were equal in 2 steps in a row"):
-        make_step(with_reward("never", "rl.max_equal_steps=2"), "rl")
+        make_step(with_reward("never", "rl.max_zero_signal_steps=2"), "rl")
     summary = make_step(with_reward("never"), "rl").manifest["summary"]
     assert summary["reward_last_quarter"] is None
 
 
 def test_only_equal_groups_are_drawn_again(with_reward, watched):
     """The reward is the same for every second prompt, by its length."""
-    steps = history(make_step(with_reward("odd_of_some", "rl.resample=9"), "rl"))
+    steps = history(make_step(with_reward("odd_of_some", "rl.dynamic_sampling=9"), "rl"))
     assert sum(step["resampled/groups"] for step in steps) > 0
     at = 0
     for step in steps:
@@ -210,7 +214,7 @@ def test_only_equal_groups_are_drawn_again(with_reward, watched):
 
 
 def test_without_equal_groups_resampling_changes_nothing(with_reward):
-    found = [make_step(with_reward("odd", f"rl.resample={n}"), "rl") for n in (0, 3)]
+    found = [make_step(with_reward("odd", f"rl.dynamic_sampling={n}"), "rl") for n in (0, 3)]
     weights = [adapter.read(made.path / "adapter") for made in found]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert [step["resampled/groups"] for step in history(found[1])] == [0, 0, 0]
@@ -243,7 +247,7 @@ def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_p
         "    calls.append(1)\n"
         "    return [len(calls) + (i if len(q) % 2 else 0) for i, q in enumerate(question)]\n"
     )
-    (step,) = history(make_step(with_reward("drifting", "rl.resample=1", "rl.max_steps=1"), "rl"))
+    (step,) = history(make_step(with_reward("drifting", "rl.dynamic_sampling=1", "rl.max_steps=1"), "rl"))
     first, second = (found.view(4, 4) for found in seen)
     kept = [group for group in range(4) if len(set(first[group].tolist())) > 1]
     assert 0 < len(kept) < 4
@@ -255,7 +259,7 @@ def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
     """Against whole sequences, one by one, through the model's own forward pass; 0 at the start."""
     seen = []
     monkeypatch.setattr("stages.rl.KlProbe", lambda *given: seen.append(made := KlProbe(*given)) or made)
-    trainer, model, _ = trainer_of(with_reward("odd", "rl.drift_prompts=5"), monkeypatch)
+    trainer, model, _ = trainer_of(with_reward("odd", "rl.kl_probe_prompts=5"), monkeypatch)
     (drift,) = seen
     assert drift.divergence() == 0
 
@@ -285,7 +289,7 @@ def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
     messages = {1: "Be quick.", 2: "Think it over."}
     config = begun(
         f"prompt.by_system={json.dumps(messages)}", "rl.system1_share=0.5", "sft.system2_share=1",
-        "eval.targets=[base]", "eval.benchmarks.demo.limit=12", "rl.max_prompt=600",
+        "eval.targets=[base]", "eval.benchmarks.demo.limit=12", "rl.max_prompt_length=600",
     )  # fmt: skip
     of = systems(config)
 

@@ -12,7 +12,7 @@ from stages.pipeline.steps import plan_steps
 from stages.report import elements
 from stages.report.page import Pictures, Text
 
-RL = ["rl.max_steps=1", "sft.lr=0.1", "score.examples=4"]
+RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "score.examples=4"]
 AGAIN = "rl.rescore=true"
 
 

@@ -20,19 +20,26 @@ from stages.store.digests import sha256_file
 STEPS = 6
 # 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay; half is warm-up.
 SFT = [
-    "sft.max_steps=6", "sft.epochs=9", "sft.dropout=0.05", "sft.system2_share=0", "sft.save_steps=1",
-    "sft.warmup=0.5",
+    "sft.max_steps=6", "sft.num_train_epochs=9", "sft.lora_dropout=0.05",
+    "sft.system2_share=0", "sft.save_steps=1",
+    "sft.warmup_ratio=0.5",
 ]  # fmt: skip
 RL = [
     "rl.start_from=init",
     "rl.max_steps=6",
-    "rl.epochs=9",
-    "rl.dropout=0.05",
+    "rl.num_train_epochs=9",
+    "rl.lora_dropout=0.05",
     "rl.save_steps=1",
-    "rl.warmup=0.5",
+    "rl.warmup_ratio=0.5",
 ]
-SHARED = [*RL, "rl.dropout=0"]  # with dropout no completion shares its prompt
-MIXED = [*SHARED, "rl.system1_share=0.25", "rl.resample=2", "rl.drift_prompts=4", "rl.drift_steps=2"]
+SHARED = [*RL, "rl.lora_dropout=0"]  # with dropout no completion shares its prompt
+MIXED = [
+    *SHARED,
+    "rl.system1_share=0.25",
+    "rl.dynamic_sampling=2",
+    "rl.kl_probe_prompts=4",
+    "rl.kl_probe_steps=2",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +95,7 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
         assert in_a_child(config, stage, None) == 0
     artifact = (home / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
-    if stage == "rl" and config.rl.resample:
+    if stage == "rl" and config.rl.dynamic_sampling:
         assert sum(step["resampled/groups"] for step in history) > 0
     passed = {sha256_file(path) for path in home.glob(f"checkpoints/*/checkpoint-*/{file}")}
     assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, (
@@ -132,13 +139,13 @@ def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
     [
         ("sft", SFT),
         ("sft", [*SFT, "sft.save_steps=2"]),
-        ("rl", [*RL, "rl.kl_beta=0"]),
-        ("rl", [*RL, "rl.kl_beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
-        ("rl", [*RL, "rl.iterations=2"]),
-        ("sft", [*SFT, "sft.dropout=0"]),
+        ("rl", [*RL, "rl.beta=0"]),
+        ("rl", [*RL, "rl.beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
+        ("rl", [*RL, "rl.num_iterations=2"]),
+        ("sft", [*SFT, "sft.lora_dropout=0"]),
         ("sft", [*SFT, "sft.padding_free=off"]),
-        ("rl", [*SHARED, "rl.kl_beta=0.04", "rl.iterations=2"]),
-        ("rl", [*SHARED, "rl.shared_prompts=off"]),
+        ("rl", [*SHARED, "rl.beta=0.04", "rl.num_iterations=2"]),
+        ("rl", [*SHARED, "rl.prefix_sharing=off"]),
     ],
     ids=[
         "sft",

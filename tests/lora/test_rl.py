@@ -50,17 +50,17 @@ def test_a_person_s_reward_gets_the_sandbox(ready, odd):
     "how",
     [
         [
-            "rl.loss=grpo",
-            "rl.importance_sampling=sequence",
+            "rl.loss_type=grpo",
+            "rl.importance_sampling_level=sequence",
             "rl.epsilon=3e-4",
             "rl.epsilon_high=4e-4",
         ],  # GSPO
-        ["rl.loss=cispo", "rl.epsilon_high=5"],
+        ["rl.loss_type=cispo", "rl.epsilon_high=5"],
         ["rl.epsilon_high=0.28"],  # DAPO's clip-higher
     ],
 )
 def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
-    config = ready("rl.iterations=2", "rl.max_steps=2", *odd, *how)
+    config = ready("rl.num_iterations=2", "rl.max_steps=2", *odd, *how)
     made = make_step(config, "rl")
     assert made.manifest["summary"]["moved"] > 0 and made.manifest["summary"]["frozen_drift"] == 0
     assert load_adapted(config.model, made.path / "adapter")
@@ -69,8 +69,8 @@ def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        (["rl.importance_sampling=sequence"], "dapo would weigh a completion by its length"),
-        (["rl.loss=cispo"], "loss cispo clips the ratio itself, at epsilon_high; set it"),
+        (["rl.importance_sampling_level=sequence"], "dapo would weigh a completion by its length"),
+        (["rl.loss_type=cispo"], "loss cispo clips the ratio itself, at epsilon_high; set it"),
         (["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
         (["rl.top_k=20", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
     ],
@@ -87,8 +87,8 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     ids = {example.id: renderer.ids(renderer.prompt(example.prompt)) for example in slow}
     most = max(map(len, ids.values())) - 1
     long = [name for name, found in ids.items() if len(found) > most]
-    limit = f"rl.max_prompt={most}"
-    with pytest.raises(DataError, match=f"longer than rl.max_prompt {most}:") as caught:
+    limit = f"rl.max_prompt_length={most}"
+    with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {most}:") as caught:
         make_step(ready(limit, "rl.too_long=error"), "rl")
     assert all(f"{name} has {most + 1} tokens" in str(caught.value) for name in long)
     summary = make_step(ready(limit), "rl").manifest["summary"]
@@ -103,7 +103,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
-    cut = ready("rl.max_prompt=20", "rl.too_long=truncate_left", "rl.drift_prompts=0")
+    cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left", "rl.kl_probe_prompts=0")
     with pytest.raises(MeaninglessError, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
@@ -138,14 +138,14 @@ def test_trl_s_own_sampling_knows_nothing_of_the_model_s_generation_file_and_dro
 
     monkeypatch.setattr(rl, "load_base", strict)
     monkeypatch.setattr(GenerationMixin, "generate", generate)
-    trl = ["baseline.method=dora", "eval.targets=[rl]", "rl.dropout=0.5", "rl.max_completion=32"]
+    trl = ["baseline.method=dora", "eval.targets=[rl]", "rl.lora_dropout=0.5", "rl.max_completion_length=32"]
     make_step(ready(*trl, *odd), "rl")
     assert seen and not any(training for training, _ in seen) and any(repeats for _, repeats in seen)
 
 
 def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
     renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
-    mixed = ["rl.system1_share=0.25", "rl.drift_prompts=0"]
+    mixed = ["rl.system1_share=0.25", "rl.kl_probe_prompts=0"]
     lengths = {
         system: [
             len(renderer.ids(renderer.prompt(row.example.prompt)))
@@ -164,10 +164,10 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
     functions = {name: loading.load(name, None) for name in ready().rl.rewards}
 
     def pool(how: str):
-        config = ready(*mixed, f"rl.max_prompt={longest - 1}", f"rl.too_long={how}")
+        config = ready(*mixed, f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}")
         return RlPrompts.of(labels, renderer, config.rl, functions, 0)
 
-    with pytest.raises(DataError, match=f"longer than rl.max_prompt {longest - 1}"):
+    with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
         pool("error")
     dropped, cut = pool("drop"), pool("truncate_left")
     assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0
@@ -182,7 +182,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
         return [0.0] * len(completions)
 
     seen = []
-    config = ready("rl.drift_prompts=0")
+    config = ready("rl.kl_probe_prompts=0")
     labels = [
         replace(row, example=replace(row.example, extra={"target": values[i % 8], "more": [3, 2.5][i % 2]}))
         for i, row in enumerate(labels_of(config))

@@ -202,7 +202,7 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
 def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch):
     """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
     generation = SimpleNamespace(_iter_named_params=None)
-    colocated = RolloutsSection(engine="vllm_colocate", tensor_parallel=2)
+    colocated = RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2)
     drawn = []
     for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
         monkeypatch.setattr(vllm_rollouts.distributed, "rank", lambda rank=rank: rank)
@@ -218,10 +218,13 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
     for section, said in (
         (SERVER, "rl.rollouts.engine vllm_server needs a GPU"),
         (
-            RolloutsSection(engine="vllm_colocate", tensor_parallel=2),
-            "tensor_parallel 2 does not divide 1 processes",
+            RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2),
+            "tensor_parallel_size 2 does not divide 1 processes",
         ),
-        (RolloutsSection(engine="vllm_colocate", sleep=True), "rl.rollouts.sleep needs a GPU"),
+        (
+            RolloutsSection(engine="vllm_colocate", enable_sleep_mode=True),
+            "rl.rollouts.enable_sleep_mode needs a GPU",
+        ),
     ):
         with pytest.raises(ConfigError, match=said):
             vllm_rollouts.prepare(section, "m")
@@ -273,7 +276,12 @@ def test_the_real_engine_answers_like_the_trained_model(begun):
     make_step(config, "sft")
     arguments = [
         part
-        for text in (*begun.home, "rl.rollouts.engine=vllm_colocate", "rl.max_steps=3", "rl.lr=0.05")
+        for text in (
+            *begun.home,
+            "rl.rollouts.engine=vllm_colocate",
+            "rl.max_steps=3",
+            "rl.learning_rate=0.05",
+        )
         for part in ("--set", text)
     ]
     command = [sys.executable, "-m", "lorapar_cli", "rl", str(ROOT / "configs/smoke.yaml"), *arguments]

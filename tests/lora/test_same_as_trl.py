@@ -28,8 +28,8 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     from stages.records import of_system, read_labels
 
     # No warm-up: there lorapar's rates are not the library's, as test_training says.
-    settings = ["sft.max_steps=4", "sft.epochs=9", "sft.system2_share=0", "sft.warmup=0"]
-    ours_alone = [f"sft.dropout={dropout}", f"sft.padding_free={way}"]
+    settings = ["sft.max_steps=4", "sft.num_train_epochs=9", "sft.system2_share=0", "sft.warmup_ratio=0"]
+    ours_alone = [f"sft.lora_dropout={dropout}", f"sft.padding_free={way}"]
     config = begun("partition.strategy=all", *settings, *ours_alone)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
@@ -97,13 +97,14 @@ def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path
     smaller = [
         "model.dtype=float32", "data.subset=null", "data.format=auto", "data.limit=120",
         "data.max_length=1024", "classify.strategy=random", "score.examples=8", "sft.max_steps=2",
-        "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt=1024", "rl.max_completion=8",
+        "rl.max_steps=1", "rl.prompts_per_step=4", "rl.max_prompt_length=1024", "rl.max_completion_length=8",
     ]  # fmt: skip
     config = load(ROOT / f"configs/paper/{name}.yaml", [*home, *smaller])
     whole = load(ROOT / f"configs/paper/{name}.yaml")
     kept = {
-        "lr", "scheduler", "warmup", "weight_decay", "adam_beta2", "max_grad_norm", "kl_beta", "loss",
-        "rewards", "group",
+        "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta2", "max_grad_norm",
+        "beta", "loss_type",
+        "rewards", "num_generations",
     }  # fmt: skip
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):

@@ -29,7 +29,7 @@ from stages.records import Example, Labelled, decided, read_labels
 from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints
 
-SFT = ["sft.max_steps=3", "sft.epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
+SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
 
 
 def inputs(config: Config, stage: str):
@@ -44,7 +44,7 @@ def inputs(config: Config, stage: str):
     return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 
-@pytest.mark.parametrize("how", ["sft.optimizer=adafactor", "sft.loraplus_ratio=16", "sft.loss=dft"])
+@pytest.mark.parametrize("how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft"])
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
     config = begun(*SFT, how)
     make_step(config, "sft")
@@ -75,7 +75,7 @@ def test_lora_plus_gives_b_its_own_rate():
 
 def test_lora_plus_moves_b_further(begun):
     moved = []
-    for how in ([], ["sft.loraplus_ratio=16"]):
+    for how in ([], ["sft.loraplus_lr_ratio=16"]):
         config = begun(*SFT, "sft.max_steps=1", *how)
         make_step(config, "sft")
         before, after, _ = inputs(config, "sft")
@@ -100,7 +100,7 @@ def test_lora_plus_moves_b_further(begun):
 def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
     class Trainer(WarmUp, transformers.Trainer): ...
 
-    section = SftSection(lr=0.3, scheduler=scheduler, warmup=warmup)
+    section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
     trainer = Trainer(nn.Linear(2, 2), sft._arguments(section, 8, 0, Checkpoints(tmp_path, "")))
     groups = [{"params": [p], "lr": lr} for p, lr in zip(trainer.model.parameters(), (0.3, 1.2), strict=True)]
     optimizer = torch.optim.SGD(groups)
@@ -115,7 +115,7 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
 
 
 def test_the_first_step_of_a_warm_up_trains(begun):
-    config = begun(*SFT, "sft.warmup=0.6", "rl.max_steps=2", "rl.warmup=0.9")
+    config = begun(*SFT, "sft.warmup_ratio=0.6", "rl.max_steps=2", "rl.warmup_ratio=0.9")
     for stage in ("sft", "rl"):
         history = json.loads((make_step(config, stage).path / "history.json").read_text())
         assert [row["learning_rate"] for row in history][:2] == pytest.approx([0.005, 0.01])
@@ -130,7 +130,7 @@ def test_the_first_step_of_a_warm_up_trains(begun):
 )
 def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
     with pytest.raises(ConfigError, match=said):
-        begun(f"sft.optimizer={name}")
+        begun(f"sft.optim={name}")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_history_has_every_step(begun):
 def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="report_to: trackio is not installed") as caught:
-        make_step(begun("sft.report_to=[trackio]", "sft.lr=0.0123"), "sft")
+        make_step(begun("sft.report_to=[trackio]", "sft.learning_rate=0.0123"), "sft")
     assert caught.value.hint == "pip install trackio"
 
 
@@ -257,7 +257,7 @@ def test_all_rows_undecided_is_an_error():
     ("batches", "epochs", "steps"), [(50, 1.1, 55), (25, 2.2, 55), (3, 0.5, 2), (7, 1, 7)]
 )
 def test_steps_are_exact(batches, epochs, steps):
-    assert loop.steps_of(batches, SftSection(epochs=epochs)) == steps
+    assert loop.steps_of(batches, SftSection(num_train_epochs=epochs)) == steps
 
 
 def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
@@ -292,7 +292,7 @@ def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
 
 def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    section = SftSection(optimizer="adamw_8bit")
+    section = SftSection(optim="adamw_8bit")
     with pytest.raises(ConfigError, match="adamw_8bit: bitsandbytes is not installed"):
         loop.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
 
@@ -318,5 +318,11 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     monkeypatch.setattr("stages.lora.adapter.fsdp.decoder_layers", lambda _: [])
     with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
         fsdp.shard_base(model, LaunchSection(backend="fsdp2"))
-    with pytest.raises(ConfigError, match="resample with rollouts.sleep and launch.backend fsdp2"):
-        begun("rl.resample=1", "rl.rollouts={engine: vllm_colocate, sleep: true}", "rl.launch.backend=fsdp2")
+    with pytest.raises(
+        ConfigError, match="dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2"
+    ):
+        begun(
+            "rl.dynamic_sampling=1",
+            "rl.rollouts={engine: vllm_colocate, sleep: true}",
+            "rl.launch.backend=fsdp2",
+        )

@@ -28,7 +28,7 @@ LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
 @pytest.fixture(scope="module")
 def grpo(begun):
     """RL's trainer and model, on an SFT adapter that differs from the base; `ref` is a copy of it."""
-    config = begun("sft.lr=0.1", "rl.kl_beta=0.04", "rl.kl_reference=sft", "rl.iterations=2")
+    config = begun("sft.learning_rate=0.1", "rl.beta=0.04", "rl.kl_reference=sft", "rl.num_iterations=2")
     make_step(config, "sft")
     with pytest.MonkeyPatch.context() as patch:
         trainer, model, _ = trainer_of(config, patch)
@@ -39,7 +39,7 @@ def grpo(begun):
 def sft(begun):
     """The trainer and model of SFT without dropout, on an adapter whose every element does something."""
     with pytest.MonkeyPatch.context() as patch:
-        trainer, model, _ = trainer_of(begun("sft.dropout=0"), patch, "sft")
+        trainer, model, _ = trainer_of(begun("sft.lora_dropout=0"), patch, "sft")
     torch.manual_seed(0)
     for weight in adapter.trained_parameters(model).values():
         weight.data.normal_(0, 0.1)
@@ -264,7 +264,13 @@ def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     assert trl._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
 
 
-TWO_STEPS = ["rl.start_from=init", "rl.max_steps=2", "rl.iterations=2", "rl.lr=0.001", "rl.drift_prompts=0"]
+TWO_STEPS = [
+    "rl.start_from=init",
+    "rl.max_steps=2",
+    "rl.num_iterations=2",
+    "rl.learning_rate=0.001",
+    "rl.kl_probe_prompts=0",
+]
 """Two optimizer steps on the completions of one generation."""
 
 
@@ -297,9 +303,9 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(own, monkeypatch,
         made = own(*TWO_STEPS, *odd, *more)
         return made.model_copy(update={"rl": made.rl.model_copy(update={"kl_reference": reference})})
 
-    usual, none = steps_of(config("rl.shared_prompts=off"), monkeypatch)
+    usual, none = steps_of(config("rl.prefix_sharing=off"), monkeypatch)
     whole, groups = steps_of(config(), monkeypatch)
-    half, parts = steps_of(config("rl.micro_batch=2"), monkeypatch)
+    half, parts = steps_of(config("rl.per_device_train_batch_size=2"), monkeypatch)
     assert none == [] and len(usual) == len(whole) == len(half) == 2
     assert groups and all(sizes == [4, 4] for sizes in groups)
     assert parts and all(sizes == [2] for sizes in parts)
@@ -315,9 +321,9 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(own, monkeypatch,
 
 def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger=trl.log.name):
-        trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.dropout=0.05"), monkeypatch)
+        trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.lora_dropout=0.05"), monkeypatch)
     said = [record.getMessage() for record in caplog.records if record.name == trl.log.name]
-    assert said == ["with dropout each completion is computed with a prompt of its own; see rl.dropout"]
+    assert said == ["with dropout each completion is computed with a prompt of its own; see rl.lora_dropout"]
     assert not trainer.sharing
     monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model.train(), batch())[0].requires_grad
@@ -409,7 +415,7 @@ def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
 
 
 def test_sft_with_dropout_shares_no_beginning(begun, monkeypatch):
-    trainer, _, _ = trainer_of(begun("sft.dropout=0.1"), monkeypatch, "sft")
+    trainer, _, _ = trainer_of(begun("sft.lora_dropout=0.1"), monkeypatch, "sft")
     assert trainer.unpadded and not trainer.shares
 
 
@@ -481,7 +487,9 @@ def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(own, mo
     monkeypatch.setattr(
         grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
     )
-    make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.drift_prompts=0", f"rl.loss={loss}"), "rl")
+    make_step(
+        own("rl.start_from=init", "rl.max_steps=1", "rl.kl_probe_prompts=0", f"rl.loss_type={loss}"), "rl"
+    )
     assert bool(seen) is sorts is not bool(mixed)
 
 
@@ -494,5 +502,5 @@ def test_nothing_drops_out_of_passes_that_only_compare(own, monkeypatch):
         return usual(self, model, *given, **more)
 
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", found)
-    make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.dropout=0.5", "rl.kl_beta=0.1"), "rl")
+    make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.lora_dropout=0.5", "rl.beta=0.1"), "rl")
     assert seen == {(True, True), (False, False)}

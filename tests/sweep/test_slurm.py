@@ -36,7 +36,7 @@ extends: ROOT/configs/smoke.yaml
 runs_dir: HERE/runs
 model: {name: MODEL}
 data: {path: DATA/train.jsonl, limit: 48}
-rl: {max_steps: 120, save_steps: 1, epochs: 99, max_equal_steps: 999}
+rl: {max_steps: 120, save_steps: 1, num_train_epochs: 99, max_zero_signal_steps: 999}
 sft: {max_steps: 2}
 classify: {strategy: random}
 eval: {benchmarks: {demo: {path: DATA/test.jsonl}}}

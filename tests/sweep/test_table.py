@@ -465,10 +465,15 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
-    odd = {"prompt.system": 'Think: 😀 "twice", #now', "sft.lr": 2e-5, "data.limit": None, "run": "null"}
+    odd = {
+        "prompt.system": 'Think: 😀 "twice", #now',
+        "sft.learning_rate": 2e-5,
+        "data.limit": None,
+        "run": "null",
+    }
     path = changed(small, ("rows:\n", f"rows:\n  odd: {json.dumps(odd, ensure_ascii=False)}\n"))
     config = table(path, only=["odd"], seeds=[1]).cells[0].config
-    assert (config.prompt.system, config.sft.lr) == (odd["prompt.system"], 2e-5)
+    assert (config.prompt.system, config.sft.learning_rate) == (odd["prompt.system"], 2e-5)
     assert (config.data.limit, config.run) == (None, "null")
 
 

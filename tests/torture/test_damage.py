@@ -71,7 +71,7 @@ def store(tiny, demo_data, tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("damage")
     settings = [
         *paths(tiny, demo_data, folder), "data.limit=24", "score.examples=4", "sft.max_steps=2",
-        "rl.max_steps=2", "rl.max_completion=4", "eval.benchmarks.demo.limit=4",
+        "rl.max_steps=2", "rl.max_completion_length=4", "eval.benchmarks.demo.limit=4",
     ]  # fmt: skip
     config = resolved(load(ROOT / "configs/smoke.yaml", settings))
     make_steps(config)

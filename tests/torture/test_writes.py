@@ -24,7 +24,7 @@ STAGES = ["classify", "score", "partition", "sft", "rl", "eval"]
 SETTINGS = [
     "classify.voters=[{persona: steps, engine: transformers}]", "classify.system2_share=0.5",
     "classify.known=intended", "score.examples=2", "data.limit=16",
-    "sft.max_steps=2", "sft.save_steps=1", "rl.max_steps=2", "rl.save_steps=1", "rl.max_completion=4",
+    "sft.max_steps=2", "sft.save_steps=1", "rl.max_steps=2", "rl.save_steps=1", "rl.max_completion_length=4",
     "eval.targets=[sft]", "eval.benchmarks.demo.limit=4", "eval.benchmarks.demo.max_new_tokens=4",
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 PEFT does the work; mistakes that it ignores silently are checked here.
 
 A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀], with twice the alpha (√2
-times with rslora). Its second half is frozen. The model starts as the base, whose weights never change.
+times with use_rslora). Its second half is frozen. The model starts as the base, whose weights never change.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def linear_modules(base: PreTrainedModel) -> set[str]:
 
 
 def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
-    alpha = lora.alpha * ((math.sqrt(2) if lora.rslora else 2) if doubled else 1)
+    alpha = lora.lora_alpha * ((math.sqrt(2) if lora.use_rslora else 2) if doubled else 1)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r * (2 if doubled else 1),
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only multiplies with it, and √2 is no integer
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
-        use_rslora=lora.rslora,
+        use_rslora=lora.use_rslora,
         init_lora_weights=init,  # type: ignore[arg-type]
     )
 

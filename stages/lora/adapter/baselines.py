@@ -89,12 +89,12 @@ def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout
     common = {"task_type": "CAUSAL_LM", "target_modules": list(lora.target_modules)}
     rank = baseline.rank or lora.r
     if baseline.method == "dora":
-        alpha: Any = lora.alpha
+        alpha: Any = lora.lora_alpha
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            use_rslora=lora.rslora,
+            use_rslora=lora.use_rslora,
             use_dora=True,
             **common,
         )

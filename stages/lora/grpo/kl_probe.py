@@ -34,7 +34,7 @@ class KlProbe(TrainerCallback):
         writer: RolloutSampler,
         rl: RlSection,
     ) -> None:
-        self.trainer, self.every, self.batch = trainer, rl.drift_steps, rl.micro_batch
+        self.trainer, self.every, self.batch = trainer, rl.kl_probe_steps, rl.per_device_train_batch_size
         with trainer.memory("while the drift was prepared"), eval_mode(writer.adapted):
             answers = writer.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)

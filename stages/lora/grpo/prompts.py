@@ -90,9 +90,9 @@ class RlPrompts:
             fast, long_fast = _fitting(fast, tokens, rl)
             long += long_fast if rl.replayed else 0
         else:  # no reason to stop: only the drift is measured on them
-            fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt]
+            fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
         random.Random(f"{seed} held out").shuffle(fast)
-        held_out, fast = fast[: rl.drift_prompts], fast[rl.drift_prompts :]
+        held_out, fast = fast[: rl.kl_probe_prompts], fast[rl.kl_probe_prompts :]
         replayed = [row for row in fast if all(row.get(name) is not None for name in columns)]
         replayed = replayed if rl.replayed else []
         _enough(kept, replayed, rl, long)
@@ -136,19 +136,25 @@ def _fitting(
 
     `rl.too_long` says whether those are an error, are left out, or are cut, which changes `tokens`.
     """
-    kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt]
+    kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
     long = len(rows) - len(kept)
     if long and rl.too_long == "error":
         lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
         raise problems(
-            f"longer than rl.max_prompt {rl.max_prompt}",
-            [f"{name} has {length} tokens" for name, length in lengths.items() if length > rl.max_prompt],
+            f"longer than rl.max_prompt_length {rl.max_prompt_length}",
+            [
+                f"{name} has {length} tokens"
+                for name, length in lengths.items()
+                if length > rl.max_prompt_length
+            ],
             "raise it, or --set rl.too_long=drop (or truncate_left)",
         )
     if long:
-        log.warning("%d of %d prompts are longer than rl.max_prompt %d", long, len(rows), rl.max_prompt)
+        log.warning(
+            "%d of %d prompts are longer than rl.max_prompt_length %d", long, len(rows), rl.max_prompt_length
+        )
     if rl.too_long == "truncate_left":
-        tokens.update({row["prompt"]: tokens[row["prompt"]][-rl.max_prompt :] for row in rows})
+        tokens.update({row["prompt"]: tokens[row["prompt"]][-rl.max_prompt_length :] for row in rows})
         return rows, long
     return kept, long
 
@@ -159,11 +165,11 @@ def _enough(kept: list[dict[str, Any]], replayed: list[dict[str, Any]], rl: RlSe
     if len(kept) < wanted:
         raise DataError(
             f"{len(kept)} RL prompts ({long} too long) are fewer than the {wanted} of a step",
-            "lower rl.prompts_per_step, raise rl.max_prompt, or bring more System 2 rows",
+            "lower rl.prompts_per_step, raise rl.max_prompt_length, or bring more System 2 rows",
         )
     if len(replayed) < rl.replayed:
         raise DataError(
             f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replayed} of a step",
-            "they need the fields that the rewards read, short prompts, and rl.drift_prompts are held out; "
-            "lower rl.system1_share",
+            "they need the fields that the rewards read, short prompts, and rl.kl_probe_prompts are held "
+            "out; lower rl.system1_share",
         )

@@ -51,13 +51,13 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
             )
         _check_server(rollouts, model)
         return
-    if distributed.size() % rollouts.tensor_parallel:
+    if distributed.size() % rollouts.tensor_parallel_size:
         raise ConfigError(
-            f"rl.rollouts.tensor_parallel {rollouts.tensor_parallel} does not divide "
+            f"rl.rollouts.tensor_parallel_size {rollouts.tensor_parallel_size} does not divide "
             f"{distributed.size()} processes"
         )
-    if cpu and rollouts.sleep:
-        raise ConfigError("rl.rollouts.sleep needs a GPU", "leave it out")
+    if cpu and rollouts.enable_sleep_mode:
+        raise ConfigError("rl.rollouts.enable_sleep_mode needs a GPU", "leave it out")
     if cpu:
         _on_cpu()
 
@@ -111,9 +111,9 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_model_impl": "vllm",
         "vllm_structured_outputs_regex": None,
         "vllm_server_base_url": rollouts.base_url,
-        "vllm_gpu_memory_utilization": rollouts.gpu_memory,
-        "vllm_tensor_parallel_size": rollouts.tensor_parallel,
-        "vllm_enable_sleep_mode": rollouts.sleep,
+        "vllm_gpu_memory_utilization": rollouts.gpu_memory_utilization,
+        "vllm_tensor_parallel_size": rollouts.tensor_parallel_size,
+        "vllm_enable_sleep_mode": rollouts.enable_sleep_mode,
         "vllm_max_model_length": longest,
         "vllm_importance_sampling_correction": corrected,
         "vllm_importance_sampling_mode": rollouts.correction if corrected else "sequence_mask",
@@ -156,7 +156,7 @@ def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed:
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.
-        set_seed(seed + distributed.rank() // rollouts.tensor_parallel)
+        set_seed(seed + distributed.rank() // rollouts.tensor_parallel_size)
 
 
 def _after_all_else(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -59,21 +59,25 @@ def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
 
 def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryRun:
     """The longest prompts with completions as long as may be."""
-    groups = -(-rl.micro_batch // rl.group)
+    groups = -(-rl.per_device_train_batch_size // rl.num_generations)
     longest = sorted(prompts, key=len)[-groups:]
-    rows = [ids for ids in longest for _ in range(rl.group)][: rl.micro_batch]
+    rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]
     width = len(longest[-1])
 
     def loss() -> Tensor:
         # Completions repeat their prompt, because the check of `flat.fits` needs text.
-        texts = [prompt * (1 + -(-rl.max_completion // len(prompt))) for prompt in rows]
-        whole = [ids[: len(prompt) + rl.max_completion] for ids, prompt in zip(texts, rows, strict=True)]
+        texts = [prompt * (1 + -(-rl.max_completion_length // len(prompt))) for prompt in rows]
+        whole = [
+            ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
+        ]
         ids, mask = padded(whole, 0, trainer.accelerator.device)
         log_probs, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model_wrapped, ids, mask, rl.max_completion, compute_entropy=True
+            trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
         )
         return log_probs.sum()  # type: ignore[no-any-return]
 
     return DryRun(
-        trainer, loss, f"{len(rows)} completions of {rl.max_completion} tokens, prompts of up to {width}"
+        trainer,
+        loss,
+        f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",
     )

@@ -148,7 +148,7 @@ class ProgressCallback(TrainerCallback):
                 f"all rewards were equal in {equal} steps in a row, up to step {state.global_step}: "
                 "nothing is learned",
                 "look at the SFT adapter's answers with `lorapar show`; "
-                "raise rl.group or sft.system2_share, or rl.max_equal_steps",
+                "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps",
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -82,18 +82,20 @@ def arguments(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
         )
-    if section.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+    if section.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optimizer adamw_8bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'"
         )
     # The library's `constant` ignores the warm-up without a warning.
-    scheduler = "constant_with_warmup" if section.scheduler == "constant" else section.scheduler
+    scheduler = (
+        "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
+    )
     return PINNED | {
         "output_dir": str(checkpoints.folder),
-        "optim": OPTIMIZERS[section.optimizer],
-        "learning_rate": section.lr,
+        "optim": OPTIMIZERS[section.optim],
+        "learning_rate": section.learning_rate,
         "lr_scheduler_type": scheduler,
-        "warmup_steps": math.ceil(as_decimal_fraction(section.warmup) * steps),
+        "warmup_steps": math.ceil(as_decimal_fraction(section.warmup_ratio) * steps),
         "weight_decay": section.weight_decay,
         "adam_beta1": section.adam_beta1,
         "adam_beta2": section.adam_beta2,
@@ -303,12 +305,12 @@ def accumulation(samples: int, micro_batch: int) -> int:
         raise ConfigError(
             f"{distributed.size()} processes with micro batches of {micro_batch} "
             f"cannot share {samples} samples a step evenly",
-            "lower micro_batch or the number of processes",
+            "lower per_device_train_batch_size or the number of processes",
         )
     return samples // (micro_batch * distributed.size())
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
     """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
-    steps = math.ceil(as_decimal_fraction(section.epochs) * batches * passes)
+    steps = math.ceil(as_decimal_fraction(section.num_train_epochs) * batches * passes)
     return min(steps, section.max_steps or steps)
