@@ -162,8 +162,8 @@ class RlSection(TrainSection):
     def _ratios(self) -> "RlSection":
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             raise ValueError(
-                f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh a "
-                "completion by its length"
+                f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh "
+                "a completion by its length"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
