@@ -28,11 +28,9 @@ from stages.lora.adapter import adapter
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training.health import RunInfo
 from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.packing import trl
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
 from stages.store.checkpoints import Checkpoints
@@ -238,10 +236,7 @@ class Bench:
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)
-        trainer = rl._trainer(self.renderer, pool, section, rewards, arguments, writer)
-        trainer.sharing = True
-        trl.accept_packed(base)
-        trainer.vitals = RunInfo(lambda _: [], "")
+        trainer = rl.build_trainer(section, pool, writer, rewards, arguments)
         pack(model, random_masks(model, self.given.share))
         return trainer
 

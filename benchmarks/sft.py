@@ -33,7 +33,9 @@ from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.lora.adapter import adapter
+from stages.lora.training.health import RunInfo
 from stages.lora.training.loop import pack
+from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trl
@@ -42,10 +44,6 @@ from stages.runtime import resources
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
-
-
-class Ours(trl.PaddingFree, SFTTrainer):
-    unpadded = shares = True
 
 
 class Watch(TrainerCallback):
@@ -70,10 +68,17 @@ class Side:
         arguments = sft._arguments(section, 1, 0, Checkpoints(Path(folder), ""))
         arguments.save_strategy = SaveStrategy.NO
         model = adapter.initial(base, LoraSection(), seed=0)
-        kind = SFTTrainer if name == "TRL" else Ours
-        empty = table([Row("", [1, 2], [1, 2])])
-        self.trainer = kind(model, arguments, train_dataset=empty, processing_class=renderer.tokenizer)
-        if name == "lorapar":
+        given_to_both = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": table([Row("", [1, 2], [1, 2])]),
+            "processing_class": renderer.tokenizer,
+        }
+        if name == "TRL":
+            self.trainer = SFTTrainer(**given_to_both)
+        else:
+            run_info = RunInfo(lambda _: [], "")
+            self.trainer = SftTrainer(**given_to_both, run_info=run_info, share_prefix=True)
             trl.accept_packed(base)
             pack(model, random_masks(model, given.share))
         self.watch = Watch()

@@ -10,25 +10,17 @@ from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
 from stages.lora.adapter import fsdp
-from stages.lora.adapter.fsdp import DividedRollouts
 from stages.lora.grpo import vllm_rollouts
-from stages.lora.grpo.dynamic_sampling import Resampling
 from stages.lora.grpo.kl_probe import NAME as DRIFT
 from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.grpo.prompts import RlPrompts
-from stages.lora.grpo.ratios import Ratios
-from stages.lora.grpo.replay import Replay
-from stages.lora.grpo.sampler import RolloutSampler, Written
-from stages.lora.grpo.zero_advantage import Silent
+from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.training import dry_run, loop
-from stages.lora.training.health import Healthy, ProgressCallback, RunInfo, row_ids
-from stages.lora.training.optimizers import LoraPlus, WarmUp
-from stages.lora.training.resume import ExactRollouts
+from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trl
 from stages.packing.support import is_prompt_learning
-from stages.packing.trl import SharedPrompts
 from stages.prompts.renderer import Renderer
 from stages.records import read_labels
 from stages.rewards import loading
@@ -36,8 +28,11 @@ from stages.runtime import libraries
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from trl import GRPOConfig
 
+    from stages.lora.adapter.merge import MergedCopy
+    from stages.lora.grpo.trainer import GrpoTrainer
     from stages.pipeline.context import StageContext
     from stages.sandbox import Sandbox
 
@@ -63,11 +58,11 @@ PINNED: dict[str, Any] = {
 
 LENGTH = "completions/mean_length"
 SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
-"""What is logged of a step that its line shows."""
+"""Metrics on the progress line."""
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
@@ -77,59 +72,65 @@ def run(
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    from transformers import GenerationConfig
-
-    labels = read_labels(job.labels)
+    labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    pool = RlPrompts.of(labels, renderer, rl, functions, seed)
-    start = loop.InitialAdapter.of("rl", job.adapter("sft", "score"), job.masks)
-    steps = loop.steps_of(pool.slow // (rl.prompts_per_step - rl.replayed), rl, rl.num_iterations)
-    vllm_rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model, fsdp.load_device(rl.launch))
-    # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
-    base.generation_config = GenerationConfig(eos_token_id=renderer.stop_ids)
-    vllm_rollouts.name_revision(base, rl.rollouts, model)
-    copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
-    peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
-    fsdp.shard_base(peft_model, rl.launch)
-    arguments = _arguments(rl, steps, seed, job.checkpoints, renderer.stop_ids)
-    box = sandboxes.of(sandbox, job.progress.say) if sandbox else None
-    rewards = _checked(functions, rl, box, pool.encoded)
+    prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
+    start = loop.InitialAdapter.of("rl", context.adapter("sft", "score"), context.masks)
+    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replayed), rl, rl.num_iterations)
+    peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
+    box = sandboxes.of(sandbox, context.progress.say) if sandbox else None
     sampling = Sampling(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
-    writer = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
-    trainer = _trainer(renderer, pool, rl, rewards, arguments, writer)
+    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
+    arguments = _arguments(rl, steps, seed, context.checkpoints, renderer.stop_ids)
+    rewards = _checked(functions, rl, box, prompts.encoded)
+    trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
-    trainer.sharing = rl.prefix_sharing == "auto" and trl.may_share(peft_model)
-    trl.accept_packed(base)
     if rl.beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-    knobs = (
-        f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
-        f"or rl.max_completion_length from {rl.max_completion_length}"
-    )
-    trainer.vitals = RunInfo(row_ids(lambda: pool.ids, "prompt_ids", "prompt_mask"), knobs)
-    trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in pool.ids], rl))
-    trainer.add_callback(
-        ProgressCallback(job.progress, f"rl on {pool.slow} prompts", steps, SHOWN, rl.max_zero_signal_steps)
-    )
-    if pool.held_out and not is_prompt_learning(peft_model):
+    trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
+    title = f"rl on {prompts.slow} prompts"
+    trainer.add_callback(ProgressCallback(context.progress, title, steps, SHOWN, rl.max_zero_signal_steps))
+    if prompts.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
             start.restore(peft_model)
-        trainer.add_callback(KlProbe(trainer, pool.held_out, writer, rl))
-    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
+        trainer.add_callback(KlProbe(trainer, prompts.held_out, sampler, rl))
+    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     return {
-        "prompts": pool.slow,
-        "replayed_prompts": pool.replayed,
-        "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": pool.long,
+        "prompts": prompts.slow,
+        "replayed_prompts": prompts.replayed,
+        "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
         "prompt": renderer.digest(),
         **({"sandbox": box.name} if box else {}),
         **_earned(loop.history(trainer), rl.prompts_per_step * rl.num_generations),
         **summary,
     }
+
+
+def _model(
+    model: ModelSection,
+    lora: LoraSection,
+    baseline: BaselineSection | None,
+    rl: RlSection,
+    start: loop.InitialAdapter,
+    stop_ids: list[int],
+    seed: int,
+) -> tuple[PeftModel, MergedCopy | None]:
+    """The model with the adapter that RL starts from, and the copy that rollouts are sampled from, if any."""
+    from transformers import GenerationConfig
+
+    vllm_rollouts.prepare(rl.rollouts, model.name)
+    base = load_base(model, fsdp.load_device(rl.launch))
+    # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
+    base.generation_config = GenerationConfig(eos_token_id=stop_ids)
+    vllm_rollouts.name_revision(base, rl.rollouts, model)
+    copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
+    peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
+    fsdp.shard_base(peft_model, rl.launch)
+    return peft_model, copy
 
 
 def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
@@ -204,30 +205,35 @@ def _arguments(
     )
 
 
-def _trainer(
-    renderer: Renderer,
-    pool: RlPrompts,
+def build_trainer(
     rl: RlSection,
-    functions: list[Callable[..., Any]],
+    prompts: RlPrompts,
+    sampler: RolloutSampler,
+    rewards: list[Callable[..., Any]],
     arguments: GRPOConfig,
-    writer: RolloutSampler,
-) -> Any:
+) -> GrpoTrainer:
+    """A GrpoTrainer whose base model takes packed rows."""
+    # TRL loads vLLM with its GRPOTrainer, if it is installed: seconds, for those who sample without it.
     with libraries.hidden(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
-        from trl import GRPOTrainer
+        from stages.lora.grpo.trainer import GrpoTrainer
 
-    class Trainer(
-        Healthy, DividedRollouts, ExactRollouts, LoraPlus, WarmUp,
-        Replay, Resampling, Ratios, Silent, SharedPrompts, Written, GRPOTrainer,
-    ):  # fmt: skip
-        ratio = rl.loraplus_lr_ratio
-
-    trainer = Trainer(
-        model=writer.adapted,
-        reward_funcs=functions,
-        args=arguments,
-        train_dataset=pool.rows,
-        processing_class=renderer.tokenizer,
+    knobs = (
+        f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
+        f"or rl.max_completion_length from {rl.max_completion_length}"
     )
-    trainer.pool, trainer.writer = pool, writer
-    trainer.replayed, trainer.attempts = rl.replayed, rl.dynamic_sampling
+    trainer = GrpoTrainer(
+        model=sampler.adapted,
+        reward_funcs=rewards,
+        args=arguments,
+        train_dataset=prompts.rows,
+        processing_class=sampler.tokenizer,
+        run_info=RunInfo(row_ids(lambda: prompts.ids, "prompt_ids", "prompt_mask"), knobs),
+        loraplus_lr_ratio=rl.loraplus_lr_ratio,
+        prompts=prompts,
+        sampler=sampler,
+        replayed=rl.replayed,
+        attempts=rl.dynamic_sampling,
+        prefix_sharing=rl.prefix_sharing == "auto" and trl.may_share(sampler.adapted),
+    )
+    trl.accept_packed(sampler.adapted.get_base_model())
     return trainer

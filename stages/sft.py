@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.errors import DataError
 from stages.lora.adapter import fsdp
-from stages.lora.adapter.fsdp import Divided
 from stages.lora.training import dry_run, loop
-from stages.lora.training.health import Healthy, ProgressCallback, RunInfo, row_ids
-from stages.lora.training.optimizers import LoraPlus, WarmUp
-from stages.lora.training.resume import ExactResume
+from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.support import has_active_dropout
-from stages.packing.trl import PaddingFree, accept_packed
-from stages.prompts.renderer import Renderer
+from stages.packing.trl import accept_packed
+from stages.prompts.renderer import Renderer, Row
 from stages.records import Example, Labelled, decided, of_system, read_labels
 from stages.runtime import distributed
 
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from stages.pipeline.context import StageContext
+    from stages.progress import Progress
     from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
@@ -44,7 +42,7 @@ PINNED: dict[str, Any] = {
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -55,57 +53,49 @@ def run(
 ) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
     from datasets import Dataset
-    from trl import SFTTrainer
 
-    class Trainer(Healthy, Divided, ExactResume, LoraPlus, WarmUp, PaddingFree, SFTTrainer):
-        ratio = sft.loraplus_lr_ratio
+    from stages.lora.training.sft_trainer import SftTrainer
 
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            super()._load_rng_state(checkpoint)
-            if checkpoint is not None:
-                # No checkpoint holds this count, but the log does.
-                self._total_train_tokens = self.state.log_history[-1]["num_tokens"]
-
-    labels = read_labels(job.labels)
+    labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
-    examples = _examples(labels, sft, seed)
-    rows, long = renderer.rows(examples, data)
-    if endless := renderer.never_stop(rows):
-        of = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
-        job.progress.say(f"warning: {of}: the model may not learn to stop")
-    if (
-        spare := -len(rows) % (sft.per_device_train_batch_size * distributed.size())
-        if distributed.size() > 1
-        else 0
-    ):
-        job.progress.say(
-            f"{distributed.size()} processes share {len(rows)} rows: {spare} count twice in each epoch"
-        )
-    start = loop.InitialAdapter.of("sft", job.adapter("rl", "score"), job.masks)
+    rows, too_long = renderer.rows(_examples(labels, sft, seed), data)
+    _warn(rows, renderer, sft, context.progress)
+    start = loop.InitialAdapter.of("sft", context.adapter("rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = load_base(model, fsdp.load_device(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
     fsdp.shard_base(peft_model, sft.launch)
-    trainer = Trainer(
-        model=peft_model,
-        args=_arguments(sft, steps, seed, job.checkpoints),
-        train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
-        processing_class=renderer.tokenizer,
-    )
-    trainer.unpadded, trainer.shares = sft.padding_free == "auto", not has_active_dropout(peft_model)
-    accept_packed(base)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = (
         f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
         "or set sft.gradient_checkpointing"
     )
-    trainer.vitals = RunInfo(names, knobs)
-    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
-    trainer.add_callback(
-        ProgressCallback(job.progress, f"sft on {len(rows)} rows", steps, ("loss", "learning_rate"))
+    trainer = SftTrainer(
+        model=peft_model,
+        args=_arguments(sft, steps, seed, context.checkpoints),
+        train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
+        processing_class=renderer.tokenizer,
+        run_info=RunInfo(names, knobs),
+        loraplus_lr_ratio=sft.loraplus_lr_ratio,
+        packed=sft.padding_free == "auto",
+        share_prefix=not has_active_dropout(peft_model),
     )
-    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
-    return {"rows": len(rows), "too_long": long, "prompt": renderer.digest(), **summary}
+    accept_packed(base)
+    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
+    title = f"sft on {len(rows)} rows"
+    trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
+    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
+    return {"rows": len(rows), "too_long": too_long, "prompt": renderer.digest(), **summary}
+
+
+def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:
+    """Say what of the rows will surprise: no stop token at the end, rows that count twice."""
+    if endless := renderer.never_stop(rows):
+        count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
+        progress.say(f"warning: {count}: the model may not learn to stop")
+    processes = distributed.size()
+    if repeated := -len(rows) % (sft.per_device_train_batch_size * processes) if processes > 1 else 0:
+        progress.say(f"{processes} processes share {len(rows)} rows: {repeated} count twice in each epoch")
 
 
 def _at_once(row: Labelled) -> Labelled:

@@ -232,7 +232,7 @@ def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl
     from stages.lora.training import loop
 
     def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
-        start.put_back(model)
+        start.restore(model)
         loop.pack(model, start.active)
         raise Built(trainer, model, start)
 

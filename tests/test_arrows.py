@@ -70,7 +70,7 @@ def test_arrows_point_down(path: Path):
         "if TYPE_CHECKING:\n    from stages.pipeline.steps import Step",
         "named('stages.lora.importance.strategies', 'strategies')",
         "import_module(f'stages.evaluation.benchmarks.{name}')",
-        "from lorapar_cli import render",
+        "from lorapar_cli import terminal",
     ],
 )
 def test_an_arrow_up_is_seen(text: str):

@@ -38,7 +38,7 @@ def test_key_is_stable_and_order_free():
 def test_committed_artifact_is_whole(store):
     path = build(store)
     artifact = store.load(path)
-    assert artifact.damage() is None
+    assert artifact.integrity_error() is None
     assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
     assert not store.partial("score", path.name).exists()
 
@@ -60,13 +60,13 @@ def test_a_flipped_bit_is_seen(store, offset):
     data = bytearray((path / "sub/file.bin").read_bytes())
     data[offset] ^= 1
     (path / "sub/file.bin").write_bytes(data)
-    assert "sha256 of" in store.load(path).damage()
+    assert "sha256 of" in store.load(path).integrity_error()
 
 
 def test_a_missing_file_is_seen(store):
     path = build(store)
     (path / "sub/file.bin").unlink()
-    assert store.load(path).damage().endswith("is missing")
+    assert store.load(path).integrity_error().endswith("is missing")
 
 
 def test_foreign_artifacts_are_refused(store):
@@ -219,13 +219,13 @@ def test_an_artifact_without_a_seal_is_not_believed(store):
 def test_a_link_that_nobody_listed_is_seen(store):
     path = build(store)
     (path / "more").symlink_to(path / "sub")
-    assert store.load(path).damage() == f"{path / 'more'} is not in its manifest"
+    assert store.load(path).integrity_error() == f"{path / 'more'} is not in its manifest"
 
 
 def test_a_file_that_nobody_listed_is_seen(store):
     path = build(store)
     (path / "sub/more.txt").write_text("x")
-    assert store.load(path).damage() == f"{path / 'sub/more.txt'} is not in its manifest"
+    assert store.load(path).integrity_error() == f"{path / 'sub/more.txt'} is not in its manifest"
 
 
 def test_files_are_readable_as_the_umask_allows(store):

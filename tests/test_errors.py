@@ -53,7 +53,7 @@ def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace():
     assert (found.exit_code, str(found)) == (70, "this is a defect of lorapar: KeyError: 'key'")
     trace = Path(re.search(r"report it with (\S+\.txt)", found.hint)[1])
     written = trace.read_text(encoding="utf-8")
-    assert "KeyError: 'key'" in written and "test_edge" in written
+    assert "KeyError: 'key'" in written and "test_errors" in written
     trace.unlink()
 
 

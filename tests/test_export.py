@@ -47,7 +47,7 @@ def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     text = (tmp_path / "a/README.md").read_text()
     assert (
         f"`{artifact.manifest['key']}`" in text
-        and "| lr | 0.1 |" in text
+        and "| learning_rate | 0.1 |" in text
         and f'from_pretrained("{config.model.name}")' in text
         and "base_model" not in text  # the model is a folder, and the hub takes only its own names
     )

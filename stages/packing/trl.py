@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 import types
-from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,7 @@ def may_share(model: PeftModel) -> bool:
     return not apart
 
 
-def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The real tokens of each row; both (rows, tokens)."""
     return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
 
@@ -86,91 +85,30 @@ def prefix_groups(prompts: list[list[int]], completions: list[list[int]]) -> lis
     ]
 
 
-class SharedPrompts:
-    """Mixin for GRPOTrainer, to stand before it among the base classes: each prompt is computed once.
+def completion_logprobs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int, temperature: float
+) -> tuple[Tensor, Tensor, int]:
+    """Log-probabilities and entropies of completions, each prompt computed once, and the tokens computed.
 
-    Set `sharing` before `train`, and let the model `accept` rows. Micro batches then hold whole groups, those
-    with completions of about equal length together.
+    input_ids, attention_mask: (rows, prompt + completion_length), prompts padded on the left and completions
+    on the right, as TRL has them. The model must `accept_packed` rows. Returns (rows, completion_length)
+    twice, zero behind the end of a completion.
     """
+    prompt_ids, completion_ids = input_ids[:, :-completion_length], input_ids[:, -completion_length:]
+    is_completion = attention_mask[:, -completion_length:].bool()
+    prompts = token_lists(prompt_ids, attention_mask[:, :-completion_length])
+    completions = token_lists(completion_ids, is_completion)
+    batch = PackedBatch.of(prefix_groups(prompts, completions), input_ids.device)
+    output = model(packed=batch, temperature=temperature)
+    positions = batch.target_positions()
 
-    sharing: bool
-    accelerator: Any
-    args: Any
-    model: Any
-    num_iterations: int
-    temperature: float
-    _buffered_inputs: Any
-    _metrics: Any
-    _step: int
+    def rectangle(values: Tensor) -> Tensor:  # (1, packed tokens) → (rows, completion_length)
+        return values.new_zeros(is_completion.shape).masked_scatter(is_completion, values[0, positions])
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """As TRL's, but that one shuffles completions over the micro batches.
-
-        Here groups stand by length, but for bnpo, whose loss depends on what is in a micro batch together.
-        """
-        if not self.sharing or not self.model.training or self.args.loss_type == "bnpo":
-            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
-        from trl.trainer.utils import split_tensor_dict
-
-        slices = self.args.steps_per_generation
-        if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
-            made = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
-            self._buffered_inputs = split_tensor_dict(_by_length(made, self.args.num_generations), slices)
-        return self._buffered_inputs[self._step % slices]
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **more: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probabilities and entropies of completions, (rows, logits_to_keep), and no auxiliary loss.
-
-        Both are zero behind the end of a completion. Passes that only compare, of the reference and of the
-        policy that sampled, drop nothing out: else equal models would differ.
-        """
-        rows = input_ids.split(batch_size or len(input_ids))
-        masks = attention_mask.split(batch_size or len(input_ids))
-        with nullcontext() if torch.is_grad_enabled() else support.eval_mode(self.model):
-            if not self.sharing or compute_aux_loss or not self._fits(model, rows[0][:1], masks[0][:1]):
-                return super()._get_per_token_logps_and_entropies(  # type: ignore[misc, no-any-return]
-                    model,
-                    input_ids,
-                    attention_mask,
-                    logits_to_keep,
-                    batch_size,
-                    compute_entropy,
-                    compute_aux_loss,
-                    **more,
-                )
-            made = [self._of_rows(model, *part, logits_to_keep) for part in zip(rows, masks, strict=True)]
-        log_probs, entropies = (torch.cat(parts) for parts in zip(*made, strict=True))
-        return log_probs, entropies if compute_entropy else None, None
-
-    def _fits(self, model: Any, ids: Tensor, mask: Tensor) -> bool:
-        return support.supports_packing(self.accelerator.unwrap_model(model), _lists(ids, mask)[0])
-
-    def _of_rows(self, model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        real = mask[:, -keep:].bool()
-        prompts, completions = _lists(ids[:, :-keep], mask[:, :-keep]), _lists(ids[:, -keep:], real)
-        row = PackedBatch.of(prefix_groups(prompts, completions), ids.device)
-        found = model(packed=row, temperature=self.temperature)
-        at = row.target_positions()
-        if torch.is_grad_enabled():
-            self._metrics["train"]["tokens_saved"].append(1 - row.input_ids.numel() / ids.numel())
-
-        def rectangle(values: Tensor) -> Tensor:
-            return values.new_zeros(real.shape).masked_scatter(real, values[0, at])
-
-        return rectangle(found.log_probs), rectangle(found.entropy)
+    return rectangle(output.log_probs), rectangle(output.entropy), batch.input_ids.numel()
 
 
-def _by_length(batch: dict[str, Any], group: int) -> dict[str, Any]:
+def by_length(batch: dict[str, Any], group: int) -> dict[str, Any]:
     """The rows of a generation batch, with its groups in the order of their longest completion."""
     lengths = batch["completion_mask"].sum(1)
     size = math.gcd(len(lengths), group)  # a process may hold parts of groups
@@ -183,30 +121,16 @@ def _by_length(batch: dict[str, Any], group: int) -> dict[str, Any]:
     }
 
 
-class PaddingFree:
-    """Mixin for SFTTrainer, to stand before it among the base classes: rows without padding.
+def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
+    """The arguments of a forward pass over a padded batch of SFTTrainer, as one packed row.
 
-    Set `unpadded` and `shares` before `train`, and let the model `accept` rows. With `shares` the beginning
-    that all rows of a micro batch have in common is computed once; dropout needs one for each. A row has no
-    router's loss: a mixture of experts is padded.
+    With `share_prefix` the beginning that all rows have in common is computed once; dropout needs one for
+    each.
     """
-
-    unpadded: bool
-    shares: bool
-    accelerator: Any
-    aux_loss_enabled: bool
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **given: Any) -> Any:
-        if self.unpadded and not self.aux_loss_enabled:
-            rows = _lists(inputs["input_ids"], inputs["attention_mask"])
-            if support.supports_packing(self.accelerator.unwrap_model(model), rows[0]):
-                labels = _lists(inputs["labels"], inputs["attention_mask"])
-                row = PackedBatch.of([suffix_only(rows, labels, self.shares)], inputs["input_ids"].device)
-                inputs = {
-                    "packed": row,
-                    "attention_mask": inputs["attention_mask"],
-                }  # TRL counts tokens by it
-        return super().compute_loss(model, inputs, *args, **given)  # type: ignore[misc]
+    mask = inputs["attention_mask"]
+    rows, labels = token_lists(inputs["input_ids"], mask), token_lists(inputs["labels"], mask)
+    batch = PackedBatch.of([suffix_only(rows, labels, share_prefix)], mask.device)
+    return {"packed": batch, "attention_mask": mask}  # TRL counts tokens by the mask
 
 
 def suffix_only(rows: list[list[int]], labels: list[list[int]], shares: bool) -> PrefixGroup:

@@ -99,7 +99,7 @@ class Store:
         return Artifact(path, manifest)
 
     def integrity_error(self, artifact: Artifact) -> str | None:
-        """`artifact.damage()`, computed once per store, because several steps share an input."""
+        """`artifact.integrity_error()`, computed once per store, because several steps share an input."""
         which = (artifact.path, artifact.digest)
         if which not in self._damage:
             self._damage[which] = artifact.integrity_error()

@@ -256,7 +256,7 @@ def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, m
         usual(memory, aimed, at)
         assert {len(x) for x in (*memory.keys, *memory.values)} == {memory.rows}
 
-    monkeypatch.setattr(continuous_batching.KVCache, "aim", aim)
+    monkeypatch.setattr(continuous_batching.KVCache, "set_positions", aim)
     sampling = Sampling(20, tuple(range(100, 130)))
     wanted = by_library(model, tokenizer, prompts, sampling)
     lengths = [len(answer.ids) for answer in wanted]

@@ -55,7 +55,7 @@ def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fit
     words = ("A", "B", "C", "D")
     found = dict(engine.choose([ChoiceRequest(ids, words) for ids in prompts]))
     for i, ids in enumerate(prompts):
-        assert found[i].shares == pytest.approx(expected(engine, ids, words), abs=1e-5)
+        assert found[i].probabilities == pytest.approx(expected(engine, ids, words), abs=1e-5)
         assert 0 < found[i].mass < 1
 
 
@@ -112,7 +112,7 @@ def test_a_thought_comes_before_the_choice(engine):
     thought = engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
     after = ids + engine.tokenizer(f"{thought}\n</think>\n\n", add_special_tokens=False)["input_ids"]
     plain, with_thought, again, written = (
-        choice.shares
+        choice.probabilities
         for _, choice in sorted(
             engine.choose(
                 [
@@ -139,7 +139,7 @@ def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):
     found = dict(
         engine.choose([ChoiceRequest([40] * (longest + 1), ("A", "B")), ChoiceRequest([40, 9], ("A", "B"))])
     )
-    assert found[0].reason == "too_long" and len(found[1].shares) == 2
+    assert found[0].reason == "too_long" and len(found[1].probabilities) == 2
 
 
 def sixteen_bits(tiny, **config):

@@ -46,13 +46,15 @@ def test_chat_and_completion():
     with serve(Mock()) as mock:
         found = ask(mock, CHAT, TEXT, CHAT)
     two, other = probability(CHAT.text[0]["content"]), probability("q")
-    assert {i: choice.shares[1] for i, choice in found.items()} == pytest.approx({0: two, 1: other, 2: two})
+    assert {i: choice.probabilities[1] for i, choice in found.items()} == pytest.approx(
+        {0: two, 1: other, 2: two}
+    )
 
 
 @pytest.mark.parametrize("ballot", [CHAT, TEXT])
 def test_the_mass_on_the_words(ballot):
     with serve(Mock()) as mock:
-        found = ask(mock, ballot, replace(ballot, weigh=True))
+        found = ask(mock, ballot, replace(ballot, measure_mass=True))
     assert found[0].mass == -1 and found[1].mass == pytest.approx(0.004)
 
 
@@ -79,7 +81,7 @@ def test_top_k_is_always_said(top_k, asked):
 def test_a_server_that_cannot_constrain_is_read():
     with serve(Mock(constrains=False)) as mock:
         (choice,) = ask(mock, CHAT).values()
-    assert choice.shares == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
+    assert choice.probabilities == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
     assert choice.text.startswith("**System")
 
 
@@ -88,7 +90,7 @@ def test_a_server_that_refuses_to_constrain_is_read(code):
     with serve(
         Mock(lambda n, p, b: ("status", (code, {}, "unknown")) if "structured_outputs" in b else None, False)
     ) as mock:
-        assert ask(mock, CHAT)[0].shares in ((0.0, 1.0), (1.0, 0.0))
+        assert ask(mock, CHAT)[0].probabilities in ((0.0, 1.0), (1.0, 0.0))
 
 
 @pytest.mark.parametrize("busy", [("status", (429, {}, "busy")), ("status", (503, {}, "starting"))])
@@ -99,7 +101,7 @@ def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constra
         found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
     two = probability(CHAT.text[0]["content"])
-    assert [found[i].shares[1] for i in (1, 2)] == pytest.approx([two, two])
+    assert [found[i].probabilities[1] for i in (1, 2)] == pytest.approx([two, two])
 
 
 def test_a_server_that_wants_other_words_is_asked_in_these():
@@ -143,7 +145,7 @@ def test_a_thought_is_not_the_answer():
     with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
         ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
         (choice,) = ask(mock, ballot).values()
-    assert choice.shares == (0.0, 1.0)
+    assert choice.probabilities == (0.0, 1.0)
 
 
 WORDS = ("System1", "System2")
@@ -210,7 +212,7 @@ def test_odd_alternatives_are_asked_for_again_and_teach_nothing(odd):
 
     with serve(Mock(script)) as mock:
         found = ask(mock, *[TEXT] * 4, server=QUICK.model_copy(update={"concurrency": 1}))
-    assert [choice.shares[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
+    assert [choice.probabilities[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
     assert [body["max_tokens"] for body in bodies[1:]] == [1] * 5
 
 
@@ -219,7 +221,7 @@ def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked()
     faults = iter([("body", {"choices": [{"message": {"content": "zebra"}, "logprobs": None}]})])
     with serve(Mock(lambda n, p, b: next(faults, None))) as mock:
         (choice,) = ask(mock, CHAT).values()
-    assert choice.shares[1] == pytest.approx(probability(CHAT.text[0]["content"]))
+    assert choice.probabilities[1] == pytest.approx(probability(CHAT.text[0]["content"]))
 
 
 def test_failures_of_a_while_are_tried_again():
@@ -309,7 +311,7 @@ def test_another_model_than_asked_for():
 def test_retry_after_is_waited_for(no_waiting):
     faults = iter([("status", (429, {"Retry-After": "0.5"}, "slow"))])
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
-        assert ask(mock, TEXT)[0].shares
+        assert ask(mock, TEXT)[0].probabilities
     assert no_waiting[1] == pytest.approx(0.5, abs=0.1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT, labels_of, make_steps
-from test_importance import adapted, rows
+from test_scorers import adapted, rows
 
 from stages.config import LoraSection
 from stages.lora.adapter import adapter

@@ -15,17 +15,10 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from stages.lora.adapter.fsdp import Divided, DividedRollouts
 from stages.lora.adapter.sparse_linear import SparseLinear
-from stages.lora.grpo.dynamic_sampling import Resampling
-from stages.lora.grpo.ratios import Ratios
-from stages.lora.grpo.replay import Replay
-from stages.lora.grpo.sampler import Written
-from stages.lora.grpo.zero_advantage import Silent
-from stages.lora.training.health import Healthy
-from stages.lora.training.optimizers import LoraPlus, WarmUp
-from stages.lora.training.resume import ExactResume, ExactRollouts
-from stages.packing.trl import PaddingFree, SharedPrompts
+from stages.lora.grpo.trainer import GrpoTrainer
+from stages.lora.training.sft_trainer import SftTrainer
+from stages.lora.training.trainer import ExactTrainer
 
 TRAINER = {
     "_save_checkpoint": "model trial",
@@ -75,11 +68,8 @@ ATTRIBUTES = {
     ],  # fmt: skip
     PreTrainedModel: ["hf_quantizer", "is_quantized", "_no_split_modules"],
 }
-OWN = {
-    "_unsound", "_fits", "_of_rows", "_log_by_system",
-    "_drawn_again", "_sampled", "_rewards", "_to_draw", "_spare", "_local", "_packed",
-}  # fmt: skip
-"""Private methods of the mixins that override nothing."""
+OWN = {"_non_finite", "_complete", "_logprobs", "_supports_packing"}
+"""Private methods that override nothing."""
 
 
 def source(owner: type) -> str:
@@ -121,25 +111,16 @@ def test_trl_s_sampler_keeps_what_it_is_given():
 
 def test_no_private_override_is_missing_here():
     known = set().union(*METHODS.values()) | OWN
-    for mixin in (
-        Healthy,
-        Divided,
-        DividedRollouts,
-        ExactResume,
-        ExactRollouts,
-        LoraPlus,
-        WarmUp,
-        Silent,
-        SharedPrompts,
-        Replay,
-        Resampling,
-        Ratios,
-        Written,
-        PaddingFree,
-        SparseLinear,
-    ):
-        methods = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
-        assert not {name for name in methods - known if re.match("_[a-z]", name)}, mixin.__name__
+    for owner in (ExactTrainer, SftTrainer, GrpoTrainer, SparseLinear):
+        methods = {name for name, value in vars(owner).items() if inspect.isfunction(value)}
+        assert not {name for name in methods - known if re.match("_[a-z]", name)}, owner.__name__
+
+
+def test_each_method_of_the_library_is_overridden_once():
+    for trainer in (SftTrainer, GrpoTrainer):
+        assert (
+            not set(vars(trainer)) & set(vars(ExactTrainer)) & {*METHODS[SFTTrainer], *METHODS[GRPOTrainer]}
+        )
 
 
 def test_bitsandbytes_repacks_where_it_is_told_not_to():

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
-from stages.lora.grpo.ratios import BEYOND, RAW, Ratios
+from stages.lora.grpo.ratios import BEYOND, RAW, raw_ratio_metrics
+from stages.lora.grpo.trainer import GrpoTrainer
 
 MADE = {
     "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
@@ -17,39 +19,34 @@ MADE = {
 }
 
 
-class Sampler:
-    def _generate_and_score_completions(self, inputs):
-        return inputs
-
-
-class Trainer(Ratios, Sampler):
-    def __init__(self, mode, training=True):
-        self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max = mode, 3.0
-        self.model, self.accelerator = SimpleNamespace(training=training), SimpleNamespace(gather=lambda x: x)
-        self._metrics = {"train": defaultdict(list)}
+@pytest.mark.parametrize(
+    ("of_tokens", "ratios"),
+    [(False, [math.exp(2), 1]), (True, [1, math.exp(2), 1, 1, 1])],
+)
+def test_raw_ratios_are_logged(of_tokens, ratios):
+    logged = dict(raw_ratio_metrics(MADE, of_tokens, 3.0, lambda value: value))
+    assert logged[f"{RAW}/mean"] == pytest.approx(sum(ratios) / len(ratios))
+    assert logged[f"{RAW}/max"] == pytest.approx(math.exp(2))
+    assert logged[BEYOND] == pytest.approx(1 / len(ratios))
 
 
 @pytest.mark.parametrize(
-    ("mode", "ratios"),
-    [
-        ("sequence_mask", [math.exp(2), 1]),
-        ("sequence_truncate", [math.exp(2), 1]),
-        ("token_mask", [1, math.exp(2), 1, 1, 1]),
-    ],
+    ("mode", "mean"), [("sequence_mask", (math.exp(2) + 1) / 2), ("token_mask", (math.exp(2) + 4) / 5)]
 )
-def test_raw_ratios_are_logged(mode, ratios):
-    trainer = Trainer(mode)
-    assert trainer._generate_and_score_completions(MADE) is MADE
-    found = {name: values for name, values in trainer._metrics["train"].items()}
-    assert found[f"{RAW}/mean"] == [pytest.approx(sum(ratios) / len(ratios))]
-    assert found[f"{RAW}/max"] == [pytest.approx(math.exp(2))]
-    assert found[BEYOND] == [pytest.approx(1 / len(ratios))]
-
-
-@pytest.mark.parametrize(
-    ("made", "training"), [({**MADE}, False), ({"completion_mask": MADE["completion_mask"]}, True)]
-)
-def test_nothing_is_logged_in_an_evaluation_or_without_a_correction(made, training):
-    trainer = Trainer("sequence_mask", training)
-    trainer._generate_and_score_completions(made)
-    assert not trainer._metrics["train"]
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_step_of_training_with_a_correction_logs_them(monkeypatch, mode, mean, training, corrected):
+    batch = MADE if corrected else {"completion_mask": MADE["completion_mask"]}
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: batch)
+    trainer = object.__new__(GrpoTrainer)
+    trainer.args, trainer.model = SimpleNamespace(use_vllm=True), SimpleNamespace(training=training)
+    trainer.accelerator = SimpleNamespace(gather=lambda value: value)
+    trainer.attempts, trainer._equal = 0, torch.tensor([True, False])
+    trainer.vllm_importance_sampling_mode, trainer.vllm_importance_sampling_clip_max = mode, 3.0
+    trainer._metrics = {"train": defaultdict(list, frac_reward_zero_std=[0.0])}
+    assert trainer._generate_and_score_completions([]) is batch
+    logged = trainer._metrics["train"]
+    assert logged["frac_reward_zero_std"] == ([0.5] if training else [0.0])
+    assert (f"{RAW}/mean" in logged) is (training and corrected)
+    if training and corrected:
+        assert logged[f"{RAW}/mean"] == [pytest.approx(mean)]

@@ -126,7 +126,7 @@ def test_without_a_share_no_step_has_system_1(with_reward, watched):
 
 def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
     trainer, *_ = trainer_of(with_reward("odd", "rl.system1_share=0.5", "rl.kl_probe_prompts=7"), monkeypatch)
-    pool = trainer.pool
+    pool = trainer.prompts
     trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
     assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
     assert len(pool.rows) == pool.slow + pool.replayed == len(trained)

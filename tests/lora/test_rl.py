@@ -70,7 +70,7 @@ def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
     ("how", "told"),
     [
         (["rl.importance_sampling_level=sequence"], "dapo would weigh a completion by its length"),
-        (["rl.loss_type=cispo"], "loss cispo clips the ratio itself, at epsilon_high; set it"),
+        (["rl.loss_type=cispo"], "loss_type cispo clips the ratio itself, at epsilon_high; set it"),
         (["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
         (["rl.top_k=20", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
     ],

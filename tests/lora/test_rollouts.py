@@ -12,16 +12,18 @@ import pytest
 import torch
 from conftest import ROOT, make_step, make_steps
 from torch import Tensor
+from trl import GRPOTrainer
 from trl.generation import vllm_generation
 
 from stages.config import ModelSection
 from stages.config.rl import RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
-from stages.lora.adapter import adapter, merge
+from stages.lora.adapter import adapter, merge, sparse_linear
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.ratios import BEYOND, RAW
-from stages.lora.grpo.sampler import Written
+from stages.lora.grpo.trainer import GrpoTrainer
 from stages.models.base import load_base
+from stages.packing import support
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
 MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
@@ -170,20 +172,19 @@ def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
     """All at once, the keys and values of 256 completions of a 7B model are 48 GiB."""
     seen = []
 
-    class Theirs:
-        def _generate_single_turn(self, prompts, images):
-            seen.append(len(prompts))
-            return [[ids[0], 7] for ids in prompts], None
+    def theirs(self, prompts, images):
+        seen.append(len(prompts))
+        return [[ids[0], 7] for ids in prompts], None
 
-    class Trainer(Written, Theirs):
-        args = SimpleNamespace(use_vllm=vllm)
-        writer = SimpleNamespace(copy=None, adapted=None)
-
-    monkeypatch.setattr("stages.lora.grpo.sampler.sparse_linear.frozen_weights", lambda _: nullcontext())
-    monkeypatch.setattr("stages.lora.grpo.sampler.eval_mode", lambda _: nullcontext())
-    made, logprobs = Trainer()._generate_single_turn([[n] for n in range(130)], None)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", theirs)
+    monkeypatch.setattr(sparse_linear, "frozen_weights", lambda _: nullcontext())
+    monkeypatch.setattr(support, "eval_mode", lambda _: nullcontext())
+    trainer = object.__new__(GrpoTrainer)
+    trainer.args = SimpleNamespace(use_vllm=vllm)
+    trainer.sampler = SimpleNamespace(copy=None, adapted=None)
+    made, logprobs = trainer._generate_single_turn([[n] for n in range(130)], None)
     assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
-    assert Trainer()._generate_single_turn([], None) == ([], None)  # a process with nothing to draw again
+    assert trainer._generate_single_turn([], None) == ([], None)  # a process with nothing to draw again
 
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):

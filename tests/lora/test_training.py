@@ -16,9 +16,10 @@ from stages.config import Config, LaunchSection, ModelSection, PromptSection, Sf
 from stages.errors import ConfigError, DataError
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import Masks
-from stages.lora.training import loop
-from stages.lora.training.optimizers import LoraPlus, WarmUp
-from stages.lora.training.resume import ExactResume, UseConfiguredSaveSteps
+from stages.lora.training import loop, optimizers, resume
+from stages.lora.training.health import RunInfo
+from stages.lora.training.resume import UseConfiguredSaveSteps
+from stages.lora.training.trainer import ExactTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
@@ -58,18 +59,11 @@ def test_frozen_elements_stay_with_every_optimizer(begun, how):
 def test_lora_plus_gives_b_its_own_rate():
     model = nn.ModuleDict({"x": nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_B": nn.Linear(2, 2)})})
 
-    class Base:
-        def create_optimizer(self):
-            return torch.optim.AdamW([{"params": list(self.model.parameters()), "weight_decay": 0.5}], lr=0.1)
-
-    class Trainer(LoraPlus, Base):
-        ratio = 4.0
-
-    trainer = Trainer()
-    trainer.model = nn.ModuleDict({"y": model})
-    groups = trainer.create_optimizer().param_groups
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "weight_decay": 0.5}], lr=0.1)
+    optimizers.split_rates(optimizer, nn.ModuleDict({"y": model}), 4.0)
+    groups = optimizer.param_groups
     assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [(2, 0.1, 0.5), (2, 0.4, 0.5)]
-    b = {id(p) for n, p in trainer.model.named_parameters() if ".lora_B." in n}
+    b = {id(p) for n, p in model.named_parameters() if ".lora_B." in f".{n}"}
     assert {id(p) for p in groups[1]["params"]} == b
 
 
@@ -98,10 +92,11 @@ def test_lora_plus_moves_b_further(begun):
     ],
 )
 def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
-    class Trainer(WarmUp, transformers.Trainer): ...
+    class Trainer(ExactTrainer, transformers.Trainer): ...
 
     section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
-    trainer = Trainer(nn.Linear(2, 2), sft._arguments(section, 8, 0, Checkpoints(tmp_path, "")))
+    arguments = sft._arguments(section, 8, 0, Checkpoints(tmp_path, ""))
+    trainer = Trainer(model=nn.Linear(2, 2), args=arguments, run_info=RunInfo(lambda _: [], ""))
     groups = [{"params": [p], "lr": lr} for p, lr in zip(trainer.model.parameters(), (0.3, 1.2), strict=True)]
     optimizer = torch.optim.SGD(groups)
     made = trainer.create_scheduler(8, optimizer)
@@ -281,9 +276,9 @@ def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
 
     one, mine = trained([torch.ones(8192), torch.ones(5000)])
     step(one, mine, 0)
-    ExactResume._save_optimizer_and_scheduler(one, str(tmp_path))
+    resume.save_optimizer(one.optimizer, one.lr_scheduler, tmp_path)
     two, others = trained(mine)
-    ExactResume._load_optimizer_and_scheduler(two, str(tmp_path))
+    resume.load_optimizer(two.optimizer, two.lr_scheduler, tmp_path)
     for made, parameters in ((one, mine), (two, others)):
         step(made, parameters, 1)
     assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
@@ -323,6 +318,6 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     ):
         begun(
             "rl.dynamic_sampling=1",
-            "rl.rollouts={engine: vllm_colocate, sleep: true}",
+            "rl.rollouts={engine: vllm_colocate, enable_sleep_mode: true}",
             "rl.launch.backend=fsdp2",
         )

@@ -16,8 +16,8 @@ SCRIPT = """
 import logging, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from stages import team
-from stages.lora import watchdog
+from stages.runtime import distributed
+from stages.lora.training import watchdog
 logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
 watchdog.LEAST_S, watchdog.TICK_S, watchdog.SETTLE_S = 0.6, 0.05, 1.0
 dog = watchdog.Watchdog(Path(sys.argv[1]))
@@ -35,7 +35,7 @@ TOGETHER = """
 import torch, torch.distributed as dist
 import stages.lora.training.watchdog  # takes seconds: before they meet, so that they begin together
 dist.init_process_group("gloo")
-""" + SCRIPT + "dist.all_reduce(torch.ones(1)) if team.rank() != 1 else a_reward_that_hangs()"  # fmt: skip
+""" + SCRIPT + "dist.all_reduce(torch.ones(1)) if distributed.rank() != 1 else a_reward_that_hangs()"  # fmt: skip
 
 
 class Run:

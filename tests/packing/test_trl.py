@@ -9,15 +9,17 @@ from conftest import make_step, trainer_of
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from stages.lora.adapter import adapter
+from stages.lora.training.health import RunInfo
+from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import device
 from stages.packing import support, trl
 from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
-from stages.packing.trl import PaddingFree, SharedPrompts, accept_packed, prefix_groups, suffix_only
+from stages.packing.trl import accept_packed, prefix_groups, suffix_only
 from stages.prompts.renderer import IGNORED
 
 GROUP = 4
@@ -117,7 +119,7 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     found = {}
     for sharing in (True, False):
-        monkeypatch.setattr(trainer, "sharing", sharing)
+        monkeypatch.setattr(trainer, "prefix_sharing", sharing)
         inputs = batch()
         with torch.no_grad():
             if iterations == 2:
@@ -161,7 +163,7 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
             inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
     computed.clear()
     for sharing in (True, False):
-        monkeypatch.setattr(trainer, "sharing", sharing)
+        monkeypatch.setattr(trainer, "prefix_sharing", sharing)
         found[sharing] = trained(trainer, model, lambda: trainer._compute_loss(model, inputs))
     assert computed == [[LENGTHS[row] for row in range(8) if row not in silent]]
     (loss, slope, logged), (wanted, whole, metrics) = found[True], found[False]
@@ -182,7 +184,7 @@ def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, mon
         trl, "prefix_groups", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
     )
     monkeypatch.setattr(trainer, "beta", 0.0)
-    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "prefix_sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     inputs = batch()
     inputs["advantages"].zero_()
@@ -196,7 +198,7 @@ def test_entropy_is_that_of_the_completions_computed(grpo, monkeypatch, fits):
     """Also where each is computed with its prompt, because the model does not fit."""
     trainer, model = grpo
     monkeypatch.setattr(trainer, "beta", 0.0)
-    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "prefix_sharing", True)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     monkeypatch.setattr(support, "supports_packing", lambda *_: fits)
     inputs = batch()
@@ -215,7 +217,7 @@ def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo,
     inputs = batch()
     with torch.no_grad():
         for sharing, sizes in ((False, [None]), (True, [None, 1, 3, 8, 99])):
-            monkeypatch.setattr(trainer, "sharing", sharing)
+            monkeypatch.setattr(trainer, "prefix_sharing", sharing)
             for size in sizes:
                 found = log_probs(trainer, model, inputs, size)
                 if not sharing:
@@ -231,7 +233,7 @@ def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo,
 
 def test_log_probs_without_a_gradient_are_no_part_of_the_tokens_saved(grpo, monkeypatch):
     trainer, model = grpo
-    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "prefix_sharing", True)
     trainer._metrics["train"].clear()
     with torch.no_grad():
         log_probs(trainer, model, batch())
@@ -254,14 +256,14 @@ def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     made = {"completion_mask": mask, "row": torch.arange(12), "items": torch.tensor(48), "none": None}
-    found = trl._by_length(made, 4)
+    found = trl.by_length(made, 4)
     assert found["row"].tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
     assert found["completion_mask"].sum(1).tolist() == [lengths[i] for i in found["row"]]
     assert found["items"] == 48 and found["none"] is None
     part = {name: x[2:8] for name, x in made.items() if name in ("completion_mask", "row")}
-    assert trl._by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert trl.by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
     part["completion_mask"] = part["completion_mask"].flip(0)
-    assert trl._by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
+    assert trl.by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
 
 
 TWO_STEPS = [
@@ -324,16 +326,16 @@ def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, c
         trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.lora_dropout=0.05"), monkeypatch)
     said = [record.getMessage() for record in caplog.records if record.name == trl.log.name]
     assert said == ["with dropout each completion is computed with a prompt of its own; see rl.lora_dropout"]
-    assert not trainer.sharing
-    monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
+    assert not trainer.prefix_sharing
+    monkeypatch.setattr(trl, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model.train(), batch())[0].requires_grad
 
 
 def test_a_model_that_does_not_fit_is_trl_s(grpo, monkeypatch):
     trainer, model = grpo
-    monkeypatch.setattr(trainer, "sharing", True)
+    monkeypatch.setattr(trainer, "prefix_sharing", True)
     monkeypatch.setattr(support, "supports_packing", lambda *_: False)
-    monkeypatch.setattr(SharedPrompts, "_of_rows", lambda *_: pytest.fail("computed in a row"))
+    monkeypatch.setattr(trl, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model, batch())[0].requires_grad
 
 
@@ -375,7 +377,7 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     trainer, model = sft
     monkeypatch.setattr(trainer.args, "loss_type", loss)
     rows = ROWS.get(kind) or [trainer.train_dataset[i] for i in range(4)]
-    monkeypatch.setattr(trainer, "shares", shares)
+    monkeypatch.setattr(trainer, "share_prefix", shares)
     tokens, usual = [], support.packed_hidden_states
     monkeypatch.setattr(
         support, "packed_hidden_states", lambda *given: tokens.append(given[1].numel()) or usual(*given)
@@ -383,7 +385,7 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     for number in (None, torch.tensor(50)):
         found = {}
         for way in (True, False):
-            monkeypatch.setattr(trainer, "unpadded", way)
+            monkeypatch.setattr(trainer, "packed", way)
             assert support.supports_packing(model, [5, 6, 7])
             tokens.clear()
             found[way] = sft_step(trainer, model, rows, number)
@@ -404,7 +406,7 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
 def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
     """Of rows whose every second label is what the model expects."""
     trainer, model = sft
-    monkeypatch.setattr(trainer, "unpadded", True)
+    monkeypatch.setattr(trainer, "packed", True)
     (row,) = rows_of([(6, 8)], shared=0)
     ids = list(row["input_ids"])
     for i in range(6, 14, 2):
@@ -416,7 +418,7 @@ def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
 
 def test_sft_with_dropout_shares_no_beginning(begun, monkeypatch):
     trainer, _, _ = trainer_of(begun("sft.lora_dropout=0.1"), monkeypatch, "sft")
-    assert trainer.unpadded and not trainer.shares
+    assert trainer.packed and not trainer.share_prefix
 
 
 def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
@@ -430,14 +432,13 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
     }
     model = MixtralForCausalLM(MixtralConfig(**shape, **experts, router_aux_loss_coef=0.1))
 
-    class Trainer(PaddingFree, SFTTrainer):
-        unpadded, shares = True, True
-
-    trainer = Trainer(
+    trainer = SftTrainer(
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None),
         train_dataset=Dataset.from_list(ROWS["a shared beginning"]),
         processing_class=AutoTokenizer.from_pretrained(tiny),
+        run_info=RunInfo(lambda _: [], ""),
+        share_prefix=True,
     )
     accept_packed(model)
     model.train()
@@ -476,14 +477,14 @@ def test_the_model_s_own_call_is_untouched(sft):
 
 
 @pytest.mark.parametrize(("loss", "sorts"), [("dapo", True), ("bnpo", False)])
-def test_groups_go_by_length_unless_the_loss_depends_on_what_is_together(own, monkeypatch, loss, sorts):
+def test_groups_goby_length_unless_the_loss_depends_on_what_is_together(own, monkeypatch, loss, sorts):
     """BNPO divides by the tokens of a micro batch: those of short completions would weigh more.
 
     Also if each group were a micro batch: TRL's own shuffling mixes them.
     """
     seen, mixed = [], []
-    usual, shuffle = trl._by_length, grpo_trainer.shuffle_sequence_dict
-    monkeypatch.setattr(trl, "_by_length", lambda *given: seen.append(1) or usual(*given))
+    usual, shuffle = trl.by_length, grpo_trainer.shuffle_sequence_dict
+    monkeypatch.setattr(trl, "by_length", lambda *given: seen.append(1) or usual(*given))
     monkeypatch.setattr(
         grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
     )

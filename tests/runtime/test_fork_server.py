@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_guard import alive
+from test_process_guard import alive
 
 from lorapar_cli.stage_starter import MODULES
 from stages.runtime import fork_server, process_guard

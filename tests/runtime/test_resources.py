@@ -94,8 +94,8 @@ def test_waiting_threads_sleep_soon_unless_a_person_has_said_how(theirs, spins):
         pytest.skip("this torch brings no libgomp")
     script = f"""
 import ctypes, os
-from stages import footprint
-footprint.let_waiting_threads_sleep()
+from stages.runtime import resources
+resources.let_waiting_threads_sleep()
 ctypes.CDLL({str(library)!r})
 """
     clean = {k: v for k, v in os.environ.items() if k not in (*resources._OPENMP, "OMP_WAIT_POLICY")}

@@ -7,7 +7,7 @@ weights, checkpoints and the proof are what they are in one process; gradients a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,7 @@ def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
     for module in (*layers, stack):  # the stack itself has none, but as the root it gathers layers ahead
         fully_shard(module, mesh=mesh, ignored_params=rest)
     adapted.to(device())
-    adapted._is_accelerate_prepared = True  # DDP refuses such weights; `Divided` adds the gradients up
+    adapted._is_accelerate_prepared = True  # DDP refuses such weights; `average_gradients` stands in
     with torch.no_grad():
         base(input_ids=torch.tensor([[0, 1]], device=device()))  # torch sets itself up in the first pass
 
@@ -115,34 +115,20 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             layers[0].reset_iter_state()  # torch would look for these passes in the next backward one
 
 
-class Divided:
-    """Mixin, to stand before a Trainer among the base classes, for models that may be divided."""
+def average_gradients(model: Any) -> None:
+    """Replace every gradient by its mean over all processes, if the base is divided.
 
-    model: Any
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip the mean of all processes' gradients, which DDP would have taken in the backward pass."""
-        if _divided(self.model):
-            trained = list(adapter.trained_parameters(self.model).values())
-            parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-            joined = torch.cat([part.flatten() for part in parts])
-            distributed.all_reduce([joined])
-            found = joined.div_(distributed.size()).split([part.numel() for part in parts])
-            for weight, part in zip(trained, found, strict=True):
-                weight.grad = part.view_as(weight).to(weight.dtype)
-        return super()._clip_grad_norm(model)  # type: ignore[misc]
-
-
-class DividedRollouts(Divided):
-    """The same for GRPO: processes sample at their own pace."""
-
-    args: Any
-
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        # vLLM has a model of its own, for which weights are gathered one by one.
-        alone: AbstractContextManager[None] = nullcontext() if self.args.use_vllm else unsharded(self.model)
-        with alone:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+    DDP would have taken the mean in the backward pass, and refuses a divided model.
+    """
+    if not _divided(model):
+        return
+    weights = list(adapter.trained_parameters(model).values())
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])  # one collective for all
+    distributed.all_reduce([joined])
+    means = joined.div_(distributed.size()).split([gradient.numel() for gradient in gradients])
+    for weight, mean in zip(weights, means, strict=True):
+        weight.grad = mean.view_as(weight).to(weight.dtype)
 
 
 def full_tensor(weight: Tensor) -> Tensor:

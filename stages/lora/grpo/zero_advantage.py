@@ -1,78 +1,65 @@
 """Completions of GRPO whose advantage is zero are left out of the training passes: they have no gradient.
 
-In a group whose completions all earned the same every advantage is zero, so it costs its sampling alone.
+Each supported loss is Σᵢ fᵢ · Aᵢ, plus the KL term if there is one. Without it, a completion with Aᵢ = 0 adds
+exactly zero, and what divides the sum counts it all the same. A group whose completions all earned the same
+has Aᵢ = 0 throughout, so it costs its sampling alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OF_COMPUTED = ("entropy", "tokens_saved")
-"""Metrics that tell of the completions that are computed; without any there is nothing to tell."""
+"""Metrics of the completions that are computed."""
 
 
-class Silent:
-    """Mixin for GRPOTrainer, to stand before SharedPrompts.
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a micro batch that a training pass computes."""
 
-    Every loss of ours is a sum over completions of a factor times the advantage, plus the KL term if there is
-    one: without it the rows left out add exactly zero, and what divides the sum counts them all the same. All
-    are computed where there is a KL term or a router's loss, and where `sharing` is off: that is TRL's way.
-    """
+    rows: Tensor
+    """(computed,), in order."""
+    old_logprobs: Tensor | None
+    """Log-probabilities at sampling, (rows, tokens), if they are known."""
+    has_gradient: bool
+    """False if every advantage is zero."""
 
-    sharing: bool
-    aux_loss_enabled: bool
-    beta: float
-    _metrics: Any
-    _computed: Tensor | None = None
-    """In a training pass: the rows that are computed, in order."""
-    _old: Tensor | None = None
-    """The log-probabilities at sampling, if they are known, (rows, tokens)."""
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if not self.sharing or self.beta or self.aux_loss_enabled:
-            return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
-        metrics = self._metrics["train"]
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Selection:
         rows = inputs["advantages"].nonzero().flatten()
-        before = {name: list(metrics[name]) for name in OF_COMPUTED if name in metrics}
-        # One at least, the shortest: each process of several has to take part in the backward pass.
-        self._computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
-        self._old = inputs.get("old_per_token_logps")
-        metrics["completions_skipped"].append(1 - len(self._computed) / len(inputs["advantages"]))
-        try:
-            loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[misc]
-        finally:
-            self._computed = None
-        if not len(rows):
-            for name in OF_COMPUTED:
-                metrics.pop(name, None)  # an empty list would be logged as None
-            metrics.update(before)
-        return loss
+        # At least one, the shortest: every process has to join the backward pass, or DDP hangs.
+        computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
+        return cls(computed, inputs.get("old_per_token_logps"), len(rows) > 0)
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **more: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of a row left out: the old log-probabilities, and the mean entropy of the tokens computed."""
-        method = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
-        rows = self._computed
-        if rows is None or len(rows) == len(input_ids):
-            return method(model, input_ids, attention_mask, logits_to_keep, *args, **more)  # type: ignore[no-any-return]
-        mask = attention_mask[rows]
-        log_probs, entropies, _ = method(model, input_ids[rows], mask, logits_to_keep, *args, **more)
-        shape = (len(input_ids), logits_to_keep)
-        whole = log_probs.new_zeros(shape) if self._old is None else self._old
-        real = mask[:, -logits_to_keep:]
-        mean = (entropies * real).sum() / real.sum().clamp(min=1)
+    def expand(
+        self, log_probs: Tensor, entropies: Tensor, completion_mask: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Values of the computed rows, (computed, tokens) each, as values of all rows, (rows, tokens).
+
+        A skipped row gets its old log-probabilities, so that its ratio is 1, and the mean entropy of the
+        computed tokens, so that it leaves that mean as it is.
+        """
+        shape = (rows, log_probs.shape[1])
+        skipped = log_probs.new_zeros(shape) if self.old_logprobs is None else self.old_logprobs
+        mean = (entropies * completion_mask).sum() / completion_mask.sum().clamp(min=1)
         return (
-            whole.index_copy(0, rows, log_probs),
-            mean.expand(shape).index_copy(0, rows, entropies),
-            None,
+            skipped.index_copy(0, self.rows, log_probs),
+            mean.expand(shape).index_copy(0, self.rows, entropies),
         )
+
+
+@contextmanager
+def metrics_of_computed(metrics: dict[str, list[float]], selection: Selection) -> Iterator[None]:
+    """Drop what the pass inside logs of its completions if none of them has a gradient."""
+    logged = {name: list(metrics[name]) for name in OF_COMPUTED if name in metrics}
+    yield
+    if not selection.has_gradient:
+        for name in OF_COMPUTED:
+            metrics.pop(name, None)  # an empty list would be logged as None
+        metrics.update(logged)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -24,78 +23,44 @@ SHOWN_ROWS = 8
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What an error message of the run names."""
+    """Names for the error messages of a training run."""
 
     rows: Callable[[dict[str, Any]], list[str]]
-    """Ids of the rows in a batch as the trainer prepared it."""
+    """Finds the ids of the rows in a batch as the trainer prepared it."""
     memory_knobs: str
-    """The settings that lower the use of memory."""
+    """Settings that lower the use of memory."""
 
 
-class Healthy:
-    """Mixin, to stand before a Trainer among the base classes; set `vitals` before `train`.
-
-    A loss or gradient that is not finite stops the run before the optimizer's step, so the adapter and the
-    last checkpoint stay sound.
-    """
-
-    vitals: RunInfo
-    state: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._window: list[dict[str, Any]] = []  # batches since the last optimizer step
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        self._window.append(prepared)
-        return prepared
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.memory():
-            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss):
-            raise self._unsound("loss", float(loss), self._window[-1:])
-        return loss
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        if not torch.isfinite(torch.as_tensor(norm)):
-            raise self._unsound("gradient norm", float(norm), self._window)
-        self._window = []
-        return norm
-
-    def _unsound(self, what: str, value: float, batches: list[dict[str, Any]]) -> MeaninglessError:
-        rows = list(dict.fromkeys(row for batch in batches for row in self.vitals.rows(batch)))
-        shown = ", ".join(rows[:SHOWN_ROWS])
-        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        return MeaninglessError(
-            f"{what} is {value} in step {self.state.global_step + 1}, rows {shown}{more}",
-            "this step was not applied; look at these rows, or lower the learning rate",
-        )
-
-    @contextmanager
-    def memory(self, where: str | None = None) -> Iterator[None]:
-        """Inside, lack of memory is an OutOfMemoryError that names the settings. where: none: in a step."""
-        before = len(self._window)
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            if where is None:
-                prepared = len(self._window) > before
-                what = _shapes(self._window[-1]) if prepared else "while completions were sampled"
-                where = f"in step {self.state.global_step + 1}, {what}"
-            raise OutOfMemoryError(f"out of memory {where}", f"lower {self.vitals.memory_knobs}") from error
+def non_finite_error(
+    quantity: str, value: float, step: int, batches: list[dict[str, Any]], run_info: RunInfo
+) -> MeaninglessError:
+    """The error for a loss or gradient norm that is not finite, which names the rows of these batches."""
+    rows = list(dict.fromkeys(row for batch in batches for row in run_info.rows(batch)))
+    names = ", ".join(rows[:SHOWN_ROWS])
+    omitted = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    return MeaninglessError(
+        f"{quantity} is {value} in step {step}, rows {names}{omitted}",
+        "this step was not applied; look at these rows, or lower the learning rate",
+    )
 
 
-def _shapes(batch: dict[str, Any]) -> str:
-    found = []
-    for name, value in batch.items():
-        if name.endswith("_ids") and isinstance(value, Tensor):
-            found.append(f"{name} of {' × '.join(map(str, value.shape))} tokens")
-    return ", ".join(found)
+@contextmanager
+def memory_errors(where: Callable[[], str], run_info: RunInfo) -> Iterator[None]:
+    """Turn a lack of memory inside into an OutOfMemoryError that says where, and which settings help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory {where()}", f"lower {run_info.memory_knobs}") from error
+
+
+def shapes(batch: dict[str, Any]) -> str:
+    """Sizes of the token ids in a batch, for an error message."""
+    ids = {
+        name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)
+    }
+    return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())
 
 
 def row_ids(

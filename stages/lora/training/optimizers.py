@@ -4,55 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 
-class LoraPlus:
-    """Mixin, to stand before a Trainer among the base classes: B learns `ratio` times as fast as A.
 
-    LoRA+, arXiv 2402.12354. A and B are told apart by parameter name, because PEFT's own helper takes every
-    one-dimensional parameter for a B, and packed weights are one-dimensional.
+def split_rates(optimizer: Any, model: nn.Module, ratio: float) -> None:
+    """LoRA+ (arXiv 2402.12354): let B learn `ratio` times as fast as A.
+
+    A and B are told apart by parameter name, because PEFT's own helper takes every one-dimensional parameter
+    for a B, and sparse weights are one-dimensional.
     """
-
-    ratio: float | None = None
-    model: Any
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self.ratio is None:
-            return optimizer
-        second = {id(parameter) for name, parameter in self.model.named_parameters() if ".lora_B." in name}
-        groups = []
-        for group in optimizer.param_groups:
-            halves: tuple[list[Any], list[Any]] = ([], [])
-            for parameter in group["params"]:
-                halves[id(parameter) in second].append(parameter)
-            rates = (group["lr"], group["lr"] * self.ratio)
-            for half, rate in zip(halves, rates, strict=True):
-                if half:
-                    groups.append({**group, "params": half, "lr": rate})
-        optimizer.param_groups[:] = groups
-        return optimizer
+    b_weights = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    groups = []
+    for group in optimizer.param_groups:
+        halves: tuple[list[Any], list[Any]] = ([], [])  # A, B
+        for parameter in group["params"]:
+            halves[id(parameter) in b_weights].append(parameter)
+        for parameters, rate in zip(halves, (group["lr"], group["lr"] * ratio), strict=True):
+            if parameters:
+                groups.append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups[:] = groups
 
 
-class WarmUp:
-    """Mixin, to stand before a Trainer among the base classes: warm-up step i of w has i/w of the peak rate.
+def full_warmup(schedule: Any, warmup_steps: int) -> Any:
+    """The library's schedule, but that warm-up step i of w has i/w of the peak rate.
 
-    The library's schedules have (i - 1)/w there, so that their first step does nothing. After the warm-up,
-    the library's schedule applies unchanged.
+    The library has (i - 1)/w there, so that its first step does nothing. After the warm-up nothing changes.
     """
+    from torch.optim.lr_scheduler import LambdaLR
 
-    args: Any
-    lr_scheduler: Any
+    factor = schedule.lr_lambdas[0]  # the same for every group
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        from torch.optim.lr_scheduler import LambdaLR
+    def share_of_peak(steps_done: int) -> float:
+        return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
 
-        if self.lr_scheduler is None:
-            usual = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
-            factor = usual.lr_lambdas[0]  # the same for every group
-            warmup = self.args.get_warmup_steps(num_training_steps)
-
-            def of_peak(done: int) -> float:
-                return (done + 1) / warmup if done < warmup else factor(done)
-
-            self.lr_scheduler = LambdaLR(usual.optimizer, of_peak)
-        return self.lr_scheduler
+    return LambdaLR(schedule.optimizer, share_of_peak)

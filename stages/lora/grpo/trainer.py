@@ -1,0 +1,255 @@
+"""The GRPO trainer: TRL's, with System 1 replay, shared prompts, its own rollouts and exact resume.
+
+Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `stages.rl`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from stages.engines.continuous_batching import SLOTS
+from stages.lora.adapter import fsdp, sparse_linear
+from stages.lora.grpo.dynamic_sampling import Completions, replace_zero_signal_groups
+from stages.lora.grpo.ratios import raw_ratio_metrics
+from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, summed
+from stages.lora.grpo.zero_advantage import Selection, metrics_of_computed
+from stages.lora.training.resume import EpochSeededSampler
+from stages.lora.training.trainer import ExactTrainer
+from stages.packing import support, trl
+from stages.runtime import distributed
+
+if TYPE_CHECKING:
+    from stages.lora.grpo.prompts import RlPrompts
+    from stages.lora.grpo.sampler import RolloutSampler
+
+
+class GrpoTrainer(ExactTrainer, GRPOTrainer):
+    """Methods of TRL stand here once each, in the order of a step: batch, rollouts, rewards, loss."""
+
+    _buffered_inputs: Any
+    _completions: Completions | None = None
+    """Completions that are sampled and scored already, for TRL's methods that ask for them."""
+    _selection: Selection | None = None
+    """In a training pass that skips completions without a gradient: the others."""
+    _equal: Tensor
+    """(groups,): whether the completions of a group of this step earned the same."""
+
+    def __init__(
+        self,
+        *,
+        prompts: RlPrompts,
+        sampler: RolloutSampler,
+        replayed: int = 0,
+        attempts: int = 0,
+        prefix_sharing: bool = True,
+        **arguments: Any,
+    ) -> None:
+        """replayed: System 1 prompts of a step. attempts: how many times a step may replace groups.
+
+        prefix_sharing: compute each prompt once for its completions; the model must `accept_packed` rows.
+        """
+        super().__init__(**arguments)
+        self.prompts, self.sampler = prompts, sampler
+        self.replayed, self.attempts, self.prefix_sharing = replayed, attempts, prefix_sharing
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        order = super()._get_train_sampler(dataset)
+        if self.replayed:
+            order = ReplaySampler(order, self.prompts.replayed, self.replayed)
+        return EpochSeededSampler(order, self)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """The next micro batch: whole groups where prompts are shared; TRL shuffles completions over all.
+
+        Groups are ordered by length, except for bnpo, whose loss depends on what shares a micro batch.
+        """
+        if not self.prefix_sharing or not self.model.training or self.args.loss_type == "bnpo":
+            inputs = super()._prepare_inputs(generation_batch)
+        else:
+            slices = self.args.steps_per_generation
+            if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
+                batch = self._generate_and_score_completions(generation_batch)
+                batch = trl.by_length(batch, self.args.num_generations)
+                self._buffered_inputs = split_tensor_dict(batch, slices)
+            inputs = self._buffered_inputs[self._step % slices]
+        self.window.append(inputs)
+        return inputs
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        # Processes sample at their own pace, so each needs the whole base. vLLM has a model of its own, for
+        # which weights are gathered one by one.
+        whole_base: AbstractContextManager[None] = (
+            nullcontext() if self.args.use_vllm else fsdp.unsharded(self.model)
+        )
+        with whole_base:
+            if self.attempts and self.model.training:
+                inputs, self._completions = replace_zero_signal_groups(self, list(inputs), self.attempts)
+            batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            metrics = self._metrics["train"]
+            # TRL looks at the deviation that it divides by: under `batch` that of all completions together.
+            metrics["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
+            if "importance_sampling_ratio" in batch:
+                of_tokens = self.vllm_importance_sampling_mode.startswith("token")
+                limit = self.vllm_importance_sampling_clip_max
+                for name, value in raw_ratio_metrics(batch, of_tokens, limit, self.accelerator.gather):
+                    metrics[name].append(value)
+        return batch
+
+    def _tokenize_prompts(self, prompts: list[str]) -> Any:
+        # TRL would have the tokenizer add its special tokens to a rendered chat a second time.
+        return [self.prompts.tokens[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._completions is not None:
+            return self._completions.ids, self._completions.logprobs
+        return self._complete(prompt_ids, 0, *args, **kwargs)
+
+    def sample(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[list[Any], list[Any]]:
+        """Completions of these rows, and their log-probabilities, each None without vLLM.
+
+        attempt: 0 is the step's first draw; each draws other completions.
+        """
+        if not inputs:
+            return [], []
+        prompt_ids, *fields = self._tokenize_prompts([row["prompt"] for row in inputs])
+        ids, logprobs = self._complete(prompt_ids, attempt, *fields, self.num_generations)
+        return list(ids), list(logprobs or [None] * len(ids))
+
+    def _complete(self, prompt_ids: Any, attempt: int, *args: Any, **kwargs: Any) -> Any:
+        """Token ids of completions and their log-probabilities, or None: by `sampler`, or by TRL.
+
+        A sampler without a copy leaves completions to TRL: by vLLM, or by generating through the adapter, of
+        which nothing drops out then.
+        """
+        if self.sampler.copy is not None:
+            suffix = f" {attempt}" if attempt else ""
+            seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{suffix}"
+            return self.sampler.sample(prompt_ids, seed), None
+        generate = super()._generate_single_turn
+        adapted = self.sampler.adapted
+        with sparse_linear.frozen_weights(adapted), support.eval_mode(adapted):
+            if self.args.use_vllm or len(prompt_ids) <= SLOTS:  # vLLM has a scheduler of its own
+                return generate(prompt_ids, *args, **kwargs)
+            # TRL would have all samples of a step in memory at once.
+            starts = range(0, len(prompt_ids), SLOTS)
+            outputs = [generate(prompt_ids[start : start + SLOTS], *args, **kwargs) for start in starts]
+        return [ids for completions, *_ in outputs for ids in completions], *outputs[0][1:]
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: Any,
+        completions: Any,
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
+        """Rewards of all processes, (completions, functions).
+
+        What is logged of the rewards and lengths of all completions is logged for each system, too.
+        """
+        if self._completions is not None:
+            rewards, self._completions = self._completions.rewards, None
+        else:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        totals = summed(rewards, self.reward_weights)
+        self._equal = equal_groups(totals, self.num_generations)
+        if self.replayed and self.model.training:
+            is_system1 = torch.tensor(list(map(self.prompts.is_replayed, prompts)), device=rewards.device)
+            lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
+            is_system1, lengths = self.accelerator.gather([is_system1, lengths])
+            metrics = metrics_by_system(
+                totals, is_system1, lengths.float(), self._equal, self.num_generations
+            )
+            for name, value in metrics:
+                self._metrics["train"][name].append(value)
+        return rewards
+
+    def score(self, inputs: list[dict[str, Any]], ids: list[Any]) -> Tensor:
+        """Rewards of completions, of all processes: (completions, functions)."""
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return super()._calculate_rewards(inputs, [row["prompt"] for row in inputs], texts, ids)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss, from the completions with an advantage alone.
+
+        All are computed where there is a KL term or a router's loss, and without shared prompts: TRL's way.
+        """
+        if not self.prefix_sharing or self.beta or self.aux_loss_enabled:
+            return super()._compute_loss(model, inputs)
+        metrics = self._metrics["train"]
+        self._selection = Selection.of(inputs)
+        metrics["completions_skipped"].append(1 - len(self._selection.rows) / len(inputs["advantages"]))
+        try:
+            with metrics_of_computed(metrics, self._selection):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self._selection = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        selection = self._selection
+        if selection is None or len(selection.rows) == len(input_ids):
+            return self._logprobs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        mask = attention_mask[selection.rows]
+        log_probs, entropies, _ = self._logprobs(
+            model, input_ids[selection.rows], mask, logits_to_keep, *args, **kwargs
+        )
+        assert entropies is not None
+        return *selection.expand(log_probs, entropies, mask[:, -logits_to_keep:], len(input_ids)), None
+
+    def _logprobs(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities and entropies of completions, (rows, logits_to_keep), and no auxiliary loss.
+
+        Both are zero behind the end of a completion. Passes that only compare, of the reference and of the
+        policy that sampled, drop nothing out: else equal models would differ.
+        """
+        with nullcontext() if torch.is_grad_enabled() else support.eval_mode(self.model):
+            packable = self.prefix_sharing and not compute_aux_loss
+            if not (packable and self._supports_packing(model, input_ids, attention_mask)):
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep,
+                    batch_size, compute_entropy, compute_aux_loss, **kwargs,
+                )  # fmt: skip
+            outputs = []
+            size = batch_size or len(input_ids)
+            for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+                *values, computed = trl.completion_logprobs(
+                    model, ids, mask, logits_to_keep, self.temperature
+                )
+                if torch.is_grad_enabled():
+                    self._metrics["train"]["tokens_saved"].append(1 - computed / ids.numel())
+                outputs.append(values)
+        log_probs, entropies = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+        return log_probs, entropies if compute_entropy else None, None
+
+    def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
+        (first,) = trl.token_lists(input_ids[:1], attention_mask[:1])
+        return support.supports_packing(self.accelerator.unwrap_model(model), first)
+
+    def restore_counters(self) -> None:
+        """A checkpoint falls between two generations, when no completion is in use."""
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._buffered_inputs = None

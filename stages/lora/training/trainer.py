@@ -1,0 +1,118 @@
+"""The base of both trainers: exact resume, checks of health, learning rates, a sharded base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.lora.adapter import fsdp
+from stages.lora.training import optimizers, resume
+from stages.lora.training.health import RunInfo, memory_errors, non_finite_error, shapes
+from stages.store.checkpoints import Checkpoints
+
+
+class ExactTrainer:
+    """Base to stand before SFTTrainer or GRPOTrainer.
+
+    Each method of the library is overridden once, here or in the trainer below, in the order of a run. A loss
+    or gradient that is not finite stops the run before the optimizer's step, so the adapter and the last
+    checkpoint stay sound.
+    """
+
+    checkpoints: Checkpoints
+    """Set by `loop.train`."""
+    accelerator: Any
+    args: Any
+    lr_scheduler: Any
+    model: Any
+    optimizer: Any
+    state: Any
+
+    def __init__(
+        self, *, run_info: RunInfo, loraplus_lr_ratio: float | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self.run_info, self.loraplus_lr_ratio = run_info, loraplus_lr_ratio
+        self.window: list[dict[str, Any]] = []
+        """Prepared batches since the last optimizer step."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self.loraplus_lr_ratio is not None:
+            optimizers.split_rates(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            schedule = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = optimizers.full_warmup(schedule, warmup_steps)
+        return self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        resume.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            resume.load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            resume.load_random_state(Path(checkpoint), self.args.process_index)
+            self.restore_counters()
+
+    def restore_counters(self) -> None:
+        """Set what a trainer counts besides its state, after a checkpoint was loaded."""
+        raise NotImplementedError
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.memory():
+            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise self._non_finite("loss", float(loss), self.window[-1:])
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        fsdp.average_gradients(self.model)
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        if not torch.isfinite(torch.as_tensor(norm)):
+            raise self._non_finite("gradient norm", float(norm), self.window)
+        self.window = []
+        return norm
+
+    def _non_finite(self, quantity: str, value: float, batches: list[dict[str, Any]]) -> Exception:
+        return non_finite_error(quantity, value, self.state.global_step + 1, batches, self.run_info)
+
+    @contextmanager
+    def memory(self, where: str | None = None) -> Iterator[None]:
+        """Turn a lack of memory inside into an error that names the settings. where: None in a step."""
+        batches = len(self.window)
+
+        def in_step() -> str:
+            prepared = len(self.window) > batches
+            what = shapes(self.window[-1]) if prepared else "while completions were sampled"
+            return f"in step {self.state.global_step + 1}, {what}"
+
+        with memory_errors(in_step if where is None else lambda: where, self.run_info):
+            yield
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            self.checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        resume.save_weights(self.model, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            resume.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        resume.save_random_state(Path(output_dir), self.args.process_index)
