@@ -11,11 +11,11 @@ from stages.config import BaselineSection, LoraSection, ModelSection, PromptSect
 from stages.engines import Sampling
 from stages.lora.adapter import fsdp
 from stages.lora.grpo import vllm_rollouts
-from stages.lora.grpo.kl_probe import NAME as DRIFT
 from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.training import dry_run, loop
+from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -141,22 +141,22 @@ def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
 
 
 def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
-    """What the steps earned and cost; quarters are those of the steps in which completions were sampled.
+    """Rewards that the steps earned, and their cost; a quarter is one of the steps that sampled completions.
 
     A reward is None where no reward applied to any completion.
     """
     sampled = [row for row in history if LENGTH in row]
     quarter = max(1, len(sampled) // 4)
     quarters = sampled[:quarter], sampled[-quarter:]
-    first, last = ([row["reward"] for row in part if "reward" in row] for part in quarters)
-    drift = [row[DRIFT] for row in history if DRIFT in row]
+    first, last = ([row["reward"] for row in steps if "reward" in row] for steps in quarters)
+    kl = [row[KL_FROM_START] for row in history if KL_FROM_START in row]
     return {
         "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
         "reward_first_quarter": fmean(first) if first else None,
         "reward_last_quarter": fmean(last) if last else None,
         "length_last_quarter": fmean(row[LENGTH] for row in sampled[-quarter:]),
         "completions": int(sum(per_step + row.get("resampled/completions", 0) for row in sampled)),
-        **({"kl_from_start": drift[-1]} if drift else {}),
+        **({"kl_from_start": kl[-1]} if kl else {}),
     }
 
 

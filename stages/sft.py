@@ -125,14 +125,15 @@ def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Exampl
     labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
         return decided(labels)
-    fast = of_system(labels, 1)
-    if sft.system1_targets == "answer" and not any(example.gold for example in fast):
+    system1 = of_system(labels, 1)
+    if sft.system1_targets == "answer" and not any(example.gold for example in system1):
         raise DataError(
-            f"sft.system1_targets is answer, and none of {len(fast)} System 1 rows has a verifiable answer",
+            f"sft.system1_targets is answer, and none of {len(system1)} System 1 rows has a verifiable "
+            "answer",
             "rows need `gold`, or a response that ends in `#### answer`",
         )
-    wanted = round(sft.system2_share * len(fast))
-    slow = of_system(labels, 2) if wanted else []
-    cold = random.Random(f"{seed} cold start").sample(slow, min(wanted, len(slow)))
-    chosen = {example.id for example in [*fast, *cold]}
+    cold_rows = round(sft.system2_share * len(system1))
+    system2 = of_system(labels, 2) if cold_rows else []
+    cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
+    chosen = {example.id for example in [*system1, *cold_start]}
     return [row.example for row in labels if row.example.id in chosen]

@@ -1,4 +1,4 @@
-"""The trainers' forward passes over rows without padding, in which shared beginnings are computed once.
+"""Forward passes of the trainers over packed batches: no padding, and shared prefixes computed once.
 
 TRL computes every completion with its prompt, pads on both sides, and on CPUs applies the head to prompts and
 padding, too. What TRL does with the log-probabilities afterwards, every loss and every metric, is untouched.
@@ -28,32 +28,32 @@ log = logging.getLogger(__name__)
 
 
 def accept_packed(base: PreTrainedModel) -> None:
-    """Let `base` take a row: `base(packed=row, temperature=1.0)`, which returns TRL's FusedCausalLMOutput.
+    """Teach `base` to take a packed batch: `base(packed=batch)` returns TRL's FusedCausalLMOutput.
 
-    Its values are (1, tokens), zero where the row has no target. A trainer's model is called through wrappers
-    (PEFT, DDP), which pass unknown arguments on. To be called when the trainer is built, because TRL replaces
-    the forward method, too.
+    Its values are (1, tokens), zero where the batch has no target. A trainer's model is called through
+    wrappers (PEFT, DDP), which pass unknown arguments on. Call this after the trainer is built, because TRL
+    replaces the forward method, too.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    usual, choose = base.forward.__func__, support.packed_logprobs
+    own_forward, packed_logprobs = base.forward.__func__, support.packed_logprobs
 
-    @functools.wraps(usual)
+    @functools.wraps(own_forward)
     def forward(
-        self: Any, *args: Any, packed: PackedBatch | None = None, temperature: float = 1.0, **given: Any
+        self: Any, *args: Any, packed: PackedBatch | None = None, temperature: float = 1.0, **kwargs: Any
     ) -> Any:
         if packed is None:
-            return usual(self, *args, **given)
-        found = choose(self, packed, temperature)
-        at = packed.target_positions()
+            return own_forward(self, *args, **kwargs)
+        tokens = packed_logprobs(self, packed, temperature)
+        positions = packed.target_positions()
 
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(packed.targets.shape[1]).index_copy(0, at, values)[None]
+        def spread(values: Tensor) -> Tensor:  # (targets,) → (1, tokens)
+            return values.new_zeros(packed.targets.shape[1]).index_copy(0, positions, values)[None]
 
         return FusedCausalLMOutput(
-            log_probs=spread(found.log_probs),
-            entropy=spread(found.entropy),
-            is_top1=spread(found.is_top1),
+            log_probs=spread(tokens.log_probs),
+            entropy=spread(tokens.entropy),
+            is_top1=spread(tokens.is_top1),
             label_mask=packed.targets != IGNORED,
         )
 
@@ -62,21 +62,21 @@ def accept_packed(base: PreTrainedModel) -> None:
 
 def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    apart = support.has_active_dropout(model)
-    if apart:
+    has_dropout = support.has_active_dropout(model)
+    if has_dropout:
         log.warning("with dropout each completion is computed with a prompt of its own; see rl.lora_dropout")
-    return not apart
+    return not has_dropout
 
 
 def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The real tokens of each row; both (rows, tokens)."""
-    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+    return [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
 
 
 def prefix_groups(prompts: list[list[int]], completions: list[list[int]]) -> list[PrefixGroup]:
     """One group for each run of equal prompts.
 
-    The prompt's last token stands in every branch, because each has another token to predict after it.
+    The prompt's last token stands in every suffix, because each has another token to predict from it.
     """
     pairs = zip(prompts, completions, strict=True)
     return [
@@ -112,8 +112,8 @@ def by_length(batch: dict[str, Any], group: int) -> dict[str, Any]:
     """The rows of a generation batch, with its groups in the order of their longest completion."""
     lengths = batch["completion_mask"].sum(1)
     size = math.gcd(len(lengths), group)  # a process may hold parts of groups
-    longest = lengths.view(-1, size).amax(1)
-    rows = torch.arange(len(lengths), device=longest.device).view(-1, size)
+    longest = lengths.view(-1, size).amax(1)  # (groups,)
+    rows = torch.arange(len(lengths), device=longest.device).view(-1, size)  # (groups, completions of one)
     order = rows[longest.argsort(stable=True)].flatten()
     return {
         name: value[order] if isinstance(value, Tensor) and value.dim() else value
@@ -134,10 +134,13 @@ def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
 
 
 def suffix_only(rows: list[list[int]], labels: list[list[int]], shares: bool) -> PrefixGroup:
-    """All rows as one group, whose beginning ends before the first token after which one is predicted."""
-    first = min(next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in labels)
-    shared = max(0, min(common_prefix_length(rows), first - 1)) if shares else 0
+    """All rows as one group; the prefix they share ends before the first token that predicts another."""
+    first_target = min(
+        next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in labels
+    )
+    # Token i predicts label i + 1, and every suffix needs a token to predict its first target from.
+    prefix = max(0, min(common_prefix_length(rows), first_target - 1)) if shares else 0
     pairs = zip(rows, labels, strict=True)
     return PrefixGroup(
-        rows[0][:shared], [Suffix(ids[shared:-1], wanted[shared + 1 :]) for ids, wanted in pairs]
+        rows[0][:prefix], [Suffix(ids[prefix:-1], targets[prefix + 1 :]) for ids, targets in pairs]
     )

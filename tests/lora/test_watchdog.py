@@ -35,7 +35,11 @@ TOGETHER = """
 import torch, torch.distributed as dist
 import stages.lora.training.watchdog  # takes seconds: before they meet, so that they begin together
 dist.init_process_group("gloo")
-""" + SCRIPT + "dist.all_reduce(torch.ones(1)) if distributed.rank() != 1 else a_reward_that_hangs()"  # fmt: skip
+""" + SCRIPT + """
+if distributed.rank() == 1:
+    a_reward_that_hangs()
+dist.all_reduce(torch.ones(1))
+"""  # fmt: skip
 
 
 class Run:

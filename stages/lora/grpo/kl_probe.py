@@ -1,4 +1,4 @@
-"""How far RL has moved on System 1 prompts that it never trains on: a KL divergence every few steps."""
+"""KL probe: how far RL has moved on System 1 prompts that it never trains on, every few steps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from stages.lora.training.curves import KL_FROM_START
 from stages.packing.support import eval_mode
 
 if TYPE_CHECKING:
     from stages.config import RlSection
     from stages.lora.grpo.sampler import RolloutSampler
-
-NAME = "system1/kl_from_start"
-"""In the history: KL(start ‖ policy) in nats per token."""
 
 
 class KlProbe(TrainerCallback):
@@ -24,7 +22,7 @@ class KlProbe(TrainerCallback):
     It is estimated on one answer by the start to each prompt: the mean over their tokens of r − 1 − log r,
     where r is the policy's probability over the start's (http://joschu.net/blog/kl-approx.html). Both are
     distributions as rollouts are sampled from: at `rl.temperature`, and for the answers cut by `rl.top_p` and
-    `rl.top_k`. It draws no number of the trainer's, and changes nothing.
+    `rl.top_k`. It uses a random generator of its own, so the trainer's results do not change.
     """
 
     def __init__(
@@ -42,32 +40,35 @@ class KlProbe(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self.trainer._metrics["train"][NAME].append(self.divergence())
+            self.trainer._metrics["train"][KL_FROM_START].append(self.divergence())
 
     def divergence(self) -> float:
-        change = (self._log_probs() - self.start)[self.mask[:, -self.keep :].bool()]
-        return float((change.expm1() - change).mean())
+        """Mean KL(start ‖ policy) per token, in nats."""
+        log_ratio = (self._log_probs() - self.start)[self.mask[:, -self.keep :].bool()]  # (answer tokens,)
+        # r - 1 - log r: unbiased, never negative, and of lower variance than -log r.
+        return float((log_ratio.expm1() - log_ratio).mean())
 
     @torch.no_grad()
     def _log_probs(self) -> Tensor:
         """(prompts, longest answer); any number behind the end of an answer."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with eval_mode(model):
-            found, *_ = self.trainer._get_per_token_logps_and_entropies(
+            log_probs, *_ = self.trainer._get_per_token_logps_and_entropies(
                 model, self.ids, self.mask, self.keep, self.batch
             )
-        return found.float()  # type: ignore[no-any-return]
+        return log_probs.float()  # type: ignore[no-any-return]
 
 
 def _padded(
     prompts: list[list[int]], answers: list[list[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
     """Token ids and mask, (prompts, longest prompt + longest answer), and the longest answer's length."""
-    before, keep = max(map(len, prompts)), max(map(len, answers))
-    ids = torch.zeros(len(prompts), before + keep, dtype=torch.long, device=device)
+    # Prompts end and answers begin in one column, as TRL has them: padding on the left, and on the right.
+    prompt_width, keep = max(map(len, prompts)), max(map(len, answers))
+    ids = torch.zeros(len(prompts), prompt_width + keep, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        at = slice(before - len(prompt), before + len(answer))
-        ids[row, at] = torch.tensor(prompt + answer, device=device)
-        mask[row, at] = 1
+        columns = slice(prompt_width - len(prompt), prompt_width + len(answer))
+        ids[row, columns] = torch.tensor(prompt + answer, device=device)
+        mask[row, columns] = 1
     return ids, mask, keep

@@ -27,8 +27,9 @@ class RlPrompts:
     """Rendered prompts and what rewards read of their rows."""
 
     rows: Dataset
-    """Those to train on, with the text of the prompt and the columns that rewards read. The last `replayed`
-    ones are of System 1."""
+    """Rows to train on: the text of the prompt and the columns that rewards read.
+
+    The last `replayed` ones are of System 1."""
     tokens: dict[str, list[int]]
     """Text of a prompt → token ids."""
     ids: dict[tuple[int, ...], str]
@@ -37,13 +38,13 @@ class RlPrompts:
     held_out: list[list[int]]
     """Token ids of System 1 prompts that RL never trains on."""
     long: int
-    """How many prompts to train on are too long."""
+    """Number of prompts to train on that are too long."""
     encoded: frozenset[str]
-    """Columns that hold JSON, because their values have several types, or are lists or objects."""
+    """Columns that hold JSON, because their values are of several types, or are lists or objects."""
 
     @property
     def slow(self) -> int:
-        """How many rows are not replayed ones."""
+        """Number of rows that are not replayed."""
         return len(self.rows) - self.replayed
 
     @cached_property
@@ -76,44 +77,63 @@ class RlPrompts:
         from datasets import Dataset
 
         needed = {name: loading.columns(name, function) for name, function in functions.items()}
-        columns = {column for wanted in needed.values() for column in wanted}
+        columns = {column for names in needed.values() for column in names}
         examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
         trained = [_row(example, renderer) for example in examples]
         loading.require(needed, trained)
-        fast = [_row(row.example, renderer) for row in labels if row.system == 1 and rl.data == "system2"]
-        # Of one question there may be rows with several responses, and even with both labels.
-        other = {row["question"] for row in trained}
-        fast = list({row["prompt"]: row for row in fast if row["question"] not in other}.values())
-        tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + fast}
-        kept, long = _fitting(trained, tokens, rl)
+        system1 = _system1_rows(labels, trained, renderer) if rl.data == "system2" else []
+        tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + system1}
+        fitting, too_long = _fitting(trained, tokens, rl)
         if rl.replayed or rl.too_long != "error":
-            fast, long_fast = _fitting(fast, tokens, rl)
-            long += long_fast if rl.replayed else 0
-        else:  # no reason to stop: only the drift is measured on them
-            fast = [row for row in fast if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
-        random.Random(f"{seed} held out").shuffle(fast)
-        held_out, fast = fast[: rl.kl_probe_prompts], fast[rl.kl_probe_prompts :]
-        replayed = [row for row in fast if all(row.get(name) is not None for name in columns)]
+            system1, too_long_system1 = _fitting(system1, tokens, rl)
+            too_long += too_long_system1 if rl.replayed else 0
+        else:  # no reason to stop: they are only probed
+            system1 = [row for row in system1 if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
+        random.Random(f"{seed} held out").shuffle(system1)
+        held_out, system1 = system1[: rl.kl_probe_prompts], system1[rl.kl_probe_prompts :]
+        # Only rows for which every reward can be computed are replayed.
+        replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
         replayed = replayed if rl.replayed else []
-        _enough(kept, replayed, rl, long)
-        used = kept + replayed
-        if large := loading.beyond(used, columns):
-            raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
-        there = set().union(*used)
-        asked = there & set().union(*(loading.named(function) for function in functions.values()))
-        read = {"prompt", "question", *columns} | loading.optional(used) | asked
-        as_json = loading.encoded(used, read)
+        _check_enough(fitting, replayed, rl, too_long)
+        rows, as_json = _dataset_rows(fitting + replayed, columns, functions)
         return cls(
-            rows=Dataset.from_list(
-                [{n: json.dumps(row.get(n)) if n in as_json else row.get(n) for n in read} for row in used]
-            ),
+            rows=Dataset.from_list(rows),
             tokens=tokens,
-            ids={tuple(tokens[row["prompt"]]): row["id"] for row in used},
+            ids={tuple(tokens[row["prompt"]]): row["id"] for row in fitting + replayed},
             replayed=len(replayed),
             held_out=[tokens[row["prompt"]] for row in held_out],
-            long=long,
+            long=too_long,
             encoded=as_json,
         )
+
+
+def _system1_rows(
+    labels: list[Labelled], trained: list[dict[str, Any]], renderer: Renderer
+) -> list[dict[str, Any]]:
+    """System 1 rows with a question that RL does not train on, one for each prompt.
+
+    A question may have rows with several responses, and even with both labels.
+    """
+    questions = {row["question"] for row in trained}
+    rows = [_row(row.example, renderer) for row in labels if row.system == 1]
+    return list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
+
+
+def _dataset_rows(
+    rows: list[dict[str, Any]], columns: set[str], functions: dict[str, Callable[..., Any]]
+) -> tuple[list[dict[str, Any]], frozenset[str]]:
+    """The columns that TRL and the rewards read, and the names of those that are encoded as JSON."""
+    if large := loading.beyond(rows, columns):
+        raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
+    available = set().union(*rows)
+    named = available & set().union(*(loading.named(function) for function in functions.values()))
+    names = {"prompt", "question", *columns} | loading.optional(rows) | named
+    as_json = loading.encoded(rows, names)
+    encoded = [
+        {name: json.dumps(row.get(name)) if name in as_json else row.get(name) for name in names}
+        for row in rows
+    ]
+    return encoded, as_json
 
 
 def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
@@ -136,8 +156,8 @@ def _fitting(
 
     `rl.too_long` says whether those are an error, are left out, or are cut, which changes `tokens`.
     """
-    kept = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
-    long = len(rows) - len(kept)
+    fitting = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
+    long = len(rows) - len(fitting)
     if long and rl.too_long == "error":
         lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
         raise problems(
@@ -156,15 +176,17 @@ def _fitting(
     if rl.too_long == "truncate_left":
         tokens.update({row["prompt"]: tokens[row["prompt"]][-rl.max_prompt_length :] for row in rows})
         return rows, long
-    return kept, long
+    return fitting, long
 
 
-def _enough(kept: list[dict[str, Any]], replayed: list[dict[str, Any]], rl: RlSection, long: int) -> None:
+def _check_enough(
+    fitting: list[dict[str, Any]], replayed: list[dict[str, Any]], rl: RlSection, long: int
+) -> None:
     """DataError unless one step can be filled."""
-    wanted = rl.prompts_per_step - rl.replayed
-    if len(kept) < wanted:
+    needed = rl.prompts_per_step - rl.replayed
+    if len(fitting) < needed:
         raise DataError(
-            f"{len(kept)} RL prompts ({long} too long) are fewer than the {wanted} of a step",
+            f"{len(fitting)} RL prompts ({long} too long) are fewer than the {needed} of a step",
             "lower rl.prompts_per_step, raise rl.max_prompt_length, or bring more System 2 rows",
         )
     if len(replayed) < rl.replayed:

@@ -40,8 +40,8 @@ class ReplaySampler(Sampler[int]):
                 # A new round begins: the rows left over come first, then the others, then the leftovers
                 # again.
                 every = range(self.system2, self.system2 + self.replayed)
-                others = self._shuffled([row for row in every if row not in queue])
-                queue = [*queue, *others, *self._shuffled(queue)]
+                not_queued = self._shuffled([row for row in every if row not in queue])
+                queue = [*queue, *not_queued, *self._shuffled(queue)]
             system1_rows, queue = queue[: self.per_step], queue[self.per_step :]
             # Mixed within the step, so that the last process or micro batch is not all of one kind.
             step = self._shuffled([*system2_rows[batch * size :][:size], *system1_rows])
@@ -55,7 +55,7 @@ class ReplaySampler(Sampler[int]):
 def metrics_by_system(
     rewards: Tensor, is_system1: Tensor, lengths: Tensor, equal: Tensor, group: int
 ) -> Iterator[tuple[str, float]]:
-    """What TRL logs of all completions, for each system.
+    """Metrics that TRL logs of all completions, for each system apart.
 
     rewards, is_system1, lengths: (completions,), of all processes. equal: (groups,), of `equal_groups`.
     """

@@ -1,1 +1,1 @@
-"""What SFT and RL share: the training loop, exact resume, checks of its health."""
+"""Training that SFT and RL share: the loop, exact resume, checks of its health."""

@@ -6,18 +6,18 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.lora.grpo.kl_probe import NAME
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = list[dict[str, float]]
+KL_FROM_START = "system1/kl_from_start"
+"""Name in the history of the KL probe's values, in nats per token."""
 SIGNAL, LENGTH, DRIFT = "groups without signal", "completion length, tokens", "KL from the start, System 1"
 OVERVIEW = {
     "reward": "reward",
     SIGNAL: "frac_reward_zero_std",
     LENGTH: "completions/mean_length",
-    DRIFT: NAME,
+    DRIFT: KL_FROM_START,
 }
 """Panels for many trainings of RL at once: title → name of the values in the history."""
 
@@ -36,8 +36,8 @@ def drawn(history: History) -> Figure:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
-    for place, (title, series) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, place)
+    for position, (title, series) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, position)
         for label, name in series.items():
             points = [(row["step"], row[name]) for row in history if name in row]
             marker = "." if len(points) < 60 else None
@@ -55,16 +55,16 @@ def drawn(history: History) -> Figure:
 def _panels(history: History) -> dict[str, dict[str, str]]:
     """Title of a panel → label of a curve → name of its values in the history."""
     names = {name for row in history for name in row}
-    parts = {
+    by_reward = {
         name.removeprefix("rewards/").removesuffix("/mean"): name
         for name in sorted(names)
         if name.startswith("rewards/") and name.endswith("/mean")
     }
     rewards = {"all, weighted": "reward"} if "reward" in names else {}
-    if rewards and len(parts) > 1:
-        rewards |= parts
+    if rewards and len(by_reward) > 1:
+        rewards |= by_reward
     systems = {f"System {system}": f"system{system}/" for system in (1, 2)}
-    wanted = {
+    panels = {
         "loss": {"loss": "loss"},
         "reward": rewards | {label: f"{name}reward" for label, name in systems.items()},
         SIGNAL: {"share": OVERVIEW[SIGNAL]},
@@ -73,10 +73,10 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
             "longest": "completions/max_length",
             **{label: f"{name}completions/mean_length" for label, name in systems.items()},
         },
-        DRIFT: {"nats per token": NAME},
+        DRIFT: {"nats per token": KL_FROM_START},
         "gradient norm": {"norm": "grad_norm"},
     }
     return {
         title: {label: name for label, name in series.items() if name in names}
-        for title, series in wanted.items()
+        for title, series in panels.items()
     }

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class DryRun(TrainerCallback):
-    """Before step 1, a forward and a backward pass through the longest micro batch, without an update.
+    """Forward and backward pass through the longest micro batch before step 1, without an update.
 
-    It changes nothing: no weight, no metric, no random number. A resumed run has none.
+    No weight, metric or random state changes. A resumed run skips it.
     """
 
-    def __init__(self, trainer: Any, loss: Callable[[], Tensor], what: str) -> None:
-        """loss: of that micro batch. what: how an error calls it."""
-        self.trainer, self.loss, self.what = trainer, loss, what
+    def __init__(self, trainer: Any, loss: Callable[[], Tensor], title: str) -> None:
+        """loss: computes the loss of that micro batch. title: names it in an error message."""
+        self.trainer, self.loss, self.title = trainer, loss, title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:
@@ -32,7 +32,7 @@ class DryRun(TrainerCallback):
         trainer = self.trainer
         trainer.model.train()
         with (
-            trainer.memory(f"in the longest micro batch, {self.what}"),
+            trainer.memory(f"in the longest micro batch, {self.title}"),
             torch.random.fork_rng(),
             trainer.accelerator.no_sync(trainer.model_wrapped),
         ):
@@ -49,10 +49,10 @@ def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
 
     def loss() -> Tensor:
         batch = trainer.data_collator([{"input_ids": r.input_ids, "labels": r.labels} for r in longest])
-        there = send_to_device(batch, trainer.accelerator.device)
-        found: Tensor = trainer.compute_loss(trainer.model_wrapped, there)
-        trainer._total_train_tokens = 0
-        return found
+        inputs = send_to_device(batch, trainer.accelerator.device)
+        value: Tensor = trainer.compute_loss(trainer.model_wrapped, inputs)
+        trainer._total_train_tokens = 0  # compute_loss counts tokens
+        return value
 
     return DryRun(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
 
@@ -65,12 +65,12 @@ def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryR
     width = len(longest[-1])
 
     def loss() -> Tensor:
-        # Completions repeat their prompt, because the check of `flat.fits` needs text.
+        # Completions repeat their prompt, because the check in `supports_packing` compares real text.
         texts = [prompt * (1 + -(-rl.max_completion_length // len(prompt))) for prompt in rows]
-        whole = [
+        sequences = [
             ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
         ]
-        ids, mask = padded(whole, 0, trainer.accelerator.device)
+        ids, mask = padded(sequences, 0, trainer.accelerator.device)
         log_probs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
         )

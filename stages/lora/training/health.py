@@ -73,9 +73,9 @@ def row_ids(
     """
 
     def ids(batch: dict[str, Any]) -> list[str]:
-        known = names()
+        id_of_tokens = names()
         pairs = zip(batch[tokens], batch[mask], strict=True)
-        return [known.get(tuple(row[kept.bool()].tolist()), "unknown") for row, kept in pairs]
+        return [id_of_tokens.get(tuple(row[real.bool()].tolist()), "unknown") for row, real in pairs]
 
     return ids
 
@@ -84,15 +84,18 @@ class ProgressCallback(TrainerCallback):
     """Reports progress, and stops GRPO after too many steps in a row that could teach nothing."""
 
     def __init__(
-        self, progress: Progress, what: str, steps: int, shown: tuple[str, ...], patience: int = 0
+        self, progress: Progress, title: str, steps: int, metrics: tuple[str, ...], patience: int = 0
     ) -> None:
-        """patience: GRPO stops after sampling this many times in a row equal rewards in every group."""
-        self.progress, self.what, self.steps = progress, what, steps
-        self.shown, self.patience = shown, patience
+        """metrics: the names of those on the progress line.
+
+        patience: GRPO stops after this many steps in a row with equal rewards in every group.
+        """
+        self.progress, self.title, self.steps = progress, title, steps
+        self.metrics, self.patience = metrics, patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done = state.global_step
-        self.progress.start(f"{self.what}, from step {done}" if done else self.what, self.steps - done)
+        self.progress.start(f"{self.title}, from step {done}" if done else self.title, self.steps - done)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float | None] | None = None, **_: Any
@@ -100,9 +103,9 @@ class ProgressCallback(TrainerCallback):
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        found = [(name.split("/")[-1], logs.get(name)) for name in self.shown]
-        values = [f"{name} {value:.3g}" for name, value in found if value is not None]
-        self.progress.advance(1, "  ".join(values))
+        values = [(name.split("/")[-1], logs.get(name)) for name in self.metrics]
+        line = "  ".join(f"{name} {value:.3g}" for name, value in values if value is not None)
+        self.progress.advance(1, line)
         if not self.patience or "frac_reward_zero_std" not in logs:
             return  # a later pass over the same completions
         equal = equal_rewards(state.log_history)
@@ -123,6 +126,6 @@ class ProgressCallback(TrainerCallback):
 
 
 def equal_rewards(history: list[dict[str, Any]]) -> int:
-    """How many of the last steps in a row had equal rewards in every group."""
+    """Number of the last steps in a row with equal rewards in every group."""
     steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
     return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))

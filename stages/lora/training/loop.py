@@ -1,4 +1,4 @@
-"""What SFT and RL share: trainer arguments, packing, the run, and the proof that frozen elements stayed."""
+"""The training loop of SFT and RL: trainer arguments, the run, and the proof that frozen elements stayed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def arguments(
 
 
 def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
-    """What `report_to` asks for; ConfigError unless each tracker is installed.
+    """The trackers in `report_to`; ConfigError unless each is installed.
 
     TensorBoard's files go beside the stages, because the folder of the checkpoints does not stay.
     """
@@ -153,7 +153,7 @@ def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """What a training stage starts from."""
+    """The adapter and masks that a training stage starts from."""
 
     folder: Path | None
     """The other stage's adapter or the initial one; None for a new baseline, which is drawn from the seed."""
@@ -204,13 +204,13 @@ def train(
     AssertionError.
     """
     _refuse_untested(trainer)
-    drawn = None
+    initial = None
     if start.active is not None:
         start.restore(model)
         pack(model, start.active)
     else:
-        drawn = {name: p.detach().cpu().clone() for name, p in adapter.trained_parameters(model).items()}
-    trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; `Watch` reports it
+        initial = {name: p.detach().cpu().clone() for name, p in adapter.trained_parameters(model).items()}
+    trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; ProgressCallback reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
     if resumed:
@@ -229,19 +229,20 @@ def train(
     if not distributed.is_main():
         return {}
     adapter.save(model, out / "adapter", base)
-    if drawn is not None:
+    if initial is not None:
         baselines.save(model, out / "adapter")
     logged = history(trainer)
     (out / "history.json").write_text(json.dumps(logged, indent=1), encoding="utf-8")
     curves.draw(logged, out / "curves.png")
-    counted = verify_frozen(start, out / "adapter") if drawn is None else _whole(drawn, out / "adapter")
-    if counted["moved"] == 0:
+    folder = out / "adapter"
+    counts = verify_frozen(start, folder) if initial is None else _count_moved(initial, folder)
+    if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **fsdp.local_share(model), **counted}
+    return {"steps": trainer.state.global_step, **fsdp.local_share(model), **counts}
 
 
 def _refuse_untested(trainer: Any) -> None:
-    """What a file of accelerate's (`launch.config`) may ask for, and would end in wrong weights or steps."""
+    """Reject accelerate settings (FSDP, DeepSpeed, mixed precision) that would silently corrupt training."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
             "launch.config asks for FSDP or DeepSpeed by accelerate, which was not tested",
@@ -264,7 +265,7 @@ def _digest(model: PeftModel) -> str:
 
 
 def history(trainer: Any) -> list[dict[str, float]]:
-    """What was logged in each step, including the steps before a resume."""
+    """Logged values of each step, including the steps before a resume."""
     steps = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
@@ -272,11 +273,11 @@ def history(trainer: Any) -> list[dict[str, float]]:
 def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
     """Read both adapter files back, count the active elements that moved, and assert that no other did."""
     assert start.folder is not None and start.active is not None
-    before, after = adapter.read(start.folder), adapter.read(end)
+    initial, trained = adapter.read(start.folder), adapter.read(end)
     drift, moved = 0.0, 0
-    for key, old in before.items():
-        mask = adapter.full_mask(key, start.active[key], old)
-        change = (after[key] - old).abs()
+    for name, old in initial.items():
+        mask = adapter.full_mask(name, start.active[name], old)  # True where an element trains
+        change = (trained[name] - old).abs()
         drift = max(drift, float(change[~mask].max()) if bool((~mask).any()) else 0.0)
         moved += int((change[mask] > 0).sum())
     assert drift == 0.0, f"frozen elements moved by up to {drift}"
@@ -291,11 +292,11 @@ def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
     }
 
 
-def _whole(before: dict[str, Tensor], end: Path) -> dict[str, Any]:
+def _count_moved(initial: dict[str, Tensor], end: Path) -> dict[str, Any]:
     """The same counts for a baseline, of which everything trains."""
-    after = adapter.read(end, baselines.STATE)
-    number = sum(old.numel() for old in before.values())
-    moved = sum(int((after[name] != old).sum()) for name, old in before.items())
+    trained = adapter.read(end, baselines.STATE)
+    number = sum(old.numel() for old in initial.values())
+    moved = sum(int((trained[name] != old).sum()) for name, old in initial.items())
     return {"elements": number, "active": number, "active_share": 1.0, "moved": moved}
 
 

@@ -95,8 +95,8 @@ class ExactTrainer:
 
         def in_step() -> str:
             prepared = len(self.window) > batches
-            what = shapes(self.window[-1]) if prepared else "while completions were sampled"
-            return f"in step {self.state.global_step + 1}, {what}"
+            batch = shapes(self.window[-1]) if prepared else "while completions were sampled"
+            return f"in step {self.state.global_step + 1}, {batch}"
 
         with memory_errors(in_step if where is None else lambda: where, self.run_info):
             yield

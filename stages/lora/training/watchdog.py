@@ -1,8 +1,8 @@
-"""Ends a training run whose step does not end, and says where its processes stand.
+"""Hang detector: aborts when a training step takes far too long, and prints the stack of each process.
 
-One that is seen to wait, in a collective or in DDP's backward pass, waits for those that are elsewhere. With
-NCCL a process may wait in any call that needs a result: then all stacks are shown, and none is named. A call
-that never gives up the interpreter's lock is not noticed.
+A process that is blocked in a collective or in DDP's backward pass waits for the others; those are the
+suspects. With NCCL a process may wait in any call that needs a result: then all stacks are printed and none
+is named. A call that never releases the interpreter's lock is not noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stages.runtime import distributed
 log = logging.getLogger(__name__)
 
 FACTOR = 20
-"""A step that takes so many times the median step, and LONGEST times the longest one, has hung."""
+"""A step that takes this many times the median step, and LONGEST times the longest one, has hung."""
 LONGEST = 3
 LEAST_S = 300.0
 """No step that is shorter has hung: a checkpoint may be written, or others may use the machine."""
@@ -43,6 +43,8 @@ SHOWN = 12
 
 
 class Watchdog(TrainerCallback):
+    """Watches the time of each step from a thread of its own."""
+
     def __init__(self, folder: Path, passes: int = 1) -> None:
         """folder: one that all processes of the run have in common. passes: steps of which one samples."""
         self._folder, self._known = folder, KNOWN * passes
@@ -54,9 +56,8 @@ class Watchdog(TrainerCallback):
         self._stopped = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._said(distributed.rank()).unlink(
-            missing_ok=True
-        )  # of a run before; the other processes may have begun and said theirs
+        # That of an earlier run, and only this process's: the others may have begun and written theirs.
+        self._said(distributed.rank()).unlink(missing_ok=True)
         self._begun = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -82,13 +83,13 @@ class Watchdog(TrainerCallback):
     def _end(self, limit: float) -> None:
         """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
-        waits = any(part in frame.filename for frame in stack for part in WAITING)
+        waits = any(file in frame.filename for frame in stack for file in WAITING)
         with suppress(OSError):  # a full disk must not keep it from ending
             self._folder.mkdir(parents=True, exist_ok=True)
             self._said(distributed.rank()).write_text(json.dumps(waits), encoding="utf-8")
-        shown = "".join(traceback.format_list(stack[-SHOWN:]))
+        innermost = "".join(traceback.format_list(stack[-SHOWN:]))
         who = f"process {distributed.rank()} " if distributed.size() > 1 else ""
-        log.error("%sstands here, innermost last:\n%s", who, shown.rstrip())
+        log.error("%sstands here, innermost last:\n%s", who, innermost.rstrip())
         if distributed.size() > 1:
             time.sleep(SETTLE_S)
         error = ServerError(
