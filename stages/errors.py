@@ -1,19 +1,19 @@
-"""The errors a person can cause or meet, each with its exit code.
+"""User-facing errors, each with its exit code.
 
-Messages are lower case, have no full stop, and name the setting as typed and the value seen. `hint` is one
-line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
-own. What else is raised, `lorapar_cli.errors` turns into one of them; 70 is a defect of lorapar.
+Messages are lower case, have no full stop, and name the setting as the user typed it and the value. `hint` is
+one line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
+own. `lorapar_cli.errors` turns all other exceptions into one of these; 70 means a bug in lorapar.
 """
 
 from typing import Any
 
 
 class Ended(SystemExit):
-    """A signal told this process to end, and it unwinds."""
+    """Raised by the handler of a termination signal, so that `finally` blocks run."""
 
 
 class LoraparError(Exception):
-    """Base of the errors shown to a person as one `error:` line and one `hint:` line."""
+    """Base of the errors that the user sees as one `error:` line and one `hint:` line."""
 
     exit_code = 70
 
@@ -23,7 +23,7 @@ class LoraparError(Exception):
 
 
 class DataError(LoraparError):
-    """The data exists but is wrong: a broken line, a missing field, a duplicate id, a row too long."""
+    """The data exists but is invalid: a broken line, a missing field, a duplicate id, a row too long."""
 
     exit_code = 65
 
@@ -35,7 +35,7 @@ class MissingInputError(LoraparError):
 
 
 class ServerError(LoraparError):
-    """A server does not start or answer, or a step of training does not end. The same command resumes."""
+    """A server does not start or answer, or a training step hangs. The same command resumes."""
 
     exit_code = 69
 
@@ -53,7 +53,7 @@ class OutOfMemoryError(LoraparError):
 
 
 class BusyError(LoraparError):
-    """Another process makes the same artifact."""
+    """Another process is building the same artifact."""
 
     exit_code = 75
 
@@ -83,31 +83,32 @@ class ArtifactError(LoraparError):
 
 
 class MeaninglessError(LoraparError):
-    """The numbers show that going on is pointless: importance all zero, no active element, no step."""
+    """The results make going on pointless: all importance scores are zero, no active element, no step."""
 
     exit_code = 79
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, the device's, or that of torch's allocator on the CPU."""
+    """True for an out-of-memory error of Python, of the device, or of torch's allocator on the CPU."""
     names = {kind.__name__ for kind in type(error).__mro__}  # by name, because torch may not be loaded
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def faults(error: Any) -> list[str]:
-    """What a pydantic ValidationError has found, each as `place: what is wrong`."""
-    found = []
-    for one in error.errors():
-        parts = [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")]
-        found.append(": ".join(part for part in parts if part))
-    return found
+    """Messages of a pydantic ValidationError, each as `location: message`."""
+    messages = []
+    for detail in error.errors():
+        location = ".".join(map(str, detail["loc"]))
+        message = detail["msg"].removeprefix("Value error, ")
+        messages.append(": ".join(filter(None, [location, message])))
+    return messages
 
 
 def panicked(error: BaseException) -> bool:
-    """Whether a library in Rust has given up, with an exception that is no Exception."""
+    """True for a panic of a library in Rust, which is a BaseException and not an Exception."""
     return type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error that says anything, or else its kind."""
+    """First non-empty line of a library's error message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,14 +1,14 @@
-"""How a stage reports its progress, without knowing who listens."""
+"""Interface through which a stage reports its progress."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the reports of a stage; it may show them in a terminal or ignore them.
+    """Receiver of progress reports, which may show them in a terminal or ignore them.
 
-    `start` begins a piece of work of `total` units, `advance` counts units done, `say` passes on a sentence.
+    `start` begins a task of `total` units, `advance` counts finished units, `say` passes on a message.
     """
 
-    def start(self, what: str, total: int | None = None) -> None: ...
+    def start(self, task: str, total: int | None = None) -> None: ...
     def advance(self, n: int = 1, note: str = "") -> None: ...
     def say(self, text: str) -> None: ...

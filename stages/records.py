@@ -1,4 +1,4 @@
-"""Example, Labelled and Sample, and their JSON Lines on disk."""
+"""Example, Labelled and Sample, and the JSON Lines files that hold them."""
 
 import gzip
 import json
@@ -16,24 +16,24 @@ MAX_LINE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its reference response."""
+    """Prompt with its reference response."""
 
     id: str
     prompt: str
     response: str
     gold: str | None
-    """The verifiable final answer, if the response has one."""
+    """Verifiable final answer, if the response has one."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """The other fields of the row, kept as they are."""
+    """Other fields of the row, unchanged."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An example with its label: one row of labels.jsonl."""
+    """Example with its label: one row of labels.jsonl."""
 
     example: Example
     system: int | None
-    """1 or 2; None is undecided."""
+    """1 or 2, or None for undecided."""
     votes: dict[str, float | None]
     """Calibrated probability of System 2 per voter; None where the voter's answer was invalid or failed."""
 
@@ -43,35 +43,36 @@ OUTCOMES = ("correct", "wrong", "unparsed", "truncated", "refused")
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded answer: one row of samples.jsonl."""
+    """Graded answer: one row of samples.jsonl."""
 
     id: str
     sample: int
-    """Number of the answer, counted from 0, where an item is answered several times."""
+    """Index of the answer, from 0, where an item is answered several times."""
     system: int | None
     prompt: str
     """The prompt as rendered, so that it can be read and replayed."""
     output: str
     gold: str | None
     strict: str | None
-    """The answer, read in the requested format; None if the output does not have that format."""
+    """Answer parsed in the requested format; None if the output does not have that format."""
     flexible: str | None
+    """Answer parsed by the benchmark's more lenient second rule."""
     correct: bool
-    """By the strict reading."""
+    """Whether `strict` is right."""
     correct_flexible: bool
-    """By the benchmark's second, more lenient reading."""
+    """Whether `flexible` is right."""
     outcome: str
-    """One of OUTCOMES. An answer is `refused` if it could not be graded; its item then counts neither way."""
+    """One of OUTCOMES. A `refused` answer could not be graded; its item counts as neither right nor wrong."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def problems(kind: str, found: list[str], hint: str | None = None) -> DataError:
-    """One error for many bad lines: it counts all of them and shows the first ones."""
-    if len(found) == 1:
-        return DataError(f"{kind}: {found[0]}", hint)
-    shown = "\n  ".join(found[:SHOWN_PROBLEMS])
-    rest = f"\n  … and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
-    return DataError(f"{len(found)} × {kind}:\n  {shown}{rest}", hint)
+def problems(kind: str, lines: list[str], hint: str | None = None) -> DataError:
+    """Build one error from many problems of one kind: it counts all of them and shows the first ones."""
+    if len(lines) == 1:
+        return DataError(f"{kind}: {lines[0]}", hint)
+    listing = "\n  ".join(lines[:SHOWN_PROBLEMS])
+    ellipsis = f"\n  … and {len(lines) - SHOWN_PROBLEMS} more" if len(lines) > SHOWN_PROBLEMS else ""
+    return DataError(f"{len(lines)} × {kind}:\n  {listing}{ellipsis}", hint)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -81,9 +82,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl or .jsonl.gz file with their line numbers; blank lines are skipped.
+    """Read the objects of a .jsonl or .jsonl.gz file with their line numbers; blank lines are skipped.
 
-    Lines end at \\n only, so a U+2028 inside a string does not split a line. DataError names the file and the
+    Lines end only at \\n, so a U+2028 inside a string does not split a line. DataError names the file and the
     number of every bad line.
     """
     rows = parse_jsonl(_lines(path), path)
@@ -93,9 +94,9 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tuple[int, dict[str, Any]]]:
-    """The same for lines that are already read, which may be none; errors name `path`.
+    """Parse JSON Lines as `read_jsonl` does, but accept an empty file. `path` is only for error messages.
 
-    first: the number of the first one.
+    first: number of the first line.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     bad: list[str] = []
@@ -120,9 +121,9 @@ def _lines(path: Path) -> Iterator[bytes]:
     if not path.is_file():
         raise MissingInputError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
     with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
+        is_gzip = raw.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
             yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file: {error}") from None
@@ -141,29 +142,29 @@ def read_labels(path: Path) -> list[Labelled]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The graded answers; none of a task whose metric is no accuracy."""
+    """Read the graded answers; the list is empty for a task whose metric is not an accuracy."""
     return [Sample(**row) for _, row in parse_jsonl(_lines(path), path)]
 
 
 def of_system(rows: list[Labelled], system: int) -> list[Example]:
-    """The examples labelled `system`; DataError if there is none."""
-    found = [row.example for row in rows if row.system == system]
-    if not found:
+    """Return the examples labelled `system`; DataError if there is none."""
+    examples = [row.example for row in rows if row.system == system]
+    if not examples:
         counts = {k: sum(row.system == k for row in rows) for k in (1, 2, None)}
         raise DataError(
             f"no example is labelled System {system} "
             f"({counts[1]} System 1, {counts[2]} System 2, {counts[None]} undecided)",
             "other voters, or a known share: --set classify.system2_share=0.5",
         )
-    return found
+    return examples
 
 
 def decided(rows: list[Labelled]) -> list[Example]:
-    """The examples with a label; DataError if there is none."""
-    found = [row.example for row in rows if row.system is not None]
-    if not found:
+    """Return the examples with a label; DataError if there is none."""
+    examples = [row.example for row in rows if row.system is not None]
+    if not examples:
         raise DataError(
             f"all {len(rows)} examples are undecided",
             "other voters, or lower classify.min_agreement and classify.quorum",
         )
-    return found
+    return examples

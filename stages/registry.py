@@ -1,4 +1,4 @@
-"""What can be chosen by name: functions that register themselves, and the modules of a package."""
+"""Registries of implementations that a config chooses by name: functions, and modules of a package."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ Function = Callable[..., Any]
 
 
 class _Named:
-    """Names of one kind, and the one error for every other name."""
+    """Set of valid names of one kind, with the error for an unknown name."""
 
     kind: str
 
@@ -20,13 +20,13 @@ class _Named:
         raise NotImplementedError
 
     def check(self, name: str) -> None:
-        """ConfigError with the choices if nothing is called `name`."""
+        """ConfigError with the choices if `name` is unknown."""
         if name not in self.names():
             raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
 
 
 class Registry(_Named):
-    """The functions of one kind, found by name; the name is the function's own."""
+    """Functions of one kind, registered under their own names."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -34,7 +34,7 @@ class Registry(_Named):
         self._traits: dict[str, set[str]] = {}
 
     def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function with its traits: what others must know without calling it."""
+        """Decorator that registers a function. traits: properties that callers can query with `has`."""
 
         def register(function: Function) -> Function:
             self._functions[function.__name__] = function
@@ -47,25 +47,25 @@ class Registry(_Named):
         return sorted(self._functions)
 
     def describe(self) -> dict[str, str]:
-        """Each name with the first line of its docstring."""
+        """Map each name to the first line of its docstring."""
         return {name: _first_line(self._functions[name].__doc__) for name in self.names()}
 
     def pick(self, name: str) -> Function:
-        """The function called `name`; ConfigError with the choices if there is none."""
+        """Return the function called `name`; ConfigError with the choices if there is none."""
         self.check(name)
         return self._functions[name]
 
     def has(self, name: str, trait: str) -> bool:
-        """Whether the function called `name` was registered with this trait."""
+        """True if the function called `name` was registered with this trait."""
         self.check(name)
         return trait in self._traits[name]
 
 
 class Modules(_Named):
-    """Modules found by name. They are imported when they are picked: an engine's would load torch at once."""
+    """Modules of one kind by name, imported when they are picked, because some, like engines, load torch."""
 
     def __init__(self, kind: str, modules: dict[str, str]) -> None:
-        """modules: name → dotted module."""
+        """modules: name → import path."""
         self.kind = kind
         self._modules = modules
 
@@ -73,11 +73,11 @@ class Modules(_Named):
         return sorted(self._modules)
 
     def describe(self) -> dict[str, str]:
-        """Each name with the first line of its module's docstring, which is read without importing it."""
+        """Map each name to the first line of its module's docstring, without importing the module."""
         return {name: _first_line(_docstring(self._modules[name])) for name in self.names()}
 
     def pick(self, name: str) -> Any:
-        """The module called `name`; ConfigError with the choices if there is none."""
+        """Import the module called `name`; ConfigError with the choices if there is none."""
         self.check(name)
         return importlib.import_module(self._modules[name])
 

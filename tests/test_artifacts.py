@@ -11,7 +11,7 @@ from stages.errors import ArtifactError, BusyError, OutputError
 from stages.store import artifacts
 from stages.store.artifacts import MANIFEST, Store
 from stages.store.checkpoints import Checkpoints
-from stages.store.digests import DigestCache, canonical, key_of
+from stages.store.digests import DigestCache, canonical_json, key_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
 
 def test_key_is_stable_and_order_free():
     assert key_of({"a": 1, "b": [0.9]}) == key_of({"b": [0.9], "a": 1})
-    assert canonical({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
+    assert canonical_json({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
 
 
 def test_committed_artifact_is_whole(store):

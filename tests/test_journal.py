@@ -155,7 +155,7 @@ class Choice(BaseModel):
 def test_a_line_that_is_no_answer_is_named(tmp_path, line):
     path = tmp_path / "j.jsonl"
     path.write_text('{"question": "a", "sample": 0, "share": 1}\n' + line + "\n")
-    with pytest.raises(ArtifactError, match=f"{path}:2 is no answer: ") as caught:
+    with pytest.raises(ArtifactError, match=f"{path}:2 is not a valid answer: ") as caught:
         Journal(path, Choice)
     assert caught.value.hint == "move the file away, and the same command asks again"
 

@@ -1,1 +1,1 @@
-"""The process and its machine: ranks, cores and memory, children that end with their parent."""
+"""Process utilities: ranks, cores and memory, and child processes that end with their parent."""

@@ -1,4 +1,4 @@
-"""Calls in threads which do not keep a process from ending."""
+"""Concurrent calls in daemon threads, which do not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 
 GRACE_S = 5
-"""How long an error or a signal waits for the other calls."""
+"""Seconds to wait for the other calls after an error or a signal."""
 
 
 @contextmanager
 def in_background(calls: Iterable[Callable[[], None]], stop: threading.Event) -> Iterator[None]:
-    """Make each call in a thread of its own while the block runs, and wait for them all.
+    """Run each call in its own thread while the block runs, then wait for all of them.
 
-    What a call or the block raises sets `stop`, which the others are to obey, and is raised here. One that
-    waits for a server cannot: it has `GRACE_S` seconds, and then ends when the process does.
+    An exception in a call or in the block sets `stop`, which the other calls have to check, and is raised
+    here. A call that waits for a server cannot check it: after `GRACE_S` seconds it is left to end with the
+    process.
     """
-    running = [_begun(call, stop) for call in calls]
+    futures = [_start_thread(call, stop) for call in calls]
     try:
         yield
-        for done in wait(running, return_when=FIRST_EXCEPTION).done:
-            done.result()
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
     except BaseException:
         stop.set()
-        wait(running, GRACE_S)
+        wait(futures, GRACE_S)
         raise
 
 
-def _begun(call: Callable[[], None], stop: threading.Event) -> Future[None]:
-    done: Future[None] = Future()
+def _start_thread(call: Callable[[], None], stop: threading.Event) -> Future[None]:
+    future: Future[None] = Future()
 
     def work() -> None:
         try:
             call()
-            done.set_result(None)
+            future.set_result(None)
         except BaseException as error:
             stop.set()
-            done.set_exception(error)
+            future.set_exception(error)
 
-    # A daemon, unlike those of ThreadPoolExecutor, for which Python waits before it ends.
+    # A daemon thread: at exit Python waits for the threads of a ThreadPoolExecutor.
     threading.Thread(target=work, daemon=True).start()
-    return done
+    return future

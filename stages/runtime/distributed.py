@@ -1,4 +1,4 @@
-"""The processes of one stage under a launcher: ranks and common operations, free for one process alone."""
+"""Rank helpers for a stage under a launcher; with a single process they do not load torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stages.errors import LoraparError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST_S = 1800
-"""How long processes wait for each other: the trainers' own default."""
+TIMEOUT_S = 1800
+"""Timeout of collectives, equal to the trainers' default (`ddp_timeout`)."""
 FAILURE = "LORAPAR_FAILURE"
-"""Environment variable that names the file in which a launched process leaves its error for the parent."""
+"""Environment variable with the path of the file in which a launched process reports its error."""
 
 
 def launched() -> bool:
-    """Whether a launcher (accelerate, torchrun) started this process."""
+    """True if a launcher (accelerate, torchrun) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -38,13 +38,13 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process has come to this point."""
+    """Wait until every process has reached this point."""
     if size() > 1:
         _state().wait_for_everyone()
 
 
 def all_equal(value: Any) -> bool:
-    """Whether `value` is the same in all processes."""
+    """True if `value` is the same in all processes."""
     if size() == 1:
         return True
     from accelerate.utils import gather_object
@@ -54,7 +54,7 @@ def all_equal(value: Any) -> bool:
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
+    """Replace each tensor in place by its sum over all processes."""
     if size() > 1:
         import torch.distributed as dist
 
@@ -67,17 +67,20 @@ def _state() -> Any:
     import torch
     from accelerate import PartialState
 
-    # NCCL's ten minutes would end a step of RL in which the others wait for the first one's samples.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=LONGEST_S))
+    # NCCL's default of ten minutes is too short for an RL step in which all others wait for rank 0's samples.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT_S))
 
 
 def report_failure(error: LoraparError) -> bool:
-    """Leave the error for the parent; False if no parent waits for it. Only the first error is kept."""
+    """Write the error to the parent's failure file; False if there is no such file.
+
+    Only the first error of all processes is kept.
+    """
     if not launched() or FAILURE not in os.environ:
         return False
-    own = f"{os.environ[FAILURE]}.{os.getpid()}"
-    with suppress(OSError):  # another's is there, or the disk is full
-        with open(own, "w", encoding="utf-8") as file:
+    draft = f"{os.environ[FAILURE]}.{os.getpid()}"
+    with suppress(OSError):  # another process has reported already, or the disk is full
+        with open(draft, "w", encoding="utf-8") as file:
             json.dump([error.exit_code, str(error), error.hint], file)
-        os.link(own, os.environ[FAILURE])  # whole or not at all
+        os.link(draft, os.environ[FAILURE])  # atomic, and fails if the file exists
     return os.path.exists(os.environ[FAILURE])

@@ -1,4 +1,4 @@
-"""What this process has of the machine: cores, memory in MiB (2²⁰ bytes), and its GPUs' energy in joules."""
+"""Measures the machine as this process sees it: cores, memory in MiB (2²⁰ bytes), GPU energy in joules."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _STAT = Path("/proc/stat")
-_GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-"""How long a waiting thread spins: turns of a loop for GNU's OpenMP, milliseconds for LLVM's and Intel's."""
+"""How long a waiting thread spins: loop iterations in GNU's OpenMP, milliseconds in LLVM's and Intel's."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has in a job that was given some of them."""
-    able = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(able(0)) if able else os.cpu_count() or 1
+    """Number of cores that this process may use; a batch job may have fewer than the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def let_waiting_threads_sleep() -> None:
-    """Have OpenMP's threads sleep soon while they wait; call it before torch is loaded. Children inherit it.
+    """Make OpenMP threads go to sleep soon while they wait; call it before torch is loaded.
 
-    By default each spins for milliseconds at every barrier. Beside anything else that computes it then spins
-    on the core for which the thread that it waits for has to wait: an SFT step takes many times as long. What
-    a person has set stays.
+    By default each thread spins for milliseconds at every barrier. If other processes compute, too, it then
+    occupies the core that the thread it waits for needs, and an SFT step takes many times as long. Child
+    processes inherit the setting. Variables that the user has set are left alone.
     """
     if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
         os.environ.update(_OPENMP)
 
 
 def busy_seconds() -> float | None:
-    """Seconds that the cores of this process have worked, for anybody, since the machine was started.
+    """Busy time since boot, summed over the cores that this process may use, for all processes; or None.
 
-    Work of other machines on the same hardware counts, where the system knows of it. See proc(5).
+    Time stolen by other virtual machines counts where the kernel reports it. See proc(5).
     """
-    able = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    names = {f"cpu{number}" for number in able}
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    names = {f"cpu{number}" for number in cores}
     try:
         lines = [line.split() for line in _STAT.read_text(encoding="utf-8").splitlines()]
+        # user, nice, system; not idle and iowait; irq, softirq, steal
         ticks = [sum(map(int, fields[:3] + fields[5:8])) for name, *fields in lines if name in names]
     except (OSError, ValueError):
         return None
@@ -52,44 +53,44 @@ def busy_seconds() -> float | None:
 
 
 def release_memory() -> None:
-    """Give the system and the GPU the memory that is free in this process; libraries keep it otherwise.
+    """Return freed memory, which the allocators of libc and torch keep otherwise, to the system and the GPU.
 
-    Where the C library cannot, nothing happens.
+    Does nothing for main memory where the C library has no `malloc_trim`.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    if torch := _in_use():
+    if torch := _torch_with_gpu():
         torch.cuda.empty_cache()
 
 
 def reset_peak() -> None:
-    """Give freed memory back and begin the count of `peak` anew, as far as the system can."""
+    """Return freed memory and reset the counters of `peak_memory`, as far as the system allows."""
     release_memory()
     with suppress(OSError):
-        _CLEAR.write_text("5", encoding="utf-8")  # see proc(5): the peak is then what is used now
-    if torch := _in_use():
+        _CLEAR_REFS.write_text("5", encoding="utf-8")  # sets VmHWM to the current usage, see proc(5)
+    if torch := _torch_with_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, int]:
-    """The most that was used since `forget`: by the process, and of a GPU by torch in it, if it did."""
-    found = {"process": _process()}
-    if (torch := _in_use()) and (used := torch.cuda.max_memory_reserved()):
-        found["device"] = used // MIB
-    return found
+    """Peak memory in MiB since `reset_peak`: `process`, and `device` if torch has reserved GPU memory."""
+    peaks = {"process": _peak_of_process()}
+    if (torch := _torch_with_gpu()) and (reserved := torch.cuda.max_memory_reserved()):
+        peaks["device"] = reserved // MIB
+    return peaks
 
 
 def peak_of_scarce() -> int:
-    """Of the memory that is scarce: the GPU's, or without one the machine's."""
-    found = peak_memory()
-    return found.get("device", 0) if _has_gpu() else found["process"]
+    """Peak memory in MiB: of the GPU if there is one, else of this process."""
+    peaks = peak_memory()
+    return peaks.get("device", 0) if _has_gpu() else peaks["process"]
 
 
 def gpu_energy() -> float | None:
-    """What the GPUs that are visible here have used since their driver was loaded, by NVML; None if unknown.
+    """Joules that the visible GPUs have used since their driver was loaded, from NVML; None if unknown.
 
-    All processes on them count, servers too.
+    All processes on these GPUs count, servers too.
     """
     try:
         import pynvml
@@ -97,13 +98,13 @@ def gpu_energy() -> float | None:
         return None
     try:
         pynvml.nvmlInit()
-        asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = range(pynvml.nvmlDeviceGetCount()) if asked is None else filter(None, asked.split(","))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = range(pynvml.nvmlDeviceGetCount()) if visible is None else filter(None, visible.split(","))
         handles = [_nvml_handle(pynvml, str(name).strip()) for name in names]
-        used = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
-    except pynvml.NVMLError:  # no driver, no such device, or one that does not tell
+        millijoules = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+    except pynvml.NVMLError:  # no driver, no such device, or a device without this counter
         return None
-    return sum(used) / 1000 if used else None
+    return sum(millijoules) / 1000 if millijoules else None
 
 
 def _nvml_handle(pynvml: Any, name: str) -> Any:
@@ -112,8 +113,8 @@ def _nvml_handle(pynvml: Any, name: str) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
-def _in_use() -> Any:
-    """torch if this process computes on a GPU. To ask the GPU alone would begin that, and take half a GiB."""
+def _torch_with_gpu() -> Any:
+    """The torch module if this process has a CUDA context, else None; creating one would take half a GiB."""
     torch = sys.modules.get("torch")
     return torch if torch and torch.cuda.is_initialized() else None
 
@@ -124,30 +125,32 @@ def _has_gpu() -> bool:
 
 
 def total_memory() -> int:
-    """How much of it there is. The limit of a container or a batch job counts as the machine's."""
+    """Total memory in MiB: of the GPU if there is one, else of the machine, container or batch job."""
     if _has_gpu():
         return int(sys.modules["torch"].cuda.mem_get_info()[1]) // MIB
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([whole, *_limits()]) // MIB
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_cgroup_limits()]) // MIB
 
 
-def _limits() -> Iterator[int]:
-    """The limits of this process's control group and of those around it, in bytes; see cgroups(7)."""
-    lines = _MINE.read_text(encoding="utf-8").splitlines() if _MINE.exists() else []
+def _cgroup_limits() -> Iterator[int]:
+    """Memory limits in bytes of this process's control group and of its ancestors; see cgroups(7)."""
+    listing = _CGROUP_OF_PROCESS
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers not in ("", "memory"):
             continue
         name = "memory.limit_in_bytes" if controllers else "memory.max"
-        group = _GROUPS / controllers / path.lstrip("/")
+        group = _CGROUP_ROOT / controllers / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # in version 2 `max` says that there is none
+            with suppress(OSError, ValueError):  # `max` (version 2) means no limit
                 yield int((folder / name).read_text(encoding="utf-8"))
 
 
-def _process() -> int:
+def _peak_of_process() -> int:
+    """Peak resident memory in MiB. Only VmHWM can be reset; elsewhere it is the peak since the start."""
     with suppress(OSError):
-        if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE):
-            return int(found[1]) // 1024
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE):
+            return int(match[1]) // 1024
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote so that they cannot harm the machine; `choose` returns a Sandbox.
+"""Sandbox for programs that a model wrote, so that they cannot harm the machine; `choose` returns one.
 
 `inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a program against its tests, and
-`backends.py` has the ways to start them. This package needs only the standard library and `stages.errors`.
+`backends.py` starts the processes. This package needs only the standard library and `stages.errors`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ HINT = (
 
 
 class Sandbox:
-    """One back end with limits. `name` is `bubblewrap`, `landlock` or `unsafe-no-sandbox`."""
+    """Back end with limits. `name` is `bubblewrap`, `landlock` or `unsafe-no-sandbox`."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name, self.limits = name, limits
@@ -32,7 +32,7 @@ class Sandbox:
     def check(self, program: str, tests: str, entry: str, setup: str = "") -> Verdict:
         """Run `tests` on the function `entry` of `program`; `setup` is trusted code that the tests need too.
 
-        SandboxFailure if the sandbox fails twice, which says nothing about the program.
+        SandboxFailure if the sandbox itself fails twice.
         """
         try:
             return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
@@ -40,17 +40,17 @@ class Sandbox:
             return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
 
     def plain(self, program: str, tests: str, entry: str) -> bool:
-        """Whether the tests pass with program and tests in one process, as in HumanEval's own script."""
+        """True if the tests pass with program and tests in one process, as in HumanEval's own script."""
         return pair.plain(BACKENDS[self.name], program, tests, entry, self.limits)
 
 
 def examine() -> dict[str, list[str]]:
-    """The problems of each safe back end on this machine, one line each; an empty list if there are none."""
+    """Test each safe back end on this machine. Returns its problems, one line each; an empty list if none."""
     return {name: selftest(BACKENDS[name]) for name in SAFE}
 
 
 class SandboxSettings(Protocol):
-    """The settings of a config that concern the sandbox."""
+    """Settings of a config section that concern the sandbox."""
 
     @property
     def backend(self) -> str: ...
@@ -61,12 +61,15 @@ class SandboxSettings(Protocol):
 
 
 def of(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
-    """The sandbox that a config asks for."""
+    """Return the sandbox that a config section selects."""
     return choose(section.backend, Limits(section.seconds, section.memory_mb), say)
 
 
 def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
-    """The sandbox called `name`; `auto` is the first safe one to pass its self-test. SandboxError if none."""
+    """Return the sandbox called `name`; `auto` takes the first safe one that passes its self-test.
+
+    SandboxError if none passes.
+    """
     if name == "refuse":
         raise SandboxError(
             "code that a model wrote would run here, and sandbox.backend is refuse", "choose auto"

@@ -1,8 +1,8 @@
-"""How `inside.py` is started: one function per back end gives the command, its environment and open files.
+"""Back ends that start `inside.py`: one function each gives the command, environment and open files.
 
 - bubblewrap: a separate root of read-only system folders, no network, no other processes, a seccomp filter.
-- landlock: the file system and processes of the user, but all rights to them given up.
-- none: limits only, for those who typed `unsafe-no-sandbox`.
+- landlock: the user's file system and processes, but without any rights to them.
+- none: resource limits only, for users who chose `unsafe-no-sandbox`.
 """
 
 import json
@@ -15,21 +15,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.sandbox.landlock import LEAST_ABI, abi
+from stages.sandbox.landlock import MIN_ABI, abi
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     seconds: float = 5.0
     """Wall time for all tests of the program."""
     memory_mb: int = 512
     """Address space, in MiB."""
 
-    def of_process(self) -> dict[str, int]:
+    def rlimits(self) -> dict[str, int]:
+        """Limits of one process, by the name of setrlimit(2) without `RLIMIT_`."""
         mb = 2**20
         cpu = int(self.seconds) + 1
         return {
@@ -44,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChildProcess:
-    """How to start a process: what `subprocess.Popen` needs, and the file descriptors it keeps open."""
+    """Arguments for `subprocess.Popen`; the file descriptors in `files` stay open in the child."""
 
     command: list[str]
     environment: dict[str, str]
@@ -52,13 +53,13 @@ class ChildProcess:
 
 
 def _python() -> tuple[str, list[str]]:
-    """The interpreter outside of a virtual environment, and the folders it needs beside the system's."""
+    """Return the interpreter outside any virtual environment, and the non-system folders that it needs."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     prefix = os.path.realpath(sys.base_prefix)
     return python, [] if prefix.startswith("/usr") else [prefix]
 
 
-def _filter(kind: str) -> Path:
+def _seccomp_filter(kind: str) -> Path:
     machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine())
     path = HERE / "filters" / f"{kind}-{machine}.bpf"
     if not path.is_file():
@@ -66,7 +67,7 @@ def _filter(kind: str) -> Path:
     return path
 
 
-def _inside(python: str, script: str, role: str, limits: dict[str, int]) -> list[str]:
+def _inside_command(python: str, script: str, role: str, limits: dict[str, int]) -> list[str]:
     return [python, "-I", "-S", "-X", "utf8", script, role, json.dumps(limits)]
 
 
@@ -85,27 +86,27 @@ ENVIRONMENT = (
 
 @contextmanager
 def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
-    """Namespaces by bubblewrap (in Debian and others the package bubblewrap), hardened.
+    """Run in hardened namespaces of bubblewrap (package `bubblewrap` in Debian and other distributions).
 
     The seccomp filter refuses new processes, because RLIMIT_NPROC is never enforced for root.
     """
-    found = shutil.which("bwrap")
-    if found is None:
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
         raise OSError("bwrap is not installed (package bubblewrap)")
     python, folders = _python()
-    allowed = {**limits.of_process(), "NPROC": 64}
-    with _filter("namespaces").open("rb") as rules:
-        number = rules.fileno()
-        command = [found, *ISOLATION, *ENVIRONMENT, *_root(folders), "--seccomp", str(number)]
-        command += _inside(python, "/inside.py", role, allowed)
-        yield ChildProcess(command, {"PATH": "/usr/bin:/bin"}, (number,))
+    rlimits = {**limits.rlimits(), "NPROC": 64}
+    with _seccomp_filter("namespaces").open("rb") as rules:
+        descriptor = rules.fileno()
+        command = [bwrap, *ISOLATION, *ENVIRONMENT, *_root_mounts(folders), "--seccomp", str(descriptor)]
+        command += _inside_command(python, "/inside.py", role, rlimits)
+        yield ChildProcess(command, {"PATH": "/usr/bin:/bin"}, (descriptor,))
 
 
-def _root(folders: list[str]) -> list[str]:
-    """bwrap's arguments for the root: read-only system folders and `folders`, `inside.py`, and a small /tmp.
+def _root_mounts(folders: list[str]) -> list[str]:
+    """Build bwrap's mounts: the system folders and `folders` (read-only), `inside.py`, and a small /tmp.
 
     There is no /proc: it would show the environment and memory of bwrap's first process. /dev is read-only
-    and /dev/shm has a size, because both would be unlimited otherwise.
+    and /dev/shm has a fixed size, because a program could otherwise fill the memory through them.
     """
     arguments = ["--ro-bind", "/usr", "/usr"]
     for path in ("/lib", "/lib64", "/bin"):
@@ -125,23 +126,22 @@ def _root(folders: list[str]) -> list[str]:
 
 @contextmanager
 def landlock(role: str, limits: Limits) -> Iterator[ChildProcess]:
-    """Landlock and a stricter seccomp filter, where there are no namespaces. Programs can write no file."""
-    if abi() < LEAST_ABI:
-        raise OSError(f"Landlock is at version {abi()}, {LEAST_ABI} is needed (kernel 6.2)")
+    """Run under Landlock and a stricter seccomp filter, without namespaces. Programs cannot write files."""
+    if abi() < MIN_ABI:
+        raise OSError(f"Landlock is at version {abi()}, {MIN_ABI} is needed (kernel 6.2)")
     python, folders = _python()
     script = str(HERE / "inside.py")
     readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
-    allowed = json.dumps(limits.of_process())
-    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_filter("landlock")), allowed]
-    yield ChildProcess(
-        [*launch, *readable, "--", *_inside(python, script, role, {})], {"PATH": "/usr/bin:/bin"}
-    )
+    rlimits = json.dumps(limits.rlimits())
+    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_seccomp_filter("landlock")), rlimits]
+    command = [*launch, *readable, "--", *_inside_command(python, script, role, {})]
+    yield ChildProcess(command, {"PATH": "/usr/bin:/bin"})
 
 
 @contextmanager
 def none(role: str, limits: Limits) -> Iterator[ChildProcess]:
-    """Only limits of the process: the program can read, write, connect and start whatever its user can."""
-    command = _inside(_python()[0], str(HERE / "inside.py"), role, limits.of_process())
+    """Run with resource limits only: the program can read, write, connect and start what its user can."""
+    command = _inside_command(_python()[0], str(HERE / "inside.py"), role, limits.rlimits())
     yield ChildProcess([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
 
 

@@ -1,4 +1,4 @@
-"""Runs in a sandbox, with the standard library only: `inside.py ROLE LIMITS [--die-with-parent]`.
+"""Script of the sandboxed processes, standard library only: `inside.py ROLE LIMITS [--die-with-parent]`.
 
 A program and its tests never share a process. The `candidate` loads the program and answers calls of its
 function. The `judge` runs the tests against a stand-in for that function, which sends each call over a pipe,
@@ -6,8 +6,8 @@ and reports the verdict. Values cross the pipe as plain data of built-in types. 
 equal everything never reaches a comparison, and nothing that the program does to its interpreter can change
 the verdict. The role `plain` runs both in one process, as the benchmark's own script does.
 
-Messages are JSON values, one per line: the process sends `"ready"`, then receives its job. The functions
-below describe the rest.
+Messages are JSON values, one per line: the process sends `"ready"`, then receives its job. The docstrings of
+`candidate`, `judge` and `plain` describe the further messages.
 """
 
 import base64
@@ -26,8 +26,8 @@ MAX_ITEMS = 10**6
 PR_SET_PDEATHSIG = 1
 
 
-class Strange(Exception):
-    """A value whose type is not plain data."""
+class NotPlainData(Exception):
+    """Raised for a value that has or contains a type other than plain data."""
 
 
 _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
@@ -45,10 +45,10 @@ _ITERATORS: tuple[type, ...] = (
 
 
 def encode(value: Any, depth: int = 0) -> Any:
-    """Plain JSON for a value of built-in types; Strange if it has or contains another type or a subclass."""
+    """Convert a value of built-in types to JSON; NotPlainData for any other type, also for a subclass."""
     kind = type(value)
     if depth > 100:
-        raise Strange("nested too deep")
+        raise NotPlainData("nested too deep")
     if value is None or kind in (bool, str):
         return value
     if kind is int:
@@ -68,37 +68,37 @@ def encode(value: Any, depth: int = 0) -> Any:
     if kind in _ITERATORS:
         items = [item for _, item in zip(range(MAX_ITEMS), value, strict=False)]
         return ["iterator", [encode(item, depth + 1) for item in items]]
-    raise Strange(kind.__name__)
+    raise NotPlainData(kind.__name__)
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given; iterators come back as iterators."""
+    """Invert `encode`; an iterator comes back as an iterator over a list."""
     if not isinstance(value, list):
         return value
-    kind, *rest = value
+    kind, *payload = value
     if kind == "int":
-        return int(rest[0], 16)
+        return int(payload[0], 16)
     if kind == "float":
-        return float.fromhex(rest[0])
+        return float.fromhex(payload[0])
     if kind == "complex":
-        return complex(*map(float.fromhex, rest))
+        return complex(*map(float.fromhex, payload))
     if kind in ("bytes", "bytearray"):
-        return getattr(builtins, kind)(base64.b85decode(rest[0]))
+        return getattr(builtins, kind)(base64.b85decode(payload[0]))
     if kind == "range":
-        return range(*map(int, rest))
+        return range(*map(int, payload))
     if kind in _CONTAINERS:
-        return _CONTAINERS[kind](map(decode, rest[0]))
+        return _CONTAINERS[kind](map(decode, payload[0]))
     if kind == "dict":
-        return {decode(k): decode(v) for k, v in rest[0]}
+        return {decode(k): decode(v) for k, v in payload[0]}
     if kind == "iterator":
-        return iter([decode(item) for item in rest[0]])
+        return iter([decode(item) for item in payload[0]])
     raise ValueError(f"no such kind of value: {kind!r:.40}")
 
 
 class Channel:
-    """JSON lines over the original standard input and output.
+    """Sends and receives JSON lines over the original standard input and output.
 
-    The program has an empty standard input instead, and its output goes to the error stream.
+    The program gets an empty standard input instead, and its standard output goes to standard error.
     """
 
     def __init__(self) -> None:
@@ -107,9 +107,9 @@ class Channel:
         os.dup2(2, 1)
 
     def send(self, value: Any) -> None:
-        data = json.dumps(value).encode() + b"\n"
-        while data:
-            data = data[os.write(self._out, data) :]
+        unsent = json.dumps(value).encode() + b"\n"
+        while unsent:
+            unsent = unsent[os.write(self._out, unsent) :]
 
     def receive(self) -> Any:
         line = self._in.readline(MAX_LINE)
@@ -118,109 +118,115 @@ class Channel:
         return json.loads(line)
 
 
-def limit(limits: dict[str, int]) -> None:
-    """Lower the limits of this process for good. They hold whatever it does; the parent limits wall time."""
+def set_limits(limits: dict[str, int]) -> None:
+    """Set the resource limits of this process irrevocably; the parent enforces the limit on wall time."""
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def candidate(channel: Channel, job: dict[str, str]) -> None:
-    """Job {program, entry}. Sends "loaded" or {"broken": why}, then value, raised or strange per call.
+    """Load the program of a job {program, entry} and answer calls of its function.
 
-    Arguments that the call has changed are sent, too, as `changed`.
+    Sends "loaded" or {"broken": why}. Then the reply to each call has `value`, `raised` or `strange` (the
+    name of a type that is not plain data), and `changed` with the arguments if the call has changed them.
     """
-    space: dict[str, Any] = {"__name__": "program"}  # a `__main__` part does not run
+    namespace: dict[str, Any] = {"__name__": "program"}  # not `__main__`: no main block runs
     try:
-        exec(compile(job["program"], "program", "exec"), space)
-        function = space[job["entry"]]
+        exec(compile(job["program"], "program", "exec"), namespace)
+        function = namespace[job["entry"]]
     except BaseException as error:
-        channel.send({"broken": _said(error)})
+        channel.send({"broken": _error_text(error)})
         return
     channel.send("loaded")
     while True:
-        sent = channel.receive()
-        arguments, named = map(decode, sent)
-        answer: dict[str, Any]
+        call = channel.receive()
+        arguments, keywords = map(decode, call)
+        reply: dict[str, Any]
         try:
-            answer = {"value": encode(function(*arguments, **named))}
-        except Strange as error:
-            answer = {"strange": str(error)}
+            reply = {"value": encode(function(*arguments, **keywords))}
+        except NotPlainData as error:
+            reply = {"strange": str(error)}
         except BaseException as error:
             kind = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
-            answer = {"raised": [kind.__name__, str(error)[:300]]}
-        with contextlib.suppress(Strange):
-            now = [encode(arguments), encode(named)]
-            if now != sent:
-                answer["changed"] = now
-        channel.send(answer)
+            reply = {"raised": [kind.__name__, str(error)[:300]]}
+        with contextlib.suppress(NotPlainData):
+            arguments_now = [encode(arguments), encode(keywords)]
+            if arguments_now != call:
+                reply["changed"] = arguments_now
+        channel.send(reply)
 
 
-def _change(kept: Any, now: Any) -> None:
-    """Make a caller's list, dict or set what the call has made of it."""
-    if isinstance(kept, list | bytearray) and type(kept) is type(now):
-        kept[:] = now
-    elif isinstance(kept, set | dict) and isinstance(now, set | dict):
-        kept.clear()
-        kept.update(now)
+def _update_in_place(argument: Any, changed: Any) -> None:
+    """Give the caller's list, bytearray, set or dict the content that it has after the call."""
+    if isinstance(argument, list | bytearray) and type(argument) is type(changed):
+        argument[:] = changed
+    elif isinstance(argument, set | dict) and isinstance(changed, set | dict):
+        argument.clear()
+        argument.update(changed)
 
 
 def judge(channel: Channel, job: dict[str, str]) -> None:
-    """Job {setup, tests, entry}. Sends calls as [arguments, named], and at the end {"verdict", "why"}."""
-    strange: list[str] = []
+    """Run the tests of a job {setup, tests, entry} against a stand-in for the program's function.
 
-    def stand_in(*arguments: Any, **named: Any) -> Any:
-        channel.send([encode(list(arguments)), encode(named)])
-        answer = channel.receive()
-        if "changed" in answer:
-            listed, by_name = map(decode, answer["changed"])
-            for mine, its in [*zip(arguments, listed, strict=True), *((named[n], by_name[n]) for n in named)]:
-                _change(mine, its)
-        if "value" in answer:
-            return decode(answer["value"])
-        if "strange" in answer:
-            strange.append(str(answer["strange"])[:80])
-            raise TypeError(f"a result of type {strange[-1]}")
-        name, text = answer["raised"]
+    Sends each call as [arguments, keywords], and at the end {"verdict", "why"}.
+    """
+    strange_types: list[str] = []
+
+    def stand_in(*arguments: Any, **keywords: Any) -> Any:
+        channel.send([encode(list(arguments)), encode(keywords)])
+        reply = channel.receive()
+        if "changed" in reply:
+            changed, changed_keywords = map(decode, reply["changed"])
+            pairs = [*zip(arguments, changed, strict=True)]
+            pairs += [(keywords[name], changed_keywords[name]) for name in keywords]
+            for argument, argument_now in pairs:
+                _update_in_place(argument, argument_now)
+        if "value" in reply:
+            return decode(reply["value"])
+        if "strange" in reply:
+            strange_types.append(str(reply["strange"])[:80])
+            raise TypeError(f"a result of type {strange_types[-1]}")
+        name, text = reply["raised"]
         kind = getattr(builtins, name, None)
-        known = isinstance(kind, type) and issubclass(kind, Exception)
-        raise (kind if known else RuntimeError)(text)
+        is_exception = isinstance(kind, type) and issubclass(kind, Exception)
+        raise (kind if is_exception else RuntimeError)(text)
 
-    space: dict[str, Any] = {"__name__": "tests"}
+    namespace: dict[str, Any] = {"__name__": "tests"}
     try:
-        exec(compile(job["setup"], "setup", "exec"), space)
-        space[job["entry"]] = stand_in
-        exec(compile(job["tests"], "tests", "exec"), space)
-        if "check" in space:
-            space["check"](stand_in)
+        exec(compile(job["setup"], "setup", "exec"), namespace)
+        namespace[job["entry"]] = stand_in
+        exec(compile(job["tests"], "tests", "exec"), namespace)
+        if "check" in namespace:
+            namespace["check"](stand_in)
         verdict, why = "passed", ""
     except EOFError:
         raise
     except BaseException as error:
-        verdict, why = "failed", _said(error)
-    if strange:  # also where the tests caught the error
-        verdict, why = "suspicious", f"returned {strange[0]}"
+        verdict, why = "failed", _error_text(error)
+    if strange_types:  # also if the tests caught the TypeError
+        verdict, why = "suspicious", f"returned {strange_types[0]}"
     channel.send({"verdict": verdict, "why": why})
 
 
 def plain(channel: Channel, job: dict[str, str]) -> None:
-    """Job {program, tests, entry}. Runs program and tests in one process, as HumanEval's script does."""
-    space: dict[str, Any] = {"__name__": "program"}
+    """Run program and tests of a job {program, tests, entry} in one process, as HumanEval's script does."""
+    namespace: dict[str, Any] = {"__name__": "program"}
     try:
-        exec(compile(f"{job['program']}\n{job['tests']}", "program", "exec"), space)
-        if "check" in space:
-            space["check"](space[job["entry"]])
+        exec(compile(f"{job['program']}\n{job['tests']}", "program", "exec"), namespace)
+        if "check" in namespace:
+            namespace["check"](namespace[job["entry"]])
         verdict, why = "passed", ""
     except BaseException as error:
-        verdict, why = "failed", _said(error)
+        verdict, why = "failed", _error_text(error)
     channel.send({"verdict": verdict, "why": why})
 
 
 def _die_with_parent() -> None:
-    """As the sandboxes see to it themselves."""
+    """Have the kernel kill this process when its parent ends, as the safe back ends do themselves."""
     import ctypes
     import signal
 
@@ -232,7 +238,7 @@ def main() -> None:
         _die_with_parent()
     channel = Channel()
     channel.send("ready")
-    limit(json.loads(sys.argv[2]))
+    set_limits(json.loads(sys.argv[2]))
     role = {"candidate": candidate, "judge": judge, "plain": plain}[sys.argv[1]]
     with contextlib.suppress(EOFError):
         role(channel, channel.receive())

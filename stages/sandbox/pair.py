@@ -1,4 +1,4 @@
-"""Runs a program and its tests, each in a separate sandbox, and passes the calls between them."""
+"""Runs a program and its tests in separate sandboxes, and relays the calls between them."""
 
 import contextlib
 import json
@@ -10,61 +10,65 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.sandbox.backends import ChildProcess, Limits
 from stages.sandbox.inside import MAX_LINE
 
 START_S = 30
-"""Seconds after which a sandbox that is not ready has failed, however busy the machine is."""
+"""Seconds within which a sandbox must be ready; enough even on a busy machine."""
 MAX_OUTPUT = 2**20
-KEPT_OUTPUT = 4096
+"""Bytes of output that a program may write."""
+OUTPUT_TAIL = 4096
+"""Bytes of output that a Verdict keeps, from its end."""
 
 Backend = Callable[[str, Limits], AbstractContextManager[ChildProcess]]
 
 
 class SandboxFailure(Exception):
-    """The sandbox itself did not work, which says nothing about the program."""
+    """The sandbox itself failed, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a program's tests."""
+    """Outcome of a program's tests."""
 
     status: str
-    """passed, failed, suspicious (a result is not plain data), timeout, broken (does not load), crashed or
+    """passed, failed, suspicious (a result is not plain data), timeout, broken (does not load), crashed, or
     flooded (too much output)."""
     why: str
     output: str
-    """The end of what the program wrote."""
+    """End of the program's output, at most OUTPUT_TAIL bytes."""
 
     @property
     def passed(self) -> bool:
         return self.status == "passed"
 
 
-class _Ended(Exception):
+class _RunEnded(Exception):
+    """A process has ended, hangs or writes too much. Carries the status and reason of a Verdict."""
+
     def __init__(self, status: str, why: str) -> None:
         super().__init__(status)
         self.status, self.why = status, why
 
 
-class _Sandboxed:
-    """One process in a sandbox: its lines, and the end of what it wrote to its error stream."""
+class _SandboxedProcess:
+    """Process in a sandbox, with which lines are exchanged. `output` is the end of its standard error."""
 
-    def __init__(self, start: ChildProcess) -> None:
+    def __init__(self, child: ChildProcess) -> None:
         self.process = subprocess.Popen(
-            start.command,
+            child.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=start.environment,
-            pass_fds=start.files,
+            env=child.environment,
+            pass_fds=child.files,
             start_new_session=True,
             cwd="/",
         )
-        self._line = b""
-        self._written, self.output = 0, b""
+        self._unread = b""
+        self._output_bytes, self.output = 0, b""
         self._selector = selectors.DefaultSelector()
         assert self.process.stdout and self.process.stderr and self.process.stdin
         for pipe in (self.process.stdout, self.process.stderr):
@@ -72,58 +76,58 @@ class _Sandboxed:
             self._selector.register(pipe, selectors.EVENT_READ)
         os.set_blocking(self.process.stdin.fileno(), False)
 
-    def send(self, data: bytes, deadline: float) -> None:
-        """Write a line; if the program does not read it by the deadline, it is out of time."""
+    def send(self, line: bytes, deadline: float) -> None:
+        """Write a line, which the process has to read before the deadline."""
         assert self.process.stdin
         pipe = self.process.stdin.fileno()
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_WRITE)
-            while data:
+            while line:
                 if not ready.select(max(0.0, deadline - time.monotonic())):
-                    raise _Ended("timeout", "out of time")
+                    raise _RunEnded("timeout", "out of time")
                 try:
-                    data = data[os.write(pipe, data) :]
+                    line = line[os.write(pipe, line) :]
                 except BlockingIOError:
                     continue
                 except BrokenPipeError:
-                    self._gone()
+                    self._raise_crashed()
 
     def receive(self, deadline: float) -> bytes:
-        """The next line."""
-        while b"\n" not in self._line:
-            left = deadline - time.monotonic()
-            events = self._selector.select(left) if left > 0 else []
+        """Read the next line, and meanwhile the output."""
+        while b"\n" not in self._unread:
+            remaining = deadline - time.monotonic()
+            events = self._selector.select(remaining) if remaining > 0 else []
             if not events:
-                raise _Ended("timeout", "out of time")
+                raise _RunEnded("timeout", "out of time")
             for key, _ in events:
-                data = os.read(key.fd, 65536)
+                chunk = os.read(key.fd, 65536)
                 if key.fileobj is self.process.stderr:
-                    self._keep(data)
-                    if not data:
+                    self._append_output(chunk)
+                    if not chunk:
                         self._selector.unregister(key.fileobj)
-                elif not data:
-                    self._gone()
+                elif not chunk:
+                    self._raise_crashed()
                 else:
-                    self._line += data
-                    if len(self._line) > MAX_LINE:
-                        raise _Ended("flooded", "an answer of more than 4 MiB")
-        line, _, self._line = self._line.partition(b"\n")
+                    self._unread += chunk
+                    if len(self._unread) > MAX_LINE:
+                        raise _RunEnded("flooded", "an answer of more than 4 MiB")
+        line, _, self._unread = self._unread.partition(b"\n")
         return line
 
-    def _keep(self, data: bytes) -> None:
-        self._written += len(data)
-        self.output = (self.output + data)[-KEPT_OUTPUT:]
-        if self._written > MAX_OUTPUT:
-            raise _Ended("flooded", "more than 1 MiB of output")
+    def _append_output(self, chunk: bytes) -> None:
+        self._output_bytes += len(chunk)
+        self.output = (self.output + chunk)[-OUTPUT_TAIL:]
+        if self._output_bytes > MAX_OUTPUT:
+            raise _RunEnded("flooded", "more than 1 MiB of output")
 
-    def _gone(self) -> None:
-        """The process has closed its pipe: wait for its exit code and read the rest of its output."""
+    def _raise_crashed(self) -> NoReturn:
+        """Wait for the exit code of a process that closed its pipe, read its last output, and raise."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         assert self.process.stderr
         with contextlib.suppress(BlockingIOError, OSError):
-            self._keep(os.read(self.process.stderr.fileno(), 65536))
-        raise _Ended("crashed", f"ended with code {self.process.returncode}")
+            self._append_output(os.read(self.process.stderr.fileno(), 65536))
+        raise _RunEnded("crashed", f"ended with code {self.process.returncode}")
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -138,108 +142,112 @@ class _Sandboxed:
                 pipe.close()
 
     def _drain(self, deadline: float) -> None:
-        """Read until the pipes end, which shows that the kernel has ended all processes of the sandbox."""
-        while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
+        """Read until the pipes close, because only then has the kernel ended all processes of the sandbox."""
+        while self._selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(remaining):
                 if not os.read(key.fd, 65536):
                     self._selector.unregister(key.fileobj)
 
 
 @contextmanager
-def _started(back: Backend, role: str, limits: Limits) -> Iterator[_Sandboxed]:
-    """A process that is ready for its job; SandboxFailure if it does not become ready."""
+def _sandboxed(backend: Backend, role: str, limits: Limits) -> Iterator[_SandboxedProcess]:
+    """Start a process and wait until it is ready for its job; SandboxFailure if it does not get ready."""
     try:
-        with back(role, limits) as start:
-            inside = _Sandboxed(start)
+        with backend(role, limits) as child:
+            process = _SandboxedProcess(child)
     except OSError as error:
         raise SandboxFailure(str(error)) from None
     try:
         try:
-            ready = inside.receive(time.monotonic() + START_S)
-        except _Ended as end:
-            said = inside.output.decode(errors="replace").strip().splitlines()
-            raise SandboxFailure(said[-1] if said else f"did not start: {end.why}") from None
-        if ready != b'"ready"':
-            raise SandboxFailure(f"said {ready[:60]!r} instead of being ready")
-        yield inside
+            greeting = process.receive(time.monotonic() + START_S)
+        except _RunEnded as end:
+            lines = process.output.decode(errors="replace").strip().splitlines()
+            raise SandboxFailure(lines[-1] if lines else f"did not start: {end.why}") from None
+        if greeting != b'"ready"':
+            raise SandboxFailure(f"said {greeting[:60]!r} instead of being ready")
+        yield process
     finally:
-        inside.kill()
+        process.kill()
 
 
-def check(back: Backend, program: str, tests: str, entry: str, setup: str, limits: Limits) -> Verdict:
+def check(backend: Backend, program: str, tests: str, entry: str, setup: str, limits: Limits) -> Verdict:
     """Run `tests` on the function `entry` of `program`; `setup` is trusted code that the tests need too.
 
-    SandboxFailure if the sandbox itself does not work, which says nothing about the program.
+    SandboxFailure if the sandbox itself does not work.
     """
-    with _started(back, "candidate", limits) as candidate, _started(back, "judge", limits) as judge:
+    with _sandboxed(backend, "candidate", limits) as candidate, _sandboxed(backend, "judge", limits) as judge:
         deadline = time.monotonic() + limits.seconds
         try:
-            status, why = _converse(candidate, judge, program, tests, entry, setup, deadline)
-        except _Ended as end:
+            status, why = _relay_calls(candidate, judge, program, tests, entry, setup, deadline)
+        except _RunEnded as end:
             status, why = end.status, end.why
         return Verdict(status, why, candidate.output.decode(errors="replace"))
 
 
-def _converse(
-    candidate: _Sandboxed,
-    judge: _Sandboxed,
+def _relay_calls(
+    candidate: _SandboxedProcess,
+    judge: _SandboxedProcess,
     program: str,
     tests: str,
     entry: str,
     setup: str,
     deadline: float,
 ) -> tuple[str, str]:
+    """Load the program, then relay each call of the tests to it, and its answer back.
+
+    Returns the status and reason of the verdict.
+    """
     candidate.send(_job(program=program, entry=entry), deadline)
     loaded = candidate.receive(deadline)
     if loaded != b'"loaded"':
-        return "broken", _broken(loaded)
+        return "broken", _load_error(loaded)
     judge.send(_job(setup=setup, tests=tests, entry=entry), deadline)
     while True:
         try:
-            said = judge.receive(deadline)
-        except _Ended as end:  # an answer of the program ended the tests
+            message = judge.receive(deadline)
+        except _RunEnded as end:  # the program's last answer made the tests crash or hang
             return ("timeout", end.why) if end.status == "timeout" else ("failed", f"the tests {end.why}")
-        if said.startswith(b"{"):
-            return _ending(said)
-        candidate.send(said + b"\n", deadline)
+        if message.startswith(b"{"):  # an object is the verdict, a list is a call
+            return _parse_verdict(message)
+        candidate.send(message + b"\n", deadline)
         judge.send(candidate.receive(deadline) + b"\n", deadline)
 
 
-def _ending(line: bytes) -> tuple[str, str]:
-    """Verdict and reason in the judge's last line, which is the tests' own unless they were led astray."""
+def _parse_verdict(line: bytes) -> tuple[str, str]:
+    """Parse status and reason from the judge's last line, which may hold anything if the tests misbehave."""
     try:
-        ended = json.loads(line)
-        verdict, why = ended["verdict"], ended["why"]
+        message = json.loads(line)
+        verdict, why = message["verdict"], message["why"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return "failed", "the tests ended without a verdict"
     if verdict not in ("passed", "failed", "suspicious"):
         return "failed", "the tests ended without a verdict"
-    return verdict, _written(str(why))
+    return verdict, _encodable(str(why))
 
 
-def _written(text: str) -> str:
-    """The text as a file can hold it: without lone surrogates."""
+def _encodable(text: str) -> str:
+    """Replace lone surrogates, so that the text can be written to a UTF-8 file."""
     return text.encode(errors="replace").decode()
 
 
-def _broken(line: bytes) -> str:
-    """Why a program did not load. The line comes from the program, so it may hold anything."""
+def _load_error(line: bytes) -> str:
+    """Return why a program did not load. The line comes from the program, so it may hold anything."""
     try:
-        return _written(str(json.loads(line)["broken"])[:300])
+        return _encodable(str(json.loads(line)["broken"])[:300])
     except (ValueError, KeyError, TypeError, RecursionError):
         return "does not load"
 
 
-def _job(**parts: Any) -> bytes:
-    return json.dumps(parts).encode() + b"\n"
+def _job(**fields: Any) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
 
 
-def plain(back: Backend, program: str, tests: str, entry: str, limits: Limits) -> bool:
-    """Whether the tests pass with program and tests in one process: the verdict of HumanEval's own script."""
-    with _started(back, "plain", limits) as inside:
+def plain(backend: Backend, program: str, tests: str, entry: str, limits: Limits) -> bool:
+    """True if the tests pass with program and tests in one process, as in HumanEval's own script."""
+    with _sandboxed(backend, "plain", limits) as process:
         deadline = time.monotonic() + limits.seconds
         try:
-            inside.send(_job(program=program, tests=tests, entry=entry), deadline)
-            return _ending(inside.receive(deadline))[0] == "passed"
-        except _Ended:
+            process.send(_job(program=program, tests=tests, entry=entry), deadline)
+            return _parse_verdict(process.receive(deadline))[0] == "passed"
+        except _RunEnded:
             return False

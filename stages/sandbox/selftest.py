@@ -1,4 +1,4 @@
-"""Does a back end work here? A good program must pass, and no hostile program may do what it attempts."""
+"""Self-test of a back end: a good program must pass, and no hostile program may do what it attempts."""
 
 import os
 import socket
@@ -11,15 +11,15 @@ from stages.sandbox.backends import Limits
 from stages.sandbox.pair import Backend, SandboxFailure, check
 
 LIMITS = Limits(seconds=1)
-PATIENT = Limits(seconds=20)
-"""For the good program, which takes a moment: a busy machine is no reason to refuse the back end."""
+GOOD_LIMITS = Limits(seconds=20)
+"""Limits of the good program: generous, so that a busy machine does not make the back end fail."""
 GOOD = (
     "import math, collections, re, heapq\n"
     "def f():\n    print('text')\n    return [math.floor(4.2), {'a': (1, 2.5)}]"
 )
 TESTS = "def check(f):\n    assert f() == [4, {'a': (1, 2.5)}]"
 
-# Each program returns what the tests expect only if it has done what it should not be able to do.
+# Each program returns the value that the tests expect only after it has done what the sandbox must prevent.
 _GET = "    return [4, {'a': (1, 2.5)}]"
 HOSTILE = {
     "write a file": f"def f():\n    open('$FOLDER/file', 'a').write('x')\n{_GET}",
@@ -43,23 +43,24 @@ HOSTILE = {
 
 
 def selftest(backend: Backend) -> list[str]:
-    """The problems found, one line each; empty if the back end can be trusted with a program."""
+    """Return the problems, one line each; an empty list if the back end is safe."""
     try:
-        verdict = check(backend, GOOD, TESTS, "f", "", PATIENT)
+        verdict = check(backend, GOOD, TESTS, "f", "", GOOD_LIMITS)
         if not verdict.passed:
             return [f"a good program does not pass: {verdict.status}, {verdict.why}"]
-        with _victim() as names:
+        with _targets() as targets:
             return [
                 f"a program could {title}"
                 for title, program in HOSTILE.items()
-                if check(backend, _fill(program, names), TESTS, "f", "", LIMITS).passed
+                if check(backend, _fill(program, targets), TESTS, "f", "", LIMITS).passed
             ]
     except SandboxFailure as failure:
         return [str(failure)]
 
 
 @contextmanager
-def _victim() -> Iterator[dict[str, str]]:
+def _targets() -> Iterator[dict[str, str]]:
+    """Create what the hostile programs attack: a file, a listening port and an environment variable."""
     with tempfile.TemporaryDirectory(prefix="lorapar-selftest-") as folder, socket.socket() as listener:
         Path(folder, "file").write_text("untouched", encoding="utf-8")
         listener.bind(("127.0.0.1", 0))
@@ -71,7 +72,7 @@ def _victim() -> Iterator[dict[str, str]]:
             del os.environ["LORAPAR_SELFTEST"]
 
 
-def _fill(program: str, names: dict[str, str]) -> str:
-    for name, value in names.items():
-        program = program.replace(name, value)
+def _fill(program: str, targets: dict[str, str]) -> str:
+    for placeholder, value in targets.items():
+        program = program.replace(placeholder, value)
     return program

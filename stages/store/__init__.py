@@ -1,1 +1,1 @@
-"""What is kept on disk: artifacts, checkpoints, journals, and the digests that identify them."""
+"""Storage on disk: artifacts, checkpoints, journals, and the digests that identify them."""

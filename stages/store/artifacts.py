@@ -1,9 +1,9 @@
-"""The versioned store: `ROOT/<stage>/<key>/manifest.json` and the files it names.
+"""Content-addressed artifact store: `ROOT/<stage>/<key>/manifest.json` and the files that it lists.
 
-A key is computed from all that determines a result, before the result is made. An artifact is complete when
-its manifest parses, every file has the digest in the manifest, and its inputs are still those it was made
-from. Nothing is changed in place: a stage builds in `.<key>.partial/`, and the folder is renamed when the
-manifest, which is written last, is on disk.
+A key is a digest of everything that determines a result, computed before the stage runs. An artifact is valid
+if its manifest parses, every file has the digest in the manifest, and its inputs have not been rebuilt since.
+Nothing is changed in place: a stage builds in `.<key>.partial/`. The manifest is written last, and when it is
+on disk the folder is renamed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.digests import canonical, fsync, sha256_file
+from stages.store.digests import canonical_json, fsync, sha256_file
 from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
@@ -27,23 +27,26 @@ AWAY = "move it away and run the stage again"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A committed folder and its manifest."""
+    """Committed folder with its manifest."""
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """sha256 over the names and digests of all files. It tells apart builds of one key that differ."""
-        return hashlib.sha256(canonical(self.manifest["files"])).hexdigest()
+        """sha256 over the names and digests of all files; it distinguishes different builds of one key."""
+        return hashlib.sha256(canonical_json(self.manifest["files"])).hexdigest()
 
     @property
     def adapter(self) -> Path:
-        """The folder of its adapter: for score the initial adapter, else the trained one."""
+        """Folder of the adapter: for score the initial adapter, else the trained one."""
         return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
 
     def integrity_error(self) -> str | None:
-        """What is wrong with the files, or None. Reads every byte, for safetensors notices no flipped bit."""
+        """Describe the first file that differs from the manifest, or return None.
+
+        Every byte is read, because safetensors does not notice a flipped bit.
+        """
         for name, entry in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -52,15 +55,15 @@ class Artifact:
                 return f"sha256 of {file} differs from its manifest"
         for file in self.path.rglob("*"):
             name = file.relative_to(self.path).as_posix()
-            whole = file.is_dir() and not file.is_symlink()
-            if not whole and name not in self.manifest["files"] and name != MANIFEST:
+            is_folder = file.is_dir() and not file.is_symlink()
+            if not is_folder and name not in self.manifest["files"] and name != MANIFEST:
                 return f"{file} is not in its manifest"
         return None
 
 
 def readable(folder: Path, files: Iterable[Path]) -> None:
-    """Give files the mode of the folder: safetensors gives what it writes to its owner alone."""
-    mode = 0o666 & folder.stat().st_mode  # a folder has what the umask leaves
+    """Give files the folder's read and write permissions: safetensors writes files for their owner only."""
+    mode = 0o666 & folder.stat().st_mode  # the folder's mode follows the umask
     for file in files:
         if file.stat().st_mode & 0o666 != mode:
             with suppress(PermissionError):  # some file systems have no modes
@@ -68,11 +71,11 @@ def readable(folder: Path, files: Iterable[Path]) -> None:
 
 
 class Store:
-    """The artifacts of one run."""
+    """Artifacts of one run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._damage: dict[tuple[Path, str], str | None] = {}
+        self._integrity_errors: dict[tuple[Path, str], str | None] = {}
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -81,7 +84,10 @@ class Store:
         return self.root / stage / f".{key}.partial"
 
     def load(self, path: Path) -> Artifact | None:
-        """The artifact at `path`, or None if there is no folder; ArtifactError if its manifest is invalid."""
+        """Return the artifact at `path`, or None if there is no such folder.
+
+        ArtifactError if its manifest is invalid.
+        """
         if not path.exists():
             return None
         file = path / MANIFEST
@@ -99,23 +105,27 @@ class Store:
         return Artifact(path, manifest)
 
     def integrity_error(self, artifact: Artifact) -> str | None:
-        """`artifact.integrity_error()`, computed once per store, because several steps share an input."""
-        which = (artifact.path, artifact.digest)
-        if which not in self._damage:
-            self._damage[which] = artifact.integrity_error()
-        return self._damage[which]
+        """Return `artifact.integrity_error()`, computed once per store because steps share their inputs."""
+        build = (artifact.path, artifact.digest)
+        if build not in self._integrity_errors:
+            self._integrity_errors[build] = artifact.integrity_error()
+        return self._integrity_errors[build]
 
     def latest(self, stage: str, variant: str) -> Artifact | None:
-        """The artifact of the last successful command for this stage and variant; for people, not stages."""
+        """Artifact of the last successful command for this stage and variant, by a link made for people.
+
+        Stages never read it.
+        """
         link = self._latest_link(stage, variant)
         return self.load(link.resolve()) if link.is_symlink() and link.exists() else None
 
     def point_latest(self, stage: str, variant: str, key: str) -> None:
+        """Point the link of this stage and variant at the artifact of `key`."""
         link = self._latest_link(stage, variant)
         if link.is_symlink() and os.readlink(link) == key:
             return
-        if link.is_dir() and not link.is_symlink():  # a copy that followed links
-            link.rename(_free(link))
+        if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
+            link.rename(_unused_name(link))
         temporary = link.with_name(f".{link.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(key)
@@ -126,9 +136,9 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the stage for this key; BusyError at once if another process holds it.
+        """Lock this stage and key while the context is open; BusyError at once if another process has it.
 
-        The kernel releases the lock when the process ends, however it ends.
+        The kernel releases the lock when the process ends for any reason.
         """
         from filelock import FileLock, Timeout
 
@@ -154,9 +164,9 @@ class Store:
             lock.release()
 
     def commit(self, stage: str, key: str, manifest: dict[str, Any]) -> Artifact:
-        """Turn the partial folder of `key` into the artifact; `manifest` lacks only the file digests.
+        """Turn the partial folder of `key` into the artifact. `manifest` comes without the file digests.
 
-        An earlier artifact under this key (a forced run, or rebuilt inputs) is renamed to `<key>.old-N`.
+        An earlier artifact of this key, replaced after a forced run or rebuilt inputs, becomes `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
@@ -168,14 +178,14 @@ class Store:
                 "size": file.stat().st_size,
                 "sha256": sha256_file(file),
             }
-        full = with_checksum({"stage": stage, "key": key, **manifest, "files": entries})
-        text = json.dumps(full, indent=1, ensure_ascii=False)
+        complete = with_checksum({"stage": stage, "key": key, **manifest, "files": entries})
+        text = json.dumps(complete, indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         fsync(partial / MANIFEST)
         for folder in [*(p for p in partial.rglob("*") if p.is_dir()), partial]:
             fsync(folder)
         if final.exists():
-            final.rename(_free(final))
+            final.rename(_unused_name(final))
         partial.rename(final)
         fsync(final.parent)
         artifact = self.load(final)
@@ -183,13 +193,12 @@ class Store:
         return artifact
 
     def start_partial(self, stage: str, key: str) -> Path:
-        """A new empty folder for a stage to build in. What a killed run left there is deleted."""
+        """Create the empty folder in which a stage builds; leftovers of a killed run are deleted."""
         partial = self.partial(stage, key)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
 
-def _free(path: Path) -> Path:
-    """A name beside `path` that is free."""
+def _unused_name(path: Path) -> Path:
     return next(aside for n in count(1) if not (aside := path.with_name(f"{path.name}.old-{n}")).exists())

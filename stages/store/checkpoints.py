@@ -1,4 +1,7 @@
-"""Checkpoints of a training stage. A checkpoint counts only if its seal, written last, fits every byte."""
+"""Checkpoints of a training stage. A checkpoint is valid only if the digests in its seal match all files.
+
+The seal is a JSON file that is written last.
+"""
 
 import json
 import logging
@@ -22,17 +25,17 @@ class _Seal(BaseModel):
 
 
 class Checkpoints:
-    """The checkpoints of an unfinished artifact: `FOLDER/checkpoint-N`, after N optimizer steps."""
+    """Checkpoints of an unfinished artifact: `FOLDER/checkpoint-N`, after N optimizer steps."""
 
-    def __init__(self, folder: Path, of: str) -> None:
-        """of: digest of all inputs. Checkpoints made from other inputs are set aside and never used."""
-        self.folder, self._of = folder, of
+    def __init__(self, folder: Path, inputs: str) -> None:
+        """inputs: digest of all inputs. Checkpoints made from other inputs are renamed and never used."""
+        self.folder, self._inputs = folder, inputs
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is valid; newer ones that are not are renamed."""
-        for path in self._found():
-            if reason := self._fault(path):
-                log.warning("%s is left aside: %s", path.name, reason)
+        """Return the newest valid checkpoint; newer ones that are invalid are renamed."""
+        for path in self._newest_first():
+            if reason := self._seal_error(path):
+                log.warning("%s is ignored: %s", path.name, reason)
                 if distributed.is_main():
                     aside = path.with_name(f"{path.name}.incomplete")
                     shutil.rmtree(aside, ignore_errors=True)
@@ -42,22 +45,21 @@ class Checkpoints:
         return None
 
     def seal(self, path: Path) -> None:
-        """Seal a finished checkpoint, and delete all but the newest KEPT."""
+        """Write the seal of a finished checkpoint, then delete all but the newest KEPT checkpoints."""
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         for file in files:
             fsync(file)
         digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
-        (path / SEAL).write_text(json.dumps({"of": self._of, "files": digests}), encoding="utf-8")
-        for part in (path / SEAL, path, path.parent):
-            fsync(part)
-        for old in self._found()[KEPT:]:
+        (path / SEAL).write_text(json.dumps({"of": self._inputs, "files": digests}), encoding="utf-8")
+        for written in (path / SEAL, path, path.parent):
+            fsync(written)
+        for old in self._newest_first()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _found(self) -> list[Path]:
-        """The folders of checkpoints, newest first."""
+    def _newest_first(self) -> list[Path]:
         numbers = {}
         for path in self.folder.glob("checkpoint-*"):
             number = path.name.removeprefix("checkpoint-")
@@ -65,14 +67,14 @@ class Checkpoints:
                 numbers[path] = int(number)
         return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
-    def _fault(self, path: Path) -> str | None:
+    def _seal_error(self, path: Path) -> str | None:
         try:
             seal = _Seal.model_validate_json((path / SEAL).read_bytes())
-            if seal.of != self._of:
+            if seal.of != self._inputs:
                 return "it was made from other inputs"
-            bad = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
-            there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+            damaged = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
+            present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         except (OSError, ValueError) as error:
-            return f"it is not whole ({type(error).__name__})"
-        bad += sorted(there - {SEAL} - seal.files.keys())
-        return f"{bad[0]} is damaged" if bad else None
+            return f"it is incomplete ({type(error).__name__})"
+        damaged += sorted(present - {SEAL} - seal.files.keys())
+        return f"{damaged[0]} is damaged" if damaged else None

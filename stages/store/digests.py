@@ -1,4 +1,4 @@
-"""Digests of values, files and folders, by which they are identified."""
+"""Digests that identify values, files and folders."""
 
 import contextlib
 import hashlib
@@ -12,24 +12,24 @@ from pydantic import TypeAdapter
 KEY_DIGITS = 12
 
 
-def canonical(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+def canonical_json(value: Any) -> bytes:
+    """Canonical JSON of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode()
 
 
 def key_of(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical(identity)).hexdigest()[:KEY_DIGITS]
+    return hashlib.sha256(canonical_json(identity)).hexdigest()[:KEY_DIGITS]
 
 
 def id_of(content: Any) -> str:
-    """16 hexadecimal digits of what a row says."""
-    return hashlib.sha256(canonical(content)).hexdigest()[:16]
+    """16 hexadecimal digits that identify a row by its content."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
 
 
 def seed_of(identity: dict[str, Any]) -> int:
-    """A seed that follows from a value, in 31 bits."""
+    """31-bit seed derived from a value."""
     return int(key_of(identity), 16) % 2**31
 
 
@@ -46,46 +46,50 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-Known = tuple[int, int, int, str]
+CacheEntry = tuple[int, int, int, str]
 """Size, modification time and inode of a file, and its sha256."""
-KNOWN = TypeAdapter(dict[str, Known])
+CACHE_FILE = TypeAdapter(dict[str, CacheEntry])
 
 
 class DigestCache:
-    """sha256 of large files, kept with size, modification time and inode, so that a model is read once."""
+    """Cache of the sha256 of files, so that a model is read only once.
+
+    An entry is valid while the file's size, modification time and inode are the same.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Known] = {}
+        self._entries: dict[str, CacheEntry] = {}
         with contextlib.suppress(OSError, ValueError, RecursionError):  # it is only a cache
-            self._known = KNOWN.validate_json(path.read_text(encoding="utf-8"))
+            self._entries = CACHE_FILE.validate_json(path.read_text(encoding="utf-8"))
 
     def file(self, path: Path) -> str:
-        state = path.stat()
-        mark = (state.st_size, state.st_mtime_ns, state.st_ino)
+        """Return the sha256 of a file."""
+        status = path.stat()
+        version = (status.st_size, status.st_mtime_ns, status.st_ino)
         name = str(path.resolve())
-        if name in self._known and self._known[name][:3] == mark:
-            return self._known[name][3]
+        if name in self._entries and self._entries[name][:3] == version:
+            return self._entries[name][3]
         digest = sha256_file(path)
-        self._known[name] = (*mark, digest)
+        self._entries[name] = (*version, digest)
         self._save()
         return digest
 
     def folder(self, path: Path) -> str:
-        """One digest of the relative names and contents of all files below `path`, except hidden ones."""
+        """Return one digest of the relative paths and contents of a folder's files, without hidden ones."""
         digests = []
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path)
-            hidden = any(part.startswith(".") for part in name.parts)
+            hidden = any(component.startswith(".") for component in name.parts)
             if file.is_file() and not hidden:
                 digests.append([name.as_posix(), self.file(file)])
-        return hashlib.sha256(canonical(digests)).hexdigest()
+        return hashlib.sha256(canonical_json(digests)).hexdigest()
 
     def _save(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.write_text(json.dumps(self._entries), encoding="utf-8")
             os.replace(temporary, self._path)
         except OSError:
-            pass  # it is only a cache: next time the digest is computed again
+            pass  # it is only a cache: the next process computes the digest again

@@ -1,6 +1,7 @@
-"""What `lorapar plan` told of steps, kept beside the artifacts: each manifest then says how good it was.
+"""Costs that `lorapar plan` has estimated, stored beside the artifacts for comparison with the actual cost.
 
-A step's key does not have settings that change only its cost; the last plan of a key is the one that counts.
+When a step runs, its manifest records the estimate for its key. Settings that change only the cost are not
+part of the key, so the latest plan overwrites earlier estimates.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ NAME = ".estimates.json"
 
 
 class PlannedCost(BaseModel):
-    """Of one step."""
+    """Time and peak memory of one step; None where unknown."""
 
     seconds: float | None = None
     mib: float | None = None
@@ -25,29 +26,29 @@ class PlannedCost(BaseModel):
 _FILE = TypeAdapter(dict[str, PlannedCost])
 
 
-def save(root: Path, found: dict[str, PlannedCost]) -> None:
-    """Keep them by the keys of their steps. A store that cannot be written stays without."""
-    told = {**_read(root), **found}  # by others or before
+def save(root: Path, estimates: dict[str, PlannedCost]) -> None:
+    """Add estimates, by key of the step, to those of the store. A read-only store is left without them."""
+    merged = {**_read(root), **estimates}
     with suppress(OSError):
         root.mkdir(parents=True, exist_ok=True)
         temporary = root / f"{NAME}.{os.getpid()}"
-        temporary.write_bytes(_FILE.dump_json(told))
+        temporary.write_bytes(_FILE.dump_json(merged))
         os.replace(temporary, root / NAME)
 
 
 def load(root: Path, key: str) -> PlannedCost | None:
-    """What was told of a step, if anything."""
+    """Return the estimate for the step of `key`, if there is one."""
     return _read(root).get(key)
 
 
 def actual_and_planned(provenance: dict[str, Any]) -> tuple[PlannedCost, PlannedCost]:
-    """What a manifest says that its step took, and what had been told before."""
-    peaks = provenance.get("peak_mib", {})  # older ones have none
-    took = PlannedCost(seconds=provenance["seconds"], mib=peaks.get("device", peaks.get("process")))
-    return took, PlannedCost.model_validate(provenance.get("estimated", {}))
+    """Return the actual cost of a step and its earlier estimate from the `provenance` of its manifest."""
+    peaks = provenance.get("peak_mib", {})  # missing in older manifests
+    actual = PlannedCost(seconds=provenance["seconds"], mib=peaks.get("device", peaks.get("process")))
+    return actual, PlannedCost.model_validate(provenance.get("estimated", {}))
 
 
 def _read(root: Path) -> dict[str, PlannedCost]:
-    with suppress(OSError, ValueError):  # a damaged file is as good as none: it only serves to compare
+    with suppress(OSError, ValueError):  # ignore a damaged file: estimates only serve for comparison
         return _FILE.validate_json((root / NAME).read_bytes())
     return {}

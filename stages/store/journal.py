@@ -1,4 +1,7 @@
-"""Answers that survive a kill, one JSON line each, and are never asked for again: votes and evaluations."""
+"""Append-only journals of model answers (votes, evaluations), one JSON line each.
+
+Answers survive a kill, and no model is asked again for an answer that is in its journal.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from stages.errors import ArtifactError, OutputError, faults
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
-"""Digest of the question, and the number of the answer where a question is asked several times."""
+"""Digest of the question, and the index of the answer where a question is asked several times."""
 
 
 class _Note(BaseModel):
@@ -24,27 +27,27 @@ class _Note(BaseModel):
     value: Any
 
 
-class _Asked(BaseModel):
+class _AnswerKey(BaseModel):
     question: str
     sample: int = Field(ge=0)
 
 
 class Journal:
-    """The answers of one voter or one evaluated model, in a file whose name identifies it.
+    """Answers of one voter or one evaluated model, in a file whose name identifies the model.
 
-    Several runs may share a journal. One writes at a time; the next waits, and then finds the new answers.
+    Several runs may share a journal. One writes at a time; the next waits, and then reads the new answers.
     """
 
-    def __init__(self, path: Path, shape: type[BaseModel]) -> None:
-        """shape: of an answer; ArtifactError for a line of the file that does not have it."""
+    def __init__(self, path: Path, schema: type[BaseModel]) -> None:
+        """schema: model of an answer; ArtifactError for a line of the file that does not fit it."""
         self.path = path
-        self._shape = shape
+        self._schema = schema
         self.notes: dict[str, Any] = {}
-        """Notes about the journal as a whole."""
+        """Values about the journal itself, by name."""
         self._answers: dict[Question, dict[str, Any]] = {}
         self._file: Any = None
         self._inode: int | None = None
-        self._begin()
+        self._reset()
         self._read()
 
     def __contains__(self, question: Question) -> bool:
@@ -58,13 +61,13 @@ class Journal:
 
     @contextmanager
     def writing(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Within this context nobody else adds answers, and all that others added before are known.
+        """Lock the journal for writing and read the answers that other processes have added.
 
         OutputError if the journal cannot be written.
         """
         from filelock import FileLock, Timeout
 
-        # The kernel holds one lock per open file, so it also keeps the threads of this process apart.
+        # The lock belongs to the open file, so it also excludes other threads of this process.
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +93,9 @@ class Journal:
                 lock.release()
 
     def keep(self, question: Question, answer: dict[str, Any]) -> None:
-        """Write an answer. When this returns, a kill cannot lose it, but a power failure still can."""
+        """Append an answer. After this call a kill cannot lose it, but a power failure still can."""
         digest, sample = question
-        self._shape.model_validate(answer)
+        self._schema.model_validate(answer)
         self._append({"question": digest, "sample": sample, **answer})
         self._answers[question] = answer
 
@@ -101,7 +104,10 @@ class Journal:
         self.notes[name] = value
 
     def set_aside(self) -> int:
-        """Rename the file and begin a new one, while writing; returns the number of answers left behind."""
+        """Rename the file and start a new one, within `writing`.
+
+        Returns the number of answers in the old file.
+        """
         number = len(self._answers)
         n = 1
         while (aside := self.path.with_suffix(f".{n}.old")).exists():
@@ -112,57 +118,59 @@ class Journal:
         return number
 
     def _open(self) -> None:
-        """Take in what others wrote, and cut off a last line that a killed process left unfinished."""
+        """Read what other processes wrote, and cut off an unfinished last line of a killed process."""
         self._read()
         self._file = self.path.open("ab", buffering=0)
-        if os.fstat(self._file.fileno()).st_size > self._read_to:
-            os.truncate(self.path, self._read_to)
+        if os.fstat(self._file.fileno()).st_size > self._offset:
+            os.truncate(self.path, self._offset)
         self._inode = os.fstat(self._file.fileno()).st_ino
 
     def _append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        # One write, so that a kill leaves a whole line or an unfinished one.
+        # One unbuffered write: a kill leaves a complete line, or an unfinished one that `_open` cuts off.
         if self._file.write(line) < len(line):
-            # Half a line must not be followed by another one, should there be room again.
-            os.truncate(self.path, self._read_to)
+            # The disk is full. Remove the half line, so that no later line is appended to it.
+            os.truncate(self.path, self._offset)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self._read_to += len(line)
-        self._lines += 1
+        self._offset += len(line)
+        self._line_count += 1
 
-    def _begin(self) -> None:
-        """Know nothing: the file is new."""
+    def _reset(self) -> None:
+        """Forget everything; the next read starts at the beginning of the file."""
         self.notes.clear()
         self._answers.clear()
-        self._read_to = self._lines = 0
+        # Bytes and lines of the file `_inode` that are in memory. Both end behind a complete line.
+        self._offset = self._line_count = 0
         self._inode = None
 
     def _read(self) -> None:
-        """Read the whole lines added since then. Of two answers to one question the later counts."""
-        found = self.path.stat() if self.path.exists() else None
-        if found is None or found.st_ino != self._inode or found.st_size < self._read_to:
-            self._begin()  # another process has set the old file aside
-        if found is None:
+        """Read the complete lines added since the last read; the last answer to a question counts."""
+        status = self.path.stat() if self.path.exists() else None
+        if status is None or status.st_ino != self._inode or status.st_size < self._offset:
+            self._reset()  # another process has set the old file aside
+        if status is None:
             return
         with self.path.open("rb") as file:
-            file.seek(self._read_to)
+            file.seek(self._offset)
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        for number, row in parse_jsonl(whole.split(b"\n"), self.path, self._lines + 1):
+        # An unfinished last line, which another process may be writing, is left for the next read.
+        complete = text[: text.rfind(b"\n") + 1]
+        for number, row in parse_jsonl(complete.split(b"\n"), self.path, self._line_count + 1):
             try:
                 if "note" in row:
                     note = _Note.model_validate(row)
                     self.notes[note.note] = note.value
                     continue
-                question = _Asked.model_validate(row)
+                key = _AnswerKey.model_validate(row)
                 answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
-                # A text that reads as a number is one from here on.
-                answer |= self._shape.model_validate(answer).model_dump(exclude_unset=True)
+                # Keep converted values (a number that was written as text) and fields outside the schema.
+                answer |= self._schema.model_validate(answer).model_dump(exclude_unset=True)
             except ValidationError as error:
                 raise ArtifactError(
-                    f"{self.path}:{number} is no answer: {faults(error)[0]}",
+                    f"{self.path}:{number} is not a valid answer: {faults(error)[0]}",
                     "move the file away, and the same command asks again",
                 ) from None
-            self._answers[question.question, question.sample] = answer
-        self._read_to += len(whole)
-        self._lines += whole.count(b"\n")
-        self._inode = found.st_ino
+            self._answers[key.question, key.sample] = answer
+        self._offset += len(complete)
+        self._line_count += complete.count(b"\n")
+        self._inode = status.st_ino

@@ -1,4 +1,4 @@
-"""The shape and the seal of a manifest: it is believed only when both are right."""
+"""Schema and checksum of a manifest; a manifest is trusted only if both are valid."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from stages.errors import faults
-from stages.store.digests import canonical, key_of
+from stages.store.digests import canonical_json, key_of
 
 SCHEMA = 2
-SEAL = "seal"
+CHECKSUM = "seal"
 
 
-def _inside(name: str) -> str:
+def _stays_inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError("leads out of the artifact")
@@ -46,32 +46,32 @@ class _Manifest(_Strict):
     inputs: dict[str, _Input]
     summary: dict[str, Any]
     provenance: dict[str, Any]
-    files: dict[Annotated[str, AfterValidator(_inside)], _File]
+    files: dict[Annotated[str, AfterValidator(_stays_inside)], _File]
     seal: str
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest as it is read back, with the digest of all the rest as its seal."""
+    """Return the manifest as JSON will read it back, plus the digest of its other fields."""
     plain = json.loads(json.dumps({"schema": SCHEMA, **manifest}, allow_nan=False))
-    return {**plain, SEAL: _digest(plain)}
+    return {**plain, CHECKSUM: _checksum(plain)}
 
 
 def manifest_error(manifest: Any, key: str) -> str | None:
-    """What is wrong with a manifest that is to be that of `key`, or None."""
+    """Return why this is not a valid manifest of `key`, or None if it is."""
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        return f"its manifest is not one: {faults(error)[0]}"
+        return f"its manifest is invalid: {faults(error)[0]}"
     try:
         if manifest["key"] != key or key_of(manifest["identity"]) != key:
             return f"its manifest is not that of key {key}"
-        if manifest[SEAL] != _digest(manifest):
+        if manifest[CHECKSUM] != _checksum(manifest):
             return "its manifest was changed after it was written"
-    except ValueError as error:  # NaN, which is read and never written
-        return f"its manifest is not one: {error}"
+    except ValueError as error:  # NaN, which json reads but lorapar never writes
+        return f"its manifest is invalid: {error}"
     return None
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != SEAL}
-    return hashlib.sha256(canonical(rest)).hexdigest()
+def _checksum(manifest: dict[str, Any]) -> str:
+    fields = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return hashlib.sha256(canonical_json(fields)).hexdigest()

@@ -39,8 +39,8 @@ def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "cgroup").write_text(mine + "\n")
-    monkeypatch.setattr(resources, "_MINE", tmp_path / "cgroup")
-    monkeypatch.setattr(resources, "_GROUPS", tmp_path)
+    monkeypatch.setattr(resources, "_CGROUP_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_CGROUP_ROOT", tmp_path)
     assert resources.total_memory() == (limit or whole)
     assert whole > 300
 

@@ -99,7 +99,7 @@ def test_an_odd_result_fails_its_item_alone(safe, program):
     "line", [b"{", b"[]", b"7", b'{"verdict": 7, "why": ""}', b'{"why": "x"}', b"[" * 9999]
 )
 def test_an_ending_that_is_none_is_a_failure(line):
-    assert pair._ending(line) == ("failed", "the tests ended without a verdict")
+    assert pair._parse_verdict(line) == ("failed", "the tests ended without a verdict")
 
 
 def test_tests_may_use_what_the_prompt_defines(safe):
@@ -222,7 +222,7 @@ def test_special_values_cross():
     "value", [object(), type("I", (int,), {})(3), [type("L", (list,), {})()], {"a": {1: object}}, print]
 )
 def test_other_types_do_not_cross(value):
-    with pytest.raises(inside.Strange):
+    with pytest.raises(inside.NotPlainData):
         inside.encode(value)
 
 

@@ -1,8 +1,8 @@
-"""Writes the seccomp filters that are shipped beside this file; run it by hand when a rule changes.
+"""Writes the seccomp filters that are shipped beside this file. Run it by hand after changing a rule.
 
 It needs libseccomp's Python module (Debian: python3-seccomp), which is installed for the system's Python and
-not in the virtual environment: `/usr/bin/python3 generate.py`. Users do not need it: the kernel loads the
-filters as they are.
+not in the virtual environment: `/usr/bin/python3 generate.py`. Users do not need it, because the kernel loads
+the filter files directly.
 """
 
 import errno
@@ -88,17 +88,17 @@ REFUSED = [
     "setresgid",
     "setgroups",
     "capset",
-    # Memory that no limit of the address space counts, and locks on files that others read.
+    # Memory that RLIMIT_AS does not count, and locks on files that others read.
     "memfd_create",
     "memfd_secret",
     "flock",
 ]
 
-# Calls that libseccomp does not know yet; they have one number on every architecture.
+# Calls that libseccomp does not know yet. They have the same number on every architecture.
 ALSO_BY_NUMBER = {"file_setattr": 469}
 
-# What fcntl and ioctl may not do: name the process that signals go to, lock or lease a file, watch a folder,
-# change a file's flags.
+# Commands that fcntl and ioctl must refuse: set the process that gets signals, lock or lease a file, watch a
+# folder, change a file's flags.
 SETFL, O_ASYNC = 4, 0x2000
 REFUSED_FCNTL = {
     "F_SETLK": 6, "F_SETLKW": 7, "F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15,
@@ -109,12 +109,13 @@ REFUSED_IOCTL = {
     "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602, "FS_IOC_FSSETXATTR": 0x401C5820,
 }  # fmt: skip
 LAST_FAMILY = 16
-"""Of sockets: local, internet, netlink, which a network namespace holds; above are packets, hosts, …"""
+"""Last socket family that is allowed with namespaces. The network namespace isolates local, internet and
+netlink sockets; families above (packets, the host of a virtual machine, …) are refused."""
 MAP_SHARED = 1
-"""A bit of the flags of mmap, also in MAP_SHARED_VALIDATE. What is shared stays in memory when all of its map
-but a page is gone, and no limit of the address space counts it."""
+"""Flag of mmap, which is also part of MAP_SHARED_VALIDATE. Shared memory stays allocated when all but one of
+its pages are unmapped, and RLIMIT_AS does not count it then."""
 LOW = 0xFFFFFFFF
-"""The kernel looks at 32 bits of these arguments; the rest may be anything."""
+"""Mask: the kernel reads only 32 bits of these arguments, so the upper bits may be anything."""
 
 # Without namespaces the filter must also deny the network, other processes of the user, and the changes of
 # files that Landlock does not cover (modes, owners, times, attributes).
@@ -178,30 +179,32 @@ ALSO_WITHOUT_NAMESPACES = [
 
 
 def _refusal(number: int) -> bytes:
-    """Three instructions: load the number of the call; if it is this one, fail with EPERM; else go on."""
-    load, jump_if_equal, give, failing = 0x20, 0x15, 0x06, 0x00050000
-    steps = ((load, 0, 0, 0), (jump_if_equal, 0, 1, number), (give, 0, 0, failing | errno.EPERM))
-    return b"".join(struct.pack("<HBBI", *step) for step in steps)
+    """Assemble three BPF instructions that fail with EPERM if the number of the call is `number`."""
+    load, jump_if_equal, return_, fail = 0x20, 0x15, 0x06, 0x00050000
+    # (operation, jump if true, jump if false, operand); a false comparison jumps over the return
+    instructions = ((load, 0, 0, 0), (jump_if_equal, 0, 1, number), (return_, 0, 0, fail | errno.EPERM))
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
 
 
 def write(path: Path, arch: str, strict: bool) -> None:
+    """Write the filter of one architecture. strict: also refuse what namespaces would isolate."""
     import seccomp
 
     rules = seccomp.SyscallFilter(defaction=seccomp.ALLOW)
     rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL)
     native = seccomp.Arch()
-    wanted = seccomp.Arch(arch)
-    if int(wanted) != int(native):
-        rules.add_arch(wanted)
+    target = seccomp.Arch(arch)
+    if int(target) != int(native):
+        rules.add_arch(target)
         rules.remove_arch(native)
     refuse = seccomp.ERRNO(errno.EPERM)
-    known = []
+    refused = []
     for name in REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else []):
-        if seccomp.resolve_syscall(wanted, name) >= 0:  # negative: the architecture has no such call
+        if seccomp.resolve_syscall(target, name) >= 0:  # negative: the architecture has no such call
             rules.add_rule(refuse, name)
-            known.append(name)
-    # Threads are made by clone too, so clone is allowed with CLONE_THREAD. The flags of clone3 are in memory,
-    # which a filter cannot read; told that clone3 does not exist, libraries use clone.
+            refused.append(name)
+    # Threads are made by clone, too, so clone is allowed with CLONE_THREAD. The flags of clone3 are in
+    # memory, which a filter cannot read. ENOSYS (clone3 does not exist) makes libraries use clone instead.
     rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     for command in REFUSED_FCNTL.values():
@@ -220,7 +223,7 @@ def write(path: Path, arch: str, strict: bool) -> None:
             file.write(_refusal(number))
         file.flush()
         rules.export_bpf(file)
-    print(f"{path.name}: {path.stat().st_size} bytes, {len(known)} calls refused")
+    print(f"{path.name}: {path.stat().st_size} bytes, {len(refused)} calls refused")
 
 
 if __name__ == "__main__":
