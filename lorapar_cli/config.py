@@ -6,5 +6,5 @@ from stages.config.yaml import annotated
 
 
 def command() -> None:
-    """Print every setting with its default and what it means."""
+    """Print every setting with its default and meaning, in each section the advanced ones last."""
     sys.stdout.write("\n".join(annotated()) + "\n")

@@ -6,7 +6,7 @@ import yaml
 from conftest import CONFIGS
 
 from lorapar_cli.harness import entries
-from stages.config import Config
+from stages.config import Config, SftSection
 from stages.config.fields import cache_key_fields
 from stages.config.yaml import RENAMED, annotated
 from stages.errors import ConfigError, MissingInputError
@@ -38,7 +38,7 @@ def test_paper_configs_pin_every_value(path):
     for section in ("lora", "score", "partition", "sft", "rl", "eval", "prompt"):
         field = Config.model_fields[section].annotation
         missing = set(field.model_fields) - set(tree[section])
-        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["identity"]}
+        unpinned = {name for name in missing if field.model_fields[name].json_schema_extra["in_cache_key"]}
         unpinned -= {"sandbox"}
         assert not unpinned, f"{section}: {unpinned}"
 
@@ -128,7 +128,7 @@ def test_table1_has_a_config_for_every_row():
             "classify.voters.0: base_url is for engine openai, not vllm",
         ),
         ("{samples: 3}", "classify.voters.0: 3 samples of a greedy voter are all the same; set temperature"),
-        ("{revision: v1}", "classify.voters.0: revision v1 needs model, and goes with no base_url"),
+        ("{revision: v1}", "classify.voters.0: revision v1 needs model, and cannot be used with base_url"),
         (
             "{person: judge}",
             "unknown setting classify.voters.0.person (did you mean classify.voters.0.persona?)",
@@ -156,7 +156,7 @@ def test_mistakes_of_voters(tmp_path, voter, text):
         ),
         ("kind: jsonl", "eval.benchmarks: gsm8k needs a path, a file or a hub id"),
         ("kind: lm_eval", "eval.benchmarks: gsm8k needs tasks"),
-        ("limit: 3, seed: 1, limit: 4", "'limit' is there twice, in lines 2 and 2"),
+        ("limit: 3, seed: 1, limit: 4", "'limit' appears twice, in lines 2 and 2"),
     ],
 )
 def test_mistakes_in_an_entry_are_named_with_it(tmp_path, setting, text):
@@ -169,7 +169,7 @@ def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path):
         "model: {name: x}\nsft: {learning_rate: 0.1}\nrl: {num_train_epochs: 2}\nsft: {num_train_epochs: 3}\n"
     )
     path = written(tmp_path, text)
-    assert message(path) == f"{path} is not YAML: 'sft' is there twice, in lines 2 and 4"
+    assert message(path) == f"{path} is not YAML: 'sft' appears twice, in lines 2 and 4"
     merged = (
         "model: {name: x}\nsft: &train {learning_rate: 0.1, num_train_epochs: 2}\n"
         "rl: {<<: *train, num_train_epochs: 3}\n"
@@ -288,6 +288,15 @@ def test_annotated_defaults_are_the_defaults():
     assert Config.model_validate(tree) == Config.model_validate({"model": {"name": "x"}})
 
 
+def test_annotated_settings_that_everybody_sets_come_before_the_advanced_ones():
+    lines = list(annotated(SftSection))
+    names = [line.partition(":")[0] for line in lines if not line.startswith(" ")]
+    common, advanced = names[: names.index("# advanced")], names[names.index("# advanced") + 1 :]
+    assert {"learning_rate", "batch_size"} <= set(common) and {"adam_beta1", "padding_free"} <= set(advanced)
+    assert sorted(common + advanced) == sorted(SftSection.model_fields)
+    assert set(cache_key_fields(SftSection())) < set(SftSection.model_fields)  # no mark among the settings
+
+
 def test_micro_batch_must_divide(tmp_path):
     text = message(
         written(tmp_path, "model: {name: x}\nsft: {batch_size: 10, per_device_train_batch_size: 4}\n")
@@ -343,7 +352,7 @@ def test_values_that_no_machine_can_work_with(tmp_path, override, text):
 def test_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path):
     lines = ["a: &l0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"b{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
-    assert "stand for more than 100000 values" in message(written(tmp_path, "\n".join(lines) + "\n"))
+    assert "expand to more than 100000 values" in message(written(tmp_path, "\n".join(lines) + "\n"))
 
 
 def test_a_long_chain_of_files(tmp_path):
@@ -377,7 +386,7 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ('model.name="a\\0b"', "has a character 0"),
+        ('model.name="a\\0b"', "contains a NUL character"),
         (
             "eval.benchmarks.x={kind: demo, path: a, mode: likelihood}",
             "mode likelihood is for mmlu alone, got kind demo",
@@ -402,7 +411,7 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
         *(
             (
                 f"classify.voters=[{{engine: openai, model: m, base_url: '{url}'}}]",
-                "is no address: expected http",
+                "is not a URL: expected http",
             )
             for url in (
                 "http://[::1",

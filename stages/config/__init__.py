@@ -1,7 +1,8 @@
-"""Every setting, as pydantic models, one per section. A field's description is its only documentation.
+"""All settings as pydantic models, one class per section.
 
-A field marked `identity=False` stays out of the artifact keys: it does not change a result, or a digest of
-what it names is in the key. `yaml.py` reads YAML into these models.
+The description of a field is its only documentation; `lorapar config` prints it. A setting declared with
+`in_cache_key=False` does not enter the keys of artifacts: it changes no result, or a digest of what it names
+is in the key. `yaml.py` reads YAML into these models.
 """
 
 from pathlib import Path
@@ -51,29 +52,40 @@ __all__ = [
 
 class Config(Section):
     run: str = setting(
-        "default", "Name of the run: a folder below runs_dir.", in_cache_key=False, pattern=r"^[\w][\w.-]*$"
+        "default",
+        "Name of the run; its artifacts are in the folder of this name in runs_dir.",
+        in_cache_key=False,
+        pattern=r"^[\w][\w.-]*$",
     )
-    runs_dir: str = setting("runs", "Where runs are kept.", in_cache_key=False)
-    seed: int = setting(41, "Seed of the initial adapter, sampling of rows, masks and training.", ge=0)
+    runs_dir: str = setting("runs", "Folder of all runs.", in_cache_key=False)
+    seed: int = setting(
+        41, "Seed of the initial adapter, the sampling of rows, random masks and training.", ge=0
+    )
     model: ModelSection = setting(..., "The base model.")
-    data: DataSection = setting(DataSection(), "Training rows.")
+    data: DataSection = setting(DataSection(), "The training rows.")
     prompt: PromptSection = setting(
-        PromptSection(), "How questions are put to the model, in score, sft, rl and eval alike."
+        PromptSection(), "How score, sft, rl and eval format a question as a prompt."
     )
     lora: LoraSection = setting(LoraSection(), "The adapter.")
     baseline: BaselineSection | None = setting(
-        None, "Another method in place of LoRA. It is trained whole, without score and partition."
+        None,
+        "PEFT method to train in place of LoRA, with all its parameters; score and partition are skipped.",
+        advanced=True,
     )
-    server: ServerSection = setting(ServerSection(), "Servers for voters and evaluation.")
-    classify: ClassifySection = setting(ClassifySection(), "Label examples System 1 or 2.")
-    score: ScoreSection = setting(ScoreSection(), "Importance of every LoRA element.")
-    partition: PartitionSection = setting(PartitionSection(), "Split of the elements between the systems.")
-    sft: SftSection = setting(SftSection(), "Supervised training of the System 1 part.")
-    rl: RlSection = setting(RlSection(), "GRPO on the System 2 part.")
-    eval: EvalSection = setting(EvalSection(), "Evaluation of base, init, sft and rl.")
+    server: ServerSection = setting(
+        ServerSection(), "Servers and batches of the models that vote or are evaluated.", advanced=True
+    )
+    classify: ClassifySection = setting(ClassifySection(), "Labelling of examples as System 1 or System 2.")
+    score: ScoreSection = setting(ScoreSection(), "Importance scores of all LoRA elements.")
+    partition: PartitionSection = setting(
+        PartitionSection(), "Split of the LoRA elements between the two systems."
+    )
+    sft: SftSection = setting(SftSection(), "Supervised fine-tuning of the System 1 elements.")
+    rl: RlSection = setting(RlSection(), "GRPO on the System 2 elements.")
+    eval: EvalSection = setting(EvalSection(), "Evaluation of the base model and the adapters on benchmarks.")
 
     @model_validator(mode="after")
-    def _importance(self, info: ValidationInfo) -> "Config":
+    def _check_importance_is_not_zero(self, info: ValidationInfo) -> "Config":
         registries = registries_from(info)
         if not registries or registries["strategies"].has(self.partition.strategy, "unscored"):
             return self
@@ -85,7 +97,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _order(self) -> "Config":
+    def _check_order(self) -> "Config":
         if self.sft.start_from == "rl" and self.rl.start_from == "sft":
             raise ValueError(
                 "sft and rl start from each other; "
@@ -94,72 +106,75 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _rescored(self, info: ValidationInfo) -> "Config":
+    def _check_rescore(self, info: ValidationInfo) -> "Config":
         if not self.rl.rescore:
             return self
         registries = registries_from(info)
         unscored = registries and registries["strategies"].has(self.partition.strategy, "unscored")
-        for wrong, why in (
+        for conflict, why in (
             (self.rl.start_from != "sft", "rl starts from the initial adapter"),
             (self.baseline is not None, "a baseline is trained whole"),
             (bool(unscored), f"strategy {self.partition.strategy} reads no scores"),
         ):
-            if wrong:
+            if conflict:
                 raise ValueError(f"rl.rescore scores the adapter of SFT for RL, and {why}")
         return self
 
     @model_validator(mode="after")
-    def _baseline(self) -> "Config":
+    def _check_baseline(self) -> "Config":
         if self.baseline is None:
             return self
-        here = f"baseline {self.baseline.method}"
+        subject = f"baseline {self.baseline.method}"
         if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
-            raise ValueError(f"{here} has no scored initial adapter; take {scored[0]} out of eval.targets")
+            raise ValueError(f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
-            raise ValueError(f"vllm cannot serve {here}; use engine transformers")
+            raise ValueError(f"vllm cannot serve {subject}; use engine transformers")
         if self.sft.loraplus_lr_ratio or self.rl.loraplus_lr_ratio:
-            raise ValueError(f"{here} has no LoRA factors; leave out loraplus_lr_ratio")
+            raise ValueError(f"{subject} has no LoRA factors; leave out loraplus_lr_ratio")
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
         if self.baseline.method == "dora" and self.rl.launch.backend == "fsdp2":
-            raise ValueError(f"{here} needs whole weights for the copy that RL starts from; use ddp")
+            raise ValueError(f"{subject} needs whole weights for the copy that RL starts from; use ddp")
         if self.baseline.method == "prefix_tuning" and checkpointing:
-            raise ValueError(f"{here} does not train under gradient_checkpointing, which drops the prefix")
+            raise ValueError(f"{subject} does not train under gradient_checkpointing, which drops the prefix")
         harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
         if self.baseline.trains_prompt and harness and set(self.eval.targets) != {"base"}:
             raise ValueError(
                 f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt"
             )
         if self.rl.beta and self.rl.kl_reference == "sft":
-            raise ValueError(f"{here} can hold on to the base alone; use rl.kl_reference=base")
+            raise ValueError(f"{subject} can hold on to the base alone; use rl.kl_reference=base")
         return self
 
     @model_validator(mode="after")
-    def _four_bit(self) -> "Config":
+    def _check_4bit(self) -> "Config":
         if not self.model.load_in_4bit:
             return self
-        here = "model.load_in_4bit"
+        subject = "model.load_in_4bit"
         if self.baseline is not None:
             raise ValueError(
-                f"{here} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16"
+                f"{subject} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16"
             )
         if self.lora.init not in ("normal", "default"):
-            raise ValueError(f"{here}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
-        if divided := [s for s in ("score", "sft", "rl") if getattr(self, s).launch.backend == "fsdp2"]:
-            raise ValueError(f"{here}: {divided[0]}.launch.backend fsdp2 cannot divide 4 bits; use ddp")
+            raise ValueError(f"{subject}: PEFT cannot make init {self.lora.init} over 4 bits; use normal")
+        if sharded := [s for s in ("score", "sft", "rl") if getattr(self, s).launch.backend == "fsdp2"]:
+            raise ValueError(f"{subject}: {sharded[0]}.launch.backend fsdp2 cannot divide 4 bits; use ddp")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":
-            raise ValueError(f"{here}: what vllm would serve has other base weights; use engine transformers")
+            raise ValueError(
+                f"{subject}: what vllm would serve has other base weights; use engine transformers"
+            )
         return self
 
     @property
     def served_by_vllm(self) -> bool:
-        """Whether vLLM can serve the trained model."""
+        """True if vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
 
     def labelled_by(self, rows: str) -> str:
-        """The strategy of `classify` for the training rows (`train`) or for those of a benchmark."""
-        own = rows in self.eval.benchmarks and self.eval.benchmarks[rows].label == "known"
-        return "known" if own else self.classify.strategy
+        """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""
+        benchmark = self.eval.benchmarks.get(rows)
+        return "known" if benchmark and benchmark.label == "known" else self.classify.strategy
 
     @property
     def root(self) -> Path:
+        """Folder of the run."""
         return Path(self.runs_dir) / self.run

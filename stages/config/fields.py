@@ -1,4 +1,4 @@
-"""The fields of a section: default, documentation, constraints, and whether they are part of an identity."""
+"""Declares and validates settings: defaults, descriptions, constraints and their part in cache keys."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,11 +15,12 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from stages.errors import LoraparError
 
-MOST_SAMPLES = 10_000
-"""Of answers to one question: all are asked for, and kept in memory."""
+MAX_SAMPLES = 10_000
+"""Largest number of answers to one question; all of them are requested and kept in memory."""
 
 
 def setting(
@@ -27,28 +28,43 @@ def setting(
     doc: str,
     in_cache_key: bool = True,
     ignored_by: str | tuple[str, ...] = (),
+    advanced: bool = False,
     **constraints: Any,
 ) -> Any:
-    """A field. `not_for` names what does not read it, though it reads the section: see `identity`."""
-    names = ignored_by if isinstance(ignored_by, str) else " ".join(ignored_by)
-    marks: dict[str, Any] = {"identity": in_cache_key, "not_for": names}
+    """Declare a setting with its default, its description and constraints such as `gt=0`.
+
+    in_cache_key: False if the setting changes no result, or if a digest of what it names is in the key.
+    ignored_by: readers of the section that do not use this setting (see `cache_key_fields`).
+    advanced: `lorapar config` prints the setting after those that most users set.
+    """
+    ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
+    marks: dict[str, Any] = {"in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced}
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
-def named(kind: str, also: str = "") -> AfterValidator:
-    """Validator: the name is `also`, or in the registry of this kind if there is one (see `known`)."""
+def marks_of(field: FieldInfo) -> dict[str, Any]:
+    """Return `in_cache_key`, `ignored_by` and `advanced` of a field that was declared with `setting`."""
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def registry_name(kind: str, also: str = "") -> AfterValidator:
+    """Return a validator that accepts `also` and the names in the registry of this kind.
+
+    Any name is valid if the validation context has no registries (see `registries_from`).
+    """
 
     def check(name: str, info: ValidationInfo) -> str:
         registries = registries_from(info)
         if registries and name != also:
-            refuse(lambda: registries[kind].check(name))
+            as_value_error(lambda: registries[kind].check(name))
         return name
 
     return AfterValidator(check)
 
 
 def without_false(entries: Any) -> Any:
-    """The entries of a mapping that are not `false`, which takes away what the extended file has there."""
+    """Drop the entries of a mapping that are `false`: a config so removes entries of the file it extends."""
     if not isinstance(entries, dict):
         return entries
     return {name: entry for name, entry in entries.items() if entry is not False}
@@ -57,8 +73,8 @@ def without_false(entries: Any) -> Any:
 WithoutFalse = BeforeValidator(without_false)
 
 
-def plain(value: Any) -> Any:
-    """ValueError for what JSON cannot hold, such as a date."""
+def json_value(value: Any) -> Any:
+    """Return `value`; ValueError if JSON cannot represent it, such as a date."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -66,76 +82,77 @@ def plain(value: Any) -> Any:
     return value
 
 
-Plain = AfterValidator(plain)
+JsonValue = AfterValidator(json_value)
 
 
 def registries_from(info: ValidationInfo) -> Mapping[str, Any]:
-    """The registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `engines`, `rewards`.
+    """Return the registries by kind: `scorers`, `strategies`, `personas`, `benchmarks`, `engines`, `rewards`.
 
-    There are none where a section is made in code rather than read from YAML.
+    The mapping is empty if the section is built in code and not read from YAML.
     """
     return info.context or {}
 
 
-def refuse(check: Callable[[], Any]) -> None:
-    """Run `check`, and turn its LoraparError into a ValueError, which pydantic collects."""
+def as_value_error(check: Callable[[], Any]) -> None:
+    """Run `check` and turn its LoraparError into a ValueError, which pydantic collects."""
     try:
         check()
     except LoraparError as error:
         raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
 
 
-LONGEST = 1e9
-"""Seconds, that clocks and sockets take."""
-LARGEST = 2**32 - 1
-"""Of whole numbers: the largest seed that numpy takes, and more than any count here can be."""
+MAX_SECONDS = 1e9
+"""Longest time limit that clocks and sockets accept."""
+MAX_INT = 2**32 - 1
+"""Largest integer setting: numpy accepts no larger seed, and no count here is larger."""
 
 
 class Section(BaseModel):
+    """Base class of all sections: immutable, without unknown settings, infinities or huge integers."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
 
     @field_validator("*")
     @classmethod
-    def _fits_a_machine(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"at most {LARGEST} in size")
+    def _limit_integers(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > MAX_INT:
+            raise ValueError(f"at most {MAX_INT} in size")
         return value
 
 
 def cache_key_fields(value: Any, *readers: str) -> Any:
-    """The part of a section that determines a result, as plain JSON values.
+    """Return the settings of a section that determine a result, as plain JSON values.
 
-    readers: the names of the stage and of its variant; a section's own strategy is another, for what is below
-    it, too. Fields that are `not_for` one of them are left out.
+    readers: names that a setting's `ignored_by` may list. They share one namespace: the stage (`classify`),
+    its variant (`partition:rl`) and, for a section with a `strategy` and all sections below it, the name of
+    the strategy, which is added here. A setting that any of the readers ignores is left out.
     """
     if isinstance(value, Section):
         readers = (*readers, getattr(value, "strategy", ""))
-        kept = {}
+        keyed = {}
         for name, field in type(value).model_fields.items():
-            marks = field.json_schema_extra
-            if not isinstance(marks, dict) or (
-                marks["identity"] and not set(str(marks["not_for"]).split()) & set(readers)
-            ):
-                kept[name] = cache_key_fields(getattr(value, name), *readers)
-        return kept
+            marks = marks_of(field)
+            if marks["in_cache_key"] and not set(marks["ignored_by"]) & set(readers):
+                keyed[name] = cache_key_fields(getattr(value, name), *readers)
+        return keyed
     if isinstance(value, list | tuple):
         return [cache_key_fields(item, *readers) for item in value]
     return value
 
 
 def check_url(name: str, url: str) -> None:
-    """ValueError unless this is the address of a server."""
+    """Raise ValueError, which calls the setting `name`, unless `url` is the http(s) address of a server."""
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-    except ValueError:  # of a port or a host that is none
-        good = False
-    if not good or not url.isprintable() or " " in url:
-        raise ValueError(f"{name} {url!r} is no address: expected http://HOST:PORT/…")
+        address = urlsplit(url)
+        valid = address.scheme in ("http", "https") and address.hostname and (address.port or 1) > 0
+    except ValueError:  # malformed port or host
+        valid = False
+    if not valid or not url.isprintable() or " " in url:
+        raise ValueError(f"{name} {url!r} is not a URL: expected http://HOST:PORT/…")
 
 
 def as_decimal_fraction(value: float) -> Fraction:
-    """The decimal as a person has typed it: 0.9 is 9/10, and not the nearest double."""
+    """Return the decimal as it was typed: 0.9 is exactly 9/10, not the nearest double."""
     return Fraction(str(value))

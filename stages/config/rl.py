@@ -1,4 +1,4 @@
-"""GRPO and how its completions are sampled."""
+"""Settings of GRPO and of how its completions are sampled."""
 
 from functools import partial
 from typing import Annotated, Literal
@@ -6,34 +6,50 @@ from typing import Annotated, Literal
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
-from stages.config.fields import Section, WithoutFalse, check_url, refuse, registries_from, setting
-from stages.config.training import AutoOff, TrainSection
+from stages.config.fields import (
+    Section,
+    WithoutFalse,
+    as_value_error,
+    check_url,
+    registries_from,
+    setting,
+)
+from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSection
 
 
 class RolloutsSection(Section):
     engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting(
         "transformers",
-        "Sampling by the trainer, by vLLM on the trainer's GPUs, or by a vLLM server on other GPUs.",
+        "What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the "
+        "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
     )
     base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
     gpu_memory_utilization: float = setting(
-        0.3, "Share of each GPU for a colocated vLLM.", in_cache_key=False, gt=0, lt=1
+        0.3, "Share of each GPU's memory for a colocated vLLM.", in_cache_key=False, gt=0, lt=1
     )
-    tensor_parallel_size: int = setting(1, "GPUs that share one colocated vLLM.", in_cache_key=False, gt=0)
+    tensor_parallel_size: int = setting(
+        1, "Number of GPUs that share one colocated vLLM.", in_cache_key=False, gt=0
+    )
     enable_sleep_mode: bool = setting(
-        False, "Free the memory of a colocated vLLM during optimizer steps.", in_cache_key=False
+        False,
+        "Free the memory of a colocated vLLM during optimizer steps.",
+        in_cache_key=False,
+        advanced=True,
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         setting(
             "sequence_mask",
-            "Importance sampling between vLLM's probabilities and the trainer's: ratios of sequences or of "
-            "tokens are masked or truncated.",
+            "Importance sampling correction of the difference between vLLM's probabilities and the "
+            "trainer's: mask or truncate large ratios, of whole sequences or of tokens.",
+            advanced=True,
         )
     )
-    correction_max: float = setting(3.0, "Ratio above which the correction masks or truncates.", gt=0)
+    correction_max: float = setting(
+        3.0, "Ratio above which the correction masks or truncates.", gt=0, advanced=True
+    )
 
     @model_validator(mode="after")
-    def _server(self) -> "RolloutsSection":
+    def _check_server(self) -> "RolloutsSection":
         if (self.engine == "vllm_server") != (self.base_url is not None):
             raise ValueError("base_url goes with engine vllm_server, and only with it")
         if self.base_url is not None:
@@ -42,87 +58,117 @@ class RolloutsSection(Section):
 
 
 class RlSection(TrainSection):
-    start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.")
-    learning_rate: float = setting(5e-6, "Peak learning rate, as in the paper.", gt=0)
-    warmup_ratio: float = setting(
-        0.1, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
-    )
-    weight_decay: float = setting(0.1, "Weight decay.", ge=0)
-    adam_beta2: float = setting(0.99, "AdamW β₂.", ge=0, lt=1)
-    max_grad_norm: float = setting(0.1, "Gradients are clipped to this norm.", gt=0)
+    start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.", advanced=True)
+    learning_rate: float = setting(5e-6, "Peak learning rate; the default is the paper's.", gt=0)
+    warmup_ratio: float = setting(0.1, WARMUP, ge=0, lt=1, advanced=True)
+    weight_decay: float = setting(0.1, "Weight decay.", ge=0, advanced=True)
+    adam_beta2: float = setting(0.99, "AdamW β₂.", ge=0, lt=1, advanced=True)
+    max_grad_norm: float = setting(0.1, "Norm to which gradients are clipped.", gt=0, advanced=True)
     rescore: bool = setting(
         False,
-        "Choose RL's elements by importances scored again, at the SFT adapter (2604.14010).",
+        "Score importance again at the SFT adapter, and choose RL's elements by it (arXiv 2604.14010).",
         in_cache_key=False,
+        advanced=True,
     )
-    data: Literal["system2", "all"] = setting("system2", "Rows to train on. Undecided rows are never used.")
+    data: Literal["system2", "all"] = setting(
+        "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
+    )
     prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
     system1_share: float = setting(
         0.0,
-        "Share of prompts_per_step that are System 1 rows, replayed so that RL unlearns none of them.",
+        "Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1.",
         ge=0,
         lt=1,
     )
     dynamic_sampling: int = setting(
         0,
-        "How many times a step draws other prompts for System 2 groups whose rewards are all equal.",
+        "Dynamic sampling (DAPO): how many times a step replaces the System 2 groups whose rewards are all "
+        "equal with groups of new prompts.",
         ge=0,
+        advanced=True,
     )
-    num_generations: int = setting(8, "Completions per prompt.", gt=1)
+    num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
     per_device_train_batch_size: int = setting(
-        8, "Completions per forward pass; divides prompts_per_step × num_generations.", gt=0
+        8, "Completions per forward pass; must divide prompts_per_step × num_generations.", gt=0
     )
     prefix_sharing: AutoOff = setting(
         "auto",
-        "Compute each prompt once for all its completions, where the architecture allows it, and without a "
-        "KL term train on no completion whose advantage is zero; off: TRL's own way.",
+        "auto: if the architecture allows it, compute each prompt once for all its completions and, without "
+        "a KL term, skip completions whose advantage is zero; off: as TRL does.",
+        advanced=True,
     )
-    num_iterations: int = setting(1, "Optimizer passes over each batch of completions (μ).", gt=0)
+    num_iterations: int = setting(
+        1, "Optimizer passes over each batch of completions (μ).", gt=0, advanced=True
+    )
     temperature: float = setting(1.0, "Sampling temperature (the paper: 0.9).", gt=0)
-    top_p: float = setting(1.0, "Nucleus sampling.", gt=0, le=1)
+    top_p: float = setting(
+        1.0,
+        "Nucleus sampling: probability mass to sample from; 1: all tokens.",
+        gt=0,
+        le=1,
+        advanced=True,
+    )
     top_k: int = setting(
-        0, "Sample only among this many likeliest tokens (the paper: 50); 0: among all.", ge=0
+        0,
+        "Number of most likely tokens to sample from (the paper: 50); 0: all tokens.",
+        ge=0,
+        advanced=True,
     )
     max_prompt_length: int = setting(128, "Longest prompt in tokens.", gt=0)
     too_long: Literal["error", "drop", "truncate_left"] = setting(
-        "drop", "What to do with longer prompts; truncate_left keeps their last max_prompt_length tokens."
+        "drop",
+        "What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens.",
+        advanced=True,
     )
     max_completion_length: int = setting(256, "Longest completion in tokens.", gt=0)
-    beta: float = setting(0.0, "Weight of the KL term (the paper: 0.04).", ge=0)
+    beta: float = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.", ge=0)
     kl_reference: Literal["auto", "base", "sft"] = setting(
-        "auto", "Reference model of the KL term; auto: sft if RL starts from there, base for a baseline."
+        "auto",
+        "Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline.",
+        advanced=True,
     )
     use_bias_correction_kl: bool = setting(
-        False, "Multiply the KL term by the importance ratio, as DeepSeek-V3.2 does and GRPO does not."
+        False,
+        "Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO.",
+        advanced=True,
     )
     kl_probe_prompts: int = setting(
         16,
-        "System 1 prompts that RL never trains on, on which its KL divergence from its start is logged; "
-        "0, or data all: none.",
+        "Number of held-out System 1 prompts on which the KL divergence from the start of RL is logged; none "
+        "with 0 or data all.",
         ge=0,
+        advanced=True,
     )
-    kl_probe_steps: int = setting(5, "Optimizer steps between two such values.", gt=0)
+    kl_probe_steps: int = setting(
+        5, "Optimizer steps between two measurements on kl_probe_prompts.", gt=0, advanced=True
+    )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
         "dapo",
-        "How token losses are averaged (the paper: grpo); cispo: as dapo, with clipped ratios as weights "
-        "(2506.13585).",
+        "How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as "
+        "weights (arXiv 2506.13585).",
     )
     importance_sampling_level: Literal["token", "sequence"] = setting(
-        "token", "Ratios to the policy that sampled: of each token, or of the whole completion (GSPO)."
+        "token",
+        "Importance ratio to the policy that sampled: of each token, or of the whole completion (GSPO).",
+        advanced=True,
     )
-    epsilon: float = setting(0.2, "How far a ratio may move from 1 before it is clipped.", gt=0)
+    epsilon: float = setting(
+        0.2, "How far a ratio may move from 1 before it is clipped.", gt=0, advanced=True
+    )
     epsilon_high: float | None = setting(
         None,
-        "How far a ratio may rise above 1; none: epsilon. For cispo the largest ratio itself, e.g. 5.",
+        "How far a ratio may rise above 1; none: epsilon. For cispo it is the largest ratio itself, e.g. 5.",
         gt=0,
+        advanced=True,
     )
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group",
-        "Divide advantages by the standard deviation of the rewards in the group or batch, or not at all.",
+        "Divide advantages by the standard deviation of the rewards in the group or batch; none: do not.",
+        advanced=True,
     )
     rewards: Annotated[dict[str, float], WithoutFalse] = setting(
         {"correctness": 2.0},
-        "Reward functions and their weights: names in `lorapar list rewards` or rewards_file, or of TRL "
+        "Reward functions and their weights: functions in `lorapar list rewards` or rewards_file, or TRL's "
         "trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward.",
         min_length=1,
     )
@@ -131,26 +177,22 @@ class RlSection(TrainSection):
         "Python file with your own reward functions, with the signature that TRL expects.",
         in_cache_key=False,
     )
-    sandbox: SandboxSection = setting(SandboxSection(), "For rewards that run code.", in_cache_key=False)
+    sandbox: SandboxSection = setting(
+        SandboxSection(), "Sandbox of rewards that run code.", in_cache_key=False, advanced=True
+    )
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
-    lora_dropout: float = setting(
-        0.0, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
-    )
-    save_steps: int = setting(
-        5,
-        "Optimizer steps between checkpoints; a killed run continues from the last one.",
-        in_cache_key=False,
-        gt=0,
-    )
+    lora_dropout: float = setting(0.0, DROPOUT, ge=0, lt=1, advanced=True)
+    save_steps: int = setting(5, SAVE_STEPS, in_cache_key=False, advanced=True, gt=0)
     max_zero_signal_steps: int = setting(
         20,
-        "Stop after this many steps in a row in which all rewards of each group are equal.",
+        "Stop after this many consecutive steps in which all rewards of each group are equal.",
         in_cache_key=False,
+        advanced=True,
         gt=0,
     )
 
     @model_validator(mode="after")
-    def _divides(self) -> "RlSection":
+    def _check_batch_size(self) -> "RlSection":
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
             raise ValueError(
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
@@ -159,7 +201,7 @@ class RlSection(TrainSection):
         return self
 
     @model_validator(mode="after")
-    def _ratios(self) -> "RlSection":
+    def _check_ratios(self) -> "RlSection":
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             raise ValueError(
                 f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh "
@@ -167,8 +209,8 @@ class RlSection(TrainSection):
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
-        by_vllm = self.rollouts.engine != "transformers"
-        if (self.top_p < 1 or self.top_k) and by_vllm and self.rollouts.correction != "none":
+        samples_with_vllm = self.rollouts.engine != "transformers"
+        if (self.top_p < 1 or self.top_k) and samples_with_vllm and self.rollouts.correction != "none":
             raise ValueError(
                 f"top_p {self.top_p} and top_k {self.top_k} with rollouts by vLLM: its probabilities are of "
                 "the cut distribution, the trainer's of the whole one, and rollouts.correction would compare "
@@ -178,17 +220,17 @@ class RlSection(TrainSection):
 
     @property
     def replayed(self) -> int:
-        """System 1 prompts of a step."""
+        """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
     @model_validator(mode="after")
-    def _refers(self) -> "RlSection":
+    def _check_kl_reference(self) -> "RlSection":
         if self.kl_reference == "sft" and self.start_from != "sft":
             raise ValueError(f"kl_reference sft goes with start_from sft, got start_from {self.start_from}")
         return self
 
     @model_validator(mode="after")
-    def _replays(self) -> "RlSection":
+    def _check_replay_and_resampling(self) -> "RlSection":
         if self.system1_share and self.data == "all":
             raise ValueError("system1_share goes with data system2; data all draws from both systems")
         if self.system1_share and not 0 < self.replayed < self.prompts_per_step:
@@ -196,10 +238,10 @@ class RlSection(TrainSection):
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is {self.replayed}; "
                 "a step needs at least one prompt of each system"
             )
-        alone = self.rollouts.engine == "transformers" or (
+        samples_alone = self.rollouts.engine == "transformers" or (
             self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
         )
-        if self.dynamic_sampling and not alone:
+        if self.dynamic_sampling and not samples_alone:
             raise ValueError("dynamic_sampling needs rollouts that each process samples for itself")
         if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
             raise ValueError(
@@ -209,8 +251,8 @@ class RlSection(TrainSection):
         return self
 
     @model_validator(mode="after")
-    def _rewards(self, info: ValidationInfo) -> "RlSection":
+    def _check_rewards(self, info: ValidationInfo) -> "RlSection":
         if registries := registries_from(info):
             for name in self.rewards:
-                refuse(partial(registries["rewards"].check, name, self.rewards_file))
+                as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
         return self

@@ -1,26 +1,28 @@
-"""Score, partition, SFT and baselines, and what SFT and RL have in common."""
+"""Settings of score, partition, SFT and baselines, and those that SFT and RL share."""
 
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from stages.config.fields import Section, named, setting
+from stages.config.fields import Section, registry_name, setting
 from stages.config.sources import PromptSection
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
-"""YAML reads a bare `off` as false."""
-Scorer = Annotated[str, named("scorers")]
-Strategy = Annotated[str, named("strategies")]
+"""`auto` or `off`; also false, because YAML reads a bare `off` as false."""
+Scorer = Annotated[str, registry_name("scorers")]
+Strategy = Annotated[str, registry_name("strategies")]
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
-"""Our names and those of transformers. Each can update every element by itself, as it must, because active
-elements are packed into one-dimensional parameters."""
+"""Values of `optim` and their names in transformers. Each updates elements independently, which is necessary
+because the active elements of a weight are packed into a one-dimensional parameter."""
 MATRIX_WISE = ("muon", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion")
+"""Optimizers that need whole matrices; they are refused with the reason."""
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
-def _element_wise(name: str) -> str:
-    if any(part in name.lower().replace("-", "").replace("_", "") for part in MATRIX_WISE):
+def _check_optimizer(name: str) -> str:
+    normalized = name.lower().replace("-", "").replace("_", "")
+    if any(matrix_wise in normalized for matrix_wise in MATRIX_WISE):
         raise ValueError(
             f"{name} works on whole matrices, and lorapar trains single elements; use {', '.join(OPTIMIZERS)}"
         )
@@ -29,31 +31,37 @@ def _element_wise(name: str) -> str:
     return name
 
 
-Optimizer = Annotated[str, AfterValidator(_element_wise)]
+Optimizer = Annotated[str, AfterValidator(_check_optimizer)]
 
 
 class LaunchSection(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
         "single",
-        "single: one process; ddp: several, each with the whole model; fsdp2: several, each with a part of "
-        "every layer of the base and the whole adapter; zero2 is refused: it divides what takes little room.",
+        "single: one process; ddp: several processes, each with the whole model; fsdp2: several processes, "
+        "each with a shard of every layer of the base model and the whole adapter; zero2 is refused: the "
+        "gradients and optimizer state that it shards are small.",
     )
-    processes: int | None = setting(None, "Processes on this machine; none: one for each GPU.", gt=0, le=1024)
+    processes: int | None = setting(
+        None, "Number of processes on this machine; none: one for each GPU.", gt=0, le=1024
+    )
     config: str | None = setting(
-        None, "Your own accelerate config file, e.g. for several machines; it decides everything else."
+        None,
+        "Your own accelerate config file, e.g. for several machines; it replaces backend and processes.",
+        advanced=True,
     )
 
     @property
     def several(self) -> bool:
+        """True if the stage may run in more than one process."""
         return self.backend != "single" or self.config is not None
 
     @property
     def divides(self) -> bool:
-        """Whether each process is to hold a part of the base."""
+        """True if each process holds a shard of the base model."""
         return self.backend == "fsdp2" and self.config is None
 
 
-LAUNCH = "How many processes run the stage."
+LAUNCH = "How many processes run the stage, and what each of them holds."
 
 
 class BaselineSection(Section):
@@ -61,117 +69,163 @@ class BaselineSection(Section):
         "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"
     ] = setting(
         ...,
-        "Method, by PEFT. Those from dora on take lora.target_modules, and dora lora_alpha and use_rslora.",
+        "PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses "
+        "lora.lora_alpha and lora.use_rslora.",
     )
-    virtual_tokens: int = setting(20, "Length of the trained prompt or prefix, in tokens.", gt=0)
-    encoder_hidden: int | None = setting(None, "Width of p_tuning's encoder; none: that of the model.", gt=0)
+    virtual_tokens: int = setting(
+        20, "Length of the trained prompt or prefix, in tokens.", gt=0, advanced=True
+    )
+    encoder_hidden: int | None = setting(
+        None, "Hidden size of p_tuning's prompt encoder; none: that of the model.", gt=0, advanced=True
+    )
     rank: int | None = setting(
-        None, "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera.", gt=0
+        None,
+        "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera.",
+        gt=0,
+        advanced=True,
     )
 
     @property
     def trains_prompt(self) -> bool:
+        """True if the method trains a soft prompt or prefix."""
         return self.method in ("prompt_tuning", "p_tuning", "prefix_tuning")
 
 
+WARMUP = "Share of the steps in which the learning rate rises; the last of them has the peak rate."
+SAVE_STEPS = "Optimizer steps between checkpoints; a killed run continues from the last one."
+DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt methods have none."
+
+
 class ScoreSection(Section):
-    scorer: Scorer = setting("taylor2", "Importance formula.")
-    examples: int = setting(100, "Examples per system.", gt=0)
+    scorer: Scorer = setting("taylor2", "Importance formula, one of `lorapar list scorers`.")
+    examples: int = setting(100, "Number of examples of each system.", gt=0)
     batch_size: int = setting(8, "Examples per forward pass.", in_cache_key=False, gt=0)
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False)
-    prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
+    prompt: PromptSection | None = setting(
+        None, "Prompt settings of this stage, used instead of the section `prompt`.", advanced=True
+    )
 
 
 BY_DENSITY = ("topk", "random_half")
+"""Strategies whose number of elements follows from `density`."""
 BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
-"""Strategies, by what says how many elements they take."""
+"""Strategies whose number of elements follows from `theta`."""
 
 
 class PartitionSection(Section):
-    strategy: Strategy = setting("importance", "How the elements are split.")
+    strategy: Strategy = setting(
+        "importance", "How the elements are split between the systems, one of `lorapar list strategies`."
+    )
     theta: float = setting(
         0.9,
-        "Share of a system's total importance that its most important elements must reach.",
+        "θ: a system gets its most important elements until they have this share of its total importance.",
         ignored_by=("all", *BY_DENSITY),
         gt=0,
         le=1,
     )
     density: float = setting(
         0.5,
-        "Share of all elements that strategy topk takes for each system, and random_half in all.",
+        "Share of all elements that strategy topk takes for each system, and random_half in total.",
         ignored_by=("all", *BY_THETA),
+        advanced=True,
         gt=0,
         le=1,
     )
     alpha: float = setting(
-        1, "Share of the shared elements that SFT trains.", ignored_by="partition:rl", ge=0, le=1
+        1,
+        "α: share that SFT trains of the elements that both systems have.",
+        ignored_by="partition:rl",
+        ge=0,
+        le=1,
     )
     beta: float = setting(
-        1, "Share of the shared elements that RL trains.", ignored_by="partition:sft", ge=0, le=1
+        1,
+        "β: share that RL trains of the elements that both systems have.",
+        ignored_by="partition:sft",
+        ge=0,
+        le=1,
     )
 
 
 class TrainSection(Section):
     learning_rate: float = setting(2e-4, "Peak learning rate.", gt=0)
     optim: Optimizer = setting(
-        "adamw", f"One of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
+        "adamw",
+        f"Optimizer, one of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).",
+        advanced=True,
     )
-    loraplus_lr_ratio: float | None = setting(None, "LoRA+: learning rate of B over that of A.", gt=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate schedule.")
-    warmup_ratio: float = setting(
-        0.03, "Share of the steps in which the rate rises; the last of these has the peak rate.", ge=0, lt=1
-    )
-    weight_decay: float = setting(0.0, "Weight decay.", ge=0)
-    adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1)
-    adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
-    num_train_epochs: float = setting(1, "Passes over the data.", gt=0, le=1e6)
-    max_steps: int | None = setting(None, "Stop after this many optimizer steps; none: after epochs.", gt=0)
-    gradient_checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass: less memory, more time.", in_cache_key=False
-    )
-    save_steps: int = setting(
-        25,
-        "Optimizer steps between checkpoints; a killed run continues from the last one.",
-        in_cache_key=False,
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "LoRA+: ratio of the learning rate of B to that of A; none: the same rate.",
         gt=0,
+        advanced=True,
     )
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "Learning rate schedule after the warmup.", advanced=True
+    )
+    warmup_ratio: float = setting(0.03, WARMUP, ge=0, lt=1, advanced=True)
+    weight_decay: float = setting(0.0, "Weight decay.", ge=0, advanced=True)
+    adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1, advanced=True)
+    adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1, advanced=True)
+    max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped.", gt=0, advanced=True)
+    num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
+    max_steps: int | None = setting(
+        None, "Number of optimizer steps; none: as many as num_train_epochs needs.", gt=0
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass: less memory, more time.",
+        in_cache_key=False,
+    )
+    save_steps: int = setting(25, SAVE_STEPS, in_cache_key=False, advanced=True, gt=0)
+    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
     report_to: list[Tracker] = setting(
-        [], "Trackers that get every logged step; each needs its package.", in_cache_key=False
+        [],
+        "Experiment trackers that receive the logs; the package of each must be installed.",
+        in_cache_key=False,
     )
-    prompt: PromptSection | None = setting(None, "Overrides `prompt`.")
+    prompt: PromptSection | None = setting(
+        None, "Prompt settings of this stage, used instead of the section `prompt`.", advanced=True
+    )
 
 
 class SftSection(TrainSection):
     start_from: Literal["init", "rl"] = setting(
-        "init", "Adapter to start from; rl is the paper's reversed order."
+        "init", "Adapter to start from: init, or rl for the paper's reversed order.", advanced=True
     )
-    data: Literal["system1", "all"] = setting("system1", "Rows to train on. Undecided rows are never used.")
+    data: Literal["system1", "all"] = setting(
+        "system1", "Rows to train on: System 1 or all. Undecided rows are never used."
+    )
     system2_share: float = setting(
-        0.0, "Cold start for RL: number of System 2 rows added, as a share of the System 1 rows.", ge=0, le=1
+        0.0,
+        "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows.",
+        ge=0,
+        le=1,
     )
     system1_targets: Literal["full", "answer"] = setting(
         "full",
-        "What System 1 rows teach: their responses, or only the final answer, at once (rows without a "
-        "verifiable answer keep their responses).",
+        "Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning "
+        "(rows without a verifiable answer keep their responses).",
+        advanced=True,
     )
     loss_type: Literal["nll", "dft"] = setting(
-        "nll", "nll, or dft: each token's loss is weighted by its probability (arXiv 2508.05629)."
+        "nll",
+        "nll: cross-entropy; dft: cross-entropy with each token weighted by its probability (arXiv "
+        "2508.05629).",
+        advanced=True,
     )
     batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
-    per_device_train_batch_size: int = setting(8, "Rows per forward pass; divides batch_size.", gt=0)
-    lora_dropout: float = setting(
-        0.05, "Dropout of what goes into the adapter; shira, ia3 and prompts have none.", ge=0, lt=1
-    )
+    per_device_train_batch_size: int = setting(8, "Rows per forward pass; must divide batch_size.", gt=0)
+    lora_dropout: float = setting(0.05, DROPOUT, ge=0, lt=1, advanced=True)
     padding_free: AutoOff = setting(
         "auto",
-        "Compute a micro batch as one row without padding, where the architecture allows it; "
-        "off: TRL's own way.",
+        "auto: compute a micro-batch as one row without padding if the architecture allows it; off: with "
+        "TRL's padding.",
+        advanced=True,
     )
 
     @model_validator(mode="after")
-    def _divides(self) -> "SftSection":
+    def _check_batch_size(self) -> "SftSection":
         if self.batch_size % self.per_device_train_batch_size:
             raise ValueError(
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "

@@ -1,4 +1,4 @@
-"""Reads a Config from YAML and `--set section.key=value`, which takes precedence, and writes one as YAML."""
+"""Reads a Config from YAML and `--set section.key=value` overrides, and prints all settings as YAML."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
@@ -10,18 +10,20 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from stages.config import Config, Section
+from stages.config.fields import marks_of
 from stages.errors import ConfigError, MissingInputError
 
-DEEPEST = 64
-"""Levels of a config, and files that extend each other."""
-MOST = 100_000
-"""Values in one file."""
+MAX_DEPTH = 64
+"""Deepest nesting of a file, and longest chain of files that extend each other."""
+MAX_VALUES = 100_000
+"""Largest number of values in one file, with aliases expanded."""
 
 
 def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any]) -> Config:
     """Read `path`, which may extend another file, and apply `section.key=value` overrides.
 
-    registries: the names that a config may use, as in `fields.known`. One ConfigError lists all mistakes.
+    registries: the names that a config may use (see `fields.registries_from`). One ConfigError lists all
+    mistakes.
     """
     settings = tree(path)
     for override in overrides or []:
@@ -29,7 +31,7 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
     try:
         return Config.model_validate(settings, context=registries)
     except ValidationError as error:
-        mistakes = [_mistake(e) for e in error.errors()]
+        mistakes = [_message(e) for e in error.errors()]
         text = mistakes[0]
         if len(mistakes) > 1:
             text = "\n  ".join([f"{len(mistakes)} mistakes in {path}", *mistakes])
@@ -38,55 +40,58 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
 
 def tree(
     path: Path,
-    adjust: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda path, own: own,
-    below: tuple[Path, ...] = (),
+    adjust: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda path, settings: settings,
+    extended_by: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
-    """The tree of a file, merged into that of the file which it `extends` (a path relative to its folder).
+    """Return the settings of a file, merged over those of the file that it `extends`.
 
-    adjust: called with each file and its own tree. below: the files that extend it.
+    The path after `extends` is relative to the file's folder. adjust: called with each file and its own
+    settings before they are merged. extended_by: the files that led here.
     """
     if not path.is_file():
         raise MissingInputError(
             f"no config file {path}", "see configs/, or print the defaults: lorapar config"
         )
-    if path.resolve() in below:
+    if path.resolve() in extended_by:
         raise ConfigError(f"{path} extends itself")
-    if len(below) == DEEPEST:
-        raise ConfigError(f"{path} is extended over more than {DEEPEST} files")
-    own = values(path, str(path)) or {}
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path} must hold sections, got {type(own).__name__}")
-    extended, own = own.pop("extends", None), adjust(path, own)
-    if extended is None:
-        return own
-    return _over(tree(path.parent / str(extended), adjust, (*below, path.resolve())), own)
+    if len(extended_by) == MAX_DEPTH:
+        raise ConfigError(f"{path} is extended over more than {MAX_DEPTH} files")
+    settings = values(path, str(path)) or {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}")
+    base = settings.pop("extends", None)
+    settings = adjust(path, settings)
+    if base is None:
+        return settings
+    return _merge(tree(path.parent / str(base), adjust, (*extended_by, path.resolve())), settings)
 
 
-def _over(under: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`under` with the settings of `own`: sections merge setting by setting, lists and values do not."""
-    merged = dict(under)
-    for name, value in own.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _over(merged[name], value) if both else value
+def _merge(base: dict[str, Any], overriding: dict[str, Any]) -> dict[str, Any]:
+    """Merge sections setting by setting; a list or a value in `overriding` replaces that in `base`."""
+    merged = dict(base)
+    for name, value in overriding.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both_sections else value
     return merged
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value` to the settings in place."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override}: expected section.key=value")
     *path, last = name.strip().split(".")
-    for part in path:
-        below = tree.get(part, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
-        tree[part] = dict(below)  # an alias in the file is one object in two places
-        tree = tree[part]
+    for key in path:
+        section = tree.get(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+        tree[key] = dict(section)  # a copy: YAML aliases may share one object between several sections
+        tree = tree[key]
     tree[last] = _parsed(text, f"--set {override[:200]}")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, which of two equal keys would take the last without a word."""
+    """PyYAML's safe loader, which also refuses duplicate keys (PyYAML would silently take the last one)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
@@ -96,13 +101,13 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 if first := lines.get((key.tag, key.value)):
-                    raise ValueError(f"{key.value!r} is there twice, in lines {first} and {line}")
+                    raise ValueError(f"{key.value!r} appears twice, in lines {first} and {line}")
                 lines[key.tag, key.value] = line
         return node
 
 
 def values(path: Path, where: str) -> Any:
-    """What a YAML file holds; ConfigError, which calls it `where`, for what is none."""
+    """Parse a YAML file; ConfigError, which calls the file `where`, if it is not valid."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -111,37 +116,38 @@ def values(path: Path, where: str) -> Any:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """The value of a YAML text; ConfigError for what is none, or none that a machine can work with."""
+    """Parse YAML text; ConfigError, which calls it `where`, if it is invalid, too large or too deep."""
     try:
         value = yaml.load(text, _Loader)
-        _check(value, {}, 0)
+        _count_values(value, {}, 0)
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # of odd tags
+    # LookupError, AttributeError and TypeError: PyYAML on tags with the wrong kind of value (`!!bool maybe`)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
     return value
 
 
-def _check(value: Any, sizes: dict[int, int], depth: int) -> int:
-    """The number of values in a tree, as if no alias were shared; ValueError for too many or an odd text.
+def _count_values(value: Any, sizes: dict[int, int], depth: int) -> int:
+    """Count the values of a tree with aliases expanded; ValueError if it is too large, too deep or odd text.
 
-    sizes: of the collections that are counted already, by their identity.
+    sizes: object id → count for collections that are counted already, so that each is visited once.
     """
-    if depth > DEEPEST:
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
-        value.encode()  # a lone surrogate can be written into no file
+        value.encode()  # a lone surrogate cannot be written to a file
         if "\0" in value:
-            raise ValueError("it has a character 0, which no name can have")
+            raise ValueError("it contains a NUL character")
         return 1
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in sizes:
-        inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        sizes[id(value)] = 0
-        sizes[id(value)] = 1 + sum(_check(part, sizes, depth + 1) for part in inside)
-        if sizes[id(value)] > MOST:
-            raise ValueError(f"its aliases stand for more than {MOST} values")
+        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 0  # so that a collection that contains itself does not recurse forever
+        sizes[id(value)] = 1 + sum(_count_values(child, sizes, depth + 1) for child in children)
+        if sizes[id(value)] > MAX_VALUES:
+            raise ValueError(f"its aliases expand to more than {MAX_VALUES} values")
     return sizes[id(value)]
 
 
@@ -180,23 +186,18 @@ RENAMED = {
         "sleep": "enable_sleep_mode",
     },
 }
-"""Section → old name of a setting → the name that it has now, which is TRL's, PEFT's or vLLM's."""
+"""Renamed settings: section → old name → current name, which is that of TRL, PEFT or vLLM."""
 
 
-def _mistake(error: Any) -> str:
+def _message(error: Any) -> str:
+    """Describe one pydantic error in a sentence that names the setting."""
+    # pydantic's location also holds the alternatives of a union and the names of validators
     location = [
-        str(part) for part in error["loc"] if not str(part).startswith(("literal[", "bool", "function-"))
+        str(key) for key in error["loc"] if not str(key).startswith(("literal[", "bool", "function-"))
     ]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        if renamed := RENAMED.get(".".join(location[:-1]), {}).get(location[-1]):
-            return f"{name} is called {'.'.join([*location[:-1], renamed])} now"
-        near = difflib.get_close_matches(_without_keys(location), list(_names(Config)), n=1, cutoff=0.6)
-        path, _, last = near[0].rpartition(".") if near else ("", "", "")
-        # In the same section, show the path with the names of entries that the person typed.
-        if near and path == _without_keys(location).rpartition(".")[0]:
-            near = [".".join([*location[:-1], last])]
-        return f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else "")
+        return _unknown_setting(location)
     if error["type"] == "missing":
         return f"{name} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -207,51 +208,84 @@ def _mistake(error: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
+def _unknown_setting(location: list[str]) -> str:
+    """Name an unknown setting with its new name if it was renamed, else with the most similar setting."""
+    name = ".".join(location)
+    if renamed := RENAMED.get(".".join(location[:-1]), {}).get(location[-1]):
+        return f"{name} is called {'.'.join([*location[:-1], renamed])} now"
+    path = _setting_path(location)
+    suggestions = difflib.get_close_matches(path, list(_names(Config)), n=1, cutoff=0.6)
+    if not suggestions:
+        return f"unknown setting {name}"
+    section, _, last = suggestions[0].rpartition(".")
+    # A suggestion in the same section is shown with the user's own names of entries (eval.benchmarks.gsm8k).
+    same_section = section == path.rpartition(".")[0]
+    suggestion = ".".join([*location[:-1], last]) if same_section else suggestions[0]
+    return f"unknown setting {name} (did you mean {suggestion}?)"
+
+
 def _sub_section(field: FieldInfo) -> type[Section] | None:
-    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+    """Return the section class of a field that is a section, a list or mapping of sections, or optional."""
+    types = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
 
 
-def _without_keys(location: list[str]) -> str:
-    """A setting's path without names and numbers of entries.
+def _setting_path(location: list[str]) -> str:
+    """Return a setting's path without names and numbers of entries.
 
     For example, eval.benchmarks.gsm8k.limit becomes eval.benchmarks.limit.
     """
     section: type[Section] | None = Config
-    kept = []
-    for i, part in enumerate(location):
-        field = section.model_fields.get(part) if section else None
+    path = []
+    for i, key in enumerate(location):
+        field = section.model_fields.get(key) if section else None
         if field or i == len(location) - 1:
-            kept.append(part)
+            path.append(key)
         section = _sub_section(field) if field else section
-    return ".".join(kept)
+    return ".".join(path)
 
 
 def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings below a section."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if below := _sub_section(field):
-            yield from _names(below, f"{prefix}{name}.")
+        if sub_section := _sub_section(field):
+            yield from _names(sub_section, f"{prefix}{name}.")
 
 
 def annotated(
     section: type[Section] = Config, values: Section | None = None, indent: str = ""
 ) -> Iterator[str]:
-    """The lines of a YAML file with every setting, its default (or its value in `values`) and its meaning."""
-    for name, field in section.model_fields.items():
-        below = _sub_section(field)
-        fallback = None if field.is_required() else field.default
-        default = getattr(values, name) if values else fallback
-        doc = f"  # {field.description}"
-        if below and (isinstance(default, Section) or field.is_required()):
-            yield f"{indent}{name}:{doc}"
-            yield from annotated(below, default, indent + "  ")
-            continue
-        if isinstance(default, list) and default and isinstance(default[0], Section):
-            default = [item.model_dump(mode="json") for item in default]
-        shown = ""
-        if not field.is_required():
-            shown = " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
-        yield f"{indent}{name}:{shown}{doc}"
-        if below and name != "prompt":  # the settings of each entry of a list or mapping
-            yield from (f"{indent}  # {line}" for line in annotated(below))
+    """Yield the lines of a YAML file with every setting, its default (or value in `values`) and description.
+
+    In each section, a line `# advanced` comes before the settings that few users change.
+    """
+    fields = list(section.model_fields.items())
+    advanced = [(name, field) for name, field in fields if marks_of(field)["advanced"]]
+    for name, field in fields:
+        if not marks_of(field)["advanced"]:
+            yield from _annotated_setting(name, field, values, indent)
+    if advanced:
+        yield f"{indent}# advanced"
+    for name, field in advanced:
+        yield from _annotated_setting(name, field, values, indent)
+
+
+def _annotated_setting(name: str, field: FieldInfo, values: Section | None, indent: str) -> Iterator[str]:
+    """Yield the lines of one setting and, if it is a section, those of its settings."""
+    sub_section = _sub_section(field)
+    fallback = None if field.is_required() else field.default
+    default = getattr(values, name) if values else fallback
+    doc = f"  # {field.description}"
+    if sub_section and (isinstance(default, Section) or field.is_required()):
+        yield f"{indent}{name}:{doc}"
+        yield from annotated(sub_section, default, indent + "  ")
+        return
+    if isinstance(default, list) and default and isinstance(default[0], Section):
+        default = [item.model_dump(mode="json") for item in default]
+    value = ""
+    if not field.is_required():
+        value = " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
+    yield f"{indent}{name}:{value}{doc}"
+    if sub_section and name != "prompt":  # the settings of each entry of a list or mapping
+        yield from (f"{indent}  # {line}" for line in annotated(sub_section))

@@ -1,1 +1,1 @@
-"""Rows from files and from the hub, and the demonstration set."""
+"""Reading rows from files and from the hub, and the generated demonstration set."""

@@ -1,10 +1,12 @@
-"""The demonstration set: questions whose intended system is known, generated from a seed.
+"""Generates the demonstration set: questions whose intended system is known, from a seed.
 
-System 1 items are answered by recall, by reading one number off the text, or by a single operation. System 2
+System 1 items are answered by recall, by reading one number off the text, or by one operation. System 2
 items need a chain of two operations, in the long set also of three. All items are built from the same
-sentences, and System 1 items have more asides, so that neither length nor any single word tells the systems
-apart (a test asserts this). The intended system is written to the field `intended`, which no stage reads by
-default.
+sentences, and System 1 items have more asides (irrelevant sentences), so that neither the length nor any
+single word separates the systems (a test asserts this). The intended system is in the field `intended`, which
+no stage reads by default.
+
+The output depends on the order in which the functions call the random generator; a test holds its digests.
 """
 
 import random
@@ -15,7 +17,7 @@ from pathlib import Path
 from stages.records import write_jsonl
 
 Shares = dict[str, float]
-"""The share of each kind of item in a split."""
+"""Kind of item → its share in a split."""
 BALANCED: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.50}
 CHAINS: Shares = {"one_step": 1 / 3, "two_step": 2 / 3}
 HARDER: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.30, "three_step": 0.20}
@@ -23,9 +25,9 @@ SETS: dict[str, dict[str, tuple[int, Shares]]] = {
     "short": {"train": (240, BALANCED), "test": (300, CHAINS)},
     "long": {"train": (360, HARDER), "test": (200, HARDER), "valid": (400, HARDER), "final": (1000, HARDER)},
 }
-"""By set and split: how many items, and of which kinds. Splits are drawn in this order."""
+"""Set → split → number of items and shares of their kinds. Splits are generated in this order."""
 UNSEEN = ("test", "final")
-"""Splits that ask for facts of their own."""
+"""Splits whose recall items ask for facts that neither `train` nor `valid` asks for."""
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
@@ -94,21 +96,24 @@ FACTS = [
     ("What is the opposite of day?", "The opposite of day is night.", "night"),
 ]
 TEST_FACT_EVERY = 3
-"""Every third fact is kept for the unseen splits, so that no recall item of theirs was trained on."""
+"""Every third fact is used in the UNSEEN splits only, so that no fact they ask for was trained on."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """One row of the set."""
+
     question: str
     answer: str
     """The worked answer; its last line is `#### ` and the final answer."""
     intended: int
+    """System that the question is made for: 1 or 2."""
     kind: str
 
 
 @dataclass
 class _Story:
-    """A quantity, the sentences that change it and the operations they stand for."""
+    """A quantity, the sentences that change it, and the operations that these describe."""
 
     name: str
     thing: str
@@ -117,6 +122,7 @@ class _Story:
     operations: list[str]
 
     def apply(self, sign: str, n: int, sentence: str) -> None:
+        """Change the quantity by `value sign n`, and record the operation and the sentence."""
         result = {"+": self.value + n, "-": self.value - n, "*": self.value * n}[sign]
         self.operations.append(f"{self.value} {sign} {n} = {result}")
         self.value = result
@@ -124,29 +130,32 @@ class _Story:
 
 
 def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
-    """Write one file for each split of the set `size` into `folder`; returns their numbers of items.
+    """Write one file per split of the set `size` to `folder`; return the number of items in each.
 
-    The same seed gives the same bytes. The splits share no question. Of the long set, settings are chosen on
-    `valid`, which asks for the recall facts of `train`; `final` is a larger `test`, for differences of a few
-    points.
+    The same seed gives the same bytes. No two splits share a question. In the long set, `valid` is for
+    choosing settings and asks for the same facts as `train`; `final` is a larger `test`, for differences of a
+    few points.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    seen: set[str] = set()
+    questions: set[str] = set()
     sizes = {}
     splits = SETS[size]
     for split, (total, shares) in splits.items():
-        items = list(_items(rng, split, total, shares, seen))
+        items = list(_items(rng, split, total, shares, questions))
         rng.shuffle(items)
         write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
         sizes[split] = len(items)
-    # Files are renamed when they are complete. That the last is there tells `make` that all are.
+    # Files are renamed when all are complete: `make` takes the last one as proof of all.
     for split in splits:
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
 
 
-def _items(rng: random.Random, split: str, total: int, shares: Shares, seen: set[str]) -> Iterator[Problem]:
+def _items(
+    rng: random.Random, split: str, total: int, shares: Shares, questions: set[str]
+) -> Iterator[Problem]:
+    """Yield the items of one split; their questions are added to `questions`, and none there is repeated."""
     facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
     makers: dict[str, Callable[[], Problem]] = {
         "recall": lambda: _recall(rng, facts),
@@ -159,8 +168,8 @@ def _items(rng: random.Random, split: str, total: int, shares: Shares, seen: set
         written = 0
         while written < round(total * share):
             item = makers[kind]()
-            if item.question not in seen:
-                seen.add(item.question)
+            if item.question not in questions:
+                questions.add(item.question)
                 written += 1
                 yield item
 
@@ -172,27 +181,30 @@ def _aside(rng: random.Random) -> str:
 def _item(
     rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int
 ) -> Problem:
-    lead = [_aside(rng) for _ in range(asides)]
-    return Problem(" ".join(lead + sentences), f"{worked}\n#### {gold}", intended, kind)
+    leading = [_aside(rng) for _ in range(asides)]
+    return Problem(" ".join(leading + sentences), f"{worked}\n#### {gold}", intended, kind)
 
 
 def _recall(rng: random.Random, facts: list[tuple[str, str, str]]) -> Problem:
+    """Ask for a fact."""
     question, sentence, gold = rng.choice(facts)
     return _item(rng, [question], sentence, gold, 1, "recall", rng.randint(0, 2))
 
 
 def _reading(rng: random.Random) -> Problem:
+    """Ask for one of three numbers in the text."""
     name, thing, box = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
     colours, counts = rng.sample(COLOURS, 3), rng.sample(range(2, 20), 3)
-    asked = rng.randrange(3)
+    target = rng.randrange(3)
     listed = ", ".join(f"{n} {c} {thing}" for n, c in zip(counts, colours, strict=True))
     story = f"{name} packs {listed} and some old {box}."
-    question = f"How many {colours[asked]} {thing} does {name} pack?"
-    worked = f"{name} packs {counts[asked]} {colours[asked]} {thing}."
-    return _item(rng, [story, question], worked, str(counts[asked]), 1, "reading", rng.randint(0, 2))
+    question = f"How many {colours[target]} {thing} does {name} pack?"
+    worked = f"{name} packs {counts[target]} {colours[target]} {thing}."
+    return _item(rng, [story, question], worked, str(counts[target]), 1, "reading", rng.randint(0, 2))
 
 
 def _chain(rng: random.Random, steps: int) -> Problem:
+    """Ask for the result of `steps` operations on one quantity."""
     story = _Story(rng.choice(NAMES), rng.choice(THINGS), 0, [], [])
     if rng.random() < 0.5:
         _packs(rng, story)
@@ -208,6 +220,7 @@ def _chain(rng: random.Random, steps: int) -> Problem:
         rng.choice(choices)(rng, story)
     when = rng.choice(["now", "in the end", "then", "after that"])
     question = f"How many {story.thing} does {story.name} have {when}?"
+    # Questions of one step are shorter: more asides make their lengths those of longer chains.
     asides = rng.choice([0, 1, 1, 2, 2]) if steps == 1 else rng.choice([0, 0, 0, 1])
     worked = ". ".join(story.operations) + "."
     intended = 1 if steps == 1 else 2

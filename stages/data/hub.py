@@ -1,4 +1,4 @@
-"""Which commit a revision of the hub stands for."""
+"""Resolves a revision on the hub to a commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.errors import MissingInputError, first_line
 
 @functools.cache
 def commit(kind: str, name: str, revision: str) -> str:
-    """kind: model or dataset. Without a network the commit that was fetched last; else MissingInputError."""
+    """Return the commit hash that a revision of a model or data set (`kind`: model, dataset) stands for.
+
+    Without a network it is the commit that was downloaded last; MissingInputError if there is none.
+    """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -20,8 +23,8 @@ def commit(kind: str, name: str, revision: str) -> str:
 
     try:
         return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
-    except Exception as error:  # offline, unknown, gated: each its own class, one meaning here
-        with suppress(ValueError, OSError):  # a name that can be none of the hub's
+    except Exception as error:  # offline, unknown, gated: many classes of error, one remedy
+        with suppress(ValueError, OSError):  # not a valid hub id, or nothing downloaded
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()

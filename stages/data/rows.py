@@ -1,4 +1,4 @@
-"""Where rows come from: a source, which is a file or a hub data set, is read into Examples.
+"""Reads a source of rows, a file or a hub data set, into Examples.
 
 Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` or `context`, `output` or
 `response`), `messages`, and `prompt` with `completion`. Any row may have a field `gold`, its verifiable
@@ -28,81 +28,86 @@ FIELDS = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
 }
-SYNONYMS = {"context": "input", "response": "output"}  # Dolly's names for the fields of alpaca
+"""Format → fields that a row must have; in this order a format is detected."""
+SYNONYMS = {"context": "input", "response": "output"}
+"""Dolly's names of fields → alpaca's."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source holds."""
+    """The examples of a source, and how many rows were left out."""
 
     examples: list[Example]
     format: str
     empty: int
-    """Rows without a prompt or a response, left out."""
+    """Number of rows without a prompt or a response, which are left out."""
     repeated: int
-    """Rows with the prompt and the response of one before, left out."""
+    """Number of rows with the same prompt and response as an earlier one, which are left out."""
 
 
 def read(source: SourceSection) -> list[Example]:
-    """All examples of a source in order, with ids made from their content; DataError lists every bad row."""
+    """Return all examples of a source in order, with ids made from their content.
+
+    DataError lists every bad row.
+    """
     return read_rows(source).examples
 
 
 def read_rows(source: SourceSection) -> Rows:
-    """The same, and how many rows were left out."""
+    """Read like `read`, and also return the format and how many rows were left out."""
     rows, where = table(source), str(source.path)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
     needs = f"format {kind} needs {', '.join(FIELDS[kind])}"
-    found, empty = each(source, lambda row, _: _example(kind, row), needs, rows)
-    examples = once(found, source)
-    return Rows(examples, kind, empty, len(found) - len(examples))
+    located, empty = each(source, lambda row, _: _example(kind, row), needs, rows)
+    examples = once(located, source)
+    return Rows(examples, kind, empty, len(located) - len(examples))
 
 
 def each(
     source: SourceSection,
-    of: Callable[[dict[str, Any], int], Example],
+    parse: Callable[[dict[str, Any], int], Example],
     needs: str,
     rows: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> tuple[list[tuple[str, Example]], int]:
-    """The example of each row with the row's place, and how many empty rows were left out.
+    """Parse every row of a source; return the examples with their locations, and the number of empty rows.
 
-    of: makes it from a row and its number; Empty if there is nothing to ask or to answer. needs: what the
-    DataError, which lists every bad row, says that they lack. rows: those of the source, if they are read.
+    parse: makes an example from a row and its number; raises Empty if the prompt or the response is empty.
+    needs: hint of the DataError that lists all bad rows. rows: the rows of the source, if already read.
     """
-    found: list[tuple[str, Example]] = []
+    located: list[tuple[str, Example]] = []
     bad: list[str] = []
     empty = 0
     for number, row in table(source) if rows is None else rows:
-        place = f"{source.path}:{number}"
+        location = f"{source.path}:{number}"
         try:
-            found.append((place, of(row, number)))
+            located.append((location, parse(row, number)))
         except Empty as error:
             if source.empty == "error":
-                bad.append(f"{place}: {error}")
+                bad.append(f"{location}: {error}")
             empty += 1
         except KeyError as error:
-            bad.append(f"{place}: field {error.args[0]} is missing")
+            bad.append(f"{location}: field {error.args[0]} is missing")
         except (ValueError, TypeError, SyntaxError) as error:
-            bad.append(f"{place}: {error}")
+            bad.append(f"{location}: {error}")
     if bad:
         raise problems("bad row", bad, f"{needs}; empty: drop leaves out empty ones" if empty else needs)
     if empty:
         log.info("%s: %d rows with nothing to ask or to answer left out", source.path, empty)
-    return found, empty
+    return located, empty
 
 
-def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
-    """The examples, each with its place, without those whose id was there before.
+def once(located: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
+    """Return the examples without those whose id has occurred already.
 
-    DataError instead if `source.duplicates` says so.
+    located: examples with their locations. DataError instead if `source.duplicates` is `error`.
     """
     first: dict[str, tuple[str, Example]] = {}
     repeated = []
-    for place, example in found:
+    for location, example in located:
         if example.id in first:
-            repeated.append(f"{place} repeats {first[example.id][0]}")
-        first.setdefault(example.id, (place, example))
+            repeated.append(f"{location} repeats {first[example.id][0]}")
+        first.setdefault(example.id, (location, example))
     if repeated and source.duplicates == "error":
         raise problems("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
@@ -111,13 +116,13 @@ def once(found: list[tuple[str, Example]], source: SourceSection) -> list[Exampl
 
 
 def table(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
-    """The first `limit` rows of a source, each with its number.
+    """Return the first `limit` rows of a source, each with its number (counted from 1).
 
-    Rows are as they stand there, but for values of a hub data set that JSON has not: dates become texts.
-    DataError lists every row with half of a surrogate pair, which no file could hold.
+    Rows are unchanged, except that values of a hub data set that JSON cannot represent, such as dates, become
+    strings. DataError lists every row with half of a surrogate pair, which cannot be written to a file.
     """
     file = local_file(source)
-    rows = read_jsonl(file)[: source.limit] if file else _of_hub(source)
+    rows = read_jsonl(file)[: source.limit] if file else _hub_rows(source)
     broken = [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
@@ -130,7 +135,7 @@ def table(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
+def _hub_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     assert source.path is not None
     import datasets
 
@@ -141,7 +146,7 @@ def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = first_line(error)
         raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}") from None
-    _of_commit(source, loaded)
+    _check_commit(source, loaded)
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
     return [
@@ -150,19 +155,22 @@ def _of_hub(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     ]
 
 
-def _of_commit(source: SourceSection, loaded: Any) -> None:
-    """MissingInputError if the rows are of another commit: offline the library takes whatever it had last."""
-    folders = {Path(file["filename"]).parent.name for file in loaded.cache_files}  # named by the commit
-    found = {name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)}
-    if found and found != {commit("dataset", str(source.path), source.revision)}:
+def _check_commit(source: SourceSection, loaded: Any) -> None:
+    """Raise MissingInputError if the loaded rows are of another commit than `source.revision`.
+
+    Offline, `datasets` loads whatever it downloaded last, whatever the revision.
+    """
+    folders = {Path(file["filename"]).parent.name for file in loaded.cache_files}  # named after the commit
+    commits = {name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)}
+    if commits and commits != {commit("dataset", str(source.path), source.revision)}:
         raise MissingInputError(
-            f"{source.path} is here as of {', '.join(sorted(found))}, not of revision {source.revision}",
+            f"{source.path} is here as of {', '.join(sorted(commits))}, not of revision {source.revision}",
             "fetch it once with a network, or name the revision that is here",
         )
 
 
 def encodes(value: Any) -> bool:
-    """Whether a file can hold a value, which it cannot with half of a surrogate pair."""
+    """True if a value can be written as UTF-8; False if it has half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -177,7 +185,7 @@ _DEMO_HINTS = {
 
 
 def local_file(source: SourceSection) -> Path | None:
-    """The file that a source names, or None if its path can only be a hub id; else MissingInputError."""
+    """Return the file that a source names, None if its path may be a hub id; MissingInputError otherwise."""
     if source.path is None:
         raise no_path()
     path = Path(source.path)
@@ -191,27 +199,30 @@ def local_file(source: SourceSection) -> Path | None:
 
 
 def may_be_hub_id(path: str) -> bool:
-    """Whether a path is no file or folder here and has the form of a hub id."""
+    """True if a path has the form of a hub id, OWNER/NAME, and is neither a file nor a folder."""
     named_as_file = path.endswith((".jsonl", ".gz", ".json"))
     return not Path(path).exists() and not named_as_file and path.count("/") == 1
 
 
 def no_path(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
+    """Return the error for a missing `data.path`."""
     return ConfigError("data.path is not set", hint)
 
 
 def _detect(where: str, row: dict[str, Any]) -> str:
+    """Return the first format whose fields a row has; DataError if there is none."""
     names = {SYNONYMS.get(name, name) for name in row}
-    for kind, needed in FIELDS.items():
-        if names >= set(needed):
+    for kind, required in FIELDS.items():
+        if names >= set(required):
             return kind
     raise DataError(
         f"{where}: cannot tell the format from the fields {', '.join(row)}",
-        "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in FIELDS.items()),
+        "; ".join(f"{kind}: {', '.join(required)}" for kind, required in FIELDS.items()),
     )
 
 
 def text_field(row: dict[str, Any], name: str) -> str:
+    """Return a field of a row; ValueError if it is missing or not text."""
     value = row.get(name)
     if not isinstance(value, str):
         got = "nothing" if value is None else type(value).__name__
@@ -220,7 +231,7 @@ def text_field(row: dict[str, Any], name: str) -> str:
 
 
 def gold_field(value: Any) -> str:
-    """A verifiable answer that a row gives as text or as a number; empty if it gives none."""
+    """Return a verifiable answer, given as text or a number, as text; empty for None, else ValueError."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -229,31 +240,33 @@ def gold_field(value: Any) -> str:
 
 
 class Empty(ValueError):
-    """Of a row with nothing to ask, or nothing to answer."""
+    """Raised for a row with an empty prompt or response."""
 
 
 def _example(kind: str, row: dict[str, Any]) -> Example:
+    """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`."""
     if kind == "alpaca":
-        row = _in_alpaca(row)
+        row = _with_alpaca_names(row)
         prompt = _instruction(row)
-        response, used = text_field(row, "output"), {"instruction", "input", "output"}
+        response, fields = text_field(row, "output"), {"instruction", "input", "output"}
     elif kind == "messages":
         prompt, response = _conversation(row["messages"])
-        used = {"messages"}
+        fields = {"messages"}
     else:
-        ask, reply = FIELDS[kind]
-        prompt, response, used = text_field(row, ask), text_field(row, reply), {ask, reply}
+        prompt_field, response_field = FIELDS[kind]
+        prompt, response = text_field(row, prompt_field), text_field(row, response_field)
+        fields = {prompt_field, response_field}
     if not prompt.strip() or not response.strip():
         raise Empty("prompt or response is empty")
     gold = gold_field(row.get("gold")) or gold_of(response)
-    extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
+    extra = {name: value for name, value in row.items() if name not in fields | {"gold"}}
     return Example(id_of([prompt, response]), prompt, response, gold, extra)
 
 
 def instruction(row: dict[str, Any]) -> str:
-    """What a row in the format of alpaca, or of Dolly, asks; DataError if it says two things."""
+    """Return the prompt of a row in the format of alpaca or Dolly; DataError if its fields conflict."""
     try:
-        return _instruction(_in_alpaca(row))
+        return _instruction(_with_alpaca_names(row))
     except ValueError as error:
         raise DataError(str(error)) from None
 
@@ -263,19 +276,22 @@ def _instruction(row: dict[str, Any]) -> str:
     return text_field(row, "instruction") + (f"\n\n{context}" if context else "")
 
 
-def _in_alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with alpaca's names for its fields; an empty field gives way to its synonym."""
-    found: dict[str, Any] = {}
-    for given, value in row.items():
-        name = SYNONYMS.get(given, given)
-        if found.get(name) and value and found[name] != value:
-            raise ValueError(f"field {given} says something else than its other name does")
-        found[name] = found.get(name) or value
-    return found
+def _with_alpaca_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Rename Dolly's fields to alpaca's; of two fields with one meaning, the one that is not empty counts.
+
+    ValueError if both have a value and the values differ.
+    """
+    renamed: dict[str, Any] = {}
+    for original, value in row.items():
+        name = SYNONYMS.get(original, original)
+        if renamed.get(name) and value and renamed[name] != value:
+            raise ValueError(f"field {original} says something else than its other name does")
+        renamed[name] = renamed.get(name) or value
+    return renamed
 
 
 def _conversation(messages: Any) -> tuple[str, str]:
-    """The question and the answer of a conversation; a system message is put before the question."""
+    """Return prompt and response of a conversation of one turn; a system message is put before the prompt."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("field messages must be a list of objects with role and content")
     roles = [m.get("role") for m in messages]
@@ -288,7 +304,7 @@ def _conversation(messages: Any) -> tuple[str, str]:
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:
-    """The source of the worked examples in a benchmark's prompts; ConfigError if it is that of the items."""
+    """Return the source of a benchmark's worked examples; ConfigError if it is the source of the items."""
     path = benchmark.shots_path or benchmark.path
     if path == benchmark.path and (benchmark.shots_split == benchmark.split or Path(path or "").exists()):
         raise ConfigError(

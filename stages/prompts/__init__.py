@@ -1,1 +1,1 @@
-"""Text that models read and write: rendered prompts, and answers and code found in replies."""
+"""Text that models read and write: rendered prompts, and the answers and code in replies."""

@@ -2,6 +2,9 @@
 
 An answer is a number if it can be read as one (commas between thousands, currency, units, `%`, decimals,
 fractions, mixed numbers, `5 million`, a Unicode minus, bold type), else text.
+
+The texts come from a model or from a stranger, so every pattern has to run in linear time (200,000 spaces
+must cost nothing). The exception is _SINGLE_NUMBER, which sees at most LONGEST_NUMBER characters.
 """
 
 import collections
@@ -10,67 +13,30 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Texts are a model's, or a stranger's: no pattern here may take more than linear time (200,000 spaces must
-# cost nothing), but for _ONE_NUMBER, which sees short texts only.
-_MINUS = r"[-\u2010-\u2013\u2212\uFE63\uFF0D]"
-_MONEY = r"(?:\\?[$€£¥₹]|USD\s)"
-# Groups of three, or in India's way of two before the last; seven are enough, and keep the search linear.
-_WHOLE = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
-_DIGITS = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)"
-_SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9}
-_SCALE["trillion"] = 10**12
-# `5k` is 5,000; `5 K` and `5m` have a unit.
-_SCALED = rf"(?:\s?(?i:(?:{'|'.join(name for name in _SCALE if name != 'k')})s?\b)|[kK]\b)"
-# A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
-_NUMBER = re.compile(
-    rf"(?:(?<![\w)\]]){_MINUS})?{_MONEY}?(?:(?<=[$€£¥₹]){_MINUS})?"
-    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DIGITS}(?:\s*/\s*{_WHOLE})?)(?:{_SCALED})?"
-)
-_PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
-_ONE_NUMBER = re.compile(
-    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_MONEY}?\s*(?P<inner>{_MINUS})?"
-    rf"(?:(?P<whole>\d+)\s+)?(?P<value>{_DIGITS})"
-    rf"(?:\s*/\s*(?P<below>{_WHOLE}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*"
-)
-_AFTER_HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
-_HASHES = re.compile(r"(?<!#)####(?!#)")
-_OPENED, _CLOSED = "<answer>", "</answer>"
 THOUGHT = ("<think>", "</think>")
-"""What stands around the thought of a model that thinks first."""
-# No article and no pronoun; behind "the answer is" a reason may follow A.
-_LETTER = r"([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')"
-_SAID = _LETTER.replace("A(?! [a-z])", r"A(?! (?!(?:because|since|as|and|or|but|not|for|so|due)\b)[a-z])")
-_SAYS = [
-    re.compile(rf"(?i:{says}\s*)\(?{_SAID}")
-    for says in (
-        r"answer(?: is|:)?(?:\s+(?:choice|option))?",
-        r"(?:choice|option)(?: is|:)",
-        r"(?:choice|option)",
-    )
-]
-"""Ways to name a choice, those that say which is right before those that may speak of any."""
-_EDGES = " .!?,:;\"'*。，！？：；、“”‘’„«»…·।؟،"
-"""Punctuation that is no part of a text where it stands at its edges."""
-LONGEST_NUMBER = 200
-"""Characters that a text with its unit may have to be read as one number."""
+"""Tags around the thought of a model that thinks before it answers."""
+_ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+_OPENING_TAG, _CLOSING_TAG = "<answer>", "</answer>"
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The final answer of one text, read two ways; None where nothing was found."""
+    """The final answer of one text, read in two ways; None where nothing was found."""
 
     strict: str | None
-    """In the format asked for."""
+    """The answer in the requested format."""
     flexible: str | None
-    """The strict answer, or the last number of the text, or its last word. A strict answer that is no number
-    gives way to the last number in it and behind it: `####` before it may have been a heading."""
+    """The strict answer if it is a number. Otherwise the last number in or after it, because its `####` may
+    have been a heading, or else the strict answer. Without a strict answer, the last number of the text or,
+    if it has none, its last word."""
 
 
 def after_thought(text: str) -> str:
-    """What a model says after its thought: nothing if the thought has no end, and all if there is none."""
-    opened, closed = THOUGHT
-    _, ended, after = text.rpartition(closed)
-    return "" if not ended and opened in text else after
+    """Return the text after a model's thought: all if there is no thought, nothing if the thought is cut."""
+    opening, closing = THOUGHT
+    _, closed, remainder = text.rpartition(closing)
+    return "" if not closed and opening in text else remainder
 
 
 def extract(text: str, answer_format: str) -> Extracted:
@@ -81,139 +47,190 @@ def extract(text: str, answer_format: str) -> Extracted:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
     if number(strict) is not None:
         return Extracted(strict, strict)
-    behind = strict if answer_format == "xml" else text[text.rindex(strict) :]
-    return Extracted(strict, _last_number(behind) or strict)
+    remainder = strict if answer_format == "xml" else text[text.rindex(strict) :]
+    return Extracted(strict, _last_number(remainder) or strict)
 
 
 def _last_number(text: str) -> str | None:
-    """The last number of a text, as it is written there."""
-    last = collections.deque(_NUMBER.finditer(text), maxlen=1)
+    """Return the last number of a text, as it is written there."""
+    last = collections.deque(_ANY_NUMBER.finditer(text), maxlen=1)
     return last[0][0] if last else None
 
 
 def _after_hashes(text: str) -> str | None:
-    found = _AFTER_HASHES.findall(text)
-    return _without_stop(found[-1]) if found else None
+    answers = _ANSWER_LINE.findall(text)
+    return _without_full_stop(answers[-1]) if answers else None
 
 
-def _without_stop(line: str) -> str:
+def _without_full_stop(line: str) -> str:
     return line.removesuffix(".").strip() or line.strip()
 
 
 def _in_tags(text: str) -> str | None:
+    """Return the content of the last answer tag that is not empty."""
     answer = None
-    at = text.find(_OPENED)
-    while at >= 0 and (end := text.find(_CLOSED, at)) >= 0:
-        answer = text[at + len(_OPENED) : end].strip() or answer
-        at = text.find(_OPENED, end)
+    start = text.find(_OPENING_TAG)
+    while start >= 0 and (end := text.find(_CLOSING_TAG, start)) >= 0:
+        answer = text[start + len(_OPENING_TAG) : end].strip() or answer
+        start = text.find(_OPENING_TAG, end)
     return answer
 
 
+# Patterns of numbers, from their components to the whole.
+_MINUS = r"[-\u2010-\u2013\u2212\uFE63\uFF0D]"
+_CURRENCY = r"(?:\\?[$€£¥₹]|USD\s)"
+# Groups of three digits, or as in India of two before the last; at most seven groups keep the search linear.
+_INTEGER = r"(?:\d{1,3}(?:,\d{2,3}){0,7},\d{3}(?!\d)|\d+)"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES["trillion"] = 10**12
+# `5k` is 5,000; in `5 K` and `5m` the letter is a unit.
+_SCALE = rf"(?:\s?(?i:(?:{'|'.join(name for name in _SCALES if name != 'k')})s?\b)|[kK]\b)"
+# A dash after a digit, letter or bracket joins (3-5 days) or subtracts; elsewhere it is a sign.
+_ANY_NUMBER = re.compile(
+    rf"(?:(?<![\w)\]]){_MINUS})?{_CURRENCY}?(?:(?<=[$€£¥₹]){_MINUS})?"
+    rf"(?:\d+\s+\d+\s*/\s*\d+|{_DECIMAL}(?:\s*/\s*{_INTEGER})?)(?:{_SCALE})?"
+)
+_PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
+_SINGLE_NUMBER = re.compile(
+    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"
+    rf"(?:(?P<mixed>\d+)\s+)?(?P<value>{_DECIMAL})"
+    rf"(?:\s*/\s*(?P<denominator>{_INTEGER}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*"
+)
+LONGEST_NUMBER = 200
+"""Number of characters above which a text is not read as one number (with its unit)."""
+
+
 def number(text: str) -> Fraction | None:
-    """The exact value of a text that is one number, else None.
+    """Return the exact value of a text that is one number, else None.
 
     Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words
     may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½` and `3 and a half`
     are not one number.
     """
-    found = _measure(text)
-    return found[0] if found else None
+    quantity = _quantity(text)
+    return quantity[0] if quantity else None
 
 
-def _measure(text: str) -> tuple[Fraction, list[str]] | None:
-    """The value of a text that is one number, and the words of its unit, in the singular and without case."""
+def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
+    """Return the value of a text that is one number, and the words of its unit (singular, case-folded)."""
     text = text.strip()
-    match = _ONE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
-    if not match or (match["sign"] and match["inner"]) or (match["whole"] and not match["below"]):
+    match = _SINGLE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
+    if not match or (match["sign"] and match["inner_sign"]) or (match["mixed"] and not match["denominator"]):
         return None
-    below, unit = int((match["below"] or "1").replace(",", "")), match["unit"]
-    if below == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", unit):
+    denominator, unit = int((match["denominator"] or "1").replace(",", "")), match["unit"]
+    if denominator == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", unit):
         return None
-    value = Fraction(match["value"].replace(",", "")) / below + int(match["whole"] or 0)
-    while scaled := re.match(_SCALED, unit):
-        value *= _SCALE[scaled[0].strip().lower().removesuffix("s")]
-        unit = unit[scaled.end() :]
+    # `1 1/2` is mixed 1, value 1, denominator 2.
+    value = Fraction(match["value"].replace(",", "")) / denominator + int(match["mixed"] or 0)
+    while scale := re.match(_SCALE, unit):  # `5 hundred thousand apples`
+        value *= _SCALES[scale[0].strip().lower().removesuffix("s")]
+        unit = unit[scale.end() :]
+    # `3 and a half` and `3½` are larger than 3.
     if re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
         return None
     words = re.findall(r"[^\W\d_]+", unit.casefold())
     unit_words = [word.removesuffix("s") or word for word in words if word != "percent"]
-    return (-value if match["sign"] or match["inner"] else value), unit_words
+    return (-value if match["sign"] or match["inner_sign"] else value), unit_words
+
+
+# A choice. `A` and `I` before a lower-case word are the article and the pronoun.
+_LETTER = r"([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')"
+# After "the answer is", `A` is a choice even if a conjunction follows, such as `A because …`.
+_NAMED_LETTER = _LETTER.replace(
+    "A(?! [a-z])", r"A(?! (?!(?:because|since|as|and|or|but|not|for|so|due)\b)[a-z])"
+)
+_NAMINGS = [
+    re.compile(rf"(?i:{phrase}\s*)\(?{_NAMED_LETTER}")
+    for phrase in (
+        r"answer(?: is|:)?(?:\s+(?:choice|option))?",
+        r"(?:choice|option)(?: is|:)",
+        r"(?:choice|option)",
+    )
+]
+"""Ways to name a choice; those that say which one is right come before those that may mention any."""
 
 
 def letter(text: str, whole: bool = False) -> str | None:
-    """The choice, A to J, that a text names: its first letter or, unless `whole`, the one it says is right.
+    """Return the choice, A to J, that a text names after its thought, or None.
 
-    `B`, `(B)`, `B.` and `B) because` begin with a letter; `Because` and `A dog` do not. What is said last
-    counts, but other choices may be spoken of after `the answer is B`. A thought does not count.
+    A text that begins with a choice names that one: `B`, `(B)`, `B.` and `B) because` do, `Because` and
+    `A dog` do not. With `whole`, no other text names a choice. Otherwise the last choice that is called right
+    counts: after `the answer is B` other choices may be mentioned.
     """
     text = after_thought(text)
-    begins = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
-    if begins or whole:
-        return begins[1] if begins else None
-    for says in _SAYS:
-        if named := says.findall(text):
+    first_letter = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
+    if first_letter or whole:
+        return first_letter[1] if first_letter else None
+    for naming in _NAMINGS:
+        if named := naming.findall(text):
             return str(named[-1])
-    loose = re.findall(rf"\b{_LETTER}", text)
-    return loose[-1] if loose else None
+    letters = re.findall(rf"\b{_LETTER}", text)
+    return letters[-1] if letters else None
 
 
-def right(answer: str | None, gold: str) -> bool:
-    """Whether an extracted answer is the `same` as gold, or names it where it is a letter from A to J."""
-    names = answer is not None and re.fullmatch(r"\s*[A-J]\s*", gold)
-    return same(answer, gold) or bool(names and letter(str(answer)) == gold.strip())
+def matches_gold(answer: str | None, gold: str) -> bool:
+    """True if an extracted answer is the `same` as gold, or names the letter (A to J) that gold is."""
+    names_letter = answer is not None and re.fullmatch(r"\s*[A-J]\s*", gold)
+    return same(answer, gold) or bool(names_letter and letter(str(answer)) == gold.strip())
 
 
 def same(answer: str | None, gold: str) -> bool:
-    """Whether an answer equals the gold answer: as numbers if gold is one, else as `same_text`.
+    """True if an answer equals the gold answer: as numbers if gold is one, else as `same_text`.
 
-    If both have a unit, one begins with the other's: `7 days a week` is `7 days`, `7 weeks` is not.
+    If both have a unit, the words of one have to begin with those of the other: `7 days a week` equals
+    `7 days`, `7 weeks` does not.
     """
     if answer is None:
         return False
-    wanted = _measure(gold)
-    if wanted is None:
+    expected = _quantity(gold)
+    if expected is None:
         return same_text(answer, gold)
-    found = _measure(answer)
+    quantity = _quantity(answer)
     return (
-        found is not None
-        and found[0] == wanted[0]
-        and all(mine == its for mine, its in zip(found[1], wanted[1], strict=False))
+        quantity is not None
+        and quantity[0] == expected[0]
+        and all(word == gold_word for word, gold_word in zip(quantity[1], expected[1], strict=False))
     )
 
 
+_EDGES = " .!?,:;\"'*。，！？：；、“”‘’„«»…·।؟،"
+"""Punctuation that is ignored at the edges of a text."""
+
+
 def same_text(answer: str | None, gold: str) -> bool:
-    """Whether two texts are equal, without case and without punctuation at their edges."""
-    return answer is not None and _plain(answer) == _plain(gold)
+    """True if two texts are equal, ignoring case and punctuation at their edges."""
+    return answer is not None and _normalized(answer) == _normalized(gold)
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().strip(_EDGES).split())
 
 
 def gold_of(response: str) -> str | None:
-    """The verifiable answer of a reference response that ends in `#### answer`, else None.
+    """Return the verifiable answer of a reference response whose last line has `#### answer`, else None.
 
-    Further up `####` is a heading, or whatever its author meant by it.
+    In earlier lines `####` may be a heading, so it does not count.
     """
-    closing = _closing(response)
-    return _without_stop(closing[1]) if closing else None
+    closing = _split_last_line(response)
+    return _without_full_stop(closing[1]) if closing else None
 
 
-def _closing(response: str) -> tuple[str, str] | None:
-    """What stands before `#### answer` in the last line, and that answer."""
-    found = _HASHES.search(response, response.rstrip().rfind("\n") + 1)
-    answer = response[found.end() :].strip() if found else ""
-    return (response[: found.start()], answer) if found and answer else None
+def _split_last_line(response: str) -> tuple[str, str] | None:
+    """Split a response at the `####` of its last line into reasoning and answer; None if there is none."""
+    hashes = _HASHES.search(response, response.rstrip().rfind("\n") + 1)
+    answer = response[hashes.end() :].strip() if hashes else ""
+    return (response[: hashes.start()], answer) if hashes and answer else None
 
 
 def rewrite(response: str, gold: str | None, answer_format: str) -> str:
-    """A reference response in `answer_format`; responses without a gold answer stay as they are.
+    """Return a reference response in `answer_format`; without a gold answer it stays as it is.
 
-    One that is its answer alone has no reasoning in xml and is the one line in hash.
+    A response that is only its answer has empty reasoning in xml and is a single line in hash.
     """
     if gold is None:
         return response
-    closing = _closing(response)
+    closing = _split_last_line(response)
     reasoning = (closing[0] if closing else response).strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"

@@ -1,4 +1,4 @@
-"""Decides what counts as code in a model's text, for HumanEval and for the reward `code_tests`."""
+"""Extracts the code from a model's text, for HumanEval and for the reward `code_tests`."""
 
 import ast
 import bisect
@@ -9,64 +9,65 @@ from collections.abc import Iterator
 from stages.prompts.answers import after_thought
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
-"""Texts that end a function: the paper's and four more, which cannot be part of a function's body either."""
+"""Texts that end a function: the HumanEval paper's, and four more that cannot be in a function's body."""
 
-_FUTURE = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
+_FUTURE_IMPORT = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
 
 
 def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
-    """The program in a model's answer to the beginning of a function, or None if there is nothing to run.
+    """Return the program that a model's output makes of `prompt`, the beginning of the function `entry`.
 
-    A completion continues the prompt up to the first STOP text. An answer in a chat is cut to its code block;
-    if the block does not define the function, it continues the prompt. Indentation is left as it is: wrong
-    indentation is the model's mistake.
+    Without `chat`, the output continues the prompt and ends at the first STOP text. In a chat, the code block
+    of the output counts; if it does not define `entry`, it continues the prompt. Indentation is left as it
+    is: wrong indentation is the model's mistake. None if there is nothing to run.
     """
     if not chat:
-        ends = [at for stop in STOP if (at := output.find(stop)) >= 0]
+        ends = [position for stop in STOP if (position := output.find(stop)) >= 0]
         body = output[: min(ends)] if ends else output
         return "\n".join([prompt.rstrip(), body.removeprefix("\n"), ""]) if body.strip() else None
     code = code_block(output, entry)
     if not code.strip():
         return None
-    future, code = _future(code)
+    future_imports, code = _split_future_imports(code)
     # The prompt goes first, so that a rewritten function can use what the prompt defines or imports.
-    before = f"{stub(prompt)}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n"
-    return f"{future}{before}{code}\n"
+    lead = f"{stub(prompt)}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n"
+    return f"{future_imports}{lead}{code}\n"
 
 
-def _future(code: str) -> tuple[str, str]:
-    """The imports from `__future__`, which must come before all else, and the rest."""
-    found = _FUTURE.findall(code)
-    return "".join(f"{line}\n" for line in found), _FUTURE.sub("", code) if found else code
+def _split_future_imports(code: str) -> tuple[str, str]:
+    """Split off the imports from `__future__`, which must come first in a program."""
+    imports = _FUTURE_IMPORT.findall(code)
+    return "".join(f"{line}\n" for line in imports), _FUTURE_IMPORT.sub("", code) if imports else code
 
 
 def stub(prompt: str) -> str:
-    """The beginning of a function as a program that runs: with `pass`, if there is no docstring to end it.
+    """Complete the beginning of a function to a program that runs, with `pass` where it has no body yet.
 
-    SyntaxError if it is no beginning of a program either.
+    SyntaxError if the prompt is not the beginning of a program.
     """
     text = f"{prompt.rstrip()}\n"
     if _parses(text):
         return text
-    last = text.splitlines()[-1] if text.strip() else ""
-    indent = last[: len(last) - len(last.lstrip())]
-    found = [whole for more in ("", "    ") if _parses(whole := f"{text}{indent}{more}pass\n")]
-    if not found:
-        raise SyntaxError("the prompt is no beginning of a Python program")
-    return found[0]
+    last_line = text.splitlines()[-1] if text.strip() else ""
+    indent = last_line[: len(last_line) - len(last_line.lstrip())]
+    for deeper in ("", "    "):  # after a comment in the body, and after `def f():`
+        if _parses(program := f"{text}{indent}{deeper}pass\n"):
+            return program
+    raise SyntaxError("the prompt is no beginning of a Python program")
 
 
-# A line that opens a block may name any language; within a line the fence opens Python or nothing.
-_OPENS = re.compile(r"(?:^(?P<indent>[ \t]*)```[^\n`]*|```(?:[Pp]ython|py)?[ \t]*)\n", re.MULTILINE)
-DOUBTS = 8
-"""Blocks with a fence inside that are parsed to find their end; a text of thousands would take minutes."""
-_CLOSES = re.compile(r"^([ \t]*)```[ \t]*$", re.MULTILINE)
+# At the start of a line a fence may name any language; within a line only Python or nothing.
+_OPENING_FENCE = re.compile(r"(?:^(?P<indent>[ \t]*)```[^\n`]*|```(?:[Pp]ython|py)?[ \t]*)\n", re.MULTILINE)
+_CLOSING_FENCE = re.compile(r"^([ \t]*)```[ \t]*$", re.MULTILINE)
+MAX_AMBIGUOUS = 8
+"""Number of blocks with a fence inside that are parsed to find their end; thousands would take minutes."""
 
 
 def code_block(output: str, entry: str) -> str:
-    """The last code block that defines the function `entry`, else the last one, else the whole text.
+    """Return the last code block that defines the function `entry`, else the last block, else the whole text.
 
-    A thought before it does not count. A block whose fence is indented, as in a list, loses that indentation.
+    Blocks in a thought do not count. If the fences of a block are indented, as in a list, its lines lose that
+    indentation.
     """
     output = after_thought(output)
     blocks = list(_blocks(output))
@@ -75,39 +76,42 @@ def code_block(output: str, entry: str) -> str:
 
 
 def _blocks(output: str) -> Iterator[str]:
-    """What stands between fences.
+    """Yield the text between the fences of each code block.
 
-    A block ends at the next fence that stands alone in its line and as far to the right as its own, so that
-    one in a docstring does not end it. Without such a fence, or where only what stands before the first of
-    any kind is a program, that first one ends it.
+    A block ends at the next fence that is alone in its line and indented like the opening one, so that a
+    fence in a docstring does not end it. It ends at the first fence of any kind instead if there is no such
+    fence, or if only the text up to that first fence is a valid program.
     """
-    closing: dict[str, list[int]] = {}
-    for found in _CLOSES.finditer(output):
-        closing.setdefault(found[1], []).append(found.start())
-    at = doubts = 0
-    while opened := _OPENS.search(output, at):
-        at = opened.end()
-        line = output.rfind("\n", 0, opened.start()) + 1
-        if opened["indent"] is None and output.count("```", line, opened.start()) % 2:
-            continue  # it closes what began in this line
-        indent = opened["indent"] or ""
-        ends = closing.get(indent, [])
-        later = bisect.bisect_left(ends, at)
-        end = ends[later] if later < len(ends) else len(output)
-        first = output.find("```", at, end)
-        if first >= 0 and later < len(ends):
-            doubts += 1
-            whole, cut = (_outdented(output[at:stop], indent) for stop in (end, first))
-            end = first if doubts <= DOUBTS and not _parses(whole) and _parses(cut) else end
-        elif first >= 0:
-            end = first
-        block = _outdented(output[at:end], indent)
-        # One that was opened behind a list's mark is indented as the list is.
-        yield textwrap.dedent(block) if opened["indent"] is None and not _parses(block) else block
-        at = end + 3
+    fences: dict[str, list[int]] = {}  # indentation → positions of the fences that are alone in their lines
+    for fence in _CLOSING_FENCE.finditer(output):
+        fences.setdefault(fence[1], []).append(fence.start())
+    position = ambiguous = 0
+    while opening := _OPENING_FENCE.search(output, position):
+        start = position = opening.end()
+        within_line = opening["indent"] is None
+        line_start = output.rfind("\n", 0, opening.start()) + 1
+        if within_line and output.count("```", line_start, opening.start()) % 2:
+            continue  # this fence closes code that was opened earlier in its line
+        indent = opening["indent"] or ""
+        ends = fences.get(indent, [])
+        index = bisect.bisect_left(ends, start)
+        closed = index < len(ends)
+        end = ends[index] if closed else len(output)
+        inner = output.find("```", start, end)  # the first fence of any kind
+        if inner >= 0 and not closed:
+            end = inner
+        elif inner >= 0:
+            ambiguous += 1
+            long, short = (_unindent(output[start:stop], indent) for stop in (end, inner))
+            if ambiguous <= MAX_AMBIGUOUS and not _parses(long) and _parses(short):
+                end = inner
+        block = _unindent(output[start:end], indent)
+        # A block whose fence follows a list marker (`1. ```python`) is indented like the list item.
+        yield textwrap.dedent(block) if within_line and not _parses(block) else block
+        position = end + len("```")
 
 
-def _outdented(code: str, indent: str) -> str:
+def _unindent(code: str, indent: str) -> str:
     return re.sub(f"^{indent}", "", code, flags=re.MULTILINE) if indent else code
 
 

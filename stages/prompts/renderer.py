@@ -1,4 +1,4 @@
-"""The only renderer: makes the prompts of score, sft, rl and eval, and the token rows of training."""
+"""Renders the prompts of score, sft, rl and eval, and the token rows of training; nothing else does."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IGNORED = -100
+"""Label of tokens that do not count in the loss."""
 DATE = datetime.datetime(2024, 7, 26)
-"""The day that templates which write one are told, so that a prompt is the same on every day: the day that
-Llama 3.1's has where there is no clock."""
+"""Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
+the template of Llama 3.1 falls back to."""
 PROBE = "How many legs has a cat"
-"""Any text that no template changes."""
+"""A question to test chat templates with; no template should change it."""
 
 Shots = Sequence[tuple[str, str]]
-"""Worked examples: question and answer."""
+"""Worked examples, each a question and its answer."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised example; prompt tokens are IGNORED in `labels`, which otherwise equals `input_ids`."""
+    """One tokenised example; `labels` equals `input_ids`, but with IGNORED for the tokens of the prompt."""
 
     id: str
     input_ids: list[int]
@@ -41,19 +42,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Asked:
-    """One item as the model receives it."""
+    """The rendered prompt of one item, and how its answer is read."""
 
     text: str
     """The rendered prompt."""
     ids: list[int]
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, in addition to the renderer's stop tokens."""
+    """Strings that end the answer, in addition to the renderer's stop tokens."""
     words: tuple[str, ...] = ()
-    """If not empty, the likeliest of these words is the answer, and nothing is generated."""
+    """If not empty, nothing is generated: the most likely of these words is the answer."""
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
-    """The text of a chat, with the opening of the answer if `ask`; ConfigError if the template refuses it."""
+    """Render a chat, with the generation prompt if `ask`; ConfigError if the template refuses it."""
     from jinja2 import TemplateError
 
     try:
@@ -73,12 +74,12 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
 
 
 class Renderer:
-    """Turns questions into prompts and examples into rows, as a PromptSection says."""
+    """Renders questions as prompts and examples as token rows, following a PromptSection."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, section: PromptSection, labels: Iterable[Labelled] = ()
     ) -> None:
-        """labels: of the examples to come, for `prompt.by_system`."""
+        """labels: labelled examples, from which `prompt.by_system` takes the system of an example."""
         self.tokenizer = tokenizer
         self.section = section
         self.labels = {row.example.id: row.system for row in labels}
@@ -92,65 +93,70 @@ class Renderer:
                 "the chat template does not show what it is asked", "--set prompt.template=plain"
             )
         self.end = self._end()
-        """What closes an answer: the template's own mark, or EOS."""
-        ends = tokenizer(self.end, add_special_tokens=False)["input_ids"]
-        stops = {tokenizer.eos_token_id}
-        if len(ends) == 1:
-            stops.add(ends[0])
-        self.stop_ids = sorted(stops)
+        """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
+        end_ids = tokenizer(self.end, add_special_tokens=False)["input_ids"]
+        stop_ids = {tokenizer.eos_token_id}
+        if len(end_ids) == 1:
+            stop_ids.add(end_ids[0])
+        self.stop_ids = sorted(stop_ids)
 
-    def _system(self, of: Example | None) -> str | None:
-        """The system message; that for all if the example has no label."""
-        label = self.labels.get(of.id) if of else None
+    def _system(self, example: Example | None) -> str | None:
+        """Return the system message for an example: that of its label, or else the common one."""
+        label = self.labels.get(example.id) if example else None
         return (
             self.section.system if label is None else self.section.by_system.get(label, self.section.system)
         )
 
-    def _messages(self, question: str, shots: Shots, of: Example | None) -> list[dict[str, str]]:
-        system = self._system(of)
+    def _messages(self, question: str, shots: Shots, example: Example | None) -> list[dict[str, str]]:
+        """Return the messages of a chat: system message, worked examples as turns, and the question."""
+        system = self._system(example)
         messages = [{"role": "system", "content": system}] if system else []
-        for asked, answer in shots:
-            messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": answer})
+        for shot_question, shot_answer in shots:
+            messages.append({"role": "user", "content": shot_question})
+            messages.append({"role": "assistant", "content": shot_answer})
         return [*messages, {"role": "user", "content": question}]
 
     def prompt(self, question: str, shots: Shots = (), of: Example | None = None) -> str:
-        """The text that a model continues, with worked examples (question, answer) before the question.
+        """Render the text that a model continues: worked examples, then the question.
 
-        of: the example that is asked, whose label chooses the system message.
+        of: the example that the question is from; its label selects the system message.
 
-        The template `bare` has the form of the reference script of arXiv 2507.20999: the question and EOS,
-        then the answer and EOS. Our scoring rows have that last EOS too, but the script's do not. Worked
-        examples have the same form.
+        The template `bare` follows the reference script of arXiv 2507.20999: the question and EOS, then the
+        answer and EOS, for worked examples too. Scoring rows here have that last EOS, those of the script do
+        not.
         """
         if self.section.template == "chat":
             return chat(self.tokenizer, self._messages(question, shots, of))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
-        worked = "".join(f"Question: {asked}\nAnswer:\n{answer}\n\n" for asked, answer in shots)
-        return f"{self._lead(of)}{worked}Question: {question}\nAnswer:\n"
+        worked = "".join(
+            f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
+        )
+        return f"{self._plain_system(of)}{worked}Question: {question}\nAnswer:\n"
 
-    def _lead(self, of: Example | None) -> str:
-        """What the template plain puts before everything."""
-        message = self._system(of)
+    def _plain_system(self, example: Example | None) -> str:
+        """Return the system message as the template `plain` writes it, before all other text."""
+        message = self._system(example)
         return f"{message}\n\n" if message else ""
 
     def few_shot(self, head: str, shots: Shots, last: str, of: Example) -> tuple[str, list[int]]:
-        """Text and token ids of a benchmark's prompt: `head`, shots and `last`, unchanged or as a chat.
+        """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
 
-        of: the example that is asked.
+        head: text before the worked examples. last: the question. of: the example that the question is from.
         """
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
             text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], of))
         else:
-            text = self._lead(of) + head + "".join(f"{asked} {answer}\n\n" for asked, answer in shots) + last
+            worked = "".join(f"{shot_question} {shot_answer}\n\n" for shot_question, shot_answer in shots)
+            text = self._plain_system(of) + head + worked + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:
-        """Token ids of a rendered prompt."""
-        # A chat template writes BOS itself. Other prompts keep what the tokenizer adds in front, not behind.
+        """Tokenise a rendered prompt."""
+        # A chat template writes BOS itself. Other prompts keep the tokens that the tokenizer puts before the
+        # text, but not an EOS after it, because the answer follows.
         if self.section.template == "chat":
             return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = list(self.tokenizer(prompt)["input_ids"])
@@ -159,44 +165,46 @@ class Renderer:
         return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
 
     def row(self, example: Example) -> Row:
-        """The prompt and the reference response, which is rewritten into the answer format and closed."""
+        """Tokenise an example: its prompt, its response in the answer format, and the end marker."""
         prompt = self.ids(self.prompt(example.prompt, of=example))
         response = rewrite(example.response, example.gold, self.section.answer_format)
         answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
-        """The rows of all examples and how many were dropped or cut, as `data.too_long` says."""
-        rows, long = [], []
+        """Return the rows of all examples, and how many exceeded max_length (see `data.too_long`)."""
+        rows, too_long = [], []
         for example in examples:
             row = self.row(example)
             if len(row.input_ids) <= data.max_length:
                 rows.append(row)
                 continue
-            long.append(f"{example.id} has {len(row.input_ids)} tokens")
-            cut = row.labels[: data.max_length]
-            if data.too_long == "truncate" and any(label != IGNORED for label in cut):
-                rows.append(Row(row.id, row.input_ids[: data.max_length], cut))
-        if long and data.too_long == "error":
+            too_long.append(f"{example.id} has {len(row.input_ids)} tokens")
+            labels = row.labels[: data.max_length]
+            # A row that is cut within its prompt has nothing to learn from, so it is dropped.
+            if data.too_long == "truncate" and any(label != IGNORED for label in labels):
+                rows.append(Row(row.id, row.input_ids[: data.max_length], labels))
+        if too_long and data.too_long == "error":
             raise problems(
                 f"longer than data.max_length {data.max_length}",
-                long,
+                too_long,
                 "raise it, or --set data.too_long=drop (or truncate)",
             )
         if not rows:
             raise DataError(f"no row fits into data.max_length {data.max_length}")
-        return rows, len(long)
+        return rows, len(too_long)
 
     def never_stop(self, rows: list[Row]) -> list[str]:
-        """Ids of rows whose last trained token stops no answer: cut ones, or an end of many tokens."""
+        """Return the ids of rows that do not end in a stop token: cut ones, or with an end of many tokens."""
         return [row.id for row in rows if row.labels[-1] not in self.stop_ids]
 
     def digest(self) -> str:
-        """Identity of the rendering: the template, the settings and one rendered question."""
+        """Return a digest of what determines the rendering: settings, template, a sample prompt, the end."""
         text = repr((self.section.model_dump(), self.tokenizer.chat_template, self.prompt("?"), self.end))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _end(self) -> str:
+        """Return the text that the chat template writes after an answer, or EOS if it writes none."""
         if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
         turns = [*self._messages("?", (), None), {"role": "assistant", "content": "@@"}]

@@ -1,1 +1,1 @@
-"""Rewards of a completion: the built-in ones, and a user's own from a file."""
+"""Reward functions: the built-in ones, TRL's, and those of a user's file."""

@@ -1,7 +1,7 @@
-"""GRPO rewards, one function each, in TRL's signature: texts of completions in, one float per completion out.
+"""Built-in GRPO rewards: functions with TRL's signature, which return one float per completion.
 
 TRL passes the columns of the rows by name: `id`, `question`, `gold`, `response`, `answer_format`, and every
-further text, number or truth value that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the
+further string, number or boolean that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the
 settings) are adapted to the answer format in use.
 """
 
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages.prompts.answers import extract, letter, number, right
+from stages.prompts.answers import extract, letter, matches_gold, number
 from stages.prompts.code import code_block
 from stages.registry import Registry
 from stages.runtime import resources
@@ -24,26 +24,27 @@ if TYPE_CHECKING:
 
 rewards: Registry = Registry("reward")
 
-# The groups (?>…) keep the first answer tag that they find: else a text of many tags takes quadratic time.
-_WHOLE = {
+# The atomic groups (?>…) keep the first answer tag that they find: with backtracking, a text of many tags
+# would take quadratic time.
+_STRICT_FORMAT = {
     "xml": re.compile(r"<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n?", re.DOTALL),
     "hash": re.compile(r"(?:(?>(?:(?!\n?####).)+)\n)?#### [^\n#]+\n?", re.DOTALL),
 }
-_LOOSE = {
+_SOFT_FORMAT = {
     "xml": re.compile(r"\s*<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>", re.DOTALL),
     "hash": re.compile(r".*####\s*\S+", re.DOTALL),
 }
-_APART = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-# Of scripts that put no spaces between words each character is one.
-_WORD = re.compile(rf"[{_APART}]|[^\s{_APART}]+")
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# Scripts without spaces between words (Thai to Khmer, kana, Chinese): each character counts as a word.
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _TAGS = {"xml": ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>"), "hash": ("\n#### ",)}
 
 
 @rewards.add()
 def correctness(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the strictly extracted answer equals gold, or names its letter."""
-    pairs = zip(completions, gold, answer_format, strict=True)
-    return [float(right(extract(text, style).strict, wanted)) for text, wanted, style in pairs]
+    rows = zip(completions, gold, answer_format, strict=True)
+    return [float(matches_gold(extract(text, style).strict, answer)) for text, answer, style in rows]
 
 
 @rewards.add()
@@ -55,28 +56,29 @@ def brief(
     answer_format: list[str],
     **_: Any,
 ) -> list[float]:
-    """How much shorter a correct completion is than its group's longest one, times the share of correct ones.
+    """Rewards short correct completions: 1 − length / longest correct length, times the group's accuracy.
 
-    From 0 to 1: 1 − tokens / tokens of the longest correct completion. To be added to `correctness` with a
-    small weight. Wrong completions get 0, and where most are wrong, length counts little. Where all are
-    correct they differ in length alone, and `rl.scale_rewards: group` scales that up; `none` leaves it small.
-    Groups are runs of one prompt; of a group that several processes share, each knows its own part.
+    The value is between 0 and 1; lengths are in tokens. Use it with a small weight beside `correctness`.
+    Wrong completions get 0, and in a group that is mostly wrong, length counts little. In a group that is all
+    correct, only length differs, and `rl.scale_rewards: group` would scale that difference up; `none` leaves
+    it small. A group is a run of equal prompts; if several processes share a group, each sees only its own
+    completions.
     """
     correct = correctness(completions, gold=gold, answer_format=answer_format)
     scores: list[float] = []
     for _prompt, run in groupby(zip(prompts, correct, completion_ids, strict=True), key=lambda row: row[0]):
-        group = [(bool(right), len(ids)) for _, right, ids in run]
-        longest = max((length for right, length in group if right), default=0)
-        share = sum(right for right, _ in group) / len(group)
-        scores += [share * (1 - length / longest) if right else 0.0 for right, length in group]
+        group = [(bool(is_correct), len(ids)) for _, is_correct, ids in run]
+        longest = max((length for is_correct, length in group if is_correct), default=0)
+        accuracy = sum(is_correct for is_correct, _ in group) / len(group)
+        scores += [accuracy * (1 - length / longest) if is_correct else 0.0 for is_correct, length in group]
     return scores
 
 
 @rewards.add()
 def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the strictly extracted answer is a whole number."""
-    found = [extract(text, style).strict for text, style in zip(completions, answer_format, strict=True)]
-    values = [number(text) if text is not None else None for text in found]
+    answers = [extract(text, style).strict for text, style in zip(completions, answer_format, strict=True)]
+    values = [number(answer) if answer is not None else None for answer in answers]
     return [float(value is not None and value.denominator == 1) for value in values]
 
 
@@ -84,26 +86,26 @@ def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[
 def strict_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the whole completion is in the answer format, line by line."""
     pairs = zip(completions, answer_format, strict=True)
-    return [float(bool(_WHOLE[style].fullmatch(text))) for text, style in pairs]
+    return [float(bool(_STRICT_FORMAT[style].fullmatch(text))) for text, style in pairs]
 
 
 @rewards.add()
 def soft_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the completion begins in the answer format, whatever its white space."""
+    """1 if the completion begins in the answer format; white space does not matter."""
     pairs = zip(completions, answer_format, strict=True)
-    return [float(bool(_LOOSE[style].match(text))) for text, style in pairs]
+    return [float(bool(_SOFT_FORMAT[style].match(text))) for text, style in pairs]
 
 
 @rewards.add()
 def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """The share of the format's tags that occur exactly once, less 0.002 per character behind them (xml)."""
+    """Share of the format's tags that occur exactly once, less 0.002 per character after the last (xml)."""
     scores = []
     for text, style in zip(completions, answer_format, strict=True):
         tags = _TAGS[style]
-        text = f"\n{text}" if style == "hash" else text  # the answer may be all there is
+        text = f"\n{text}" if style == "hash" else text  # a completion may begin with its `#### answer`
         score = sum(text.count(tag) == 1 for tag in tags) / len(tags)
         if style == "xml" and text.count(tags[-1]) == 1:
-            # The paper's weight is 0.5 and its penalty 0.001 a character, so 0.002 here.
+            # The paper subtracts 0.001 per character from a reward of at most 0.5; this one is at most 1.
             score -= 0.002 * len(text.rpartition(tags[-1])[2].rstrip("\n"))
         scores.append(score)
     return scores
@@ -111,30 +113,32 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
 
 @rewards.add()
 def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the answer in the format equals gold, or else the last number of the text does."""
-    found = [extract(text, style).flexible for text, style in zip(completions, answer_format, strict=True)]
-    return [float(right(answer, wanted)) for answer, wanted in zip(found, gold, strict=True)]
+    """1 if the flexibly extracted answer, which may be the last number of the text, equals gold."""
+    rows = zip(completions, gold, answer_format, strict=True)
+    return [float(matches_gold(extract(text, style).flexible, answer)) for text, answer, style in rows]
 
 
 @rewards.add()
 def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
     """1 if the text names the letter of gold (A to J) as its choice."""
-    return [float(letter(text) == wanted.strip()) for text, wanted in zip(completions, gold, strict=True)]
+    return [float(letter(text) == answer.strip()) for text, answer in zip(completions, gold, strict=True)]
 
 
 @rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
-    """F1 of the words that text and response share (ROUGE-1), for answers that nothing can verify."""
-    return [_f1(_words(text), _words(wanted)) for text, wanted in zip(completions, response, strict=True)]
+    """ROUGE-1 F1 of the completion against the reference response, for answers that cannot be verified."""
+    pairs = zip(completions, response, strict=True)
+    return [_f1(_words(text), _words(reference)) for text, reference in pairs]
 
 
 def _words(text: str) -> Counter[str]:
+    """Count the words of a text, without case and punctuation."""
     spaced = (c if c == "_" or unicodedata.category(c)[0] in "LNM" else " " for c in text.casefold())
     return Counter(_WORD.findall("".join(spaced)))
 
 
-def _f1(text: Counter[str], wanted: Counter[str]) -> float:
-    return 2 * (text & wanted).total() / max(1, text.total() + wanted.total())
+def _f1(words: Counter[str], reference: Counter[str]) -> float:
+    return 2 * (words & reference).total() / max(1, words.total() + reference.total())
 
 
 @rewards.add()
@@ -143,9 +147,9 @@ def code_tests(
 ) -> list[float]:
     """1 if the row's `test` (`def check(candidate)` as in HumanEval) passes on its function `entry_point`.
 
-    The test runs in the sandbox, and the function in another: arguments and results cross as plain data of
-    built-in types, exceptions as the built-in ones that they are. Other results fail, as do tests of what was
-    printed and functions that are given as arguments.
+    The test and the function run in two sandboxes. Between them pass arguments and results of built-in types,
+    and built-in exceptions. Results of other types fail, and so do tests that read printed output or pass a
+    function as an argument.
     """
 
     def passes(text: str, tests: str, entry: str) -> float:

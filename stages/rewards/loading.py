@@ -1,4 +1,4 @@
-"""Finds the functions that `rl.rewards` names: registered ones, TRL's own, and those of a person's file."""
+"""Loads the functions that `rl.rewards` names: built-in rewards, TRL's, and those of `rl.rewards_file`."""
 
 from __future__ import annotations
 
@@ -31,101 +31,110 @@ from stages.sandbox.pair import SandboxFailure
 Reward = Callable[..., list[float | None]]
 
 TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-"""TRL's rewards that need no arguments, as `trl.NAME`; others take three lines in a rewards_file."""
+"""TRL's rewards that need no arguments, called `trl.NAME` here; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
-"""Parameters that a reward may have and that no row has to supply."""
+"""Parameters of a reward that do not come from a field of the rows."""
 RESPONSES = ("answer", "output", "completion", "solution", "ground_truth", "target")
-"""Names that others have for what is called response or gold here."""
+"""Names that other libraries use for what is called response or gold here."""
 TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "environments"}
-"""Names that mean something else to TRL: a row's field of that name is kept from it."""
+"""Names with a meaning of their own in TRL: fields of the rows with these names are not passed on."""
 
 
 def check(name: str, file: str | None) -> None:
-    """ConfigError unless there is a reward of that name. Runs nothing: the file is only parsed."""
-    own = _defined(file) if file else {}
-    if name in own or name in rewards.names() or name in _trl_names():
+    """Raise ConfigError unless there is a reward of that name; the file is parsed, not run."""
+    in_file = _functions_in(file) if file else {}
+    if name in in_file or name in rewards.names() or name in _trl_names():
         return
     raise ConfigError(
-        f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *own])}"
+        f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *in_file])}"
     )
 
 
 def load(name: str, file: str | None) -> Reward:
-    """The function called `name`; one in the file takes precedence over a registered one."""
-    if file and name in _defined(file):
-        return getattr(_module(file), name)  # type: ignore[no-any-return]
+    """Return the reward called `name`; the file takes precedence over TRL and the built-in ones."""
+    if file and name in _functions_in(file):
+        return getattr(_imported(file), name)  # type: ignore[no-any-return]
     if name in _trl_names():
-        return _of_trl(name)
+        return _adapted_from_trl(name)
     return rewards.pick(name)
 
 
 def columns(name: str, function: Reward) -> list[str]:
-    """The row fields that a reward needs."""
+    """Return the fields of the rows that a reward requires: its parameters without a default."""
     if name in _trl_names():
         return ["gold"] if "accuracy" in name else []
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
-    return [name for name in needed if name not in PASSED]
+    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    return [name for name in required if name not in PASSED]
 
 
 def named(function: Reward) -> set[str]:
-    """The fields that a reward has a parameter for, also one with a default."""
+    """Return the fields that a reward has a parameter for, with or without a default."""
     return set(inspect.signature(function).parameters) - TAKEN
 
 
 def optional(rows: list[dict[str, Any]]) -> set[str]:
-    """The fields that all rows have, as a text, number or truth value: rewards get them without asking.
+    """Return the fields that every reward gets: those that all rows have as a string, number or boolean.
 
-    A field of lists or objects, of several types, or of numbers beyond 64 bits, reaches only a reward that
-    has a parameter for it. Whole numbers and fractions are one type.
+    A field of lists or objects, of several types, or of integers beyond 64 bits is passed only to a reward
+    that has a parameter for it. Integers and floats count as one type.
     """
-    kinds = [
-        {name: float if type(value) is int else type(value) for name, value in row.items()} for row in rows
+    types_of_rows = [
+        {(name, float if type(value) is int else type(value)) for name, value in row.items()} for row in rows
     ]
-    common = set.intersection(*({*kind.items()} for kind in kinds))
-    plain = {name for name, kind in common if kind in (str, float, bool) and name not in TAKEN}
-    return plain - beyond(rows, plain)
+    common = set.intersection(*types_of_rows)
+    simple = {name for name, type_ in common if type_ in (str, float, bool) and name not in TAKEN}
+    return simple - beyond(rows, simple)
 
 
 def encoded(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
-    """Those of these fields that a column of one type would change: they go through it as JSON."""
-    kinds = {name: {type(row.get(name)) for row in rows} - {type(None)} for name in names}
-    large = beyond(rows, kinds)
-    return frozenset(n for n, found in kinds.items() if len(found) > 1 or found & {list, dict} or n in large)
+    """Return those of the fields `names` that go through the data set as JSON strings.
+
+    An Arrow column has one type, which would change lists, objects, mixed types and integers beyond 64 bits.
+    """
+    types = {name: {type(row.get(name)) for row in rows} - {type(None)} for name in names}
+    large = beyond(rows, types)
+    return frozenset(
+        name
+        for name, of_field in types.items()
+        if len(of_field) > 1 or of_field & {list, dict} or name in large
+    )
 
 
 def beyond(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
-    """Which of these fields hold a whole number of more than 64 bits, which no column takes."""
+    """Return those of the fields `names` with an integer of more than 64 bits, which no column can hold."""
     return {n for n in names for row in rows if type(row.get(n)) is int and not -(2**63) <= row[n] < 2**63}
 
 
 def needs_sandbox(name: str, file: str | None) -> bool:
-    """Whether a reward has a parameter `sandbox` to be filled. Runs nothing: the file is only parsed."""
-    if file and (own := _defined(file).get(name)):
-        given = own.args
-        return any(a.arg == "sandbox" for a in (*given.posonlyargs, *given.args, *given.kwonlyargs))
+    """True if a reward has a parameter `sandbox`; the file is parsed, not run."""
+    if file and (function := _functions_in(file).get(name)):
+        parameters = function.args
+        names = [a.arg for a in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+        return "sandbox" in names
     return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
 
 
 def checked(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
-    """`function` with the arguments `fixed`, the columns `decoded` from JSON, and with checks.
+    """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
-    the sample.
+    the sample. decoded: columns to decode from JSON (see `encoded`). fixed: arguments that are the same in
+    every call, such as `sandbox`.
     """
 
-    def reward(completions: list[str], **given: Any) -> list[float | None]:
+    def reward(completions: list[str], **columns: Any) -> list[float | None]:
         call = functools.partial(function, **fixed)
-        given |= {key: [json.loads(text) for text in given[key]] for key in decoded if key in given}
+        columns |= {key: [json.loads(text) for text in columns[key]] for key in decoded if key in columns}
         try:
-            values = list(call(completions=completions, **given))
+            values = list(call(completions=completions, **columns))
         except SandboxFailure as error:
             raise SandboxError(f"reward {name}: {error}", "see: lorapar doctor") from error
         except Exception as error:
             if isinstance(error, LoraparError) or lacks_memory(error):
-                raise  # nothing of the reward's
-            raise _raised(name, error, completions, given, call) from error
+                raise  # not a mistake in the reward function
+            raise _error_with_sample(name, error, completions, columns, call) from error
         if len(values) != len(completions):
             raise MeaninglessError(
                 f"reward {name} gave {len(values)} values for {len(completions)} completions"
@@ -137,49 +146,60 @@ def checked(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: A
 
 
 def _finite(name: str, value: Any, text: str) -> float | None:
-    """The value as a float; None is TRL's way to say that a reward does not apply to a sample."""
+    """Return a reward as a float; MeaninglessError if it is not a finite number.
+
+    None stays None: in TRL it means that the reward does not apply to the sample.
+    """
     if value is None:
         return None
     try:
-        found = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is that of a tensor of many
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
+        number = math.nan
+    if not math.isfinite(number):
         raise MeaninglessError(
             f"reward {name} is {reprlib.repr(value)} for {text!r}", "a reward is a finite number, or None"
         )
-    return found
+    return number
 
 
-def _raised(
-    name: str, error: Exception, completions: list[str], given: dict[str, Any], call: Reward
+def _error_with_sample(
+    name: str, error: Exception, completions: list[str], columns: dict[str, Any], call: Reward
 ) -> LoraparError:
-    """The error to raise, with the first sample for which the reward also raises on its own."""
+    """Return an error that names the first sample for which the reward raises, called with it alone."""
     number = len(completions)
-    lists = {key: value for key, value in given.items() if isinstance(value, list) and len(value) == number}
-    at = next((i for i in range(number) if _raises(call, completions, given, lists, i)), 0)
-    asked = f" to {lists['question'][at]!r}" if "question" in lists else ""
+    per_sample = {
+        key: value for key, value in columns.items() if isinstance(value, list) and len(value) == number
+    }
+    sample = next((i for i in range(number) if _raises(call, completions, columns, per_sample, i)), 0)
+    question = f" to {per_sample['question'][sample]!r}" if "question" in per_sample else ""
     return MeaninglessError(
         f"reward {name} raised {type(error).__name__}: {error}; "
-        f"sample {at + 1} of {number}: {completions[at]!r}{asked}",
+        f"sample {sample + 1} of {number}: {completions[sample]!r}{question}",
         "mend the reward and run the same command; with another rewards_file RL begins anew",
     )
 
 
 def _raises(
-    call: Reward, completions: list[str], given: dict[str, Any], lists: dict[str, list[Any]], at: int
+    call: Reward,
+    completions: list[str],
+    columns: dict[str, Any],
+    per_sample: dict[str, list[Any]],
+    sample: int,
 ) -> bool:
+    """True if the reward raises when it is called with one sample."""
     try:
-        call(completions=[completions[at]], **{**given, **{key: [value[at]] for key, value in lists.items()}})
+        of_sample = {key: [values[sample]] for key, values in per_sample.items()}
+        call(completions=[completions[sample]], **{**columns, **of_sample})
     except Exception:
         return True
     return False
 
 
 def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
-    """DataError unless every row has the columns that each reward reads."""
-    for name, wanted in needed.items():
-        for column in wanted:
+    """Raise DataError unless every row has the columns that each reward reads."""
+    for name, fields in needed.items():
+        for column in fields:
             lacking = [row for row in rows if row.get(column) is None]
             if not lacking:
                 continue
@@ -199,24 +219,24 @@ def _trl_names() -> list[str]:
     return [f"trl.{name}" for name in TRL]
 
 
-def _of_trl(name: str) -> Reward:
-    """TRL's function for plain texts: itself it takes conversations, with gold answers as `solution`."""
+def _adapted_from_trl(name: str) -> Reward:
+    """Wrap a reward of TRL, which takes conversations and `solution`, to take strings and `gold`."""
     from trl import rewards as module
 
     function = getattr(module, name.removeprefix("trl."))
     if "accuracy" in name and importlib.util.find_spec("math_verify") is None:
         raise ConfigError(f"reward {name} needs the package math-verify", "pip install math-verify")
 
-    def reward(completions: list[str], gold: list[str] | None = None, **given: Any) -> list[float | None]:
-        said = [[{"role": "assistant", "content": text}] for text in completions]
+    def reward(completions: list[str], gold: list[str] | None = None, **columns: Any) -> list[float | None]:
+        messages = [[{"role": "assistant", "content": text}] for text in completions]
         solution = {"solution": gold} if gold else {}
-        return function(completions=said, **given | solution)  # type: ignore[no-any-return]
+        return function(completions=messages, **columns | solution)  # type: ignore[no-any-return]
 
     return reward
 
 
-def _defined(file: str) -> dict[str, ast.FunctionDef]:
-    """The public functions at the top level of a person's file, by name."""
+def _functions_in(file: str) -> dict[str, ast.FunctionDef]:
+    """Return the public top-level functions of a Python file by name, without running it."""
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -228,8 +248,9 @@ def _defined(file: str) -> dict[str, ast.FunctionDef]:
 
 
 @functools.cache
-def _module(file: str) -> Any:
-    loader = SourceFileLoader("lorapar_rewards_file", file)  # whatever the file is called
+def _imported(file: str) -> Any:
+    """Import a Python file of any name as a module, once."""
+    loader = SourceFileLoader("lorapar_rewards_file", file)
     module = ModuleType(loader.name)
     module.__file__ = file
     sys.modules[loader.name] = module  # dataclasses and pickle look for it there
