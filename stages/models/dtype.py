@@ -1,8 +1,8 @@
-"""The type in which a model is loaded: what `model.dtype: auto` means here, and how fast each type is.
+"""The dtype in which a model is loaded: what `model.dtype: auto` means here, and how fast each dtype is.
 
 On a CPU without instructions for bfloat16 torch multiplies it a hundred times slower than float32, so `auto`
-is float32 there. The type is part of what identifies votes, answers and checkpoints. It is not part of an
-artifact's key, so an artifact made on another machine stays current.
+is float32 there. The dtype is part of the keys of votes, answers and checkpoints. It is not part of an
+artifact's cache key, so an artifact made on another machine stays current.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from stages.models.load_errors import config_of
 log = logging.getLogger(__name__)
 
 SIZE = 512
-"""Rows and columns of the matrices that `speeds` multiplies.
+"""Rows and columns of the square matrices that `speeds` multiplies.
 
 They are too large for a cache to flatter the speed, and small enough to be multiplied quickly.
 """
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Instructions that multiply bfloat16, as torch names them.
+"""CPU features that multiply bfloat16 natively, as torch names them.
 
 With AVX-512 alone bfloat16 is emulated, at 0.4 of float32's speed.
 """
 
 
 def resolve(model: ModelSection) -> str:
-    """The type of the base weights: `model.dtype` or, for `auto`, the checkpoint's type if native here.
+    """Return the dtype of the base weights: `model.dtype` or, for `auto`, the checkpoint's if native here.
 
-    Gives `float32` or `bfloat16`; with a GPU also `auto`, if the checkpoint tells no type.
-    On a CPU that does not multiply the checkpoint's type natively, `auto` means float32. float16 becomes
+    It is `float32` or `bfloat16`; with a GPU also `auto`, if the checkpoint has no dtype. On a CPU that does
+    not multiply the checkpoint's dtype natively, `auto` means float32. A checkpoint's float16 becomes
     bfloat16 on a GPU that has it, else float32: small gradients vanish in float16, and nothing here scales
     the loss.
     """
@@ -46,12 +46,12 @@ def _auto(name: str, revision: str) -> str:
     import torch
 
     try:
-        found = config_of(ModelSection(name=name, revision=revision)).dtype
+        checkpoint = config_of(ModelSection(name=name, revision=revision)).dtype
     except LoraparError:
         if torch.cuda.is_available():
             return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
         raise
-    stored = "auto" if found is None else str(found).removeprefix("torch.")
+    stored = "auto" if checkpoint is None else str(checkpoint).removeprefix("torch.")
     if torch.cuda.is_available():
         if stored != "float16":
             return stored
@@ -60,7 +60,7 @@ def _auto(name: str, revision: str) -> str:
 
 
 def is_quantized(model: ModelSection) -> bool:
-    """Whether the checkpoint itself has fewer bits (GPTQ, AWQ, fp8); False if it cannot be read."""
+    """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
     try:
         return getattr(config_of(model), "quantization_config", None) is not None
     except LoraparError:
@@ -68,40 +68,41 @@ def is_quantized(model: ModelSection) -> bool:
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
+    """True if this CPU has bfloat16 instructions and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
     import torch
 
-    # Both are asked: oneDNN also says yes if it emulates, and the CPU knows no limit set for oneDNN.
+    # Both are needed: oneDNN also says yes if it emulates, and the CPU does not know of a limit for oneDNN.
     allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
-    able: dict[str, Any] = torch.cpu.get_capabilities()
-    return bool(allowed) and any(able.get(name) for name in NATIVE)
+    features: dict[str, Any] = torch.cpu.get_capabilities()
+    return bool(allowed) and any(features.get(name) for name in NATIVE)
 
 
 @functools.cache
 def warn_if_slow(dtype: str) -> None:
-    """Say once how much slower a model in `dtype` is on this CPU than in float32, if it is."""
+    """Warn, once, how much slower a model in `dtype` is on this CPU than in float32, if it is."""
     import torch
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and not native_bfloat16():
-        found = speeds(0.2)
+        gflops = speeds(0.2)
         log.warning(
             "model.dtype bfloat16: this CPU multiplies it %.0f times slower than float32; "
             "auto takes float32 here",
-            found["float32"] / found["bfloat16"],
+            gflops["float32"] / gflops["bfloat16"],
         )
 
 
 def speeds(seconds: float) -> dict[str, float]:
-    """GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, measured for `seconds` in total."""
+    """Measure GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, for `seconds` in total."""
     import torch
 
-    found = {}
+    gflops = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.ones(SIZE, SIZE, dtype=dtype) for _ in range(2))
-        a @ b
-        begun, number = time.perf_counter(), 0
-        while (spent := time.perf_counter() - begun) < seconds / 2:
+        a @ b  # warms up: the first product is slower
+        start, number = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < seconds / 2:
             a @ b
             number += 1
-        found[str(dtype).removeprefix("torch.")] = 2 * SIZE**3 * number / spent / 1e9
-    return found
+        # A product of n × n matrices takes n³ multiplications and as many additions.
+        gflops[str(dtype).removeprefix("torch.")] = 2 * SIZE**3 * number / elapsed / 1e9
+    return gflops

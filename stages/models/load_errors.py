@@ -1,4 +1,4 @@
-"""What can be wrong with a model's files, said in one sentence that names the model."""
+"""Turns errors from loading a model into one-line messages that name the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ CHANGED = "the folder may be incomplete or of another kind: compare it with wher
 
 
 @contextmanager
-def load_errors(what: str, model: ModelSection) -> Iterator[None]:
-    """Turn whatever a library raises within into a sentence: MissingInputError or DataError."""
+def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
+    """Turn what a library raises inside the context into MissingInputError or DataError.
+
+    subject: what is loaded, as in "cannot load SUBJECT NAME". Errors of this machine, such as a lack of
+    memory, pass through.
+    """
     if not Path(model.name).exists() and not model.of_hub:
         raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
     try:
@@ -32,16 +36,19 @@ def load_errors(what: str, model: ModelSection) -> Iterator[None]:
             raise
         if isinstance(error, OSError | ImportError | ValueError):
             path = Path(model.name)
-            near = not path.exists() and "/" in model.name and path.parent.is_dir()
-            also = f"no folder {path}, and " if near else ""
-            raise MissingInputError(f"{also}cannot load {what} {model.name}: {_first(error)}") from None
+            # A hub id may be a mistyped path: its parent folder exists.
+            maybe_path = not path.exists() and "/" in model.name and path.parent.is_dir()
+            prefix = f"no folder {path}, and " if maybe_path else ""
+            raise MissingInputError(
+                f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}"
+            ) from None
         raise DataError(
-            f"cannot load {what} {model.name}: {type(error).__name__}: {_first(error)}", CHANGED
+            f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED
         ) from None
 
 
 def config_of(model: ModelSection) -> Any:
-    """The config of the model, of transformers' class for it."""
+    """Load the model's config, as transformers' class for its architecture."""
     from transformers import AutoConfig
 
     with load_errors("model", model):
@@ -49,24 +56,24 @@ def config_of(model: ModelSection) -> Any:
 
 
 def positions(config: Any) -> int | None:
-    """Tokens that a model of this config can read; None if it does not say, or stretches its positions."""
-    of_text = config.get_text_config()
-    rope = getattr(of_text, "rope_parameters", None) or getattr(of_text, "rope_scaling", None) or {}
+    """Return the context length in tokens; None if the config does not say, or stretches its positions."""
+    text_config = config.get_text_config()
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
     if rope.get("rope_type", "default") != "default":
         return None
-    found = getattr(of_text, "max_position_embeddings", None)
-    return int(found) if found else None
+    length = getattr(text_config, "max_position_embeddings", None)
+    return int(length) if length else None
 
 
 def check_no_missing_weights(model: ModelSection, missing: Iterable[str]) -> None:
-    """DataError if parameters of the model have no weights in its files: they would be random."""
+    """Raise DataError if parameters of the model have no weights in its files: they would be random."""
     names = sorted(missing)
     if names:
         number = "1 parameter" if len(names) == 1 else f"{len(names)} parameters"
         raise DataError(f"model {model.name} has no weights for {number}, such as {names[0]}", CHANGED)
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
         return "its weights have other shapes than its config says"
     return first_line(error)

@@ -1,4 +1,4 @@
-"""A model's tokenizer, ready to pad."""
+"""Loads a model's tokenizer, with a pad token and padding on the left."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; DataError if it has no EOS token."""
     from transformers import AutoTokenizer
 
     with load_errors("the tokenizer of", model):

@@ -59,7 +59,7 @@ def answers(model, tokenizer, prompts, sampling, **given):
 def by_library(model, tokenizer, prompts, sampling, stops=()):
     """One prompt at a time."""
     ends = StopConditions(sampling, tokenizer, stops)
-    return [continuous_batching._by_library(model, ends, [ids], 0)[0] for ids in prompts]
+    return [continuous_batching._generate_padded(model, ends, [ids], 0)[0] for ids in prompts]
 
 
 PROMPTS = {

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
-from stages.engines.in_process import BATCH, InProcess, batches, word_tokens
+from stages.engines.in_process import PADDED_BATCH, InProcess, batches, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
     first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
     assert list(batches(first + second)) == [5, 4]
     assert list(batches([[i, 5, 6] for i in range(7)])) == [7]
-    monkeypatch.setattr("stages.engines.in_process.TOKENS", 52)
+    monkeypatch.setattr("stages.engines.in_process.BATCH_TOKENS", 52)
     assert list(batches(first + second)) == [2, 2, 1, 2, 2]
     assert list(batches([])) == []
 
@@ -165,7 +165,7 @@ GEMMA = {
 def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     """Of the hidden state as the model has it; a cap on its logits is kept."""
     engine, given = sixteen_bits(tiny, **config)
-    prompts = [[40 + i, 9, 60 + i] for i in range(BATCH)]
+    prompts = [[40 + i, 9, 60 + i] for i in range(PADDED_BATCH)]
     found = dict(engine.choose([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
     assert support.supports_packing(engine.model, prompts[0]) != bool(
         config
@@ -219,5 +219,5 @@ def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
     ballots = [ChoiceRequest([40, 9, 60 + i], ("A", "B"), max_thinking_tokens=2) for i in range(40)]
     made = engine.choose(ballots)
     first = next(made)
-    assert len(written) == in_process.THOUGHTS * engine.batch_size < 40
+    assert len(written) == in_process.THINKING_BATCHES * engine.batch_size < 40
     assert sorted([first[0], *(i for i, _ in made)]) == list(range(40))

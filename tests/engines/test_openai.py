@@ -17,7 +17,7 @@ from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, Gen
 from stages.engines.openai import client, transport
 from stages.engines.openai.choices import word_of
 from stages.engines.openai.client import Client
-from stages.engines.openai.errors import seconds_of
+from stages.engines.openai.errors import retry_after_seconds
 from stages.errors import ConfigError, ServerError
 
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
@@ -329,7 +329,7 @@ def test_retry_after_is_waited_for(no_waiting):
 )
 def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
-    assert seconds_of(text) == seconds
+    assert retry_after_seconds(text) == seconds
 
 
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():

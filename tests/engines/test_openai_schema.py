@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stages.engines.openai.client import Client
-from stages.engines.openai.schema import ReplyChoice, count_of, models_of
+from stages.engines.openai.schema import ReplyChoice, parse_count, parse_models
 
 CHAT = {
     "model": "m",
@@ -31,15 +31,15 @@ TEXT = {
 def client(*replies: dict) -> Client:
     """One that asks for `m`, beside which the server lists `n`, and has had these replies."""
     found = Client.__new__(Client)
-    found.model, found._told = "m", None
-    found._listed = models_of([{"id": "m"}, {"id": "n"}])
+    found.model, found._reply_name = "m", None
+    found._listed = parse_models([{"id": "m"}, {"id": "n"}])
     for reply in replies:
-        found._completion(reply)
+        found._reply_choice(reply)
     return found
 
 
 def read(reply: object) -> ReplyChoice:
-    return client(TEXT)._completion(reply)
+    return client(TEXT)._reply_choice(reply)
 
 
 def test_both_kinds_are_read():
@@ -47,10 +47,10 @@ def test_both_kinds_are_read():
         choice = read(reply)
         assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
     assert read(TEXT).ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
-    assert count_of({"count": 7}) == 7
+    assert parse_count({"count": 7}) == 7
     listed = [{"id": "m", "max_model_len": 9}, {"id": "n"}]
     for reply in (listed, {"data": listed}):
-        assert {name: entry.max_model_len for name, entry in models_of(reply).items()} == {"m": 9, "n": 0}
+        assert {name: entry.max_model_len for name, entry in parse_models(reply).items()} == {"m": 9, "n": 0}
 
 
 def changed(reply: dict, path: str, value: object) -> dict:
@@ -91,8 +91,8 @@ def test_an_odd_reply_is_none(reply, path, value):
 )
 def test_an_odd_list_of_models_is_none(reply):
     with pytest.raises(ValueError):
-        models_of(reply)
-    for reader in (read, count_of):
+        parse_models(reply)
+    for reader in (read, parse_count):
         with pytest.raises(ValueError):
             reader(reply)
 
@@ -100,12 +100,12 @@ def test_an_odd_list_of_models_is_none(reply):
 def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
     """From the first reply on, and not one that is another model's."""
     alias = TEXT | {"model": "m-2024-08-06"}
-    assert client(alias)._completion(alias) == client(alias)._completion(TEXT)
+    assert client(alias)._reply_choice(alias) == client(alias)._reply_choice(TEXT)
     for before in ([], [TEXT], [alias]):
         with pytest.raises(ValueError, match="the reply is by n, not by m"):
-            client(*before)._completion(TEXT | {"model": "n"})
+            client(*before)._reply_choice(TEXT | {"model": "n"})
     with pytest.raises(ValueError, match="the reply is by m-2024-08-06, not by m"):
-        client(TEXT)._completion(alias)
+        client(TEXT)._reply_choice(alias)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
 )
 def test_a_listed_name_may_stand_for_the_model(listed, taken):
     found = client()
-    found._listed = models_of(listed)
+    found._listed = parse_models(listed)
     reply = TEXT | {"model": listed[1]["id"]}
     if taken:
-        assert found._completion(reply) == client()._completion(TEXT)
+        assert found._reply_choice(reply) == client()._reply_choice(TEXT)
     else:
         with pytest.raises(ValueError, match="not by m"):
-            found._completion(reply)
+            found._reply_choice(reply)

@@ -1,9 +1,9 @@
 """Answers and choices from running OpenAI-compatible servers.
 
 Choices are made by constrained decoding with log-probabilities. The server masks everything but the words
-before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' shares are read at
-the first token in which they differ, and nothing needs parsing. A server that cannot constrain its output is
-asked for one word, and its reply is read strictly; so is the reply of a model that thinks first.
+before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' probabilities are
+read at the first token in which they differ, and nothing needs parsing. A server that cannot constrain its
+output is asked for one word, and its reply is read strictly; so is the reply of a model that thinks first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stages.engines import (
 from stages.engines.openai.choices import choice_probabilities, word_of
 from stages.engines.openai.errors import ItemFailed, RequestRefused
 from stages.engines.openai.quirks import Quirks
-from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, count_of, models_of
+from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, parse_count, parse_models
 from stages.engines.openai.transport import Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
@@ -38,33 +38,33 @@ MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
 """Room for a word and for what a model writes around it."""
 MESSAGE_BYTES = 64
-"""More than a chat template puts around a message."""
-TOP = 20
+"""Upper bound of what a chat template puts around a message."""
+TOP_LOGPROBS = 20
 """The most alternatives that a vLLM server gives per token."""
 KEPT_TEXT = 200
-"""Characters kept of a reply that had to be read; a thought is long."""
+"""Characters kept from the end of a reply that was read as text; thinking is long."""
 UNLIKELY = ("zebra", "quartz")
-"""Words to choose from that no model would say: a server that answers with one of them can constrain."""
+"""Words to choose from that no model would write: a server that replies with one of them can constrain."""
 PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My favorite theorem", "def load(")
-"""Beginnings of texts; their greedy continuations tell one model from another."""
+"""Prompts whose greedy continuations tell one model from another."""
 
 
 T = TypeVar("T")
 
 
 @contextmanager
-def open(served: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
-    key = os.environ.get(served.api_key_env, "").strip()
+def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+    key = os.environ.get(spec.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the key in {served.api_key_env} has characters that no key has", "type it again")
-    client = Client(served.urls, served.model.name, key, server)
-    say(f"asking {client.model} at {', '.join(served.urls)}")
+        raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")
+    client = Client(spec.urls, spec.model.name, key, server)
+    say(f"asking {client.model} at {', '.join(spec.urls)}")
     yield client
 
 
-def replied(ballot: ChoiceRequest) -> int:
-    """The most tokens of a reply, for which a question must leave room."""
-    return ballot.max_thinking_tokens + REPLY_TOKENS if ballot.max_thinking_tokens else MAX_WORD_TOKENS
+def replied(request: ChoiceRequest) -> int:
+    """Return the most tokens of a reply, for which the prompt must leave room."""
+    return request.max_thinking_tokens + REPLY_TOKENS if request.max_thinking_tokens else MAX_WORD_TOKENS
 
 
 class Client:
@@ -76,127 +76,141 @@ class Client:
         model: str | None,
         key: str,
         server: ServerSection,
-        ended: Callable[[], ServerError | None] = lambda: None,
+        exit_error: Callable[[], ServerError | None] = lambda: None,
     ) -> None:
-        self.transport = Transport(urls, key, server, ended)
-        self._tokens: dict[tuple[str, ...], int] = {}
-        """For the words of a ballot: the tokens it takes until they differ, learned from earlier answers."""
-        self._constrains: dict[str, bool] = {}
-        """For each endpoint: whether the server keeps to given words."""
-        self._told: str | None = None
-        """What replies call the model."""
+        self.transport = Transport(urls, key, server, exit_error)
+        self._tokens_needed: dict[tuple[str, ...], int] = {}
+        """For the words of a request: the tokens until they differ, learned from earlier replies."""
+        self._can_constrain: dict[str, bool] = {}
+        """For each endpoint: whether the server can constrain its output to given words."""
+        self._reply_name: str | None = None
+        """The model's name in replies, learned from the first one."""
         self._listed: dict[str, ServedModel] = {}
         """The models that the servers list, by name."""
-        self._dialect = Quirks()
-        self.model, self.max_model_len = self._look(model)
+        self._quirks = Quirks()
+        self.model, self.max_model_len = self._find_model(model)
 
-    def choose(self, ballots: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        """The first ballot goes alone: a shared beginning is computed once, and mistakes show early."""
-        rest = iter(ballots)
-        for first in rest:
-            yield from self.transport.each([first], self._choice)
+    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        """Send the first request alone, then the others at the same time.
+
+        So the server computes a shared prefix once, and mistakes show early.
+        """
+        remaining = iter(requests)
+        for first in remaining:
+            yield from self.transport.each([first], self._choose)
             break
-        for i, found in self.transport.each(rest, self._choice):
-            yield i + 1, found
+        for i, choice in self.transport.each(remaining, self._choose):
+            yield i + 1, choice
 
     def generate(
-        self, questions: list[GenerateRequest], sampling: Sampling
+        self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
-        """Answers as token ids, which vLLM gives (`return_token_ids`) and other servers do not."""
+        """Complete prompts as token ids, which vLLM returns (`return_token_ids`) and other servers do not."""
 
-        def answer(reply: Any) -> Completion:
-            choice = self._completion(reply)
+        def read(reply: Any) -> Completion:
+            choice = self._reply_choice(reply)
             return Completion(choice.ids, choice.finish_reason == "stop")
 
-        async def ask(session: Session, question: GenerateRequest) -> Any:
-            return await session.send("POST", "completions", self._request(question, sampling), answer)
+        async def ask(session: Session, request: GenerateRequest) -> Any:
+            return await session.send("POST", "completions", self._generate_body(request, sampling), read)
 
-        for i, found in self.transport.each(questions, ask):
-            if isinstance(found, Failure):
-                raise AnswerError(f"{self.model} gave no answer: {found.reason}: {found.detail}")
-            yield i, found
+        for i, completion in self.transport.each(requests, ask):
+            if isinstance(completion, Failure):
+                raise AnswerError(f"{self.model} gave no answer: {completion.reason}: {completion.detail}")
+            yield i, completion
 
     def fingerprint(self) -> list[str]:
-        """Greedy continuations of PROBES; ConfigError if the servers do not answer alike."""
-        found = [[one.one(self._continuation, text) for text in PROBES] for one in self.transport.singly()]
-        for url, probes in zip(self.transport.urls, found, strict=True):
-            if not same_model(probes, found[0]):
+        """Return the greedy continuations of PROBES; ConfigError if the servers' differ."""
+        fingerprints = [
+            [server.call(self._continuation, text) for text in PROBES]
+            for server in self.transport.per_server()
+        ]
+        for url, probes in zip(self.transport.urls, fingerprints, strict=True):
+            if not same_model(probes, fingerprints[0]):
                 raise ConfigError(f"{url} serves another {self.model} than {self.transport.urls[0]}")
-        return found[0]
+        return fingerprints[0]
 
-    def _look(self, wanted: str | None) -> tuple[str, int]:
-        """Name and longest context of the model (0 if unknown); ConfigError unless every server serves it."""
+    def _find_model(self, name: str | None) -> tuple[str, int]:
+        """Return the model's name and context length (0 if unknown); without a name, the first one listed.
+
+        ConfigError unless every server serves it.
+        """
         names, lengths = [], []
-        for one in self.transport.singly():
-            served = self._list(one, wanted)
-            if wanted is not None and served and not any(entry.serves(wanted) for entry in served.values()):
-                raise ConfigError(f"{one.urls[0]} serves {', '.join(served)}, not {wanted}")
-            if wanted is None and not served:
-                raise AnswerError(f"{one.urls[0]} lists no model")
-            self._listed |= served
-            names.append(wanted or next(iter(served)))
-            lengths.append(served[names[-1]].max_model_len if names[-1] in served else 0)
+        for server in self.transport.per_server():
+            listed = self._list_models(server, name)
+            if name is not None and listed and not any(model.serves(name) for model in listed.values()):
+                raise ConfigError(f"{server.urls[0]} serves {', '.join(listed)}, not {name}")
+            if name is None and not listed:
+                raise AnswerError(f"{server.urls[0]} lists no model")
+            self._listed |= listed
+            names.append(name or next(iter(listed)))
+            lengths.append(listed[names[-1]].max_model_len if names[-1] in listed else 0)
         return names[0], min(lengths)
 
-    def _list(self, one: Transport, wanted: str | None) -> dict[str, ServedModel]:
-        """What a server lists; nothing if it has no list and the model's name is known."""
+    def _list_models(self, server: Transport, name: str | None) -> dict[str, ServedModel]:
+        """Return the models that a server lists; none if it has no list and the model's name is known."""
         try:
-            return one.one(lambda session, _: session.send("GET", "models", None, models_of), None)
+            return server.call(lambda session, _: session.send("GET", "models", None, parse_models), None)
         except RequestRefused as error:
-            if wanted is None or error.code not in (404, 405):
+            if name is None or error.code not in (404, 405):
                 raise
             return {}
 
-    def _completion(self, reply: Any) -> ReplyChoice:
-        """The only choice of a reply; ValueError if another model gave it.
+    def _reply_choice(self, reply: Any) -> ReplyChoice:
+        """Return the only choice of a reply; ValueError if another model gave it.
 
-        A gateway may call the model otherwise than it is asked for. Such a name counts if the first reply has
-        it, and if the server does not list it as another model.
+        A gateway may give the model another name than it was requested by. Such a name is accepted if the
+        first reply has it, and if the server does not list it as another model.
         """
-        found = Reply.model_validate(reply)
-        if self._told is None and found.model is not None:
-            self._told = found.model if self._may_be(found.model) else self.model
-        if found.model not in (None, self.model, self._told):
-            raise ValueError(f"the reply is by {str(found.model)[:80]}, not by {self.model}")
-        return found.choices[0]
+        parsed = Reply.model_validate(reply)
+        if self._reply_name is None and parsed.model is not None:
+            self._reply_name = parsed.model if self._is_alias(parsed.model) else self.model
+        if parsed.model not in (None, self.model, self._reply_name):
+            raise ValueError(f"the reply is by {str(parsed.model)[:80]}, not by {self.model}")
+        return parsed.choices[0]
 
-    def _may_be(self, name: str) -> bool:
-        """Whether a reply by `name` may be the model's: if it is not listed, or stands for the model.
+    def _is_alias(self, name: str) -> bool:
+        """True if a reply by `name` may be the model's: if it is not listed, or listed as the same model.
 
-        An alias's reply names its dated version; of several names of a model vLLM's replies have the first.
+        A reply to an alias has its dated version; for a model of several names vLLM replies with the first.
         """
-        other, mine = self._listed.get(name), self._listed.get(self.model)
-        if other is None or re.fullmatch(rf"{re.escape(self.model)}-\d[\d-]*", name):
+        replying, requested = self._listed.get(name), self._listed.get(self.model)
+        if replying is None or re.fullmatch(rf"{re.escape(self.model)}-\d[\d-]*", name):
             return True
-        return mine is not None and mine.root is not None and mine.root == other.root
+        return requested is not None and requested.root is not None and requested.root == replying.root
 
     async def _post(self, session: Session, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """The reply, read; asked for again if the server names words that it wants otherwise."""
+        """Post a request, again if a refusal teaches that the server needs other parameters."""
         while True:
-            put = self._dialect.put(body)
+            adapted = self._quirks.apply(body)
             try:
-                return await session.send("POST", path, put, read)  # type: ignore[no-any-return]
+                return await session.send("POST", path, adapted, read)  # type: ignore[no-any-return]
             except (ConfigError, ItemFailed) as error:
-                self._dialect.learn(str(error))
-                if self._dialect.put(body) == put:
+                self._quirks.learn(str(error))
+                if (
+                    self._quirks.apply(body) == adapted
+                ):  # nothing learned, now or by another request meanwhile
                     raise
 
     def _content(self, reply: Any) -> str:
-        return self._completion(reply).content
+        return self._reply_choice(reply).content
 
-    def _tokens_of(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
-        return self._completion(reply).tokens
+    def _alternatives(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
+        return self._reply_choice(reply).tokens
 
-    def _shares_of(self, words: tuple[str, ...], asked: int, reply: Any) -> tuple[float, ...] | None:
-        """The words' shares, or None if they are alike in all `asked` tokens; ValueError for odd tokens."""
-        tokens = self._tokens_of(reply)
-        shares = choice_probabilities(tokens, words)
-        if shares is None and len(tokens) < asked:
-            raise ValueError(f"{len(tokens)} tokens of {asked}, and no word yet")
-        return shares
+    def _probabilities(self, words: tuple[str, ...], tokens: int, reply: Any) -> tuple[float, ...] | None:
+        """Return the words' probabilities, or None if the words agree in all `tokens` tokens of the reply.
+
+        ValueError if the reply has fewer tokens and does not tell the words apart.
+        """
+        alternatives = self._alternatives(reply)
+        probabilities = choice_probabilities(alternatives, words)
+        if probabilities is None and len(alternatives) < tokens:
+            raise ValueError(f"{len(alternatives)} tokens of {tokens}, and no word yet")
+        return probabilities
 
     async def _continuation(self, session: Session, text: str) -> str:
-        """A few greedy tokens, from a chat if the server knows no completions."""
+        """Continue a text by a few greedy tokens, in a chat if the server has no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
             return await self._post(session, "completions", {**body, "prompt": text}, self._content)
@@ -206,57 +220,66 @@ class Client:
                 session, "chat/completions", {**body, "messages": messages}, self._content
             )
 
-    async def _choice(self, session: Session, ballot: ChoiceRequest) -> ChoiceResult:
-        """One choice. A token costs a decoding step, so more than one is asked for only if needed."""
-        await self._fits(session, ballot)
-        if ballot.max_thinking_tokens or not await self._keeps_to_words(session, ballot):
-            return await self._word(session, ballot)
+    async def _choose(self, session: Session, request: ChoiceRequest) -> ChoiceResult:
+        """Make one choice, by constrained decoding if the server can, else by reading its reply."""
+        await self._check_length(session, request)
+        if request.max_thinking_tokens or not await self._constrains(session, request):
+            return await self._choose_by_text(session, request)
+        # Each token costs a decode step. So the first request asks for one token, and for one more each time
+        # the words agree in all of them; later requests with the same words start at the number it learned.
         while True:
-            tokens = self._tokens.get(ballot.words, 1)
-            path, body = self._constrained(ballot, ballot.words, tokens)
-            read = partial(self._shares_of, ballot.words, tokens)
-            if shares := await self._post(session, path, body, read):
-                return ChoiceResult(
-                    shares, await self._mass(session, ballot) if ballot.measure_mass else -1.0
-                )
+            tokens = self._tokens_needed.get(request.words, 1)
+            path, body = self._constrained_body(request, request.words, tokens)
+            read = partial(self._probabilities, request.words, tokens)
+            if probabilities := await self._post(session, path, body, read):
+                mass = await self._mass(session, request) if request.measure_mass else -1.0
+                return ChoiceResult(probabilities, mass)
             if tokens >= MAX_WORD_TOKENS:
                 raise ItemFailed(
-                    "unreadable", f"the words {ballot.words} do not differ within {tokens} tokens"
+                    "unreadable", f"the words {request.words} do not differ within {tokens} tokens"
                 )
-            self._tokens[ballot.words] = max(tokens + 1, self._tokens.get(ballot.words, 1))
+            # Never lower: requests run at the same time, and another may have learned a higher number.
+            self._tokens_needed[request.words] = max(tokens + 1, self._tokens_needed.get(request.words, 1))
 
-    async def _mass(self, session: Session, ballot: ChoiceRequest) -> float:
-        """Probability that the unconstrained next token begins one of the words; -1 if not told.
+    async def _mass(self, session: Session, request: ChoiceRequest) -> float:
+        """Measure the probability that the unconstrained next token begins one of the words.
 
-        Only the TOP likeliest tokens count.
+        Only the TOP_LOGPROBS likeliest tokens count. -1 if the server does not give them.
         """
-        path, body = self._asked(ballot, 1)
-        body |= {"logprobs": TOP} if path == "completions" else {"logprobs": True, "top_logprobs": TOP}
-        body["temperature"] = 0  # nothing is drawn
+        path, body = self._body(request, 1)
+        body |= (
+            {"logprobs": TOP_LOGPROBS}
+            if path == "completions"
+            else {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        )
+        body["temperature"] = 0  # the sampled token is not used
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
-            ((_, alternatives),) = self._tokens_of(reply)
-            fit = [text for text in alternatives if any(word.startswith(text) for word in ballot.words)]
-            return min(1.0, sum(math.exp(alternatives[text]) for text in fit if text.strip()))
+            ((_, alternatives),) = self._alternatives(reply)
+            fitting = [text for text in alternatives if any(word.startswith(text) for word in request.words)]
+            # An empty token or a lone space begins a word, but any other text as well.
+            return min(1.0, sum(math.exp(alternatives[text]) for text in fitting if text.strip()))
         except ValueError:
             return -1.0
 
-    async def _keeps_to_words(self, session: Session, ballot: ChoiceRequest) -> bool:
-        """Whether the server keeps to given words and gives log-probabilities; tried once per endpoint.
+    async def _constrains(self, session: Session, request: ChoiceRequest) -> bool:
+        """True if the server obeys a constraint and gives log-probabilities; tried once per endpoint.
 
-        That it does not is believed when it is seen twice: all votes are then read in another way.
+        It takes two failures to conclude that the server cannot, because all votes are then read as text.
         """
-        path, body = self._constrained(ballot, UNLIKELY, 1)
-        if path not in self._constrains:
-            kept = await self._kept(session, path, body) or await self._kept(session, path, body)
-            self._constrains[path] = kept or self._constrains.get(path, False)
-        return self._constrains[path]
+        path, body = self._constrained_body(request, UNLIKELY, 1)
+        if path not in self._can_constrain:
+            obeys = await self._obeys(session, path, body) or await self._obeys(session, path, body)
+            # Requests run at the same time: another one's success counts, too.
+            self._can_constrain[path] = obeys or self._can_constrain.get(path, False)
+        return self._can_constrain[path]
 
-    async def _kept(self, session: Session, path: str, body: dict[str, Any]) -> bool:
+    async def _obeys(self, session: Session, path: str, body: dict[str, Any]) -> bool:
+        """True if the reply begins one of the UNLIKELY words; a busy server's ItemFailed is passed on."""
         try:
-            choice = await self._post(session, path, body, self._completion)
-            chosen = choice.tokens[0][0].strip()
-            return bool(chosen) and any(word.startswith(chosen) for word in UNLIKELY)
+            choice = await self._post(session, path, body, self._reply_choice)
+            token = choice.tokens[0][0].strip()
+            return bool(token) and any(word.startswith(token) for word in UNLIKELY)
         except (ConfigError, LookupError, ValueError):
             return False
         except ItemFailed as error:
@@ -264,70 +287,77 @@ class Client:
                 raise
             return False
 
-    def _constrained(
-        self, ballot: ChoiceRequest, words: tuple[str, ...], tokens: int
+    def _constrained_body(
+        self, request: ChoiceRequest, words: tuple[str, ...], tokens: int
     ) -> tuple[str, dict[str, Any]]:
-        path, body = self._asked(ballot, tokens)
-        wanted = {"logprobs": 5} if path == "completions" else {"logprobs": True, "top_logprobs": 5}
-        return path, {**body, **wanted, "temperature": 0, "structured_outputs": {"choice": list(words)}}
+        path, body = self._body(request, tokens)
+        logprobs = {"logprobs": 5} if path == "completions" else {"logprobs": True, "top_logprobs": 5}
+        return path, {**body, **logprobs, "temperature": 0, "structured_outputs": {"choice": list(words)}}
 
-    def _asked(self, ballot: ChoiceRequest, tokens: int) -> tuple[str, dict[str, Any]]:
+    def _body(self, request: ChoiceRequest, tokens: int) -> tuple[str, dict[str, Any]]:
+        """Return the path and the parameters that all requests for a choice have."""
         body = {"model": self.model, "max_tokens": tokens}
-        if _is_chat(ballot):
-            return "chat/completions", {**body, "messages": ballot.text}
-        return "completions", {**body, "prompt": ballot.text}
+        if _is_chat(request):
+            return "chat/completions", {**body, "messages": request.text}
+        return "completions", {**body, "prompt": request.text}
 
-    async def _word(self, session: Session, ballot: ChoiceRequest) -> ChoiceResult:
-        """The word in the model's reply, after its thought if it thinks."""
-        path, body = self._asked(ballot, ballot.max_thinking_tokens + REPLY_TOKENS)
-        body |= {"temperature": ballot.temperature, **({"seed": ballot.seed} if ballot.temperature else {})}
+    async def _choose_by_text(self, session: Session, request: ChoiceRequest) -> ChoiceResult:
+        """Read the choice in the text of a reply, after the thinking if there is any."""
+        path, body = self._body(request, request.max_thinking_tokens + REPLY_TOKENS)
+        body |= {
+            "temperature": request.temperature,
+            **({"seed": request.seed} if request.temperature else {}),
+        }
         text = await self._post(session, path, body, self._content)
-        which = word_of(text, ballot.words)
-        shares = () if which is None else tuple(float(i == which) for i in range(len(ballot.words)))
-        return ChoiceResult(shares, -1.0, text[-KEPT_TEXT:])
+        index = word_of(text, request.words)
+        # The chosen word has probability 1, the others 0.
+        probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
+        return ChoiceResult(probabilities, -1.0, text[-KEPT_TEXT:])
 
-    async def _fits(self, session: Session, ballot: ChoiceRequest) -> None:
-        """ItemFailed if a prompt is too long; the server counts the tokens of prompts that may be."""
-        room = self.max_model_len - replied(ballot)
-        if not self.max_model_len or _most_tokens(ballot) <= room:
+    async def _check_length(self, session: Session, request: ChoiceRequest) -> None:
+        """Raise ItemFailed if a prompt is too long; the server counts its tokens if the upper bound is."""
+        room = self.max_model_len - replied(request)
+        if not self.max_model_len or _most_tokens(request) <= room:
             return
-        if isinstance(ballot.text, list) and not _is_chat(ballot):
-            count = len(ballot.text)
+        if isinstance(request.text, list) and not _is_chat(request):
+            count = len(request.text)
         else:
             url = f"{self.transport.urls[0].removesuffix('/v1')}/tokenize"
-            body = {"messages": ballot.text} if _is_chat(ballot) else {"prompt": ballot.text}
+            body = {"messages": request.text} if _is_chat(request) else {"prompt": request.text}
             reply = await session.probe(url, {"model": self.model, **body})
             try:
-                count = count_of(reply)
+                count = parse_count(reply)
             except ValueError:
-                count = 0  # a server that cannot count is asked all the same
+                count = 0  # a server that cannot count gets the request all the same
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
 
-    def _request(self, question: GenerateRequest, sampling: Sampling) -> dict[str, Any]:
+    def _generate_body(self, request: GenerateRequest, sampling: Sampling) -> dict[str, Any]:
         return {
             "model": self.model,
-            "prompt": question.ids,
+            "prompt": request.ids,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,  # without it vLLM takes the one in generation_config
-            "seed": question.seed,
-            "stop": list(question.stop) or None,
+            "seed": request.seed,
+            "stop": list(request.stop) or None,
             "stop_token_ids": list(sampling.stop_ids),
             "return_token_ids": True,
             "add_special_tokens": False,
         }
 
 
-def _is_chat(ballot: ChoiceRequest) -> bool:
-    return not isinstance(ballot.text, str) and isinstance(ballot.text[0], dict)
+def _is_chat(request: ChoiceRequest) -> bool:
+    return not isinstance(request.text, str) and isinstance(request.text[0], dict)
 
 
-def _most_tokens(ballot: ChoiceRequest) -> int:
-    """An upper bound that needs no tokenizer: a token is at least one byte."""
-    if isinstance(ballot.text, str):
-        return len(ballot.text.encode())
+def _most_tokens(request: ChoiceRequest) -> int:
+    """Return an upper bound of the prompt's tokens without a tokenizer: a token is at least one byte."""
+    if isinstance(request.text, str):
+        return len(request.text.encode())
+    # Messages of a chat, or token ids.
     return sum(
-        MESSAGE_BYTES + len(part["content"].encode()) if isinstance(part, dict) else 1 for part in ballot.text
+        MESSAGE_BYTES + len(item["content"].encode()) if isinstance(item, dict) else 1
+        for item in request.text
     )

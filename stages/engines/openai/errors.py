@@ -1,4 +1,4 @@
-"""What can go wrong with a request to a server, and how long the server asks to be left alone."""
+"""Errors of a request to a server, and the wait that a server asks for by Retry-After."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class RetryableError(Exception):
     """A failure that may pass: worth another try."""
 
     def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
-        """busy: it says nothing of what the server can do, only that it did not do it now."""
+        """busy: a timeout or overload, which is no evidence that the server lacks a feature."""
         super().__init__(detail)
         self.reason, self.busy = reason, busy
 
 
 class RequestRefused(ConfigError):
-    """The server refuses what every request asks for."""
+    """The server refuses something that every request contains, such as the key or the path."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -30,19 +30,19 @@ class ItemFailed(Exception):
     """One item cannot be answered; the others can."""
 
     def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
-        """busy: as in Trouble."""
+        """busy: as in RetryableError."""
         super().__init__(detail)
         self.busy = busy
         self.failure = Failure(reason, detail)
 
 
-def seconds_of(retry_after: str) -> float:
-    """Retry-After in either of its forms, as seconds from now; 0 if there is none."""
+def retry_after_seconds(header: str) -> float:
+    """Parse Retry-After (seconds or an HTTP date) into seconds from now; 0 if it is neither."""
     try:
-        return max(0.0, float(retry_after))
+        return max(0.0, float(header))
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -1,4 +1,4 @@
-"""How a server wants to be asked, where that is not as all others do."""
+"""Differences between servers in the parameters that they accept."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ log = logging.getLogger(__name__)
 
 
 class Quirks:
-    """What OpenAI's reasoning models want otherwise, learned from their refusals."""
+    """Parameter changes that OpenAI's reasoning models need, learned from their HTTP 400 replies."""
 
     def __init__(self) -> None:
-        self._renamed = self._drawn = False
+        self._renames_max_tokens = self._fixes_temperature = False
 
-    def put(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The request in the server's words."""
+    def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the request with the server's parameters in place of the usual ones."""
         body = dict(body)
-        if self._renamed:
+        if self._renames_max_tokens:
             body["max_completion_tokens"] = body.pop("max_tokens")
-        if self._drawn:
+        if self._fixes_temperature:
             del body["temperature"]
         return body
 
     def learn(self, refusal: str) -> None:
-        """From a refusal that names what it wants otherwise."""
+        """Note the parameter that a refusal names, if it is a known one."""
         if "max_completion_tokens" in refusal:
-            self._renamed = True
-        elif "temperature" in refusal and not self._drawn:
-            self._drawn = True
-            log.warning("the server takes no temperature: its answers are drawn, and may differ next time")
+            self._renames_max_tokens = True
+        elif "temperature" in refusal and not self._fixes_temperature:
+            self._fixes_temperature = True
+            log.warning(
+                "the server accepts no temperature: its answers are sampled, and may differ next time"
+            )

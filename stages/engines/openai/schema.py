@@ -1,6 +1,6 @@
-"""The shape of a server's reply: what of it is used is checked before it is believed.
+"""Schema of servers' replies: the fields that are used are validated, all others ignored.
 
-ValueError for anything else, which the transport takes for an unreadable answer and asks again.
+A reply of another shape is a ValueError, on which the transport sends the request again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ROUNDING = 1e-3
-"""How far above zero a log-probability may be: servers compute them in 16 bits."""
+"""Largest log-probability that is accepted: servers compute in 16 bits, and may exceed zero a little."""
 
 LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -32,14 +32,14 @@ class _Token(_Lenient):
 
 
 class _LogProbs(_Lenient):
-    """Of a chat in `content`, of a completion in two lists."""
+    """Log-probabilities: a chat has them in `content`, a completion in two lists of equal length."""
 
     content: list[_Token] | None = None
     tokens: list[str] = []
     top_logprobs: list[dict[str, LogProb]] = []
 
     @model_validator(mode="after")
-    def _even(self) -> _LogProbs:
+    def _check_lengths(self) -> _LogProbs:
         if self.content is None and len(self.tokens) != len(self.top_logprobs):
             raise ValueError(f"{len(self.tokens)} tokens with {len(self.top_logprobs)} log-probabilities")
         return self
@@ -50,7 +50,7 @@ class _Message(_Lenient):
 
 
 class ReplyChoice(_Lenient):
-    """One choice of a reply. What is asked of it and is not there is a ValueError."""
+    """One choice of a reply. Reading a property whose fields are missing is a ValueError."""
 
     index: Literal[0] = 0
     finish_reason: str | None = None
@@ -61,11 +61,11 @@ class ReplyChoice(_Lenient):
 
     @property
     def content(self) -> str:
-        """The text of a chat or a completion; empty if a thought used up all tokens."""
+        """The text of a chat or a completion; empty if thinking used up all tokens."""
         if self.message is None and self.text is None:
             raise ValueError("the reply has no text")
         text = (self.text if self.message is None else self.message.content) or ""
-        text.encode()  # a lone surrogate is a ValueError: it can be written into no file
+        text.encode()  # ValueError for a lone surrogate, which no file could hold
         return text
 
     @property
@@ -94,17 +94,17 @@ class ServedModel(_Lenient):
 
     id: str
     max_model_len: Annotated[int, Field(ge=0)] = 0
-    """Its longest context in tokens; 0 if it is not told."""
+    """Its longest context in tokens; 0 if unknown."""
     root: str | None = None
-    """What it is loaded from: vLLM lists each name of one model."""
+    """What it is loaded from, equal for all names of one model: vLLM lists each of them."""
 
     @field_validator("max_model_len", mode="before")
     @classmethod
-    def _untold(cls, value: Any) -> Any:
+    def _null_is_unknown(cls, value: Any) -> Any:
         return 0 if value is None else value
 
     def serves(self, name: str) -> bool:
-        """Whether a request for `name` goes to it: a gateway lists `*` for whatever it is asked for."""
+        """True if it answers requests for `name`; a gateway may list a pattern, such as `*` for all names."""
         return name == self.id or ("*" in self.id and fnmatchcase(name, self.id))
 
 
@@ -116,12 +116,12 @@ class _Count(_Lenient):
     count: int = Field(ge=0)
 
 
-def count_of(reply: Any) -> int:
-    """The number of tokens that a server has counted."""
+def parse_count(reply: Any) -> int:
+    """Read the number of tokens from a reply to `tokenize`."""
     return _Count.model_validate(reply).count
 
 
-def models_of(reply: Any) -> dict[str, ServedModel]:
-    """The models that a server lists, by name; some have the list alone, not in `data`."""
-    found = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
-    return {entry.id: entry for entry in found.data}
+def parse_models(reply: Any) -> dict[str, ServedModel]:
+    """Read the models that a server lists, by name; some servers reply with the bare list, without `data`."""
+    models = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
+    return {model.id: model for model in models.data}

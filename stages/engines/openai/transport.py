@@ -1,8 +1,8 @@
-"""Many HTTP requests to the servers of one model, with retries and deadlines.
+"""Many concurrent HTTP requests to the servers of one model, with retries and deadlines.
 
-It tells a bad request from a dead server. If a request fails all its tries, the fault is the item's if others
-were answered meanwhile or if the server still lists its models; else the server is dead. A server that lists
-its models but gives no answer for `server.stall_s` seconds is dead too.
+It tells a bad request from a dead server. If a request fails all its tries, the fault is the item's if other
+requests were answered meanwhile or if the server still lists its models; else the server is dead. A server
+that lists its models but gives no answer for `server.stall_s` seconds is dead too.
 """
 
 from __future__ import annotations
@@ -22,23 +22,28 @@ import tenacity
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, seconds_of
+from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, retry_after_seconds
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6
-LONGEST_WAIT_S = 60
+MAX_RETRY_AFTER_S = 60
 """Longest wait that a server may ask for by Retry-After."""
-ALIVE_S = 5
-REST_S = 15
+ALIVE_TIMEOUT_S = 5
+"""Time that a server has to list its models when all tries of a request have failed."""
+SKIP_S = 15
+"""Time for which a server that failed gets no requests if there are others."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-Done = tuple[int, Any, asyncio.Event]
-"""Index and answer of an item, and what to set when it is dealt with; -1: a worker has no more items."""
+Outcome = tuple[int, Any, asyncio.Event]
+"""What a worker puts into the queue: index and result of an item, and the event by which it may go on.
+
+The result is an answer, a Failure, or an exception to raise. Index -1: the worker has no more items.
+"""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def asks_proxy(*urls: str) -> bool:
-    """Whether the proxy that the environment names may be asked: for servers of this machine it is not."""
+    """True if requests may go through the environment's proxy: not if all servers are on this machine."""
     return not all(httpx.URL(url).host in LOOPBACK for url in urls)
 
 
@@ -58,79 +63,89 @@ class Transport:
         urls: tuple[str, ...],
         key: str,
         server: ServerSection,
-        ended: Callable[[], ServerError | None] = lambda: None,
+        exit_error: Callable[[], ServerError | None] = lambda: None,
     ) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
-        self.ended = ended
+        self.exit_error = exit_error
         """For a server that this process started: the error if it has ended, else None."""
         self.counts = Counts()
         self.server = server
+        self.retry_after = 0.0
+        """Time (of `time.monotonic`) before which no server gets a request, after a Retry-After."""
         self._key = key
         self._turn = count()
-        self._rests_until: dict[str, float] = {}
-        """Servers that failed, and until when the others are asked instead."""
-        self._free_at = 0.0
-        """When the servers may be asked again after a Retry-After."""
+        self._skipped_until: dict[str, float] = {}
+        """For each server that failed: the time until which the others get its requests."""
 
     def each(
         self, items: Iterable[T], ask: Callable[[Session, T], Awaitable[R]]
     ) -> Iterator[tuple[int, R | Failure]]:
-        """Yield the index of each item and its answer, as soon as it is there.
+        """Yield each item's index and answer as soon as it arrives.
 
-        At most `server.concurrency` items are asked and not yet dealt with by the caller, who has dealt with
-        one when asking for the next: a kill loses no more. `items` is read in another thread. ServerError if
-        the servers are dead, ConfigError if they refuse what is asked for.
+        At most `server.concurrency` items are in progress at a time: in a request, or answered and not yet
+        dealt with. The caller has dealt with an item when it asks for the next one, so a kill loses no more
+        answers than that.
+        ServerError if the servers are dead, ConfigError if they refuse what every item asks for.
+
+        The order of steps:
+        1. A thread runs an event loop with `server.concurrency` workers (`_work`), which take the next item
+           from the shared iterator `items` (so that it is read in that thread) and ask for it.
+        2. A worker puts the outcome into the queue and waits for the outcome's event.
+        3. This generator, in the caller's thread, takes the outcome from the queue and yields it.
+        4. When the caller comes back, it sets the event, and the worker takes its next item.
+        5. Each worker that finds no more items says so, and the last one ends the generator.
+        6. In every case, also on an error or a signal, running requests are cancelled and the thread joined.
         """
         http = self._client()
-        done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         session = Session(self, http)
         numbered = iter(enumerate(items))
         loop = asyncio.new_event_loop()
-        # In a thread of its own: a signal's exception rises in the caller's, and would be lost inside a task.
-        thread = threading.Thread(target=_until_stopped, args=(loop,), name="requests", daemon=True)
-        working = self.server.concurrency
+        # A thread of its own: a signal's exception rises in the caller's thread, and would be lost in a task.
+        thread = threading.Thread(target=_run, args=(loop,), name="requests", daemon=True)
+        workers = self.server.concurrency
         try:
             thread.start()
-            for _ in range(working):
-                asyncio.run_coroutine_threadsafe(_work(session, numbered, ask, done), loop)
-            while working:
-                i, found, dealt_with = self._next(done)
-                if isinstance(found, Exception):
-                    raise found
+            for _ in range(workers):
+                asyncio.run_coroutine_threadsafe(_work(session, numbered, ask, outcomes), loop)
+            while workers:
+                i, answer, dealt_with = self._next(outcomes)
+                if isinstance(answer, Exception):
+                    raise answer
                 if i < 0:
-                    working -= 1
+                    workers -= 1
                     continue
-                yield i, found
-                loop.call_soon_threadsafe(dealt_with.set)
+                yield i, answer
+                loop.call_soon_threadsafe(dealt_with.set)  # an asyncio.Event is set in its loop's thread only
         finally:
             try:
                 _stop(loop, thread, session.http)
-            except BaseException:  # a signal rose here
+            except BaseException:  # a signal's exception interrupted it
                 _stop(loop, thread, session.http)
                 raise
 
-    def one(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
-        """The answer to a single question; AnswerError if there is none."""
-        ((_, found),) = self.each([item], ask)
-        if isinstance(found, Failure):
-            raise AnswerError(f"{self.urls[0]}: {found.reason}: {found.detail}")
-        return found
+    def call(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
+        """Return the answer for a single item; AnswerError if it fails."""
+        ((_, answer),) = self.each([item], ask)
+        if isinstance(answer, Failure):
+            raise AnswerError(f"{self.urls[0]}: {answer.reason}: {answer.detail}")
+        return answer
 
-    def singly(self) -> list[Transport]:
-        """One transport for each of the servers."""
-        return [Transport((url,), self._key, self.server, self.ended) for url in self.urls]
+    def per_server(self) -> list[Transport]:
+        """Make one transport for each of the servers."""
+        return [Transport((url,), self._key, self.server, self.exit_error) for url in self.urls]
 
     def pick(self) -> str:
-        """The next server in turn that is not resting, or the next one if all are resting."""
-        at, now = next(self._turn) % len(self.urls), time.monotonic()
-        turns = self.urls[at:] + self.urls[:at]
-        return next((url for url in turns if self._rests_until.get(url, 0.0) <= now), turns[0])
+        """Return the next server in turn that is not skipped, or the next one if all are."""
+        turn, now = next(self._turn) % len(self.urls), time.monotonic()
+        candidates = self.urls[turn:] + self.urls[:turn]
+        return next((url for url in candidates if self._skipped_until.get(url, 0.0) <= now), candidates[0])
 
-    def rest(self, url: str) -> None:
-        self._rests_until[url] = time.monotonic() + REST_S
+    def skip(self, url: str) -> None:
+        self._skipped_until[url] = time.monotonic() + SKIP_S
 
     def _client(self) -> httpx.AsyncClient:
-        # One connection per request: on a kept one, a reply that is sent twice would answer the next request.
+        # One connection per request: on one kept alive, a reply sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         proxy = asks_proxy(*self.urls)
@@ -144,9 +159,10 @@ class Transport:
                 "see HTTP_PROXY, ALL_PROXY, NO_PROXY",
             ) from None
 
-    def _next(self, done: queue.SimpleQueue[Done]) -> Done:
+    def _next(self, outcomes: queue.SimpleQueue[Outcome]) -> Outcome:
+        """Wait for the next outcome; ServerError after `server.stall_s` seconds without any."""
         try:
-            return done.get(timeout=self.server.stall_s)
+            return outcomes.get(timeout=self.server.stall_s)
         except queue.Empty:
             raise ServerError(
                 f"{self.urls[0]} gave no answer in {self.server.stall_s:g} s",
@@ -154,7 +170,8 @@ class Transport:
             ) from None
 
 
-def _until_stopped(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop until it is stopped, and close it."""
     try:
         loop.run_forever()
     finally:
@@ -162,16 +179,19 @@ def _until_stopped(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient) -> None:
-    def begin() -> None:
-        loop.create_task(_end(http)).add_done_callback(lambda _: loop.stop())
+    """Cancel what the loop runs, stop it, and wait for its thread. A second call does no harm."""
 
-    with suppress(RuntimeError):  # it is closed
+    def begin() -> None:
+        loop.create_task(_cancel_all(http)).add_done_callback(lambda _: loop.stop())
+
+    with suppress(RuntimeError):  # the loop is closed already
         loop.call_soon_threadsafe(begin)
     if thread.is_alive():
         thread.join()
 
 
-async def _end(http: httpx.AsyncClient) -> None:
+async def _cancel_all(http: httpx.AsyncClient) -> None:
+    """Cancel the workers, wait for their ends, then close their connections."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -184,21 +204,26 @@ async def _pause(seconds: float) -> None:
 
 
 async def _work(
-    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, done: queue.SimpleQueue[Done]
+    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, outcomes: queue.SimpleQueue[Outcome]
 ) -> None:
+    """Ask for item after item until none is left; each must be dealt with before the next is taken.
+
+    Workers share the iterator `numbered`. They run in one thread and await nothing between two of its items,
+    so no item is taken twice.
+    """
     dealt_with = asyncio.Event()
     try:
         for i, item in numbered:
             dealt_with.clear()
             try:
-                done.put((i, await ask(session, item), dealt_with))
+                outcomes.put((i, await ask(session, item), dealt_with))
             except ItemFailed as failed:
-                done.put((i, failed.failure, dealt_with))
+                outcomes.put((i, failed.failure, dealt_with))
             await dealt_with.wait()
-    except Exception as error:  # for the caller, who reads the queue
-        done.put((0, error, dealt_with))
+    except Exception as error:  # raised in the caller's thread, which reads the queue
+        outcomes.put((0, error, dealt_with))
     else:
-        done.put((-1, None, dealt_with))
+        outcomes.put((-1, None, dealt_with))
 
 
 class Session:
@@ -208,89 +233,99 @@ class Session:
         self.transport, self.http = transport, http
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
-        """The JSON of a reply, passed through `read`; if that fails, the request is sent again."""
+        """Send a request, and return the JSON of its reply as parsed by `read`.
+
+        Sent again after a temporary failure, and if `read` raises ValueError, TRIES times in all. Then
+        ServerError if the server is dead, else ItemFailed.
+        """
         transport = self.transport
-        before = transport.counts.answered
-        tries = tenacity.AsyncRetrying(
+        answered = transport.counts.answered
+        retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
             retry=tenacity.retry_if_exception_type(RetryableError),
-            before_sleep=self._retrying,
+            before_sleep=self._count_retry,
             sleep=_pause,
             reraise=True,
         )
         try:
-            return await tries(self._try, method, path, body, read)
-        except RetryableError as trouble:
-            others = transport.counts.answered > before
-            if not others and (trouble.reason in ("timeout", "transport") or not await self._alive()):
+            return await retrying(self._send_once, method, path, body, read)
+        except RetryableError as error:
+            # Answers to other requests meanwhile show that the server lives. Without any, a server that does
+            # not reply at all is dead; one that replies with errors is asked for its list of models.
+            others_answered = transport.counts.answered > answered
+            if not others_answered and (error.reason in ("timeout", "transport") or not await self._alive()):
                 raise ServerError(
-                    f"{transport.urls[0]}/{path} does not answer: {trouble}",
+                    f"{transport.urls[0]}/{path} does not answer: {error}",
                     "run the same command again; the answers so far are kept",
                 ) from None
-            raise ItemFailed(trouble.reason, str(trouble), trouble.busy) from None
+            raise ItemFailed(error.reason, str(error), error.busy) from None
 
     async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The reply to a request that a server need not understand; None if there is none."""
+        """Send a request that a server need not understand, once; None if there is no readable reply."""
         try:
             async with asyncio.timeout(self.transport.server.timeout_s):
                 response = await self.http.post(url, json=body)
-            found = response.json()
+            reply = response.json()
         except (httpx.HTTPError, ValueError, RecursionError, TimeoutError):
             return None
-        return found if response.status_code < 400 and isinstance(found, dict) else None
+        return reply if response.status_code < 400 and isinstance(reply, dict) else None
 
-    def _retrying(self, _: object) -> None:
+    def _count_retry(self, _: object) -> None:
         self.transport.counts.retried += 1
 
     async def _alive(self) -> bool:
+        """True if any of the servers lists its models."""
         for url in self.transport.urls:
             with suppress(httpx.HTTPError, TimeoutError):
-                async with asyncio.timeout(ALIVE_S):
+                async with asyncio.timeout(ALIVE_TIMEOUT_S):
                     if (await self.http.get(f"{url}/models")).status_code < 400:
                         return True
         return False
 
-    async def _try(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+    async def _send_once(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+        """Send a request to the next server, and parse the reply; RetryableError if another try may help."""
         transport = self.transport
-        while (pause := transport._free_at - time.monotonic()) > 0:
-            await _pause(pause)
+        while (seconds := transport.retry_after - time.monotonic()) > 0:
+            await _pause(seconds)  # in a loop, because another request's reply may prolong it meanwhile
         base = transport.pick()
         url = f"{base}/{path}"
         try:
-            async with asyncio.timeout(transport.server.timeout_s):  # httpx limits each part, not the whole
+            # httpx limits each read and write, which a server that sends byte by byte never exceeds.
+            async with asyncio.timeout(transport.server.timeout_s):
                 response = await self.http.request(method, url, json=body)
         except (TimeoutError, httpx.TimeoutException):
-            transport.rest(base)
+            transport.skip(base)
             detail = f"no answer in {transport.server.timeout_s:g} s"
             raise RetryableError("timeout", detail, busy=True) from None
         except httpx.HTTPError as error:
-            transport.rest(base)
-            if ended := transport.ended():
-                raise ended from None
+            transport.skip(base)
+            if exit_error := transport.exit_error():
+                raise exit_error from None
             raise RetryableError("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
         if response.status_code >= 400:
-            self._refusal(url, response)
+            self._raise_for_status(url, response)
         try:
-            found = read(response.json())
+            answer = read(response.json())
         except (ValueError, RecursionError) as error:
-            shown = " ".join(response.text[:120].split())
-            detail = f"no readable answer: {type(error).__name__} {error}: {shown}"
+            beginning = " ".join(response.text[:120].split())
+            detail = f"no readable answer: {type(error).__name__} {error}: {beginning}"
             raise RetryableError("unreadable", detail) from None
         transport.counts.answered += 1
-        return found
+        return answer
 
-    def _refusal(self, url: str, response: httpx.Response) -> None:
+    def _raise_for_status(self, url: str, response: httpx.Response) -> None:
         """Raise the error that a status of 400 or above stands for."""
         transport, code = self.transport, response.status_code
         text = f"{code} {' '.join(response.text[:200].split())}"
         if code in (408, 425, 429) or code >= 500:
-            wait = min(seconds_of(response.headers.get("retry-after", "")), LONGEST_WAIT_S)
-            transport._free_at = max(transport._free_at, time.monotonic() + wait)
+            wait = min(retry_after_seconds(response.headers.get("retry-after", "")), MAX_RETRY_AFTER_S)
+            transport.retry_after = max(transport.retry_after, time.monotonic() + wait)
             raise RetryableError("server_error", text, busy=code not in (500, 501))
         signs = ("context length", "too long", "max_model_len")
         if code in (400, 413, 422) and any(words in text.lower() for words in signs):
             raise ItemFailed("too_long", text)
-        if code in (400, 413, 422) and transport.counts.answered > 1:  # one of them is the list of models
+        # A server that has answered before refuses this item only; its list of models is one of the answers.
+        if code in (400, 413, 422) and transport.counts.answered > 1:
             raise ItemFailed("refused", text)
         raise RequestRefused(code, f"{url} refused: {text}")
