@@ -1,8 +1,8 @@
 """classify: each voter votes System 1 or 2 on each example; votes become labels, and a report describes them.
 
 Votes are journalled per voter in `votes/`, below the folder of all runs rather than in one of them. No
-question with an answer in its journal is asked again. So a new voter or sample adds only its own questions,
-and a killed run continues where it was.
+request with an answer in its journal is sent again. So a new voter or sample adds only its own requests, and
+a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from stages.data.rows import read
 from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling import known, report
+from stages.labelling import report
 from stages.labelling.aggregate import VoterResult, aggregate
-from stages.labelling.calibration import LEAST_EXAMPLES, Calibration, calibrate
+from stages.labelling.calibration import MIN_EXAMPLES, Calibration, calibrate
+from stages.labelling.known import with_known_labels
 from stages.labelling.personas import (
     CONTENT_FREE,
     CalibrationExample,
     as_example,
-    empty,
+    content_free,
     held_out,
     persona_context,
     personas,
@@ -40,7 +41,7 @@ from stages.records import Example, Labelled, write_labels
 from stages.runtime.background import in_background
 
 PATIENCE = 10
-"""A voter with this many bad answers more than allowed is not asked further questions."""
+"""A voter with more than this many bad answers beyond the allowed ones gets no further requests."""
 
 
 def run(
@@ -57,122 +58,139 @@ def run(
     there is no report.
     """
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
-    if benchmark and benchmark.label == "known":
+    brings_labels = benchmark is not None and benchmark.brings_labels
+    if brings_labels:
         classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
     if classify.strategy != "vote":
-        needed = benchmark is None or benchmark.label == "known"
-        rows = _swapped(_unvoted(examples, classify, needed), classify)
+        # Training rows need labels; items of a benchmark only if it was said to bring them.
+        required = benchmark is None or brings_labels
+        rows = _swap_labels(_label_without_voters(examples, classify, required), classify)
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
-    judged = held_out(classify.held_out)
-    boxes = _boxes(model, classify, job)
-    for box in boxes:
-        box.take([*map(as_example, judged), *_free(box.voter), *examples])
-    _ask_all(boxes, model, classify, server, job)
-    voices, found = {}, {}
-    for box in boxes:
-        box.check(classify.max_failed, classify.max_invalid)
-        found[box.title] = _calibrated(box, judged)
-        given = {e.id: box.vote(e) for e in examples}
-        voices[box.title] = VoterResult(given, found[box.title].threshold, box.voter.weight)
-    rows, held, twos = aggregate(examples, voices, classify)
-    written = _swapped(rows, classify)
-    write_labels(job.out / "labels.jsonl", written)
-    return report.report(
-        written, boxes, held, twos, found, classify, job.out / "report.json", job.progress.say
-    )
+    labelled = held_out(classify.held_out)
+    voter_logs = _voter_logs(model, classify, job)
+    for voter_log in voter_logs:
+        voter_log.set_examples(
+            [*map(as_example, labelled), *_content_free_examples(voter_log.voter), *examples]
+        )
+    _collect_votes(voter_logs, model, classify, server, job)
+    calibrations, voter_results = {}, {}
+    for voter_log in voter_logs:
+        voter_log.check(classify.max_failed, classify.max_invalid)
+        calibration = _calibrate_voter(voter_log, labelled)
+        probabilities = {example.id: voter_log.vote(example) for example in examples}
+        calibrations[voter_log.title] = calibration
+        voter_results[voter_log.title] = VoterResult(
+            probabilities, calibration.threshold, voter_log.voter.weight
+        )
+    rows, with_thresholds, system2_ids = aggregate(examples, voter_results, classify)
+    rows = _swap_labels(rows, classify)
+    write_labels(job.out / "labels.jsonl", rows)
+    path, say = job.out / "report.json", job.progress.say
+    return report.report(rows, voter_logs, with_thresholds, system2_ids, calibrations, classify, path, say)
 
 
-def _unvoted(examples: list[Example], classify: ClassifySection, needed: bool) -> list[Labelled]:
-    """Labels that no voter gave. needed: it is an error if no row has one."""
+def _label_without_voters(
+    examples: list[Example], classify: ClassifySection, required: bool
+) -> list[Labelled]:
+    """Label by strategy known or random. required: raise DataError if no row has a known label."""
     if classify.strategy == "known":
         file = Path(classify.labels_file) if classify.labels_file else None
-        return known.labelled(examples, classify.known, file, needed=needed)
-    draw, share = random.Random(classify.seed), classify.system2_share or 0.5
-    return [Labelled(example, 2 if draw.random() < share else 1, {}) for example in examples]
+        return with_known_labels(examples, classify.known, file, required)
+    generator, share = random.Random(classify.seed), classify.system2_share or 0.5
+    return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
 
 
-def _swapped(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
-    """The rows as labelled, or with 1 and 2 exchanged."""
+def _swap_labels(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
+    """Exchange 1 and 2 if `classify.swap` says so."""
     if not classify.swap:
         return rows
     return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
 
 
-def _boxes(model: ModelSection, classify: ClassifySection, job: StageContext) -> list[VoterLog]:
-    """The Votes of each voter, in the order of the config."""
-    boxes: list[VoterLog] = []
+def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContext) -> list[VoterLog]:
+    """The VoterLog of each voter, in the order of the config.
+
+    Raises ConfigError for voters with one name, and for two addresses whose votes would share a journal.
+    """
+    voter_logs: list[VoterLog] = []
     for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
-        asked = voter.asks(model)
-        name = voter.name or f"{asked.title}/{voter.persona}"
-        if any(box.title == name for box in boxes):
-            raise ConfigError(f"classify.voters: two voters are {name}", "give each another name")
+        voter_model = voter.asks(model)
+        name = voter.name or f"{voter_model.title}/{voter.persona}"
+        if any(voter_log.title == name for voter_log in voter_logs):
+            raise ConfigError(f"classify.voters: two voters are named {name}", "give each another name")
         if voter.thinking and not personas.has(voter.persona, "chat"):
             raise ConfigError(
-                f"classify.voters: persona {voter.persona} is no chat, in which thinking takes place"
+                f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )
-        brief = persona_context(voter, model.title, classify.show_answer)
+        context = persona_context(voter, model.title, classify.show_answer)
         # A model's data type changes its votes. It is known for models that run here, not for remote servers.
-        answering = identity if voter.urls else f"{identity} {resolve(asked)}"
-        box = VoterLog(voter, name, asked.title, answering, brief, classify.seed, job.journals / "votes")
-        for other in boxes:
-            if box.same_journal(other) and voter.urls != other.voter.urls:
+        if not voter.urls:
+            identity = f"{identity} {resolve(voter_model)}"
+        voter_log = VoterLog(
+            voter, name, voter_model.title, identity, context, classify.seed, job.journals / "votes"
+        )
+        for earlier in voter_logs:
+            if voter_log.same_journal(earlier) and voter.urls != earlier.voter.urls:
                 raise ConfigError(
-                    f"classify.voters: {other.title} and {name} are one model and persona at two addresses",
+                    f"classify.voters: {earlier.title} and {name} are one model and persona at two addresses",
                     "of one model, name both in one base_url: [URL, URL]; else serve it under another name",
                 )
-        boxes.append(box)
-    return boxes
+        voter_logs.append(voter_log)
+    return voter_logs
 
 
-def _ask_all(
-    boxes: list[VoterLog],
+def _collect_votes(
+    voter_logs: list[VoterLog],
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
     job: StageContext,
 ) -> None:
-    """Have every voter answer the questions that its journal lacks.
+    """Have every voter answer the requests that its journal lacks.
 
-    Voters in this process and voters whose server has no `devices` are asked one after another. Voters of one
-    model follow each other, so that the model is loaded once. Each group of devices and each remote server
-    has a separate lane, a thread, and all lanes run side by side.
+    Voters in this process and voters whose server has no `devices` answer one after another, in the lane "".
+    Voters of one model follow each other, so that the model is loaded once. Each group of devices and each
+    remote server has a separate lane, a thread, and all lanes run side by side.
     """
     progress = job.progress
-    wanted = {box.title: len(box.missing()) for box in boxes}
+    missing = {voter_log.title: len(voter_log.missing()) for voter_log in voter_logs}
     lanes: dict[str, list[VoterLog]] = {}
-    for box in boxes:
-        if wanted[box.title]:
-            lanes.setdefault(str(box.voter.urls or box.voter.devices or ""), []).append(box)
+    for voter_log in voter_logs:
+        if missing[voter_log.title]:
+            lanes.setdefault(str(voter_log.voter.urls or voter_log.voter.devices or ""), []).append(voter_log)
         else:
-            progress.say(f"{box.title}: all votes are in its journal")
-    stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(wanted.values())))
+            progress.say(f"{voter_log.title}: all votes are in its journal")
+    stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(missing.values())))
 
-    def lane(boxes: list[VoterLog], pool: EngineCache) -> None:
-        for box in sorted(boxes, key=lambda box: (box.voter.model or "", str(box.voter.vllm))):
-            # No name for the engine, which would keep it in memory beside the next.
-            asked = box.ask(pool.get(_served(box.voter, model), server, progress.say), progress.say)
+    def run_lane(lane: list[VoterLog], engine_cache: EngineCache) -> None:
+        for voter_log in sorted(lane, key=lambda each: (each.voter.model or "", str(each.voter.vllm))):
+            # No variable for the engine: it would keep the engine in memory while the next one is loaded.
+            votes = voter_log.ask(
+                engine_cache.get(_engine_spec(voter_log.voter, model), server, progress.say), progress.say
+            )
             begin()
-            with closing(asked):  # an error would keep it, and with it the lock of the journal
-                for number, _ in enumerate(asked, 1):
-                    failed = f", {len(box.failures)} failed" if box.failures else ""
-                    progress.advance(1, f"{box.title} {number}/{wanted[box.title]}{failed}")
-                    box.check(classify.max_failed, classify.max_invalid, PATIENCE)
+            # Closed on errors, too, whose traceback would keep the generator, and with it the journal's lock.
+            with closing(votes):
+                for number, _ in enumerate(votes, 1):
+                    failed = f", {len(voter_log.failures)} failed" if voter_log.failures else ""
+                    progress.advance(1, f"{voter_log.title} {number}/{missing[voter_log.title]}{failed}")
+                    voter_log.check(classify.max_failed, classify.max_invalid, PATIENCE)
                     if stop.is_set():
                         return
 
-    def alone(boxes: list[VoterLog]) -> None:
-        with EngineCache() as pool:
-            lane(boxes, pool)
+    def run_separate_lane(lane: list[VoterLog]) -> None:
+        with EngineCache() as engine_cache:
+            run_lane(lane, engine_cache)
 
-    own = lanes.pop("", [])
-    with in_background([partial(alone, found) for found in lanes.values()], stop):
-        lane(own, job.engines)
+    main_lane = lanes.pop("", [])
+    with in_background([partial(run_separate_lane, lane) for lane in lanes.values()], stop):
+        run_lane(main_lane, job.engines)
 
 
 class _Once:
-    """Calls a function once, however many threads ask for it."""
+    """Calls a function at most once, however many threads ask for it."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call, self._lock, self._done = call, threading.Lock(), False
@@ -184,27 +202,29 @@ class _Once:
                 self._call()
 
 
-def _served(voter: Voter, model: ModelSection) -> EngineSpec:
-    asked = voter.asks(model)
-    return EngineSpec(voter.engine, asked, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
+def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:
+    return EngineSpec(
+        voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices
+    )
 
 
-def _calibrated(box: VoterLog, judged: list[CalibrationExample]) -> Calibration:
-    """The calibration of a voter, from the labelled examples that are not in its prompt."""
-    shown = {row.question for row in box.brief.shots}
-    apart = [row for row in judged if row.question not in shown]
-    method = box.voter.calibration
+def _calibrate_voter(voter_log: VoterLog, labelled: list[CalibrationExample]) -> Calibration:
+    """Calibrate a voter by the labelled examples that are not in its prompt."""
+    in_prompt = {row.question for row in voter_log.context.shots}
+    unseen = [row for row in labelled if row.question not in in_prompt]
+    method = voter_log.voter.calibration
     if method == "auto":
-        method = "none" if personas.has(box.voter.persona, "chat") else "held_out"
-    if method == "held_out" and len(apart) < LEAST_EXAMPLES:
+        method = "none" if personas.has(voter_log.voter.persona, "chat") else "held_out"
+    if method == "held_out" and len(unseen) < MIN_EXAMPLES:
         raise DataError(
-            f"{box.title}: {len(apart)} labelled examples outside of its prompt, "
-            f"and calibration needs {LEAST_EXAMPLES}",
+            f"{voter_log.title}: {len(unseen)} labelled examples outside its prompt, "
+            f"and calibration needs {MIN_EXAMPLES}",
             "more of them in classify.held_out, or calibration: none",
         )
-    given = [box.vote(as_example(row)) for row in apart]
-    return calibrate(method, apart, given, [box.vote(example) for example in _free(box.voter)])
+    votes = [voter_log.vote(as_example(row)) for row in unseen]
+    content_free_votes = [voter_log.vote(example) for example in _content_free_examples(voter_log.voter)]
+    return calibrate(method, unseen, votes, content_free_votes)
 
 
-def _free(voter: Voter) -> list[Example]:
-    return [empty(text) for text in CONTENT_FREE] if voter.calibration == "content_free" else []
+def _content_free_examples(voter: Voter) -> list[Example]:
+    return [content_free(text) for text in CONTENT_FREE] if voter.calibration == "content_free" else []

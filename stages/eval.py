@@ -1,4 +1,4 @@
-"""eval: one target (base, init, sft, rl or a region of it) answers one benchmark; every answer is graded."""
+"""eval: one target (base, init, sft, rl or a region of rl) answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stages.engines import EngineSpec
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
-from stages.evaluation.metrics import brief, measured
+from stages.evaluation.metrics import compute_metrics, headline
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Asked, Renderer
 from stages.records import Labelled, Sample, read_labels, write_jsonl
@@ -51,17 +51,17 @@ def run(
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
-    Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So a
-    killed run does not ask for it again, and neither does a run with other labels, another limit or another
-    grader. Only `job.again` sets earlier answers aside.
+    Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So neither
+    a resumed run nor one with other labels, another limit or another grader generates it again. Only
+    `job.again` replaces earlier answers.
     """
     with _adapter(job) as adapter:
-        return _evaluated(job, adapter, model, prompt, eval, benchmark, server, sandbox)
+        return _evaluate(job, adapter, model, prompt, eval, benchmark, server, sandbox)
 
 
 @contextmanager
 def _adapter(job: StageContext) -> Iterator[Path | None]:
-    """The folder of the target's adapter; that of a region is there for this evaluation only."""
+    """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
     target = job.variant.partition("@")[0]
     if target not in REGIONS:
         yield job.adapter("score", "sft", "rl")
@@ -70,13 +70,13 @@ def _adapter(job: StageContext) -> Iterator[Path | None]:
     from stages.lora.importance.masks import Masks
 
     masks = Masks.load(job.inputs["partition"].path / "masks.safetensors", "rl")
-    with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as name:
-        ablation.write(target, job.inputs["rl"].adapter, job.inputs["score"].adapter, masks, Path(name))
-        yield Path(name)
-        job.engines.close()  # what it serves is gone
+    with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as folder:
+        ablation.write(target, job.inputs["rl"].adapter, job.inputs["score"].adapter, masks, Path(folder))
+        yield Path(folder)
+        job.engines.close()  # the adapter that it serves is about to be deleted
 
 
-def _evaluated(
+def _evaluate(
     job: StageContext,
     adapter: Path | None,
     model: ModelSection,
@@ -86,30 +86,32 @@ def _evaluated(
     server: ServerSection,
     sandbox: SandboxSection | None,
 ) -> dict[str, Any]:
+    """Answer and grade the benchmark, and write the results; see `run`."""
     target, progress = job.variant.partition("@")[0], job.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
         job.engines.close()  # the harness loads the model itself
-        found: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
-        return found
+        summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
+        return summary
     rows = _rows(job, benchmark)[: eval.untrained_items if target in UNTRAINED else None]
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
-    box = sandboxes.of(sandbox, progress.say) if sandbox else None
-    context = Context(renderer.section.answer_format, renderer.section.template == "chat", box)
-    asked = module.ask([row.example for row in rows], benchmark, renderer)
+    backend = sandboxes.of(sandbox, progress.say) if sandbox else None
+    context = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
+    prompts = module.ask([row.example for row in rows], benchmark, renderer)
 
-    served = EngineSpec(eval.engine, model, adapter)
-    identity = _identity(job, served)
-    replies = AnswerCache(asked, benchmark, renderer, identity, job.journals / "answers", job.again)
-    replies.complete(
-        lambda: job.engines.get(served, server, progress.say), f"eval {target} {benchmark.kind}", progress
+    spec = EngineSpec(eval.engine, model, adapter)
+    cache = AnswerCache(
+        prompts, benchmark, renderer, _identity(job, spec), job.journals / "answers", job.again
     )
-    recorded = replies.recorded
+    cache.complete(
+        lambda: job.engines.get(spec, server, progress.say), f"eval {target} {benchmark.kind}", progress
+    )
+    answers = cache.answers
 
-    parity = _parity(job, asked, recorded, benchmark, eval, model, adapter, renderer.tokenizer)
-    samples = _graded(rows, asked, recorded, renderer, context, benchmark, progress)
+    parity = _check_parity(job, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
+    samples = _grade_answers(rows, prompts, answers, renderer, context, benchmark, progress)
     write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in samples))
-    metrics = measured(samples, module.GROUPS)
+    metrics = compute_metrics(samples, module.GROUPS)
     record = {
         "target": target,
         "benchmark": benchmark.model_dump(mode="json"),
@@ -117,33 +119,33 @@ def _evaluated(
         **metrics,
         "parity": parity,
         "sandbox": context.sandbox and context.sandbox.name,
-        **_prompt(asked[0], renderer),
+        **_prompt_record(prompts[0], renderer),
     }
     (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    held_by = {"sandbox": context.sandbox.name} if context.sandbox else {}
-    return {"kind": benchmark.kind, **held_by, **brief(metrics)}
+    sandbox_name = {"sandbox": context.sandbox.name} if context.sandbox else {}
+    return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
-    """The benchmark's items with their labels, or undecided where the voters do not label this benchmark."""
+    """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
     if "classify" in job.inputs:
         return read_labels(job.labels)
     return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
 
 
-def _identity(job: StageContext, served: EngineSpec) -> dict[str, Any]:
-    """What determines the answers, beside the prompts and the sampling."""
+def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
+    """Everything that determines the answers, apart from the prompts and the sampling."""
     return {
         "model": job.outside["model"],
-        "dtype": f"nf4 {job.dtype}" if served.model.load_in_4bit else job.dtype,
-        "adapter": _digest(served.adapter),
-        "engine": served.engine,
+        "dtype": f"nf4 {job.dtype}" if spec.model.load_in_4bit else job.dtype,
+        "adapter": _adapter_digest(spec.adapter),
+        "engine": spec.engine,
         "server": job.outside.get("server"),
     }
 
 
-def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
-    """The part of metrics.json that shows a reader what the prompts look like."""
+def _prompt_record(first: Asked, renderer: Renderer) -> dict[str, Any]:
+    """The part of metrics.json that shows what the prompts look like."""
     bos = renderer.tokenizer.bos_token_id
     return {
         "first_prompt": first.text,
@@ -154,17 +156,17 @@ def _prompt(first: Asked, renderer: Renderer) -> dict[str, Any]:
     }
 
 
-def _digest(adapter: Path | None) -> str | None:
+def _adapter_digest(adapter: Path | None) -> str | None:
     if adapter is None:
         return None
     files = ("adapter_model.safetensors", "adapter_config.json")
     return key_of({name: sha256_file(adapter / name) for name in files})
 
 
-def _parity(
+def _check_parity(
     job: StageContext,
-    asked: list[Asked],
-    recorded: dict[tuple[int, int], CachedAnswer],
+    prompts: list[Asked],
+    answers: dict[tuple[int, int], CachedAnswer],
     benchmark: BenchmarkSection,
     eval: EvalSection,
     model: ModelSection,
@@ -183,53 +185,54 @@ def _parity(
 
     if torch.cuda.is_available():
         job.engines.close()  # a running server holds most of the device's memory
-    pairs = [(asked[i], recorded[i, 0]) for i in range(min(eval.parity_items, len(asked)))]
+    pairs = [(prompts[i], answers[i, 0]) for i in range(min(eval.parity_items, len(prompts)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
     return parity.check(pairs, model, adapter, tokenizer, hint, job.progress.say)
 
 
-def _graded(
+def _grade_answers(
     rows: list[Labelled],
-    asked: list[Asked],
-    recorded: dict[tuple[int, int], CachedAnswer],
+    prompts: list[Asked],
+    answers: dict[tuple[int, int], CachedAnswer],
     renderer: Renderer,
     context: Context,
     benchmark: BenchmarkSection,
     progress: Progress,
 ) -> list[Sample]:
-    """Every answer, graded. Programs run side by side on all cores."""
+    """Grade every answer, in the order of rows and samples. Programs run side by side on all cores."""
     grade = benchmarks.pick(benchmark.kind).grade
-    which = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
+    slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
     if context.sandbox:
-        progress.start("running programs", len(which))
+        progress.start("running programs", len(slots))
 
-    def one(key: tuple[int, int]) -> Sample:
-        i, n = key
-        given = recorded[key].text(renderer.tokenizer, asked[i])
-        found: Grade = grade(rows[i].example, given.text, context)
+    def grade_answer(slot: tuple[int, int]) -> Sample:
+        i, n = slot
+        example = rows[i].example
+        answer = answers[slot].text(renderer.tokenizer, prompts[i])
+        verdict: Grade = grade(example, answer.text, context)
         if context.sandbox:
             progress.advance(1)
-        example = rows[i].example
         return Sample(
             id=example.id,
             sample=n,
             system=rows[i].system,
-            prompt=asked[i].text,
-            output=given.text,
+            prompt=prompts[i].text,
+            output=answer.text,
             gold=example.gold,
-            strict=found.strict,
-            flexible=found.flexible,
-            correct=found.correct,
-            correct_flexible=found.correct_flexible,
-            outcome=_outcome(found, given.complete),
-            extra={**example.extra, **found.extra, **given.extra},
+            strict=verdict.strict,
+            flexible=verdict.flexible,
+            correct=verdict.correct,
+            correct_flexible=verdict.correct_flexible,
+            outcome=_outcome(verdict, answer.complete),
+            extra={**example.extra, **verdict.extra, **answer.extra},
         )
 
     with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:
-        return list(pool.map(one, which))
+        return list(pool.map(grade_answer, slots))
 
 
 def _outcome(grade: Grade, complete: bool) -> str:
+    """One of `records.OUTCOMES`; complete: the answer did not end at the length limit."""
     if grade.refused:
         return "refused"
     if grade.correct:

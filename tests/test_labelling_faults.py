@@ -232,7 +232,7 @@ def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
         assert any("Question" in key for key in mock.log)
     assert changed == alone
     assert any(
-        "answers unlike before: other weights under the same name; its 82 earlier votes" in said
+        "its weights have changed under the same name; its 82 earlier votes are set aside" in said
         for said in progress.said
     )
     assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1

@@ -277,7 +277,7 @@ def test_worked_examples_of_an_own_benchmark_may_have_its_form(tmp_path):
     both = section.model_copy(
         update={"shots_path": written(tmp_path, {"prompt": "2 + 2?", "answer": 4}, name="b").path}
     )
-    with pytest.raises(DataError, match=r"a worked example is asked, too: 2 \+ 2\?"):
+    with pytest.raises(DataError, match=r"a worked example is also a test item: 2 \+ 2\?"):
         jsonl.ask(jsonl.load(both), both, Plain())
 
 

@@ -172,7 +172,7 @@ class Config(Section):
     def labelled_by(self, rows: str) -> str:
         """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""
         benchmark = self.eval.benchmarks.get(rows)
-        return "known" if benchmark and benchmark.label == "known" else self.classify.strategy
+        return "known" if benchmark and benchmark.brings_labels else self.classify.strategy
 
     @property
     def root(self) -> Path:

@@ -83,6 +83,11 @@ class BenchmarkSection(SourceSection):
     )
     tasks: list[str] = setting([], "Tasks of lm-evaluation-harness, for kind lm_eval.", ignored_by="classify")
 
+    @property
+    def brings_labels(self) -> bool:
+        """Whether the items' own labels are used, whatever `classify.strategy` is."""
+        return self.label == "known"
+
     @model_validator(mode="after")
     def _check_kind(self) -> "BenchmarkSection":
         if self.samples > 1 and self.temperature == 0:

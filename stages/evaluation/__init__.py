@@ -1,1 +1,1 @@
-"""Benchmarks, and how their answers are graded, cached, counted and compared."""
+"""Benchmarks: how their answers are cached, graded, counted and compared."""

@@ -1,4 +1,4 @@
-"""The answers of one evaluation: those in the journal, those still to be asked for, and each one as text."""
+"""Cache of the answers of one evaluation, in a journal on disk, and each answer as text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AnswerText:
 
 
 class CachedAnswer(BaseModel):
-    """One answer in the journal: token ids, or for a choice the probability of each word."""
+    """One answer in the journal: token ids, or for a choice the probability of each word (`shares`)."""
 
     model_config = ConfigDict(frozen=True)
     ids: list[TokenId] = []
@@ -43,7 +43,7 @@ class CachedAnswer(BaseModel):
     shares: list[Annotated[float, Field(ge=0, le=1 + 1e-6)]] = []
 
     @model_validator(mode="after")
-    def _something(self) -> CachedAnswer:
+    def _has_ids_or_shares(self) -> CachedAnswer:
         if not {"ids", "shares"} & self.model_fields_set:
             raise ValueError("neither ids nor shares")
         return self
@@ -53,89 +53,104 @@ class CachedAnswer(BaseModel):
         """Index of the likeliest word."""
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> AnswerText:
-        """The likeliest word, or the text without special tokens, up to the first stop text."""
-        if len(self.shares) != len(asked.words):
+    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: Asked) -> AnswerText:
+        """The likeliest word, or the text without special tokens, up to the first stop text.
+
+        Raises ArtifactError if the number of shares is not that of the prompt's words.
+        """
+        if len(self.shares) != len(prompt.words):
             raise ArtifactError(
-                f"a journal of answers has {len(self.shares)} shares for {len(asked.words)} words", AWAY
+                f"a journal of answers has {len(self.shares)} shares for {len(prompt.words)} words", AWAY
             )
         if self.shares:
-            shown = [round(share, 6) for share in self.shares]
-            return AnswerText(asked.words[self.best].strip(), True, {"shares": shown})
+            shares = [round(share, 6) for share in self.shares]
+            return AnswerText(prompt.words[self.best].strip(), True, {"shares": shares})
         text = tokenizer.decode(self.ids, skip_special_tokens=True)
-        ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
         length = {"tokens": len(self.ids)}
-        return (
-            AnswerText(text[: min(ends)], True, length) if ends else AnswerText(text, self.complete, length)
-        )
+        stops = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
+        if stops:
+            return AnswerText(text[: min(stops)], True, length)
+        return AnswerText(text, self.complete, length)
 
 
 class AnswerCache:
-    """The answers to all questions of a benchmark, from a journal and, where it lacks one, from an engine.
+    """The answers to all prompts of a benchmark, from a journal and, where it lacks one, from an engine.
 
-    Each journal belongs to one identity (model, adapter, engine) and one way of sampling. Each of its lines
-    belongs to one prompt and the number of the answer.
+    The file of a journal is named by a key of the identity (model, adapter, engine) and the sampling. The key
+    of a line is the prompt and the number of the sample.
     """
 
     def __init__(
         self,
-        asked: list[Asked],
+        prompts: list[Asked],
         benchmark: BenchmarkSection,
         renderer: Renderer,
         identity: dict[str, Any],
         folder: Path,
-        again: bool,
+        regenerate: bool,
     ) -> None:
-        self._asked, self._section = asked, benchmark
+        """identity: what determines the answers, apart from prompts and sampling.
+
+        regenerate: replace the answers that are in the journal.
+        """
+        self._prompts, self._section = prompts, benchmark
         sampling = Sampling(
             benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p
         )
         self._sampling = sampling
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
-        how = {
+        # Greedy answers depend on neither top_p nor the seed.
+        randomness = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
+        sampling_key = {
             "longest": sampling.max_new_tokens,
             "stop": renderer.stop_ids,
-            **(drawn if sampling.temperature else {}),
+            **(randomness if sampling.temperature else {}),
         }
-        self._journal = Journal(folder / f"{key_of({**identity, 'sampling': how})}.jsonl", CachedAnswer)
-        self._again = again
-        self._keys = [key_of({"ids": a.ids, "stop": a.stop, "words": a.words}) for a in asked]
-        self.recorded: dict[tuple[int, int], CachedAnswer] = {}
+        key = key_of({**identity, "sampling": sampling_key})
+        self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)
+        self._regenerate = regenerate
+        self._keys = [key_of({"ids": p.ids, "stop": p.stop, "words": p.words}) for p in prompts]
+        self.answers: dict[tuple[int, int], CachedAnswer] = {}
+        """The answer to each prompt and sample, by their numbers; filled by `complete`."""
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
-        """Ask for the answers that the journal lacks; the engine is started only if there are any."""
+        """Generate the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
-            wanted = [(i, n) for i in range(len(self._asked)) for n in range(self._section.samples)]
-            # Equal prompts are asked once. Going backwards, the first of them is the one that stays.
-            first = {(self._keys[i], n): (i, n) for i, n in reversed(wanted)}
-            missing = [at for key, at in first.items() if self._again or key not in self._journal][::-1]
+            slots = [(i, n) for i in range(len(self._prompts)) for n in range(self._section.samples)]
+            # Equal prompts have one key and are answered once. A later entry of the dict replaces an earlier
+            # one, so going backwards keeps the first of them; [::-1] restores the order.
+            slot_of_key = {(self._keys[i], n): (i, n) for i, n in reversed(slots)}
+            missing = [
+                slot for key, slot in slot_of_key.items() if self._regenerate or key not in self._journal
+            ][::-1]
             if missing:
-                ready = engine()
+                started = engine()
                 progress.start(title, len(missing))
-                self._ask(ready, missing, progress)
-            self.recorded = {(i, n): CachedAnswer(**self._journal[self._keys[i], n]) for i, n in wanted}
+                self._generate(started, missing, progress)
+            self.answers = {(i, n): CachedAnswer(**self._journal[self._keys[i], n]) for i, n in slots}
 
-    def _ask(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
-        choices = [(i, n) for i, n in missing if self._asked[i].words]
-        texts = [(i, n) for i, n in missing if not self._asked[i].words]
+    def _generate(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
+        """Have the engine answer these prompts and samples, and journal each answer as it arrives."""
+        choices = [(i, n) for i, n in missing if self._prompts[i].words]
+        texts = [(i, n) for i, n in missing if not self._prompts[i].words]
         if choices:
-            for at, choice in engine.choose([self._ballot(i) for i, _ in choices]):
+            for k, choice in engine.choose([self._choice_request(i) for i, _ in choices]):
                 if isinstance(choice, Failure):
                     raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
-                self._keep(choices[at], {"shares": choice.probabilities, "mass": choice.mass})
+                self._record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
                 progress.advance(1)
         if texts:
-            questions = [self._question(i, n) for i, n in texts]
-            for at, answer in engine.generate(questions, self._sampling):
-                self._keep(texts[at], {"ids": answer.ids, "complete": answer.complete})
+            requests = [self._generate_request(i, n) for i, n in texts]
+            for k, completion in engine.generate(requests, self._sampling):
+                self._record(texts[k], {"ids": completion.ids, "complete": completion.complete})
                 progress.advance(1)
 
-    def _keep(self, at: tuple[int, int], answer: dict[str, Any]) -> None:
-        self._journal.keep((self._keys[at[0]], at[1]), answer)
+    def _record(self, slot: tuple[int, int], answer: dict[str, Any]) -> None:
+        i, n = slot
+        self._journal.keep((self._keys[i], n), answer)
 
-    def _ballot(self, i: int) -> ChoiceRequest:
-        return ChoiceRequest(self._asked[i].ids, self._asked[i].words)
+    def _choice_request(self, i: int) -> ChoiceRequest:
+        return ChoiceRequest(self._prompts[i].ids, self._prompts[i].words)
 
-    def _question(self, i: int, n: int) -> GenerateRequest:
+    def _generate_request(self, i: int, n: int) -> GenerateRequest:
         seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})
-        return GenerateRequest(self._asked[i].ids, self._asked[i].stop, seed)
+        return GenerateRequest(self._prompts[i].ids, self._prompts[i].stop, seed)

@@ -1,4 +1,4 @@
-"""Input and output of grading, and what benchmarks share: rendered prompts, grading by the final answer."""
+"""Types of grading, and what benchmarks share: prompt rendering and grading by the final answer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grade:
+    """The verdict on one answer."""
+
     strict: str | None
     """The answer, read in the requested format; None if the output does not have that format."""
     flexible: str | None
@@ -33,29 +35,29 @@ class Grade:
 
 @dataclass(frozen=True)
 class Context:
-    """What grading may need beside the item and the answer."""
+    """Settings of an evaluation that grading depends on."""
 
     answer_format: str
     chat: bool
     sandbox: Sandbox | None = None
 
 
-def by_answer(
+def grade_final_answer(
     example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = same
 ) -> Grade:
     """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way.
 
-    What is right as it stands is right in the flexible reading, too.
+    A strictly correct answer is also correct in the flexible reading.
     """
     assert example.gold is not None
-    found = extract(output, context.answer_format)
-    if equal(found.strict, example.gold):
-        return Grade(found.strict, found.strict, True, True)
-    return Grade(found.strict, found.flexible, False, equal(found.flexible, example.gold))
+    answer = extract(output, context.answer_format)
+    if equal(answer.strict, example.gold):
+        return Grade(answer.strict, answer.strict, True, True)
+    return Grade(answer.strict, answer.flexible, False, equal(answer.flexible, example.gold))
 
 
 def with_gold(examples: list[Example]) -> list[Example]:
-    """The same examples; DataError if one has no gold answer."""
+    """The same examples; raises DataError if one has no gold answer."""
     without = [e.id for e in examples if e.gold is None]
     if without:
         raise DataError(
@@ -69,26 +71,27 @@ def by_prompt(
     examples: list[Example],
     section: BenchmarkSection,
     renderer: Renderer,
-    worked: Callable[[SourceSection], list[Example]] = read,
+    read_shots: Callable[[SourceSection], list[Example]] = read,
 ) -> list[Asked]:
-    """The renderer's prompts, after `section.shots` worked examples in the answer format.
+    """Render a prompt for each example, after `section.shots` worked examples in the answer format.
 
-    worked: reads them from their source.
+    read_shots: reads the worked examples from their source.
     """
     shots: list[tuple[str, str]] = []
     if section.shots:
-        rows = worked(shots_source(section).model_copy(update={"limit": section.shots}))
+        rows = read_shots(shots_source(section).model_copy(update={"limit": section.shots}))
         if len(rows) < section.shots:
             where = section.shots_path or section.path
             raise DataError(f"{where} has {len(rows)} rows for {section.shots} shots")
-        if both := {row.prompt for row in rows} & {example.prompt for example in examples}:
-            raise DataError(f"a worked example is asked, too: {min(both):.200}", "take others: shots_path")
+        if leaked := {row.prompt for row in rows} & {example.prompt for example in examples}:
+            message = f"a worked example is also a test item: {min(leaked):.200}"
+            raise DataError(message, "choose other worked examples: shots_path")
         style = renderer.section.answer_format
         shots = [(row.prompt, rewrite(row.response, row.gold, style)) for row in rows]
     # In the plain template a model that has answered goes on and writes the next question.
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
-    asked = []
+    prompts = []
     for example in examples:
         text = renderer.prompt(example.prompt, shots, of=example)
-        asked.append(Asked(text, renderer.ids(text), stop))
-    return asked
+        prompts.append(Asked(text, renderer.ids(text), stop))
+    return prompts

@@ -1,4 +1,4 @@
-"""From graded answers to metrics."""
+"""Metrics of graded answers."""
 
 from collections import Counter
 from typing import Any
@@ -7,26 +7,28 @@ from stages.evaluation.statistics import interval, pass_at
 from stages.records import OUTCOMES, Sample
 
 
-def measured(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
+def compute_metrics(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
     """Metrics of all samples, per system if there are labels, and per value of each field in `groups`."""
-    found = {"all": figures(samples)}
-    found |= {f"system{k}": figures(part) for k in (1, 2) if (part := [s for s in samples if s.system == k])}
+    metrics = {"all": figures(samples)}
+    for k in (1, 2):
+        if of_system := [sample for sample in samples if sample.system == k]:
+            metrics[f"system{k}"] = figures(of_system)
     for name in groups:
-        parts: dict[str, list[Sample]] = {}
+        by_value: dict[str, list[Sample]] = {}
         for sample in samples:
-            parts.setdefault(str(sample.extra.get(name)), []).append(sample)
-        of_parts = {value: figures(part) for value, part in sorted(parts.items())}
-        rates = [part["accuracy"] for part in of_parts.values() if part["accuracy"] is not None]
-        found["all"][f"macro_over_{name}"] = sum(rates) / len(rates) if rates else None
-        found[f"by_{name}"] = of_parts
-    return found
+            by_value.setdefault(str(sample.extra.get(name)), []).append(sample)
+        of_values = {value: figures(subset) for value, subset in sorted(by_value.items())}
+        accuracies = [row["accuracy"] for row in of_values.values() if row["accuracy"] is not None]
+        metrics["all"][f"macro_over_{name}"] = sum(accuracies) / len(accuracies) if accuracies else None
+        metrics[f"by_{name}"] = of_values
+    return metrics
 
 
-def brief(metrics: dict[str, Any]) -> dict[str, Any]:
+def headline(metrics: dict[str, Any]) -> dict[str, Any]:
     """The few metrics that are shown at the end of an evaluation."""
-    whole = {name: value for name, value in metrics["all"].items() if value or name in ("n", "accuracy")}
+    overall = {name: value for name, value in metrics["all"].items() if value or name in ("n", "accuracy")}
     return {
-        "all": whole,
+        "all": overall,
         **{name: metrics[name]["accuracy"] for name in ("system1", "system2") if name in metrics},
     }
 
@@ -35,20 +37,21 @@ def figures(samples: list[Sample]) -> dict[str, Any]:
     """Accuracy by both readings with 95 % intervals over items, outcome counts, and pass@k where it exists.
 
     `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers, and
-    `tokens` is their mean length. Choices have none.
+    `tokens` is their mean length. Choices have no length.
     """
     outcomes = Counter(sample.outcome for sample in samples)
     items = graded(samples)
     result: dict[str, Any] = {"n": len(items), "answers": len(samples)}
     result |= {name: outcomes[name] for name in OUTCOMES}
-    for name, reading in (("", "correct"), ("_flexible", "correct_flexible")):
-        of_items = list(accuracy_by_item(items, reading).values())
-        result[f"accuracy{name}"] = sum(of_items) / len(of_items) if of_items else None
-        result[f"interval{name}"] = interval(of_items) if of_items else None
-    written = [sample.extra["tokens"] for sample in samples if "tokens" in sample.extra]
-    if written:
-        result["tokens"] = sum(written) / len(written)
-    counts = [(len(part), sum(s.correct for s in part)) for part in items.values()]
+    for suffix, reading in (("", "correct"), ("_flexible", "correct_flexible")):
+        accuracies = list(accuracy_by_item(items, reading).values())
+        result[f"accuracy{suffix}"] = sum(accuracies) / len(accuracies) if accuracies else None
+        result[f"interval{suffix}"] = interval(accuracies) if accuracies else None
+    lengths = [sample.extra["tokens"] for sample in samples if "tokens" in sample.extra]
+    if lengths:
+        result["tokens"] = sum(lengths) / len(lengths)
+    counts = [(len(answers), sum(s.correct for s in answers)) for answers in items.values()]
+    # pass@k exists only if every item has at least k answers; of single answers it is the accuracy.
     fewest = min((n for n, _ in counts), default=1)
     for k in (1, 5, 10, 100):
         if fewest > 1 and k <= fewest:
@@ -65,9 +68,9 @@ def graded(samples: list[Sample]) -> dict[str, list[Sample]]:
     items: dict[str, list[Sample]] = {}
     for sample in samples:
         items.setdefault(sample.id, []).append(sample)
-    return {item: part for item, part in items.items() if all(s.outcome != "refused" for s in part)}
+    return {item: answers for item, answers in items.items() if all(s.outcome != "refused" for s in answers)}
 
 
 def accuracy_by_item(items: dict[str, list[Sample]], reading: str = "correct") -> dict[str, float]:
     """Each item's share of correct answers, by the strict reading or by `correct_flexible`."""
-    return {item: sum(getattr(s, reading) for s in part) / len(part) for item, part in items.items()}
+    return {item: sum(getattr(s, reading) for s in answers) / len(answers) for item, answers in items.items()}

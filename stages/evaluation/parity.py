@@ -1,9 +1,9 @@
-"""Was the adapter served? Answers are checked, token by token, by the unmerged adapter in plain PEFT.
+"""Check that the adapter was served: its answers are compared, token by token, with the unmerged adapter.
 
-A merged copy, a server's LoRA module and the adapter itself compute the same function with different
-rounding, so a token is accepted if its logit is within TOLERANCE of the best one. If too few tokens are
-accepted, something else was served. This happens: others have evaluated the base model without noticing it
-(lm-evaluation-harness issue 2432).
+The reference is plain PEFT. A merged copy, a server's LoRA module and the adapter itself compute the same
+function with different rounding, so a token is accepted if its logit is within TOLERANCE of the best one. If
+too few tokens are accepted, something else was served. This happens: people have evaluated the base model
+without noticing it (lm-evaluation-harness issue 2432).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.5
 """Logits. At their usual size bfloat16 resolves 0.125, and merging rounds every weight once more."""
-LEAST = 0.9
+MIN_AGREEMENT = 0.9
 """Share of tokens that must be accepted."""
-LONGEST = 64
-"""How many tokens of an answer are checked."""
+MAX_TOKENS = 64
+"""Tokens of an answer that are checked, from its beginning."""
 
 
 @torch.no_grad()
@@ -43,46 +43,53 @@ def check(
     hint: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """How well the answers agree with the reference, and how many differ from the base model's answers.
+    """Measure how well answers agree with the reference, and how many differ from the base model's answers.
 
-    AnswerError with `hint` if less than LEAST of their tokens are accepted. Without an adapter the base model
-    is the reference.
+    Raises AnswerError with `hint` if less than MIN_AGREEMENT of their tokens are accepted. The reference is
+    the unmerged adapter, or without an adapter the base model.
     """
     reference: Any = load_adapted(model, adapter) if adapter else load_base(model)
-    off = reference.disable_adapter if adapter else nullcontext
+    adapter_off = reference.disable_adapter if adapter else nullcontext
     gaps: list[float] = []
     differing = 0
-    for asked, reply in pairs:
-        gaps += _gaps(reference, tokenizer, asked, reply)
-        with off():
-            differing += adapter is not None and max(_gaps(reference, tokenizer, asked, reply), default=0) > 0
+    for prompt, answer in pairs:
+        gaps += _logit_gaps(reference, tokenizer, prompt, answer)
+        with adapter_off():
+            # A gap above 0 means that the base model itself would have chosen another token.
+            base_gaps = _logit_gaps(reference, tokenizer, prompt, answer) if adapter else []
+            differing += max(base_gaps, default=0) > 0
     agree = sum(gap <= TOLERANCE for gap in gaps) / max(1, len(gaps))
-    found = {
+    result = {
         "items": len(pairs),
         "tokens": len(gaps),
         "agree": agree,
         "worst_gap": max(gaps, default=0),
         "tolerance": TOLERANCE,
     }
-    if agree < LEAST:
-        counted = f"{agree:.0%} of {len(gaps)} tokens agree with it, {LEAST:.0%} expected"
-        raise AnswerError(f"what was served is not this adapter: {counted}", hint)
+    if agree < MIN_AGREEMENT:
+        counts = f"{agree:.0%} of {len(gaps)} tokens agree with it, {MIN_AGREEMENT:.0%} expected"
+        raise AnswerError(f"what was served is not this adapter: {counts}", hint)
     if adapter is not None:
-        found["differ_from_base"] = differing
+        result["differ_from_base"] = differing
         if not differing:
             say(f"warning: the adapter's answers to the first {len(pairs)} items are the base model's own")
-    return found
+    return result
 
 
-def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Asked, reply: CachedAnswer) -> list[float]:
-    """How far the logit of each token of the reply, or of the word chosen, is below the best one."""
-    before, words = word_tokens(tokenizer, asked.words) if reply.shares else ([], [])
-    ids = reply.ids[:LONGEST]
-    row = torch.tensor([asked.ids + before + ids], device=model.device)
+def _logit_gaps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Asked, answer: CachedAnswer
+) -> list[float]:
+    """Logit gap to the argmax, for each answer token; for a choice, to the likeliest of the words."""
+    # The words of a choice may begin with the same tokens: the choice falls at the token after these.
+    word_prefix, word_ids = word_tokens(tokenizer, prompt.words) if answer.shares else ([], [])
+    ids = answer.ids[:MAX_TOKENS]
+    row = torch.tensor([prompt.ids + word_prefix + ids], device=model.device)  # (1, tokens)
+    # Position t predicts token t + 1: the row before the answer's first token is needed, the last is not.
     output = model(input_ids=row, logits_to_keep=len(ids) + 1)
     logits: Tensor = output.logits[0].float()  # (answer + 1, vocabulary)
-    if reply.shares:
-        of_words = logits[-1, words]
-        return [float(of_words.max() - of_words[reply.best])]
-    taken = logits[:-1].gather(1, torch.tensor(ids, device=model.device, dtype=torch.long)[:, None])[:, 0]
-    return (logits[:-1].max(1).values - taken).tolist()  # type: ignore[no-any-return]
+    if answer.shares:
+        word_logits = logits[-1, word_ids]  # (words,)
+        return [float(word_logits.max() - word_logits[answer.best])]
+    targets = torch.tensor(ids, device=model.device, dtype=torch.long)
+    answer_logits = logits[:-1].gather(1, targets[:, None])[:, 0]  # (answer,)
+    return (logits[:-1].max(1).values - answer_logits).tolist()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Intervals, paired tests and pass@k."""
+"""Confidence intervals, paired significance tests and pass@k."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,26 +8,34 @@ from statistics import NormalDist
 from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
+"""Quantile of the standard normal distribution for two-sided 95 % intervals."""
 DECIMALS = 12
-"""Of shares and their differences. Two thirds less one third is one number, and another float than one third
-less none."""
-FINEST = 10_000
-"""Parts of an item that a paired test tells apart."""
+"""Decimals to which accuracies and their differences are rounded, so that equal ones are equal floats.
+
+Without it, 2/3 - 1/3 and 1/3 - 0 are two different numbers.
+"""
+MAX_DENOMINATOR = 10_000
+"""The paired test rounds differences of accuracies to multiples of one over this number at the finest."""
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a proportion; `correct` of `n` may be a sum of shares."""
 
-    def least(rate: float) -> float:
-        # The lower root, computed from the upper one: at rate 0 it is exactly 0, without a rounding error.
+    # Not scipy's `binomtest`, which takes whole counts only. Not statsmodels' `proportion_confint`: its lower
+    # bound for 0 of 7 is 2.8e-17 instead of 0, and either import costs quick commands more than a second.
+    def lower_bound(rate: float) -> float:
+        # The bounds are the roots of (1 + Z²/n) x² - (2 rate + Z²/n) x + rate² = 0, whose product is
+        # rate² / (1 + Z²/n). The lower root is this product divided by the upper root, which is a sum of
+        # positive terms: nothing cancels, and at rate 0 it is exactly 0.
         return rate * rate / (rate + Z * Z / 2 / n + Z * sqrt(rate * (1 - rate) / n + Z * Z / 4 / n / n))
 
     rate = correct / n
-    return least(rate), 1 - least(1 - rate)
+    # The interval of the wrong answers is the mirror image.
+    return lower_bound(rate), 1 - lower_bound(1 - rate)
 
 
-def interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean share of correct answers per item.
+def interval(accuracies: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean accuracy, from each item's share of correct answers.
 
     Student's t interval over items where shares differ and some lie between 0 and 1, because answers to one
     item are not independent. Wilson's interval, with items as trials, in two other cases: where every item is
@@ -35,71 +43,83 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
     one, so that there is no variance to estimate. In the second case the interval errs on the wide side: a
     mean of shares varies no more than a mean of items that are right or wrong.
     """
-    shares = [round(share, DECIMALS) for share in shares]
-    if len(set(shares)) == 1 or all(share in (0, 1) for share in shares):
-        return wilson(sum(shares), len(shares))
-    from scipy.stats import sem, t
-
-    mean = sum(shares) / len(shares)
-    low, high = t.interval(0.95, len(shares) - 1, mean, sem(shares))
-    return max(0.0, float(low)), min(1.0, float(high))
+    accuracies = [round(accuracy, DECIMALS) for accuracy in accuracies]
+    if len(set(accuracies)) == 1 or all(accuracy in (0, 1) for accuracy in accuracies):
+        return wilson(sum(accuracies), len(accuracies))
+    low, high = _t_interval(accuracies)
+    return max(0.0, low), min(1.0, high)
 
 
-def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    return [round(b - a, DECIMALS) for a, b in zip(before, after, strict=True)]
+def _t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t, of values that are not all equal."""
+    from scipy.stats import sem, t  # a second or more, and most intervals are Wilson's
+
+    low, high = t.interval(0.95, len(values) - 1, sum(values) / len(values), sem(values))
+    return float(low), float(high)
 
 
-def paired_p(before: Sequence[float], after: Sequence[float]) -> float:
+def _differences(scores_a: Sequence[float], scores_b: Sequence[float]) -> list[float]:
+    return [round(b - a, DECIMALS) for a, b in zip(scores_a, scores_b, strict=True)]
+
+
+def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     """Two-sided p-value of the hypothesis that two targets do equally well on the same items.
 
-    before, after: each item's share of correct answers. Exact permutation test of the mean: if the targets do
-    equally well, each difference could as well have the other sign; p is the share of all choices of signs
-    whose sum is as far from zero. Where every difference is -1, 0 or 1 it is the exact McNemar test.
+    scores_a, scores_b: each item's share of correct answers. This is the exact permutation test of the mean
+    difference: if the targets do equally well, each item's difference could as well have the opposite sign,
+    so all 2^n choices of signs are equally likely. p is the share of them whose sum is at least as far from
+    zero as the observed one. Where every difference is -1, 0 or 1 it is the exact McNemar test.
     """
     import numpy as np
 
-    differences = [Fraction(value).limit_denominator(FINEST) for value in _differences(before, after)]
-    parts = min(FINEST, lcm(*(value.denominator for value in differences)))
-    units = [round(value * parts) for value in differences]
-    chances = np.ones(1)  # of each sum of the units, in twos from the least
-    for size, number in Counter(abs(unit) for unit in units if unit).items():
-        alike = np.zeros(size * number + 1)
-        alike[::size] = [comb(number, ways) / 2**number for ways in range(number + 1)]
-        chances = alike if len(chances) == 1 else _convolved(chances, alike)
-    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
-    return float(np.clip(chances[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
+    # Differences as whole multiples of 1 / denominator: sums of integers are exact, so ties count as ties.
+    differences = [Fraction(d).limit_denominator(MAX_DENOMINATOR) for d in _differences(scores_a, scores_b)]
+    denominator = min(MAX_DENOMINATOR, lcm(*(difference.denominator for difference in differences)))
+    units = [round(difference * denominator) for difference in differences]
+
+    # Under the null hypothesis the sum is S = Σ sᵢ |uᵢ| with independent signs sᵢ = ±1, each of probability
+    # 1/2. Let P be the sum of the |uᵢ| with a positive sign: S = P - (Σ |uᵢ| - P) = 2 P - Σ |uᵢ|, so the
+    # distribution of P gives that of S. The n items of one magnitude m add m · h to P, where the number of
+    # positive signs h is Binomial(n, 1/2). Items of different magnitudes have independent signs, and the
+    # distribution of a sum of independent variables is the convolution of their distributions. Enumerating
+    # 2^n choices of signs becomes one convolution for each magnitude. Differences of 0 add nothing.
+    null = np.ones(1)  # null[k] = probability that P = k; (1 + sum of magnitudes,)
+    for magnitude, number in Counter(abs(unit) for unit in units if unit).items():
+        binomial = np.zeros(magnitude * number + 1)
+        binomial[::magnitude] = [comb(number, positive) / 2**number for positive in range(number + 1)]
+        null = binomial if len(null) == 1 else _convolve(null, binomial)
+    sums = 2 * np.arange(len(null)) - (len(null) - 1)  # S = 2 P - Σ |uᵢ| for each cell of `null`
+    # Convolution by FFT has rounding errors, which may lead below 0 or above 1.
+    return float(np.clip(null[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
 
 
-def _convolved(one: Any, other: Any) -> Any:
-    from scipy.signal import convolve  # half a second, and most tests are of one size alone
+def _convolve(pmf_a: Any, pmf_b: Any) -> Any:
+    from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
 
-    return convolve(one, other)
+    return convolve(pmf_a, pmf_b)
 
 
 def p_value(p: float) -> str:
-    """As a table has it."""
+    """Format a p-value for a table: `p = .034` or `p < .001`."""
     return "p < .001" if p < 0.001 else f"p = {p:.2g}".replace("= 0.", "= .")
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the differences of the same items, and its 95 % interval by Student's t over items.
+def paired_difference(scores_a: Sequence[float], scores_b: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference b - a over the same items, and its 95 % interval by Student's t over items.
 
-    Where all n items differ alike there is no variance to estimate: then 3 / n to both sides, by the rule of
-    three.
+    Where all n items differ alike there is no variance to estimate: then the interval reaches 3 / n to both
+    sides, by the rule of three.
     """
-    from scipy.stats import sem, t
-
-    differences = _differences(before, after)
+    differences = _differences(scores_a, scores_b)
     number = len(differences)
     mean = sum(differences) / number
     if len(set(differences)) == 1:
         return mean, max(-1.0, mean - 3 / number), min(1.0, mean + 3 / number)
-    reach = float(t.ppf(0.975, number - 1)) * float(sem(differences))
-    return mean, mean - reach, mean + reach
+    return mean, *_t_interval(differences)
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, by Holm's method."""
+    """p-values corrected for multiple comparisons by Holm's method."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(value) for value in multipletests(values, method="holm")[1]] if values else []

@@ -1,4 +1,4 @@
-"""The quality of labels: agreement between voters, with known labels, and with scores that need no model."""
+"""Quality of labels: agreement between voters, with known labels, and with scores that need no model."""
 
 from __future__ import annotations
 
@@ -22,26 +22,33 @@ SURFACE: dict[str, Callable[[str], float]] = {
 }
 """Scores of a question's length and form, made without reading it: a voter should do better than these."""
 
-NEAREST, MOST = 5, 2000
+NEIGHBOURS = 5
+"""Number of nearest examples that `neighbour_scores` averages."""
+MAX_COMPARED = 2000
+"""Number of examples that `neighbour_scores` compares, all pairs of them."""
 
 
-def auc(scores: Sequence[float], twos: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
+def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
     """Area under the ROC curve with its 95 % interval (Hanley and McNeil 1982); None with one class only.
 
     It is the probability that a System 2 item has a higher score than a System 1 item; a tie counts half.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    ranks = rankdata(scores)
-    high, low = sum(twos), len(twos) - sum(twos)
-    if not high or not low:
+    of_system2 = [score for score, is_2 in zip(scores, is_system2, strict=True) if is_2]
+    of_system1 = [score for score, is_2 in zip(scores, is_system2, strict=True) if not is_2]
+    n2, n1 = len(of_system2), len(of_system1)
+    if not n2 or not n1:
         return None
-    ranks_of_twos = sum(rank for rank, two in zip(ranks, twos, strict=True) if two)
-    area = (ranks_of_twos - high * (high + 1) / 2) / (high * low)
-    one, both = area / (2 - area), 2 * area**2 / (1 + area)
-    error = area * (1 - area) + (high - 1) * (one - area**2) + (low - 1) * (both - area**2)
-    half = Z * math.sqrt(max(error, 0.0) / (high * low))
-    return float(area), (max(0.0, area - half), min(1.0, area + half))
+    # U counts the pairs in which the System 2 item has the higher score. Only U is used: the asymptotic
+    # p-value is the cheapest one.
+    area = float(mannwhitneyu(of_system2, of_system1, method="asymptotic").statistic) / (n2 * n1)
+    # Hanley and McNeil: q2 is the probability that two System 2 items both score higher than one System 1
+    # item, q1 that one System 2 item scores higher than two System 1 items, if scores are exponential.
+    q2, q1 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (n2 - 1) * (q2 - area**2) + (n1 - 1) * (q1 - area**2)  # times n1 n2
+    margin = Z * math.sqrt(max(variance, 0.0) / (n2 * n1))
+    return area, (max(0.0, area - margin), min(1.0, area + margin))
 
 
 def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -53,75 +60,79 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
     import numpy as np
     from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-    common = sorted(set.intersection(*(set(given) for given in votes.values())))
+    common = sorted(set.intersection(*(set(votes_of) for votes_of in votes.values())))
     if len(votes) < 2 or not common:
         return {}
-    table = np.array([[given[id] for given in votes.values()] for id in common])  # (examples, voters)
-    whole = None if len(np.unique(table)) < 2 else float(fleiss_kappa(aggregate_raters(table, n_cat=None)[0]))
+    table = np.array([[votes_of[id] for votes_of in votes.values()] for id in common])  # (examples, voters)
+    fleiss = (
+        None if len(np.unique(table)) < 2 else float(fleiss_kappa(aggregate_raters(table, n_cat=None)[0]))
+    )
     pairs = {}
     titles = list(votes)
     for a in range(len(titles)):
         for b in range(a + 1, len(titles)):
-            counts = np.zeros((2, 2))
+            counts = np.zeros((2, 2))  # (vote of a, vote of b)
             np.add.at(counts, (table[:, a] - 1, table[:, b] - 1), 1)
             equal = float((table[:, a] == table[:, b]).mean())
             kappa = interval = None
-            if all(len(np.unique(table[:, one])) > 1 for one in (a, b)):
-                found = cohens_kappa(counts)
-                kappa, interval = float(found.kappa), [float(found.kappa_low), float(found.kappa_upp)]
+            if all(len(np.unique(table[:, voter])) > 1 for voter in (a, b)):
+                cohen = cohens_kappa(counts)
+                kappa, interval = float(cohen.kappa), [float(cohen.kappa_low), float(cohen.kappa_upp)]
             elif len(np.unique(table[:, [a, b]])) > 1:
                 kappa = 0.0
             pairs[f"{titles[a]} | {titles[b]}"] = {"equal": equal, "kappa": kappa, "interval": interval}
-    return {"examples": len(common), "fleiss_kappa": whole, "pairs": pairs}
+    return {"examples": len(common), "fleiss_kappa": fleiss, "pairs": pairs}
 
 
-def with_known(
-    known: dict[str, int], labels: dict[str, int | None], scores: dict[str, dict[str, float]]
+def compare_with_known(
+    known_labels: dict[str, int], labels: dict[str, int | None], scores: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Agreement of labels with known ones (Wilson interval), and how well each score separates the latter.
+    """Agreement of labels with known ones (Wilson interval), and the AUC of each score for the known labels.
 
     scores: for each voter, a number per example id that should be higher for System 2.
     """
-    both = [(labels[id], system) for id, system in known.items() if labels.get(id)]
-    equal = sum(a == b for a, b in both)
+    pairs = [(labels[id], system) for id, system in known_labels.items() if labels.get(id)]
+    equal = sum(label == system for label, system in pairs)
     table = {}
     for k in (1, 2):
         for j in (1, 2):
-            table[f"known {k} labelled {j}"] = sum(a == j and b == k for a, b in both)
+            table[f"known {k} labelled {j}"] = sum(label == j and system == k for label, system in pairs)
     areas = {}
-    for title, given in scores.items():
-        shared = [id for id in given if id in known]
-        areas[title] = auc([given[id] for id in shared], [known[id] == 2 for id in shared])
+    for title, scores_of in scores.items():
+        ids = [id for id in scores_of if id in known_labels]
+        areas[title] = auc([scores_of[id] for id in ids], [known_labels[id] == 2 for id in ids])
     return {
-        "n": len(both),
-        "undecided": len(known) - len(both),
-        "agreement": equal / len(both) if both else None,
-        "interval": list(wilson(equal, len(both))) if both else None,
+        "n": len(pairs),
+        "undecided": len(known_labels) - len(pairs),
+        "agreement": equal / len(pairs) if pairs else None,
+        "interval": list(wilson(equal, len(pairs))) if pairs else None,
         **table,
         "auc": areas,
     }
 
 
-def surface(examples: list[Example]) -> dict[str, dict[str, float]]:
+def surface_scores(examples: list[Example]) -> dict[str, dict[str, float]]:
     """Each score of SURFACE, per example id."""
-    return {name: {e.id: float(read(e.prompt)) for e in examples} for name, read in SURFACE.items()}
+    return {name: {e.id: float(score(e.prompt)) for e in examples} for name, score in SURFACE.items()}
 
 
-def neighbours(scores: dict[str, dict[str, float]], known: dict[str, int]) -> dict[str, float]:
-    """For each example, the share of System 2 among the NEAREST other examples by these scores.
+def neighbour_scores(scores: dict[str, dict[str, float]], known_labels: dict[str, int]) -> dict[str, float]:
+    """For each example, the share of System 2 among the NEIGHBOURS nearest other examples by these scores.
 
-    It shows what the surface of a question and the labels of the others tell together. Only the first MOST
-    examples are compared, because every pair is.
+    It shows how much the surface of a question and the labels of the other examples tell together. Only the
+    first MAX_COMPARED examples are compared.
     """
     import numpy as np
 
-    ids = list(known)[:MOST]
-    table = np.array([[given[id] for given in scores.values()] for id in ids])  # (examples, scores)
+    ids = list(known_labels)[:MAX_COMPARED]
+    table = np.array([[scores_of[id] for scores_of in scores.values()] for id in ids])  # (examples, scores)
+    # Standardised, so that each score has the same weight in the distance; a constant score has none.
     table = (table - table.mean(0)) / np.where(table.std(0) > 0, table.std(0), 1)
-    twos = np.array([known[id] == 2 for id in ids])
-    found = {}
+    is_system2 = np.array([known_labels[id] == 2 for id in ids])
+    shares = {}
     for i, id in enumerate(ids):
-        far = ((table - table[i]) ** 2).sum(1)
-        far[i] = np.inf
-        found[id] = float(twos[np.argsort(far, kind="stable")[:NEAREST]].mean())
-    return found
+        distances = ((table - table[i]) ** 2).sum(1)  # (examples,)
+        distances[i] = np.inf  # an example is not its own neighbour
+        nearest = np.argsort(distances, kind="stable")[:NEIGHBOURS]
+        shares[id] = float(is_system2[nearest].mean())
+    return shares

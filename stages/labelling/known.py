@@ -1,4 +1,4 @@
-"""Labels that a person brings: a field of the rows, or a file."""
+"""Known labels, from a field of the rows or from a file."""
 
 from __future__ import annotations
 
@@ -20,65 +20,73 @@ KEYS = ("id", "question", "prompt", "instruction")
 """Fields by which a line of a file names its example."""
 
 
-def labelled(examples: list[Example], field: str, file: Path | None, needed: bool = True) -> list[Labelled]:
-    """Each example with its label from its own field, or from the file; undecided where there is none.
+def with_known_labels(
+    examples: list[Example], field: str, file: Path | None, required: bool = True
+) -> list[Labelled]:
+    """Label each example from its own field, or from the file; undecided where there is no label.
 
     The file is one JSON object, id or question → label, or JSON Lines or CSV with one of KEYS and `field`. An
     id is that of lorapar's artifacts, or the row's own field `id`. A label is 1 or 2, also as `System 1`.
-    DataError lists every one that is something else or contradicts another, and says if labels are `needed`
-    and there is none.
+    Raises DataError with every label that is something else, with every example that has both labels, and if
+    labels are `required` and there is none.
     """
-    given = _of_file(file, field) if file else [(e.id, e.extra[field]) for e in examples if field in e.extra]
+    if file:
+        values = _read_labels(file, field)
+    else:
+        values = [(e.id, e.extra[field]) for e in examples if field in e.extra]
     where = str(file) if file else f"the field {field}"
-    found: dict[str, set[int]] = {}
+    systems: dict[str, set[int]] = {}
     wrong = []
-    for key, value in given:
+    for key, value in values:
         if system := system_of(value):
-            found.setdefault(key, set()).add(system)
+            systems.setdefault(key, set()).add(system)
         elif value is not None:
             wrong.append(f"{key[:60]}: {value!r}")
     if wrong:
         raise problems(f"label in {where} that is neither 1 nor 2", wrong)
-    names = {e.id: next((name for name in _names(e) if name in found), None) for e in examples}
-    if twice := sorted({name[:60] for name in names.values() if name and len(found[name]) > 1}):
-        raise problems(f"row with both labels in {where}", twice)
-    rows = [Labelled(e, min(found[name]) if (name := names[e.id]) else None, {}) for e in examples]
-    without = sum(row.system is None for row in rows)
-    if needed and without == len(rows):
-        hint = "a JSON object of id or question → 1 or 2" if file else "name it: classify.known"
+    key_of = {e.id: next((key for key in _keys(e) if key in systems), None) for e in examples}
+    if ambiguous := sorted({key[:60] for key in key_of.values() if key and len(systems[key]) > 1}):
+        raise problems(f"row with both labels in {where}", ambiguous)
+    rows = [Labelled(e, min(systems[match]) if (match := key_of[e.id]) else None, {}) for e in examples]
+    unlabelled = sum(row.system is None for row in rows)
+    if required and unlabelled == len(rows):
+        hint = "a JSON object of id or question → 1 or 2" if file else "classify.known names the field"
         raise DataError(f"no label for any of {len(rows)} examples in {where}", hint)
-    if without:
-        log.warning("%d of %d examples have no label in %s: they stay undecided", without, len(rows), where)
+    if unlabelled:
+        message = "%d of %d examples have no label in %s: they stay undecided"
+        log.warning(message, unlabelled, len(rows), where)
     return rows
 
 
-def _names(example: Example) -> list[str]:
-    """By which a file may name an example, the surest first."""
-    own = example.extra.get("id")
-    return [example.id, *([str(own)] if own is not None else []), example.prompt.strip()]
+def _keys(example: Example) -> list[str]:
+    """The keys by which a file may name an example, the most specific first."""
+    row_id = example.extra.get("id")
+    return [example.id, *([str(row_id)] if row_id is not None else []), example.prompt.strip()]
 
 
 def system_of(value: Any) -> int | None:
-    """1 or 2 if a label says so, as a number or in words: `2`, `System 2`."""
+    """Parse a label, a number or words such as `System 2`; None if it is neither 1 nor 2."""
     match = re.fullmatch(r"\s*(?:system\s*)?([12])(?:\.0)?\s*", str(value), re.IGNORECASE)
     return int(match[1]) if match else None
 
 
-def _of_file(path: Path, field: str) -> list[tuple[str, Any]]:
+def _read_labels(path: Path, field: str) -> list[tuple[str, Any]]:
+    """The keys of a file, each with its unparsed label."""
     if path.suffix == ".json":
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            labels = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path} is not JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise DataError(f"{path} must hold one object, got {type(given).__name__}")
-        return [(str(key).strip(), value) for key, value in given.items()]
-    return list(_lines(path, field))
+        if not isinstance(labels, dict):
+            raise DataError(f"{path} must hold one object, got {type(labels).__name__}")
+        return [(str(key).strip(), value) for key, value in labels.items()]
+    return list(_read_lines(path, field))
 
 
-def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
+def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
+    """The same for JSON Lines and CSV; a line with several KEYS yields its label under each."""
     bad = []
-    for number, row in _csv(path) if path.suffix == ".csv" else read_jsonl(path):
+    for number, row in _read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
@@ -89,11 +97,8 @@ def _lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
         raise problems(f"line without {field} or without one of {', '.join(KEYS)}", bad)
 
 
-def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file with names in its first line, with the numbers of the lines that they end in.
-
-    An empty cell is none.
-    """
+def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV file with a header, each with the number of its last line; an empty cell is None."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)

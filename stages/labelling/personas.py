@@ -1,4 +1,4 @@
-"""What voters are asked. A persona turns an example into a Ballot: a prompt and two words to choose from.
+"""Personas of voters: each turns an example into a ChoiceRequest, a prompt and two words to choose from.
 
 `role_play` is the persona of the paper and is for strong models. The few-shot personas are for small models,
 whose votes depend on the label words more than on anything else.
@@ -36,7 +36,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "...", "Lorem ipsum.")
 
 @dataclass(frozen=True)
 class CalibrationExample:
-    """A question with its answer and a label that is beyond doubt."""
+    """A question with its answer and a label that is beyond doubt: for calibration or as a worked example."""
 
     question: str
     answer: str
@@ -45,7 +45,7 @@ class CalibrationExample:
 
 @dataclass(frozen=True)
 class PersonaContext:
-    """What a persona needs beside the example."""
+    """Settings from which a persona makes the prompt for an example."""
 
     target: str
     """Name of the model that a role-playing voter plays."""
@@ -56,39 +56,42 @@ class PersonaContext:
 
 
 def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaContext:
-    """What the voter's persona needs, with worked examples if it takes any.
+    """Collect the settings of the voter's persona, with worked examples if it takes any.
 
     target: name of the model that a role-playing voter plays.
     """
     file = Path(voter.shots_path) if voter.shots_path else SHOTS
-    worked = shots(file, voter.shots) if personas.has(voter.persona, "few-shot") else ()
-    return PersonaContext(target, show_answer, voter.words, worked)
+    worked_examples = shots(file, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+    return PersonaContext(target, show_answer, voter.words, worked_examples)
 
 
 def held_out(path: str | None) -> list[CalibrationExample]:
-    """The labelled examples for calibration: those of a person's file, or lorapar's own."""
-    return read_judged(Path(path) if path else HELD_OUT)
+    """The labelled examples for calibration, from a user's file or from lorapar's own."""
+    return read_labelled_examples(Path(path) if path else HELD_OUT)
 
 
-def read_judged(path: Path) -> list[CalibrationExample]:
-    """Rows with question, answer and system (1 or 2); DataError lists all that lack one of them."""
-    found, bad = [], []
+def read_labelled_examples(path: Path) -> list[CalibrationExample]:
+    """Read rows with question, answer and system (1 or 2); raises DataError that lists all other rows."""
+    examples, bad = [], []
     for number, row in read_jsonl(path):
         system = system_of(row.get("system"))
         if system and isinstance(row.get("question"), str) and encodes(row):
-            found.append(CalibrationExample(row["question"], str(row.get("answer", "")), system))
+            examples.append(CalibrationExample(row["question"], str(row.get("answer", "")), system))
         else:
             bad.append(f"{path}:{number}")
     if bad:
         raise problems("a labelled example needs question, answer and system 1 or 2", bad)
-    if len({row.system for row in found}) < 2:
+    if len({row.system for row in examples}) < 2:
         raise DataError(f"{path} has examples of one system only")
-    return found
+    return examples
 
 
 def shots(path: Path, number: int) -> tuple[CalibrationExample, ...]:
-    """The first `number` examples of a file, System 1 and System 2 in turn; DataError if there are fewer."""
-    rows = read_judged(path)
+    """The first `number` examples of a file, System 1 and System 2 in turn.
+
+    An odd number is rounded down. Raises DataError if there are fewer.
+    """
+    rows = read_labelled_examples(path)
     ones, twos = ([row for row in rows if row.system == k] for k in (1, 2))
     if 2 * min(len(ones), len(twos)) < number:
         raise DataError(
@@ -99,84 +102,88 @@ def shots(path: Path, number: int) -> tuple[CalibrationExample, ...]:
 
 
 @personas.add("chat")
-def role_play(example: Example, brief: PersonaContext) -> ChoiceRequest:
+def role_play(example: Example, context: PersonaContext) -> ChoiceRequest:
     """The paper's persona: in a chat, judge as the named model would, from criteria, question and answer."""
-    system = f"You are {brief.target}. Judge each question as you would meet it yourself, briefly."
-    return _chat(system, example, brief, f"Which system does {brief.target} need?")
+    system = f"You are {context.target}. Judge each question as you would meet it yourself, briefly."
+    return _chat(system, example, context, f"Which system does {context.target} need?")
 
 
 @personas.add("chat")
-def judge(example: Example, brief: PersonaContext) -> ChoiceRequest:
+def judge(example: Example, context: PersonaContext) -> ChoiceRequest:
     """`role_play` without the role: the paper's ablation."""
     system = "You judge how much thought a question needs, briefly."
-    return _chat(system, example, brief, "Which system does it need?")
+    return _chat(system, example, context, "Which system does it need?")
 
 
-def _chat(system: str, example: Example, brief: PersonaContext, ask: str) -> ChoiceRequest:
-    one, two = words = brief.words or ("System1", "System2")
+def _chat(system: str, example: Example, context: PersonaContext, question: str) -> ChoiceRequest:
+    """A chat with the criteria, the example and the question which system it needs."""
+    system1, system2 = words = context.words or ("System1", "System2")
     criteria = (
-        f"{one}: immediate recall, plain reading comprehension, or one simple step. "
-        f"{two}: several steps of reasoning, chaining of facts, or a complex inference."
+        f"{system1}: immediate recall, plain reading comprehension, or one simple step. "
+        f"{system2}: several steps of reasoning, chaining of facts, or a complex inference."
     )
-    answer = f"\nAnswer: {example.response}" if brief.show_answer else ""
-    user = f"{criteria}\n\nQuestion: {example.prompt}{answer}\n\n{ask} Answer {one} or {two}."
+    answer = f"\nAnswer: {example.response}" if context.show_answer else ""
+    user = f"{criteria}\n\nQuestion: {example.prompt}{answer}\n\n{question} Answer {system1} or {system2}."
     return ChoiceRequest([{"role": "system", "content": system}, {"role": "user", "content": user}], words)
 
 
 @personas.add("few-shot")
-def steps(example: Example, brief: PersonaContext) -> ChoiceRequest:
+def steps(example: Example, context: PersonaContext) -> ChoiceRequest:
     """Few-shot completion: does the question need one step or many? For small models."""
-    one, two = words = brief.words or ("one", "many")
-    head = f"How many steps does each question need, {one} or {two}?"
-    return _few_shot(head, "Steps:", words, example, brief)
+    words = context.words or ("one", "many")
+    head = f"How many steps does each question need, {words[0]} or {words[1]}?"
+    return _few_shot(head, "Steps:", words, example, context)
 
 
 @personas.add("few-shot")
-def effort(example: Example, brief: PersonaContext) -> ChoiceRequest:
+def effort(example: Example, context: PersonaContext) -> ChoiceRequest:
     """Few-shot completion: is the question easy or hard? For small models."""
-    one, two = words = brief.words or ("easy", "hard")
+    easy, hard = words = context.words or ("easy", "hard")
     head = (
-        f"Label each question. {one} = it needs only recall or one simple step; "
-        f"{two} = it needs several steps of reasoning."
+        f"Label each question. {easy} = it needs only recall or one simple step; "
+        f"{hard} = it needs several steps of reasoning."
     )
-    return _few_shot(head, "Label:", words, example, brief)
+    return _few_shot(head, "Label:", words, example, context)
 
 
 @personas.add()
-def simplicity(example: Example, brief: PersonaContext) -> ChoiceRequest:
+def simplicity(example: Example, context: PersonaContext) -> ChoiceRequest:
     """Zero-shot completion: is the question simple or complex? For small models."""
-    one, two = brief.words or ("simple", "complex")
-    asked = _question(example.prompt, example.response, brief)
-    return ChoiceRequest(f"{asked}\nThis question is", (f" {one}", f" {two}"))
+    words = context.words or ("simple", "complex")
+    question = _question(example.prompt, example.response, context)
+    return ChoiceRequest(f"{question}\nThis question is", (f" {words[0]}", f" {words[1]}"))
 
 
-def _question(question: str, answer: str, brief: PersonaContext) -> str:
-    return f"Question: {question}" + (f"\nAnswer: {_worked(answer)}" if brief.show_answer else "")
+def _question(question: str, answer: str, context: PersonaContext) -> str:
+    return f"Question: {question}" + (f"\nAnswer: {_reasoning(answer)}" if context.show_answer else "")
 
 
-def _worked(answer: str) -> str:
+def _reasoning(answer: str) -> str:
     """The reasoning of a reference answer on one line, without the final answer."""
     return " ".join(answer.partition("####")[0].split())
 
 
 def _few_shot(
-    head: str, cue: str, words: tuple[str, str], example: Example, brief: PersonaContext
+    head: str, cue: str, words: tuple[str, str], example: Example, context: PersonaContext
 ) -> ChoiceRequest:
-    parts = [head]
-    for row in brief.shots:
-        parts.append(f"{_question(row.question, row.answer, brief)}\n{cue} {words[row.system - 1]}")
-    parts.append(f"{_question(example.prompt, example.response, brief)}\n{cue}")
-    return ChoiceRequest("\n\n".join(parts), (f" {words[0]}", f" {words[1]}"))
+    """A completion after worked examples, each a question and the word for its system after `cue`."""
+    blocks = [head]
+    for row in context.shots:
+        blocks.append(f"{_question(row.question, row.answer, context)}\n{cue} {words[row.system - 1]}")
+    blocks.append(f"{_question(example.prompt, example.response, context)}\n{cue}")
+    return ChoiceRequest("\n\n".join(blocks), (f" {words[0]}", f" {words[1]}"))
 
 
 def as_example(row: CalibrationExample) -> Example:
-    """A labelled example in the form in which voters are asked about it."""
+    """A labelled example as an example to vote on."""
     return Example(f"held_out/{row.question}", row.question, row.answer, None)
 
 
-def is_judged(example: Example) -> bool:
+def is_for_calibration(example: Example) -> bool:
+    """Whether `as_example` made this example."""
     return example.id.startswith("held_out/")
 
 
-def empty(text: str) -> Example:
+def content_free(text: str) -> Example:
+    """A question without content as an example to vote on."""
     return Example(f"content_free/{text}", text, text, None)

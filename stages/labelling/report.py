@@ -1,4 +1,4 @@
-"""The report of the labels: counts, each voter, agreement, the most contested examples, and known labels."""
+"""Report on the labels: counts, each voter, agreement, the most contested examples, and known labels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 from stages.config import ClassifySection
 from stages.labelling.aggregate import VoterResult, rounded
-from stages.labelling.agreement import SURFACE, kappas, neighbours, surface, with_known
+from stages.labelling.agreement import SURFACE, compare_with_known, kappas, neighbour_scores, surface_scores
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.labelling.known import system_of
 from stages.labelling.votes import VoterLog
 from stages.records import Labelled
 
 CONTESTED = 10
-TOGETHER = "these together"
+"""Number of contested examples in the report."""
+COMBINED = "these together"
+"""Title of the score that `neighbour_scores` makes of all surface scores."""
 
 
 def counts(rows: list[Labelled]) -> dict[str, Any]:
+    """Numbers of rows: all, by label, and with a gold answer."""
     names = {1: "system1", 2: "system2", None: "undecided"}
     return {
         "examples": len(rows),
@@ -31,62 +34,67 @@ def counts(rows: list[Labelled]) -> dict[str, Any]:
 
 def report(
     rows: list[Labelled],
-    boxes: list[VoterLog],
-    held: dict[str, VoterResult],
-    twos: dict[str, set[str]],
-    found: dict[str, Calibration],
+    voter_logs: list[VoterLog],
+    voter_results: dict[str, VoterResult],
+    system2_ids: dict[str, set[str]],
+    calibrations: dict[str, Calibration],
     section: ClassifySection,
     path: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the report to `path` and say its warnings; returns its most important figures, for the manifest.
 
-    held, twos, found: per voter, its voice, the examples it votes 2, and its calibration.
+    voter_results, system2_ids, calibrations: by voter; the ids are those of the examples it votes 2 for.
     """
-    valid = {
-        title: {id: value for id, value in voice.given.items() if value is not None}
-        for title, voice in held.items()
-    }
+    valid = {title: result.valid() for title, result in voter_results.items()}
     examples = [row.example for row in rows]
-    whole: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
-    for box in boxes:
-        calibration, given = found[box.title], valid[box.title]
-        whole["voters"][box.title] = {
-            "engine": box.voter.engine,
-            "valid": len(given),
-            "invalid": box.invalid(examples),
-            "failed": dict(Counter(failure.reason for _, failure in box.failures)),
-            "system2_share": len(twos[box.title]) / len(given) if given else None,
-            "threshold": rounded(held[box.title].threshold),
+    content: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
+    for voter_log in voter_logs:
+        title, calibration = voter_log.title, calibrations[voter_log.title]
+        content["voters"][title] = {
+            "engine": voter_log.voter.engine,
+            "valid": len(valid[title]),
+            "invalid": voter_log.invalid(examples),
+            "failed": dict(Counter(failure.reason for _, failure in voter_log.failures)),
+            "system2_share": len(system2_ids[title]) / len(valid[title]) if valid[title] else None,
+            "threshold": rounded(voter_results[title].threshold),
             "calibration": "system2_share" if section.system2_share else calibration.method,
-            "mass_on_words": rounded(box.mass()),
+            "mass_on_words": rounded(voter_log.mass()),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
         }
-    said = {title: {id: 2 if id in twos[title] else 1 for id in given} for title, given in valid.items()}
-    whole["agreement"] = kappas(said)
-    whole["contested"] = _contested(rows)
-    if known := _known(rows, section.known, valid):
-        whole["known"] = known
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False), encoding="utf-8")
-    for warning in _warnings(whole):
+    votes = {
+        title: {id: 2 if id in system2_ids[title] else 1 for id in probabilities}
+        for title, probabilities in valid.items()
+    }
+    content["agreement"] = kappas(votes)
+    content["contested"] = _contested(rows)
+    if comparison := _known_comparison(rows, section.known, valid):
+        content["known"] = comparison
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    for warning in _warnings(content):
         say(warning)
-    return _head(whole)
+    return _headline(content)
 
 
-def _known(rows: list[Labelled], field: str, votes: dict[str, dict[str, float]]) -> dict[str, Any] | None:
-    """Comparison of labels, votes and surface scores with the labels in `field`; None if no row has one."""
-    known: dict[str, int] = {}
+def _known_comparison(
+    rows: list[Labelled], field: str, probabilities: dict[str, dict[str, float]]
+) -> dict[str, Any] | None:
+    """Compare labels, votes and surface scores with the labels in `field`; None if no row has one.
+
+    probabilities: of System 2, by voter and example id.
+    """
+    known_labels: dict[str, int] = {}
     for row in rows:
         if system := system_of(row.example.extra.get(field)):
-            known[row.example.id] = system
-    if not known:
+            known_labels[row.example.id] = system
+    if not known_labels:
         return None
     labels = {row.example.id: row.system for row in rows}
-    plain = surface([row.example for row in rows if row.example.id in known])
-    plain[TOGETHER] = neighbours(plain, known)
-    return {"field": field, **with_known(known, labels, {**votes, **plain})}
+    surface = surface_scores([row.example for row in rows if row.example.id in known_labels])
+    surface[COMBINED] = neighbour_scores(surface, known_labels)
+    return {"field": field, **compare_with_known(known_labels, labels, {**probabilities, **surface})}
 
 
 def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
@@ -96,72 +104,81 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
         values = [value for value in row.votes.values() if value is not None]
         return max(values) - min(values) if values else 0.0
 
-    worst = sorted((row for row in rows if spread(row) > 0), key=spread, reverse=True)[:CONTESTED]
+    contested = sorted((row for row in rows if spread(row) > 0), key=spread, reverse=True)[:CONTESTED]
     return [
-        {"id": r.example.id, "prompt": r.example.prompt, "system": r.system, "votes": r.votes} for r in worst
+        {"id": row.example.id, "prompt": row.example.prompt, "system": row.system, "votes": row.votes}
+        for row in contested
     ]
 
 
-def _warnings(whole: dict[str, Any]) -> list[str]:
-    known = whole.get("known")
-    return _of_voters(whole["voters"]) + (_of_known(known, set(whole["voters"])) if known else [])
+def _warnings(content: dict[str, Any]) -> list[str]:
+    warnings = _voter_warnings(content["voters"])
+    if comparison := content.get("known"):
+        warnings += _known_label_warnings(comparison, set(content["voters"]))
+    return warnings
 
 
-def _of_voters(voters: dict[str, Any]) -> list[str]:
+def _voter_warnings(voters: dict[str, Any]) -> list[str]:
     """Warnings about voters whose answers mean little."""
-    found = []
+    warnings = []
     for title, voter in voters.items():
         area, mass = voter["held_out_auc"], voter["mass_on_words"]
         if area is not None and area < POOR_AUC:
             low, high = voter["held_out_interval"]
-            found.append(
+            warnings.append(
                 f"warning: {title} hardly tells the systems apart: AUC {area:.2f} [{low:.2f}-{high:.2f}] on "
                 f"{voter['held_out_examples']} labelled examples"
             )
         if mass is not None and mass < POOR_MASS:
-            found.append(
+            warnings.append(
                 f"warning: {title} puts {mass:.2%} of its probability on the label words: "
                 "it would say something else"
             )
-    return found
+    return warnings
 
 
-def _of_known(known: dict[str, Any], voters: set[str]) -> list[str]:
-    """Warnings about an agreement with known labels that could be had without reading the questions."""
-    found = []
-    areas = {title: area[0] for title, area in known["auc"].items() if area}
-    reached = max((area for title, area in areas.items() if title in voters), default=0.0)
-    # A surface score may be high for either system; the neighbours' score, fitted to labels, may not.
-    plain = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
-    plain |= {TOGETHER: areas[TOGETHER]} if TOGETHER in areas else {}
-    best = max(plain, key=plain.__getitem__, default="")
-    if plain and plain[best] >= reached:
-        found.append(
+def _known_label_warnings(comparison: dict[str, Any], voters: set[str]) -> list[str]:
+    """Warnings about an agreement with known labels that could be had without reading the questions.
+
+    comparison: see `compare_with_known`. voters: the titles that are voters, not surface scores.
+    """
+    warnings = []
+    areas = {title: area[0] for title, area in comparison["auc"].items() if area}
+    best_voter = max((area for title, area in areas.items() if title in voters), default=0.0)
+    # A surface score may be high for either system: an AUC of 0.1 separates as well as one of 0.9. The
+    # combined score is fitted to the labels, so it is high for System 2.
+    surface = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
+    surface |= {COMBINED: areas[COMBINED]} if COMBINED in areas else {}
+    best = max(surface, key=surface.__getitem__, default="")
+    if surface and surface[best] >= best_voter:
+        warnings.append(
             f"warning: the question's surface alone ({best}) separates the known labels as well as the best "
-            f"voter (AUC {plain[best]:.2f} and {reached:.2f}): agreement does not show that anything was read"
+            f"voter (AUC {surface[best]:.2f} and {best_voter:.2f}): agreement does not show that anything "
+            "was read"
         )
-    larger = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2))
-    always = larger / max(known["n"], 1)
-    if known["interval"] is not None and known["interval"][0] <= always:
-        low, high = known["interval"]
-        found.append(
-            f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} "
-            f"[{low:.0%}-{high:.0%}] of the rows; one label for all would in {always:.0%}"
+    # The agreement that the more frequent label would have if every row got it.
+    frequent = max(comparison[f"known {k} labelled 1"] + comparison[f"known {k} labelled 2"] for k in (1, 2))
+    baseline = frequent / max(comparison["n"], 1)
+    if comparison["interval"] is not None and comparison["interval"][0] <= baseline:
+        low, high = comparison["interval"]
+        warnings.append(
+            f"warning: the labels agree with {comparison['field']} in {comparison['agreement']:.0%} "
+            f"[{low:.0%}-{high:.0%}] of the rows; one label for all would in {baseline:.0%}"
         )
-    return found
+    return warnings
 
 
-def _head(whole: dict[str, Any]) -> dict[str, Any]:
+def _headline(content: dict[str, Any]) -> dict[str, Any]:
     """The figures of the report that are shown at the end of classify."""
-    head = {key: whole[key] for key in ("examples", "system1", "system2", "undecided", "with_gold")}
-    if whole["agreement"].get("fleiss_kappa") is not None:
-        head["fleiss_kappa"] = whole["agreement"]["fleiss_kappa"]
-    head["votes_system2"] = {title: voter["system2_share"] for title, voter in whole["voters"].items()}
-    voters = whole["voters"]
+    headline = {key: content[key] for key in ("examples", "system1", "system2", "undecided", "with_gold")}
+    if content["agreement"].get("fleiss_kappa") is not None:
+        headline["fleiss_kappa"] = content["agreement"]["fleiss_kappa"]
+    voters = content["voters"]
+    headline["votes_system2"] = {title: voter["system2_share"] for title, voter in voters.items()}
     invalid = {title: voter["invalid"] for title, voter in voters.items() if voter["invalid"]}
     failed = {title: sum(voter["failed"].values()) for title, voter in voters.items() if voter["failed"]}
-    head |= {name: number for name, number in (("invalid", invalid), ("failed", failed)) if number}
-    if known := whole.get("known"):
-        head["agrees_with_known"] = known["agreement"]
-        head["interval"] = known["interval"]
-    return head
+    headline |= {name: numbers for name, numbers in (("invalid", invalid), ("failed", failed)) if numbers}
+    if comparison := content.get("known"):
+        headline["agrees_with_known"] = comparison["agreement"]
+        headline["interval"] = comparison["interval"]
+    return headline

@@ -1,4 +1,4 @@
-"""The votes of one voter: those in its journal, the questions still to be asked, and the failures."""
+"""The votes of one voter: those in its journal, the requests that are missing there, and the failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.config import Voter
 from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure, same_model
 from stages.engines.openai.client import Client
 from stages.errors import AnswerError
-from stages.labelling.personas import PersonaContext, is_judged, personas
+from stages.labelling.personas import PersonaContext, is_for_calibration, personas
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -22,14 +22,14 @@ from stages.store.journal import Journal
 
 @dataclass(frozen=True)
 class VoteRequest:
-    """One question to one voter: an example and the number of the sample."""
+    """One vote to ask for: an example and the number of the sample."""
 
     example: Example
     sample: int
 
 
 class Vote(BaseModel):
-    """One answer in the journal."""
+    """One answer in the journal; mass: see `engines.ChoiceResult`."""
 
     example: str
     system2: Annotated[float, Field(ge=0, le=1 + 1e-6)] | None
@@ -39,12 +39,12 @@ class Vote(BaseModel):
 
 
 class VoterLog:
-    """One voter's answers, journalled by ballot and sample; no question in the journal is asked again.
+    """One voter's answers, journalled by prompt and sample; no request in the journal is repeated.
 
-    A journal belongs to one persona and to one way of answering: model, data type, engine, temperature,
-    length of thought, and arguments that change results. Each of its lines belongs to the text of one ballot.
-    So with other label words, other worked examples or more samples, only the new questions are asked. The
-    same holds for another run with the same voter.
+    The file of a journal is named by the persona and a key of all that changes answers: model, data type,
+    engine, temperature, thinking budget and engine arguments. The key of a line is the text and the label
+    words of the prompt. So with other label words, other worked examples or more samples, only new requests
+    are made. The same holds for another run with the same voter.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class VoterLog:
         title: str,
         model_title: str,
         identity: str,
-        brief: PersonaContext,
+        context: PersonaContext,
         seed: int,
         folder: Path,
     ) -> None:
-        """identity: identifies the model and everything else that changes its answers."""
+        """identity: names the model and all that changes its answers, except for the settings of `voter`."""
         self.voter, self.title = voter, title
-        self.brief = brief
+        self.context = context
         self._persona, self._seed = personas.pick(voter.persona), seed
-        how = {
+        sampling = {
             "thinking": voter.thinking and voter.thinking.max_tokens,
             "temperature": voter.temperature,
             "seed": f"seed {seed}" if voter.temperature else None,
         }
-        key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in how.items() if v}})
+        key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in sampling.items() if v}})
         model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
         self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl", Vote)
         self._keys: dict[str, str] = {}
@@ -74,75 +74,74 @@ class VoterLog:
         self.examples: list[Example] = []
         """The examples to vote on."""
         self.failures: list[tuple[str, Failure]] = []
-        """Example id and reason for each question that got no answer."""
+        """Example id and reason for each request that got no answer."""
 
-    def same_journal(self, other: VoterLog) -> bool:
-        """Whether both keep their answers in one journal: they are one model, for all that was said."""
-        return self._journal.path == other._journal.path
+    def same_journal(self, voter_log: VoterLog) -> bool:
+        """Whether both use one journal: nothing in their settings tells their models apart."""
+        return self._journal.path == voter_log._journal.path
 
-    def take(self, examples: list[Example]) -> None:
+    def set_examples(self, examples: list[Example]) -> None:
         """Set the examples to vote on."""
         self.examples = examples
-        self._count()
+        self._collect_invalid()
 
-    def _count(self) -> None:
+    def _collect_invalid(self) -> None:
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 
     def missing(self) -> list[VoteRequest]:
-        """The questions whose answers are not in the journal."""
-        wanted: dict[tuple[str, int], VoteRequest] = {}
+        """The requests whose answers are not in the journal; equal prompts are requested once."""
+        requests: dict[tuple[str, int], VoteRequest] = {}
         for example in self.examples:
             for sample in range(self.voter.samples):
-                question = (self._key(example), sample)
-                if question not in self._journal:
-                    wanted.setdefault(
-                        question, VoteRequest(example, sample)
-                    )  # equal questions are asked once
-        return list(wanted.values())
+                key = (self._key(example), sample)
+                if key not in self._journal:
+                    requests.setdefault(key, VoteRequest(example, sample))
+        return list(requests.values())
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Generator[None, None, None]:
-        """Ask the engine the missing questions and journal each answer as it arrives; yields after each.
+        """Send the engine the missing requests and journal each answer as it arrives; yields after each.
 
-        If a remote model gives other greedy answers than before, its weights have changed under the same
-        name: its earlier votes are then left aside.
+        If a remote model's greedy answers to the probes have changed, so have its weights, under the same
+        name: its earlier votes are then set aside.
         """
         # Models that run here are identified by the digest of their weights, so they need no probes.
         probes = engine.fingerprint() if isinstance(engine, Client) and self.voter.urls else []
         with self._journal.writing(say):
-            known = self._journal.notes.get("fingerprint")
-            if not isinstance(known, list) or len(known) != len(probes):
-                known = None
-            if probes and known and not same_model(probes, known):
+            recorded_probes = self._journal.notes.get("fingerprint")
+            if not isinstance(recorded_probes, list) or len(recorded_probes) != len(probes):
+                recorded_probes = None
+            if probes and recorded_probes and not same_model(probes, recorded_probes):
                 number = self._journal.set_aside()
                 say(
-                    f"{self.title} answers unlike before: other weights under the same name; "
-                    f"its {number} earlier votes are left aside"
+                    f"{self.title} gives other answers than before: its weights have changed under the same "
+                    f"name; its {number} earlier votes are set aside"
                 )
-                known = None
-            if probes and known is None:
+                recorded_probes = None
+            if probes and recorded_probes is None:
                 self._journal.note("fingerprint", probes)
-            self._count()  # others may have answered meanwhile
+            self._collect_invalid()  # another run may have added answers since `set_examples`
             missing = self.missing()
-            for i, found in engine.choose(self._ballot(wanted) for wanted in missing):
-                self._keep(missing[i], found)
+            for i, result in engine.choose(self._choice_request(request) for request in missing):
+                self._record(missing[i], result)
                 yield
 
-    def _keep(self, wanted: VoteRequest, found: ChoiceResult | Failure) -> None:
-        if isinstance(found, Failure):
-            self.failures.append((wanted.example.id, found))
+    def _record(self, request: VoteRequest, result: ChoiceResult | Failure) -> None:
+        """Journal an answer; a failure is not journalled, so the next run asks again."""
+        if isinstance(result, Failure):
+            self.failures.append((request.example.id, result))
             return
-        system2 = found.probabilities[1] if found.probabilities else None
-        answer = {"example": wanted.example.id, "system2": system2, "mass": found.mass}
-        if found.text:
-            answer["text"] = found.text
-        self._journal.keep((self._key(wanted.example), wanted.sample), answer)
+        system2 = result.probabilities[1] if result.probabilities else None
+        answer = {"example": request.example.id, "system2": system2, "mass": result.mass}
+        if result.text:
+            answer["text"] = result.text
+        self._journal.keep((self._key(request.example), request.sample), answer)
         if system2 is None:
-            self._invalid.append(found.text)
+            self._invalid.append(result.text)
 
     def check(self, max_failed: float, max_invalid: float, patience: int = 0) -> None:
-        """AnswerError if more questions failed, or more answers are no label word, than these shares allow.
+        """Raise AnswerError if more requests failed, or more answers are invalid, than these shares allow.
 
-        A share above 0 allows at least one. patience: the number of further ones allowed before giving up.
+        A share above 0 allows at least one. patience: this many more are allowed while votes still arrive.
         """
         total = len(self.examples) * self.voter.samples
 
@@ -174,8 +173,8 @@ class VoterLog:
 
     def mass(self) -> float | None:
         """Mean probability of the label words among all tokens; None where the engine cannot tell it."""
-        known = [answer["mass"] for answer in self._answers() if answer["mass"] >= 0]
-        return sum(known) / len(known) if known else None
+        masses = [answer["mass"] for answer in self._answers() if answer["mass"] >= 0]
+        return sum(masses) / len(masses) if masses else None
 
     def _answers(self, examples: Iterable[Example] | None = None) -> Iterator[dict[str, Any]]:
         """The journalled answers on these examples, by default on all examples to vote on."""
@@ -185,21 +184,23 @@ class VoterLog:
                 if answer is not None:
                     yield answer
 
-    def _ballot(self, wanted: VoteRequest) -> ChoiceRequest:
-        ballot: ChoiceRequest = self._persona(wanted.example, self.brief)
-        ballot = replace(ballot, measure_mass=is_judged(wanted.example))
+    def _choice_request(self, request: VoteRequest) -> ChoiceRequest:
+        """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
+        choice_request: ChoiceRequest = self._persona(request.example, self.context)
+        choice_request = replace(choice_request, measure_mass=is_for_calibration(request.example))
         if self.voter.thinking or self.voter.temperature:
-            thought = self.voter.thinking.max_tokens if self.voter.thinking else 0
-            asked = {"question": self._key(wanted.example), "seed": self._seed, "sample": wanted.sample}
-            seed = seed_of(asked)
-            ballot = replace(
-                ballot, max_thinking_tokens=thought, temperature=self.voter.temperature, seed=seed
+            key = {"question": self._key(request.example), "seed": self._seed, "sample": request.sample}
+            choice_request = replace(
+                choice_request,
+                max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,
+                temperature=self.voter.temperature,
+                seed=seed_of(key),
             )
-        return ballot
+        return choice_request
 
     def _key(self, example: Example) -> str:
-        """The digest of the question as asked; the example's id would not change with the persona's text."""
+        """The digest of the rendered prompt: the example's id would not change with the persona's text."""
         if example.id not in self._keys:
-            ballot: ChoiceRequest = self._persona(example, self.brief)
-            self._keys[example.id] = key_of({"text": ballot.text, "words": ballot.words})
+            choice_request: ChoiceRequest = self._persona(example, self.context)
+            self._keys[example.id] = key_of({"text": choice_request.text, "words": choice_request.words})
         return self._keys[example.id]

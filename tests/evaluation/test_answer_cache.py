@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Completion
 from stages.errors import ArtifactError
-from stages.eval import _graded, _outcome
+from stages.eval import _grade_answers, _outcome
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def test_each_answer_is_graded_against_its_own_item(tokenizer):
     rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
     recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
     asked, renderer = [Asked("", [])] * 3, Renderer(tokenizer, PromptSection())
-    found = _graded(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
+    found = _grade_answers(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
     assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
         ("4", True, True, "correct"),
         ("5", False, True, "unparsed"),
@@ -77,7 +77,7 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
 
     section = DEMO.model_copy(update={"samples": 3, "temperature": 0.8})
     renderer = Renderer(tokenizer, PromptSection())
-    replies = AnswerCache([Asked("x", [5])], section, renderer, {}, tmp_path, again=False)
+    replies = AnswerCache([Asked("x", [5])], section, renderer, {}, tmp_path, regenerate=False)
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
-    assert [replies.recorded[0, n].ids for n in range(3)] == [[65], [66], [67]]
+    assert [replies.answers[0, n].ids for n in range(3)] == [[65], [66], [67]]

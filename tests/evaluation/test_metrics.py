@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import binomtest, sem, t
 
 from stages.evaluation.benchmarks import jsonl, mmlu
-from stages.evaluation.grading import Context, by_answer
-from stages.evaluation.metrics import figures, measured
+from stages.evaluation.grading import Context, grade_final_answer
+from stages.evaluation.metrics import compute_metrics, figures
 from stages.evaluation.statistics import interval, wilson
 from stages.records import Example, Sample
 from stages.report.comparison import compared
@@ -51,7 +51,7 @@ def test_items_that_are_simply_right_or_wrong_have_wilson_s_interval_and_others_
 
 def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables():
     samples = answers({"a": ["correct", "refused"], "b": ["correct", "wrong"], "c": ["wrong", "wrong"]})
-    whole = measured(samples, ())["all"]
+    whole = compute_metrics(samples, ())["all"]
     assert (whole["n"], whole["answers"], whole["refused"], whole["accuracy"]) == (2, 6, 1, 0.25)
     assert whole["pass@1"] == pytest.approx(0.25)
     (row,) = compared({"base": {"all": samples}})
@@ -69,7 +69,7 @@ def test_pairs_are_of_the_items_that_both_targets_could_be_graded_on():
 
 def test_without_a_graded_item_there_is_no_accuracy():
     samples = answers({"a": ["refused"]})
-    whole = measured(samples, ())["all"]
+    whole = compute_metrics(samples, ())["all"]
     assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
     (row,) = compared({"base": {"all": samples}})
     assert (row["accuracy"], row["low"], row["high"], row["p"]) == (None, None, None, None)
@@ -83,7 +83,7 @@ def test_several_answers_and_groups_of_a_benchmark():
         )
     ]
     more = [replace(sample, id="e") for sample in samples if sample.id == "d"]
-    whole = measured([*samples, *more], ("subject",))["all"]
+    whole = compute_metrics([*samples, *more], ("subject",))["all"]
     assert whole["n"] == 5 and whole["pass@1"] == pytest.approx((1 + 1 / 4 + 0 + 1 + 1) / 5)
     assert whole["macro_over_subject"] == pytest.approx(((1 + 1 / 4) / 2 + 2 / 3) / 2)
 
@@ -109,7 +109,7 @@ def test_letters_of_mmlu_and_of_a_file(said, strict, flexible):
 def test_systems_have_their_own_items():
     given = answers({"a": ["correct"], "b": ["wrong"], "c": ["wrong"]})
     samples = [replace(one, system=system) for one, system in zip(given, (1, 2, 2), strict=True)]
-    whole = measured(samples, ())
+    whole = compute_metrics(samples, ())
     assert [(whole[k]["n"], whole[k]["accuracy"]) for k in ("system1", "system2")] == [(1, 1), (2, 0)]
 
 
@@ -117,7 +117,7 @@ def test_both_readings_have_their_own_accuracy():
     given = answers({"a": ["wrong"], "b": ["correct"]})
     found = figures([replace(one, correct_flexible=True) for one in given])
     assert (found["accuracy"], found["accuracy_flexible"]) == (0.5, 1.0)
-    guessed = by_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
+    guessed = grade_final_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
     assert (guessed.strict, guessed.flexible) == (None, "18")
     assert (guessed.correct, guessed.correct_flexible) == (False, True)
 

@@ -9,7 +9,7 @@ from conftest import labels_of, make_step
 from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
 from stages.labelling import report
-from stages.labelling.known import labelled
+from stages.labelling.known import with_known_labels
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.records import Example, Labelled, read_labels
@@ -18,7 +18,7 @@ ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}
 
 
 def test_labels_of_the_rows_themselves():
-    rows = labelled(ROWS, "system", None)
+    rows = with_known_labels(ROWS, "system", None)
     assert [row.system for row in rows] == [1, 2, 1, 2] and all(row.votes == {} for row in rows)
 
 
@@ -36,22 +36,22 @@ def test_labels_of_the_rows_themselves():
 )
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert [row.system for row in labelled(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
+    assert [row.system for row in with_known_labels(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
 
 
 def test_an_empty_cell_of_a_csv_is_no_label(tmp_path):
     (tmp_path / "a.csv").write_text("id,question,system\n,What is 0?,2\n,What is 1?,\n")
-    rows = labelled(ROWS, "system", tmp_path / "a.csv")
+    rows = with_known_labels(ROWS, "system", tmp_path / "a.csv")
     assert [row.system for row in rows] == [2, None, None, None]
 
 
 def test_a_csv_without_the_label_names_its_lines(tmp_path):
     (tmp_path / "a.csv").write_text('question,voted\n"What\nis it?",1\nWhat?,2\n')
     with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):
-        labelled(ROWS, "system", tmp_path / "a.csv")
+        with_known_labels(ROWS, "system", tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"question,system\n\xff,1\n")
     with pytest.raises(DataError, match="is not CSV"):
-        labelled(ROWS, "system", tmp_path / "a.csv")
+        with_known_labels(ROWS, "system", tmp_path / "a.csv")
 
 
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
@@ -62,28 +62,28 @@ def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
         {"instruction": "Translate.", "system": 1},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [row.system for row in labelled(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
+    assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
 
 
 def test_an_instruction_that_is_no_text_names_no_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "id0", "instruction": null, "system": 1}\n')
-    assert labelled(ROWS, "system", tmp_path / "a.jsonl")[0].system == 1
+    assert with_known_labels(ROWS, "system", tmp_path / "a.jsonl")[0].system == 1
     (tmp_path / "a.jsonl").write_text('{"instruction": "I", "input": "a", "context": "b", "system": 1}\n')
     with pytest.raises(DataError, match="says something else than its other name"):
-        labelled(ROWS, "system", tmp_path / "a.jsonl")
+        with_known_labels(ROWS, "system", tmp_path / "a.jsonl")
 
 
 def test_the_report_reads_labels_as_the_stage_does():
     written = ("1", "2", "System 2", 1, None, "fast")
     rows = [Labelled(Example(f"{n}", "Q", "A", None, {"system": x}), 1, {}) for n, x in enumerate(written)]
-    known = report._known(rows, "system", {})
+    known = report._known_comparison(rows, "system", {})
     assert known["n"] == 4 and known["agreement"] == 0.5
 
 
 def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
     (tmp_path / "a.json").write_text('{"id0": 1, "id3": 2, "other": 1, "id1": null}')
     with caplog.at_level(logging.WARNING, logger="stages.labelling.known"):
-        rows = labelled(ROWS, "system", tmp_path / "a.json")
+        rows = with_known_labels(ROWS, "system", tmp_path / "a.json")
     assert [row.system for row in rows] == [1, None, None, 2]
     assert "2 of 4 examples have no label" in caplog.text
 
@@ -105,7 +105,7 @@ def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
 def test_a_wrong_file_is_refused(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
-        labelled(ROWS, "system", tmp_path / name)
+        with_known_labels(ROWS, "system", tmp_path / name)
 
 
 def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
@@ -162,6 +162,6 @@ def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apar
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "Q", "system": 1}\n{"question": "Q", "system": 2}\n')
     with pytest.raises(DataError, match="row with both labels in .*: Q"):
-        labelled(rows, "system", path)
+        with_known_labels(rows, "system", path)
     path.write_text('{"question": "Q", "id": 7, "system": 1}\n{"question": "Q", "id": "x", "system": 2}\n')
-    assert [row.system for row in labelled(rows, "system", path)] == [1, 2]
+    assert [row.system for row in with_known_labels(rows, "system", path)] == [1, 2]

@@ -28,7 +28,7 @@ def votes(folder, number: int, **voter) -> VoterLog:
     made = VoterLog(
         Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False), 0, folder
     )
-    made.take([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
+    made.set_examples([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
     return made
 
 
@@ -53,7 +53,7 @@ def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
     voter = Voter(persona="simplicity", temperature=0.5, thinking={})
     for seed in (0, 1):
         made = VoterLog(voter, "v", "m", "x", PersonaContext("m", False), seed, tmp_path)
-        made.take([Example("a", "Q?", "A", None)])
+        made.set_examples([Example("a", "Q?", "A", None)])
         assert len(list(made.ask(Echo(0), print))) == 1
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 

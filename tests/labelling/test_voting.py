@@ -8,7 +8,7 @@ from stages.config import ClassifySection
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.aggregate import VoterResult, aggregate
-from stages.labelling.agreement import auc, kappas, neighbours, surface, with_known
+from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
 from stages.labelling.calibration import calibrate
 from stages.labelling.personas import (
     HELD_OUT,
@@ -16,10 +16,10 @@ from stages.labelling.personas import (
     CalibrationExample,
     PersonaContext,
     personas,
-    read_judged,
+    read_labelled_examples,
     shots,
 )
-from stages.labelling.report import _of_known
+from stages.labelling.report import _known_label_warnings
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -55,12 +55,12 @@ def test_role_play_names_the_target():
 
 def test_labelled_examples():
     """Balanced, by turns, none in both files, and yes/no questions on both sides."""
-    shown, held = read_judged(SHOTS), read_judged(HELD_OUT)
+    shown, held = read_labelled_examples(SHOTS), read_labelled_examples(HELD_OUT)
     assert not {row.question for row in shown} & {row.question for row in held}
     assert len(held) >= 24
     for rows in (shown, held):
         assert [row.system for row in rows] == [1, 2] * (len(rows) // 2)
-        forms = surface([Example(row.question, row.question, "", None) for row in rows])["yes/no form"]
+        forms = surface_scores([Example(row.question, row.question, "", None) for row in rows])["yes/no form"]
         assert all(any(forms[row.question] for row in rows if row.system == k) for k in (1, 2))
     assert len(shots(SHOTS, 5)) == 4
 
@@ -68,7 +68,7 @@ def test_labelled_examples():
 def test_labels_of_a_user_s_examples_may_be_written_as_elsewhere(tmp_path):
     lines = ['{"question": "q", "answer": "a", "system": 2.0}', '{"question": "r", "system": "System 1"}']
     (tmp_path / "h.jsonl").write_text("\n".join(lines))
-    assert [row.system for row in read_judged(tmp_path / "h.jsonl")] == [2, 1]
+    assert [row.system for row in read_labelled_examples(tmp_path / "h.jsonl")] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
     with pytest.raises(
         DataError, match="a labelled example needs question, answer and system 1 or 2: .*h.jsonl:1"
     ):
-        read_judged(tmp_path / "h.jsonl")
+        read_labelled_examples(tmp_path / "h.jsonl")
 
 
 def labels(
@@ -231,7 +231,7 @@ def test_kappas_against_worked_tables():
 
 
 def test_agreement_with_known_labels():
-    found = with_known(
+    found = compare_with_known(
         {"1": 1, "2": 2, "3": 2, "4": 1},
         {"1": 1, "2": 2, "3": 1, "4": None},
         {"a": {"1": 0.1, "2": 0.9, "3": 0.4}},
@@ -252,7 +252,7 @@ def test_agreement_with_known_labels():
     ],
 )
 def test_surface(text, form):
-    found = surface([Example("x", text, "", None)])
+    found = surface_scores([Example("x", text, "", None)])
     assert found["yes/no form"]["x"] == form and found["words"]["x"] == len(text.split())
 
 
@@ -262,7 +262,7 @@ def test_surface_scores_together():
     scores = {"words": {id: float(id[1:]) for id in known}, "form": {id: float(id[0]) for id in known}}
     ids = list(known)
     assert auc([scores["words"][id] for id in ids], [known[id] == 2 for id in ids])[0] == 0.5
-    together = neighbours(scores, known)
+    together = neighbour_scores(scores, known)
     assert auc([together[id] for id in ids], [known[id] == 2 for id in ids])[0] > 0.9
 
 
@@ -275,7 +275,7 @@ def test_the_matched_set_gives_nothing_away():
     from matched import rows
 
     found = rows(60, 0)
-    scores = surface([Example(row["question"], row["question"], "", None) for row in found])
+    scores = surface_scores([Example(row["question"], row["question"], "", None) for row in found])
     for name, values in scores.items():
         assert (
             auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5
@@ -287,14 +287,14 @@ def test_the_matched_set_gives_nothing_away():
 
 def test_surface_by_hand():
     text = "Ann has 1,200 pens and 3.5 kg in 2 boxes."
-    found = surface([Example("x", text, "", None)])
+    found = surface_scores([Example("x", text, "", None)])
     assert (found["words"]["x"], found["numbers"]["x"], found["yes/no form"]["x"]) == (10, 3, 0)
 
 
 def test_neighbours_are_others():
     """On a line of seven, of which the last three are System 2: 1 to 5 are beside 0, and 1 to 5 beside 6."""
     line = {"words": {str(i): float(i) for i in range(7)}}
-    found = neighbours(line, {str(i): 1 + (i > 3) for i in range(7)})
+    found = neighbour_scores(line, {str(i): 1 + (i > 3) for i in range(7)})
     assert (found["0"], found["6"]) == (0.4, 0.4)
 
 
@@ -311,13 +311,13 @@ def known_of(words: float) -> dict:
 
 
 def test_a_surface_that_separates_as_well_is_warned_of_in_both_directions():
-    (said,) = _of_known(known_of(0.15), {"v"})
+    (said,) = _known_label_warnings(known_of(0.15), {"v"})
     assert "(AUC 0.85 and 0.80)" in said
-    assert _of_known(known_of(0.25), {"v"}) == []
+    assert _known_label_warnings(known_of(0.25), {"v"}) == []
 
 
 def test_an_agreement_that_one_label_for_all_has_is_warned_of():
-    (said,) = _of_known(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
+    (said,) = _known_label_warnings(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
     assert "one label for all would in 50%" in said
 
 
@@ -329,7 +329,7 @@ def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
 
 def test_a_threshold_without_content_is_the_mean_of_log_odds():
     """Odds of 9 and 1: their geometric mean is 3."""
-    judged = read_judged(SHOTS)[:2]
+    judged = read_labelled_examples(SHOTS)[:2]
     assert calibrate("content_free", judged, [None, None], [0.9, 0.5]).threshold == pytest.approx(0.75)
 
 

@@ -4,10 +4,10 @@ A file defines these names at its top level:
 
 - `DEFAULTS`: the default settings of its entry under `eval.benchmarks`.
 - `load(section)`: the items as Examples.
-- `ask(examples, section, renderer)`: one Asked per item.
-- `grade(example, output, context)`: a Grade.
+- `ask(examples, section, renderer)`: the rendered prompt of each item.
+- `grade(example, output, context)`: the Grade of an answer.
 - `GROUPS`: the fields of an item by which the results are also split.
-- `SANDBOX`, if grading runs code that a model wrote.
+- `SANDBOX = True`, if grading runs code that a model wrote.
 
 A benchmark that another project's harness runs defines `DEFAULTS` and `run` only.
 """

@@ -4,7 +4,7 @@ from typing import Any
 
 from stages.config import BenchmarkSection
 from stages.data import rows
-from stages.evaluation.grading import by_answer, by_prompt, with_gold
+from stages.evaluation.grading import by_prompt, grade_final_answer, with_gold
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {"path": "data/demo/test.jsonl", "max_new_tokens": 48}
@@ -16,4 +16,4 @@ def load(section: BenchmarkSection) -> list[Example]:
 
 
 ask = by_prompt
-grade = by_answer
+grade = grade_final_answer

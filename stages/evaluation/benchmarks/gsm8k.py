@@ -5,7 +5,7 @@ from typing import Any
 from stages.config import BenchmarkSection
 from stages.data import rows
 from stages.errors import DataError
-from stages.evaluation.grading import by_answer, by_prompt, with_gold
+from stages.evaluation.grading import by_prompt, grade_final_answer, with_gold
 from stages.prompts.answers import number
 from stages.records import Example
 
@@ -28,4 +28,4 @@ def load(section: BenchmarkSection) -> list[Example]:
 
 
 ask = by_prompt
-grade = by_answer
+grade = grade_final_answer

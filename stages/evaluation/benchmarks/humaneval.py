@@ -33,13 +33,13 @@ SANDBOX = True
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    found, _ = each(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
-    return [example for _, example in found]
+    rows, _ = each(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
+    return [example for _, example in rows]
 
 
 def _example(row: dict[str, Any], _: int) -> Example:
     prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
-    stub(prompt)
+    stub(prompt)  # SyntaxError unless a program can begin like this
     return Example(task, prompt, solution, None, {"test": tests, "entry_point": entry})
 
 
@@ -63,7 +63,7 @@ def grade(example: Example, output: str, context: Context) -> Grade:
         return Grade(None, None, False, False, extra={"verdict": "no code"})
     try:
         verdict = context.sandbox.check(program, tests, entry, setup=stub(example.prompt))
-        # The benchmark's own verdict can differ only where program and tests ran at all.
+        # The benchmark's own verdict can differ only where program and tests were run at all.
         doubtful = verdict.status in ("failed", "suspicious", "crashed", "flooded")
         standard = verdict.passed or (doubtful and context.sandbox.plain(program, tests, entry))
     except SandboxFailure as failure:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.config import SourceSection
 from stages.data.rows import Empty, each, gold_field, once, read, table, text_field
-from stages.evaluation.grading import Context, Grade, by_answer, by_prompt
+from stages.evaluation.grading import Context, Grade, by_prompt, grade_final_answer
 from stages.prompts.answers import extract, letter, number, same, same_text
 from stages.records import Example
 from stages.store.digests import id_of
@@ -48,18 +48,18 @@ def _kind(answer: str) -> str:
 
 
 def _shots(source: SourceSection) -> list[Example]:
-    """Worked examples: in the benchmark's own form, or in one of training rows."""
-    own = {"prompt", "answer"} <= table(source.model_copy(update={"limit": 1}))[0][1].keys()
-    return load(source) if own else read(source)
+    """Worked examples, in the form of this benchmark or in a form of training rows."""
+    _, first_row = table(source.model_copy(update={"limit": 1}))[0]
+    return load(source) if {"prompt", "answer"} <= first_row.keys() else read(source)
 
 
-ask = functools.partial(by_prompt, worked=_shots)
+ask = functools.partial(by_prompt, read_shots=_shots)
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
     if example.extra["grade"] != "letter":
         equal = same_text if example.extra["grade"] == "text" else same
-        return by_answer(example, output, context, equal)
+        return grade_final_answer(example, output, context, equal)
     strict = letter(extract(output, context.answer_format).strict or "")
     flexible = strict or letter(output)
     return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {"label": False}
 METRICS = ("exact_match", "acc", "pass@1", "pass_at_1")
-"""Metrics that say right or wrong for one item, though in some tasks they are shares.
+"""Metrics that usually say right or wrong for one item; in some tasks they are shares.
 
-The first is used that a task reports and that is 0 or 1 for all its items.
+Of each task the first of these is used that is 0 or 1 for all its items.
 """
 
 
@@ -59,8 +59,8 @@ def run(
         batch_size=server.batch_size,
         backend="causal",
     )
-    with _running(section.tasks):
-        found = lm_eval.simple_evaluate(
+    with _user_errors(section.tasks):
+        results = lm_eval.simple_evaluate(
             model=served,
             tasks=list(section.tasks),
             task_manager=tasks,
@@ -72,12 +72,15 @@ def run(
             bootstrap_iters=0,
             confirm_run_unsafe_code=False,
         )
-    return _write(found, f"lm-eval {lm_eval.__version__}", section, target, out)
+    return _write(results, f"lm-eval {lm_eval.__version__}", section, target, out)
 
 
 @contextmanager
-def _running(tasks: list[str]) -> Iterator[None]:
-    """Turn whatever the harness or a task's own code raises into a sentence that names the tasks."""
+def _user_errors(tasks: list[str]) -> Iterator[None]:
+    """Turn an error of the harness, or of a task's own code, into a ConfigError that names the tasks.
+
+    Errors of memory and of files pass unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -85,45 +88,52 @@ def _running(tasks: list[str]) -> Iterator[None]:
             raise
         raise ConfigError(
             f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}",
-            "its task file and its data must be there; code of a model runs in kind humaneval alone",
+            "check its task file and its data; only kind humaneval runs code that a model wrote",
         ) from error
 
 
 def _task_manager(section: BenchmarkSection) -> Any:
-    """The harness' tasks and those below `section.path`; ConfigError if they lack one of `section.tasks`."""
+    """The harness' tasks and those below `section.path`.
+
+    Raises ConfigError if one of `section.tasks` is not among them.
+    """
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=section.path)
-    known = set(tasks.all_tasks)
-    if unknown := [name for name in section.tasks if name not in known]:
+    available = set(tasks.all_tasks)
+    if unknown := [name for name in section.tasks if name not in available]:
         raise ConfigError(
             f"the harness has no task {', '.join(unknown)}",
-            "its own tasks: lm-eval ls tasks; a folder with yours: path",
+            "`lm-eval ls tasks` lists them; path names a folder with tasks of your own",
         )
     return tasks
 
 
 def _write(
-    found: dict[str, Any], harness: str, section: BenchmarkSection, target: str, out: Path
+    results: dict[str, Any], harness: str, section: BenchmarkSection, target: str, out: Path
 ) -> dict[str, Any]:
-    """Write what `simple_evaluate` returned in the files of an evaluation; returns the accuracies."""
-    from stages.evaluation.metrics import brief, measured
+    """Write the results of `simple_evaluate` into the files of an evaluation; returns the accuracies."""
+    from stages.evaluation.metrics import compute_metrics, headline
 
-    samples = [s for name, rows in found["samples"].items() for s in _samples(name, rows)]
+    samples = [s for name, rows in results["samples"].items() for s in _samples(name, rows)]
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
-    own = {"results": found["results"], "versions": found.get("versions"), "n-shot": found.get("n-shot")}
-    (out / "harness.json").write_text(json.dumps(own, indent=1, default=str), encoding="utf-8")
-    metrics = measured(samples, ("task",)) if samples else {}
+    harness_results = {
+        "results": results["results"],
+        "versions": results.get("versions"),
+        "n-shot": results.get("n-shot"),
+    }
+    (out / "harness.json").write_text(json.dumps(harness_results, indent=1, default=str), encoding="utf-8")
+    metrics = compute_metrics(samples, ("task",)) if samples else {}
     record = {
         "target": target,
         "benchmark": section.model_dump(mode="json"),
         "harness": harness,
         **metrics,
         "first_prompt": samples[0].prompt if samples else None,
-        "own": own["results"],
+        "own": results["results"],
     }
     (out / "metrics.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    return {"kind": section.kind, "tasks": section.tasks, **(brief(metrics) if metrics else {})}
+    return {"kind": section.kind, "tasks": section.tasks, **(headline(metrics) if metrics else {})}
 
 
 def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
@@ -138,10 +148,11 @@ def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
     for item, readings in by_item.items():
         verdicts = [bool(reading[metric]) for reading in readings]
         first = readings[0]
+        # A list or a dict of requests, each a sequence or a dict whose first entry is the prompt.
         arguments = first["arguments"]
         arguments = arguments if isinstance(arguments, list | tuple) else list(arguments.values())
         prompt = arguments[0]["arg_0"] if isinstance(arguments[0], dict) else arguments[0][0]
-        read = [str(reading["filtered_resps"]) for reading in readings]
+        answers = [str(reading["filtered_resps"]) for reading in readings]
         samples.append(
             Sample(
                 id=f"{task}/{item}",
@@ -150,8 +161,8 @@ def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
                 prompt=str(prompt),
                 output=str(first["resps"]),
                 gold=str(first["target"]),
-                strict=read[0],
-                flexible=read[-1],
+                strict=answers[0],
+                flexible=answers[-1],
                 correct=verdicts[0],
                 correct_flexible=verdicts[-1],
                 outcome="correct" if verdicts[0] else "wrong",

@@ -1,8 +1,8 @@
 """MMLU: four choices, 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300); 5 shots; likelihood or text.
 
 In mode `likelihood` the answer is the likeliest of ` A`, ` B`, ` C` and ` D` after `Answer:`. The prompts are
-those of lm-evaluation-harness' task `mmlu`. Results are split by subject and by category. Macro averages
-are over either.
+those of lm-evaluation-harness' task `mmlu`. Results are split by subject and by category, with a macro
+average over each.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for
 
 def load(section: SourceSection) -> list[Example]:
     """Rows have `subject`, `question`, `choices` and `answer` (an index). Repeated rows all count."""
-    found, _ = each(section, _example, "mmlu needs subject, question, choices, answer")
-    return [example for _, example in found]
+    rows, _ = each(section, _example, "mmlu needs subject, question, choices, answer")
+    return [example for _, example in rows]
 
 
 def _example(row: dict[str, Any], number: int) -> Example:
@@ -76,7 +76,7 @@ def _example(row: dict[str, Any], number: int) -> Example:
 
 
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
-    """Each question after the first `shots` worked questions of the same subject."""
+    """Render each question after the first `shots` worked questions of the same subject."""
     shots = _shots(section) if section.shots else {}
     subjects = {example.extra["subject"] for example in examples}
     missing = {subject for subject in subjects if len(shots.get(subject, [])) < section.shots}
@@ -86,7 +86,7 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
             "lower shots, or give shots_path",
         )
     words = LETTERS if renderer.section.template == "chat" else tuple(f" {name}" for name in LETTERS)
-    asked = []
+    prompts = []
     for example in examples:
         subject = example.extra["subject"]
         turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
@@ -94,15 +94,16 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
         text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", of=example)
         likelihood = section.mode == "likelihood"
-        asked.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
-    return asked
+        prompts.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
+    return prompts
 
 
 def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
-    found: dict[str, list[Example]] = {}
+    """The first `shots` worked questions of each subject."""
+    by_subject: dict[str, list[Example]] = {}
     for example in load(shots_source(section)):
-        found.setdefault(example.extra["subject"], []).append(example)
-    return {subject: examples[: section.shots] for subject, examples in found.items()}
+        by_subject.setdefault(example.extra["subject"], []).append(example)
+    return {subject: examples[: section.shots] for subject, examples in by_subject.items()}
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
