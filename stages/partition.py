@@ -1,4 +1,4 @@
-"""partition: give every element a region by its importance, and choose the elements that SFT or RL trains."""
+"""partition: give each element a region by its importance, and choose the elements that SFT or RL trains."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
 
     Returns the size of each region and the active share. MeaninglessError if no element is active.
     """
-    made = job.inputs["score"].path
-    written = json.loads((made / "shapes.json").read_text())
-    shapes = {name: torch.Size(shape) for name, shape in written.items()}
+    score = job.inputs["score"].path
+    by_name = json.loads((score / "shapes.json").read_text())
+    shapes = {name: torch.Size(shape) for name, shape in by_name.items()}
+    # Scores are 1-D over all weights, in the order of their names; `sizes` says where each weight ends.
     if strategies.has(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
-        importance = read_importance(made / "importance.safetensors")
+        importance = read_importance(score / "importance.safetensors")
         scores = {system: flat(tensors) for system, tensors in importance.items()}
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
@@ -41,7 +42,7 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
             if partition.strategy in BY_DENSITY
             else f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}",
         )
-    Masks.cut(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
+    Masks.from_flat(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
     union = total - counts[NONE]
@@ -51,14 +52,14 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
         "s2_only": counts[S2_ONLY],
         "shared": counts[SHARED],
         "none": counts[NONE],
-        "s1_only_share": _share(counts[S1_ONLY], counts[SHARED]),
-        "s2_only_share": _share(counts[S2_ONLY], counts[SHARED]),
+        "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
+        "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
 
 
-def _share(own: int, shared: int) -> float:
-    """Of the elements that a system needs, those that it alone needs."""
-    return own / (own + shared) if own + shared else 0.0
+def _exclusive_share(exclusive: int, shared: int) -> float:
+    """Share of a system's elements that the other system does not use."""
+    return exclusive / (exclusive + shared) if exclusive + shared else 0.0

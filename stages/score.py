@@ -1,6 +1,6 @@
-"""score: the initial adapter A₀, B₀ and, for each system, the importance of every one of its elements.
+"""score: make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems.
 
-Where RL asks for it (`rl.rescore`), also the importances in the adapter of SFT.
+With `rl.rescore`, a second variant of the stage scores the elements of SFT's adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
 from stages.lora.importance.masks import flat, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
-from stages.lora.importance.strategies import check
+from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
@@ -49,8 +49,8 @@ def run(
 
     The variant `rl` scores the adapter of SFT instead, and writes no `init/`. Importance is one float32 per
     element of the trainable part of each LoRA weight, stored under `s1/` and `s2/`. Returns for each system
-    the number of examples, their mean loss (of a pilot run: before the step that takes them) and the weight
-    of the formula's second-order term, or the steps of the pilot run.
+    the number of examples, their mean loss (in a pilot run: before the step on them) and the share of the
+    formula's second-order term or, with a pilot run, its number of steps.
     """
     base = load_base(model, fsdp.load_device(score.launch))
     tuned = job.adapter("sft")
@@ -73,50 +73,53 @@ def run(
         number = min(score.examples, len(examples[system]))
         chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
         rows, long = renderer.rows(chosen, data)
-        resources.release_memory()  # what the other system left is in pieces too small for the longest rows
+        # The blocks that the other system left in torch's memory pool are too small for the longest rows.
+        resources.release_memory()
         steps = min(pilot.STEPS, len(rows)) if scorers.has(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
-        job.progress.start(f"score System {system}", sum(len(_mine(batch)) for batch in batches))
+        job.progress.start(f"score System {system}", sum(len(_local_rows(batch)) for batch in batches))
 
         def sums_of(batch: list[Row]) -> Moments:
             return _moments(peft_model, batch, score, renderer, job.progress)
 
-        scores[system], told = _importance(peft_model, batches, sums_of, lora, score.scorer)
-        check(flat(scores[system]), system)
-        summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **told}
+        scores[system], statistics = _importance(peft_model, batches, sums_of, lora, score.scorer)
+        check_importance(flat(scores[system]), system)
+        summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
 
 
-def _mine(rows: list[Row]) -> list[Row]:
-    """Those of this process."""
+def _local_rows(rows: list[Row]) -> list[Row]:
+    """The rows that this process computes: every n-th of n processes, beginning with its rank."""
     return rows[distributed.rank() :: distributed.size()]
 
 
 def _moments(
     model: PeftModel, rows: list[Row], score: ScoreSection, renderer: Renderer, progress: Progress
 ) -> Moments:
-    """The sums over these rows, by all processes, in batches of similar length: little padding is needed.
+    """Compute the sums over these rows, split over all processes; each process returns the totals.
 
-    The longest come first: what they took serves the others. From the shortest on, each batch would need
-    larger blocks of memory than are free, a fifth more in all on a CPU.
+    Batches hold rows of similar length, so that they need little padding. The longest rows come first: later
+    batches then fit into the memory that the first ones took. With the shortest first, each batch would need
+    larger blocks than are free, a fifth more memory in all on a CPU.
     """
-    own = sorted(_mine(rows), key=lambda row: -len(row.input_ids))
-    batches = [own[i : i + score.batch_size] for i in range(0, len(own), score.batch_size)]
+    local = sorted(_local_rows(rows), key=lambda row: -len(row.input_ids))
+    batches = [local[i : i + score.batch_size] for i in range(0, len(local), score.batch_size)]
     model.requires_grad_(False)
     model.eval()
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
     sums = moments(model, layers, batches, progress.advance, pad)
     if fsdp.is_sharded(score.launch):
-        # A divided base needs all processes in each pass; the first has the most rows.
+        # Each pass through a sharded base needs all processes. The first has the most rows; processes with
+        # fewer batches make up for it with passes over some row, whose results are discarded.
         most = math.ceil(len(rows[:: distributed.size()]) / score.batch_size)
         moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
-    _add_up(sums)
+    _all_reduce(sums)
     return sums
 
 
-def _add_up(sums: Moments) -> None:
+def _all_reduce(sums: Moments) -> None:
     """Replace the sums in every process by their totals over all processes."""
     device = next(iter(sums.gradient.values())).device
     counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=device)
@@ -131,32 +134,39 @@ def _importance(
     lora: LoraSection,
     scorer: str,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Importance by parameter name, and what the summary tells of it."""
-    formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
-    if scorers.has(scorer, "pilot"):
-        after, loss = pilot.trained(layers, lora, batches, sums_of)
-        told = {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
+    """Score the trainable part of each weight by the scorer's formula, and return statistics for the summary.
 
-        def read(name: str) -> tuple[Tensor, ...]:
-            return (after[name],)
+    batches: those of a pilot run, one per step; for other scorers one batch of all rows.
+    """
+    formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
+    # The formula's arguments after the value: the value after a pilot run, or mean gradient and Fisher.
+    if scorers.has(scorer, "pilot"):
+        trained, loss = pilot.run(layers, lora, batches, sums_of)
+        statistics = {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
+
+        def arguments(name: str) -> tuple[Tensor, ...]:
+            return (trained[name],)
 
     else:
         [rows] = batches
         sums = sums_of(rows)
-        told = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
+        statistics = {
+            "mean_loss": sums.loss / sums.examples,
+            "second_order": _second_order(model, sums, lora),
+        }
 
-        def read(name: str) -> tuple[Tensor, ...]:
+        def arguments(name: str) -> tuple[Tensor, ...]:
             return sums.gradient[name] / sums.examples, sums.square[name] / sums.examples
 
     scores = {}
     for name, layer in layers.items():
-        whole = (layer.weight, *read(name))
-        scores[name] = formula(*(adapter.trainable_part(name, t, lora).detach().float() for t in whole))
-    return scores, told
+        tensors = (layer.weight, *arguments(name))  # each of the weight's full shape
+        scores[name] = formula(*(adapter.trainable_part(name, t, lora).detach().float() for t in tensors))
+    return scores, statistics
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:
-    """The weight of the second-order term: Σ ½Fφ² as a share of Σ |gφ| + Σ ½Fφ²."""
+    """Share of the second-order term over all elements: Σ ½Fφ² / (Σ |gφ| + Σ ½Fφ²)."""
     first = second = 0.0
     for name, layer in adapter.lora_layers(model).items():
         value, gradient, square = (

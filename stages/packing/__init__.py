@@ -1,1 +1,1 @@
-"""Several sequences in one row without padding; what they share at their beginning is computed once."""
+"""Padding-free batches: several sequences packed into one row, with shared prefixes computed once."""

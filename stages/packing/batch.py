@@ -1,7 +1,7 @@
-"""Several sequences in one row: nothing is padded, and a beginning that they share stands there once.
+"""Packed batch: several sequences in one row without padding, in which a prefix that they share stands once.
 
-All layers but attention treat every token alike, so they take the row as it is. Attention gets its sequences
-back: each sees the beginning that it shares and itself, at the positions it would have alone.
+All layers but attention treat every token alike, so they take the row as it is. Attention needs the sequences
+back: each sees the prefix that it shares and itself, at the positions that it would have alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from stages.prompts.renderer import IGNORED
 
 @dataclass(frozen=True)
 class Suffix:
-    """What follows a shared beginning."""
+    """The tokens of one sequence after the prefix that it shares with others."""
 
     ids: list[int]
     targets: list[int]
@@ -29,7 +30,7 @@ class Suffix:
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Sequences with the same beginning, on whose own tokens nothing is to be predicted."""
+    """Sequences with the same prefix; no token of the prefix has a target."""
 
     prefix: list[int]
     suffixes: list[Suffix]
@@ -37,163 +38,192 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """What a layer says of its attention."""
+    """Parameters of a layer's attention that do not depend on the tokens."""
 
     scale: float | None
-    """Factor of the products of query and key; None: one over the root of their width."""
+    """Factor of the products of query and key; None: 1 / √(their width)."""
     dropout: float = 0.0
 
 
 class AttentionLayout(Protocol):
-    """How attention finds the sequences in a row."""
+    """Attention over a row of several sequences."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
-        """Attention over a row: query (1, heads, tokens, width), key and value with as many heads or fewer.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs, /) -> Tensor:
+        """Compute attention of one layer.
 
-        Returns (1, tokens, heads, width).
+        query: (1, heads, tokens, width). key, value: (1, key heads, tokens, width), where `key heads` divides
+        `heads`. Returns (1, tokens, heads, width).
         """
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Groups in one row: first all shared beginnings, then all branches."""
+    """Groups of sequences in one row: first the prefixes of all groups, then all suffixes.
+
+    Two groups, of the prefix P with the suffixes A and B and of the prefix Q with the suffix C, are the row
+    P Q A B C. Its attention computes P and Q by themselves, then A after P, B after P and C after Q.
+    """
 
     input_ids: Tensor
     """(1, tokens)"""
     position_ids: Tensor
-    """(1, tokens): a branch goes on where its beginning ends."""
+    """(1, tokens): a prefix counts from 0, a suffix from the length of its prefix."""
     targets: Tensor
     """(1, tokens)"""
     prefixes: RaggedIndex | None
-    """The beginnings in a rectangle; None if there are none."""
+    """Index of the prefixes, one per group; None if all are empty."""
     suffixes: RaggedIndex
     prefix_of: Tensor
-    """(branches,): row in `heads`."""
+    """(suffixes,): the group, and so the row in `prefixes`, of each suffix."""
 
     @classmethod
     def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
-        branches = [branch for group in groups for branch in group.suffixes]
-        shared = [group.prefix for group in groups]
-        rows = [*shared, *(branch.ids for branch in branches)]
-        begins = [len(group.prefix) for group in groups for _ in group.suffixes]
-        positions = [range(len(ids)) for ids in shared]
-        positions += [range(begin, begin + len(b.ids)) for begin, b in zip(begins, branches, strict=True)]
-        targets = [IGNORED] * sum(map(len, shared)) + [t for branch in branches for t in branch.targets]
-        heads = RaggedIndex.of([len(ids) for ids in shared], 0, device) if any(shared) else None
-        own = RaggedIndex.of([len(b.ids) for b in branches], sum(map(len, shared)), device)
-        owner = [i for i, group in enumerate(groups) for _ in group.suffixes]
+        """Pack the groups into one row."""
+        prefixes = [group.prefix for group in groups]
+        suffixes = [suffix for group in groups for suffix in group.suffixes]
+        prefix_of = [i for i, group in enumerate(groups) for _ in group.suffixes]
+        # The row is the concatenation of these sequences, prefixes first.
+        sequences = [*prefixes, *(suffix.ids for suffix in suffixes)]
+        starts = [0] * len(prefixes) + [len(prefixes[i]) for i in prefix_of]
+        positions = [range(start, start + len(ids)) for start, ids in zip(starts, sequences, strict=True)]
+        prefix_tokens = sum(map(len, prefixes))  # the first suffix begins here in the row
+        targets = [[IGNORED] * prefix_tokens, *(suffix.targets for suffix in suffixes)]
 
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, device=device)
 
         return cls(
-            input_ids=tensor([i for row in rows for i in row])[None],
-            position_ids=tensor([i for row in positions for i in row])[None],
-            targets=tensor(targets)[None],
-            prefixes=heads,
-            suffixes=own,
-            prefix_of=tensor(owner),
+            input_ids=tensor([*chain(*sequences)])[None],
+            position_ids=tensor([*chain(*positions)])[None],
+            targets=tensor([*chain(*targets)])[None],
+            prefixes=RaggedIndex.of(list(map(len, prefixes)), 0, device) if any(prefixes) else None,
+            suffixes=RaggedIndex.of([len(suffix.ids) for suffix in suffixes], prefix_tokens, device),
+            prefix_of=tensor(prefix_of),
         )
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> PackedBatch:
-        """Prompts with one token to predict, after each; what they all begin with stands there once."""
+        """Pack prompts, one group with their common prefix, and mark the last token of each with target 0.
+
+        The target's value has no meaning: it selects the position after which a token is to be predicted.
+        """
+        # Every prompt keeps at least its last token as a suffix, which is where its prediction comes from.
         shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
-        marks = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
-        branches = [Suffix(ids[shared:], mark) for ids, mark in zip(prompts, marks, strict=True)]
-        return cls.of([PrefixGroup(prompts[0][:shared], branches)], device)
+        targets = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
+        suffixes = [Suffix(ids[shared:], marks) for ids, marks in zip(prompts, targets, strict=True)]
+        return cls.of([PrefixGroup(prompts[0][:shared], suffixes)], device)
 
     def target_positions(self) -> Tensor:
-        """Places of the tokens that have a target."""
+        """(targets,): positions in the row of the tokens that have a target."""
         return (self.targets[0] != IGNORED).nonzero()[:, 0]
 
     @cached_property
     def mask(self) -> Tensor:
-        """(branches, 1, longest branch, longest beginning + longest branch), True where a token may look.
+        """(suffixes, 1, longest suffix, longest prefix + longest suffix): keys that a suffix's token may see.
 
-        A branch sees all of its beginning, and of itself what is not later.
+        A token sees its whole prefix, and of its suffix itself and the tokens before it.
         """
         assert self.prefixes is not None
-        number, width = self.suffixes.index.shape
-        before = self.prefixes.real[self.prefix_of][:, None].expand(-1, width, -1)
-        own = torch.ones(width, width, dtype=torch.bool, device=before.device).tril()
-        return torch.cat([before, own.expand(number, -1, -1)], -1)[:, None]
+        number, longest = self.suffixes.index.shape
+        prefix_keys = self.prefixes.real[self.prefix_of][:, None].expand(-1, longest, -1)
+        suffix_keys = torch.ones(longest, longest, dtype=torch.bool, device=prefix_keys.device).tril()
+        return torch.cat([prefix_keys, suffix_keys.expand(number, -1, -1)], -1)[:, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+        """Compute attention (see `AttentionLayout`): prefixes by themselves, then suffixes after them."""
+        # (suffixes, heads, longest, width)
         q, k, v = (self.suffixes.rectangle(x) for x in (query, key, value))
         if self.prefixes is None:
-            return self.suffixes.flatten(_causal(q, k, v, how))[None]
-        first_q, first_k, first_v = (self.prefixes.rectangle(x) for x in (query, key, value))
-        k, v = (torch.cat([x.index_select(0, self.prefix_of), y], 2) for x, y in ((first_k, k), (first_v, v)))
-        first = self.prefixes.flatten(_causal(first_q, first_k, first_v, how))
-        return torch.cat([first, self.suffixes.flatten(_masked(q, k, v, self.mask, how))])[None]
+            return self.suffixes.flatten(_causal(q, k, v, args))[None]
+        prefix_q, prefix_k, prefix_v = (self.prefixes.rectangle(x) for x in (query, key, value))
+        # The keys and values of a suffix are those of its prefix, then its own.
+        k, v = (
+            torch.cat([of_prefix.index_select(0, self.prefix_of), of_suffix], 2)
+            for of_prefix, of_suffix in ((prefix_k, k), (prefix_v, v))
+        )  # (suffixes, key heads, longest prefix + longest suffix, width)
+        prefix_output = self.prefixes.flatten(_causal(prefix_q, prefix_k, prefix_v, args))
+        suffix_output = self.suffixes.flatten(_masked(q, k, v, self.mask, args))
+        return torch.cat([prefix_output, suffix_output])[None]  # in the order of the row
 
 
 @dataclass(frozen=True)
 class RaggedIndex:
-    """Where the sequences of a row stand in a rectangle (sequences, longest), filled from the left."""
+    """Index between sequences of several lengths that follow one another in a row, and a padded rectangle.
+
+    The rectangle is (sequences, longest), with padding on the right.
+    """
 
     index: Tensor
-    """(sequences, longest): place in the row; the row's first one where a sequence has ended."""
+    """(sequences, longest): position in the row of each cell; padding has that of the first token."""
     real: Tensor
-    """(sequences, longest): True for tokens."""
-    places: Tensor
-    """(tokens,): for each token in the order of the row its place in the flattened rectangle."""
+    """(sequences, longest): True for tokens, False for padding."""
+    cells: Tensor
+    """(tokens,): cell of each token, in the order of the row, in the flattened rectangle."""
 
     @classmethod
     def of(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
-        sizes = torch.tensor(lengths, device=device)
-        column = torch.arange(int(sizes.max()), device=device)
-        real = column < sizes[:, None]
-        start = first + sizes.cumsum(0) - sizes
-        index = torch.where(real, start[:, None] + column, first)
-        return cls(index, real, real.flatten().nonzero()[:, 0])
+        """Index sequences of these lengths, the first of which begins at position `first` of the row."""
+        sizes = torch.tensor(lengths, device=device)  # (sequences,)
+        column = torch.arange(int(sizes.max()), device=device)  # (longest,)
+        is_token = column < sizes[:, None]  # (sequences, longest)
+        starts = first + sizes.cumsum(0) - sizes  # each sequence begins where the one before it ends
+        index = torch.where(is_token, starts[:, None] + column, first)
+        return cls(index, is_token, is_token.flatten().nonzero()[:, 0])
 
     def rectangle(self, x: Tensor) -> Tensor:
-        """(1, heads, tokens, width) → (sequences, heads, longest, width)"""
-        found = x[0].index_select(1, self.index.flatten())
-        return found.view(x.shape[1], *self.index.shape, x.shape[3]).transpose(0, 1)
+        """(1, heads, tokens, width) → (sequences, heads, longest, width); padding repeats the first token."""
+        gathered = x[0].index_select(1, self.index.flatten())  # (heads, sequences · longest, width)
+        return gathered.view(x.shape[1], *self.index.shape, x.shape[3]).transpose(0, 1)
 
     def spread(self, x: Tensor) -> Tensor:
-        """(tokens, width) → (sequences, longest, width), zero where a sequence has ended."""
-        made = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.places, x)
-        return made.view(*self.real.shape, -1)
+        """(tokens, width) → (sequences, longest, width); padding is zero."""
+        padded = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.cells, x)
+        return padded.view(*self.real.shape, -1)
 
     def sequence_of(self) -> Tensor:
         """(tokens,): the sequence of each token."""
-        return self.places // self.real.shape[1]
+        return self.cells // self.real.shape[1]
 
     def flatten(self, x: Tensor) -> Tensor:
-        """(sequences, heads, longest, width) → (tokens, heads, width)"""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        """(sequences, heads, longest, width) → (tokens, heads, width), without the padding."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.cells)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
-    """Each row by itself; what is behind its end is computed and not used."""
+def _causal(query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+    """Causal attention within each sequence of a rectangle.
+
+    Padding is on the right, so no token sees it; what is computed for the padding itself is discarded later.
+    """
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=how.scale, dropout_p=how.dropout, enable_gqa=grouped
+        query, key, value, is_causal=True, scale=args.scale, dropout_p=args.dropout, enable_gqa=grouped
     )
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: AttentionArgs) -> Tensor:
-    """The heads that share a key stand one below the other, so that no key is repeated."""
-    rows, heads, width, size = query.shape
-    times = heads // key.shape[1]
-    found = F.scaled_dot_product_attention(
-        query.reshape(rows, key.shape[1], times * width, size),
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: AttentionArgs) -> Tensor:
+    """Attention under `mask`, in which heads that share a key head are stacked along the token axis.
+
+    So no key has to be repeated for each of its heads. query: (sequences, heads, tokens, width); mask:
+    (sequences, 1, tokens, keys).
+    """
+    sequences, heads, tokens, width = query.shape
+    key_heads = key.shape[1]
+    group = heads // key_heads  # heads g · group … (g + 1) · group − 1 use key head g
+    output = F.scaled_dot_product_attention(
+        query.reshape(sequences, key_heads, group * tokens, width),
         key,
         value,
-        attn_mask=mask.repeat(1, 1, times, 1),
-        scale=how.scale,
-        dropout_p=how.dropout,
+        attn_mask=mask.repeat(1, 1, group, 1),  # (sequences, 1, group · tokens, keys)
+        scale=args.scale,
+        dropout_p=args.dropout,
     )
-    return found.view(rows, heads, width, size)
+    return output.view(sequences, heads, tokens, width)
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:
-    """Length of the beginning that all rows share."""
-    first, last = min(rows), max(rows)  # in sorted order, these two differ the earliest
+    """Length of the longest prefix that all rows share."""
+    # In sorted order the first and the last row differ earliest: all rows between share their common prefix.
+    first, last = min(rows), max(rows)
     return next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
     )

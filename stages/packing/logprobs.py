@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, computed from hidden states in parts, without keeping any logits."""
+"""Log-probabilities of given target tokens, computed from hidden states in chunks, without keeping logits."""
 
 from __future__ import annotations
 
@@ -8,36 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PART = 2**24
-"""Logits that exist at a time: 64 MB in float32. Larger parts were not faster, smaller ones were."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time: 64 MB in float32. Larger chunks were not faster, smaller ones were slower."""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """For each hidden state: (tokens,) each, at least float32."""
+    """Statistics of the prediction at each hidden state: (tokens,) each, floats in float32 or wider."""
 
     log_probs: Tensor
+    """Log-probability of the target."""
     entropy: Tensor
-    """Of the whole distribution; without gradient."""
+    """Entropy of the distribution over all tokens; without gradient."""
     is_top1: Tensor
-    """Whether no other token is likelier; bool."""
+    """bool: no token is likelier than the target."""
 
 
 def selected_logprobs(
     hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0
 ) -> TokenLogprobs:
-    """What the head gives for `targets` (tokens,) at the hidden states (tokens, width).
+    """Apply `head` to hidden states and return the statistics of `targets`.
 
-    Only the log-probabilities have a gradient, and it goes to the hidden states alone: the head is frozen.
+    hidden: (tokens, width). targets: (tokens,). Only the log-probabilities have a gradient, and only with
+    respect to the hidden states: the head is frozen.
     """
-    return TokenLogprobs(*_Chosen.apply(hidden, head.weight, head.bias, targets, temperature))
+    return TokenLogprobs(*_SelectedLogprobs.apply(hidden, head.weight, head.bias, targets, temperature))
 
 
-class _Chosen(torch.autograd.Function):
-    """The gradient of log p(y) with respect to the hidden state is (w_y − Σ p_v w_v) / temperature.
+class _SelectedLogprobs(torch.autograd.Function):
+    """log p(y) of a target y, with its gradient computed in the forward pass, one chunk of tokens at a time.
 
-    It is computed in the forward pass, while the part's probabilities exist; what comes from above is one
-    number per token. So the head's matrix is read twice, not three times as with logits that are made again.
+    With the logits z = (W h + b) / T, p = softmax(z) and m = max z:
+
+    - log p(y) = (z_y − m) − log Σ_v exp(z_v − m)
+    - entropy H = log Σ_v exp(z_v − m) − Σ_v p_v (z_v − m)
+    - ∂ log p(y) / ∂h = (w_y − Σ_v p_v w_v) / T
+
+    The last line needs p, which exists in the forward pass only. The gradient that arrives in the backward
+    pass is one number per token, by which it is multiplied. So the head's matrix is read twice, and not three
+    times as when the backward pass computes the logits again.
     """
 
     @staticmethod
@@ -47,31 +56,34 @@ class _Chosen(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         count = len(targets)
         log_probs, entropy = (torch.empty(count, dtype=wide, device=hidden.device) for _ in range(2))
-        likeliest = torch.empty(count, dtype=torch.bool, device=hidden.device)
-        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, PART // weight.shape[0])
-        for at in range(0, count, size):
-            part = slice(at, at + size)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(wide).div_(temperature)
-            own = logits.gather(1, targets[part, None])[:, 0]
-            most = logits.amax(1)
-            likeliest[part] = own == most
-            shifted = logits.sub_(most[:, None])
-            p = shifted.exp()
+        is_top1 = torch.empty(count, dtype=torch.bool, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, count, size):
+            chunk = slice(start, start + size)
+            # (chunk, vocabulary): z
+            logits = nn.functional.linear(hidden[chunk], weight, bias).to(wide).div_(temperature)
+            target_logits = logits.gather(1, targets[chunk, None])[:, 0]  # (chunk,): z_y
+            largest = logits.amax(1)  # (chunk,): m
+            is_top1[chunk] = target_logits == largest
+            shifted = logits.sub_(largest[:, None])  # z − m, so that exp does not overflow
+            p = shifted.exp()  # not normalised yet: Σ_v p_v = total
             total = p.sum(1)
-            # Σ p·x by one product per row, not by a matrix of products
+            # Σ_v p_v (z_v − m), by one dot product per token: p * shifted would be another matrix.
             mean = torch.linalg.vecdot(p, shifted) / total
-            log_probs[part] = own - most - total.log()
-            entropy[part] = total.log() - mean
-            if slope is not None:
+            log_probs[chunk] = target_logits - largest - total.log()
+            entropy[chunk] = total.log() - mean
+            if grad_hidden is not None:
+                # Coefficients of the rows of W in the gradient: −p_v, plus 1 at v = y.
                 p.div_(total[:, None]).neg_()
-                p.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
-                slope[part] = (p.to(weight.dtype) @ weight).div_(temperature)
-        ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(entropy, likeliest)
-        return log_probs, entropy, likeliest
+                p.scatter_add_(1, targets[chunk, None], torch.ones_like(target_logits)[:, None])
+                grad_hidden[chunk] = (p.to(weight.dtype) @ weight).div_(temperature)  # (chunk, width)
+        ctx.save_for_backward(grad_hidden)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return (slope * above[:, None]).to(slope.dtype), None, None, None, None
+    def backward(ctx: Any, grad_log_probs: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        # One gradient for each argument of `forward`; all but the hidden states are constants.
+        return (grad_hidden * grad_log_probs[:, None]).to(grad_hidden.dtype), None, None, None, None

@@ -1,4 +1,4 @@
-"""Each example's loss: by one row without padding, or by a padded batch where the architecture needs that."""
+"""Loss of each example, from one packed row, or from a padded batch if the architecture cannot be packed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Right-padded rows: (batch, tokens) each."""
+    """Right-padded examples: (batch, tokens) each."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -25,7 +25,10 @@ class Batch:
 
 
 def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
-    """Pad rows on the right. The mask goes by length, because `pad` may be the EOS token."""
+    """Pad rows on the right with the token `pad`.
+
+    The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
+    """
     import torch
 
     longest = max(len(row.input_ids) for row in rows)
@@ -38,38 +41,42 @@ def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
 
 
 def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each example's mean negative log-likelihood over its answer tokens: (batch,), at least float32."""
+    """Mean negative log-likelihood of each example over its answer tokens: (batch,), at least float32."""
     import torch.nn.functional as F
 
+    # The first column in which any example has a label. It is predicted from the column before it, and logits
+    # of columns further left, which belong to prompts, are not computed.
     first = int((batch.labels != IGNORED).any(0).nonzero()[0])
-    keep = batch.input_ids.shape[1] - first + 1  # logits of the prompt are never needed
+    keep = batch.input_ids.shape[1] - first + 1
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
-    ).logits[:, :-1]
+    ).logits[:, :-1]  # (batch, answer columns, vocabulary): the last token predicts nothing
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-    targets = batch.labels[:, first:]  # (batch, answer tokens)
+    targets = batch.labels[:, first:]  # (batch, answer columns)
     losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counts = (targets != IGNORED).sum(1)
     return losses.view(targets.shape).sum(1) / counts
 
 
 def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> PackedBatch | None:
-    """The rows as one, in which no beginning is shared; None if it would not give the model's own numbers."""
+    """Pack the examples into one row without a shared prefix; None if `supports_packing` is False."""
     from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
     from stages.packing.support import supports_packing
 
     if not supports_packing(model, rows[0].input_ids):
         return None
     return PackedBatch.of(
-        [PrefixGroup([], [Suffix(row.input_ids[:-1], row.labels[1:]) for row in rows])], device
+        # Each token predicts the next one, and the last predicts nothing.
+        [PrefixGroup([], [Suffix(row.input_ids[:-1], row.labels[1:]) for row in rows])],
+        device,
     )
 
 
 def packed_answer_losses(model: PreTrainedModel, row: PackedBatch) -> Tensor:
-    """The same as `answer_losses` for the examples of a row: (examples,)."""
+    """Mean negative log-likelihood of each example, like `answer_losses`, of a packed row: (examples,)."""
     from stages.packing.support import packed_logprobs
 
-    found = packed_logprobs(model, row).log_probs
-    owner = row.suffixes.sequence_of()[row.target_positions()]
-    sums = found.new_zeros(len(row.suffixes.index)).index_add(0, owner, found)
-    return -sums / owner.bincount(minlength=len(sums))
+    log_probs = packed_logprobs(model, row).log_probs  # (targets,)
+    example_of = row.suffixes.sequence_of()[row.target_positions()]  # (targets,)
+    sums = log_probs.new_zeros(len(row.suffixes.index)).index_add(0, example_of, log_probs)
+    return -sums / example_of.bincount(minlength=len(sums))

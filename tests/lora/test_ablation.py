@@ -26,7 +26,7 @@ def test_each_region_alone(begun, tmp_path, init):
     masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
     start, trained = adapter.read(made["score"].adapter), adapter.read(made["rl"].adapter)
     moved = 0
-    for target, region in ablation.KEPT.items():
+    for target, region in ablation.REGION_OF_TARGET.items():
         ablation.write(target, made["rl"].adapter, made["score"].adapter, masks, tmp_path / target)
         for name, weight in adapter.read(tmp_path / target).items():
             here = adapter.full_mask(name, masks.region[name] == region, weight)

@@ -47,7 +47,7 @@ def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, 
     def gradients(batch):
         return moments(model, layers, [batch], lambda _: None, 0)
 
-    after, loss = pilot.trained(layers, lora, BATCHES, gradients)
+    after, loss = pilot.run(layers, lora, BATCHES, gradients)
     assert loss == pytest.approx(7 * 5.5, rel=0.1)  # a random model, 256 tokens
     moved = 0.0
     for name, layer in layers.items():

@@ -188,7 +188,7 @@ def test_minus_zero_is_zero():
 
 def test_masks_come_back_as_written(tmp_path):
     s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=0.6)
-    masks = Masks.cut(s.region, s.active["rl"], {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
+    masks = Masks.from_flat(s.region, s.active["rl"], {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
     masks.write(tmp_path / "m.safetensors", "rl")
     back = Masks.load(tmp_path / "m.safetensors", "rl")
     assert torch.equal(flat(back.region), s.region)

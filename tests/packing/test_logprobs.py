@@ -28,7 +28,7 @@ def expected(hidden, layer, targets, temperature):
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
     """A part of one logit still takes a token at a time; five tokens at a time leave a smaller part."""
-    monkeypatch.setattr(logprobs, "PART", part)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", part)
     hidden, layer, targets = given(bias)
     targets[::2] = layer(hidden).argmax(-1)[::2]
     found = selected_logprobs(hidden, layer, targets, temperature)

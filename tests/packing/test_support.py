@@ -213,7 +213,7 @@ def test_a_trained_prompt_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
         assert not supports_packing(model, [5, 6, 7]) and not supports_packing(model, [5, 6, 7])
     (said,) = warnings_of(caplog)
-    assert said.endswith("a trained prompt stands before every text")
+    assert said.endswith("a trained prompt precedes every text")
 
 
 def test_another_kind_of_attention_is_refused(caplog):
@@ -227,7 +227,7 @@ def test_a_trained_head_is_refused(caplog):
     """Rows give it no gradient."""
     model = get_peft_model(made(TAKEN["llama"]), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     assert not supports_packing(model, [5, 6, 7])
-    assert "its head is no linear layer" in caplog.text
+    assert "its head is not a linear layer" in caplog.text
 
 
 def test_checkpointing_changes_no_gradient():

@@ -1,1 +1,1 @@
-"""The LoRA adapter, and the layers in which only its active elements are parameters."""
+"""The LoRA adapter: building, saving, merging and sharding it, and layers that train only some elements."""

@@ -1,9 +1,11 @@
-"""Base model and LoRA adapter: load, attach, name, save.
+"""LoRA adapters on a base model: build, attach, name, read and save them.
 
-PEFT does the work; mistakes that it ignores silently are checked here.
+PEFT does the work; mistakes that it silently accepts are errors here.
 
-A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀], with twice the alpha (√2
-times with use_rslora). Its second half is frozen. The model starts as the base, whose weights never change.
+A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀], so that its product is
+BA − B₀A₀. The second half of its rank, A₀ and −B₀, is frozen. Training starts at A = A₀, B = B₀, where the
+product is zero: the model starts as the base, whose weights never change. Alpha is doubled (times √2 with
+use_rslora), so that the scaling alpha / rank (alpha / √rank) is that of rank r.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
-    """`lora` with the names of the base's modules that get an adapter.
+    """Resolve `lora.target_modules` to names of modules of the base; `all-linear` becomes the full list.
 
     ConfigError unless every target module exists: PEFT ignores missing ones as long as one exists.
     """
@@ -49,17 +51,17 @@ def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
 
 
 def linear_modules(base: PreTrainedModel) -> set[str]:
-    """The last parts of the names of all linear modules but the head.
+    """Names of all linear modules except the head, without their path: {"q_proj", "up_proj", …}.
 
     ConfigError if there are none, as in GPT-2, whose modules are Conv1D.
     """
     head = base.get_output_embeddings()
-    found = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if not found:
+    paths = [path for path, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if not paths:
         raise ConfigError(
-            f"{type(base).__name__} has no linear modules but its head: no adapter can be put anywhere"
+            f"{type(base).__name__} has no linear modules except its head, so no adapter can be attached"
         )
-    return {name.rpartition(".")[2] for name in found}
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
@@ -76,39 +78,45 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
 
 
 def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
-    """`base` with the initial adapter A₀, B₀ that `lora` and the seed give, compensated if `lora` says so."""
+    """Put the initial adapter A₀, B₀ on `base`, a deterministic function of `lora` and the seed.
+
+    It is compensated if `lora` says so.
+    """
     lora = with_targets(base, lora)
-    start = None if lora.init == "normal" else _peft_start(base, lora, seed)
+    peft_values = None if lora.init == "normal" else _peft_initial_values(base, lora, seed)
     model = with_adapter(base, _lora_config(lora, 0.0, lora.compensated, False))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        # Sorted by name, so that the random values do not depend on the order of the modules.
         for name, module in sorted(lora_layers(model).items()):
             shape = scored_shape(name, module.weight, lora)
-            value = start[name] if start else torch.randn(shape, generator=generator) * lora.std
+            value = peft_values[name] if peft_values else torch.randn(shape, generator=generator) * lora.std
             value = value.to(module.weight)
             if lora.compensated:
-                rows = _is_a(name)
-                value = torch.cat([value, value if rows else -value], dim=0 if rows else 1)
+                # [A₀; A₀] of shape (2r, in), or [B₀, −B₀] of shape (out, 2r)
+                value = torch.cat([value, value]) if _is_a(name) else torch.cat([value, -value], dim=1)
             module.weight.copy_(value)
     return model
 
 
-def _peft_start(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
-    """A₀ and B₀ as PEFT initialises them; where it subtracts B₀A₀ from the base, that is put back."""
+def _peft_initial_values(base: PreTrainedModel, lora: LoraSection, seed: int) -> dict[str, Tensor]:
+    """Compute A₀ and B₀ with PEFT's own initialisation, by parameter name; `base` is left unchanged."""
     torch.manual_seed(seed)
     init = True if lora.init == "default" else lora.init
-    kept = {  # not on the device, which may have no room for the base twice
+    # These methods subtract B₀A₀ from the base weights. Copies of the weights undo that to the bit; they are
+    # on the CPU, because the device may not have room for the base twice.
+    base_weights = {
         name: module.weight.detach().to("cpu", copy=True)
         for name, module in base.named_modules()
         if lora.init in SUBTRACTED
         and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
     }
     model = with_adapter(base, _lora_config(lora, 0.0, False, init))
-    start = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
+    values = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
-    for name, weight in kept.items():
+    for name, weight in base_weights.items():
         base.get_submodule(name).weight.data.copy_(weight)
-    return start
+    return values
 
 
 def _is_a(name: str) -> bool:
@@ -117,25 +125,25 @@ def _is_a(name: str) -> bool:
 
 def scored_shape(name: str, weight: Tensor, lora: LoraSection) -> tuple[int, int]:
     """Shape of a LoRA weight's trainable part: all of it or, if compensated, the first half of its rank."""
-    out, into = weight.shape
-    return (lora.r, into) if _is_a(name) else (out, lora.r)
+    rows, columns = weight.shape  # A: (rank, in), B: (out, rank)
+    return (lora.r, columns) if _is_a(name) else (rows, lora.r)
 
 
 def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
-    """The trainable part of a LoRA weight, as a view."""
+    """View of the trainable part of a LoRA weight."""
     rows, columns = scored_shape(name, weight, lora)
     return weight[:rows, :columns]
 
 
 def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
-    """A mask of the trainable part, widened to the whole weight with False."""
-    whole = torch.zeros(weight.shape, dtype=torch.bool)
-    whole[: mask.shape[0], : mask.shape[1]] = mask
-    return whole
+    """Extend a mask of the trainable part to the shape of the full weight, with False elsewhere."""
+    full = torch.zeros(weight.shape, dtype=torch.bool)
+    full[: mask.shape[0], : mask.shape[1]] = mask
+    return full
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Linear]:
-    """The lora_A and lora_B layers, by parameter name as in an adapter file: without the adapter's name."""
+    """The lora_A and lora_B layers by parameter name, as in an adapter file (without the adapter's name)."""
     suffixes = (f".lora_A.{adapter}", f".lora_B.{adapter}")
     return {
         f"{name.removesuffix('.' + adapter)}.weight": module  # type: ignore[misc]
@@ -145,49 +153,50 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 
 
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
-    """`base` with the adapter of `folder`; ArtifactError unless every name and shape fits."""
+    """Put the adapter in `folder` on `base`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
     model = with_adapter(base, _lora_config(lora, dropout, lora.compensated, False))
-    stored, wanted = read(folder), lora_layers(model)
-    if stored.keys() != wanted.keys():
-        odd = sorted(stored.keys() ^ wanted.keys())[0]
+    stored, layers = read(folder), lora_layers(model)
+    # PEFT would skip names that the model lacks and leave layers that the file lacks at their initial values.
+    if stored.keys() != layers.keys():
+        unmatched = sorted(stored.keys() ^ layers.keys())[0]
         raise ArtifactError(
-            f"{folder} does not fit the model: {odd} is on one side only",
+            f"{folder} does not fit the model: {unmatched} is on one side only",
             "it was made for another base model or other lora settings",
         )
-    for name, module in wanted.items():
-        if stored[name].shape != module.weight.shape:
-            found, expected = tuple(stored[name].shape), tuple(module.weight.shape)
-            raise ArtifactError(f"{folder} does not fit the model: {name} is {found}, expected {expected}")
+    for name, layer in layers.items():
+        if stored[name].shape != layer.weight.shape:
+            shape, expected = tuple(stored[name].shape), tuple(layer.weight.shape)
+            raise ArtifactError(f"{folder} does not fit the model: {name} is {shape}, expected {expected}")
     set_peft_model_state_dict(model, stored)
-    for module in wanted.values():
-        module.weight.requires_grad_(True)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
     return model
 
 
 @contextmanager
-def dropping_out(model: PeftModel, share: float) -> Iterator[None]:
-    """Inside, the adapter drops out such a share of what goes into it, in training."""
+def dropping_out(model: PeftModel, probability: float) -> Iterator[None]:
+    """Context in which the adapter's input has this dropout probability (in training mode)."""
     from peft.tuners.lora import LoraLayer
 
-    usual = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
-    before = [dict(one.items()) for one in usual]
-    for one in usual:
-        one.update({"default": nn.Dropout(share) if share else nn.Identity()})
+    dropouts = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
+    originals = [dict(dropout.items()) for dropout in dropouts]  # by adapter name
+    for dropout in dropouts:
+        dropout.update({"default": nn.Dropout(probability) if probability else nn.Identity()})
     try:
         yield
     finally:
-        for one, then in zip(usual, before, strict=True):
-            one.update(then)
+        for dropout, original in zip(dropouts, originals, strict=True):
+            dropout.update(original)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def read(folder: Path, file: str = ADAPTER) -> dict[str, Tensor]:
-    """The tensors of an adapter file by parameter name."""
+    """Read the tensors of an adapter file, by parameter name."""
     try:
         return load_file(folder / file)
     except (OSError, SafetensorError) as error:
@@ -195,7 +204,7 @@ def read(folder: Path, file: str = ADAPTER) -> dict[str, Tensor]:
 
 
 def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
-    """Write the `default` adapter into `folder` as plain PEFT files for this base model."""
+    """Write the `default` adapter into `folder` as plain PEFT files that name `base` as their base model."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = base.name
     config.revision = base.pinned
@@ -204,8 +213,6 @@ def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
 
 
 def write(model: PeftModel, folder: Path) -> None:
-    """The `default` adapter's files, with the base that is named there.
-
-    No embeddings: PEFT would ask the hub whether the base's vocabulary is that of its main revision.
-    """
+    """Write the `default` adapter's files into `folder`; its PEFT config already names the base model."""
+    # No embeddings: PEFT would ask the hub whether the base's vocabulary is that of its main revision.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)

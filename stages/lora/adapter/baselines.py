@@ -1,6 +1,6 @@
-"""The other PEFT methods of the paper's comparison, and others that are compared with LoRA, by PEFT.
+"""PEFT methods to compare with: those of the paper's comparison and a few others, as PEFT implements them.
 
-They are trained whole: nothing is scored, masked or frozen in part.
+All their parameters are trained: no element is scored, masked or frozen.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ For a prompt encoder, PEFT's own file has only the prompt that the encoder compu
 continue from that.
 """
 
-
 RANDLORA_ALPHA = 20
-"""Times the rank, as PEFT says; its own default is that of rank 32, whatever the rank."""
+"""RandLoRA's alpha divided by its rank, as PEFT recommends. PEFT's default alpha suits rank 32 only."""
 VERA_RANK = 256
-"""That of its paper (arXiv 2310.11454): it trains two vectors for each module, whatever the rank."""
+"""Default rank of VeRA, from its paper (arXiv 2310.11454): it trains two vectors per module at any rank."""
 
 
 def attach(
@@ -54,9 +53,9 @@ def attach(
     folder: Path | None,
     dropout: float = 0.0,
 ) -> PeftModel:
-    """`base` with a new adapter drawn from the seed, or with the one that `save` wrote into `folder`.
+    """Put a new adapter, initialised from the seed, on `base`, or the one that `save` wrote into `folder`.
 
-    dropout: of the adapter's input, for the methods that have one in PEFT.
+    dropout: dropout probability of the adapter's input, for the methods that have one in PEFT.
     """
     torch.manual_seed(seed)
     try:
@@ -74,18 +73,19 @@ def _config(
     if baseline.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
     if not baseline.trains_prompt:
-        return _of_modules(baseline, adapter.with_targets(base, lora), seed, dropout)
+        return _module_config(baseline, adapter.with_targets(base, lora), seed, dropout)
     tokens = baseline.virtual_tokens
     if baseline.method == "p_tuning":
-        # An encoder_hidden of None stands for the width of the model.
+        # With an encoder_hidden of None PEFT takes the model's width.
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=baseline.encoder_hidden
         )  # type: ignore[arg-type]
-    kind = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
-    return kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    config_class = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
+    return config_class(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
 
 
-def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float) -> PeftConfig:
+def _module_config(baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float) -> PeftConfig:
+    """PEFT config of a method that changes the target modules of `lora`."""
     common = {"task_type": "CAUSAL_LM", "target_modules": list(lora.target_modules)}
     rank = baseline.rank or lora.r
     if baseline.method == "dora":
@@ -99,6 +99,7 @@ def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout
             **common,
         )
     if baseline.method == "vera":
+        # STATE has no frozen parameters: the random matrices are generated again from the same seed.
         return VeraConfig(
             r=baseline.rank or VERA_RANK, projection_prng_key=seed, vera_dropout=dropout, **common
         )
@@ -111,11 +112,13 @@ def _of_modules(baseline: BaselineSection, lora: LoraSection, seed: int, dropout
             **common,
         )
     if baseline.method == "shira":
+        # The seed chooses the sparse set of weights that it trains.
         return ShiraConfig(r=rank, random_seed=seed, **common)
     return MissConfig(r=rank, miss_dropout=dropout, **common)
 
 
 def save(model: PeftModel, folder: Path) -> None:
+    """Write every trained parameter into `folder`, in the file STATE."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {n: p.detach().cpu().contiguous() for n, p in adapter.trained_parameters(model).items()},
@@ -124,10 +127,10 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 def load(model: PeftModel, folder: Path) -> None:
-    """Put back what `save` wrote; ArtifactError unless every name and shape fits."""
-    stored, wanted = adapter.read(folder, STATE), adapter.trained_parameters(model)
-    if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in wanted.items()}:
+    """Load what `save` wrote into the model; ArtifactError unless every name and shape fits."""
+    stored, parameters = adapter.read(folder, STATE), adapter.trained_parameters(model)
+    if {n: p.shape for n, p in stored.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ArtifactError(f"{folder} does not fit the model: it was made for another base or baseline")
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in parameters.items():
             parameter.copy_(stored[name])

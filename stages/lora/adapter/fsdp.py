@@ -1,7 +1,8 @@
-"""FSDP2: each process holds a part of every decoder layer of the base, and the whole adapter.
+"""FSDP2 for the frozen base: each process holds a shard of every decoder layer, and the full adapter.
 
-torch gathers a layer when it runs. Embeddings, the head and all that trains are in every process, so packed
-weights, checkpoints and the proof are what they are in one process; gradients are added up before each step.
+torch gathers a layer when it runs. Embeddings, the head and all trained parameters are replicated, so sparse
+layers, checkpoints and the proof that frozen elements have not moved work as in one process. Gradients are
+averaged before each step.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 
 
 def is_sharded(launch: LaunchSection) -> bool:
-    """Whether this stage, as it runs now, is to divide its base."""
+    """True if this stage shards its base: `launch` asks for it and there are several processes."""
     return launch.divides and distributed.size() > 1
 
 
 def load_device(launch: LaunchSection) -> torch.device:
-    """Where the base is loaded: a GPU that holds a part of it may have no room for the whole."""
+    """Device on which the base is loaded: the CPU if it is sharded later, as it may not fit on one GPU."""
     return torch.device("cpu") if is_sharded(launch) else device()
 
 
 def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
-    """Leave each process its part of the base, if `launch` asks for that.
+    """Shard the base over the processes, if `launch` asks for it.
 
-    To be called before a trainer is built. ConfigError if the model cannot be divided.
+    Call it before the trainer is built. ConfigError if the model cannot be sharded.
     """
     if not is_sharded(launch):
         return
@@ -49,47 +50,50 @@ def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
     if not layers:
         raise ConfigError(f"{type(base).__name__} names no layers for fsdp2 to divide", "use ddp")
     if hasattr(base.config, "router_aux_loss_coef"):
-        # transformers finds what routers say by the name of the class, and torch gives it another.
+        # transformers collects router logits by class name, and fully_shard changes the class's name.
         raise ConfigError(
             f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
         )
     distributed.barrier()
     mesh = init_device_mesh(device().type, (distributed.size(),))
-    # Not the weights themselves: torch frees them as soon as nobody holds them.
-    parts = {id(weight) for layer in layers for weight in _of_base(layer)}
-    rest = {weight for weight in stack.parameters() if id(weight) not in parts}
-    for module in (*layers, stack):  # the stack itself has none, but as the root it gathers layers ahead
-        fully_shard(module, mesh=mesh, ignored_params=rest)
+    # Ids, not references: fully_shard replaces these weights, and a reference would keep the full ones alive.
+    sharded_ids = {id(weight) for layer in layers for weight in _base_parameters(layer)}
+    replicated = {weight for weight in stack.parameters() if id(weight) not in sharded_ids}
+    # The stack comes last. It shards nothing of its own, but as FSDP's root it prefetches the next layer.
+    for module in (*layers, stack):
+        fully_shard(module, mesh=mesh, ignored_params=replicated)
     adapted.to(device())
-    adapted._is_accelerate_prepared = True  # DDP refuses such weights; `average_gradients` stands in
+    # Keeps accelerate from wrapping the model in DDP, which refuses DTensors. `average_gradients` stands in.
+    adapted._is_accelerate_prepared = True
     with torch.no_grad():
-        base(input_ids=torch.tensor([[0, 1]], device=device()))  # torch sets itself up in the first pass
+        base(input_ids=torch.tensor([[0, 1]], device=device()))  # FSDP initialises lazily, in the first pass
 
 
-def _of_base(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are no adapter's."""
+def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a decoder layer that belong to the base, not to an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    owned = set()
+    adapter_parameters = set()
     for module in layer.modules():
         if isinstance(module, BaseTunerLayer):
             for name in module.adapter_layer_names:
-                owned |= set(getattr(module, name).parameters())
-    yield from (weight for weight in layer.parameters() if weight not in owned)
+                adapter_parameters |= set(getattr(module, name).parameters())
+    yield from (weight for weight in layer.parameters() if weight not in adapter_parameters)
 
 
 def local_share(model: nn.Module) -> dict[str, float]:
-    """For a summary: which share of the base's elements this process holds, if the base is divided."""
+    """Summary entry `base_held`, the share of the base's elements in this process; empty if not sharded."""
     from torch.distributed.tensor import DTensor
 
-    if not _divided(model):
+    if not _fsdp_modules(model):
         return {}
     weights = [weight for weight in model.parameters() if not weight.requires_grad]
-    here = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
-    return {"base_held": round(here / sum(weight.numel() for weight in weights), 4)}
+    local = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+    return {"base_held": round(local / sum(weight.numel() for weight in weights), 4)}
 
 
-def _divided(model: nn.Module) -> list[Any]:
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` has wrapped, the root first; none if the model is not sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -97,34 +101,37 @@ def _divided(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole base, and may compute without the others.
+    """Context in which every process holds the full base and can run it without the other processes.
 
-    To be entered by all processes together.
+    All processes must enter it together, because entering gathers the shards.
     """
-    layers = _divided(model)  # the root is the first
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
-        layer.unshard()
+    modules = _fsdp_modules(model)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True, recurse=False)
-            layer.reshard()
-        if layers:
-            layers[0].reset_iter_state()  # torch would look for these passes in the next backward one
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+        if modules:
+            # The root has recorded these forward passes and would expect them in the next backward pass.
+            modules[0].reset_iter_state()
 
 
 def average_gradients(model: Any) -> None:
-    """Replace every gradient by its mean over all processes, if the base is divided.
+    """Replace every gradient by its mean over all processes if the base is sharded.
 
-    DDP would have taken the mean in the backward pass, and refuses a divided model.
+    DDP would take the mean in the backward pass, and refuses a sharded model.
     """
-    if not _divided(model):
+    if not _fsdp_modules(model):
         return
     weights = list(adapter.trained_parameters(model).values())
+    # A process without a gradient for a weight contributes zeros: all_reduce needs equal shapes.
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    joined = torch.cat([gradient.flatten() for gradient in gradients])  # one collective for all
+    # One collective for all gradients, on their concatenation: (trained elements,).
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce([joined])
     means = joined.div_(distributed.size()).split([gradient.numel() for gradient in gradients])
     for weight, mean in zip(weights, means, strict=True):
@@ -132,7 +139,7 @@ def average_gradients(model: Any) -> None:
 
 
 def full_tensor(weight: Tensor) -> Tensor:
-    """The whole of a weight. Of a divided one all processes ask at the same time."""
+    """Gather the full weight if it is sharded (a collective: all processes must call it), else return it."""
     from torch.distributed.tensor import DTensor
 
     return weight.full_tensor() if isinstance(weight, DTensor) else weight  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Weights with the adapter merged in, for sampling: on CPU they are several times faster than LoRA layers.
 
-Each merged weight is computed from the untouched base weight. For vLLM the library merges into the base
-weight and subtracts the adapter again, and the base weight drifts.
+Each merged weight is computed from the untouched base weight. TRL, to send weights to vLLM, adds the adapter
+to the base weight in place and subtracts it again, so that rounding makes the base weight drift.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTED = "base_model.model."
-"""What PEFT puts before the name of every module."""
+"""Prefix that PEFT gives the name of every module of the base."""
 
 
 def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
-    """For each weight with an adapter: its name in the plain model → PEFT's layer around it."""
-    a = ".lora_A.weight"
-    paths = [name.removesuffix(a) for name in lora_layers(adapted) if name.endswith(a)]
+    """Map the name of each weight with an adapter, as in the plain model, to PEFT's LoRA layer around it."""
+    suffix = ".lora_A.weight"
+    paths = [name.removesuffix(suffix) for name in lora_layers(adapted) if name.endswith(suffix)]
     return {f"{path.removeprefix(ADAPTED)}.weight": adapted.get_submodule(path) for path in paths}
 
 
 @torch.no_grad()
 def merge(layer: Any) -> Tensor:
-    """W + scaling · B A for one of PEFT's layers, in the type of W."""
-    weight = full_tensor(layer.base_layer.weight)
+    """Compute W + scaling · B A of one of PEFT's LoRA layers, in the dtype of W."""
+    weight = full_tensor(layer.base_layer.weight)  # (out, in)
+    # The sum is taken in float32 and rounded once.
     return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
 
 def merged_parameters(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter of the plain model that answers like the adapted one.
+    """Yield name and value of every parameter of the merged model, a plain model without PEFT's wrapper.
 
     Tied parameters come once. Only one merged weight exists at a time: all of them would be a second model.
     """
@@ -52,17 +53,20 @@ def merged_parameters(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
 
 
 class MergedCopy:
-    """`model` answers like the adapted model did at the last `refresh`, up to the rounding of its type."""
+    """A copy of the base, `model`, that holds the merged weights as of the last `refresh`.
+
+    Its outputs are those of the adapted model up to the rounding of its dtype.
+    """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        """Copy `base`; to be called before PEFT wraps it."""
+        """Copy `base`, which PEFT must not have wrapped yet."""
         self.model = copy.deepcopy(base).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self, adapted: PeftModel) -> PreTrainedModel:
-        """Merge the present values of the adapter into the copy."""
+        """Merge the adapter's current values into the copy, and return it."""
         for name, layer in adapted_weights(adapted).items():
             self.model.get_parameter(name).copy_(merge(layer))
         return self.model

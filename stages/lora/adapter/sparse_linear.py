@@ -1,7 +1,8 @@
-"""LoRA weights frozen by element: a parameter holds the active elements; the dense weight is built from it.
+"""Linear layers of which single elements are frozen.
 
-A frozen element is not part of any parameter, so weight decay, momentum, clipping or a distributed wrapper
-cannot move it. A gradient mask would not be enough: AdamW's weight decay moves elements of zero gradient.
+Their only parameter is a vector of the active elements, and the dense weight is built from it. A frozen
+element is not part of any parameter, so weight decay, momentum, clipping or a distributed wrapper cannot move
+it. A gradient mask would not be enough: AdamW's weight decay moves elements of zero gradient.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 class SparseLinear(nn.Linear):
     """A bias-free linear layer of which only the elements under `mask` train.
 
-    `values` is 1-D and holds the active elements in flat order; if there are none, it is a frozen, empty
-    tensor. State dicts hold the dense `weight` under its plain name, so PEFT and Trainer save and load as
-    usual. Loading a weight with other frozen elements is refused.
+    State dicts hold the dense `weight` under its plain name, so PEFT and Trainer save and load it like any
+    linear layer. Loading a weight whose frozen elements differ is an error.
     """
 
     values: Tensor
+    """(active,): the active elements in the order of the flattened weight; a parameter unless it is empty."""
 
     def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
+        """Take over the weight of `linear`; mask: bool, of the weight's shape, True for active elements."""
         nn.Module.__init__(self)  # Linear's __init__ would register a `weight` parameter
         if linear.bias is not None or mask.shape != linear.weight.shape:
             raise ValueError(
@@ -34,8 +36,8 @@ class SparseLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", None)
         # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
-        self._dense = linear.weight.detach().clone()
-        index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)
+        self._dense = linear.weight.detach().clone()  # (out, in); its active elements go stale
+        index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)  # (active,)
         # int32 takes half the bytes of int64, and there is one index for each value.
         self._index = index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
         values = self._dense.view(-1)[index].clone()
@@ -44,14 +46,17 @@ class SparseLinear(nn.Linear):
         else:
             # Not a parameter: TRL's set_adapter makes every parameter trainable.
             self.register_buffer("values", values, persistent=False)
-        self._fixed = not len(values)  # fixed: `_dense` is the whole weight and is not rebuilt
+        # While True, no element of `_dense` is stale and it is used as it is.
+        self._fixed = not len(values)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight (out, in): `_dense` with `values` written over its active elements."""
         if self._fixed:
             return self._dense
-        # Rebuilt at each read, because fused optimizers do not bump `_version`. Built out of place by torch's
-        # own operators, because an autograd.Function over one buffer takes twice as long in a small layer.
+        # Rebuilt at each read: a cache could not tell that it is stale, as fused optimizers do not bump
+        # `_version`. Built out of place by torch's own operators, whose backward pass gathers the gradient of
+        # `values`: an autograd.Function over one buffer takes twice as long in a small layer.
         values = self.values.to(self._dense.dtype)
         return self._dense.view(-1).index_copy(0, self._index.long(), values).view_as(self._dense)
 
@@ -60,6 +65,7 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
+        # nn.Module moves and casts parameters and buffers; these two are neither.
         self._dense, self._index = fn(self._dense), fn(self._index)
         return self
 
@@ -80,7 +86,8 @@ class SparseLinear(nn.Linear):
             )
             return
         weight = weight.to(self._dense)
-        frozen = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        # Only active elements can be stored, so all others must be equal already.
+        frozen = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)  # (out · in,)
         frozen[self._index.long()] = False
         if not torch.equal(weight.view(-1)[frozen], self._dense.view(-1)[frozen]):
             error_msgs.append(f"{prefix}weight differs in frozen elements")
@@ -91,7 +98,10 @@ class SparseLinear(nn.Linear):
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, packed weights do not change and are built once: sampling reads all of them for every token."""
+    """Context in which every sparse layer builds its weight once, for sampling, which reads it at each token.
+
+    Nothing may train meanwhile.
+    """
     layers = [m for m in model.modules() if isinstance(m, SparseLinear) and not m._fixed]
     for layer in layers:
         layer._dense = layer.weight.detach()

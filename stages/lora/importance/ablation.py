@@ -1,4 +1,4 @@
-"""One region of a trained adapter alone: every other element is put back to where training began."""
+"""Ablation of a trained adapter: one region keeps its trained values, all other elements are reset."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
-KEPT = dict(zip(REGIONS, (S1_ONLY, S2_ONLY, SHARED), strict=True))
-"""The region that each target of an evaluation keeps."""
+REGION_OF_TARGET = dict(zip(REGIONS, (S1_ONLY, S2_ONLY, SHARED), strict=True))
+"""The region that keeps its trained values, by evaluation target."""
 
 
 def write(target: str, trained: Path, start: Path, masks: Masks, out: Path) -> None:
-    """Write into `out` the adapter of `trained` with only the elements of the target's region.
+    """Write into `out` the adapter of `trained`, with elements outside the target's region reset to `start`.
 
-    The others are those of `start`, the initial adapter, and so is the frozen half of a compensated one.
-    ArtifactError unless all three fit.
+    start: the initial adapter. The frozen half of a compensated adapter also comes from it. ArtifactError
+    unless both adapters and the masks have the same parameter names.
     """
-    before, after = adapter.read(start), adapter.read(trained)
-    if not before.keys() == after.keys() == masks.region.keys():
+    initial_weights, trained_weights = adapter.read(start), adapter.read(trained)
+    if not initial_weights.keys() == trained_weights.keys() == masks.region.keys():
         raise ArtifactError(f"{trained}, {start} and the masks are not of one adapter")
-    kept: dict[str, Tensor] = {}
-    for name, weight in after.items():
-        here = adapter.full_mask(name, masks.region[name] == KEPT[target], weight)
-        kept[name] = torch.where(here, weight, before[name])
-    shutil.copytree(trained, out, dirs_exist_ok=True)
-    save_file(kept, out / adapter.ADAPTER, metadata={"format": "pt"})
+    weights: dict[str, Tensor] = {}
+    for name, weight in trained_weights.items():
+        in_region = masks.region[name] == REGION_OF_TARGET[target]
+        keep_trained = adapter.full_mask(name, in_region, weight)
+        weights[name] = torch.where(keep_trained, weight, initial_weights[name])
+    shutil.copytree(trained, out, dirs_exist_ok=True)  # the adapter's config; its weights are replaced
+    save_file(weights, out / adapter.ADAPTER, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Files of importance per system and of masks per training stage, keyed by PEFT's parameter names."""
+"""Files of importance scores per system and of masks per training stage, keyed by PEFT's parameter names."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ REGION, ACTIVE = "region", "active"
 def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
     """Write float32 tensors `s1/<name>` and `s2/<name>`, each in the shape of the weight's trainable part."""
     tensors = {}
-    for system, part in scores.items():
-        for name, tensor in part.items():
+    for system, by_name in scores.items():
+        for name, tensor in by_name.items():
             tensors[f"s{system}/{name}"] = tensor.float().contiguous().cpu()
     save_file(tensors, path)
 
 
 def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
+    """Read what `write_importance` wrote: system → parameter name → float32 scores."""
     tensors = _load(path)
-    return {system: _below(f"s{system}/", tensors) for system in (1, 2)}
+    return {system: _with_prefix(f"s{system}/", tensors) for system in (1, 2)}
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Regions (uint8) and active elements of one training stage (bool), by parameter name.
-
-    Every tensor has the shape of the weight's trainable part.
-    """
+    """Masks of one training stage by parameter name, each in the shape of the weight's trainable part."""
 
     region: dict[str, Tensor]
+    """uint8: see `strategies.Split`."""
     active: dict[str, Tensor]
+    """bool: the elements that the stage trains."""
 
     @classmethod
-    def cut(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
-        """Cut masks over the concatenated weights (see `flat`) back into one mask per weight."""
-        names = sorted(shapes)
+    def from_flat(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
+        """Split masks over the concatenated weights (the inverse of `flat`) into one mask per weight."""
+        names = sorted(shapes)  # the order in which `flat` concatenates
         sizes = [shapes[name].numel() for name in names]
 
-        def pieces(mask: Tensor) -> dict[str, Tensor]:
-            found = zip(names, mask.split(sizes), strict=True)
-            return {name: piece.view(shapes[name]).clone() for name, piece in found}
+        def by_name(mask: Tensor) -> dict[str, Tensor]:
+            pieces = zip(names, mask.split(sizes), strict=True)
+            return {name: piece.view(shapes[name]).clone() for name, piece in pieces}
 
-        return cls(pieces(region), pieces(active))
+        return cls(by_name(region), by_name(active))
 
     def write(self, path: Path, stage: str) -> None:
         """Write the tensors as `region/<name>` and `active/<stage>/<name>`."""
@@ -59,17 +59,18 @@ class Masks:
 
     @classmethod
     def load(cls, path: Path, stage: str) -> Masks:
+        """Read what `write` wrote for this stage."""
         tensors = _load(path)
-        return cls(_below(f"{REGION}/", tensors), _below(f"{ACTIVE}/{stage}/", tensors))
+        return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
-    """All weights concatenated into one 1-D tensor, in the order of their sorted parameter names."""
+    """Concatenate all weights into one 1-D tensor, in the order of their sorted parameter names."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose key begins with `prefix`, by the rest of their key."""
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors whose key begins with `prefix`, and remove it from the key."""
     return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 

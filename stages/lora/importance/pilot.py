@@ -1,4 +1,4 @@
-"""A pilot run: a few steps of LoRA on one system's examples, to see which elements it moves."""
+"""Pilot run: a few LoRA training steps on one system's examples, to measure how far each element moves."""
 
 from __future__ import annotations
 
@@ -16,39 +16,45 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 STEPS = 12
-"""The examples are divided among them. One step alone would move every element by the same rate."""
+"""Optimizer steps; the examples are divided among them.
+
+The first step of AdamW moves every element by the learning rate, whatever its gradient, so one step would
+not tell elements apart.
+"""
 LR = 2e-4
-"""The default of both trainings. AdamW's steps scale with it: the order of elements hardly depends on it."""
+"""Learning rate: the default of SFT and GRPO. AdamW's steps scale with it; it hardly changes the ranking."""
 
 
-def trained(
-    weights: dict[str, nn.Linear],
+def run(
+    layers: dict[str, nn.Linear],
     lora: LoraSection,
     batches: Iterable[Batch],
     gradients: Callable[[Batch], Moments],
 ) -> tuple[dict[str, Tensor], float]:
-    """The weights after one AdamW step for each batch, and the sum of the losses that the steps began with.
+    """Take one AdamW step per batch and return the resulting weights and the sum of the examples' losses.
 
-    All elements of the trainable parts are trained, at a constant rate and without weight decay. The layers
-    themselves are left as they were.
+    layers: LoRA layers by parameter name; their weights are restored at the end. gradients: the sums of a
+    batch's gradients and losses at the current weights. All elements of the trainable parts are trained, at a
+    constant learning rate and without weight decay. Each loss is that before the step of its batch.
     """
     import torch
 
-    before = {name: layer.weight.detach().clone() for name, layer in weights.items()}
-    optimizer = torch.optim.AdamW([layer.weight for layer in weights.values()], lr=LR, weight_decay=0)
+    initial = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
     loss = 0.0
     for batch in batches:
         sums = gradients(batch)
         loss += sums.loss
-        for name, layer in weights.items():
-            whole = torch.zeros_like(layer.weight)
+        for name, layer in layers.items():
+            # Zeros in the frozen half of a compensated adapter: AdamW without weight decay leaves it alone.
+            gradient = torch.zeros_like(layer.weight)
             mean = adapter.trainable_part(name, sums.gradient[name] / sums.examples, lora)
-            adapter.trainable_part(name, whole, lora).copy_(mean)
-            layer.weight.grad = whole
+            adapter.trainable_part(name, gradient, lora).copy_(mean)
+            layer.weight.grad = gradient
         optimizer.step()
-    after = {name: layer.weight.detach().clone() for name, layer in weights.items()}
+    trained = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
-        for name, layer in weights.items():
-            layer.weight.copy_(before[name])
+        for name, layer in layers.items():
+            layer.weight.copy_(initial[name])
             layer.weight.grad = None
-    return after, loss
+    return trained, loss

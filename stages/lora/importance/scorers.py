@@ -1,9 +1,10 @@
-"""Importance of every single LoRA element for one system, from the per-example gradients of a batch.
+"""Importance scores of single LoRA elements for one system, from per-example gradients.
 
-The gradient of one example's loss with respect to a LoRA weight W (out, in) is Σ_t δ_t x_tᵀ, with the layer's
-input x and the gradient δ of its output. One forward and backward pass of a batch therefore gives the
-gradients of all its examples. The loss is the sum over examples of each example's mean answer-token loss, so
-that each gradient depends on one example only.
+A LoRA layer computes y_t = W x_t for each token t, with W (out, in). With δ_t = ∂loss/∂y_t, the gradient of
+one example's loss with respect to W is g = Σ_t δ_t x_tᵀ over the tokens of the example. Hooks record x in the
+forward and δ in the backward pass, so that one pass over a batch gives the gradients of all its examples. The
+loss of a batch is the sum over examples of each example's mean answer-token loss: no term mixes two examples,
+and each g is that of the example alone.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
     from stages.prompts.renderer import Row
 
 scorers: Registry = Registry("scorer")
-"""Trait `product`: the score is gradient times value, which is zero everywhere while B = 0. Trait `pilot`:
-the score takes the value after a pilot run (`pilot.py`) in place of gradient and Fisher."""
+"""Formulas score(φ, g, F) of elements φ, with the means over examples g of the gradient and F of its square.
+
+Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
+zero, and so is the value of B). Trait `pilot`: the formula takes the value after a pilot run (`pilot.py`) in
+place of gradient and Fisher.
+"""
 
 
 @dataclass
 class Moments:
-    """Sums over examples, one tensor per LoRA weight, float32, of the weight's shape."""
+    """Sums over examples: one tensor per LoRA weight, of the weight's shape and at least float32."""
 
     gradient: dict[str, Tensor]
     """Σ g"""
@@ -40,7 +45,7 @@ class Moments:
     """Σ g²"""
     examples: int
     loss: float
-    """Σ of the examples' mean answer-token losses."""
+    """Sum of the examples' mean answer-token losses."""
 
 
 @scorers.add("product")
@@ -74,55 +79,62 @@ def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 
 
 @scorers.add("pilot")
-def moved(value: Tensor, after: Tensor) -> Tensor:
+def moved(value: Tensor, trained: Tensor) -> Tensor:
     """|φ′ − φ|: how far a pilot run of 12 steps on the examples moves it (after arXiv 2505.11711)."""
-    return (after - value).abs()
+    return (trained - value).abs()
 
 
 @contextmanager
-def _captured(
-    model: PreTrainedModel, weights: dict[str, nn.Module], sums: Moments, row: PackedBatch | None
+def _accumulate_gradients(
+    model: PreTrainedModel, layers: dict[str, nn.Module], sums: Moments, packed: PackedBatch | None
 ) -> Iterator[None]:
-    """Inside, a backward pass adds the per-example gradients of every LoRA layer to `sums`.
+    """Context in which a backward pass adds g and g² of every example and LoRA layer to `sums`.
 
-    row: where the examples stand in it; None if they are padded rows of a batch.
+    packed: the batch, if the examples are packed into one row; None if they are padded rows.
     """
     import torch
 
-    handles, pending = [], dict.fromkeys(weights, 0)
+    handles = []
+    pending = dict.fromkeys(layers, 0)  # forward passes of each layer whose backward pass is still to come
 
-    def apart(x: Tensor) -> Tensor:
-        """(examples, longest, width) of what a layer sees."""
-        return x if row is None else row.suffixes.spread(x[0])
+    def by_example(x: Tensor) -> Tensor:
+        """(examples, longest, width): zero after the end of a packed example."""
+        return x if packed is None else packed.suffixes.spread(x[0])
 
-    def watch(name: str):  # type: ignore[no-untyped-def]
-        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
+    def forward_hook(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()  # (batch, tokens, in)
             pending[name] += 1
+            # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
+            # axis, as in experts that get single tokens, do not tell the examples apart.
             if x.dim() != 3 or pending[name] != 1:
                 raise MeaninglessError(
                     f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
                     "shared modules and mixtures of experts cannot be scored element by element",
                 )
 
-            def backward(delta: Tensor) -> None:
-                # (batch, tokens, out), (batch, tokens, in) -> (batch, out, in)
+            def backward_hook(delta: Tensor) -> None:  # (batch, tokens, out)
+                # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends
+                # on the output.
                 wide = torch.promote_types(torch.float32, x.dtype)
-                per_example = torch.einsum("bto,bti->boi", apart(delta.to(wide)), apart(x.to(wide)))
-                sums.gradient[name] += per_example.sum(0)
-                sums.square[name] += per_example.square_().sum(0)
+                gradients = torch.einsum(
+                    "bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide))
+                )  # (examples, out, in)
+                sums.gradient[name] += gradients.sum(0)
+                sums.square[name] += gradients.square_().sum(0)
                 pending[name] = 0
 
-            output.register_hook(backward)
+            output.register_hook(backward_hook)
 
-        return forward
+        return hook
 
     try:
+        # No parameter requires a gradient, so the graph has to begin at the embedded input.
         handles.append(
             model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
         )
-        for name, module in weights.items():
-            handles.append(module.register_forward_hook(watch(name)))
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(forward_hook(name)))
         yield
     finally:
         for handle in handles:
@@ -136,11 +148,12 @@ def moments(
     advance: Callable[[int], None],
     pad: int,
 ) -> Moments:
-    """Σ g and Σ g² over the examples of all batches.
+    """Compute Σ g and Σ g² over the examples of all batches.
 
     weights: LoRA layers by parameter name. The model must be in eval mode (no dropout) and without gradient
     checkpointing, and none of its parameters may require a gradient: the graph starts at the embedded input
     instead, so autograd computes none of the weight gradients that the hooks compute per example.
+    advance: called with the number of examples after each batch. pad: token that fills padded batches.
     MeaninglessError if a loss is not finite.
     """
     import torch
@@ -154,19 +167,20 @@ def moments(
         zeros[name] = torch.zeros_like(module.weight, dtype=wide)
     sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
     for rows in batches:
-        row = losses.pack_rows(model, rows, device)
-        with _captured(model, weights, sums, row):
-            if row is None:
-                found = losses.answer_losses(model, losses.collate(rows, pad, device))
+        packed = losses.pack_rows(model, rows, device)
+        with _accumulate_gradients(model, weights, sums, packed):
+            if packed is None:
+                example_losses = losses.answer_losses(model, losses.collate(rows, pad, device))
             else:
-                found = losses.packed_answer_losses(model, row)
-            finite = torch.isfinite(found)
+                example_losses = losses.packed_answer_losses(model, packed)
+            finite = torch.isfinite(example_losses)  # (examples,)
             if not bool(finite.all()):
                 bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
                 raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
-            found.sum().backward()
+            # Summed, not averaged: a mean would scale each example's gradient by the size of its batch.
+            example_losses.sum().backward()
         sums.examples += len(rows)
-        sums.loss += float(found.detach().sum())
-        del found  # its graph holds what every layer has seen
+        sums.loss += float(example_losses.detach().sum())
+        del example_losses  # its graph keeps every layer's activations alive, also during the next batch
         advance(len(rows))
     return sums

@@ -1,13 +1,14 @@
 """Partition strategies: which elements are S1-only, S2-only or shared, and which of them each stage trains.
 
-Selection is exact and independent of the machine: a float32 is an integer times a power of two, so sums are
-exact integers, and the order, the threads and the device do not matter. It takes linear time: a histogram
-over the high 16 bits of the scores finds the bucket in which the cut lies, and a histogram over the low 16
-bits finds the cut.
+Selection is exact and independent of the machine. A float32 is an integer times a power of two, so sums are
+computed as integers and do not depend on the order of additions, on threads or on the device. Ties are
+broken by position: by parameter name, then by the flat index in the weight. Shares like θ are the decimals
+that a person has typed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -33,90 +34,91 @@ class Split:
     """Region and activity of each element; every mask is 1-D over the concatenated LoRA weights."""
 
     region: Tensor
-    """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared."""
+    """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared: bit 0 is System 1's set, bit 1 System 2's."""
     active: dict[str, Tensor]
-    """bool: the elements that `sft` trains, and those that `rl` trains."""
+    """bool: the elements that each stage, `sft` and `rl`, trains."""
 
 
 def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
-    """The smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
+    """Select the smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
 
-    scores: float32, 1-D, finite and not negative. Equal scores are taken in the order of their index. A goal
-    of 0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is in units of
-    2^-149, like `exact_total`.
+    scores: float32, 1-D, finite and not negative, without -0.0. Of equal scores, those of lower index come
+    first. A goal of 0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is
+    in units of 2^-149, like `exact_total`.
+
+    A float64 `cumsum` of the sorted scores would be shorter, but it rounds: where a sum is equal to the goal
+    or close to it, the mask would depend on the order of the additions.
     """
     import torch
 
-    bits = scores.view(torch.int32)  # order-preserving for floats that are not negative
-    chosen = torch.zeros(len(scores), dtype=torch.bool)
     if goal <= 0:
-        return chosen
-    high = bits >> 16
-    counts, sums = _histogram(high, bits, by)
-    reached, cut = Fraction(0), -1
-    for bucket in counts.nonzero().flatten().flip(0).tolist():
-        if reached + sums(bucket) >= goal:
-            cut = bucket
-            break
-        reached += sums(bucket)
-    if cut < 0:
-        return torch.ones_like(chosen)
-    chosen |= high > cut
-    inside = (high == cut).nonzero().flatten()
-    low = bits[inside] & 0xFFFF
-    weight = {int(v): 1 if by == "count" else _of_bits((cut << 16) + int(v)) for v in low.unique()}
-    numbers = torch.bincount(low, minlength=2**16)
-    for value in sorted(weight, reverse=True):
-        here = inside[low == value]
-        if reached + int(numbers[value]) * weight[value] >= goal:
-            missing = Fraction(goal - reached)
-            take = -(-missing // weight[value]) if weight[value] else len(here)
-            chosen[here[: int(take)]] = True
-            break
-        reached += int(numbers[value]) * weight[value]
-        chosen[here] = True
+        return torch.zeros(len(scores), dtype=torch.bool)
+    # As integers, the bit patterns of floats that are not negative are in the order of the floats. Inverted,
+    # they ascend from the highest score: torch has a linear radix sort for integers in ascending order.
+    keys, order = (~scores.view(torch.int32)).sort(stable=True)
+    size = math.ceil(goal) if by == "count" else _size_reaching(goal, ~keys)
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[order[:size]] = True
     return chosen
+
+
+def _size_reaching(goal: Fraction, descending: Tensor) -> int:
+    """Smallest number of leading scores whose sum reaches `goal`; all of them if none does.
+
+    descending: bit patterns of the scores, highest first, (elements,).
+
+    Scores of one exponent k form a block of integers s_i times 2^k, and the s_i of fewer than 2^39 elements
+    have an exact sum in int64. The sums of the blocks are subtracted from the goal, in Python's integers,
+    until one reaches what is left of it. In that block, the sum of the first n scores reaches the goal if and
+    only if s_1 + … + s_n ≥ ⌈goal / 2^k⌉.
+    """
+    import torch
+
+    significands, exponents = _as_integers(descending)
+    values, sizes = exponents.unique_consecutive(return_counts=True)  # (blocks,) each, at most 254
+    passed = 0
+    for exponent, block in zip(values.tolist(), significands.split(sizes.tolist()), strict=True):
+        total = int(block.sum()) << exponent
+        if total >= goal:
+            needed = math.ceil(goal / Fraction(2**exponent))
+            return passed + int(torch.searchsorted(block.cumsum(0), needed)) + 1
+        goal -= total
+        passed += len(block)
+    return passed
 
 
 def exact_total(scores: Tensor) -> int:
     """The exact sum of float32 scores in units of 2^-149, the smallest float32."""
     import torch
 
-    bits = scores.view(torch.int32)
-    counts, sums = _histogram(bits >> 16, bits, "sum")
-    return sum(sums(bucket) for bucket in counts.nonzero().flatten().tolist())
+    significands, exponents = _as_integers(scores.view(torch.int32))
+    # One int64 sum for each exponent, then Σ_k sum_k · 2^k in Python's integers.
+    sums = torch.zeros(254, dtype=torch.int64).index_add_(0, exponents, significands.long())
+    return sum(total << exponent for exponent, total in enumerate(sums.tolist()))
 
 
-def _histogram(high: Tensor, bits: Tensor, by: str):  # type: ignore[no-untyped-def]
-    """Counts per bucket, and a function from a bucket to its exact sum (or count).
+def _as_integers(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Split floats into integers s < 2^24 and k ≤ 253 with float = s · 2^k in units of 2^-149, exactly.
 
-    A bucket fixes the exponent, so its sum is the sum of its mantissas times a power of two. Mantissas have
-    24 bits, so their sum is exact in float64 below 2^29 elements.
+    bits: int32 bit patterns of finite float32 that are not negative: 8 bits of exponent e, then 23 bits of
+    fraction f. Normal numbers (e > 0) are (2^23 + f) · 2^(e − 1), subnormal ones (e = 0) are f · 2^0.
     """
     import torch
 
-    counts = torch.bincount(high)
-    if by == "count":
-        return counts, lambda bucket: int(counts[bucket])
-    mantissa = (bits & 0x7FFFFF) + torch.where(bits >= 0x800000, 0x800000, 0)
-    mantissas = torch.bincount(high, weights=mantissa.double())
-    return counts, lambda bucket: int(mantissas[bucket]) << max((bucket >> 7) - 1, 0)
+    exponents, fractions = bits >> 23, bits & 0x7FFFFF
+    significands = torch.where(exponents > 0, fractions | 0x800000, fractions)  # int32
+    return significands, (exponents - 1).clamp(min=0)
 
 
-def _of_bits(bits: int) -> int:
-    exponent = bits >> 23
-    return ((bits & 0x7FFFFF) + (0x800000 if exponent else 0)) << max(exponent - 1, 0)
-
-
-def check(scores: Tensor, system: int) -> None:
-    """MeaninglessError unless the importance of a system is finite, not negative and somewhere above zero."""
+def check_importance(scores: Tensor, system: int) -> None:
+    """MeaninglessError unless a system's scores are finite, not negative and not all zero."""
     import torch
 
-    wrong = int((~torch.isfinite(scores)).sum())
-    if wrong:
-        raise MeaninglessError(f"importance of System {system} has {wrong} non-finite values")
+    non_finite = int((~torch.isfinite(scores)).sum())
+    if non_finite:
+        raise MeaninglessError(f"importance of System {system} has {non_finite} non-finite values")
     if bool((scores < 0).any()):
-        raise MeaninglessError(f"importance of System {system} is negative somewhere")
+        raise MeaninglessError(f"importance of System {system} has negative values")
     if not bool(scores.any()):
         raise MeaninglessError(
             f"importance of System {system} is zero for every element",
@@ -126,7 +128,7 @@ def check(scores: Tensor, system: int) -> None:
 
 @strategies.add()
 def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """The paper's: per system the smallest top set that reaches θ of the importance; shared is their overlap.
+    """The paper's: each system's smallest top set that reaches θ of its importance; shared is their overlap.
 
     Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
     """
@@ -135,8 +137,8 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     theta = as_decimal_fraction(section.theta)
     sets = {}
     for system, values in scores.items():
-        values = values + 0.0  # -0.0 would sort as the largest bit pattern
-        check(values, system)
+        values = values + 0.0  # turns -0.0, whose bit pattern is that of a negative integer, into 0.0
+        check_importance(values, system)
         if theta == 1:
             sets[system] = torch.ones(len(values), dtype=torch.bool)
         else:
@@ -152,23 +154,28 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     """
     sets = {}
     for system, values in scores.items():
-        check(values + 0.0, system)
-        number = Fraction(int(as_decimal_fraction(section.density) * len(values)))
-        sets[system] = top_set(values + 0.0, number, "count")
+        values = values + 0.0  # see `importance`
+        check_importance(values, system)
+        size = Fraction(int(as_decimal_fraction(section.density) * len(values)))
+        sets[system] = top_set(values, size, "count")
     return _split(sets, scores, section)
 
 
 def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: PartitionSection) -> Split:
-    """The regions of two systems' sets, and the active elements, with α and β of those that are shared."""
+    """Form the regions from each system's set, and choose the active elements of both stages.
+
+    A stage trains its system's own elements, and of the shared ones those with that system's highest scores:
+    ⌊α·n⌋ of n in SFT, ⌊β·n⌋ in RL.
+    """
     import torch
 
-    region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)
-    shared = (region == SHARED).nonzero().flatten()
+    region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)  # (elements,)
+    shared = (region == SHARED).nonzero().flatten()  # (n,): indices of the shared elements
     active = {}
     for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
-        number = Fraction(int(as_decimal_fraction(share) * len(shared)))
+        size = Fraction(int(as_decimal_fraction(share) * len(shared)))
         active[stage] = region == only
-        active[stage][shared] = top_set((scores[system] + 0.0)[shared], number, "count")
+        active[stage][shared] = top_set((scores[system] + 0.0)[shared], size, "count")
     return Split(region, active)
 
 
@@ -178,7 +185,7 @@ def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, size
     import torch
 
     split = importance(scores, section, seed, sizes)
-    return _reordered(split, torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed)))
+    return _permuted(split, torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed)))
 
 
 @strategies.add()
@@ -188,9 +195,9 @@ def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: in
 
     split = importance(scores, section, seed, sizes)
     generator = torch.Generator().manual_seed(seed)
-    starts = [0, *accumulate(sizes)]
-    pieces = [at + torch.randperm(n, generator=generator) for at, n in zip(starts, sizes, strict=False)]
-    return _reordered(split, torch.cat(pieces))
+    starts = [0, *accumulate(sizes)]  # one more than there are weights: the last is the end
+    pieces = [start + torch.randperm(n, generator=generator) for start, n in zip(starts, sizes, strict=False)]
+    return _permuted(split, torch.cat(pieces))
 
 
 @strategies.add()
@@ -203,10 +210,12 @@ def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, siz
 def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: each stage trains exactly the elements that `importance` would freeze in it."""
     split = importance(scores, section, seed, sizes)
+    # SHARED has both bits, so the difference inverts membership in each system's set.
     return Split(SHARED - split.region, {stage: ~mask for stage, mask in split.active.items()})
 
 
-def _reordered(split: Split, order: Tensor) -> Split:
+def _permuted(split: Split, order: Tensor) -> Split:
+    """Give element i the region and activity of element order[i]."""
     return Split(split.region[order], {stage: mask[order] for stage, mask in split.active.items()})
 
 
@@ -218,7 +227,7 @@ def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     """
     import torch
 
-    _whole(section)
+    _require_all_shared(section)
     total = len(scores[1])
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -231,13 +240,13 @@ def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: 
     """Plain LoRA: every element is shared and trained in both stages; no scores are needed."""
     import torch
 
-    _whole(section)
-    every = torch.ones_like(scores[1], dtype=torch.bool)
-    return Split(torch.full(every.shape, SHARED, dtype=torch.uint8), {"sft": every, "rl": every.clone()})
+    _require_all_shared(section)
+    chosen = torch.ones_like(scores[1], dtype=torch.bool)
+    return Split(torch.full(chosen.shape, SHARED, dtype=torch.uint8), {"sft": chosen, "rl": chosen.clone()})
 
 
-def _whole(section: PartitionSection) -> None:
-    """ConfigError unless all shared elements are trained: without scores none of them comes first."""
+def _require_all_shared(section: PartitionSection) -> None:
+    """ConfigError unless alpha and beta are 1: without scores there are no top shared elements to choose."""
     if section.alpha != 1 or section.beta != 1:
         raise ConfigError(
             f"strategy {section.strategy} trains all shared elements, got alpha {section.alpha}, "
