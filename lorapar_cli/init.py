@@ -15,7 +15,7 @@ from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 
 if TYPE_CHECKING:
-    from stages.init.data_profile import Survey
+    from stages.init.data_profile import DataProfile
 
 
 def command(
@@ -38,24 +38,24 @@ def command(
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
-    kinds = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
-    found = survey(ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), kinds)
-    chosen, undecided = (
-        config_writer.choices(found, model, data, kinds),
-        config_writer.undecided(found, kinds),
+    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
+    profile = survey(
+        ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
     )
-    _tell(found)
+    settings = config_writer.choices(profile, model, data, benchmarks)
+    undecided = config_writer.undecided(profile, benchmarks)
+    _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
-    for choice in chosen:
+    for choice in settings:
         print(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
     print("\nwhat the rows do not say:")
     for line in undecided:
         print(f"  {line}")
     head = [
-        f"What differs from the defaults for {found.rows.format} rows of {data} and the model {model}.",
+        f"What differs from the defaults for {profile.rows.format} rows of {data} and the model {model}.",
         "Every setting with its default: lorapar config",
     ]
-    path.write_text(config_writer.document(chosen, head, undecided), encoding="utf-8")
+    path.write_text(config_writer.document(settings, head, undecided), encoding="utf-8")
     try:
         plan_steps(resolved(load(path, [])))
     except LoraparError:
@@ -64,26 +64,27 @@ def command(
     terminal.say(f"wrote {path}; next: lorapar plan {path}")
 
 
-def _tell(found: Survey) -> None:
-    rows = found.rows
-    left = [f"{rows.empty} empty"] * bool(rows.empty) + [f"{rows.repeated} repeated"] * bool(rows.repeated)
+def _print_profile(profile: DataProfile) -> None:
+    rows = profile.rows
+    counts = {"empty": rows.empty, "repeated": rows.repeated}
+    left_out = [f"{number} {kind}" for kind, number in counts.items() if number]
     print(
         f"{len(rows.examples)} rows, format {rows.format}"
-        + (f"; left out: {', '.join(left)}" if left else "")
+        + (f"; left out: {', '.join(left_out)}" if left_out else "")
     )
-    print("answers: " + ", ".join(f"{kind} {number}" for kind, number in found.answers.most_common()))
-    drawn = table("tokens", "median", "99 %", "longest")
-    for name, lengths in (("prompt", found.prompt), ("response", found.response), ("both", found.row)):
-        drawn.add_row(name, *map(str, (lengths.median, lengths.p99, lengths.longest)))
-    show(drawn)
-    print(f"the first row, in the template {found.section.template}, as the model reads it:")
-    for mark, text in zip(("  | ", "  > "), found.sample, strict=True):
+    print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))
+    lengths_table = table("tokens", "median", "99 %", "longest")
+    for name, lengths in (("prompt", profile.prompt), ("response", profile.response), ("both", profile.row)):
+        lengths_table.add_row(name, *map(str, (lengths.median, lengths.p99, lengths.longest)))
+    show(lengths_table)
+    print(f"the first row, in the template {profile.section.template}, as the model reads it:")
+    for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):
         print("\n".join(mark + line for line in text.splitlines()))
-    stops = " or ".join(map(repr, found.stops))
-    if found.never_stops:
+    stops = " or ".join(map(repr, profile.stops))
+    if profile.never_stops:
         print(
-            f"{len(found.never_stops)} rows do not end in a stop token ({stops}), so that the model would "
-            f"not learn to stop; the first is {found.never_stops[0]}"
+            f"{len(profile.never_stops)} rows do not end in a stop token ({stops}), so that the model would "
+            f"not learn to stop; the first is {profile.never_stops[0]}"
         )
     else:
         print(f"lines with > are trained; each row ends in a stop token: {stops}")

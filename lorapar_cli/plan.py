@@ -1,9 +1,10 @@
-"""The command that tells what a run will do and cost."""
+"""`lorapar plan`: the steps that a run would do, and the time, memory and lengths of each."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
-from stages.pipeline.state import State, state
+from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors
 from stages.plan.estimate import Estimate, estimate, knobs
 from stages.runtime import resources
@@ -20,18 +21,8 @@ from stages.store.artifacts import Store
 from stages.store.estimates import PlannedCost
 
 if TYPE_CHECKING:
-    from stages.config import Config
-    from stages.plan.cost import MemoryEstimate
+    from stages.plan.estimate import MemoryEstimate
     from stages.plan.lengths import Span
-
-MEMORY = {
-    "weights": "weights",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "KV cache": "cache",
-    "libraries": "libraries",
-}
-"""Columns of the table of memory, and what they show of `Memory`."""
 
 
 def command(
@@ -53,136 +44,111 @@ def command(
         logging.getLogger("stages").setLevel(logging.WARNING)
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
-    states = {name: state(store, step) for name, step in ancestors(steps, None).items()}
-    todo = [steps[name] for name, now in states.items() if now.state != "current"]
-    estimated = estimate(settings, todo) if todo else Estimate({}, [])
-    if todo:
-        costs = {step.key: estimated.costs[step.name] for step in todo}
-        estimates.save(
-            settings.root, {key: PlannedCost(seconds=c.seconds, mib=c.mib) for key, c in costs.items()}
-        )
+    states = {name: state(store, step).state for name, step in ancestors(steps, None).items()}
+    pending = [steps[name] for name, current in states.items() if current != "current"]
+    predicted = Estimate({}, [])
+    if pending:
+        predicted = estimate(settings, pending)
+        costs = {step.key: predicted.costs[step.name] for step in pending}
+        planned = {key: PlannedCost(seconds=cost.seconds, mib=cost.mib) for key, cost in costs.items()}
+        estimates.save(settings.root, planned)
     if as_json:
-        print(json.dumps(_plan_json(states, estimated)))
-    elif brief:
-        _brief(settings, estimated)
-    else:
-        _planned(settings, states, estimated, verbose)
-        if todo:
-            say(f"next: lorapar run {typed(config, set_)}")
-
-
-def _brief(settings: Config, estimated: Estimate) -> None:
-    if not estimated.costs:
-        nothing_to_do()
+        print(json.dumps(_as_json(states, predicted)))
         return
-    print(_busy(estimated) or f"{_about(estimated)} here")
-    for name in estimated.too_large:
+    if not brief:
+        _print_all(states, predicted, verbose)
+    elif pending:
+        print(_busy(predicted) or f"{_about(predicted)} here")
+    else:
+        nothing_to_do()
+    for name in predicted.too_large:
         print(f"{name} does not fit: lower {knobs(name, settings)}")
+    if pending and not brief:
+        say(f"next: lorapar run {typed(config, set_)}")
 
 
-def _planned(settings: Config, states: dict[str, State], estimated: Estimate, verbose: bool) -> None:
-    """What a run would do, with the cost of each step and of all that can be told."""
-    drawn = table("step", "state", "takes about", "memory")
-    drawn.columns[1].justify = "left"
-    for name, now in states.items():
-        cost = estimated.costs.get(name)
-        told = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
-        drawn.add_row(name, now.state, told, gib(cost.mib) if cost and cost.mib else "")
-    show(drawn)
-    memories = {name: cost.memory for name, cost in estimated.costs.items() if cost.memory}
-    if shown := {n: memory for n, memory in memories.items() if verbose or n in estimated.too_large}:
+def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:
+    """Print the state and cost of each step, what is too large or too long, and the total."""
+    rows = table("step", "state", "takes about", "memory")
+    rows.columns[1].justify = "left"
+    for name, current in states.items():
+        cost = predicted.costs.get(name)
+        time = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
+        rows.add_row(name, current, time, gib(cost.mib) if cost and cost.mib else "")
+    show(rows)
+    memories = {name: cost.memory for name, cost in predicted.costs.items() if cost.memory}
+    if memories := {n: memory for n, memory in memories.items() if verbose or n in predicted.too_large}:
         print()
-        _memory(shown)
-    if spans := [span for span in estimated.spans if verbose or span.longer]:
+        _print_memory(memories)
+    if spans := [span for span in predicted.spans if verbose or span.longer]:
         print()
-        _spans(spans)
-    if estimated.costs:
-        print(f"\n{_about(estimated)}; half as much or twice as much would be no surprise")
-        if busy := _busy(estimated):
+        _print_lengths(spans)
+    if predicted.costs:
+        print(f"\n{_about(predicted)}; half as much or twice as much would be no surprise")
+        if busy := _busy(predicted):
             print(busy)
-    if estimated.room is not None:
-        print(f"there are {gib(estimated.room)} of memory")
-    for name in estimated.too_large:
-        print(f"{name} does not fit: lower {knobs(name, settings)}")
+    if predicted.room is not None:
+        print(f"there are {gib(predicted.room)} of memory")
 
 
-def _about(estimated: Estimate) -> str:
-    """How long all steps take together."""
-    if not estimated.seconds:
+def _about(predicted: Estimate) -> str:
+    if not predicted.seconds:
         return "how long it takes is not known"
-    rest = "" if len(estimated.seconds) == len(estimated.costs) else ", and what is not known,"
-    return f"about {_in_words(sum(estimated.seconds))}{rest}"
+    unknown = "" if len(predicted.seconds) == len(predicted.costs) else ", and what is not known,"
+    return f"about {duration(sum(predicted.seconds))}{unknown}"
 
 
-def _in_words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
-    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def _busy(estimated: Estimate) -> str | None:
-    """That others compute here, whose work is not in the estimate; None if they do not."""
-    if estimated.busy_cores is None:
+def _busy(predicted: Estimate) -> str | None:
+    """The line on other work here, which the estimate leaves out; None if there is none."""
+    if predicted.busy_cores is None:
         return None
-    cores = f"{estimated.busy_cores:.1f} of {resources.usable_cores()} cores"
-    alone = f"alone it would take {_about(estimated)}" if estimated.seconds else _about(estimated)
+    cores = f"{predicted.busy_cores:.1f} of {resources.usable_cores()} cores"
+    alone = f"alone it would take {_about(predicted)}" if predicted.seconds else _about(predicted)
     return f"this machine is busy with other work: {cores}; {alone}"
 
 
-def _memory(memories: dict[str, MemoryEstimate]) -> None:
-    """What fills the memory of each step; steps that are alike in all of it share a line."""
-    drawn = table("MiB", *MEMORY, "together")
-    alike: dict[tuple[str, ...], list[str]] = {}
+def _print_memory(memories: dict[str, MemoryEstimate]) -> None:
+    """Print the memory of each step by its use; steps with the same numbers share a line."""
+    rows = table("MiB", "weights", "optimizer", "activations", "KV cache", "libraries", "together")
+    names: dict[tuple[str, ...], list[str]] = {}
     for name, memory in memories.items():
-        parts = tuple(f"{getattr(memory, part):.0f}" for part in (*MEMORY.values(), "total"))
-        alike.setdefault(parts, []).append(name)
-    for parts, names in alike.items():
-        drawn.add_row(", ".join(names), *parts)
-    show(drawn)
+        numbers = tuple(f"{mib:.0f}" for mib in (*asdict(memory).values(), memory.total))
+        names.setdefault(numbers, []).append(name)
+    for numbers, steps in names.items():
+        rows.add_row(", ".join(steps), *numbers)
+    show(rows)
 
 
-def _spans(spans: list[Span]) -> None:
-    drawn = table("tokens", "rows", "mean", "median", "99 %", "longest", "limit", "longer")
-    drawn.columns[6].justify = "left"
+def _print_lengths(spans: list[Span]) -> None:
+    rows = table("tokens", "rows", "mean", "median", "99 %", "longest", "limit", "longer")
+    rows.columns[6].justify = "left"
     for span in spans:
-        lengths, longer = span.lengths, span.longer
-        drawn.add_row(
-            span.what,
-            str(number) if (number := len(lengths.ordered)) == span.rows else f"{number} of {span.rows}",
-            f"{lengths.mean:.0f}",
-            *map(str, (lengths.median, lengths.p99, lengths.longest)),
+        sample = len(span.lengths.ordered)
+        rows.add_row(
+            span.name,
+            f"{sample}" if sample == span.rows else f"{sample} of {span.rows}",
+            *(f"{number:.0f}" for number in span.lengths.summary().values()),
             "" if span.limit is None else f"{span.setting} {span.limit}",
-            f"{longer}: {span.beyond}" if longer else "0",
+            f"{span.longer}: {span.beyond}" if span.longer else "0",
         )
-    show(drawn)
+    show(rows)
 
 
-def _plan_json(states: dict[str, State], estimated: Estimate) -> dict[str, Any]:
+def _as_json(states: dict[str, str], predicted: Estimate) -> dict[str, Any]:
     steps: dict[str, Any] = {}
-    for name, now in states.items():
-        cost = estimated.costs.get(name)
+    for name, current in states.items():
+        cost = predicted.costs.get(name)
         steps[name] = {
-            "state": now.state,
+            "state": current,
             "seconds": cost and cost.seconds,
             "mib": cost and cost.mib,
-            "of_mib": cost and cost.memory and {part: getattr(cost.memory, part) for part in MEMORY.values()},
+            "of_mib": cost and cost.memory and asdict(cost.memory),
         }
     tokens = {
-        span.what: {
-            "rows": span.rows,
-            "sample": len(span.lengths.ordered),
-            "mean": span.lengths.mean,
-            "median": span.lengths.median,
-            "p99": span.lengths.p99,
-            "longest": span.lengths.longest,
-            "limit": span.limit,
-            "longer": span.longer,
-        }
-        for span in estimated.spans
+        span.name: {"rows": span.rows, "sample": len(span.lengths.ordered), **span.lengths.summary()}
+        | {"limit": span.limit, "longer": span.longer}
+        for span in predicted.spans
     }
     return {
-        "steps": steps,
-        "tokens": tokens,
-        "memory_mib": estimated.room,
-        "busy_cores": estimated.busy_cores,
-    }
+        "steps": steps, "tokens": tokens, "memory_mib": predicted.room, "busy_cores": predicted.busy_cores
+    }  # fmt: skip

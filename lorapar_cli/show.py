@@ -44,35 +44,35 @@ def command(
         raise ConfigError("--samples goes with an evaluation", f"choose from: {names}")
     if stage is None:
         if not any(state(store, step).state == "current" for step in evaluations):
-            raise _nothing(store, evaluations, typed(config, set_))
+            raise _no_results(store, evaluations, typed(config, set_))
         terminal.results(store, evaluations, by or "system", as_json)
         if not as_json:
             terminal.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
         return
     if by is not None:
         raise ConfigError("--by goes with the results of all evaluations", f"lorapar show {config} --by {by}")
-    found = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
-    if not found:
+    chosen = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
+    if not chosen:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
-    for step in found:
-        now = state(store, step)
-        if now.state == "damaged":
+    for step in chosen:
+        current_state = state(store, step)
+        if current_state.state == "damaged":
             current(store, step)
-        if now.artifact is None:
+        if current_state.artifact is None:
             raise MissingInputError(
-                f"{step.name} is {now.state} ({now.why})",
+                f"{step.name} is {current_state.state} ({current_state.why})",
                 f"run: lorapar run {typed(config, set_)} --to {step.stage.name}",
             )
-        if now.state == "stale":
-            terminal.say(f"{step.name} is stale: {now.why}")
+        if current_state.state == "stale":
+            terminal.say(f"{step.name} is stale: {current_state.why}")
         if samples:
-            terminal.samples(now.artifact, wrong, limit or 5, as_json)
+            terminal.samples(current_state.artifact, wrong, limit or 5, as_json)
         else:
-            terminal.manifest(now.artifact, as_json)
+            terminal.manifest(current_state.artifact, as_json)
 
 
-def _nothing(store: Store, evaluations: list[Step], again: str) -> LoraparError:
-    """Why there are no results to be shown. again: the config and overrides, as they are typed."""
+def _no_results(store: Store, evaluations: list[Step], config: str) -> LoraparError:
+    """The error that says why there are no results. config: with its overrides, as they are typed."""
     if not evaluations:
         return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
     first = state(store, evaluations[0])
@@ -80,5 +80,5 @@ def _nothing(store: Store, evaluations: list[Step], again: str) -> LoraparError:
         current(store, evaluations[0])
     return MissingInputError(
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-        f"run: lorapar run {again}",
+        f"run: lorapar run {config}",
     )

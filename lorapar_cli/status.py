@@ -7,7 +7,7 @@ from stages.store.artifacts import Store
 
 
 def command(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
-    """Say which artifacts are current, and of the others why they are not."""
+    """Say which artifacts are current, and why the others are not."""
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
     terminal.status({name: state(store, step) for name, step in steps.items()}, as_json)

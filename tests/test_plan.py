@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from stages.models.base import load_base
 from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.plan import cost_model, profiler, prompt_lengths
-from stages.plan.cost import Cost, MemoryEstimate
-from stages.plan.cost_model import CostModel, Work, per_text
-from stages.plan.estimate import Estimate, knobs
+from stages.plan import cost_model, profiler
+from stages.plan.cost_model import NOTHING, UNKNOWN, CostModel
+from stages.plan.estimate import Cost, Estimate, MemoryEstimate, knobs
 from stages.plan.lengths import Lengths, Span, sampled
-from stages.plan.profiler import GAIN, Measurement, Profiler
+from stages.plan.profiler import GAIN, Measurement, Profiler, per_text
+from stages.plan.prompt_lengths import Texts, prompt_length, spans
+from stages.prompts.renderer import Row
 from stages.runtime import resources
 from stages.store import estimates
 from stages.store.estimates import PlannedCost
@@ -119,8 +121,7 @@ def test_only_the_table_and_the_total_are_printed_without_a_flag(told):
     assert out.splitlines()[0].split() == ["step", "state", "takes", "about", "memory"]
     assert re.search(r"^sft +missing +1 min +0.0 GiB$", out, re.MULTILINE)
     assert out.endswith(
-        "\n\nabout 10 minutes; half as much or twice as much would be no surprise\n"
-        "there are 0.1 GiB of memory\n"
+        "\n\nabout 10 min; half as much or twice as much would be no surprise\nthere are 0.1 GiB of memory\n"
     )
     assert "activations" not in out and "longest" not in out
     more = told("--verbose", spans=[short]).out
@@ -140,16 +141,16 @@ def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
 
 
 def test_briefly_it_is_one_line(told):
-    assert told("--brief").out == "about 10 minutes here\n"
+    assert told("--brief").out == "about 10 min here\n"
     assert told("--brief").err == ""
     assert told("--brief", seconds=None).out == "how long it takes is not known here\n"
     too_large = told("--brief", mib=90.0).out.splitlines()
-    assert too_large[0] == "about 10 minutes here" and too_large[1].startswith("classify:train does not fit")
+    assert too_large[0] == "about 10 min here" and too_large[1].startswith("classify:train does not fit")
 
 
 def test_a_busy_machine_is_named(told, monkeypatch):
     monkeypatch.setattr(resources, "usable_cores", lambda: 2)
-    line = "this machine is busy with other work: 1.4 of 2 cores; alone it would take about 10 minutes\n"
+    line = "this machine is busy with other work: 1.4 of 2 cores; alone it would take about 10 min\n"
     assert told("--brief", busy_cores=1.4).out == line
     assert line in told(busy_cores=1.4).out
     assert json.loads(told("--json", busy_cores=1.4).out)["busy_cores"] == 1.4
@@ -157,9 +158,8 @@ def test_a_busy_machine_is_named(told, monkeypatch):
 
 def test_what_is_not_known_is_said_beside_the_total():
     some = {"a": Cost(30.0), "b": Cost(None)}
-    assert plan_command._about(Estimate(some, [])) == "about 30 seconds, and what is not known,"
+    assert plan_command._about(Estimate(some, [])) == "about 30 s, and what is not known,"
     assert plan_command._about(Estimate({"b": Cost(None)}, [])) == "how long it takes is not known"
-    assert plan_command._in_words(7200) == "2.0 hours"
 
 
 def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
@@ -188,63 +188,65 @@ def test_voters_with_worked_examples_of_a_person_s_own(asked, no_room, tmp_path)
 
 @pytest.fixture
 def model(smoke):
-    """The cost model of the smoke config; a token takes a second of one thread, and 2 MiB."""
+    """The cost model of the smoke config and its steps; a token takes a second of one thread, and 2 MiB."""
 
-    def make(*sets: str) -> CostModel:
+    def make(*sets: str, **more) -> tuple[CostModel, dict]:
         config = resolved(smoke(*SETS, *sets))
-        made = CostModel(config, list(plan_steps(config).values()))
         measured = Measurement(10, 10.0, 20.0)
-        made.profiler = SimpleNamespace(  # type: ignore[assignment]
-            votes=lambda _: measured,
-            scoring=lambda _: measured,
-            training=lambda *_: measured,
-            generation=lambda _: (measured, Measurement(10, 20.0, 20.0)),
-            fits=lambda _: True,
-            room=10**6, loading_s=3.0, libraries_mib=500.0, weights_mib=100.0,
-            layers_mib=60.0, copy_mib=100.0, token_bytes=2**10, adapter_elements=2**20,
+        made = SimpleNamespace(
+            measure_votes=lambda _: measured,
+            measure_training=lambda *_: measured,
+            measure_generation=lambda _: (measured, Measurement(10, 20.0, 20.0)),
+            supports_packing=lambda _: True,
+            kv_cache_mib=lambda rows, length: rows * length / 1024,
+            room=10**6, loading_s=0.0, libraries_mib=500.0, weights_mib=100.0, speedup=1.0,
+            layers_mib=60.0, copy_mib=100.0, adapter_elements=2**20,
         )  # fmt: skip
-        return made
+        vars(made).update(more)
+        return CostModel(config, Texts(config), made), plan_steps(config)
 
     return make
+
+
+def costs(model: tuple[CostModel, dict]) -> dict[str, Cost]:
+    return {name: model[0].cost(step) for name, step in model[1].items()}
 
 
 def test_the_work_of_each_step_is_counted(model):
     """Against sums over all rows, of which the sample has each once."""
     made = model("rl.beta=0", "sft.lora_dropout=0")
-    work = {step.name: made.work(step) for step in made.steps}
-    rows = made.training_rows("sft")
+    found, texts = costs(made), made[0].texts
+    rows = texts.training_rows("sft")
     lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
-    prompts = [cost_model.prompt_length(row) for row in rows]
+    prompts = [prompt_length(row) for row in rows]
     answers = [min(12, len(row.labels) - prompt) for row, prompt in zip(rows, prompts, strict=True)]
     assert len(rows) == 16
-    assert work["score"].thread_s == pytest.approx(sum(lengths))  # 8 rows of each system
-    assert work["score"].memory.activations == 2 * sum(lengths[:8])
+    assert found["score"].seconds == pytest.approx(sum(lengths))  # 8 rows of each system
+    assert found["score"].memory.activations == 2 * sum(lengths[:8])
     beginning = profiler.common_prefix_length([row.input_ids for row in rows])
     # 2 steps of 8 rows (8.8 are of System 1 or of the cold start), in micro batches of 4 that compute
     # a common beginning once
-    assert work["sft"].thread_s == pytest.approx(16 * (sum(lengths) / 16 - 0.75 * beginning))
+    assert found["sft"].seconds == pytest.approx(16 * (sum(lengths) / 16 - 0.75 * beginning))
+    assert found["sft"].memory.activations == pytest.approx(2 * (sum(lengths[:4]) - 3 * beginning))
     # 2 steps of 4 prompts with 4 completions, of which each is written with a quarter more and learned from
     prompt, answer = sum(prompts) / 16, sum(answers) / 16
     learning, sampling = 4 * prompt + 16 * answer, 4 * prompt + 16 * answer * 1.25 * 2
-    assert work["rl"].thread_s == pytest.approx(2 * (learning + sampling))
-    assert work["rl"].memory.weights == 100 + 4 + 100 and work["rl"].memory.optimizer == 16
-    assert work["rl"].memory.activations == pytest.approx(2 * (2 * max(prompts) + 8 * 12))
-    # 4 items, of which the base writes 12 tokens each; the check of an adapter reads them again, twice
-    ids = prompt_lengths.prompts(made.config, made.tokenizer, "demo", made.rows["demo"])
+    assert found["rl"].seconds == pytest.approx(2 * (learning + sampling))
+    assert found["rl"].memory.weights == 100 + 4 + 100 and found["rl"].memory.optimizer == 16
+    assert found["rl"].memory.activations == pytest.approx(2 * (2 * max(prompts) + 8 * 12))
+    # 4 items, of which the base writes 12 tokens each
+    ids = texts.prompts["demo"]
     read = per_text(ids, 4)
-    assert work["eval:base@demo"].thread_s == pytest.approx(4 * (read + 12 * 1.25 * 2))
-    mean = min(12, made.responses.mean)
-    again = 4 * 2 * (sum(map(len, ids)) / 4 + mean)
-    assert work["eval:sft@demo"].thread_s == pytest.approx(4 * (read + mean * 1.25 * 2) + again)
-    assert (work["eval:base@demo"].loads, work["eval:sft@demo"].loads) == (1, 2)
-    assert work["eval:base@demo"].memory.cache == 4 * (max(map(len, ids)) + 12) / 1024
-    assert work["partition:sft"] == cost_model.NOTHING
+    assert found["eval:base@demo"].seconds == pytest.approx(4 * (read + 12 * 1.25 * 2))
+    mean = min(12, texts.responses.mean)
+    assert found["eval:sft@demo"].seconds == pytest.approx(4 * (read + mean * 1.25 * 2))
+    assert found["eval:base@demo"].memory.cache == 4 * (max(map(len, ids)) + 12) / 1024
+    assert found["partition:sft"] == NOTHING
 
 
 def test_votes_are_counted_by_voter(model, monkeypatch):
     def seconds(*voters: str) -> float:
-        made = model(f"classify.voters=[{', '.join(voters)}]")
-        return made.work(made.steps[0]).thread_s
+        return costs(model(f"classify.voters=[{', '.join(voters)}]"))["classify:train"].seconds
 
     steps, effort = (f"{{engine: transformers, persona: {name}}}" for name in ("steps", "effort"))
     assert seconds(steps, effort) == pytest.approx(seconds(steps) + seconds(effort))
@@ -256,69 +258,68 @@ def test_votes_are_counted_by_voter(model, monkeypatch):
 
 def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(model):
     made = model("eval.benchmarks.demo.label=known", "eval.untrained_items=1")
-    work = {step.name: made.work(step) for step in made.steps}
-    assert work["classify:demo"] == cost_model.NOTHING and work["classify:train"].thread_s > 0
-    assert not any("demo, steps" in span.what for span in prompt_lengths.spans(made))
-    all_items = {step.name: model().work(step) for step in made.steps if step.stage.name == "eval"}
-    [first] = prompt_lengths.prompts(made.config, made.tokenizer, "demo", made.rows["demo"][:1])
-    assert work["eval:base@demo"].thread_s == pytest.approx(len(first) + 12 * 1.25 * 2)
-    assert work["eval:sft@demo"] == all_items["eval:sft@demo"]
+    found, texts = costs(made), made[0].texts
+    assert found["classify:demo"] == NOTHING and found["classify:train"].seconds > 0
+    assert not any("demo, steps" in span.name for span in spans(texts, list(made[1].values())))
+    mean = per_text(texts.prompts["demo"], 1)
+    assert found["eval:base@demo"].seconds == pytest.approx(mean + 12 * 1.25 * 2)
+    assert found["eval:sft@demo"] == costs(model())["eval:sft@demo"]
 
 
 def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model):
-    def rl(*sets: str) -> Work | None:
-        made = model(*sets)
-        return made.work(next(step for step in made.steps if step.name == "rl"))
-
-    plain = rl("rl.beta=0").thread_s
-    more = rl("rl.beta=0.04").thread_s - plain
-    made = model()
-    learning = 2 * (4 * made.rl_prompts.within(512) + 16 * made.responses.within(12))
+    plain = costs(model("rl.beta=0"))["rl"].seconds
+    more = costs(model("rl.beta=0.04"))["rl"].seconds - plain
+    texts = model()[0].texts
+    learning = 2 * (4 * texts.rl_prompts.within(512) + 16 * texts.responses.within(12))
     assert more == pytest.approx(learning / 3)
-    assert rl("baseline.method=dora", "eval.targets=[base]") is None
+    baseline = costs(model("baseline.method=dora", "eval.targets=[base]"))
+    assert baseline["rl"] == baseline["sft"] == UNKNOWN
 
 
 def test_memory_that_runs_out_is_a_step_that_does_not_fit(model):
     def full(*_):
         raise MemoryError
 
-    made = model()
-    made.profiler.scoring = full
-    step = next(step for step in made.steps if step.name == "score")
-    cost = made.cost(step, made.work(step), 1.0)
+    cost = costs(model(measure_training=full))["score"]
     assert cost.seconds is None
-    assert Estimate({"score": cost}, [], room=made.profiler.room).too_large == ["score"]
+    assert Estimate({"score": cost}, [], room=10**6).too_large == ["score"]
 
 
-def test_a_stage_starts_once_for_all_its_steps_and_each_loads_the_model(model):
-    made = model()
-    steps = {step.name: step for step in made.steps}
-    names = ("eval:base@demo", "eval:sft@demo", "sft")
-    seconds = [made.cost(steps[name], Work(4.0, loads=2), speedup=2.0).seconds for name in names]
-    assert seconds == [cost_model.FORK_S + 2 + 6, 2 + 6, cost_model.FORK_S + 2 + 6]
+def test_threads_share_the_work_and_each_step_loads_the_model(model):
+    one, two = (costs(model(speedup=speedup, loading_s=3.0)) for speedup in (1.0, 2.0))
+    for name, loads in (("sft", 1), ("eval:base@demo", 1), ("eval:sft@demo", 2)):
+        assert one[name].seconds - 3 * loads == pytest.approx(2 * (two[name].seconds - 3 * loads))
+        assert one[name].seconds > 3 * loads
 
 
 def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(model):
-    made = model("classify.voters=[{engine: vllm}]", "eval.engine=vllm")
-    names = ["classify:train", "classify:demo", "score:", "eval:base@a", "eval:base@b", "eval:sft@a"]
-    waits = []
-    for stage, _, variant in (name.partition(":") for name in names):
-        waits.append(made._server_s(SimpleNamespace(stage=SimpleNamespace(name=stage), variant=variant)))
-    assert waits == [cost_model.SERVER_S, 0, 0, cost_model.SERVER_S, 0, cost_model.SERVER_S]
+    plain = costs(model("classify.voters=[{engine: transformers}]"))
+    benchmarks = model()[0].config.eval.benchmarks
+    path = benchmarks["demo"].path
+    served = costs(
+        model(
+            "classify.voters=[{engine: vllm}]",
+            "eval.engine=vllm",
+            f"eval.benchmarks.more={{kind: demo, path: {path}, limit: 4, max_new_tokens: 12}}",
+        )
+    )
+    waits = {name: served[name].seconds - cost.seconds for name, cost in plain.items()}
+    for name in ("classify:train", "eval:base@demo", "eval:sft@demo"):
+        assert waits[name] == pytest.approx(cost_model.SERVER_S), name
+    assert waits["classify:demo"] == waits["score"] == 0
+    assert served["eval:base@more"].seconds == pytest.approx(plain["eval:base@demo"].seconds)
 
 
 def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    made = model("sft.launch={backend: fsdp2, processes: 2}", "rl.launch={backend: fsdp2, processes: 2}")
-    steps = {step.name: step for step in made.steps}
-    work = made.work(steps["sft"])
-    assert work.memory.weights == 100 + 4 - 30
-    monkeypatch.setattr("stages.runtime.fork_server.can_fork", lambda: False)  # as it is beside a GPU
-    assert made.cost(steps["sft"], work, 1.0).seconds == cost_model.START_S + work.thread_s / 2 + 3
-    whole = model("rl.launch={backend: single}")
-    whole = whole.work({step.name: step for step in whole.steps}["rl"])
+    divided = costs(
+        model("sft.launch={backend: fsdp2, processes: 2}", "rl.launch={backend: fsdp2, processes: 2}")
+    )
+    whole = costs(model())
+    assert divided["sft"].memory.weights == 100 + 4 - 30
+    assert divided["sft"].seconds == pytest.approx(whole["sft"].seconds / 2)
     # Without the merged copy. Sampling has whole layers, but takes less than the training passes here.
-    assert whole.memory.weights - made.work(steps["rl"]).memory.weights == 100 + 30
+    assert whole["rl"].memory.weights - divided["rl"].memory.weights == 100 + 30
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, 
 def rested(monkeypatch):
     """A profiler that began at second 0, without a model; `now` has what the system says since."""
     made = object.__new__(Profiler)
-    made._begun, made._on_gpu, made._last = (0.0, 0.0, 1000.0), False, None
+    made._start, made._on_gpu, made._training = (0.0, 0.0, 1000.0), False, {}
     made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
     monkeypatch.setattr(resources, "busy_seconds", lambda: made.now["worked"])
     monkeypatch.setattr(resources, "reset_peak", lambda: None)
@@ -362,14 +363,9 @@ def test_a_machine_is_busy_if_others_keep_its_cores_busy(rested):
     assert rested.busy_cores() is None
 
 
-def test_what_threads_gain_is_measured_unless_others_have_the_cores(rested):
-    def work() -> None:
-        rested.now["wall"] += 2.0
-
-    rested._last = work, 3.0
-    assert rested.speedup(2) == 1.5 and rested.speedup(1) == 1.0
-    rested.now["worked"] += 20
-    assert rested.speedup(2) == pytest.approx(2**GAIN)
+def test_threads_gain_on_a_cpu(smoke):
+    config = resolved(smoke())
+    assert Profiler(config, None, 4).speedup == 4**GAIN and Profiler(config, None, 1).speedup == 1
 
 
 @pytest.mark.parametrize(
@@ -381,13 +377,19 @@ def test_a_batch_has_enough_tokens(rested, each, most, on_gpu, tried, monkeypatc
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     rested._on_gpu, sizes = on_gpu, []
 
-    def work(number: int) -> None:
-        sizes.append(number)
-        rested.now["own"] += each * number
-        rested.now["wall"] += 20 * each * number
+    def backward(ids, labels, sharing):
+        sizes.append(len(ids))
+        rested.now["own"] += each * len(ids)
+        rested.now["wall"] += 20 * each * len(ids)
 
-    measured = rested._measured(work, lambda number: 50 * number, most)
-    assert sizes == tried
+    rested.base = SimpleNamespace(device="cpu")
+    rested.adapted = MagicMock(named_parameters=lambda: [], modules=lambda: [])
+    monkeypatch.setattr(profiler, "suffix_only", backward)
+    monkeypatch.setattr(profiler, "PackedBatch", MagicMock())
+    monkeypatch.setattr(profiler, "support", MagicMock())
+    rows = [Row("", [i, *range(49)], list(range(50))) for i in range(most)]
+    measured = rested.measure_training(rows, True, 0.0, False)
+    assert rested.measure_training(rows, True, 0.0, False) is measured and sizes == tried
     seconds = each * tried[-1] * (20 if on_gpu else 1)
     assert (measured.tokens, measured.seconds) == (50 * tried[-1], pytest.approx(seconds))
 
@@ -446,6 +448,6 @@ def test_lengths():
 
 
 def test_the_longest_texts_are_always_in_a_sample(model):
-    rows = model().rows["train"]
+    rows = model()[0].texts.rows["train"]
     chosen = sampled(rows, 2)
     assert len(chosen) == 16 and sampled(rows, 0)[0] == max(rows, key=lambda r: len(r.prompt + r.response))

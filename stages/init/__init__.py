@@ -1,1 +1,1 @@
-"""The first config for a file of rows: what is in the file, and the settings that fit it."""
+"""`lorapar init`: a profile of a file of rows, and a first config that fits it."""

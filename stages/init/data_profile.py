@@ -1,4 +1,4 @@
-"""What a file of rows holds for a model: formats, answers, lengths in tokens, and a row as it is trained."""
+"""Profile of a file of rows for a model: format, answers, lengths in tokens, and a row as it is trained."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from stages.records import Example
 
 ASKS = "Work it out, then write the final answer after ####."
-"""System message for rows whose answers can be verified: the words of the demo."""
+"""System message for rows whose answers can be verified, as in the demo."""
 VERIFIED = {"number", "letter", "text"}
 READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 """Benchmarks that read an answer where the prompt asks for it."""
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What is known of rows before anything is trained on them."""
+class DataProfile:
+    """Profile of training rows, rendered for a model."""
 
     rows: Rows
     answers: Counter[str]
@@ -37,36 +37,37 @@ class Survey:
     prompt: Lengths
     response: Lengths
     row: Lengths
-    slow: int | None
-    """Rows of System 2, if every row says in the field `system` which system it is; else None."""
+    system2_rows: int | None
+    """Number of System 2 rows, if every row has a label in the field `system`; else None."""
     ignores_system: int
-    """Rows with a text in the field `system` that is no label."""
+    """Number of rows with a text in the field `system` that is no label."""
     never_stops: list[str]
     """Ids of rows whose last trained token does not stop an answer."""
     stops: list[str]
     """The stop tokens, as texts."""
     sample: tuple[str, str]
-    """The first row as the model sees it: the prompt, and what is trained."""
+    """The first row as the model sees it: the prompt, and the trained text."""
     section: PromptSection
-    """How the rows were rendered."""
+    """The prompt settings with which the rows were rendered."""
     refuses_system: bool
-    """Whether the chat template takes no system message."""
+    """True if the chat template takes no system message."""
     positions: int | None
-    """Tokens that the model can read, if its config says."""
+    """Number of tokens that the model can read, if its config says."""
     linear: set[str]
     """Names of the linear modules that the base model has, without its head."""
 
 
-def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]) -> Survey:
-    """Read all rows and render them; no weights are loaded.
+def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]) -> DataProfile:
+    """Profile all rows, rendered for the model; no weights are loaded.
 
-    tests: the files of test rows. Where they or the rows have answers to verify, the prompt asks for them.
+    tests: the benchmarks of the test rows. If they or the rows have answers to verify, the prompt asks for
+    one.
     """
     tokenizer = load_tokenizer(model)
-    found = read_rows(data)
-    if not found.examples:
+    rows = read_rows(data)
+    if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
-    kinds = Counter(_kind(example) for example in found.examples)
+    kinds = Counter(_kind(example) for example in rows.examples)
     section = PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
@@ -79,25 +80,25 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
             raise
         refuses, section = True, section.model_copy(update={"system": None})
         renderer = Renderer(tokenizer, section)
-    rows = [renderer.row(example) for example in found.examples]
-    asked = [sum(label == IGNORED for label in row.labels) for row in rows]
-    first = rows[0].input_ids
-    labels = [system_of(example.extra.get("system")) for example in found.examples]
+    rendered = [renderer.row(example) for example in rows.examples]
+    prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
+    first = rendered[0].input_ids
+    labels = [system_of(example.extra.get("system")) for example in rows.examples]
     positions, linear = _model(model)
-    return Survey(
-        rows=found,
+    return DataProfile(
+        rows=rows,
         answers=kinds,
-        prompt=Lengths.of(asked),
-        response=Lengths.of([len(row.labels) - n for row, n in zip(rows, asked, strict=True)]),
-        row=Lengths.of([len(row.labels) for row in rows]),
-        slow=labels.count(2) if None not in labels else None,
+        prompt=Lengths.of(prompts),
+        response=Lengths.of([len(row.labels) - n for row, n in zip(rendered, prompts, strict=True)]),
+        row=Lengths.of([len(row.labels) for row in rendered]),
+        system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
             label is None and isinstance(example.extra.get("system"), str)
-            for label, example in zip(labels, found.examples, strict=True)
+            for label, example in zip(labels, rows.examples, strict=True)
         ),
-        never_stops=renderer.never_stop(rows),
+        never_stops=renderer.never_stop(rendered),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=(tokenizer.decode(first[: asked[0]]), tokenizer.decode(first[asked[0] :])),
+        sample=(tokenizer.decode(first[: prompts[0]]), tokenizer.decode(first[prompts[0] :])),
         section=section,
         refuses_system=refuses,
         positions=positions,
@@ -106,27 +107,27 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
 
 
 def benchmark_of(path: str) -> BenchmarkSection:
-    """The benchmark that can read a file's rows, published ones first, and how it reads them.
+    """The first benchmark that can read a file's rows; published ones are tried first.
 
-    All rows if it can, else without empty and repeated ones. DataError with each benchmark's reason if none
-    can.
+    With all rows if it can, else without empty and repeated ones. DataError with each benchmark's reason if
+    none can.
     """
     local_file(BenchmarkSection(path=path))
-    found = {name: benchmarks.pick(name) for name in benchmarks.names()}
-    readers = [name for name, module in found.items() if hasattr(module, "load")]
-    readers.sort(key=lambda name: "revision" not in found[name].DEFAULTS)
+    modules = {name: benchmarks.pick(name) for name in benchmarks.names()}
+    readers = [name for name, module in modules.items() if hasattr(module, "load")]
+    readers.sort(key=lambda name: "revision" not in modules[name].DEFAULTS)
     sections = [BenchmarkSection(path=path, kind=name) for name in readers]
-    sections += [one.model_copy(update={"empty": "drop", "duplicates": "first"}) for one in sections]
+    sections += [s.model_copy(update={"empty": "drop", "duplicates": "first"}) for s in sections]
     reasons = {}
     for section in sections:
         try:
-            found[section.kind].load(section)
+            modules[section.kind].load(section)
         except DataError as error:
             reasons[section.kind] = first_line(error)
             continue
         return section
-    told = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-    raise DataError(f"no benchmark can read the rows of {path}{told}", "see: lorapar list benchmarks")
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    raise DataError(f"no benchmark can read the rows of {path}{lines}", "see: lorapar list benchmarks")
 
 
 def _kind(example: Example) -> str:
@@ -140,7 +141,7 @@ def _kind(example: Example) -> str:
 
 
 def _model(model: ModelSection) -> tuple[int | None, set[str]]:
-    """What the model's config says: the tokens it can read, and its linear modules by their last names."""
+    """Tokens that the model can read, if its config says, and the last names of its linear modules."""
     import torch
     from transformers import AutoModelForCausalLM
 

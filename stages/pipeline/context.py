@@ -1,4 +1,4 @@
-"""What every stage function gets beside its config sections."""
+"""The first argument of every stage function: its inputs, and where its output goes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """One step to be done: a stage function is called as `run(job, **sections)`, by its table row."""
+    """One step to be done. A stage function is called as `run(job, **sections)`."""
 
     variant: str
     out: Path
-    """The empty folder it writes into."""
+    """The empty folder that the stage writes into."""
     inputs: Mapping[str, Artifact]
-    """The artifacts that its row needs, by stage."""
+    """Input artifacts by stage."""
     outside: Mapping[str, Any]
-    """What its row says of data and models outside of the run."""
+    """Cache-key parts of the data and models outside of the run."""
     journals: Path
-    """The folder of all runs, below which votes and answers are kept."""
+    """The folder of all runs, which holds the journals of votes and answers."""
     checkpoints: Checkpoints
     dtype: str
-    """The type in which the model of the config is loaded here; empty where the stage loads none."""
+    """The dtype in which this machine loads the model; empty if the stage loads none."""
     again: bool
-    """Whether what is there already is to be made anew."""
+    """True if existing results are to be computed again (--force)."""
     engines: EngineCache
     progress: Progress
 
     @property
     def labels(self) -> Path:
-        """The labels of the rows that it reads."""
+        """The file of labels of the rows that the stage reads."""
         return self.inputs["classify"].path / "labels.jsonl"
 
     def adapter(self, *stages: str) -> Path | None:

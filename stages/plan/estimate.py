@@ -1,4 +1,4 @@
-"""What each step will cost, in time and in memory, and the lengths of texts beside their limits."""
+"""Time and memory of each step before it runs, and the lengths of texts beside their limits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from stages.config import Config
 from stages.errors import lacks_memory
 from stages.pipeline.steps import Step
-from stages.plan.cost import Cost
 from stages.plan.lengths import Span
+from stages.runtime import libraries
 
 log = logging.getLogger(__name__)
 
@@ -22,58 +22,91 @@ KNOBS = {
 }
 """The settings that lower the memory of a stage."""
 COLOCATED = "rl.rollouts.gpu_memory_utilization, or set rl.rollouts.enable_sleep_mode, or lower "
-"""Before those of rl, where vLLM samples on the same GPU."""
+"""Stands before those of rl where vLLM samples on the same GPU."""
 
 
-def knobs(step: str, config: Config) -> str:
-    """What to lower so that a step fits."""
-    stage = step.partition(":")[0]
-    colocated = stage == "rl" and config.rl.rollouts.engine == "vllm_colocate"
-    return (COLOCATED if colocated else "") + KNOBS[stage]
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak memory by its use, in MiB (2²⁰ bytes): of the GPU, or without one of the process."""
+
+    weights: float = 0.0
+    """The base, the adapter, and a second copy of the base where a stage holds one."""
+    optimizer: float = 0.0
+    """Gradients of the adapter, Adam's moments, and the indices of the packed elements."""
+    activations: float = 0.0
+    """Activations and buffers of a forward and backward pass."""
+    cache: float = 0.0
+    """KV cache of sampling; with vLLM on the same GPU all memory that vLLM may take."""
+    libraries: float = 0.0
+    """Memory of the process before it loads a model."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.optimizer + self.activations + self.cache + self.libraries
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one step; None if it cannot be predicted: other machines or other people's code do the work."""
+
+    seconds: float | None = None
+    memory: MemoryEstimate | None = None
+
+    @property
+    def mib(self) -> float | None:
+        return None if self.memory is None else self.memory.total
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to be told before a run."""
+    """Costs by step name, and what is known of the machine."""
 
     costs: dict[str, Cost]
     spans: list[Span]
     room: int | None = None
     """Memory of the device, in MiB; None if nothing was measured."""
     busy_cores: float | None = None
-    """Cores that other work keeps busy; None if that is no more than a system at rest does."""
+    """Cores that other work keeps busy; None if it is no more than on an idle system."""
 
     @property
     def seconds(self) -> list[float]:
-        """Of the steps whose time is known."""
+        """Seconds of the steps whose time can be predicted."""
         return [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
 
     @property
     def too_large(self) -> list[str]:
-        """The steps that do not fit into the memory."""
+        """Names of the steps that do not fit into the memory."""
         room = self.room
         return [name for name, cost in self.costs.items() if room and cost.mib and cost.mib > room]
 
 
-def estimate(config: Config, steps: list[Step]) -> Estimate:
-    """The cost of these steps, from some seconds of measuring on the model."""
-    from stages.plan import prompt_lengths
-    from stages.plan.cost_model import CostModel
-    from stages.plan.profiler import Profiler, one_thread
+def knobs(step: str, config: Config) -> str:
+    """The settings to lower so that a step fits."""
+    stage = step.partition(":")[0]
+    colocated = stage == "rl" and config.rl.rollouts.engine == "vllm_colocate"
+    return (COLOCATED if colocated else "") + KNOBS[stage]
 
-    model = CostModel(config, steps)
-    if not any(model.rows.values()):
-        return Estimate({step.name: Cost() for step in steps}, [])
-    spans = list(prompt_lengths.spans(model))
+
+def estimate(config: Config, steps: list[Step]) -> Estimate:
+    """Predict the cost of these steps from some seconds of measuring the model."""
+    with libraries.hidden(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+        from stages.plan.cost_model import CostModel
+        from stages.plan.profiler import Profiler, one_thread
+        from stages.plan.prompt_lengths import Texts, spans
+
+    texts = Texts(config)
+    unknown = {step.name: Cost() for step in steps}
+    if not any(texts.rows.values()):
+        return Estimate(unknown, [])
+    lengths = list(spans(texts, steps))
     with one_thread() as threads:
         try:
-            model.profiler = Profiler(config, model.tokenizer)
+            profiler = Profiler(config, texts.tokenizer, threads)
         except Exception as error:
             if not lacks_memory(error):
                 raise
             log.warning("the base does not fit on this device, so nothing could be measured")
-            return Estimate({step.name: Cost() for step in steps}, spans)
-        work = {step.name: model.work(step) for step in steps}
-        busy_cores, speedup = model.profiler.busy_cores(), model.profiler.speedup(threads)
-    costs = {step.name: model.cost(step, work[step.name], speedup) for step in steps}
-    return Estimate(costs, spans, model.profiler.room, busy_cores)
+            return Estimate(unknown, lengths)
+        model = CostModel(config, texts, profiler)
+        costs = {step.name: model.cost(step) for step in steps}
+    return Estimate(costs, lengths, profiler.room, profiler.busy_cores())

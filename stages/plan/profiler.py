@@ -1,30 +1,27 @@
-"""Measures one small batch of each kind of work on this machine, computed as the stages compute it.
+"""Measures each kind of work on this machine: votes, prefill, decoding, and a forward and backward pass.
 
-On a CPU a batch is computed by one thread, and its CPU time counts: other work on the machine does not change
-it, and it grows in proportion to the tokens. What several threads gain is measured once, if they have the
-cores to themselves.
+On a CPU one thread computes a small batch, and its CPU time counts: other work on the machine does not change
+it, and it grows in proportion to the tokens. (Several threads that wait for cores wait for each other, too.)
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import Config, RlSection, SftSection
+from stages.config import Config
 from stages.engines import ChoiceRequest, Sampling
 from stages.engines.continuous_batching import SLOTS, generate
-from stages.engines.in_process import InProcess, choice_ids
+from stages.engines.in_process import InProcess
 from stages.lora.adapter import adapter
-from stages.lora.importance.scorers import moments
 from stages.models.base import decoder_layers, load_base
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
@@ -33,43 +30,44 @@ from stages.prompts.renderer import Row
 from stages.runtime import resources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FEW_TOKENS = 256
-"""Tokens that a batch measured on a CPU has: of fewer each takes longer, and of more none takes less."""
-TRIALS, ENOUGH_S = 2, 1.0
-"""The fastest of so many trials counts, or of fewer that take so many seconds."""
-TOGETHER = 8
+"""Tokens of a batch measured on a CPU: a token of a smaller batch takes longer, of a larger one no less."""
+CHECKED_TOKENS = 64
+"""Tokens on which packing is compared with the model's own computation."""
+ENOUGH_S = 0.5
+"""A measurement that takes less is repeated: the first one also warms up caches and kernels."""
+GENERATIONS = 8
 """Answers to one prompt."""
 NEW_TOKENS = 3
-"""Tokens that are written after a prompt, to find out what one takes."""
+"""Decoding steps that are measured."""
 BUSY_CORES = 0.3
-"""Cores that others keep busy before this machine is called busy: a system at rest takes less."""
+"""Cores that other work keeps busy before this machine is called busy; an idle system takes less."""
 GAIN = 0.75
-"""On a busy machine n threads are taken to be n^GAIN times as fast as one: 1.67 times by two, measured."""
+"""n threads are taken to be n^GAIN times as fast as one: 1.67 times by two, measured."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A batch of work."""
+    """Time of a batch, and its memory beyond what was in use."""
 
     tokens: int
     seconds: float
     mib: float
-    """The memory that it took beyond what was in use before."""
 
     @property
     def token_s(self) -> float:
         return self.seconds / self.tokens
 
     def mib_of(self, tokens: float) -> float:
-        """Memory for so many tokens; a batch of fewer may keep as much as this one."""
+        """Memory of a batch of so many tokens; a smaller one may take as much as the measured one."""
         return self.mib * max(1.0, tokens / self.tokens)
 
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Inside, torch computes with one thread. Gives how many there are else."""
+    """Inside, torch computes with one thread. Yields the number of threads outside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -81,113 +79,105 @@ def one_thread() -> Iterator[int]:
 class Profiler:
     """The base model of a config with an adapter, on this process's device; for use in `one_thread`."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
         self._on_gpu = torch.cuda.is_available()
-        self._begun = time.perf_counter(), time.process_time(), resources.busy_seconds()
+        self.speedup = 1.0 if self._on_gpu else threads**GAIN
+        self._start = time.perf_counter(), time.process_time(), resources.busy_seconds()
         resources.reset_peak()
         self.config, self.tokenizer = config, tokenizer
-        loaded: list[PreTrainedModel] = []
-        self.loading_s = self._seconds(lambda: loaded.append(load_base(config.model)))
-        self.base = loaded[0]
-        peak = resources.peak_of_scarce()
+        begin = self._clock()
+        self.base = load_base(config.model)
+        self.loading_s = self._clock() - begin
         self.room = resources.total_memory()
-        weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}
+        weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}  # tied weights count once
         self.weights_mib = sum(weights.values()) / resources.MIB
+        self.copy_mib = 0.0 if self._on_gpu else self.weights_mib  # on a GPU no stage holds a second copy
+        self.libraries_mib = max(0.0, resources.peak_of_scarce() - self.weights_mib)
         layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
         self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
-        self.libraries_mib = max(0.0, peak - self.weights_mib)
         self._votes: Measurement | None = None
-        self._trained: dict[tuple[bool, bool, bool], Measurement] = {}
-        self._last: tuple[Callable[[], Any], float] | None = None
-        """What was measured last, and its seconds."""
+        self._training: dict[tuple[bool, bool, bool], Measurement] = {}
 
-    def votes(self, ballots: list[ChoiceRequest]) -> Measurement:
-        """Votes of engine transformers."""
-        engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
-        ballots = sorted(ballots, key=lambda ballot: choice_ids(self.tokenizer, ballot))
-        ids = [choice_ids(self.tokenizer, ballot) for ballot in ballots]
-
-        def work(number: int) -> None:
-            deque(engine.choose(ballots[:number]), maxlen=0)
-
+    def measure_votes(self, ballots: list[ChoiceRequest]) -> Measurement:
+        """Votes by engine transformers, whose texts are token ids; measured once for all voters."""
         if self._votes is None:
-            self.fits(ids[0][:FEW_TOKENS])  # which is asked once, and takes long with long texts
-            self._votes = self._measured(work, lambda number: computed(ids[:number]), len(ballots))
+            ballots = sorted(ballots, key=lambda ballot: ballot.text)
+            texts: Any = [ballot.text for ballot in ballots]
+            number, tokens = self._few(texts, sharing=True)
+            engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
+            self.supports_packing(texts[0])  # with few tokens; the engine would take all of a long prompt
+            seconds, mib = self._time(lambda: deque(engine.choose(ballots[:number]), maxlen=0))
+            self._votes = Measurement(tokens, seconds, mib)
         return self._votes
 
-    def generation(self, prompt: list[int]) -> tuple[Measurement, Measurement]:
-        """Reading prompts; then one more token for each of several answers, which count as the tokens."""
-        number = SLOTS // TOGETHER
-        prompts = [[i, *prompt[1:]] for i in range(number) for _ in range(TOGETHER)]
-        tokens = number * (1 if self.fits(prompt) else TOGETHER) * len(prompt)
-        read_s, read_mib = self._fastest(lambda: self._write(prompts, 1))
-        written_s, written_mib = self._fastest(lambda: self._write(prompts, NEW_TOKENS + 1))
-        cache = len(prompts) * (len(prompt) + NEW_TOKENS) * self.token_bytes / resources.MIB
-        each = max(0.0, written_s - read_s) / NEW_TOKENS
-        return Measurement(tokens, read_s, read_mib), Measurement(SLOTS, each, max(0.0, written_mib - cache))
+    def measure_training(
+        self, rows: Sequence[Row], packed: bool, dropout: float, checkpointing: bool
+    ) -> Measurement:
+        """A micro batch, forward and backward; on a CPU its first rows, of FEW_TOKENS.
 
-    def scoring(self, rows: Sequence[Row]) -> Measurement:
-        """A batch of score, the gradients of each row by itself."""
-        model = self.adapted
-        layers, pad = adapter.lora_layers(model), self.tokenizer.pad_token_id
+        Each kind is measured once: a token took 5.3 ms in SFT, 5.3 to 5.6 in GRPO and 5.7 in score.
+        """
+        packed = packed and self.supports_packing(rows[0].input_ids)
+        kind = (packed, bool(dropout), checkpointing)
+        if kind in self._training:
+            return self._training[kind]
+        model, sharing, texts = self.adapted, packed and not dropout, [row.input_ids for row in rows]
 
-        def work(number: int) -> None:
-            model.requires_grad_(False)
-            model.eval()
-            moments(model, layers, [list(rows[:number])], lambda _: None, pad)
+        number, tokens = self._few(texts, sharing)
+        ids, labels = texts[:number], [row.labels for row in rows[:number]]
 
-        return self._measured(
-            work, lambda number: sum(len(row.input_ids) for row in rows[:number]), len(rows)
-        )
+        def work() -> None:
+            if packed:
+                batch = PackedBatch.of([suffix_only(ids, labels, sharing)], self.base.device)
+                support.packed_logprobs(model, batch).log_probs.sum().backward()
+            else:
+                width = max(map(len, ids))  # shorter rows are repeated where a batch has padding
+                padded = torch.tensor([(row * width)[:width] for row in ids], device=self.base.device)
+                model(input_ids=padded, labels=padded).loss.backward()
+            model.zero_grad()
 
-    def training(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measurement:
-        """A micro batch, forward and backward. SFT and GRPO compute alike, so their tokens take as long."""
-        unpadded = unpadded and self.fits(rows[0].input_ids)
-        kind = (bool(section.lora_dropout), section.gradient_checkpointing, unpadded)
-        if kind not in self._trained:
-            self._trained[kind] = self._train(rows, section, unpadded)
-        return self._trained[kind]
-
-    def _train(self, rows: Sequence[Row], section: SftSection | RlSection, unpadded: bool) -> Measurement:
-        model = self.adapted
         model.train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(model.prefix in name)
-        if section.gradient_checkpointing:
+        if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-
-        def work(number: int) -> None:
-            ids = [row.input_ids for row in rows[:number]]
-            if unpadded:
-                labels = [row.labels for row in rows[:number]]
-                group = suffix_only(ids, labels, shares=not section.lora_dropout)
-                support.packed_logprobs(
-                    model, PackedBatch.of([group], self.base.device)
-                ).log_probs.sum().backward()
-            else:
-                width = max(map(len, ids))
-                batch = torch.tensor([(row * width)[:width] for row in ids], device=self.base.device)
-                model(input_ids=batch, labels=batch).loss.backward()
-            model.zero_grad()
-
-        def tokens(number: int) -> int:
-            return computed([row.input_ids for row in rows[:number]], unpadded and not section.lora_dropout)
-
-        with adapter.dropping_out(model, section.lora_dropout):
-            measured = self._measured(work, tokens, len(rows))
-        if section.gradient_checkpointing:
+        with adapter.dropping_out(model, dropout):
+            self._training[kind] = Measurement(tokens, *self._time(work))
+        if checkpointing:
             model.gradient_checkpointing_disable()
-        return measured
+        return self._training[kind]
 
-    def fits(self, ids: list[int]) -> bool:
-        """Whether the architecture computes rows without padding. ids: any real ones."""
-        return support.supports_packing(self.base, ids)
+    def measure_generation(self, prompt: list[int]) -> tuple[Measurement, Measurement]:
+        """Prefill for SLOTS answers, GENERATIONS to a prompt, and a decoding step, of one token for each.
+
+        The step is the difference between generating one token and 1 + NEW_TOKENS, over NEW_TOKENS.
+        """
+        prompts = [[i, *prompt[1:]] for i in range(SLOTS // GENERATIONS) for _ in range(GENERATIONS)]
+        tokens = len(prompts) * len(prompt) // (GENERATIONS if self.supports_packing(prompt) else 1)
+        read_s, read_mib = self._time(lambda: self._generate(prompts, 1))
+        written_s, written_mib = self._time(lambda: self._generate(prompts, 1 + NEW_TOKENS))
+        step_s = max(0.0, written_s - read_s) / NEW_TOKENS
+        step_mib = max(0.0, written_mib - self.kv_cache_mib(SLOTS, len(prompt) + NEW_TOKENS))
+        return Measurement(tokens, read_s, read_mib), Measurement(SLOTS, step_s, step_mib)
+
+    def _generate(self, prompts: list[list[int]], tokens: int) -> None:
+        """Rollouts use a merged copy on a CPU, which is as fast as the base, and else the adapter."""
+        adapted = self._on_gpu or self.config.model.load_in_4bit
+        model = self.adapted if adapted else self.base
+        off = nullcontext() if adapted or "adapted" not in vars(self) else self.adapted.disable_adapter()
+        with off:
+            answers = generate(model, self.tokenizer, prompts, Sampling(tokens, ()), slots=len(prompts))
+            deque(answers, maxlen=0)
+
+    def supports_packing(self, ids: list[int]) -> bool:
+        """True if the architecture computes rows without padding. ids: any real ones."""
+        return support.supports_packing(self.base, ids[:CHECKED_TOKENS])
 
     @cached_property
     def adapted(self) -> Any:
-        """The base with an adapter; how that begins does not matter here."""
+        """The base with an adapter, whose initial values do not matter here."""
         lora = self.config.lora
         rank = lora.r * (2 if lora.compensated else 1)
         lora = lora.model_copy(update={"init": "normal", "compensate": False, "r": rank})
@@ -197,85 +187,55 @@ class Profiler:
     def adapter_elements(self) -> int:
         return sum(layer.weight.numel() for layer in adapter.lora_layers(self.adapted).values())
 
-    @cached_property
-    def token_bytes(self) -> int:
-        """Keys and values of one token, in all layers."""
+    def kv_cache_mib(self, rows: int, length: int) -> float:
         config = self.base.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * width * self.base.dtype.itemsize)
-
-    @property
-    def copy_mib(self) -> float:
-        """The base once more: on a GPU no stage holds it twice."""
-        return 0.0 if self._on_gpu else self.weights_mib
+        numbers = 2 * config.num_hidden_layers * heads * width  # keys and values of a token
+        return float(rows * length * numbers * self.base.dtype.itemsize / resources.MIB)
 
     def busy_cores(self) -> float | None:
-        """How many of our cores other work has kept busy; None if that is not known or is little."""
-        begun, own, worked = self._begun
+        """Usable cores that other work has kept busy since the start; None if unknown or below BUSY_CORES.
+
+        (seconds of all work on these cores - CPU time of this process) / wall time
+        """
+        wall, process, machine = self._start
         now = resources.busy_seconds()
-        if worked is None or now is None:
+        if machine is None or now is None:
             return None
-        others = now - worked - (time.process_time() - own)
-        cores = others / (time.perf_counter() - begun)
+        cores = (now - machine - (time.process_time() - process)) / (time.perf_counter() - wall)
         return cores if cores > BUSY_CORES else None
 
-    def speedup(self, threads: int) -> float:
-        """How many times as fast as one thread so many are, with what was measured last."""
-        if threads == 1 or self._on_gpu or self._last is None:
-            return 1.0
-        if self.busy_cores():
-            return float(threads**GAIN)
-        work, alone = self._last
-        torch.set_num_threads(threads)
-        seconds = [self._seconds(work, time.perf_counter) for _ in range(2)]  # the first starts the threads
-        torch.set_num_threads(1)
-        return max(1.0, alone / min(seconds))
+    def _few(self, texts: Sequence[list[int]], sharing: bool) -> tuple[int, int]:
+        """The number of texts to measure, of FEW_TOKENS together (on a GPU all texts), and their tokens."""
+        number = tokens = 0
+        while number < len(texts) and (self._on_gpu or tokens < FEW_TOKENS):
+            number += 1
+            tokens = round(number * per_text(texts[:number], number if sharing else 1))
+        return number, tokens
 
-    def _write(self, prompts: Sequence[list[int]], tokens: int) -> None:
-        """Without the adapter where rollouts have a merged copy, which is on a CPU."""
-        through = self._on_gpu or self.config.model.load_in_4bit
-        model = self.adapted if through else self.base
-        sampling = Sampling(tokens, ())
-        off = nullcontext() if through or "adapted" not in vars(self) else self.adapted.disable_adapter()
-        with off:
-            made = generate(model, self.tokenizer, list(prompts), sampling, slots=len(prompts))
-            deque(made, maxlen=0)
+    def _time(self, work: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds, and MiB beyond what was in use."""
+        seconds = mib = 0.0
+        for _ in range(2):
+            resources.reset_peak()
+            in_use, begin = resources.peak_of_scarce(), self._clock()
+            work()
+            if self._on_gpu:
+                torch.cuda.synchronize()
+            seconds, mib = self._clock() - begin, resources.peak_of_scarce() - in_use
+            if seconds >= ENOUGH_S:
+                break
+        return seconds, mib
 
-    def _measured(self, work: Callable[[int], Any], tokens: Callable[[int], int], most: int) -> Measurement:
-        """A batch of at most `most` rows: on a CPU so many as have FEW_TOKENS, on a GPU all of them.
-
-        tokens: of the batch, by the number of its rows.
-        """
-        enough = math.inf if self._on_gpu else FEW_TOKENS
-        number = next((n for n in range(1, most) if tokens(n) >= enough), most)
-        measured = Measurement(tokens(number), *self._fastest(functools.partial(work, number)))
-        self._last = functools.partial(work, number), measured.seconds
-        return measured
-
-    def _fastest(self, work: Callable[[], Any]) -> tuple[float, float]:
-        trials = [self._trial(work)]
-        while len(trials) < TRIALS and sum(seconds for seconds, _ in trials) < ENOUGH_S:
-            trials.append(self._trial(work))
-        return min(trials)
-
-    def _trial(self, work: Callable[[], Any]) -> tuple[float, float]:
-        """Seconds, and MiB beyond what is in use before."""
-        resources.reset_peak()
-        before = resources.peak_of_scarce()
-        seconds = self._seconds(work)
-        return seconds, resources.peak_of_scarce() - before
-
-    def _seconds(self, work: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
-        """On a CPU those of this thread alone, in which others on the machine do not count."""
-        clock = clock or (time.perf_counter if self._on_gpu else time.thread_time)
-        begun = clock()
-        work()
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return clock() - begun
+    def _clock(self) -> float:
+        """Seconds; on a CPU of this thread alone, in which other work on the machine does not count."""
+        return time.perf_counter() if self._on_gpu else time.thread_time()
 
 
-def computed(texts: Sequence[list[int]], shares: bool = True) -> int:
-    """Tokens that are computed where these texts are a batch, in which a common beginning stands once."""
-    return sum(map(len, texts)) - shares * (len(texts) - 1) * common_prefix_length(texts)
+def per_text(texts: Sequence[list[int]], size: int) -> float:
+    """Mean tokens that are computed of a text, in batches of `size` that compute a common beginning once:
+
+    mean length - common beginning · (1 - 1 / size)
+    """
+    return fmean(map(len, texts)) - common_prefix_length(texts) * (1 - 1 / size)

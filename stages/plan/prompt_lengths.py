@@ -1,117 +1,150 @@
-"""Lengths of texts in tokens, beside what the model or a setting has room for."""
+"""The texts that models will read, as token ids, and their lengths beside their limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import cached_property
 
 from stages.config import BenchmarkSection, Config, Voter
+from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
 from stages.engines.openai import client
+from stages.errors import DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import persona_context, personas
 from stages.models.load_errors import config_of, positions
+from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.steps import Step
 from stages.plan.lengths import Lengths, Span, sampled
-from stages.prompts.renderer import Renderer
+from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stages.plan.cost_model import CostModel
-
-SAMPLE = 100
-"""Rows drawn to tell the lengths of questions, which with worked examples may have a thousand tokens each."""
+TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
+"""Random rows that are tokenised; prompts with worked examples may have a thousand tokens each."""
 
 
-def spans(model: CostModel) -> Iterator[Span]:
-    """The lengths of what is asked, and of training rows where rows are trained on."""
-    config, rows, names = model.config, model.rows, [step.name for step in model.steps]
-    for name in (name.partition(":")[2] for name in names if name.startswith("classify:")):
-        if config.labelled_by(name) == "vote":
-            yield from of_voters(config, model.tokenizer, name, rows[name])
-    data, rl, number = config.data, config.rl, len(rows["train"])
-    if model.stages & {"score", "sft"}:
-        lengths = Lengths.of(len(row.input_ids) for row in model.training_rows("sft"))
-        yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)
-    if "rl" in model.stages:
-        yield Span(
-            "prompt of rl",
-            number,
-            model.rl_prompts,
-            "rl.max_prompt_length",
-            rl.max_prompt_length,
-            rl.too_long,
-        )
-        yield Span(
-            "response", number, model.responses, "rl.max_completion_length", rl.max_completion_length, "cut"
-        )
-    for name in dict.fromkeys(name.partition("@")[2] for name in names if name.startswith("eval:")):
-        if rows[name]:
-            yield of_benchmark(config, model.tokenizer, name, rows[name])
+class Texts:
+    """The rows of `train` and of each benchmark, and samples of their texts, random ones first."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.tokenizer = config, load_tokenizer(config.model)
+        self.rows = {name: _load(section) for name, section in config.eval.benchmarks.items()}
+        self.rows["train"] = read(config.data) if config.data.path else []
+        self._training_rows: dict[str, list[Row]] = {}
+        self._ballots: dict[str, list[list[ChoiceRequest]]] = {}
+
+    def training_rows(self, stage: str) -> list[Row]:
+        """Training rows in the prompt of score, sft or rl."""
+        section = getattr(self.config, stage).prompt or self.config.prompt
+        if (key := section.model_dump_json()) not in self._training_rows:
+            renderer = Renderer(self.tokenizer, section)
+            examples = sampled(self.rows["train"], TRAINING_SAMPLE)
+            self._training_rows[key] = [renderer.row(example) for example in examples]
+        return self._training_rows[key]
+
+    def trained_rows(self, stage: str) -> list[Row]:
+        """Training rows as a stage computes them, longest first; too long ones are cut or left out."""
+        limit, rows = self.config.data.max_length, self.training_rows(stage)
+        if self.config.data.too_long == "truncate":
+            rows = [Row(row.id, row.input_ids[:limit], row.labels[:limit]) for row in rows]
+        rows = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
+        if not rows:
+            raise DataError(f"no row fits into data.max_length {limit}")
+        return sorted(rows, key=lambda row: -len(row.input_ids))
+
+    @cached_property
+    def rl_prompts(self) -> Lengths:
+        return Lengths.of(prompt_length(row) for row in self.training_rows("rl"))
+
+    @cached_property
+    def responses(self) -> Lengths:
+        return Lengths.of(len(row.labels) - prompt_length(row) for row in self.training_rows("rl"))
+
+    def ballots(self, name: str) -> list[list[ChoiceRequest]]:
+        """Tokenised requests about these rows by voter; none for voters other than the base."""
+        if name not in self._ballots:
+            self._ballots[name] = [self._requests(voter, name) for voter in self.config.classify.voters]
+        return self._ballots[name]
+
+    def _requests(self, voter: Voter, name: str) -> list[ChoiceRequest]:
+        if voter.model or voter.urls:  # it has its own tokenizer
+            return []
+        context = persona_context(voter, self.config.model.title, self.config.classify.show_answer)
+        persona = personas.pick(voter.persona)
+        ballots = [persona(example, context) for example in sampled(self.rows[name], PROMPT_SAMPLE)]
+        return [replace(ballot, text=choice_ids(self.tokenizer, ballot)) for ballot in ballots]
+
+    @cached_property
+    def prompts(self) -> dict[str, list[list[int]]]:
+        """Token ids of prompts by benchmark, with their worked examples."""
+        prompts = {}
+        for name, section in self.config.eval.benchmarks.items():
+            if sample := sampled(self.rows[name], PROMPT_SAMPLE):
+                renderer = Renderer(self.tokenizer, section.prompt or self.config.prompt)
+                prompts[name] = [p.ids for p in benchmarks.pick(section.kind).ask(sample, section, renderer)]
+        return prompts
+
+    @property
+    def typical_prompt(self) -> list[int]:
+        """Any training prompt, or without training rows any prompt of a benchmark."""
+        if not self.rows["train"]:
+            return next(iter(self.prompts.values()))[0]
+        row = self.training_rows("rl")[0]
+        return row.input_ids[: prompt_length(row)]
 
 
-def items(config: Config, name: str) -> list[Example]:
-    """The rows of a benchmark; none if they are not ours to read."""
-    section = config.eval.benchmarks[name]
+def _load(section: BenchmarkSection) -> list[Example]:
+    """The rows of a benchmark; none if another project's harness reads them."""
     module = benchmarks.pick(section.kind)
     return list(module.load(section)) if hasattr(module, "load") else []
 
 
-def of_voters(
-    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
-) -> Iterator[Span]:
-    """What the voters that are the base itself are asked about some rows; others have their own tokens."""
-    some = sampled(examples, SAMPLE)
-    for voter in config.classify.voters:
-        if voter.model or voter.urls or not some:
-            continue
-        asked = ballots(config, voter, some)
-        lengths = Lengths.of(len(choice_ids(tokenizer, ballot)) for ballot in asked)
-        answer = 0 if voter.engine == "transformers" else max(map(client.replied, asked))
-        room = _room(config, voter.engine, answer)
-        yield Span(f"vote on {name}, {voter.persona}", len(examples), lengths, *room, "fail")
+def prompt_length(row: Row) -> int:
+    return sum(label == IGNORED for label in row.labels)
 
 
-def ballots(config: Config, voter: Voter, examples: list[Example]) -> list[ChoiceRequest]:
-    """What a voter is asked about these rows."""
-    persona = personas.pick(voter.persona)
-    brief = persona_context(voter, config.model.title, config.classify.show_answer)
-    return [persona(example, brief) for example in examples]
-
-
-def of_benchmark(
-    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
-) -> Span:
-    """What a benchmark asks."""
-    engine = config.eval.engine
-    lengths = Lengths.of(map(len, prompts(config, tokenizer, name, sampled(examples, SAMPLE))))
-    beyond = "fail" if engine == "vllm" else "more than the model was made for"
-    room = _room(config, engine, written(config.eval.benchmarks[name]))
-    return Span(f"prompt of {name}", len(examples), lengths, *room, beyond)
-
-
-def prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, name: str, examples: list[Example]
-) -> list[list[int]]:
-    """The token ids that a benchmark asks these rows in, with its worked examples."""
-    section = config.eval.benchmarks[name]
-    renderer = Renderer(tokenizer, section.prompt or config.prompt)
-    return [each.ids for each in benchmarks.pick(section.kind).ask(examples, section, renderer)]
-
-
-def written(section: BenchmarkSection) -> int:
-    """The most tokens that a benchmark lets a model write."""
+def generation_limit(section: BenchmarkSection) -> int:
+    """The most tokens that a model may generate for one prompt of a benchmark."""
     return 1 if section.mode == "likelihood" else section.max_new_tokens
 
 
-def _room(config: Config, engine: str, answer: int) -> tuple[str, int | None]:
-    """What bounds a prompt beside an answer of so many tokens, and how long it may be."""
+def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
+    """Lengths of the texts that these steps read: prompts of voters and benchmarks, and training rows."""
+    config, rows, number = texts.config, texts.rows, len(texts.rows["train"])
+    data, rl, stages = config.data, config.rl, {step.stage.name for step in steps}
+    for name in (step.variant for step in steps if step.stage.name == "classify"):
+        if config.labelled_by(name) != "vote" or not rows[name]:
+            continue
+        for voter, ballots in zip(config.classify.voters, texts.ballots(name), strict=True):
+            if ballots:
+                reply = 0 if voter.engine == "transformers" else max(map(client.replied, ballots))
+                lengths = Lengths.of(len(ballot.text) for ballot in ballots)
+                title = f"vote on {name}, {voter.persona}"
+                yield Span(title, len(rows[name]), lengths, *_limit(config, voter.engine, reply), "fail")
+    if stages & {"score", "sft"}:
+        lengths = Lengths.of(len(row.input_ids) for row in texts.training_rows("sft"))
+        yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)
+    if "rl" in stages:
+        prompt, completion = rl.max_prompt_length, rl.max_completion_length
+        yield Span("prompt of rl", number, texts.rl_prompts, "rl.max_prompt_length", prompt, rl.too_long)
+        yield Span("response", number, texts.responses, "rl.max_completion_length", completion, "cut")
+    evaluated = [step.variant.partition("@")[2] for step in steps if step.stage.name == "eval"]
+    for name in dict.fromkeys(evaluated):
+        if rows[name]:
+            engine, reply = config.eval.engine, generation_limit(config.eval.benchmarks[name])
+            lengths = Lengths.of(map(len, texts.prompts[name]))
+            beyond = "fail" if engine == "vllm" else "more than the model was made for"
+            yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)
+
+
+def _limit(config: Config, engine: str, reply: int) -> tuple[str, int | None]:
+    """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one."""
     if engine == "transformers":
-        most, what = positions(config_of(config.model)), "what the model reads"
+        limit, name = positions(config_of(config.model)), "what the model reads"
     else:
-        most, what = vllm.longest(config.model, config.server, {}), "server.max_model_len"
-    if most is None:
-        return what, None
-    return (f"{what}, less {answer}:" if answer > 1 else what), most - answer
+        limit, name = vllm.longest(config.model, config.server, {}), "server.max_model_len"
+    if limit is None:
+        return name, None
+    return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply
