@@ -1,4 +1,4 @@
-"""Where the program begins: an interrupt is no error, even while everything is still being imported."""
+"""Entry point; an interrupt shows no traceback, even while modules are still being imported."""
 
 import sys
 
@@ -7,9 +7,9 @@ def main() -> None:
     """Run the command of the command line."""
     try:
         if sys.argv[1:] == ["--help"]:
-            from lorapar_cli.help import text
+            from lorapar_cli.commands import usage
 
-            print(text())
+            print(usage())
         else:
             from lorapar_cli.app import main as run
 

@@ -1,4 +1,4 @@
-"""The `lorapar` command: one command per row of the stage table, and what people need around them."""
+"""The `lorapar` command line: one command per stage, and the commands around them."""
 
 import importlib
 import logging
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
+from lorapar_cli.commands import ABOUT, COMMANDS
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
@@ -33,13 +34,13 @@ from stages.store.artifacts import Store
 from stages.sweep.graph import PLANNED
 
 app = typer.Typer(
-    help="LoRA-PAR: split LoRA elements and data into System 1 and System 2, train each apart.",
+    help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-CHATTY = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
-"""Loggers that tell at each start what nobody can act on, such as that a CPU has no Triton."""
+SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
+"""Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
 
 
 def _unsafe(unsafe: bool, *stages: str) -> list[str]:
@@ -47,24 +48,24 @@ def _unsafe(unsafe: bool, *stages: str) -> list[str]:
 
 
 def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
-    """Make the artifacts of these steps, one after the other, with one engine as long as it serves."""
+    """Run steps one after the other. An engine is kept for the next step as long as it fits."""
     planned = os.environ.get(PLANNED)
     if planned and planned not in {step.key for step in steps}:
         raise ConfigError(
             f"{steps[0].name} is no longer what was planned: its config has changed since",
-            "call the sweep again",
+            "run the sweep again",
         )
     progress = terminal.TerminalProgress() if distributed.is_main() else terminal.Silence()
     with EngineCache() as engines:
         for step in steps:
-            artifact, made = run_step(settings, step, verb(step.stage.name), force, progress, engines)
+            artifact, created = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
             if distributed.is_main():
-                terminal.artifact(step.name, artifact, made, as_json)
+                terminal.artifact(step.name, artifact, created, as_json)
 
 
 def verb(name: str) -> Verb:
-    """The function of a stage; its module, and with it torch, is loaded when it is called."""
+    """Return the function of a stage. Its module, and with it torch, is imported only when it is called."""
 
     def run(job: StageContext, **sections: Any) -> dict[str, Any]:
         with libraries.hidden(*libraries.UNUSED):
@@ -88,32 +89,32 @@ def _stage_command(stage: Stage) -> None:
         as_json: Json = False,
     ) -> None:
         settings, steps = plan_of(config, set_)
-        mine = [s for s in steps.values() if s.stage is stage]
+        selected = [s for s in steps.values() if s.stage is stage]
         if stage not in order(settings):
-            raise ConfigError(f"a baseline has no stage {stage.name}", "go on with: lorapar sft CONFIG")
-        if not mine:
+            raise ConfigError(f"a baseline has no stage {stage.name}", "run: lorapar sft CONFIG")
+        if not selected:
             raise no_path()
-        mine = _chosen(mine, only)
+        selected = _variants(selected, only)
         launching = getattr(getattr(settings, stage.name), "launch", None)
         if (
             launching
             and launching.several
             and not distributed.launched()
-            and (force or not _all_current(settings, mine))
+            and (force or not _all_current(settings, selected))
         ):
             launch.run(launching, sys.argv[1:])
         else:
-            _make(settings, mine, force, as_json)
+            _make(settings, selected, force, as_json)
 
-    app.command(stage.name, help=stage.help)(command)
+    app.command(stage.name, help=COMMANDS[stage.name])(command)
 
 
-def _chosen(steps: list[Step], only: list[str] | None) -> list[Step]:
-    """Those of the variants named by --only; all without one."""
+def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:
+    """Select the steps whose variants are named by --only; all without it."""
     variants = [step.title for step in steps]
     if unknown := set(only or ()) - set(variants):
         raise ConfigError(
-            f"--only {sorted(unknown)[0]}: there is no such variant", f"choose from: {', '.join(variants)}"
+            f"--only {sorted(unknown)[0]}: no such variant", f"choose from: {', '.join(variants)}"
         )
     return [step for step in steps if not only or step.title in only]
 
@@ -123,17 +124,17 @@ for _stage in STAGES.values():
         _stage_command(_stage)
 
 
-@app.command("eval", help=STAGES["eval"].help)
+@app.command("eval", help=COMMANDS["eval"])
 def eval_(
     config: ConfigPath,
     set_: Overrides = None,
-    only: Annotated[list[str] | None, typer.Option("--benchmark", help="Only this one; repeatable.")] = None,
-    harness: Annotated[
-        str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness instead.")
+    only: Annotated[
+        list[str] | None, typer.Option("--benchmark", help="Only this benchmark; repeatable.")
     ] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval: run tasks of lm-evaluation-harness.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of --harness, separated by commas.")] = None,
-    task_files: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First N items of each of these tasks.", min=1)] = None,
+    task_files: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N items of each task.", min=1)] = None,
     unsafe: Unsafe = False,
     force: Force = False,
     as_json: Json = False,
@@ -143,119 +144,119 @@ def eval_(
         if harness != "lm-eval" or not tasks:
             raise ConfigError(f"--harness {harness}: expected --harness lm-eval --tasks NAME,…")
         if only:
-            raise ConfigError("--benchmark and --harness exclude each other")
-        found = entries(tasks, task_files, limit)
-        overrides += found.values()
-        only = list(found)
+            raise ConfigError("--benchmark cannot be combined with --harness")
+        by_benchmark = entries(tasks, task_files, limit)
+        overrides += by_benchmark.values()
+        only = list(by_benchmark)
     elif tasks or task_files or limit:
-        raise ConfigError("--tasks, --task-files and --limit go with --harness lm-eval")
+        raise ConfigError("--tasks, --task-files and --limit need --harness lm-eval")
     settings, steps = plan_of(config, overrides)
-    wanted = only or list(settings.eval.benchmarks)
-    if unknown := set(wanted) - set(settings.eval.benchmarks):
+    chosen = only or list(settings.eval.benchmarks)
+    if unknown := set(chosen) - set(settings.eval.benchmarks):
         raise ConfigError(
             f"no benchmark {sorted(unknown)[0]}", f"choose from: {', '.join(settings.eval.benchmarks)}"
         )
-    mine = [s for s in steps.values() if s.stage.name == "eval" and s.variant.partition("@")[2] in wanted]
-    if not mine:
+    evaluations = [s for s in steps.values() if s.stage.name == "eval"]
+    evaluations = [s for s in evaluations if s.variant.partition("@")[2] in chosen]
+    if not evaluations:
         raise ConfigError(
             "nothing to evaluate",
-            "name benchmarks in eval.benchmarks; without data.path, eval.targets=[base]",
+            "set eval.benchmarks; without data.path, also eval.targets=[base]",
         )
-    _make(settings, mine, force, as_json)
+    _make(settings, evaluations, force, as_json)
     if not as_json:
-        terminal.results(Store(settings.root), mine)
+        terminal.results(Store(settings.root), evaluations)
 
 
-@app.command()
+@app.command(help=COMMANDS["run"])
 def run(
     config: ConfigPath,
     set_: Overrides = None,
-    first: Annotated[str | None, typer.Option("--from", help="First stage; it is built again.")] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="First stage; it is run again even if it is current.")
+    ] = None,
     last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
     unsafe: Unsafe = False,
 ) -> None:
-    """Run what is missing or stale, each stage in a process of its own."""
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
-    ran = shown = False
-    asked = ancestors(steps, last)
+    any_ran = results_printed = False
+    requested = ancestors(steps, last)
     with starter() as stages:
         for task in pending_stages(settings, steps, first, last):
-            shown = task.stage == "eval" and not task.current
+            results_printed = task.stage == "eval" and not task.current  # by the eval command
             if task.current:
                 terminal.say(f"{task.stage}: {task.why} is current")
                 continue
             if task.stage in ("score", "sft"):
-                check_enough_system2_rows(settings, asked)
-            ran = True
+                check_enough_system2_rows(settings, requested)
+            any_ran = True
             terminal.say(f"--- {task.stage}: {task.why}")
-            _wait_for(stages, [task.stage, str(config), *_options(set_, task)])
-    if not ran:
+            _run_stage(stages, [task.stage, str(config), *_options(set_, task)])
+    if not any_ran:
         terminal.nothing_to_do()
     store = Store(settings.root)
-    if not shown:  # the command shows them itself where it runs
-        terminal.results(store, [s for s in asked.values() if s.stage.name == "eval"])
-    terminal.places(store, asked)
+    if not results_printed:
+        terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
+    terminal.places(store, requested)
     if last is None:
-        again = typed(config, set_)
+        arguments = typed(config, set_)
         terminal.say(
-            f"next: lorapar report {again} --out report, or lorapar export {again} DIR (--views: both modes)"
+            f"next: lorapar report {arguments} --out report, or lorapar export {arguments} DIR "
+            "(--views: both modes)"
         )
 
 
 def _options(overrides: list[str], task: Task) -> list[str]:
-    only = [part for variant in task.variants for part in ("--only", variant)]
+    only = [argument for variant in task.variants for argument in ("--only", variant)]
     return [*sets(overrides), *only, *(["--force"] if task.force else [])]
 
 
-def _wait_for(stages: Starter, arguments: list[str]) -> None:
-    """A stage in a process of its own; its failure ends this one."""
+def _run_stage(stages: Starter, arguments: list[str]) -> None:
+    """Run a stage in its own process; if it fails, exit with its code."""
     code = process_guard.finish(stages.start(arguments))
     if code > 128:
         reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
-        terminal.say(f"{arguments[0]} was ended by signal {code - 128}{reason}")
+        terminal.say(f"{arguments[0]} was killed by signal {code - 128}{reason}")
     if code:
         raise typer.Exit(code)
 
 
-COMMANDS = (
-    "init", "sweep", "report", "plan", "status", "show", "export", "list", "config", "doctor", "demo-data",
-    "fetch",
-)  # fmt: skip
-"""Each has a file of its name, whose function `command` it is."""
 for _name in COMMANDS:
-    app.command(_name)(importlib.import_module(f"lorapar_cli.{_name.replace('-', '_')}").command)
+    if _name not in STAGES and _name != "run":  # each has a module of its name, with a function `command`
+        _module = importlib.import_module(f"lorapar_cli.{_name.replace('-', '_')}")
+        app.command(_name, help=COMMANDS[_name])(_module.command)
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """Unwind, so that servers are stopped and temporary files go, as they do when a person interrupts."""
-    for another in (signal.SIGTERM, signal.SIGHUP):  # guards send one more: it would interrupt the unwinding
+    """Raise Ended, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
+    for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
         signal.signal(another, signal.SIG_IGN)
     raise Ended(128 + number)
 
 
 def main() -> None:
-    """Run the command; an error becomes two lines and its exit code."""
+    """Run the command; an error becomes an `error:` line, a `hint:` line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
     logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for name in SILENCED_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     resources.let_waiting_threads_sleep()
-    if not sys.stderr.isatty():  # in a log each step of a progress bar is a line
+    if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Processes that we start do not import a person's `datasets.py` from the folder that they stand in.
+    # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
-    if distributed.launched():  # a launcher ends its processes itself, unless it is killed
+    if distributed.launched():  # a launcher ends its processes itself, except when it is killed
         process_guard.end_with_parent()
     else:
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave that
                 signal.signal(number, _end)
     try:
         app()
@@ -266,7 +267,7 @@ def main() -> None:
         if not distributed.report_failure(error):
             terminal.error(error)
         sys.exit(error.exit_code)
-    finally:  # nothing is left to unwind, and raised while Python exits these would print a traceback
+    finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) in (_end, signal.default_int_handler):
                 signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""`lorapar config`: every setting with its default and meaning."""
+"""`lorapar config`: prints every setting with its default and meaning."""
 
 import sys
 
@@ -6,5 +6,4 @@ from stages.config.yaml import annotated
 
 
 def command() -> None:
-    """Print every setting with its default and meaning, in each section the advanced ones last."""
     sys.stdout.write("\n".join(annotated()) + "\n")

@@ -1,4 +1,4 @@
-"""`lorapar demo-data`: write the demonstration set."""
+"""`lorapar demo-data`: writes the demonstration data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +9,15 @@ from lorapar_cli import terminal
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where train.jsonl and test.jsonl go.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl and test.jsonl.")],
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same files.")] = 0,
     long: Annotated[
-        bool, typer.Option("--long", help="The larger set of demo-long.yaml, with valid and final.jsonl.")
+        bool,
+        typer.Option(
+            "--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl."
+        ),
     ] = False,
 ) -> None:
-    """Write the demonstration set."""
     from stages.data.demo import write
 
     sizes = write(folder, seed, "long" if long else "short")

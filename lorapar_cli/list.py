@@ -1,4 +1,4 @@
-"""`lorapar list`: what can be chosen by name, from the registries where each choice is defined."""
+"""`lorapar list`: lists what can be chosen by name, from the registries that define each choice."""
 
 from typing import Annotated
 
@@ -9,17 +9,19 @@ from stages.errors import ConfigError
 
 
 def command(
-    kind: Annotated[str | None, typer.Argument(help="scorers, strategies, rewards, …")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="scorers, strategies, rewards, benchmarks, engines or personas; all by default."),
+    ] = None,
 ) -> None:
-    """List what can be chosen by name."""
-    found = kinds()
-    if kind is not None and kind not in found:
-        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(found)}")
-    terminal.choices({kind: found[kind]} if kind else found)
+    choices = kinds()
+    if kind is not None and kind not in choices:
+        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(choices)}")
+    terminal.choices({kind: choices[kind]} if kind else choices)
 
 
 def kinds() -> dict[str, dict[str, str]]:
-    """Kind → name → one line on it."""
+    """Map kind → name → one-line description."""
     from stages.engines import engines
     from stages.evaluation.benchmarks import benchmarks
     from stages.labelling.personas import personas

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what they make of them: a config and its steps."""
+"""Options that several commands share, and helpers that turn them into a config and its steps."""
 
 import shlex
 from pathlib import Path
@@ -14,12 +14,14 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; s
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Build again, and keep the old artifact aside.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Build again even if current; the old artifact is set aside.")
+]
 Unsafe = Annotated[
     bool,
     typer.Option(
         "--unsafe-no-sandbox",
-        help="Run code that a model wrote with nothing around it; recorded in the result.",
+        help="Run model-written code without a sandbox; this is recorded in the result.",
     ),
 ]
 Only = Annotated[
@@ -27,28 +29,30 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="NAME",
-        help="Only this variant, repeatable. classify: train or a benchmark; score: score or rl; "
+        help="Only this variant; repeatable. classify: train or a benchmark. score: score or rl. "
         "partition: sft or rl.",
     ),
 ]
 Json = Annotated[
     bool,
     typer.Option(
-        "--json", help="Print JSON: one object for each artifact or sample; status, plan and results are one."
+        "--json",
+        help="Print JSON: one object per artifact or sample, or one in all for status, plan and results.",
     ),
 ]
 
 
 def sets(overrides: list[str] | None) -> list[str]:
-    """The overrides as arguments of a command."""
-    return [part for text in overrides or () for part in ("--set", text)]
+    """Return the overrides as command-line arguments."""
+    return [argument for text in overrides or () for argument in ("--set", text)]
 
 
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
+    """Load a config with overrides and plan its steps."""
     config = resolved(load(path, overrides))
     return config, plan_steps(config)
 
 
 def typed(config: Path, overrides: list[str] | None) -> str:
-    """A config and its overrides, as they are typed behind a command."""
+    """Return the config and its overrides as they are typed after a command."""
     return shlex.join([str(config), *sets(overrides)])

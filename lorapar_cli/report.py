@@ -1,4 +1,4 @@
-"""`report`: a page on tables of many runs, or on one run."""
+"""`lorapar report`: writes a page on tables of many runs, or on one run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +16,9 @@ from stages.sweep.results import results
 
 
 def command(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE…", help="Table files, or the config of one run.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Table files, or one config.")],
     out: Annotated[
-        Path, typer.Option(help="Folder for report.html, report.md, and a .csv and .tex of each table.")
+        Path, typer.Option(help="Folder for report.html and, of tables, report.md, .csv and .tex.")
     ],
     base: Base = None,
     only: Rows = None,
@@ -28,29 +26,33 @@ def command(
     seeds: Seeds = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a page on tables, with intervals, beside the published values, or on one run."""
-    if lost := [path for path in paths if not path.is_file()]:
-        raise MissingInputError(f"no file {lost[0]}", "name table files, as in configs/tables, or one config")
+    if missing := [path for path in paths if not path.is_file()]:
+        raise MissingInputError(
+            f"no file {missing[0]}", "name table files, as in configs/tables, or one config"
+        )
     if is_table(paths[0]):
-        _of_tables(paths, out, base, only, column, seeds, set_)
+        _report_tables(paths, out, base, only, column, seeds, set_)
     elif len(paths) > 1 or base or only or column or seeds:
-        raise ConfigError(f"{paths[0]} is no table", "a page is on tables, or on one config alone")
+        raise ConfigError(
+            f"{paths[0]} is not a table",
+            "name tables, or one config without --base, --only, --column and --seeds",
+        )
     else:
-        _of_run(paths[0], out, set_)
+        _report_run(paths[0], out, set_)
 
 
-def _of_run(path: Path, out: Path, set_: list[str] | None) -> None:
+def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     from stages.report import run_page
 
     settings, steps = plan_of(path, set_)
     out.mkdir(parents=True, exist_ok=True)
-    again = ["run", str(path), *sets(set_)]
-    text = run_page.page(settings, ancestors(steps, None), formats.command(again))
+    command = formats.command(["run", str(path), *sets(set_)])
+    text = run_page.page(settings, ancestors(steps, None), command)
     (out / "report.html").write_text(text, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}")
 
 
-def _of_tables(
+def _report_tables(
     paths: list[Path],
     out: Path,
     base: Path | None,
@@ -69,22 +71,25 @@ def _of_tables(
     options += _options("--column", column)
     options += ["--seeds", seeds] if seeds else []
     options += sets(set_)
-    made = []
+    sections = []
     for path, table in zip(paths, tables, strict=True):
-        found = results(table)
-        again = {row: ["sweep", str(path), *_options("--only", [row]), *options] for row in table.rows}
-        whole = ["sweep", str(path), *_options("--only", only), *options]
-        rows = {row: formats.command(one) for row, one in again.items()}
-        made.append((found, table_page.Commands(formats.command(whole), rows)))
-        (out / f"{path.stem}.csv").write_text(formats.csv_text(found), encoding="utf-8")
-        (out / f"{path.stem}.tex").write_text(formats.latex(found), encoding="utf-8")
-        missing = sum(value is None for value in found.values.values())
-        terminal.say(f"{path}: {len(found.values) - missing} of {len(found.values)} values are there")
-    written = "\n".join(formats.markdown(found, commands.all) for found, commands in made)
-    (out / "report.md").write_text(written, encoding="utf-8")
-    (out / "report.html").write_text(table_page.page(made), encoding="utf-8")
+        sweep = ["sweep", str(path)]
+        row_commands = {row: formats.command([*sweep, "--only", row, *options]) for row in table.rows}
+        table_command = formats.command([*sweep, *_options("--only", only), *options])
+        commands = table_page.Commands(table_command, row_commands)
+        table_results = results(table)
+        sections.append((table_results, commands))
+        (out / f"{path.stem}.csv").write_text(formats.csv_text(table_results), encoding="utf-8")
+        (out / f"{path.stem}.tex").write_text(formats.latex(table_results), encoding="utf-8")
+        values = table_results.values.values()
+        complete = sum(value is not None for value in values)
+        terminal.say(f"{path}: {complete} of {len(values)} values are available")
+    text = "\n".join(formats.markdown(table_results, commands.all) for table_results, commands in sections)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    (out / "report.html").write_text(table_page.page(sections), encoding="utf-8")
     terminal.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
 
 
 def _options(name: str, values: list[str] | None) -> list[str]:
-    return [part for value in values or () for part in (name, value)]
+    """Return a repeatable option with each of its values."""
+    return [argument for value in values or () for argument in (name, value)]

@@ -1,4 +1,4 @@
-"""How `run` and `sweep` start a stage: as a fork of a process that has imported what the stages import."""
+"""Starts the stages of `run` and `sweep` as forks of a process that has imported their libraries already."""
 
 from stages.pipeline.stages import STAGES
 from stages.runtime.fork_server import Starter
@@ -13,7 +13,7 @@ MODULES = (
     "matplotlib.figure",
     "trl.trainer.sft_trainer",
 )
-"""Not GRPOTrainer: whether that is to load vLLM, each run of RL decides."""
+"""Imported before the fork. Not GRPOTrainer: each RL run decides whether that imports vLLM."""
 
 
 def starter() -> Starter:

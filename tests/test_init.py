@@ -234,7 +234,7 @@ def test_a_model_without_linear_modules_is_refused(lorapar, tiny, tmp_path, monk
     GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows(5))), encoding="utf-8")
     done = lorapar("init", "rows.jsonl", "--model", "gpt2")
-    assert done.code == 78 and "GPT2LMHeadModel has no linear modules but its head" in done.err
+    assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
     assert not Path("rows.yaml").exists()
 
 

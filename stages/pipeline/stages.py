@@ -17,7 +17,6 @@ class Stage:
     """One row of the table. The callables get the config and the variant."""
 
     name: str
-    help: str
     needs: Callable[[Config, str], tuple[str, ...]]
     """Steps whose artifacts it reads."""
     sections: Callable[[Config, str], tuple[str, ...]]
@@ -149,7 +148,6 @@ STAGES = {
     for stage in [
         Stage(
             name="classify",
-            help="Label every example System 1 or 2 by votes.",
             needs=lambda config, rows: (),
             sections=_classify_sections,
             external_inputs=_classify_outside,
@@ -159,7 +157,6 @@ STAGES = {
         ),
         Stage(
             name="score",
-            help="Make the initial adapter and score every LoRA element for each system.",
             needs=_score_needs,
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
             external_inputs=_model_key,
@@ -168,7 +165,6 @@ STAGES = {
         ),
         Stage(
             name="partition",
-            help="Split the elements into S1-only, S2-only and shared, and write the masks of SFT and of RL.",
             needs=_partition_needs,
             sections=lambda config, trained: ("partition", "seed"),
             external_inputs=lambda config, trained, cache: {},
@@ -177,7 +173,6 @@ STAGES = {
         ),
         Stage(
             name="sft",
-            help="Train the System 1 part on System 1 rows.",
             needs=_training_needs("sft", first_stage="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             external_inputs=_model_key,
@@ -185,7 +180,6 @@ STAGES = {
         ),
         Stage(
             name="rl",
-            help="Train the System 2 part on System 2 rows with GRPO.",
             needs=_training_needs("rl", first_stage="sft"),
             sections=_rl_sections,
             external_inputs=_rl_outside,
@@ -193,7 +187,6 @@ STAGES = {
         ),
         Stage(
             name="eval",
-            help="Grade base, init, sft, rl or one region of it on the benchmarks.",
             needs=_eval_needs,
             sections=_eval_sections,
             external_inputs=_eval_outside,

@@ -1,1 +1,1 @@
-"""Many runs of one table: what its cells share is made once."""
+"""Tables of many runs: artifacts that several cells need are made once."""

@@ -1,4 +1,4 @@
-"""The file of a table: rows of settings on a base config, seeds, and what a column shows."""
+"""The YAML file of a table: rows of settings on a base config, seeds, and what each column shows."""
 
 from __future__ import annotations
 
@@ -14,62 +14,65 @@ from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.yaml import tree
 from stages.errors import ConfigError, LoraparError, MissingInputError, faults
 
-OWN = ("base", "columns")
-"""Keys of a row that are no settings."""
+ROW_KEYS = ("base", "columns")
+"""Keys of a row that are not settings of the config."""
 SYSTEMS, FLEXIBLE = ("system1", "system2"), "flexible"
-"""What may stand behind TARGET@BENCHMARK beside FIELD=VALUE."""
+"""Qualifiers that may follow `TARGET@BENCHMARK.`, beside FIELD=VALUE."""
 
 
 class Compare(Section):
-    against: str = setting(..., "Row that all others are compared with.")
+    against: str = setting(..., "Row that all other rows are compared with.")
     on: str = setting(..., "Column of accuracies.")
 
     @model_validator(mode="before")
     @classmethod
-    def _on(cls, given: Any) -> Any:
+    def _on(cls, section: Any) -> Any:
         # YAML 1.1 reads a bare `on` as true.
         return (
-            {"on" if key is True else key: v for key, v in given.items()}
-            if isinstance(given, dict)
-            else given
+            {"on" if key is True else key: v for key, v in section.items()}
+            if isinstance(section, dict)
+            else section
         )
 
 
 class Plot(Section):
-    """A row called `SERIES: …` is a point of its series; one without a colon is a line across."""
+    """A row called `SERIES: …` is a point of its series; one without a colon is a horizontal line."""
 
-    x: str = setting(..., "Column with the place of a point, such as a share of elements.")
+    x: str = setting(..., "Column with the x value of a point, such as a share of elements.")
     y: str = setting(..., "Column of accuracies.")
 
 
 class TableFile(Section):
-    title: str = setting(..., "What the table is about.")
+    title: str = setting(..., "Title of the table.")
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
     set: dict[str, Any] = setting({}, "Settings of every cell, by their dotted names.")
     rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting(
-        {}, "Settings of each row, by their dotted names; `base` and `columns` replace the table's own."
+        {}, "Settings of each row, by their dotted names; `base` and `columns` override the table's."
     )
-    grid: dict[str, list[Any]] = setting({}, "Instead of rows: settings and their values, all with all.")
-    seeds: list[int] = setting([41], "Each row is run with each of them.", min_length=1)
+    grid: dict[str, list[Any]] = setting(
+        {}, "Instead of rows: settings and their values; each combination is a row."
+    )
+    seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
     columns: dict[str, str] = setting(
         ...,
-        "What each column shows: TARGET@BENCHMARK, of a group with .system1 or .FIELD=VALUE behind it, or "
-        "with .flexible by the flexible reading of the answers; one such less another, as in "
-        "`rl@demo - sft@demo`; or a value of a step's summary, such as partition:sft.active_share.",
+        "What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or "
+        ".FIELD=VALUE for a group of items, or by .flexible to parse answers flexibly. A difference of two "
+        "accuracies, such as `rl@demo - sft@demo`. Or a value of a step's summary, such as "
+        "partition:sft.active_share.",
         min_length=1,
     )
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting(
         {}, "Published values, by row and column."
     )
-    compare: Compare | None = setting(None, "A test paired over items, of the same seeds.")
-    plot: Plot | None = setting(None, "A figure of one column over another.")
+    compare: Compare | None = setting(None, "Test each row against one row, paired by item and seed.")
+    plot: Plot | None = setting(None, "Plot one column over another.")
     importance: bool = setting(
-        False, "A figure for each row: importance of its elements for System 1 against that for System 2."
+        False, "Plot, for each row, the importance of its elements for System 1 against that for System 2."
     )
-    notes: str = setting("", "What a reader has to know.")
+    notes: str = setting("", "Notes for the reader.")
 
     @model_validator(mode="after")
-    def _kind(self) -> TableFile:
+    def _rows_or_grid(self) -> TableFile:
         if bool(self.rows) == bool(self.grid):
             raise ValueError("a table has rows or a grid")
         if empty := [name for name, values in self.grid.items() if not values]:
@@ -77,129 +80,134 @@ class TableFile(Section):
         return self
 
     def mistakes(self) -> Iterator[str]:
-        """What does not go together in it."""
-        names = self.settings()
-        yield from filter(None, map(_wrong, self.columns.values()))
-        for row, own in names.items():
-            yield from _wrong_own(row, own)
+        """Yield a message for each reference between parts of the file that does not hold."""
+        rows = self.settings()
+        yield from filter(None, map(_column_mistake, self.columns.values()))
+        for row, settings in rows.items():
+            yield from _row_mistakes(row, settings)
         for row, values in self.paper.items():
-            if row not in names:
-                yield f"paper has values for {row!r}, which is no row"
+            if row not in rows:
+                yield f"paper has values for {row!r}, which is not a row"
             for column in values.keys() - self.columns.keys():
-                yield f"paper has a value of {row!r} for {column!r}, which is no column"
-        if self.compare and self.compare.against not in names:
-            yield f"compare.against {self.compare.against!r} is no row"
-        if self.compare and not _accuracy(self.columns.get(self.compare.on, "")):
-            yield f"compare.on {self.compare.on!r} is no column of accuracies"
+                yield f"paper has a value of {row!r} for {column!r}, which is not a column"
+        if self.compare and self.compare.against not in rows:
+            yield f"compare.against {self.compare.against!r} is not a row"
+        if self.compare and not _is_accuracy(self.columns.get(self.compare.on, "")):
+            yield f"compare.on {self.compare.on!r} is not a column of accuracies"
         if self.plot and self.plot.x not in self.columns:
-            yield f"plot.x {self.plot.x!r} is no column"
-        if self.plot and not _accuracy(self.columns.get(self.plot.y, "")):
-            yield f"plot.y {self.plot.y!r} is no column of accuracies"
-        tested = {self.compare and self.compare.on, self.plot and self.plot.y}
-        for row, own in names.items():
-            for name, text in _columns(own).items():
-                if name in tested and isinstance(text, str) and not _accuracy(text):
-                    yield f"row {row!r}: its own {name!r} is compared or plotted, and no accuracy"
+            yield f"plot.x {self.plot.x!r} is not a column"
+        if self.plot and not _is_accuracy(self.columns.get(self.plot.y, "")):
+            yield f"plot.y {self.plot.y!r} is not a column of accuracies"
+        accuracies = {self.compare and self.compare.on, self.plot and self.plot.y}
+        for row, settings in rows.items():
+            for name, text in _row_columns(settings).items():
+                if name in accuracies and isinstance(text, str) and not _is_accuracy(text):
+                    yield f"row {row!r}: its column {name!r} is compared or plotted: it must be an accuracy"
 
-    def narrowed(self, names: list[str]) -> TableFile:
-        """With these columns alone; rows are compared on the first accuracy if their own is not there."""
+    def select_columns(self, names: list[str]) -> TableFile:
+        """Return a copy with these columns only.
+
+        If the compared column is not among them, rows are compared on the first accuracy that is, if any.
+        """
         columns = {name: text for name, text in self.columns.items() if name in names}
-        others = self.columns.keys() - columns.keys()
+        dropped = self.columns.keys() - columns.keys()
         rows = {
-            row: {**own, "columns": {n: v for n, v in own.get("columns", {}).items() if n not in others}}
-            for row, own in self.rows.items()
+            row: {
+                **settings,
+                "columns": {n: v for n, v in settings.get("columns", {}).items() if n not in dropped},
+            }
+            for row, settings in self.rows.items()
         }
-        on = [name for name, text in columns.items() if _accuracy(text)]
+        accuracies = [name for name, text in columns.items() if _is_accuracy(text)]
         compare = self.compare
         if compare and compare.on not in columns:
-            compare = compare.model_copy(update={"on": on[0]}) if on else None
+            compare = compare.model_copy(update={"on": accuracies[0]}) if accuracies else None
         plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Row → its settings; those of a grid are called by their values."""
+        """Map each row to its settings. Rows of a grid are named after their values."""
         if self.rows:
             return self.rows
-        made = {}
+        rows = {}
         for values in itertools.product(*self.grid.values()):
-            one = dict(zip(self.grid, values, strict=True))
-            made[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in one.items())] = one
-        return made
+            settings = dict(zip(self.grid, values, strict=True))
+            rows[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in settings.items())] = (
+                settings
+            )
+        return rows
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one cell shows: an accuracy, a difference of two, or a value of a summary."""
+    """A parsed column: an accuracy, a difference of two accuracies, or a value of a step's summary."""
 
     step: str
-    rest: str
-    """Behind the step: a group of items, or how answers are read, or the path in the summary."""
-    less: Column | None = None
-    """What is subtracted, item by item."""
+    qualifier: str
+    """Text after the step: a group of items, `flexible`, or the dotted path of the value in the summary."""
+    minus: Column | None = None
+    """Accuracy that is subtracted, item by item."""
 
     @classmethod
     def of(cls, text: str) -> Column:
-        text, minus, less = text.partition(" - ")
+        text, minus, subtrahend = text.partition(" - ")
         if minus:
-            return replace(cls.of(text), less=cls.of(less))
-        if "@" in text:
-            step, _, rest = text.partition(".")
-            return cls(f"eval:{step}", rest)
-        step, _, rest = text.partition(".")
-        return cls(step, rest)
+            return replace(cls.of(text), minus=cls.of(subtrahend))
+        step, _, qualifier = text.partition(".")
+        return cls(f"eval:{step}" if "@" in text else step, qualifier)
 
     @property
     def graded(self) -> bool:
         return self.step.startswith("eval:")
 
     @property
-    def parts(self) -> list[Column]:
-        return [self, *([self.less] if self.less else [])]
+    def terms(self) -> list[Column]:
+        """The column itself, and what is subtracted from it if it is a difference."""
+        return [self, *([self.minus] if self.minus else [])]
 
     @property
     def steps(self) -> list[str]:
-        return [part.step for part in self.parts]
+        return [term.step for term in self.terms]
 
 
-def _accuracy(text: str) -> bool:
-    """Whether a column's text is an accuracy, and no difference of two."""
+def _is_accuracy(text: str) -> bool:
+    """True if a column's text is a single accuracy, not a difference of two."""
     return "@" in text and " - " not in text
 
 
-def _wrong(text: str) -> str | None:
-    """What is wrong with a column's text: it is an accuracy, a difference of two, or a summary's value."""
-    parts = [Column.of(part) for part in text.split(" - ")]
-    if len(parts) > 2 or (len(parts) == 2 and not all(part.graded for part in parts)):
-        return f"column {text!r}: a difference is one TARGET@BENCHMARK less another"
-    for column in parts:
-        if not column.graded and not column.rest:
+def _column_mistake(text: str) -> str | None:
+    """Return what is wrong with a column's text, if anything."""
+    terms = [Column.of(term) for term in text.split(" - ")]
+    if len(terms) > 2 or (len(terms) == 2 and not all(term.graded for term in terms)):
+        return f"column {text!r}: a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK"
+    for term in terms:
+        if not term.graded and not term.qualifier:
             return f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE"
-        if column.graded and column.rest not in ("", FLEXIBLE, *SYSTEMS) and "=" not in column.rest:
-            return (
-                f"column {text!r}: no group {column.rest!r}: system1, system2 or FIELD=VALUE; or {FLEXIBLE}"
-            )
+        if term.graded and term.qualifier not in ("", FLEXIBLE, *SYSTEMS) and "=" not in term.qualifier:
+            choice = f"expected {', '.join(SYSTEMS)}, FIELD=VALUE or {FLEXIBLE}"
+            return f"column {text!r}: unknown group {term.qualifier!r}; {choice}"
     return None
 
 
-def _wrong_own(row: str, own: dict[str, Any]) -> Iterator[str]:
-    """A row's `base` must be a path and its `columns` texts, or null for one that it lacks."""
-    if not isinstance(own.get("base", ""), str):
-        yield f"row {row!r}: base must be a path, got {own['base']!r}"
-    columns = own.get("columns", {})
+def _row_mistakes(row: str, settings: dict[str, Any]) -> Iterator[str]:
+    """Check that a row's `base` is a path, and that its `columns` are valid texts, or null for none."""
+    if not isinstance(settings.get("base", ""), str):
+        yield f"row {row!r}: base must be a path, got {settings['base']!r}"
+    columns = settings.get("columns", {})
     if not isinstance(columns, dict) or not all(isinstance(text, str | None) for text in columns.values()):
-        yield f"row {row!r}: columns must be names with what they show, or null, got {columns!r}"
-    texts = [text for text in _columns(own).values() if isinstance(text, str)]
-    yield from filter(None, map(_wrong, texts))
+        yield f"row {row!r}: columns must map names to what they show, or to null, got {columns!r}"
+    texts = [text for text in _row_columns(settings).values() if isinstance(text, str)]
+    yield from filter(None, map(_column_mistake, texts))
 
 
-def _columns(own: dict[str, Any]) -> dict[str, Any]:
-    """A row's own columns."""
-    columns = own.get("columns")
+def _row_columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a row overrides; empty if they are malformed."""
+    columns = settings.get("columns")
     return columns if isinstance(columns, dict) else {}
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table and not a config: it has columns. A file that cannot be read is one."""
+    """True if a file is a table (it has columns), not a config; also if it cannot be read."""
     try:
         return "columns" in tree(path)
     except (OSError, LoraparError):
@@ -207,29 +215,28 @@ def is_table(path: Path) -> bool:
 
 
 def read(path: Path) -> TableFile:
-    """A table's file, which may extend another one, as a config may."""
+    """Read and check a table file. Like a config, it may extend another one."""
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")
     try:
-        found = TableFile.model_validate(tree(path, _beside))
+        file = TableFile.model_validate(tree(path, _resolve_bases))
     except ValidationError as error:
-        raise refused(path, faults(error)) from None
-    if mistakes := list(found.mistakes()):
-        raise refused(path, mistakes)
-    return found
+        raise mistakes_error(path, faults(error)) from None
+    if mistakes := list(file.mistakes()):
+        raise mistakes_error(path, mistakes)
+    return file
 
 
-def _beside(path: Path, own: dict[str, Any]) -> dict[str, Any]:
-    """A table's own settings, with its bases as paths that hold where it is extended, too."""
-    rows = own.get("rows")
-    parts = [own, *(rows.values() if isinstance(rows, dict) else ())]
-    for part in parts:
-        if isinstance(part, dict) and isinstance(part.get("base"), str):
-            part["base"] = str(path.parent / part["base"])
-    return own
+def _resolve_bases(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """Prefix each `base` with the folder of its file, so that it still holds in a file that extends it."""
+    rows = table.get("rows")
+    for section in (table, *(rows.values() if isinstance(rows, dict) else ())):
+        if isinstance(section, dict) and isinstance(section.get("base"), str):
+            section["base"] = str(path.parent / section["base"])
+    return table
 
 
-def refused(path: Path, mistakes: list[str]) -> ConfigError:
-    """All mistakes of a table in one error."""
-    number = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+def mistakes_error(path: Path, mistakes: list[str]) -> ConfigError:
+    """Combine all mistakes of a file into one error."""
+    number = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
     return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]))

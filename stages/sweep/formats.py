@@ -1,4 +1,4 @@
-"""A table of results as Markdown, CSV and LaTeX."""
+"""Renders a table of results as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ from stages.sweep.results import Results, Value
 
 
 def markdown(results: Results, command: str) -> str:
-    """The whole section: title, notes, table, and how it was made.
+    """Render a section: title, notes, table, legend and command.
 
-    command: what makes the cells that are missing.
+    command: the command line that makes missing cells.
     """
     file = results.table.file
     head, rows = grid(results)
     lines = [f"## {file.title}", "", *([file.notes.strip(), ""] if file.notes else [])]
-    lines += [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    lines += [_markdown_line(head), _markdown_line(["---"] * len(head)), *map(_markdown_line, rows)]
     return "\n".join([*lines, "", legend(results), "", f"`{command}`", ""])
 
 
 def grid(results: Results) -> tuple[list[str], list[list[str]]]:
-    """The heads of the columns, and the cells of each row with its name before them."""
-    file, compared = results.table.file, results.comparisons  # none if the other row was not asked for
+    """Return the column heads and the rows of cells; the first cell of a row is its name."""
+    file, compared = results.table.file, results.comparisons  # empty if --only leaves out the reference row
     head = ["", *file.columns]
     if compared:
-        head.append(_compared_with(results))
+        head.append(_comparison_head(results))
     rows = []
     for row in results.table.rows:
         cells = [_cell(results, row, name) for name in file.columns]
         if compared:
-            cells.append(_compared(results, row))
+            cells.append(_comparison(results, row))
         rows.append([row, *cells])
     return head, rows
 
 
-def _compared_with(results: Results) -> str:
-    """The head of the column of comparisons."""
+def _comparison_head(results: Results) -> str:
     compare = results.table.file.compare
     return f"{compare.on}, less {results.table.against!r}" if compare else ""
 
 
-def _line(cells: list[str]) -> str:
+def _markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -56,20 +55,21 @@ def _cell(results: Results, row: str, name: str) -> str:
     paper = "" if published is None else f" (paper: {published:g})"
     if value is None:
         return _missing(results, row, name) + paper
-    numbers = {one.n for one in results.values.values() if one is not None and one.n is not None}
-    items = f", n {value.n}" if value.n is not None and len(numbers) > 1 else ""
+    # n stands in the legend, unless it differs between cells.
+    sizes = {v.n for v in results.values.values() if v is not None and v.n is not None}
+    items = f", n {value.n}" if value.n is not None and len(sizes) > 1 else ""
     return shown(value) + items + paper
 
 
 def _missing(results: Results, row: str, name: str) -> str:
-    """With the seeds, if only some are missing."""
+    """Return `missing`, with the missing seeds if others exist."""
     seeds = results.missing.get((row, name), [])
-    there = {cell.seed for cell in results.table.cells} - set(seeds)
-    return f"missing (seed {', '.join(map(str, seeds))})" if there and seeds else "missing"
+    complete = {cell.seed for cell in results.table.cells} - set(seeds)
+    return f"missing (seed {', '.join(map(str, seeds))})" if complete and seeds else "missing"
 
 
 def shown(value: Value) -> str:
-    """`27.1 [24.0, 30.4]` in percent, `+2.0 [-1.0, +5.0], p = .2` for a difference, else the plain number."""
+    """Format an accuracy as `27.1 [24.0, 30.4]` (%), a difference as `+2.0 [-1.0, +5.0], p = .2`."""
     if value.low is None or value.high is None:
         return f"{value.mean:.4g}"
     if value.p is not None:
@@ -78,59 +78,67 @@ def shown(value: Value) -> str:
 
 
 def accuracy(mean: float, low: float, high: float) -> str:
-    """Shares, as percent."""
+    """Format an accuracy and its interval, given in [0, 1], in percent."""
     return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _compared(results: Results, row: str) -> str:
+def _comparison(results: Results, row: str) -> str:
     if row not in results.comparisons:
         return ""
-    found = results.comparisons[row]
-    if found is None:
+    comparison = results.comparisons[row]
+    if comparison is None:
         return "missing"
-    told = _points(found.mean, found.low, found.high, found.p)
-    if len(found.of_seeds) > 1:
-        told += f"; by seed {', '.join(f'{100 * mean:+z.1f}' for mean in found.of_seeds)}"
-    return told
+    text = _points(comparison.mean, comparison.low, comparison.high, comparison.p)
+    if len(comparison.of_seeds) > 1:
+        text += f"; by seed {', '.join(f'{100 * mean:+z.1f}' for mean in comparison.of_seeds)}"
+    return text
 
 
 def _points(mean: float, low: float, high: float, p: float) -> str:
+    """Format a difference in percentage points."""
     return f"{100 * mean:+z.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
 
 
 def legend(results: Results) -> str:
-    """What the numbers are: items, seeds, intervals."""
+    """Explain the numbers: seeds, items, intervals and tests, and the rows that are left out."""
     graded = [v for v in results.values.values() if v is not None and v.n is not None]
     seeds = list(dict.fromkeys(cell.seed for cell in results.table.cells))
-    said = [f"Seeds {', '.join(map(str, seeds))}."]
+    sentences = [f"Seeds {', '.join(map(str, seeds))}."]
     if graded:
         items = sorted({v.n for v in graded if v.n is not None})
         span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
-        said.append(
-            f"Accuracies in % over {span} items, answers read strictly, in the mean over seeds; 95 % "
-            "intervals are over items, each with its mean over seeds."
+        sentences.append(
+            f"Accuracies are in %, over {span} items with strictly parsed answers, averaged over seeds; 95 % "
+            "intervals are over items, each averaged over seeds."
         )
-    cells = results.table.cells
-    loose = {(c.row, name) for c in cells for name, column in c.columns.items() if column.rest == FLEXIBLE}
-    if loose:
-        said.append(f"Read flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(loose))}.")
+    flexible = {
+        (cell.row, name)
+        for cell in results.table.cells
+        for name, column in cell.columns.items()
+        if column.qualifier == FLEXIBLE
+    }
+    if flexible:
+        sentences.append(
+            f"Parsed flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(flexible))}."
+        )
     if results.comparisons or any(value.p is not None for value in graded):
-        said.append(
-            "Differences in points, on the same items and seeds; p by an exact permutation test of their "
-            "mean over items (McNemar's where each item is right or wrong), not corrected for the number of "
-            "rows. Intervals and p take the training seeds as they are; other seeds may end elsewhere."
+        sentences.append(
+            "Differences are in percentage points, on the same items and seeds; p is from an exact "
+            "permutation test of their mean over items (McNemar's where each item is right or wrong), not "
+            "corrected for the number of rows. Intervals and p treat the training seeds as fixed; other "
+            "seeds may end elsewhere."
         )
-    if results.table.replaced:
-        rows, base = results.table.replaced, results.table.cells[0].base
-        said.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
-    if same := results.table.same:
-        told = "; ".join(f"{row} (as {other})" for row, other in same.items())
-        said.append(f"Left out, because they are the same as another row here: {told}.")
-    return " ".join(said)
+    if results.table.rebased_rows:
+        rows, base = results.table.rebased_rows, results.table.cells[0].base
+        sentences.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
+    if results.table.duplicate_of:
+        pairs = "; ".join(f"{row} (as {first})" for row, first in results.table.duplicate_of.items())
+        sentences.append(f"Left out, because they are the same as another row here: {pairs}.")
+    return " ".join(sentences)
 
 
 def csv_text(results: Results) -> str:
-    """One line for each row and column, and each comparison; accuracies, and the paper's, as shares of 1."""
+    """Render one line per value and per comparison; accuracies, also published ones, are in [0, 1]."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper", "p"])
@@ -145,11 +153,11 @@ def csv_text(results: Results) -> str:
         of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
         p = "" if value.p is None else value.p
         writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
-    for row, found in results.comparisons.items():
-        if found is not None:
-            of_seeds = " ".join(f"{x:.6g}" for x in found.of_seeds)
-            numbers = [found.mean, found.low, found.high, found.n, len(found.of_seeds), of_seeds]
-            writer.writerow([row, _compared_with(results), *numbers, "", found.p])
+    for row, comparison in results.comparisons.items():
+        if comparison is not None:
+            of_seeds = " ".join(f"{x:.6g}" for x in comparison.of_seeds)
+            numbers = comparison.mean, comparison.low, comparison.high, comparison.n, len(comparison.of_seeds)
+            writer.writerow([row, _comparison_head(results), *numbers, of_seeds, "", comparison.p])
     return out.getvalue()
 
 
@@ -160,19 +168,20 @@ _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarr
 
 
 def latex(results: Results) -> str:
-    """A `tabular` with booktabs' rules; items, seeds, and what the numbers are, in comments above it."""
-    letters = str.maketrans(_LATEX)
+    """Render a `tabular` with booktabs rules, with the legend in comments above it."""
+    escapes = str.maketrans(_LATEX)
     head, rows = grid(results)
     lines = [
         *(f"% {line}" for line in legend(results).splitlines()),
         r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
         r"\toprule",
-        " & ".join(name.translate(letters) for name in head) + r" \\",
+        " & ".join(name.translate(escapes) for name in head) + r" \\",
         r"\midrule",
-        *(" & ".join(cell.translate(letters) for cell in cells) + r" \\" for cells in rows),
+        *(" & ".join(cell.translate(escapes) for cell in cells) + r" \\" for cells in rows),
     ]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def command(arguments: list[str]) -> str:
+    """Quote a `lorapar` command line for the shell."""
     return shlex.join(["lorapar", *arguments])

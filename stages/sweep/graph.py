@@ -1,4 +1,4 @@
-"""The union of all steps that the cells of a table need, each once."""
+"""The graph of all artifacts that the cells of a table need, each once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 from stages.sweep.table import Cell
 
-Place = tuple[str, str, str]
-"""Folder of the run, stage, key."""
+ArtifactId = tuple[str, str, str]
+"""Folder of the run, stage, cache key."""
 PLANNED = "LORAPAR_PLANNED"
-"""Environment variable with the key that a step is to make: a config may change while the step waits."""
+"""Environment variable with the expected cache key: a config may be edited while its step waits to start."""
 
 
 @dataclass
 class Node:
-    """One artifact that is to be there in the end."""
+    """One artifact of the sweep, with the step that makes it."""
 
-    place: Place
+    id: ArtifactId
     step: Step
     command: list[str]
-    """Arguments of `lorapar` that make it, and nothing else."""
-    inputs: list[Place]
+    """Arguments of `lorapar` that make this artifact only."""
+    inputs: list[ArtifactId]
     cells: list[tuple[str, str, int]] = field(default_factory=list)
-    """Table, row and seed of the cells that need it."""
+    """Table, row and seed of each cell that needs it."""
     current: bool = False
+    """True if the artifact existed and was up to date when the graph was built."""
 
     @property
     def stage(self) -> str:
@@ -38,25 +39,25 @@ class Node:
     @property
     def title(self) -> str:
         _, row, seed = self.cells[0]
-        more = f" and {len(self.cells) - 1} more" if len(self.cells) > 1 else ""
-        return f"{self.step.name} {self.step.key} for {row!r}, seed {seed}{more}"
+        suffix = f" and {len(self.cells) - 1} more" if len(self.cells) > 1 else ""
+        return f"{self.step.name} {self.step.key} for {row!r}, seed {seed}{suffix}"
 
 
-def build_graph(cells: list[Cell]) -> dict[Place, Node]:
-    """The steps of all columns and what they are made from, each after its inputs."""
-    nodes: dict[Place, Node] = {}
+def build_graph(cells: list[Cell]) -> dict[ArtifactId, Node]:
+    """Return the artifacts of all columns and their inputs, in topological order."""
+    nodes: dict[ArtifactId, Node] = {}
     stores: dict[Path, Store] = {}
 
-    def add(cell: Cell, step: Step) -> Place:
-        place = (str(cell.config.root), step.stage.name, step.key)
+    def add(cell: Cell, step: Step) -> ArtifactId:
+        artifact = (str(cell.config.root), step.stage.name, step.key)
         inputs = [add(cell, upstream) for upstream in step.inputs.values()]
-        if place not in nodes:
-            nodes[place] = Node(place, step, _command(cell, step), inputs)
+        if artifact not in nodes:
+            nodes[artifact] = Node(artifact, step, _command(cell, step), inputs)
             store = stores.setdefault(cell.config.root, Store(cell.config.root))
-            nodes[place].current = state(store, step).state == "current"
-        if (name := (cell.table, cell.row, cell.seed)) not in nodes[place].cells:
-            nodes[place].cells.append(name)
-        return place
+            nodes[artifact].current = state(store, step).state == "current"
+        if (name := (cell.table, cell.row, cell.seed)) not in nodes[artifact].cells:
+            nodes[artifact].cells.append(name)
+        return artifact
 
     for cell in cells:
         for column in cell.columns.values():
@@ -66,26 +67,27 @@ def build_graph(cells: list[Cell]) -> dict[Place, Node]:
 
 
 def _command(cell: Cell, step: Step) -> list[str]:
-    sets = [part for text in cell.overrides for part in ("--set", text)]
+    sets = [argument for text in cell.overrides for argument in ("--set", text)]
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
-        # `auto` is another engine where there is another device, on a cluster's login node for one.
+        # Resolved here, because `auto` may give another engine where the step runs: a node has a GPU, the
+        # login node that plans the sweep has none.
         sets = ["--set", f"eval.targets=[{target}]", "--set", f"eval.engine={cell.config.eval.engine}"]
         return [*command, *sets, "--benchmark", benchmark]
     return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
 
 
-def measured(nodes: dict[Place, Node]) -> dict[str, float]:
-    """Stage → mean seconds that its artifacts in these runs took."""
+def measured(nodes: dict[ArtifactId, Node]) -> dict[str, float]:
+    """Map each stage to the mean seconds that its existing artifacts in these runs took."""
     seconds: dict[str, list[float]] = {}
-    for root in {Path(place[0]) for place in nodes}:
-        for manifest in root.glob("*/*/manifest.json"):
+    for root in {Path(artifact[0]) for artifact in nodes}:
+        for path in root.glob("*/*/manifest.json"):
             try:
-                found = json.loads(manifest.read_text(encoding="utf-8"))
-                if manifest.parent.name != found["key"]:
-                    continue  # a link to the latest one, or an earlier one
-                seconds.setdefault(found["stage"], []).append(float(found["provenance"]["seconds"]))
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                if path.parent.name != manifest["key"]:
+                    continue  # the `latest` link, or an older artifact that was set aside
+                seconds.setdefault(manifest["stage"], []).append(float(manifest["provenance"]["seconds"]))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # what is damaged tells no time
+                continue  # a damaged manifest
     return {stage: statistics.fmean(values) for stage, values in seconds.items()}

@@ -1,4 +1,4 @@
-"""Runs the steps of a table on this machine: as many at a time as there are places for them."""
+"""Runs the steps of a sweep on this machine, as many at a time as there are slots."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from stages.pipeline.state import state
 from stages.runtime import process_guard
 from stages.runtime.process_guard import Child
 from stages.store.artifacts import Store
-from stages.sweep.graph import PLANNED, Node, Place
+from stages.sweep.graph import PLANNED, ArtifactId, Node
 
-BUSY, NO_SERVER = BusyError.exit_code, ServerError.exit_code
-"""Exit codes after which a step is tried again: another process makes the same, or its server was gone."""
-TRIES = 3
-"""Of a step whose server was gone; one that another process makes waits as long as it takes."""
-PAUSE = 20.0
-"""Seconds before a step is tried again."""
-TURN = 1.0
-"""Seconds that a device is left to other sweeps between two steps."""
-TICK = 0.2
-"""Seconds between two looks at the children."""
+BUSY, SERVER_FAILED = BusyError.exit_code, ServerError.exit_code
+"""Exit codes after which a step is retried: another process makes the same artifact, or a server failed."""
+MAX_SERVER_FAILURES = 3
+"""After this many server failures, a step has failed. There is no limit for BUSY."""
+RETRY_AFTER_S = 20.0
+DEVICE_PAUSE_S = 1.0
+"""Pause between two steps on a device, in which another sweep can take it."""
+POLL_S = 0.2
+"""Interval at which the child processes are polled."""
 
 
-Start = Callable[[list[str], dict[str, str], IO[bytes]], Child]
-"""Starts `lorapar ARGUMENTS`, guarded, in this environment, with all that it says in this file."""
+StartProcess = Callable[[list[str], dict[str, str], IO[bytes]], Child]
+"""Starts guarded `lorapar ARGUMENTS` with this environment; the file takes stdout and stderr."""
 
 
 def spawned(arguments: list[str], env: dict[str, str], log: IO[bytes]) -> Child:
@@ -41,27 +40,34 @@ def spawned(arguments: list[str], env: dict[str, str], log: IO[bytes]) -> Child:
 
 
 def is_current(node: Node, stores: dict[str, Store]) -> bool:
-    """stores: by the folder of the run; one remembers what it has verified of the inputs."""
-    root = node.place[0]
+    """True if the node's artifact is up to date now.
+
+    stores: a cache by folder of the run; each store remembers what it has verified of the inputs.
+    """
+    root = node.id[0]
     return state(stores.setdefault(root, Store(Path(root))), node.step).state == "current"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended."""
+    """Result of a step that has ended."""
 
     node: Node
-    how: str
-    """done, failed, or left out because what it needs failed."""
+    status: str
+    """done, failed, or left out (an input failed)."""
     code: int | None = None
+    """Exit code."""
     log: Path | None = None
     seconds: float = 0.0
-    begins: int = 0
-    """Where in the log its last try begins."""
+    log_offset: int = 0
+    """Byte of the log at which the last try begins."""
 
 
 class Lease:
-    """The right to use GPUs, among all sweeps of this person on this machine; the kernel ends it with us."""
+    """Exclusive use of GPUs among all sweeps of this user on this machine.
+
+    It rests on file locks, which the kernel releases when the process ends.
+    """
 
     def __init__(self, devices: str) -> None:
         """devices: numbers, separated by commas."""
@@ -69,144 +75,168 @@ class Lease:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._locks = [FileLock(folder / f"{name}.lock", timeout=0) for name in sorted(devices.split(","))]
 
-    def taken(self) -> bool:
-        """Take all of them, or none."""
+    def acquire(self) -> bool:
+        """Lock all devices, or none. Returns whether they are locked; does not wait."""
         try:
             for lock in self._locks:
                 lock.acquire()
         except Timeout:
-            self.give_back()
+            self.release()
             return False
         return True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         for lock in self._locks:
             lock.release()
 
 
-class Sweep:
-    """The state of all steps; `run` brings them to their end.
+@dataclass(frozen=True)
+class Running:
+    """A step whose process is running."""
 
-    A step that fails stops only what needs it. When the sweep is interrupted, its children are, too, and the
-    same command goes on where it stopped.
+    child: Child
+    device: str | None
+    started: float
+    """time.monotonic() at the start."""
+    log_offset: int
+    """Byte of the log at which this try begins."""
+
+
+class Sweep:
+    """Scheduler of all steps; `run` runs them to the end.
+
+    A failed step stops only the steps that need it. If the sweep is interrupted, so are its children; the
+    same command resumes it.
     """
 
     def __init__(
         self,
-        nodes: dict[Place, Node],
-        places: list[str | None],
+        nodes: dict[ArtifactId, Node],
+        slots: list[str | None],
         logs: Path,
         say: Callable[[str], None],
-        look: Callable[[Sweep], None] = lambda sweep: None,
-        start: Start = spawned,
+        on_poll: Callable[[Sweep], None] = lambda sweep: None,
+        start: StartProcess = spawned,
     ) -> None:
-        """places: one for each step that may run at a time: a device for CUDA_VISIBLE_DEVICES, or None.
+        """nodes: in topological order. on_poll: called every POLL_S seconds.
 
-        look: called with the sweep several times a second. start: starts the guarded command of a step.
+        slots: the CUDA_VISIBLE_DEVICES of each step that may run at a time; None leaves it as it is.
         """
         self.start = start
-        self.nodes, self.places, self.logs, self.say, self.look = nodes, list(places), logs, say, look
-        self.waiting = [place for place, node in nodes.items() if not node.current]
-        self.done = {place for place, node in nodes.items() if node.current}
-        self.ended: dict[Place, Outcome] = {}
-        self.tries: dict[Place, int] = {}
-        self.later: dict[Place, float] = {}
+        self.nodes, self.logs, self.say, self.on_poll = nodes, logs, say, on_poll
+        self.slots = list(slots)
+        """Free slots."""
+        # A step is in `waiting`, then in `running` (from where a retry leads back), then in `ended`.
+        self.waiting = [artifact for artifact, node in nodes.items() if not node.current]
+        self.running: dict[ArtifactId, Running] = {}
+        self.ended: dict[ArtifactId, Outcome] = {}
+        self.done = {artifact for artifact, node in nodes.items() if node.current}
+        """Artifacts that exist: those that were current at the start, and those that were made since."""
+        self.server_failures: dict[ArtifactId, int] = {}
+        self.retry_at: dict[ArtifactId, float] = {}
         self.stores: dict[str, Store] = {}
-        self.running: dict[Place, tuple[Child, str | None, float]] = {}
         self.leases: dict[str, Lease] = {}
-        self.rests_until: dict[str, float] = {}
-        """Devices that were just given back: another sweep that waits for one has its turn."""
-        self.told: set[str] = set()
-        self.begins: dict[Place, int] = {}
-        """Where in its log the last try of a step begins."""
+        self.paused_until: dict[str, float] = {}
+        """Device that was just released → the time until which it is left to other sweeps."""
+        self.reported_busy: set[str] = set()
+        """Devices for which the wait for another sweep has been reported."""
 
     def run(self) -> list[Outcome]:
-        """How each step ended that was not there before."""
+        """Run every step that is not current, and return their outcomes."""
         self.logs.mkdir(parents=True, exist_ok=True)
         try:
             while self.waiting or self.running:
-                self._start()
-                self.look(self)
-                time.sleep(TICK)
+                self._start_ready()
+                self.on_poll(self)
+                time.sleep(POLL_S)
                 self._collect()
         finally:
-            for child, *_ in self.running.values():
-                child.stdin.close()  # type: ignore[union-attr]  # the guard then ends the step and its children
-            for child, *_ in self.running.values():
-                child.wait()
+            for step in self.running.values():
+                step.child.stdin.close()  # type: ignore[union-attr]  # tells the guard to end the step
+            for step in self.running.values():
+                step.child.wait()
             for lease in self.leases.values():
-                lease.give_back()
+                lease.release()
         return list(self.ended.values())
 
-    def _start(self) -> None:
-        now, full = time.monotonic(), False
-        for place in [place for place in self.waiting if self.later.get(place, 0) <= now]:
-            node = self.nodes[place]
-            if any(before in self.ended and before not in self.done for before in node.inputs):
-                self.waiting.remove(place)
-                self.ended[place] = Outcome(node, "left out")
-            elif not full and self.done.issuperset(node.inputs):
-                free = self._free()
-                full = free is None
-                if free is not None:
-                    self.waiting.remove(place)
-                    self._spawn(place, self.places.pop(free))
+    def _start_ready(self) -> None:
+        """Start steps whose inputs are done while slots are free; leave out steps that need a failed one."""
+        now, slots_free = time.monotonic(), True
+        for artifact in [artifact for artifact in self.waiting if self.retry_at.get(artifact, 0) <= now]:
+            node = self.nodes[artifact]
+            if any(upstream in self.ended and upstream not in self.done for upstream in node.inputs):
+                self.waiting.remove(artifact)
+                self.ended[artifact] = Outcome(node, "left out")
+            elif slots_free and self.done.issuperset(node.inputs):
+                slot = self._lease_slot()
+                slots_free = slot is not None
+                if slot is not None:
+                    self.waiting.remove(artifact)
+                    self._spawn(artifact, self.slots.pop(slot))
 
-    def _free(self) -> int | None:
-        """Index of a place where a step can begin: its devices are leased, if it has any."""
-        for index, device in enumerate(self.places):
+    def _lease_slot(self) -> int | None:
+        """Lease the devices of the first free slot that can be leased, and return its index in `slots`."""
+        for index, device in enumerate(self.slots):
             if device is None:
                 return index
-            if self.rests_until.get(device, 0) > time.monotonic():
+            if self.paused_until.get(device, 0) > time.monotonic():
                 continue
-            if (lease := Lease(device)).taken():
+            if (lease := Lease(device)).acquire():
                 self.leases[device] = lease
-                self.told.discard(device)
+                self.reported_busy.discard(device)
                 return index
-            if device not in self.told:
-                self.told.add(device)
+            if device not in self.reported_busy:
+                self.reported_busy.add(device)
                 self.say(f"device {device} is in use by another sweep: waiting for it")
         return None
 
-    def _spawn(self, place: Place, device: str | None) -> None:
-        node = self.nodes[place]
+    def _spawn(self, artifact: ArtifactId, device: str | None) -> None:
+        node = self.nodes[artifact]
         environment = os.environ | {PLANNED: node.step.key}
         environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with self.log(node).open("ab") as log:
-            self.begins[place] = log.tell()
+            offset = log.tell()
             child = self.start(node.command, environment, log)
-        self.running[place] = (child, device, time.monotonic())
-        self.say(f"begins: {node.title}{'' if device is None else f' on device {device}'}")
+        self.running[artifact] = Running(child, device, time.monotonic(), offset)
+        self.say(f"started: {node.title}{'' if device is None else f' on device {device}'}")
 
     def _collect(self) -> None:
-        for place, (child, device, begun) in list(self.running.items()):
-            code = child.poll()
+        """Record steps whose process has ended, and free their slots."""
+        for artifact, step in list(self.running.items()):
+            code = step.child.poll()
             if code is None:
                 continue
-            del self.running[place]
-            self.places.append(device)
-            if device is not None:
-                self.leases.pop(device).give_back()
-                self.rests_until[device] = time.monotonic() + TURN
-            node = self.nodes[place]
-            seconds = time.monotonic() - begun
-            self.tries[place] = self.tries.get(place, 0) + (code == NO_SERVER)
-            if code == 0 and not is_current(node, self.stores):
-                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds, self.begins[place])
-                self.say(f"made something else, its inputs have changed: {node.title}; see {self.log(node)}")
-            elif code == 0:
-                self.done.add(place)
-                self.ended[place] = Outcome(node, "done", 0, self.log(node), seconds)
-                left = len(self.waiting) + len(self.running)
-                self.say(f"done in {seconds:.0f} s, {left} left: {node.title}")
-            elif code == BUSY or (code == NO_SERVER and self.tries[place] < TRIES):
-                self.waiting.append(place)
-                self.later[place] = time.monotonic() + PAUSE
-                self.say(f"exit code {code}, will be tried again: {node.title}")
-            else:
-                self.ended[place] = Outcome(node, "failed", code, self.log(node), seconds, self.begins[place])
-                self.say(f"failed with exit code {code}: {node.title}; see {self.log(node)}")
+            del self.running[artifact]
+            self.slots.append(step.device)
+            if step.device is not None:
+                self.leases.pop(step.device).release()
+                self.paused_until[step.device] = time.monotonic() + DEVICE_PAUSE_S
+            self._record(artifact, step, code)
+
+    def _record(self, artifact: ArtifactId, step: Running, code: int) -> None:
+        """Mark a step as done or failed by its exit code, or put it back to be retried."""
+        node = self.nodes[artifact]
+        log, seconds = self.log(node), time.monotonic() - step.started
+        failures = self.server_failures.get(artifact, 0) + (code == SERVER_FAILED)
+        self.server_failures[artifact] = failures
+        if code == 0 and is_current(node, self.stores):
+            self.done.add(artifact)
+            self.ended[artifact] = Outcome(node, "done", 0, log, seconds)
+            to_do = len(self.waiting) + len(self.running)
+            self.say(f"done in {seconds:.0f} s, {to_do} left: {node.title}")
+        elif code == BUSY or (code == SERVER_FAILED and failures < MAX_SERVER_FAILURES):
+            self.waiting.append(artifact)
+            self.retry_at[artifact] = time.monotonic() + RETRY_AFTER_S
+            self.say(f"exit code {code}, will be retried: {node.title}")
+        else:
+            self.ended[artifact] = Outcome(node, "failed", code, log, seconds, step.log_offset)
+            reason = (
+                f"failed with exit code {code}"
+                if code
+                else "made another artifact, because its inputs have changed"
+            )
+            self.say(f"{reason}: {node.title}; see {log}")
 
     def log(self, node: Node) -> Path:
-        """Where a step writes what it says."""
+        """Return the file that a step's output goes to."""
         return self.logs / f"{node.stage}-{node.step.key}.log"

@@ -1,4 +1,4 @@
-"""What stands in the cells of a table: means over seeds with intervals over items, and paired tests."""
+"""Values of a table's cells: means over seeds, 95 % intervals over items, and paired tests."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
 from stages.sweep.table import Cell, Table
 
-Shares = dict[str, float]
-"""Item → its share of correct answers."""
+ItemAccuracy = dict[str, float]
+"""Item id → share of correct answers."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """One cell of the printed table: accuracies and differences are shares, other values as they are."""
+    """A value of the printed table: accuracies and differences in [0, 1], other values as they are."""
 
     mean: float
     low: float | None
-    """95 % interval over items, each with its mean over seeds; None for values of summaries."""
+    """95 % interval over items, each averaged over seeds; None for values of summaries."""
     high: float | None
     n: int | None
-    """Items."""
+    """Number of items; None for values of summaries."""
     of_seeds: list[float]
     p: float | None = None
-    """Of a difference: that of a paired test."""
+    """p-value of the paired test, if this is a difference."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row less the row that it is compared with, on the same items and seeds."""
+    """Difference of a row from the row that it is compared with, on the same items and seeds."""
 
     mean: float
     low: float
@@ -49,7 +49,7 @@ class Comparison:
 
 
 class Artifacts:
-    """The artifacts of cells' steps. One store for each run remembers what it has verified."""
+    """Finds the artifacts of cells' steps, with one store per run, which caches what it has verified."""
 
     def __init__(self) -> None:
         self._stores: dict[Path, Store] = {}
@@ -58,7 +58,7 @@ class Artifacts:
         return self._stores.setdefault(cell.config.root, Store(cell.config.root))
 
     def current(self, cell: Cell, step: str) -> Artifact | None:
-        """None if the cell has no such step, or its artifact is not current."""
+        """Return a step's artifact; None if the cell has no such step, or the artifact is not current."""
         if step not in cell.steps:
             return None
         now = state(self.store(cell), cell.steps[step])
@@ -69,16 +69,17 @@ class Artifacts:
 class Results:
     table: Table
     values: dict[tuple[str, str], Value | None]
-    """By row and column: None while an artifact of it is missing, no entry where there is nothing to show."""
+    """Row, column → value; None if one of its artifacts is missing, no entry if there is nothing to show."""
     comparisons: dict[str, Comparison | None]
-    """By row, where the table compares, as in `values`; without the row that the others are compared with."""
+    """Row → comparison, with None as in `values`; without the row that the rows are compared with."""
     artifacts: Artifacts
-    """What the values were read from."""
+    """Artifacts that the values were read from."""
     missing: dict[tuple[str, str], list[int]]
-    """By row and column, where a value is None: the seeds of which an artifact is missing."""
+    """Row, column of each None in `values` → the seeds whose artifact is missing."""
 
 
 def results(table: Table) -> Results:
+    """Read all values and comparisons of a table from its artifacts."""
     reader = _Reader()
     values: dict[tuple[str, str], Value | None] = {}
     missing = {}
@@ -92,129 +93,138 @@ def results(table: Table) -> Results:
                     missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
     comparisons = {}
     if compare := table.file.compare:
-        first = [cell for cell in table.cells if cell.row == table.against]
+        references = [cell for cell in table.cells if cell.row == table.against]
         for row in table.rows:
             cells = [cell for cell in table.cells if cell.row == row]
-            if first and row != table.against and all(compare.on in cell.columns for cell in first + cells):
+            comparable = all(compare.on in cell.columns for cell in references + cells)
+            if references and row != table.against and comparable:
                 with suppress(_NothingToShow):
-                    comparisons[row] = reader.comparison(first, cells, compare.on)
+                    comparisons[row] = reader.comparison(references, cells, compare.on)
     return Results(table, values, comparisons, reader.artifacts, missing)
 
 
 class _NothingToShow(Exception):
-    """The artifacts are there, and have no such value, or no item in common."""
+    """All artifacts exist, but lack the value or have no item in common."""
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], Shares] = {}
+        self.accuracies: dict[tuple[str, str], ItemAccuracy] = {}
+        """Artifact path, qualifier of the column → accuracy of each item."""
         self.artifacts = Artifacts()
 
     def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
         return self.artifacts.current(cell, column.step)
 
     def lacks(self, cell: Cell, name: str) -> bool:
-        """Whether an artifact of a column is missing."""
-        return any(self._artifact(cell, part) is None for part in cell.columns[name].parts)
+        """True if an artifact of the column is missing."""
+        return any(self._artifact(cell, term) is None for term in cell.columns[name].terms)
 
     def value(self, cells: list[Cell], name: str) -> Value | None:
-        """None if the artifact of a seed is missing."""
+        """Return a column's value over the cells of one row; None if the artifact of a seed is missing."""
         column = cells[0].columns[name]
-        found = [self._artifact(cell, column) for cell in cells]
-        unique = {a.manifest["key"]: a for a in found if a is not None}  # what no seed changes counts once
-        if None in found:
+        artifacts = [self._artifact(cell, column) for cell in cells]
+        # Seeds that share an artifact, because the step does not depend on the seed, count once.
+        unique = {a.manifest["key"]: a for a in artifacts if a is not None}
+        if None in artifacts:
             return None
         if not column.graded:
             numbers = [_number(artifact, column) for artifact in unique.values()]
             return Value(statistics.fmean(numbers), None, None, None, numbers)
-        if column.less:
-            return self._difference(cells, column, column.less)
-        of_seeds = [self._shares(artifact, column) for artifact in unique.values()]
-        items = _mean(of_seeds)
+        if column.minus:
+            return self._difference(cells, column, column.minus)
+        by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
+        items = _mean_by_item(by_seed)
         if not items:
             raise _NothingToShow
         low, high = interval(list(items.values()))
-        means = [statistics.fmean(part.values()) for part in of_seeds]
-        return Value(statistics.fmean(items.values()), low, high, len(items), means)
+        seed_means = [statistics.fmean(accuracy.values()) for accuracy in by_seed]
+        return Value(statistics.fmean(items.values()), low, high, len(items), seed_means)
 
-    def _difference(self, cells: list[Cell], column: Column, less: Column) -> Value | None:
-        """Of two accuracies of the same row and seed."""
-        pairs = [(self._artifact(cell, less), self._artifact(cell, column)) for cell in cells]
-        before = [self._shares(one, less) for one, _ in pairs if one]
-        after = [self._shares(two, column) for _, two in pairs if two]
-        if len(before) < len(cells) or len(after) < len(cells):
+    def _difference(self, cells: list[Cell], column: Column, minus: Column) -> Value | None:
+        """Return `column` - `minus`, paired by seed and item; None if an artifact is missing."""
+        pairs = [(self._artifact(cell, minus), self._artifact(cell, column)) for cell in cells]
+        first = [self._item_accuracy(artifact, minus) for artifact, _ in pairs if artifact]
+        second = [self._item_accuracy(artifact, column) for _, artifact in pairs if artifact]
+        if len(first) < len(cells) or len(second) < len(cells):
             return None
-        found = _paired(before, after)
-        return Value(found.mean, found.low, found.high, found.n, found.of_seeds, found.p)
+        paired = _paired(first, second)
+        return Value(paired.mean, paired.low, paired.high, paired.n, paired.of_seeds, paired.p)
 
-    def comparison(self, first: list[Cell], other: list[Cell], name: str) -> Comparison | None:
-        """Over the items that were graded for both, in the seeds that both have."""
-        before, after = [], []
-        for one in first:
-            for two in other:
-                if one.seed == two.seed:
-                    pair = self._artifact(one, one.columns[name]), self._artifact(two, two.columns[name])
-                    if pair[0] is None or pair[1] is None:
+    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Comparison | None:
+        """Compare two rows on a column, over the items and seeds that both have; None if one is missing."""
+        first, second = [], []
+        for reference in references:
+            for cell in cells:
+                if reference.seed == cell.seed:
+                    columns = reference.columns[name], cell.columns[name]
+                    artifacts = self._artifact(reference, columns[0]), self._artifact(cell, columns[1])
+                    if artifacts[0] is None or artifacts[1] is None:
                         return None
-                    before.append(self._shares(pair[0], one.columns[name]))
-                    after.append(self._shares(pair[1], two.columns[name]))
-        return _paired(before, after)
+                    first.append(self._item_accuracy(artifacts[0], columns[0]))
+                    second.append(self._item_accuracy(artifacts[1], columns[1]))
+        return _paired(first, second)
 
-    def _shares(self, artifact: Artifact, column: Column) -> Shares:
-        place = (str(artifact.path), column.rest)
-        if place not in self.answers:
-            self.answers[place] = accuracy_by_item(answers(artifact, column), reading(column))
-        return self.answers[place]
+    def _item_accuracy(self, artifact: Artifact, column: Column) -> ItemAccuracy:
+        key = (str(artifact.path), column.qualifier)
+        if key not in self.accuracies:
+            self.accuracies[key] = accuracy_by_item(answers(artifact, column), reading(column))
+        return self.accuracies[key]
 
 
 def reading(column: Column) -> str:
-    """The field of a sample that says whether it is right."""
-    return "correct_flexible" if column.rest == FLEXIBLE else "correct"
+    """Return the field of a sample that says whether it is correct."""
+    return "correct_flexible" if column.qualifier == FLEXIBLE else "correct"
 
 
 def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:
-    """Of each item of the column's group, those that count."""
-    wanted = group("" if column.rest == FLEXIBLE else column.rest)
-    return graded([sample for sample in read_samples(artifact.path / "samples.jsonl") if wanted(sample)])
+    """Map each item of the column's group to its answers, without items that have a refused answer."""
+    in_group = group_filter("" if column.qualifier == FLEXIBLE else column.qualifier)
+    return graded([sample for sample in read_samples(artifact.path / "samples.jsonl") if in_group(sample)])
 
 
-def group(text: str) -> Callable[[Sample], bool]:
-    """Whether a sample is in a group: `` is all, `system1` a label, `field=value` a field of the items."""
-    if not text:
+def group_filter(group: str) -> Callable[[Sample], bool]:
+    """Return a predicate for the samples of a group: empty for all, a label (`system1`) or `field=value`."""
+    if not group:
         return lambda sample: True
-    if text in SYSTEMS:
-        return lambda sample: sample.system == int(text[-1])
-    name, _, value = text.partition("=")
+    if group in SYSTEMS:
+        return lambda sample: sample.system == int(group[-1])
+    name, _, value = group.partition("=")
     return lambda sample: str(sample.extra.get(name)) == value
 
 
-def _paired(before: list[Shares], after: list[Shares]) -> Comparison:
-    """Lists by seed; _NothingToShow if no item is in all of them."""
-    earlier, later = _mean(before), _mean(after)
-    both = [item for item in later if item in earlier]
-    if not both:
+def _paired(first: list[ItemAccuracy], second: list[ItemAccuracy]) -> Comparison:
+    """Test `second` - `first`, both lists by seed, on the items that are graded in every seed of both.
+
+    Each item is averaged over seeds before the test, so n is the number of items. Raises _NothingToShow if
+    there is no such item.
+    """
+    first_means, second_means = _mean_by_item(first), _mean_by_item(second)
+    common = [item for item in second_means if item in first_means]
+    if not common:
         raise _NothingToShow
-    pairs = [earlier[item] for item in both], [later[item] for item in both]
+    pairs = [first_means[item] for item in common], [second_means[item] for item in common]
     mean, low, high = paired_difference(*pairs)
-    alone = [_of_both(one, two) for one, two in zip(before, after, strict=True)]
-    return Comparison(mean, low, high, paired_p(*pairs), len(both), alone)
+    of_seeds = [_mean_difference(a, b) for a, b in zip(first, second, strict=True)]
+    return Comparison(mean, low, high, paired_p(*pairs), len(common), of_seeds)
 
 
-def _of_both(one: Shares, two: Shares) -> float:
-    """The mean difference of the items that are in both."""
-    return statistics.fmean(two[item] - share for item, share in one.items() if item in two)
+def _mean_difference(first: ItemAccuracy, second: ItemAccuracy) -> float:
+    """Return the mean of `second` - `first` over the items of both."""
+    return statistics.fmean(second[item] - accuracy for item, accuracy in first.items() if item in second)
 
 
-def _mean(parts: list[Shares]) -> Shares:
-    """The mean of each item that is in all parts."""
-    common = [item for item in parts[0] if all(item in part for part in parts)] if parts else []
-    return {item: statistics.fmean(part[item] for part in parts) for item in common}
+def _mean_by_item(by_seed: list[ItemAccuracy]) -> ItemAccuracy:
+    """Average each item over seeds; only items that every seed has."""
+    common = [item for item in by_seed[0] if all(item in seed for seed in by_seed)] if by_seed else []
+    return {item: statistics.fmean(seed[item] for seed in by_seed) for item in common}
 
 
 def _number(artifact: Artifact, column: Column) -> float:
+    """Return the number at the column's dotted path in the summary; _NothingToShow if there is none."""
     value: Any = artifact.manifest["summary"]
-    for part in column.rest.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    for key in column.qualifier.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
         raise _NothingToShow
     return float(value)

@@ -13,7 +13,7 @@ from stages.config import Config
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import OWN, Column, TableFile, read, refused
+from stages.sweep.file import ROW_KEYS, Column, TableFile, mistakes_error, read
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cell:
     config: Config
     steps: dict[str, Step]
     columns: dict[str, Column]
-    """Those that this cell has."""
+    """Columns that this cell has a value for."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,16 @@ class Table:
     path: Path
     file: TableFile
     cells: list[Cell]
-    same: dict[str, str]
-    """Rows that are left out because with another base, or without some columns, they are the same as an
-    earlier row, with that row."""
-    replaced: list[str]
-    """Rows with a config of their own, which another base replaces."""
+    duplicate_of: dict[str, str]
+    """Rows that are left out → the earlier row that they equal, with another base or fewer columns."""
+    rebased_rows: list[str]
+    """Rows whose own config is replaced by the base of the command line."""
 
     @property
     def against(self) -> str | None:
-        """The row that the others are compared with, or the one that it is the same as."""
+        """The row that others are compared with; if it is left out as a duplicate, the row that it equals."""
         compare = self.file.compare
-        return self.same.get(compare.against, compare.against) if compare else None
+        return self.duplicate_of.get(compare.against, compare.against) if compare else None
 
     @property
     def rows(self) -> list[str]:
@@ -58,114 +57,137 @@ def table(
     base: Path | None = None,
     only: list[str] | None = None,
     seeds: list[int] | None = None,
-    more: list[str] | None = None,
+    overrides: list[str] | None = None,
     columns: list[str] | None = None,
 ) -> Table:
-    """The cells of a table file, planned. One ConfigError lists everything that is wrong with them.
+    """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
-    base: replaces every config that the file names. only: these rows, or those that a pattern such as `QKV*`
-    fits. more: further `key=value` settings. columns: these alone, chosen as rows are. Rows that another
-    base, or fewer columns, make the same are left out.
+    base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
+    overrides: additional `key=value` settings. columns: names or patterns, as for rows. With `base` or
+    `columns`, rows that become equal to an earlier one are left out.
     """
     file = read(path)
     if columns:
-        file = file.narrowed(_chosen(path, "column", columns, list(file.columns)))
-    if any(name.partition("=")[0].strip() == "seed" for name in more or ()):
+        file = file.select_columns(_matching(path, "column", columns, list(file.columns)))
+    if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
-    names = file.settings()
-    wanted = _chosen(path, "row", only, list(names)) if only else list(names)
-    wrong: dict[str, list[str]] = {}
+    settings = file.settings()
+    rows = _matching(path, "row", only, list(settings)) if only else list(settings)
+    errors: dict[str, list[str]] = {}
     cells = []
     for seed in dict.fromkeys(seeds or file.seeds):
-        for name in wanted:
+        for row in rows:
             try:
-                cells.append(_cell(path, file, name, seed, base, more or []))
+                cells.append(_cell(path, file, row, seed, base, overrides or []))
             except LoraparError as error:
-                wrong.setdefault(str(error), []).append(repr(name))
-    mistakes = [f"row {', '.join(dict.fromkeys(rows))}: {error}" for error, rows in wrong.items()]
-    mistakes += _lost(file, cells) if not only or not any(cell.columns for cell in cells) else []
-    same = _same(cells)
+                errors.setdefault(str(error), []).append(repr(row))
+    mistakes = [f"row {', '.join(dict.fromkeys(names))}: {error}" for error, names in errors.items()]
+    mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
+    duplicate_of = _duplicates(cells)
     if base is None and not columns:
-        mistakes += [f"rows {other!r} and {row!r} are the same" for row, other in same.items()]
+        mistakes += [f"rows {first!r} and {row!r} are the same" for row, first in duplicate_of.items()]
     if mistakes:
-        raise refused(path, mistakes)
-    left = [cell for cell in cells if cell.row not in same]
-    own = {cell.row: None for cell in left if base is not None and "base" in names[cell.row]}
-    return Table(path, file, left, same, list(own))
+        raise mistakes_error(path, mistakes)
+    cells = [cell for cell in cells if cell.row not in duplicate_of]
+    rebased = {cell.row: None for cell in cells if base is not None and "base" in settings[cell.row]}
+    return Table(path, file, cells, duplicate_of, list(rebased))
 
 
-def _chosen(path: Path, what: str, asked: list[str], names: list[str]) -> list[str]:
-    """The names, in their order, that are asked for, each by itself or by a pattern."""
-    fits = {text: [name for name in names if name == text or fnmatchcase(name, text)] for text in asked}
-    if unknown := [text for text, fitting in fits.items() if not fitting]:
-        raise ConfigError(f"{path}: no {what} {unknown[0]!r}", f"choose from: {', '.join(names)}")
-    return [name for name in names if any(name in fitting for fitting in fits.values())]
+def _matching(path: Path, kind: str, patterns: list[str], names: list[str]) -> list[str]:
+    """Return the names that a pattern equals or matches; ConfigError if a pattern matches none."""
+    matches = {
+        pattern: {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        for pattern in patterns
+    }
+    if unknown := [pattern for pattern, matched in matches.items() if not matched]:
+        raise ConfigError(f"{path}: no {kind} {unknown[0]!r}", f"choose from: {', '.join(names)}")
+    return [name for name in names if any(name in matched for matched in matches.values())]
 
 
-def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, more: list[str]) -> Cell:
-    own = file.settings()[row]
-    config_path = base or Path(own.get("base", file.base))
-    if "seed" in own:
+def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, overrides: list[str]) -> Cell:
+    """Plan one cell.
+
+    Config file: `--base`, else the row's `base`, else the table's. Settings, of which later ones win: config
+    file, table's `set`, row (or combination of the grid), seed, `--set`.
+    """
+    settings = file.settings()[row]
+    config_path = base or Path(settings.get("base", file.base))
+    if "seed" in settings:
         raise ConfigError("seed is set by the table's seeds, not by a row")
-    values = {**file.set, **{name: value for name, value in own.items() if name not in OWN}, "seed": seed}
-    if wrong := [name for name, value in values.items() if isinstance(value, dict) and "." not in name]:
-        raise ConfigError(f"{wrong[0]} is a section: name its settings one by one, as {wrong[0]}.NAME")
-    overrides = (*(f"{name}={_yaml(value)}" for name, value in values.items()), *more)
-    config = resolved(load(config_path, list(overrides)))
+    row_settings = {name: value for name, value in settings.items() if name not in ROW_KEYS}
+    merged = {**file.set, **row_settings, "seed": seed}
+    if sections := [name for name, value in merged.items() if isinstance(value, dict) and "." not in name]:
+        raise ConfigError(f"{sections[0]} is a section: name its settings one by one, as {sections[0]}.NAME")
+    sets = (*(f"{name}={_yaml(value)}" for name, value in merged.items()), *overrides)
+    config = resolved(load(config_path, list(sets)))
     steps = plan_steps(config)
-    texts = {**file.columns, **own.get("columns", {})}
+    columns = _columns(file, settings.get("columns", {}), config, steps, base is not None)
+    return Cell(str(path), row, seed, config_path, sets, config, steps, columns)
+
+
+def _columns(
+    file: TableFile, row_columns: dict[str, str | None], config: Config, steps: dict[str, Step], rebased: bool
+) -> dict[str, Column]:
+    """Return the columns of a cell: the table's, overridden by the row's, as far as the steps produce them.
+
+    row_columns: null removes the table's column; a column that only the row names must be produced. rebased:
+    the config is the base of the command line, whose benchmark may have another name.
+    """
+    texts = {**file.columns, **row_columns}
     columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
-    if base is not None:
-        columns = {name: _elsewhere(column, config) for name, column in columns.items()}
+    if rebased:
+        columns = {name: _rebased(column, config) for name, column in columns.items()}
     if unknown := columns.keys() - file.columns.keys():
-        raise ConfigError(f"{sorted(unknown)[0]!r} is no column of the table")
-    there = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
-    if lost := [name for name in own.get("columns", {}) if name in columns and name not in there]:
-        raise ConfigError(f"its own column {lost[0]!r} shows {texts[lost[0]]}, which it does not make")
-    return Cell(str(path), row, seed, config_path, overrides, config, steps, there)
+        raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
+    produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
+    if missing := [name for name in row_columns if name in columns and name not in produced]:
+        raise ConfigError(
+            f"its own column {missing[0]!r} shows {texts[missing[0]]}, which its config does not produce"
+        )
+    return produced
 
 
 def _yaml(value: Any) -> str:
-    """The value as `--set` reads it."""
+    """Format a value so that `--set` reads it back."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
     return text.removesuffix("...\n").strip()
 
 
-def _elsewhere(column: Column, config: Config) -> Column:
-    """The column on another base: at its benchmark, if it has one only."""
+def _rebased(column: Column, config: Config) -> Column:
+    """Return the column with the benchmark of another base, if that has exactly one."""
     target = column.step.partition("@")[0]
     benchmarks = list(config.eval.benchmarks)
     if not column.graded or len(benchmarks) != 1:
         return column
-    less = _elsewhere(column.less, config) if column.less else None
-    return Column(f"{target}@{benchmarks[0]}", column.rest, less)
+    minus = _rebased(column.minus, config) if column.minus else None
+    return Column(f"{target}@{benchmarks[0]}", column.qualifier, minus)
 
 
-def _lost(file: TableFile, cells: list[Cell]) -> list[str]:
-    """What is wrong with columns that none of the cells has."""
-    wrong = []
+def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
+    """Return a message for each column that no cell has, with the steps that could be named instead."""
+    mistakes = []
     for name, text in file.columns.items() if cells else ():
         if not any(name in cell.columns for cell in cells):
             steps = cells[0].steps
             if Column.of(text).graded:
-                there = [step.removeprefix("eval:") for step in steps if step.startswith("eval:")]
-                told = f"evaluated are {', '.join(there) or 'nothing'}"
+                evaluations = [step.removeprefix("eval:") for step in steps if step.startswith("eval:")]
+                choice = f"evaluations: {', '.join(evaluations) or 'none'}"
             else:
-                told = f"steps are {', '.join(step for step in steps if not step.startswith('eval:'))}"
-            wrong.append(f"column {name!r}: no row has {text}; {told}")
-    return wrong
+                choice = f"steps: {', '.join(step for step in steps if not step.startswith('eval:'))}"
+            mistakes.append(f"column {name!r}: no row has {text}; {choice}")
+    return mistakes
 
 
-def _same(cells: list[Cell]) -> dict[str, str]:
-    """Rows that show the same artifacts as an earlier row, with that row."""
-    seen: dict[str, str] = {}
-    same = {}
+def _duplicates(cells: list[Cell]) -> dict[str, str]:
+    """Map each row that shows the same artifacts as an earlier row to that row."""
+    first_rows: dict[str, str] = {}
+    duplicate_of = {}
     for cell in cells:
-        shown = tuple(
-            (name, cell.config.root, [(cell.steps[part.step].key, part.rest) for part in column.parts])
+        artifacts = tuple(
+            (name, cell.config.root, [(cell.steps[term.step].key, term.qualifier) for term in column.terms])
             for name, column in cell.columns.items()
         )
-        other = seen.setdefault(f"{cell.seed} {shown}", cell.row)
-        if other != cell.row:
-            same[cell.row] = other
-    return same
+        first = first_rows.setdefault(f"{cell.seed} {artifacts}", cell.row)
+        if first != cell.row:
+            duplicate_of[cell.row] = first
+    return duplicate_of

@@ -11,8 +11,9 @@ from trl.trainer.utils import RepeatSampler
 
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.lora.adapter import adapter
-from stages.lora.grpo.kl_probe import NAME, KlProbe
+from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.grpo.replay import ReplaySampler, equal_groups, summed
+from stages.lora.training.curves import KL_FROM_START
 
 REWARDS = """
 def odd(completions, **_):
@@ -114,7 +115,7 @@ def test_a_share_of_each_step_is_of_system_1(with_reward, watched):
         lengths = [step[f"system{n}/completions/mean_length"] for n in (1, 2)]
         assert step["completions/mean_length"] == pytest.approx((lengths[0] + 3 * lengths[1]) / 4)
         assert step["system1/frac_reward_zero_std"] == step["system2/frac_reward_zero_std"] == 0
-    assert [NAME in step for step in steps] == [False, True, True]  # every second step, and the last
+    assert [KL_FROM_START in step for step in steps] == [False, True, True]  # every second step, and the last
 
 
 def test_without_a_share_no_step_has_system_1(with_reward, watched):

@@ -197,7 +197,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
 
 def test_what_the_steps_earned_by_hand():
     rows = [
-        {"reward": float(n), rl.LENGTH: 10.0 * n, rl.DRIFT: n / 100, "resampled/completions": n % 2}
+        {"reward": float(n), rl.LENGTH: 10.0 * n, rl.KL_FROM_START: n / 100, "resampled/completions": n % 2}
         for n in range(1, 9)
     ]
     assert rl._earned(rows, 16) == {

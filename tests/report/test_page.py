@@ -139,7 +139,7 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
 
 def test_a_page_is_on_tables_or_on_one_config(lorapar):
     done = lorapar("report", "configs/smoke.yaml", "configs/demo.yaml", "--out", "x")
-    assert done.code == 78 and "configs/smoke.yaml is no table" in done.err
+    assert done.code == 78 and "configs/smoke.yaml is not a table" in done.err
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def submitted(monkeypatch):
 
 def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted):
     done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
-    assert done.code == 0 and "13 steps are with Slurm" in done.err, done.err
+    assert done.code == 0 and "13 steps are queued or running" in done.err, done.err
     nodes = graph.build_graph(table(path).cells)
     number = {"/".join(place): str(100 + i) for i, place in enumerate(nodes)}
     assert json.loads((path.parent / "runs/sweeps/jobs.json").read_text()) == number
@@ -105,7 +105,7 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
     assert "job 100 is pending" in lorapar(*command).err and len(submitted.jobs) == 13
     nodes = list(graph.build_graph(table(path).cells).values())
     at = next(i for i, node in enumerate(nodes) if node.step.name == "sft")
-    after = [i for i, node in enumerate(nodes) if i == at or {nodes[at].place} & above(node, nodes)]
+    after = [i for i, node in enumerate(nodes) if i == at or {nodes[at].id} & above(node, nodes)]
     for number, name in list(submitted.queue):
         if number == str(100 + at):
             del submitted.queue[number, name]
@@ -139,7 +139,7 @@ def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted, monkeypat
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml"), "--dry-run"]
     monkeypatch.setattr(shutil, "which", lambda name: None)
     done = lorapar(*command)
-    assert done.code == 0 and "no squeue here" in done.err
+    assert done.code == 0 and "squeue is not installed here" in done.err
     monkeypatch.setattr(shutil, "which", lambda name: name)
     done = lorapar(*command)
     assert done.code == 0 and "13 not submitted" in done.err and not submitted.jobs
@@ -152,15 +152,15 @@ def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted, monkeypat
     done = lorapar(*command)
     assert done.code == 1 and f"job {number} ended without its artifact, and never ran: classify" in done.err
     assert "1 ended without its artifact, 12 pending" in done.err and len(submitted.jobs) == 13
-    assert "name eval.engine: vllm" in done.err  # this machine has no GPU, others may
+    assert "set eval.engine: vllm" in done.err  # this machine has no GPU, others may
     monkeypatch.setattr(slurm, "is_current", lambda node, stores: True)  # it ended in this moment
     done = lorapar(*command)
-    assert done.code == 0 and "1 there, 12 pending" in done.err
+    assert done.code == 0 and "1 current, 12 pending" in done.err
 
 
 def above(node, nodes) -> set:
     """The places of all that a node is made from."""
-    of = {other.place: other for other in nodes}
+    of = {other.id: other for other in nodes}
     found = set(node.inputs)
     return found.union(*(above(of[place], nodes) for place in node.inputs))
 
@@ -211,7 +211,7 @@ def test_a_record_that_is_none_is_named(path, lorapar, submitted):
     for text in (b"[]", b'{"a": ["x"]}', b"{", b"\xff"):
         record.write_bytes(text)
         done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
-        assert done.code == 78 and "jobs.json is no record of jobs" in done.err
+        assert done.code == 78 and "jobs.json is not a record of jobs" in done.err
     record.unlink()
 
 
@@ -232,14 +232,14 @@ def test_a_reply_of_sbatch_that_is_none(tmp_path, monkeypatch):
     node = SimpleNamespace(stage="sft", title="sft k", step=SimpleNamespace(key="k"), command=["x"])
     cluster = slurm.Cluster(tmp_path, {"default": {"time": 1}}, print)
     with pytest.raises(ServerError, match="Slurm refuses sft k: .*hello"):
-        cluster._job(node, [])
+        cluster._submit_job(node, [])
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     with pytest.raises(MissingInputError, match="no file"):
         slurm.settings(tmp_path / "none.yaml", list(STAGES))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingInputError, match="no squeue here"):
+    with pytest.raises(MissingInputError, match="squeue is not installed here"):
         slurm.queued()
 
 
@@ -317,7 +317,7 @@ def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch)
     (cell,) = table(path).cells
     make_steps(cell.config, "classify:train", "score", "partition", "sft")
     done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
-    assert done.code == 0 and "1 steps are with Slurm" in done.err, done.err
+    assert done.code == 0 and "1 steps are queued or running" in done.err, done.err
     (job,) = jobs
     folder = cell.config.root / "rl/checkpoints" / cell.steps["rl"].key
     try:
@@ -403,7 +403,7 @@ def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lor
     """The job of the first RL is queued again in the middle; it resumes, and all ends."""
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
     done = lorapar(*command)
-    assert done.code == 0 and "13 steps are with Slurm" in done.err, done.err
+    assert done.code == 0 and "13 steps are queued or running" in done.err, done.err
     jobs = json.loads((path.parent / "runs/sweeps/jobs.json").read_text())
     (first, *_) = [job for name, job in jobs.items() if "/rl/" in name]
     log = path.parent / f"runs/sweeps/slurm/{first}_0_log.out"

@@ -70,7 +70,7 @@ def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "devices", "places"),
+    ("jobs", "devices", "slots"),
     [
         (None, None, [None]),
         (3, None, [None] * 3),
@@ -78,14 +78,14 @@ def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
         (None, "0+1,2 + 3", ["0,1", "2,3"]),
     ],
 )
-def test_places(jobs, devices, places):
-    assert sweep._places(jobs, devices) == places
+def test_slots(jobs, devices, slots):
+    assert sweep._slots(jobs, devices) == slots
 
 
 @pytest.mark.parametrize("devices", ["0,,1", "0+", "", "0,1+0"])
 def test_devices_that_are_none(devices):
     with pytest.raises(ConfigError, match=re.escape(f"--devices {devices}: ")):
-        sweep._places(None, devices)
+        sweep._slots(None, devices)
 
 
 def test_the_end_says_what_failed_and_why(tmp_path, capfd):
@@ -101,18 +101,20 @@ def test_the_end_says_what_failed_and_why(tmp_path, capfd):
         Outcome(node("sft", ("one", 1)), "done", 0, log),
         Outcome(node("rl", ("one", 1), ("two", 2)), "failed", 65, log),
         Outcome(node("score", ("one", 1)), "failed", 0, log),
-        Outcome(node("rl", ("two", 2)), "failed", 137, log, begins=len(log.read_bytes())),
+        Outcome(node("rl", ("two", 2)), "failed", 137, log, log_offset=len(log.read_bytes())),
         Outcome(node("eval:rl@demo", ("two", 2)), "left out"),
     ]
     with pytest.raises(typer.Exit) as caught:
-        sweep._close(ended, 4)
+        sweep._report_failures(ended, 4)
     said = capfd.readouterr()
     assert caught.value.exit_code == 65 and "2 of 4 cells are not complete" in said.err
     rl, other, killed, after = said.out.splitlines()[1:]
-    assert "made something else: its inputs have changed; see" in other and "no word; see" in killed
+    assert (
+        "made another artifact, because its inputs have changed; see" in other and "no output; see" in killed
+    )
     assert re.match(r"rl 0a1b +failed +65 +no example is labelled System 2; see .*rl.log", rl)
     assert "(one, seed 1; two, seed 2)" in rl and "sft" not in said.out
-    assert re.match(r"eval:rl@demo 0a1b +left out +what it needs failed \(two, seed 2\)", after)
+    assert re.match(r"eval:rl@demo 0a1b +left out +a step that it needs failed \(two, seed 2\)", after)
 
 
 def test_a_page_on_a_file_that_is_not_there(lorapar, tmp_path):

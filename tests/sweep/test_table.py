@@ -91,24 +91,24 @@ def test_the_tables_of_the_project_are_sound_on_a_small_base(path, small):
 @pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
 def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data):
     data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
-    assert table(path, base=ROOT / "configs/demo-long.yaml", more=[f"model.name={tiny}", *data]).cells
+    assert table(path, base=ROOT / "configs/demo-long.yaml", overrides=[f"model.name={tiny}", *data]).cells
 
 
 @pytest.mark.parametrize("path", [p for p in OF_THE_PAPER if p != ON_THE_DEMO], ids=lambda p: p.stem)
 def test_the_tables_of_the_project_are_sound_as_they_are(path):
     found = table(path)
-    assert not found.same and set(found.rows) == set(found.file.settings())
+    assert not found.duplicate_of and set(found.rows) == set(found.file.settings())
     assert found.file.paper or path.stem == "controls"
 
 
 def test_rows_that_another_base_makes_the_same_are_left_out(small):
     found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
-    assert found.rows == ["GSM8K"] and found.same == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
+    assert found.rows == ["GSM8K"] and found.duplicate_of == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
     said = formats.legend(results(found))
     assert "the same as another row here: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
     assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 2, 3]).cells] == [2, 3]
     labels = table(ROOT / "configs/tables/labels.yaml", base=small.with_name("base.yaml"))
-    assert labels.rows == labels.replaced and "replaces the configs that these rows" in formats.legend(
+    assert labels.rows == labels.rebased_rows and "replaces the configs that these rows" in formats.legend(
         results(labels)
     )
     rows = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}')
@@ -154,7 +154,7 @@ def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
     assert {node.stage for node in graph.build_graph(one.cells).values()} == {
         "classify", "score", "partition", "sft", "eval",
     }  # fmt: skip
-    assert one.same == {"β 0": "θ .9"}  # β plays no part before RL
+    assert one.duplicate_of == {"β 0": "θ .9"}  # β plays no part before RL
     other = table(small, columns=["RL", "gain"], seeds=[1])
     assert other.file.compare.on == "RL" and other.rows == ["θ .9", "θ .5", "β 0"]
     none = table(small, columns=["active"], seeds=[1])
@@ -171,7 +171,7 @@ def test_a_column_chosen_alone_leaves_rows_their_own(small):
     found = table(changed(small, own), columns=["RL"], seeds=[1])
     assert [cell.columns["RL"].step for cell in found.cells] == ["eval:rl@demo"] * 2 + ["eval:base@demo"]
     mistaken = (row, '"β 0": {columns: {DPO: base@demo}}')
-    with pytest.raises(ConfigError, match="'DPO' is no column"):
+    with pytest.raises(ConfigError, match="'DPO' is not a column"):
         table(changed(small, mistaken), columns=["RL"])
 
 
@@ -187,7 +187,7 @@ def test_all_mistakes_are_said_at_once(small):
     said = str(caught.value)
     assert "row 'θ .5': unknown setting partition.thta (did you mean partition.theta?)" in said
     assert "rows 'θ .9' and 'β 0' are the same" in said
-    assert "column 'RL': no row has init@demo; evaluated are base@demo, sft@demo, rl@demo" in said
+    assert "column 'RL': no row has init@demo; evaluations: base@demo, sft@demo, rl@demo" in said
 
 
 def test_what_does_not_go_together_is_said_at_once_too(small):
@@ -200,21 +200,23 @@ def test_what_does_not_go_together_is_said_at_once_too(small):
     with pytest.raises(ConfigError) as caught:
         read(path)
     said = str(caught.value)
-    assert "4 mistakes" in said and "'θ 9', which is no row" in said and "'SF', which is no column" in said
-    assert "compare.on 'active'" in said and "a difference is one TARGET@BENCHMARK less another" in said
+    assert (
+        "4 mistakes" in said and "'θ 9', which is not a row" in said and "'SF', which is not a column" in said
+    )
+    assert (
+        "compare.on 'active'" in said and "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK" in said
+    )
 
 
 def test_a_base_that_evaluates_nothing_of_the_chosen_rows_is_refused(small):
     """Though a chosen row may lack columns that others have."""
-    with pytest.raises(ConfigError, match=re.escape("no row has sft@demo; evaluated are base@demo")):
-        table(small, only=["θ .5"], columns=["SFT"], more=["eval.targets=[base]"])
+    with pytest.raises(ConfigError, match=re.escape("no row has sft@demo; evaluations: base@demo")):
+        table(small, only=["θ .5"], columns=["SFT"], overrides=["eval.targets=[base]"])
 
 
 def test_a_step_that_has_variants_is_named_with_one(small):
     path = changed(small, ("active: partition:sft.active_share", "active: partition.active_share"))
-    told = (
-        "no row has partition.active_share; steps are classify:train, classify:demo, score, partition:sft, "
-    )
+    told = "no row has partition.active_share; steps: classify:train, classify:demo, score, partition:sft, "
     with pytest.raises(ConfigError, match=re.escape(told)):
         table(path)
 
@@ -226,33 +228,41 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
     ("old", "new", "said"),
     [
         ("seeds: [1, 2]", "seeds: [1, 2]\ngrid: {partition.theta: [1]}", "a table has rows or a grid"),
-        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}}', "paper has values for 'θ 9', which is no row"),
+        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}}', "paper has values for 'θ 9', which is not a row"),
         (
             '{"θ .9": {SFT: 27.6}}',
             '{"θ .9": {SF: 27.6}}',
-            "paper has a value of 'θ .9' for 'SF', which is no column",
+            "paper has a value of 'θ .9' for 'SF', which is not a column",
         ),
-        ("on: SFT", "on: active", "compare.on 'active' is no column of accuracies"),
-        ('against: "θ .9"', "against: none", "compare.against 'none' is no row"),
-        ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "no group 'sytem1'"),
+        ("on: SFT", "on: active", "compare.on 'active' is not a column of accuracies"),
+        ('against: "θ .9"', "against: none", "compare.against 'none' is not a row"),
+        ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "unknown group 'sytem1'"),
         (
             "active: partition:sft.active_share",
             "active: partition",
             "expected TARGET@BENCHMARK or STEP.VALUE",
         ),
-        ("rl@demo - sft@demo", "rl@demo - sft@demo - base@demo", "one TARGET@BENCHMARK less another"),
-        ("rl@demo - sft@demo", "rl@demo - rl.steps", "one TARGET@BENCHMARK less another"),
+        (
+            "rl@demo - sft@demo",
+            "rl@demo - sft@demo - base@demo",
+            "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
+        ),
+        (
+            "rl@demo - sft@demo",
+            "rl@demo - rl.steps",
+            "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
+        ),
         (OF_HALF, '"θ .5": {base: 3}', "row 'θ .5': base must be a path, got 3"),
-        (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must be names with what they show, or"),
-        (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must be names with what they show, or"),
-        (OF_HALF, '"θ .5": {columns: {RL: rl@demo.sytem1}}', "no group 'sytem1'"),
+        (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must map names to what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must map names to what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: rl@demo.sytem1}}', "unknown group 'sytem1'"),
         (
             OF_HALF,
             '"θ .5": {columns: {SFT: rl@demo - sft@demo}}',
-            "its own 'SFT' is compared or plotted, and no",
+            "its column 'SFT' is compared or plotted: it must be an accuracy",
         ),
-        ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot.y 'Sft' is no column of accuracies"),
-        ("compare:", "plot: {x: actve, y: SFT}\ncompare:", "plot.x 'actve' is no column"),
+        ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot.y 'Sft' is not a column of accuracies"),
+        ("compare:", "plot: {x: actve, y: SFT}\ncompare:", "plot.x 'actve' is not a column"),
         ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
     ],
 )
@@ -267,7 +277,7 @@ def test_a_missing_file_and_row_are_said(small, tmp_path):
     with pytest.raises(ConfigError, match="no row 'θ 7'"):
         table(small, only=["θ 7"])
     with pytest.raises(ConfigError, match="--set seed: a table has seeds of its own"):
-        table(small, more=["seed=5"])
+        table(small, overrides=["seed=5"])
 
 
 def test_a_grid_is_all_with_all(small):
@@ -332,7 +342,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
     lines = whole.communicate()[1].splitlines()
     made = [line for line in lines if line.startswith("done in")]
     runs = [f"runs_dir={tmp_path / 'whole'}"]
-    nodes = graph.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], more=runs).cells)
+    nodes = graph.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], overrides=runs).cells)
     assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
     for number in (2, 3, 3):  # steps that are done before the kill
         child = begun(tmp_path / "killed")
@@ -352,7 +362,9 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
 
 def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
     """Not of the link to the latest one, nor of one that was made again."""
-    nodes = graph.build_graph(table(small, only=["θ .9"], seeds=[1], more=[f"runs_dir={tmp_path}"]).cells)
+    nodes = graph.build_graph(
+        table(small, only=["θ .9"], seeds=[1], overrides=[f"runs_dir={tmp_path}"]).cells
+    )
     (root,) = {Path(place[0]) for place in nodes}
     for folder, key, seconds in (("a", "a", 10), ("b", "b", 20), ("b.old-1", "b", 600)):
         (root / "sft" / folder).mkdir(parents=True)
@@ -445,7 +457,7 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
     assert loose.values[
         "θ .9", "SFT"
-    ].mean == 1 and "Read flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
+    ].mean == 1 and "Parsed flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
     lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
     head = lines["row", "column"]
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
@@ -482,7 +494,10 @@ def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
     [
         ("{seed: 3}", "seed is set by the table's seeds"),
         ("{sft: {lr: 1}}", "sft is a section: name its settings one by one, as sft.NAME"),
-        ("{columns: {RL: init@demo}}", "its own column 'RL' shows init@demo, which it does not make"),
+        (
+            "{columns: {RL: init@demo}}",
+            "its own column 'RL' shows init@demo, which its config does not produce",
+        ),
     ],
 )
 def test_a_row_that_means_something_else_is_refused(small, row, said):
@@ -501,7 +516,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     swept, small, lorapar, tmp_path, monkeypatch
 ):
     done = lorapar("report", small, "--out", tmp_path / "out")
-    assert done.code == 0 and "15 of 15 values are there" in done.err
+    assert done.code == 0 and "15 of 15 values are available" in done.err
     text = (tmp_path / "out/report.md").read_text()
     assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
@@ -518,7 +533,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     assert re.search(r"SFT, seed 1: θ \.5 wins \d+ and loses \d+ of 16 items", page)
     monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
-    assert "0 of 15 values are there" in done.err
+    assert "0 of 15 values are available" in done.err
     assert "| missing |" in (tmp_path / "out/report.md").read_text()
     assert "Won and lost against" not in (tmp_path / "out/report.html").read_text()
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
@@ -552,11 +567,11 @@ class Child:
 @pytest.fixture
 def children(monkeypatch, tmp_path):
     monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(local, "TURN", 0)
+    monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0)
     monkeypatch.setattr(local, "is_current", lambda node, stores: True)
-    monkeypatch.setattr(local, "PAUSE", 0)
+    monkeypatch.setattr(local, "RETRY_AFTER_S", 0)
     monkeypatch.setattr(process_guard.subprocess, "Popen", Child)
-    monkeypatch.setattr(local, "TICK", 0)
+    monkeypatch.setattr(local, "POLL_S", 0)
     Child.codes, Child.started = {}, []
     return Child
 
@@ -570,11 +585,11 @@ def swept_by(children, small, tmp_path, places=(None,)):
 def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
     children.codes = {"rl": [65]}  # the first one
     nodes, ended, said = swept_by(children, small, tmp_path)
-    failed = [outcome for outcome in ended if outcome.how == "failed"]
+    failed = [outcome for outcome in ended if outcome.status == "failed"]
     (one,) = failed
     assert one.code == 65 and one.node.stage == "rl"
-    left_out = [outcome.node for outcome in ended if outcome.how == "left out"]
-    assert left_out and all(one.node.place in node.inputs for node in left_out)
+    left_out = [outcome.node for outcome in ended if outcome.status == "left out"]
+    assert left_out and all(one.node.id in node.inputs for node in left_out)
     assert len(ended) == sum(not node.current for node in nodes.values())
     assert any(line.startswith("failed with exit code 65: rl") for line in said)
 
@@ -582,21 +597,21 @@ def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
 def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
     children.codes = {"score": [75] * 9}
     _, ended, _ = swept_by(children, small, tmp_path)
-    assert {outcome.how for outcome in ended} == {"done"}
+    assert {outcome.status for outcome in ended} == {"done"}
     children.codes, children.started = {"score": [75] * 3 + [69, 75, 69]}, []
     _, ended, _ = swept_by(children, small, tmp_path)
-    assert {outcome.how for outcome in ended} == {"done"}
+    assert {outcome.status for outcome in ended} == {"done"}
     children.codes, children.started = {"score": [69] * 9}, []
     _, ended, _ = swept_by(children, small, tmp_path)
-    assert [o.code for o in ended if o.how == "failed"] == [69, 69]
-    assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.TRIES
+    assert [o.code for o in ended if o.status == "failed"] == [69, 69]
+    assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.MAX_SERVER_FAILURES
 
 
 def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "is_current", lambda node, stores: node.stage != "sft")
     _, ended, said = swept_by(children, small, tmp_path)
-    assert {o.node.stage for o in ended if o.how == "failed"} == {"sft"}
-    assert any(line.startswith("made something else") for line in said)
+    assert {o.node.stage for o in ended if o.status == "failed"} == {"sft"}
+    assert any(line.startswith("made another artifact") for line in said)
 
 
 def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorapar, monkeypatch):
@@ -667,38 +682,38 @@ def test_two_sweeps_do_not_share_a_device(tmp_path, monkeypatch):
     """Also where one has it together with another; a device is free when its step has ended."""
     monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     both, one = local.Lease("0,1"), local.Lease("1")
-    assert both.taken() and not one.taken() and local.Lease("2").taken()
-    both.give_back()
-    assert one.taken() and not both.taken()
-    assert local.Lease("0").taken()  # the lease that could not be had whole keeps nothing
+    assert both.acquire() and not one.acquire() and local.Lease("2").acquire()
+    both.release()
+    assert one.acquire() and not both.acquire()
+    assert local.Lease("0").acquire()  # the lease that could not be had whole keeps nothing
 
 
 def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_path, monkeypatch):
     other, looks = local.Lease("3"), []
-    assert other.taken()
+    assert other.acquire()
 
     def look(sweep):
         looks.append(len(sweep.running))
         if len(looks) == 3:
             assert not any(looks)
-            other.give_back()
+            other.release()
 
     nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
     ended = local.Sweep(nodes, ["3"], tmp_path, said.append, look).run()
     assert sum("device 3 is in use by another sweep" in line for line in said) == 1
-    assert {outcome.how for outcome in ended} == {"done"} and max(looks) == 1
-    assert other.taken()  # and is given back
+    assert {outcome.status for outcome in ended} == {"done"} and max(looks) == 1
+    assert other.acquire()  # and is given back
 
 
 def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "TURN", 0.3)
+    monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0.3)
     other, had = local.Lease("3"), []
 
     def look(sweep):
-        if sweep.done and not sweep.running and not had and other.taken():
+        if sweep.done and not sweep.running and not had and other.acquire():
             had.append(len(sweep.done))
-            other.give_back()
+            other.release()
 
     nodes = graph.build_graph(table(small, seeds=[5]).cells)
     ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()

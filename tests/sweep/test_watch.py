@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from lorapar_cli.watch import LiveView, last_line, summary, time_left
-from stages.sweep.local import Outcome, Sweep
+from stages.sweep.local import Outcome, Running, Sweep
 
 PLACES = {
     name: ("runs", stage, name) for name, stage in (("a", "sft"), ("b", "sft"), ("c", "rl"), ("d", "rl"))
@@ -32,7 +32,7 @@ def sweep(**state: object) -> Sweep:
 
 def test_cells_are_counted_by_all_that_they_need():
     """Row 1 has its SFT and waits for its RL, row 2 is running, row 3 needs the SFT alone."""
-    running = {PLACES["b"]: (None, None, time.monotonic())}
+    running = {PLACES["b"]: Running(None, None, time.monotonic(), 0)}
     waiting = [PLACES["c"], PLACES["d"]]
     found = sweep(done={PLACES["a"]}, running=running, waiting=waiting)
     assert summary(found, {}) == "cells: 1 done, 1 running, 1 waiting"
@@ -43,9 +43,11 @@ def test_cells_are_counted_by_all_that_they_need():
 
 def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running():
     begun = time.monotonic() - 20
-    found = sweep(running={PLACES["b"]: (None, None, begun)}, waiting=[PLACES["c"], PLACES["d"]], places=[])
+    found = sweep(
+        running={PLACES["b"]: Running(None, None, begun, 0)}, waiting=[PLACES["c"], PLACES["d"]], slots=[]
+    )
     assert abs(time_left(found, {"sft": 60, "rl": 300}) - 640) < 2
-    found.places = [None]  # a second place
+    found.slots = [None]  # a second place
     assert abs(time_left(found, {"sft": 60, "rl": 300}) - 320) < 2
     assert time_left(found, {"rl": 300}) is None
     found.ended[PLACES["a"]] = Outcome(found.nodes[PLACES["a"]], "done", 0, seconds=60)
@@ -53,11 +55,11 @@ def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running(
 
 
 def test_the_view_names_what_runs_with_its_last_word(tmp_path):
-    running = {PLACES["b"]: (None, "1", time.monotonic())}
+    running = {PLACES["b"]: Running(None, "1", time.monotonic(), 0)}
     found = sweep(running=running, waiting=[PLACES["c"]], logs=tmp_path)
     found.log(found.nodes[PLACES["b"]]).write_text("loading\nsft 3/36  [red]9 s[/red]\n\n")
     console = Console(file=io.StringIO(), width=100)
-    console.print(LiveView({}).drawn(found))
+    console.print(LiveView({}).render(found))
     text = console.file.getvalue()
     assert (
         "sft b (" in text

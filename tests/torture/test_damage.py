@@ -185,7 +185,7 @@ def test_damaged_journals_and_records(store, tally, tmp_path):
         **{file: lambda copy: DigestCache(copy).file(jobs) for file in runs.rglob(".digests.json")},
         store.root / estimates.NAME: lambda copy: estimates.load(copy.parent, "0123"),
         checkpoint / SEAL: lambda copy: Checkpoints(tmp_path, "of").newest(),
-        jobs: lambda copy: Cluster(copy.parent, {}, print)._recorded(),
+        jobs: lambda copy: Cluster(copy.parent, {}, print)._read_record(),
     }
     assert len(readers) >= 6 and all(file.is_file() for file in readers)
     whole = {file: file.read_bytes() for file in readers}
