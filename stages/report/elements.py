@@ -1,4 +1,4 @@
-"""What a page shows of the elements: how the importance is spread, and where each region lies."""
+"""The elements on a page: how the importance is spread over them, and in which layers each region lies."""
 
 from __future__ import annotations
 
@@ -8,64 +8,66 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.report import figures
-from stages.report.page import Grid, Part, Picture, Pictures, Text
+from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 POINTS = 200
-"""Of a cumulative curve."""
+"""Points of a cumulative curve."""
 DOTS = 2000
-"""Of each region in the figure of both systems' importance."""
+"""Most elements of each region in the scatter plot of both systems' importance."""
 
 
-def parts(config: Config, found: dict[str, Artifact]) -> list[Part]:
-    made = _of(config, found.get("score"), found.get("partition:sft"), "")
-    if "score:rl" in found:
-        made.append(Text("For RL the elements were scored again, at the adapter of SFT."))
-        made += _of(config, found["score:rl"], found.get("partition:rl"), "for RL")
-    return made
+def parts(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
+    """Build the blocks of SFT's elements, and those of RL's if they were scored again."""
+    blocks = _stage(config, artifacts.get("score"), artifacts.get("partition:sft"), "")
+    if "score:rl" in artifacts:
+        blocks.append(Text("For RL the elements were scored again, at the adapter of SFT."))
+        blocks += _stage(config, artifacts["score:rl"], artifacts.get("partition:rl"), "for RL")
+    return blocks
 
 
-def _of(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> list[Part]:
-    """title: of the figure of both systems, where there are several."""
-    made: list[Part] = []
+def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> list[Block]:
+    """Build the blocks of one training stage. title: of the scatter plot, where a page has several."""
+    blocks: list[Block] = []
     if masks is not None:
         summary = masks.manifest["summary"]
         names = [name for name in ("s1_only", "s2_only", "shared", "none") if name in summary]
         total = summary["elements"]
         rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
-        made.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
+        blocks.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
         pictures = [_importance(config, score)]
         if masks is not None:
-            pictures.append(both(score, masks, title))
-        made.append(Pictures(pictures))
+            pictures.append(importance_by_system(score, masks, title))
+        blocks.append(Pictures(pictures))
     if masks is not None:
-        made += _regions(masks)
-    return made
+        blocks += _regions(masks)
+    return blocks
 
 
 def _importance(config: Config, score: Artifact) -> Picture:
+    """Plot the cumulative importance for each system, and say how many elements reach θ."""
     from stages.lora.importance.masks import flat, read_importance
 
     scores = read_importance(score.path / "importance.safetensors")
-    curves = {f"System {system}": _cumulative(flat(part)) for system, part in scores.items()}
+    curves = {f"System {system}": _cumulative(flat(tensors)) for system, tensors in scores.items()}
     theta = config.partition.theta
     needed = {
         name: next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0)
         for name, curve in curves.items()
     }
-    said = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
-    text = f"Cumulative importance; {theta:g} of it is reached by about {said}."
-    return Picture(figures.svg(figures.cumulative(curves, theta)), text, text)
+    shares = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
+    text = f"Cumulative importance; {theta:g} of it is reached by about {shares}."
+    return Picture(figures.svg(figures.cumulative_curves(curves, theta)), text, text)
 
 
-def both(score: Artifact, masks: Artifact, title: str) -> Picture:
-    """Importance for System 1 against that for System 2, of a sample of the elements of each region.
+def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Picture:
+    """Plot importance for System 1 against that for System 2, for a sample of the elements of each region.
 
-    Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: where there are several.
+    Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: where a page has several.
     """
     import torch
 
@@ -73,33 +75,34 @@ def both(score: Artifact, masks: Artifact, title: str) -> Picture:
     from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
     scores = {
-        system: flat(part).double()
-        for system, part in read_importance(score.path / "importance.safetensors").items()
+        system: flat(tensors).double()
+        for system, tensors in read_importance(score.path / "importance.safetensors").items()
     }
-    first, second = (part / part.norm().clamp(min=1e-300) for part in (scores[1], scores[2]))
+    first, second = (scores[system] / scores[system].norm().clamp(min=1e-300) for system in (1, 2))
     region = flat(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
-    seen = (first > 0) & (second > 0)
+    positive = (first > 0) & (second > 0)  # the axes are logarithmic
     groups = {}
     for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
-        there = ((region == code) & seen).nonzero().flatten()
-        there = there[torch.linspace(0, max(0, len(there) - 1), min(DOTS, len(there))).long()]
-        groups[name] = (first[there].tolist(), second[there].tolist())
+        indices = ((region == code) & positive).nonzero().flatten()
+        # At most DOTS of them, evenly spaced in the order of the elements.
+        indices = indices[torch.linspace(0, max(0, len(indices) - 1), min(DOTS, len(indices))).long()]
+        groups[name] = (first[indices].tolist(), second[indices].tolist())
     summary = masks.manifest["summary"]
-    told = [
+    facts = [
         f"{name} {100 * summary[key]:.1f} % of its system's set"
         for name, key in (("S1-only", "s1_only_share"), ("S2-only", "s2_only_share"))
-        if key in summary  # it is not in those of earlier versions
+        if key in summary  # artifacts of earlier versions lack it
     ]
-    told.append(f"Jaccard index {summary['jaccard']:.3f}")
-    text = f"{', '.join(told)}."
+    facts.append(f"Jaccard index {summary['jaccard']:.3f}")
+    text = f"{', '.join(facts)}."
     text = f"{title}: {text}" if title else text
     red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
-    drawn = figures.against(groups, [red, blue, purple], title)
-    return Picture(figures.svg(drawn), f"Importance by system. {text}", text)
+    svg = figures.svg(figures.scatter(groups, [red, blue, purple], title))
+    return Picture(svg, f"Importance by system. {text}", text)
 
 
 def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
-    """Shares of the elements, most important first, and of the importance that they hold."""
+    """Sort by importance; return shares of the elements and the shares of the importance that they hold."""
     import torch
 
     ordered = scores.double().sort(descending=True).values.cumsum(0)
@@ -108,82 +111,80 @@ def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
     return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
 
 
-def _regions(masks: Artifact) -> list[Part]:
-    """Heat maps of the share of each region, layer × module, A and B apart, beside a draw at random."""
+def _regions(masks: Artifact) -> list[Block]:
+    """Draw heat maps of each region's share by layer and module, for A and B, above a random control."""
     from stages.lora.importance.masks import Masks
 
     region = Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region
     control = _shuffled(region)
-    made: list[Part] = [
+    blocks: list[Block] = [
         Text(
             "By layer and module; the second line of each has the same elements put anywhere at random.", True
         )
     ]
     for factor in ("A", "B"):
-        pairs = [_cells(one, factor) for one in (region, control)]
-        if pairs[0]:
-            made += [Pictures(line) for line in _heat_maps(pairs[0], pairs[1], factor)]
-    return made if len(made) > 1 else []
+        if cells := _cells(region, factor):
+            blocks += [Pictures(line) for line in _heat_maps(cells, _cells(control, factor), factor)]
+    return blocks if len(blocks) > 1 else []
 
 
 def _shuffled(region: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same regions, with as many elements each, put anywhere at random."""
+    """Permute the region codes over all matrices: each region keeps its size, and lies anywhere at random."""
     import torch
 
-    whole = torch.cat([tensor.flatten() for tensor in region.values()])
-    mixed = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))]
-    parts = mixed.split([tensor.numel() for tensor in region.values()])
-    return {name: part.view_as(region[name]) for name, part in zip(region, parts, strict=True)}
+    codes = torch.cat([tensor.flatten() for tensor in region.values()])
+    permuted = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+    chunks = permuted.split([tensor.numel() for tensor in region.values()])
+    return {name: chunk.view_as(region[name]) for name, chunk in zip(region, chunks, strict=True)}
 
 
 Cells = dict[tuple[int, str], "Tensor"]
-"""Layer and module → its region codes."""
+"""Layer and module → the region codes of its matrix."""
 
 
 def _cells(region: dict[str, Tensor], factor: str) -> Cells:
-    found = {}
+    cells = {}
     for name, tensor in region.items():
         if match := re.search(rf"\.(\d+)\.([\w.]+)\.lora_{factor}\b", name):
-            found[int(match[1]), match[2]] = tensor
-    return found
+            cells[int(match[1]), match[2]] = tensor
+    return cells
 
 
 def _heat_maps(cells: Cells, control: Cells, factor: str) -> tuple[list[Picture], list[Picture]]:
-    """Of each region, and of each at random, with one scale for both."""
+    """Draw one heat map per region, and one of the control; both of a region have the same scale."""
     from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(module for _, module in cells))
-    names = _short(modules)
-    real: list[Picture] = []
-    random: list[Picture] = []
+    rows, columns = [str(layer) for layer in layers], _short_names(modules)
+    pictures: tuple[list[Picture], list[Picture]] = ([], [])
     for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
-        both = [
-            [
-                [
-                    100 * float((part[at, m] == code).float().mean()) if (at, m) in part else math.nan
-                    for m in modules
-                ]
-                for at in layers
-            ]
-            for part in (cells, control)
-        ]
-        there = [[x for line in shares for x in line if not math.isnan(x)] for shares in both]
-        ends = min(map(min, there)), max(map(max, there))
-        for made, shares, values, how in zip((real, random), both, there, ("", " at random"), strict=True):
-            drawn = figures.heat(
-                [str(at) for at in layers], names, shares, f"{title}{how}, {factor}, %", ends
-            )
+        grids = [_shares(codes, code, layers, modules) for codes in (cells, control)]
+        present = [[x for row in grid for x in row if not math.isnan(x)] for grid in grids]
+        ends = min(map(min, present)), max(map(max, present))
+        for line, grid, values, suffix in zip(pictures, grids, present, ("", " at random"), strict=True):
+            heat_map = figures.heat_map(rows, columns, grid, f"{title}{suffix}, {factor}, %", ends)
             text = (
-                f"Share of {title} elements in each {factor} matrix{how}, by layer and module: from "
+                f"Share of {title} elements in each {factor} matrix{suffix}, by layer and module: from "
                 f"{min(values):.0f} to {max(values):.0f} %."
             )
-            made.append(Picture(figures.svg(drawn), text))
-    return real, random
+            line.append(Picture(figures.svg(heat_map), text))
+    return pictures
 
 
-def _short(modules: list[str]) -> list[str]:
-    """The last part of each module's path, where no other ends alike; `_proj` goes without saying."""
+def _shares(cells: Cells, code: int, layers: list[int], modules: list[str]) -> list[list[float]]:
+    """Compute a region's percentage of each matrix, layer × module; NaN where a layer lacks the module."""
+    return [
+        [
+            100 * float((cells[layer, m] == code).float().mean()) if (layer, m) in cells else math.nan
+            for m in modules
+        ]
+        for layer in layers
+    ]
+
+
+def _short_names(modules: list[str]) -> list[str]:
+    """Shorten each path to its last component where that is unique, and drop the suffix `_proj`."""
     last = [path.rpartition(".")[2] for path in modules]
-    shown = [name if last.count(name) == 1 else path for name, path in zip(last, modules, strict=True)]
-    return [name.removesuffix("_proj") for name in shown]
+    names = [name if last.count(name) == 1 else path for name, path in zip(last, modules, strict=True)]
+    return [name.removesuffix("_proj") for name in names]

@@ -1,4 +1,4 @@
-"""Figures as SVG text, to stand in a page: text stays text, and its colour is that of the page."""
+"""Figures as SVG for a page: labels stay text, in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from stages.lora.training.curves import History
 
-Given = ParamSpec("Given")
+P = ParamSpec("P")
 
 INK = "#010203"
-"""Stands for the colour of the page's text; no figure has it otherwise."""
+"""Placeholder for the text colour of the page; no figure uses this colour for anything else."""
 STYLES = ("-", "--", ":", "-.")
-"""Of lines, where there are more of them than colours."""
+"""Line styles, for figures with more lines than colours."""
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -30,36 +30,38 @@ STYLE: Any = {
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an `svg` element. Its ids are unlike those of any other figure that a page may have."""
+    """Render a figure as an `svg` element whose ids no other figure of a page has."""
     from matplotlib import rc_context
 
     out = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": "lorapar"}):
-        # Only what a figure has drawn as a picture has dots.
+        # The resolution matters only to what is rasterized.
         figure.savefig(out, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    mark = id_of(text)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{mark}-", text)
-    # It takes the width that the page gives it, between half of its own, to be legible, and its own.
-    own = 96 * figure.get_figwidth()
-    width = f'style="min-width: {own / 2:.0f}px; max-width: {own:.0f}px"'
+    digest = id_of(text)
+    # matplotlib numbers its ids, so two figures share some; a prefix keeps definitions and references apart.
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{digest}-", text)
+    # The page sets the width; below half of the natural width (96 px per inch) labels are not legible.
+    pixels = 96 * figure.get_figwidth()
+    width = f'style="min-width: {pixels / 2:.0f}px; max-width: {pixels:.0f}px"'
+    # The fixed width and height of the root element go; its viewBox keeps the aspect ratio.
     size = r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"'
     return re.sub(size, rf"<svg {width} \1\2", text, count=1)
 
 
-def styled(draw: Callable[Given, Figure]) -> Callable[Given, Figure]:
-    """`draw`, in the style of the page."""
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorate `draw` to draw in the style of the page."""
 
     @functools.wraps(draw)
-    def drawn(*args: Given.args, **given: Given.kwargs) -> Figure:
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
         from matplotlib import rc_context
 
         with rc_context(STYLE):
-            return draw(*args, **given)
+            return draw(*args, **kwargs)
 
-    return drawn
+    return in_style
 
 
 def _new(width: float, height: float) -> tuple[Figure, Any]:
@@ -76,10 +78,10 @@ Mark = tuple[float, float | None, float | None]
 
 
 @styled
-def dots(
+def dot_plot(
     rows: list[str], series: dict[str, dict[str, Mark]], published: dict[str, dict[str, float]]
 ) -> Figure:
-    """One line for each row, on it each series' value with its interval; published values as hollow marks.
+    """Draw a line for each row, with every series' value and interval; published values are hollow marks.
 
     series: name → row → Mark. published: name → row → percent.
     """
@@ -87,14 +89,14 @@ def dots(
     step = 0.8 / max(1, len(series))
     for number, (name, marks) in enumerate(series.items()):
         colour = PALETTE[number % len(PALETTE)]
-        places = {row: -i - number * step for i, row in enumerate(rows)}
+        heights = {row: -i - number * step for i, row in enumerate(rows)}
         for row, (mean, low, high) in marks.items():
             if low is not None and high is not None:
-                axes.plot([low, high], [places[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
-            axes.plot([mean], [places[row]], "o", color=colour, markersize=4.5)
+                axes.plot([low, high], [heights[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
+            axes.plot([mean], [heights[row]], "o", color=colour, markersize=4.5)
         axes.plot([], [], "o-", color=colour, label=name)
         for row, value in published.get(name, {}).items():
-            axes.plot([value], [places[row]], "D", color=colour, markersize=4.5, fillstyle="none")
+            axes.plot([value], [heights[row]], "D", color=colour, markersize=4.5, fillstyle="none")
     if any(published.values()):
         axes.plot([], [], "D", color=INK, fillstyle="none", label="published")
     axes.set_yticks([-i - step * (len(series) - 1) / 2 for i in range(len(rows))], rows)
@@ -106,20 +108,20 @@ def dots(
 
 
 Point = tuple[float, Mark]
-"""A place and a value with its interval."""
+"""Position on the x axis, and a value with its interval."""
 
 
 @styled
-def over(
+def line_plot(
     series: dict[str, list[Point]],
     published: dict[str, list[tuple[float, float]]],
     lines: dict[str, float],
     x: str,
     y: str,
 ) -> Figure:
-    """Values over places: a line for each series, dashed where published, and one across for each of `lines`.
+    """Draw a line for each series, a dashed one for each published series, and `lines` as horizontal lines.
 
-    published: series → places and values. A series has the colour of the published one of its name.
+    published: series → positions and values, in the colour of the series of that name.
     """
     figure, axes = _new(6.4, 3.6)
     names = list(dict.fromkeys([*series, *published]))
@@ -132,9 +134,9 @@ def over(
         if points:
             means = [mean for _, (mean, *_) in points]
             axes.plot([at for at, _ in points], means, "o-", color=colour, markersize=4, label=name)
-        if there := sorted(published.get(name, [])):
-            places, values = zip(*there, strict=True)
-            (line,) = axes.plot(places, values, "D--", color=colour, label=f"{name}, published")
+        if pairs := sorted(published.get(name, [])):
+            positions, values = zip(*pairs, strict=True)
+            (line,) = axes.plot(positions, values, "D--", color=colour, label=f"{name}, published")
             line.set(markersize=4, fillstyle="none", linewidth=0.9)
     for number, (name, value) in enumerate(lines.items()):
         axes.axhline(value, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
@@ -145,8 +147,8 @@ def over(
 
 
 @styled
-def against(groups: dict[str, tuple[list[float], list[float]]], colours: list[str], title: str) -> Figure:
-    """Two positive values of each point of some groups, on logarithmic axes; the dots are one picture.
+def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[str], title: str) -> Figure:
+    """Scatter the points of each group on logarithmic axes. All values must be positive.
 
     groups: name → first values, second values.
     """
@@ -154,7 +156,7 @@ def against(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
 
     figure, axes = _new(4.2, 3.4)
     for (name, (first, second)), colour in zip(groups.items(), colours, strict=True):
-        # Thousands of dots as text would be megabytes.
+        # Rasterized: thousands of dots as SVG elements would take megabytes.
         axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
         axes.scatter([], [], s=14, color=colour, label=name)
     axes.set(
@@ -169,29 +171,29 @@ def against(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
 
 
 @styled
-def heat(
+def heat_map(
     rows: list[str], columns: list[str], shares: list[list[float]], title: str, ends: tuple[float, float]
 ) -> Figure:
-    """Shares in percent by row and column, light to dark. ends: of the scale."""
+    """Draw shares in percent by row and column. ends: least and greatest value of the colour scale."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _new(2.9, 0.9 + 0.11 * len(rows))
-    drawn = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=ends[0], vmax=ends[1])
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=ends[0], vmax=ends[1])
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    # A hybrid model has such modules in some of its layers only.
+    # A row number is no layer number in a hybrid model, where some layers lack these modules.
     axes.yaxis.set_major_formatter(lambda at, _: rows[int(at)] if at in range(len(rows)) else "")
     axes.set(title=title, ylabel="layer")
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure
 
 
 @styled
-def cumulative(curves: dict[str, tuple[list[float], list[float]]], theta: float) -> Figure:
-    """Share of the importance that the most important elements hold, over their share of all elements.
+def cumulative_curves(curves: dict[str, tuple[list[float], list[float]]], theta: float) -> Figure:
+    """Plot the share of the importance that the most important elements hold over their share of all.
 
     curves: name → shares of elements, shares of importance, both from 0 to 1.
     """
@@ -208,20 +210,20 @@ def cumulative(curves: dict[str, tuple[list[float], list[float]]], theta: float)
 
 
 WINDOW = 5
-"""Steps of the moving mean in figures of several trainings."""
+"""Steps of the moving mean of training curves."""
 
 
 @styled
-def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
-    """Logged values by step, moving means over WINDOW: a thin line for each seed, in the look of its row.
+def training_curves(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
+    """Plot logged values by step, as moving means over WINDOW: a line for each seed, styled by its row.
 
-    runs: row → histories. panels: title → name of the values.
+    runs: row → histories. panels: title → log key.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
-    for place, (title, name) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(2, 2, place)
+    for position, (title, name) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(2, 2, position)
         for number, histories in enumerate(runs.values()):
             for history in histories:
                 points = [(row["step"], row[name]) for row in history if name in row]
@@ -241,7 +243,7 @@ def trainings(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Colour and style of the line of a row, unlike those of all others up to the 24th."""
+    """Return colour and style of a row's lines; the first 24 rows all differ."""
     return {
         "color": PALETTE[number % len(PALETTE)],
         "linestyle": STYLES[number // len(PALETTE) % len(STYLES)],

@@ -1,4 +1,4 @@
-"""A page: sections of text, tables and figures, in one file that needs no network and no script."""
+"""A page of sections with text, tables and figures: one HTML file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first cell of each row is its name."""
+    """A table of texts; the first cell of each row is the row's header."""
 
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
     prose: bool = False
-    """Cells are texts, not numbers: they stand to the left and may take several lines."""
+    """True if cells hold sentences instead of numbers: they are left-aligned and may wrap."""
     kind: ClassVar[str] = "table"
 
 
 @dataclass(frozen=True)
 class Picture:
     svg: str
-    """Made by `figures.svg`; the only text that is put into the page as it is."""
+    """SVG made by `figures.svg`: the only text that goes into the page unescaped."""
     text: str
-    """What it shows, for those who do not see it."""
+    """Alternative text, for readers who cannot see the figure."""
     caption: str = ""
 
 
@@ -49,17 +49,17 @@ class Command:
 
 @dataclass(frozen=True)
 class ComparedItem:
-    """One item that two targets answered unlike."""
+    """One item that two targets answered differently."""
 
-    how: str
-    """won or lost"""
+    outcome: str
+    """`won` or `lost`, seen from the second target."""
     label: str
     question: str
     gold: str
     first: str
-    before: str
+    first_answer: str
     second: str
-    after: str
+    second_answer: str
 
 
 @dataclass(frozen=True)
@@ -76,29 +76,32 @@ class Heading:
 
 @dataclass(frozen=True)
 class Details:
-    """Parts that a reader opens."""
+    """Blocks that are folded until the reader opens them."""
 
     summary: str
-    parts: list[Part]
+    blocks: list[Block]
     kind: ClassVar[str] = "details"
 
 
-Part = Text | Grid | Pictures | Command | Items | Heading | Details
+Block = Text | Grid | Pictures | Command | Items | Heading | Details
 
 
 @dataclass(frozen=True)
 class PageSection:
     id: str
     title: str
-    parts: list[Part] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
 
 def render(title: str, lead: list[str], sections: list[PageSection]) -> str:
-    """The page as HTML. All texts are escaped: questions and answers are not trusted."""
+    """Render the page as HTML, without empty sections.
+
+    Every text is escaped, because questions and answers are not trusted.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    shown = [section for section in sections if section.parts]
-    return environment.get_template("page.html.j2").render(title=title, lead=lead, sections=shown)
+    filled = [section for section in sections if section.blocks]
+    return environment.get_template("page.html.j2").render(title=title, lead=lead, sections=filled)

@@ -1,4 +1,4 @@
-"""What a page says of how artifacts were made: cost, settings, versions."""
+"""The provenance of artifacts on a page: cost, settings, versions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 from stages.config import Config
 from stages.config.fields import Section as Settings
-from stages.report.page import Details, Grid, Part
+from stages.report.page import Block, Details, Grid
 from stages.store.artifacts import Artifact
 from stages.store.estimates import actual_and_planned
 
 
-def cost(found: dict[str, Artifact]) -> Grid:
+def cost(artifacts: dict[str, Artifact]) -> Grid:
     rows = []
-    for name, artifact in found.items():
+    for name, artifact in artifacts.items():
         provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
         share = summary.get("active_share")
-        took, told = actual_and_planned(provenance)
+        actual, planned = actual_and_planned(provenance)
         rows.append([
-            name, _rounded(took.seconds), _rounded(told.seconds), _rounded(took.mib), _rounded(told.mib),
+            name, _rounded(actual.seconds), _rounded(planned.seconds),
+            _rounded(actual.mib), _rounded(planned.mib),
             _rounded(tokens(artifact)), _rounded(provenance.get("joules")),
             str(provenance.get("processes", 1)), provenance.get("dtype", ""),
             "" if share is None else f"{100 * share:.1f} %",
@@ -33,14 +34,14 @@ def cost(found: dict[str, Artifact]) -> Grid:
 
 
 def tokens(artifact: Artifact) -> int | None:
-    """What a training has read, or the model of an evaluation written; None where nothing tells."""
+    """Count the tokens that a training read, or the evaluated model wrote; None if neither is recorded."""
     history = artifact.path / "history.json"
     if history.is_file():
         read = [row["num_tokens"] for row in json.loads(history.read_bytes()) if "num_tokens" in row]
         return int(read[-1]) if read else None
-    whole = artifact.manifest["summary"].get("all")
-    if isinstance(whole, dict) and whole.get("tokens") is not None:
-        return round(whole["tokens"] * whole["answers"])
+    overall = artifact.manifest["summary"].get("all")
+    if isinstance(overall, dict) and overall.get("tokens") is not None:
+        return round(overall["tokens"] * overall["answers"])  # the mean length is stored
     return None
 
 
@@ -48,26 +49,24 @@ def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def settings(config: Config, found: dict[str, Artifact]) -> list[Part]:
+def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     changed = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _changed(config)]
-    parts: list[Part] = [Grid(["setting", "value"], changed, "What differs from the defaults.", prose=True)]
+    blocks: list[Block] = [Grid(["setting", "value"], changed, "What differs from the defaults.", prose=True)]
     versions: dict[str, set[str]] = {}
-    for artifact in found.values():
+    for artifact in artifacts.values():
         for package, version in artifact.manifest["provenance"].get("versions", {}).items():
             versions.setdefault(package, set()).add(version)
     if versions:
         rows = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
-        parts.append(Details("Versions", [Grid(["package", "version"], rows)]))
-    places = [[name, str(artifact.path)] for name, artifact in found.items()]
-    return (
-        [*parts, Details("Where the artifacts lie", [Grid(["step", "folder"], places, prose=True)])]
-        if places
-        else parts
-    )
+        blocks.append(Details("Versions", [Grid(["package", "version"], rows)]))
+    if artifacts:
+        rows = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
+        blocks.append(Details("Where the artifacts lie", [Grid(["step", "folder"], rows, prose=True)]))
+    return blocks
 
 
 def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted name and value of each setting that is not the default."""
+    """List dotted name and value of each setting that differs from its default."""
     changed: list[tuple[str, Any]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

@@ -1,4 +1,4 @@
-"""The page of one run: what it brought, how it got there, and what it cost."""
+"""The page of one run: what it achieved, how its training went, and what it cost."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures, provenance
+from stages.report import comparison, elements, figures, provenance, results_table
 from stages.report.page import (
+    Block,
     Command,
     ComparedItem,
     Grid,
     Items,
     PageSection,
-    Part,
     Picture,
     Pictures,
     Text,
     render,
 )
 from stages.store.artifacts import Artifact, Store
-from stages.sweep.formats import accuracy
 
-SHOWN = 4
-"""Won and lost items of each benchmark."""
+MAX_ITEMS = 4
+"""Most won, and most lost, items shown of a benchmark."""
 
 
 def page(config: Config, steps: dict[str, Step], command: str) -> str:
-    """command: what makes the steps that are missing."""
+    """Render the page. command: the command that runs the missing steps."""
     lead, sections, missing = build(config, steps, Store(config.root))
     if missing:
         sections.append(
@@ -47,200 +46,182 @@ def page(config: Config, steps: dict[str, Step], command: str) -> str:
 def build(
     config: Config, steps: dict[str, Step], store: Store
 ) -> tuple[list[str], list[PageSection], list[str]]:
-    """Verdicts, all that there is to be seen, and the steps that are not current."""
-    made = {
+    """Build the sentences of the lead, all sections, and the names of the steps that are not current."""
+    current = {
         name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
     }
-    found = {name: artifact for name, artifact in made.items() if artifact is not None}
-    # Others may be made at this moment.
-    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in found]
+    artifacts = {name: artifact for name, artifact in current.items() if artifact is not None}
+    # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
+    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
     tables = comparison.tables(store, evaluations, "system")
-    missing = [name for name in steps if name not in found]
+    missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", _results(tables)),
-        PageSection("items", "Won and lost", _items(found, tables)),
-        PageSection("training", "Training", _training(found)),
-        PageSection("elements", "Elements", elements.parts(config, found)),
-        PageSection("labels", "Labels", _labels(found)),
-        PageSection("cost", "Cost", [provenance.cost(found)] if found else []),
-        PageSection("settings", "Settings and versions", provenance.settings(config, found)),
+        PageSection("items", "Won and lost", _items(artifacts, tables)),
+        PageSection("training", "Training", _training(artifacts)),
+        PageSection("elements", "Elements", elements.parts(config, artifacts)),
+        PageSection("labels", "Labels", _labels(artifacts)),
+        PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
+        PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
     return _verdicts(tables), sections, missing
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """For each benchmark what the last training stage brought, with its test."""
-    said = []
+    """Say for each benchmark what the last training stage changed, with the paired test."""
+    sentences = []
     for name, rows in tables.items():
-        whole = [
-            row for row in rows if row["group"] == "all" and row["target"] not in REGIONS and _graded(row)
+        overall = [
+            row
+            for row in rows
+            if row["group"] == "all" and row["target"] not in REGIONS and row["accuracy"] is not None
         ]
-        if len(whole) < 2:
+        if len(overall) < 2:
             continue
-        last, before = whole[-1], whole[-2]
-        change = 100 * (last["accuracy"] - before["accuracy"])
+        previous, last = overall[-2:]
+        change = 100 * (last["accuracy"] - previous["accuracy"])
         p = ""
         if last["p"] is not None:
             change = 100 * last["change"]
             p = f" (paired test over {last['tested']} items, {p_value(last['p'])})"
-        said.append(
+        sentences.append(
             f"{name}: {last['target']} answers {100 * last['accuracy']:.1f} % correctly, "
-            f"{change:+.1f} points against {before['target']}{p}."
+            f"{change:+.1f} points against {previous['target']}{p}."
         )
-    return said
+    return sentences
 
 
-def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
-    parts: list[Part] = []
-    for name, rows in tables.items():
-        if not rows:
-            parts.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
+def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
+    """Build a table and a figure of accuracies for each benchmark."""
+    blocks: list[Block] = []
+    for name, measurements in tables.items():
+        if not measurements:
+            blocks.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
             continue
-        targets = list(dict.fromkeys(row["target"] for row in rows))
-        groups = list(dict.fromkeys(row["group"] for row in rows))
-        by = {(row["group"], row["target"]): row for row in rows}
-        lines = []
-        for group in groups:
-            number = max(row["n"] for row in rows if row["group"] == group)
-            lines.append([group, str(number), *(_cell(by.get((group, target))) for target in targets)])
-        for group in groups:
-            written = [by.get((group, target), {}).get("tokens") for target in targets]
-            if any(written):
-                lines.append([f"tokens, {group}", "", *("–" if n is None else f"{n:.0f}" for n in written)])
+        table = results_table.build(name, measurements)
+        targets = table.columns[2:]
         caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left; "
         caption += "tokens: mean length of an answer."
         if set(targets) & set(REGIONS):
             caption += " Regions alone are tested against the model that they are of."
-        if fewer := comparison.answered_fewer(rows):
+        if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        parts.append(Grid([name, "n", *targets], lines, caption))
-        series = {
-            target: {
-                group: _mark(row) for group in groups if (row := by.get((group, target))) and _graded(row)
-            }
-            for target in targets
-        }
-        drawn = figures.svg(figures.dots(groups, series, {}))
-        parts.append(
-            Pictures([Picture(drawn, f"Accuracies on {name} with intervals, as in the table above.")])
-        )
-    return parts
+        blocks.append(Grid(table.columns, table.texts(), caption))
+        groups = {group: cells[1:] for group, cells in table.rows if cells[0]}  # the rows of accuracies
+        series: dict[str, dict[str, figures.Mark]] = {target: {} for target in targets}
+        for group, cells in groups.items():
+            for target, cell in zip(targets, cells, strict=True):
+                if cell and cell.value is not None and cell.low is not None and cell.high is not None:
+                    series[target][group] = 100 * cell.value, 100 * cell.low, 100 * cell.high
+        svg = figures.svg(figures.dot_plot(list(groups), series, {}))
+        text = f"Accuracies on {name} with intervals, as in the table above."
+        blocks.append(Pictures([Picture(svg, text)]))
+    return blocks
 
 
-def _graded(row: dict[str, Any]) -> bool:
-    return row["accuracy"] is not None
-
-
-def _mark(row: dict[str, Any]) -> figures.Mark:
-    return 100 * row["accuracy"], 100 * row["low"], 100 * row["high"]
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or not _graded(row):
-        return "–"
-    p = "" if row["p"] is None else f", {p_value(row['p'])}"
-    return accuracy(row["accuracy"], row["low"], row["high"]) + p
-
-
-def _items(found: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> list[Part]:
-    """Items that the last two targets of a benchmark answered unlike."""
-    parts: list[Part] = []
+def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
+    """Show, for each benchmark, items that its last two targets answered differently."""
+    blocks: list[Block] = []
     for name, rows in tables.items():
         targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in REGIONS][-2:]
         if len(targets) < 2:
             continue
-        earlier, later = (_answers(found[f"eval:{target}@{name}"]) for target in targets)
-        parts += won_and_lost(f"{name}: ", (targets[0], earlier), (targets[1], later))
-    return parts
+        first, second = (_answers(artifacts[f"eval:{target}@{name}"]) for target in targets)
+        blocks += won_and_lost(f"{name}: ", (targets[0], first), (targets[1], second))
+    return blocks
 
 
 Answers = dict[str, list[Sample]]
-"""Of each item, those that count."""
+"""The graded answers to each item."""
 STRICTLY = ("correct", "correct")
 
 
 def won_and_lost(
-    what: str, first: tuple[str, Answers], second: tuple[str, Answers], read: tuple[str, str] = STRICTLY
-) -> list[Part]:
-    """Items that two models, each with its title, answered unlike. what: before the sentence on them.
+    prefix: str, first: tuple[str, Answers], second: tuple[str, Answers], read: tuple[str, str] = STRICTLY
+) -> list[Block]:
+    """Show items that the second of two models answered better, or worse, than the first.
 
-    read: the field of a sample that says whether it is right, of either.
+    prefix: begins the sentence that counts them. first, second: title and answers of each model.
+    read: for each model, the field of a sample that says whether it is correct.
     """
-    (title, earlier), (other, later) = first, second
-    less, more = accuracy_by_item(earlier, read[0]), accuracy_by_item(later, read[1])
-    both = [item for item in more if item in less]
-    won = [item for item in both if more[item] > less[item]]
-    lost = [item for item in both if more[item] < less[item]]
-    several = " by their shares of right answers" if any(len(later[item]) > 1 for item in both) else ""
-    told = f"{what}{other} wins {len(won)} and loses {len(lost)} of {len(both)} items{several}."
-    before, after = ({item: given[0] for item, given in part.items()} for part in (earlier, later))
-    shown = [("won", item) for item in won[:SHOWN]] + [("lost", item) for item in lost[:SHOWN]]
-    items = [
-        ComparedItem(
-            how,
-            "" if after[i].system is None else f"System {after[i].system}",
-            after[i].prompt.strip(),
-            after[i].gold or "",
-            title,
-            before[i].output.strip(),
-            other,
-            after[i].output.strip(),
+    (first_title, first_answers), (second_title, second_answers) = first, second
+    baseline, accuracies = accuracy_by_item(first_answers, read[0]), accuracy_by_item(second_answers, read[1])
+    items = [item for item in accuracies if item in baseline]
+    won = [item for item in items if accuracies[item] > baseline[item]]
+    lost = [item for item in items if accuracies[item] < baseline[item]]
+    sampled = any(len(second_answers[item]) > 1 for item in items)
+    by_shares = " by their shares of right answers" if sampled else ""
+    counts = f"{second_title} wins {len(won)} and loses {len(lost)} of {len(items)} items{by_shares}."
+    compared = []
+    for outcome, item in [("won", i) for i in won[:MAX_ITEMS]] + [("lost", i) for i in lost[:MAX_ITEMS]]:
+        baseline_sample, sample = first_answers[item][0], second_answers[item][0]
+        compared.append(
+            ComparedItem(
+                outcome,
+                "" if sample.system is None else f"System {sample.system}",
+                sample.prompt.strip(),
+                sample.gold or "",
+                first_title,
+                baseline_sample.output.strip(),
+                second_title,
+                sample.output.strip(),
+            )
         )
-        for how, i in shown
-    ]
-    return [Text(told), Items(items)]
+    return [Text(prefix + counts), Items(compared)]
 
 
 def _answers(artifact: Artifact) -> Answers:
-    """Those to each item that count."""
     return graded(list(read_samples(artifact.path / "samples.jsonl")))
 
 
-def _training(found: dict[str, Artifact]) -> list[Part]:
-    parts: list[Part] = []
+def _training(artifacts: dict[str, Artifact]) -> list[Block]:
+    blocks: list[Block] = []
     for name in ("sft", "rl"):
-        if name not in found:
+        if name not in artifacts:
             continue
-        history = json.loads((found[name].path / "history.json").read_text(encoding="utf-8"))
-        drawn = figures.svg(figures.styled(curves.drawn)(history))
+        history = json.loads((artifacts[name].path / "history.json").read_text(encoding="utf-8"))
+        svg = figures.svg(figures.styled(curves.drawn)(history))
         text = f"Curves of {name} over {len(history)} steps: loss, lengths, and rewards where there are any."
-        parts.append(Pictures([Picture(drawn, text, f"{name}, by optimizer step")]))
-    return parts
+        blocks.append(Pictures([Picture(svg, text, f"{name}, by optimizer step")]))
+    return blocks
 
 
-def _labels(found: dict[str, Artifact]) -> list[Part]:
-    parts: list[Part] = []
-    for name, artifact in found.items():
+def _labels(artifacts: dict[str, Artifact]) -> list[Block]:
+    """Summarize the labels of each data set, and the voters where there were any."""
+    blocks: list[Block] = []
+    for name, artifact in artifacts.items():
         if not name.startswith("classify:"):
             continue
-        counts = artifact.manifest["summary"]
-        shown = {key: value for key, value in counts.items() if isinstance(value, int)}
-        said = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in shown.items())
-        parts.append(Text(f"{name.partition(':')[2]}: {said}."))
+        counts = {key: n for key, n in artifact.manifest["summary"].items() if isinstance(n, int)}
+        listed = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items())
+        blocks.append(Text(f"{name.partition(':')[2]}: {listed}."))
         file = artifact.path / "report.json"
-        if not file.is_file():
-            continue
-        report = json.loads(file.read_text(encoding="utf-8"))
-        rows = [
-            [voter, str(v["valid"]), _percent(v["system2_share"]), _number(v["held_out_auc"])]
-            for voter, v in report["voters"].items()
-        ]
-        parts.append(Grid(["voter", "votes", "votes 2", "AUC, held out"], rows))
-        kappa = report.get("agreement", {}).get("fleiss_kappa")
-        if kappa is not None:
-            parts.append(Text(f"Agreement of the voters: Fleiss' kappa {kappa:.2f}.", quiet=True))
-        if (known := report.get("known")) and known["n"]:
-            low, high = known["interval"]
-            areas = ", ".join(f"{title} {area[0]:.2f}" for title, area in known["auc"].items() if area)
-            parts.append(
-                Text(
-                    f"Known labels ({known['field']}): {100 * known['agreement']:.0f} % agree "
-                    f"[{100 * low:.0f}, {100 * high:.0f}] of {known['n']}. AUC by votes, by surface: "
-                    f"{areas}.",
-                    quiet=True,
-                )
+        if file.is_file():
+            blocks += _voters(json.loads(file.read_text(encoding="utf-8")))
+    return blocks
+
+
+def _voters(report: dict[str, Any]) -> list[Block]:
+    rows = [
+        [voter, str(v["valid"]), _percent(v["system2_share"]), _number(v["held_out_auc"])]
+        for voter, v in report["voters"].items()
+    ]
+    blocks: list[Block] = [Grid(["voter", "votes", "votes 2", "AUC, held out"], rows)]
+    kappa = report.get("agreement", {}).get("fleiss_kappa")
+    if kappa is not None:
+        blocks.append(Text(f"Agreement of the voters: Fleiss' kappa {kappa:.2f}.", quiet=True))
+    if (reference := report.get("known")) and reference["n"]:
+        low, high = reference["interval"]
+        areas = ", ".join(f"{title} {area[0]:.2f}" for title, area in reference["auc"].items() if area)
+        blocks.append(
+            Text(
+                f"Known labels ({reference['field']}): {100 * reference['agreement']:.0f} % agree "
+                f"[{100 * low:.0f}, {100 * high:.0f}] of {reference['n']}. AUC by votes, by surface: "
+                f"{areas}.",
+                quiet=True,
             )
-    return parts
+        )
+    return blocks
 
 
 def _number(value: float | None) -> str:

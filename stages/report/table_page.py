@@ -12,12 +12,12 @@ from stages.evaluation.statistics import holm, p_value
 from stages.pipeline.steps import Step
 from stages.report import elements, figures, run_page
 from stages.report.page import (
+    Block,
     Command,
     Details,
     Grid,
     Heading,
     PageSection,
-    Part,
     Picture,
     Pictures,
     Text,
@@ -36,69 +36,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Commands:
-    """What makes what is missing of a table, and of each of its rows."""
+    """Commands that run the missing steps of a table, and of each of its rows."""
 
     all: str
     rows: dict[str, str]
 
 
-def page(found: list[tuple[Results, Commands]]) -> str:
-    titles = [results.table.file.title for results, _ in found]
-    verdicts = zip(titles, (_verdict(results) for results, _ in found), strict=True)
-    lead = [f"{title}. {said}" if len(titles) > 1 else said for title, said in verdicts if said]
+def page(tables: list[tuple[Results, Commands]]) -> str:
+    titles = [results.table.file.title for results, _ in tables]
+    verdicts = zip(titles, (_verdict(results) for results, _ in tables), strict=True)
+    lead = [f"{title}. {verdict}" if len(titles) > 1 else verdict for title, verdict in verdicts if verdict]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
-    return render(title, lead, [_section(results, commands) for results, commands in found])
+    return render(title, lead, [_section(results, commands) for results, commands in tables])
 
 
 def _verdict(results: Results) -> str:
-    """What the comparison found, in a sentence."""
+    """Say in a sentence which rows differ from the row that the table compares them with."""
     compare = results.table.file.compare
-    known = {row: c for row, c in results.comparisons.items() if c is not None}
-    if compare is None or not known:
+    comparisons = {row: c for row, c in results.comparisons.items() if c is not None}
+    if compare is None or not comparisons:
         return ""
-    told = dict(zip(known, holm([c.p for c in known.values()]), strict=True))
-    against = results.table.against
-    others = len(results.table.rows) - (against in results.table.rows)
-    number = "All other rows" if len(known) == others else f"{len(known)} of {others} other rows"
-    verb = "is" if len(known) == 1 < others else "are"
+    corrected = zip(comparisons.items(), holm([c.p for c in comparisons.values()]), strict=True)
+    against, rows = results.table.against, results.table.rows
+    candidates = len(rows) - (against in rows)
+    complete = len(comparisons) == candidates
+    number = "All other rows" if complete else f"{len(comparisons)} of {candidates} other rows"
+    verb = "is" if len(comparisons) == 1 < candidates else "are"
     begin = f"{number} {verb} compared with {against!r} on {compare.on}: "
-    named = [f"{row!r} {100 * known[row].mean:+.1f} ({p_value(p)})" for row, p in told.items() if p < 0.05]
-    how = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
-    if not named:
-        return f"{begin}no difference is told apart from chance ({how})."
-    return f"{begin}told apart from chance ({how}), in points: {'; '.join(named)}."
+    significant = [f"{row!r} {100 * c.mean:+.1f} ({p_value(p)})" for (row, c), p in corrected if p < 0.05]
+    method = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
+    if not significant:
+        return f"{begin}no difference is told apart from chance ({method})."
+    return f"{begin}told apart from chance ({method}), in points: {'; '.join(significant)}."
 
 
 def _section(results: Results, commands: Commands) -> PageSection:
     file = results.table.file
     head, rows = formats.grid(results)
-    name = re.sub(r"\W+", "-", results.table.path.stem)
-    parts: list[Part] = [Text(file.notes.strip())] if file.notes else []
-    parts.append(Grid(head, rows, formats.legend(results)))
-    if drawn := (_over(results, file.plot) if file.plot else None) or _dots(results):
-        parts.append(Pictures([drawn]))
+    anchor = re.sub(r"\W+", "-", results.table.path.stem)
+    blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
+    blocks.append(Grid(head, rows, formats.legend(results)))
+    if plot := (_line_plot(results, file.plot) if file.plot else None) or _dot_plot(results):
+        blocks.append(Pictures([plot]))
     if file.importance and (pictures := _importance(results)):
-        parts.append(Pictures(pictures))
-    if curves := _trainings(results):
-        parts.append(Pictures([curves]))
-    parts += [Text("Made, or completed, by:", quiet=True), Command(commands.all)]
-    parts += [_rows(results, commands), *_unlike(results), *_whole(results)]
-    return PageSection(name, file.title, parts)
+        blocks.append(Pictures(pictures))
+    if curves := _training_curves(results):
+        blocks.append(Pictures([curves]))
+    blocks += [Text("Made, or completed, by:", quiet=True), Command(commands.all)]
+    blocks += [_rows(results, commands), *_won_and_lost(results), *_run(results)]
+    return PageSection(anchor, file.title, blocks)
 
 
 def _rows(results: Results, commands: Commands) -> Details:
-    """What each row is, what it took, and what makes it."""
+    """List each row's settings, time, memory and command."""
     settings = results.table.file.settings()
     lines = []
     for row in results.table.rows:
         cells = [cell for cell in results.table.cells if cell.row == row]
-        whole = [took for cell in cells if (took := _spent(results, cell)) is not None]
-        spent = [each for took in whole for each in took]
-        seconds = sum(took.seconds or 0 for took in spent) / max(1, len(whole))
-        peak = max((took.mib for took in spent if took.mib is not None), default=None)
-        own = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
+        complete = [costs for cell in cells if (costs := _costs(results, cell)) is not None]
+        steps = [cost for costs in complete for cost in costs]
+        seconds = sum(cost.seconds or 0 for cost in steps) / max(1, len(complete))
+        peak = max((cost.mib for cost in steps if cost.mib is not None), default=None)
+        changed = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
         lines.append([
-            row, "; ".join(own), f"{seconds:.0f}" if spent else "",
+            row, "; ".join(changed), f"{seconds:.0f}" if steps else "",
             "" if peak is None else f"{peak:.0f}", commands.rows[row],
         ])  # fmt: skip
     caption = (
@@ -108,65 +109,74 @@ def _rows(results: Results, commands: Commands) -> Details:
     return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
 
 
-def _spent(results: Results, cell: Cell) -> list[PlannedCost] | None:
-    """Of each step that is made for a cell; None if one is missing."""
+def _costs(results: Results, cell: Cell) -> list[PlannedCost] | None:
+    """Return the actual cost of each step that the columns of a cell need; None if a step is missing."""
     names: dict[str, None] = {}
 
     def add(step: Step) -> None:
         names[step.name] = None
-        for before in step.inputs.values():
-            add(before)
+        for source in step.inputs.values():
+            add(source)
 
     for column in cell.columns.values():
         for name in column.steps:
             add(cell.steps[name])
-    made = [results.artifacts.current(cell, name) for name in names]
-    found = [
-        actual_and_planned(artifact.manifest["provenance"])[0] for artifact in made if artifact is not None
-    ]
-    return found if len(found) == len(made) else None
+    costs = []
+    for name in names:
+        artifact = results.artifacts.current(cell, name)
+        if artifact is None:
+            return None
+        costs.append(actual_and_planned(artifact.manifest["provenance"])[0])
+    return costs
 
 
-def _unlike(results: Results) -> list[Part]:
-    """Items that a row and the one that it is compared with answered unlike, in their first common seed."""
+def _won_and_lost(results: Results) -> list[Block]:
+    """Show items that each row answered differently from the row it is compared with.
+
+    Both are shown with the first seed that they have in common.
+    """
     compare, against = results.table.file.compare, results.table.against
     if compare is None:
         return []
-    first = {cell.seed: cell for cell in results.table.cells if cell.row == against}
-    parts: list[Part] = []
+    reference = {cell.seed: cell for cell in results.table.cells if cell.row == against}
+    blocks: list[Block] = []
     for row in results.table.rows:
-        both = [cell for cell in results.table.cells if cell.row == row and cell.seed in first]
-        if row == against or results.comparisons.get(row) is None or not both:
+        cells = [cell for cell in results.table.cells if cell.row == row and cell.seed in reference]
+        if row == against or results.comparisons.get(row) is None or not cells:
             continue
-        pair = first[both[0].seed], both[0]
-        columns = [cell.columns[compare.on] for cell in pair]
-        made = [results.artifacts.current(cell, c.step) for cell, c in zip(pair, columns, strict=True)]
-        if made[0] is not None and made[1] is not None:
-            before, after = answers(made[0], columns[0]), answers(made[1], columns[1])
-            read = reading(columns[0]), reading(columns[1])
-            what = f"{compare.on}, seed {both[0].seed}: "
-            parts += won_and_lost(what, (pair[0].row, before), (pair[1].row, after), read)
-    return [Details(f"Won and lost against {against}", parts)] if parts else []
+        pair = reference[cells[0].seed], cells[0]
+        first, second = (cell.columns[compare.on] for cell in pair)
+        baseline = results.artifacts.current(pair[0], first.step)
+        candidate = results.artifacts.current(pair[1], second.step)
+        if baseline is not None and candidate is not None:
+            titled = (pair[0].row, answers(baseline, first)), (pair[1].row, answers(candidate, second))
+            read = reading(first), reading(second)
+            blocks += won_and_lost(f"{compare.on}, seed {cells[0].seed}: ", *titled, read)
+    return [Details(f"Won and lost against {against}", blocks)] if blocks else []
 
 
-def _whole(results: Results) -> list[Part]:
-    """All that there is to be seen of one cell, if possible of the row that others are compared with."""
+def _run(results: Results) -> list[Block]:
+    """Show all sections of one run that has the steps of a column.
+
+    It is a run of the row that the others are compared with, if that has one.
+    """
+    artifacts = results.artifacts
     cells = sorted(results.table.cells, key=lambda cell: cell.row != results.table.against)
-    shown = ((cell, column.steps) for cell in cells for column in cell.columns.values())
-    there = (cell for cell, names in shown if all(results.artifacts.current(cell, name) for name in names))
-    cell = next(there, None)
+    columns = ((cell, column.steps) for cell in cells for column in cell.columns.values())
+    complete = (cell for cell, steps in columns if all(artifacts.current(cell, step) for step in steps))
+    cell = next(complete, None)
     if cell is None:
         return []
-    lead, sections, _ = run_page.build(cell.config, cell.steps, results.artifacts.store(cell))
-    parts: list[Part] = [Text(sentence) for sentence in lead]
+    lead, sections, _ = run_page.build(cell.config, cell.steps, artifacts.store(cell))
+    blocks: list[Block] = [Text(sentence) for sentence in lead]
     for section in sections:
-        if section.parts:
-            parts += [Heading(section.title), *section.parts]
-    return [Details(f"In full: {cell.row}, seed {cell.seed}", parts)]
+        if section.blocks:
+            blocks += [Heading(section.title), *section.blocks]
+    return [Details(f"In full: {cell.row}, seed {cell.seed}", blocks)]
 
 
-def _dots(results: Results) -> Picture | None:
-    """Accuracies by row; None while there is none."""
+def _dot_plot(results: Results) -> Picture | None:
+    """Plot accuracies by row; None while there is none."""
     file, rows = results.table.file, results.table.rows
     series: dict[str, dict[str, figures.Mark]] = {}
     for column in file.columns:
@@ -176,10 +186,13 @@ def _dots(results: Results) -> Picture | None:
             series[column] = marks
     if not series:
         return None
-    published = {c: {r: part[c] for r, part in file.paper.items() if c in part and r in rows} for c in series}
-    drawn = figures.dots(rows, series, published)
+    published = {
+        column: {row: paper[column] for row, paper in file.paper.items() if column in paper and row in rows}
+        for column in series
+    }
+    svg = figures.svg(figures.dot_plot(rows, series, published))
     text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
-    return Picture(figures.svg(drawn), text, "Accuracy with its 95 % interval over items.")
+    return Picture(svg, text, "Accuracy with its 95 % interval over items.")
 
 
 def _mark(value: Value) -> figures.Mark:
@@ -187,8 +200,11 @@ def _mark(value: Value) -> figures.Mark:
     return 100 * value.mean, 100 * value.low, 100 * value.high
 
 
-def _over(results: Results, plot: Plot) -> Picture | None:
-    """One column over another, by the series that the rows are called after; None while there is nothing."""
+def _line_plot(results: Results, plot: Plot) -> Picture | None:
+    """Plot one column over another; None while there is nothing to plot.
+
+    A row called `SERIES: NAME` is a point of that series, any other row a horizontal line.
+    """
     series: dict[str, list[figures.Point]] = {}
     lines: dict[str, float] = {}
     for row in results.table.rows:
@@ -207,40 +223,40 @@ def _over(results: Results, plot: Plot) -> Picture | None:
             lines[f"{row}, published"] = values[plot.y]
     if not series:
         return None
-    drawn = figures.over(series, published, lines, plot.x, f"{plot.y}, %")
+    svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    return Picture(figures.svg(drawn), text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
+    return Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
 
 
-def _trainings(results: Results) -> Picture | None:
-    """Curves of RL, of all seeds that are there; what two rows share stands under the first of them."""
+def _training_curves(results: Results) -> Picture | None:
+    """Plot the training curves of RL for every seed; a run that rows share is drawn for the first of them."""
     from stages.lora.training.curves import OVERVIEW
 
     runs: dict[str, list[History]] = {}
-    seen: set[Path] = set()
+    paths: set[Path] = set()
     for cell in results.table.cells:
-        shown = {step for column in cell.columns.values() for step in column.steps}
-        if not any(step == "rl" or step.startswith("eval:rl@") for step in shown):
+        steps = {step for column in cell.columns.values() for step in column.steps}
+        if not any(step == "rl" or step.startswith("eval:rl@") for step in steps):
             continue
         artifact = results.artifacts.current(cell, "rl")
-        if artifact is not None and artifact.path not in seen:
-            seen.add(artifact.path)
+        if artifact is not None and artifact.path not in paths:
+            paths.add(artifact.path)
             history = json.loads((artifact.path / "history.json").read_text(encoding="utf-8"))
             runs.setdefault(cell.row, []).append(history)
     if not runs:
         return None
-    drawn = figures.trainings(runs, OVERVIEW)
+    svg = figures.svg(figures.training_curves(runs, OVERVIEW))
     text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
-    return Picture(figures.svg(drawn), text, f"RL, moving means over {figures.WINDOW} steps.")
+    return Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")
 
 
 def _importance(results: Results) -> list[Picture]:
-    """For each row, of its first seed that is there."""
+    """Plot both systems' importance for each row, from its first seed that has the artifacts."""
     pictures: dict[str, Picture] = {}
     for cell in results.table.cells:
         if cell.row in pictures:
             continue
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
         if score and masks and (score.path / "importance.safetensors").is_file():
-            pictures[cell.row] = elements.both(score, masks, cell.row)
+            pictures[cell.row] = elements.importance_by_system(score, masks, cell.row)
     return list(pictures.values())

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from stages.config import Config
-from stages.report.card import _of_hub, card, hub_results
+from stages.report.card import _base_model_line, card, hub_results
 from stages.store.artifacts import Artifact
 
 
@@ -93,10 +93,10 @@ def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path
     [("gpt2", True), ("org/m", True), ("/models/m", False), ("./m", False), ("a/b/m", False), ("~/m", False)],
 )
 def test_a_base_that_can_be_one_of_the_hub_s_is_named(base, named):
-    assert bool(_of_hub(base)) is named
+    assert bool(_base_model_line(base)) is named
 
 
 def test_a_base_that_is_a_folder_here_is_not_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/m").mkdir(parents=True)
-    assert _of_hub("org/m") == ""
+    assert _base_model_line("org/m") == ""

@@ -49,7 +49,7 @@ def test_every_text_is_escaped():
 def test_one_column_over_another():
     """A series is a line, a published one a dashed line, and a row without a series goes across."""
     series = {"QKV": [(0.4, (50.0, 40.0, 60.0)), (0.1, (30.0, None, None))]}
-    drawn = figures.over(series, {"QKV": [(0.3, 20.0)], "GUD": [(0.2, 12.0)]}, {"base": 13.3}, "x", "y")
+    drawn = figures.line_plot(series, {"QKV": [(0.3, 20.0)], "GUD": [(0.2, 12.0)]}, {"base": 13.3}, "x", "y")
     (axes,) = drawn.axes
     by_label = {line.get_label(): line for line in axes.lines}
     assert list(by_label["QKV"].get_xdata()) == [0.1, 0.4] and list(by_label["QKV"].get_ydata()) == [30, 50]
@@ -60,13 +60,14 @@ def test_one_column_over_another():
 
 def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
     history = [{"step": step, "reward": float(step)} for step in range(1, 9)]
-    drawn = figures.trainings({"a": [history, history[:3]], "b": [history]}, {"reward": "reward", "KL": "kl"})
+    panels = {"reward": "reward", "KL": "kl"}
+    drawn = figures.training_curves({"a": [history, history[:3]], "b": [history]}, panels)
     reward, other = drawn.axes
     lines = [line for line in reward.lines if len(line.get_xdata())]
     assert [len(line.get_xdata()) for line in lines] == [8, 3, 8] and len({x.get_color() for x in lines}) == 2
     assert list(lines[0].get_ydata()) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]  # means over up to five steps
     assert not any(len(line.get_xdata()) for line in other.lines)
-    many = figures.trainings({str(row): [history] for row in range(24)}, {"reward": "reward"})
+    many = figures.training_curves({str(row): [history] for row in range(24)}, {"reward": "reward"})
     drawn = [line for line in many.axes[0].lines if len(line.get_xdata())]
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
 
@@ -81,7 +82,7 @@ def test_a_section_without_parts_is_left_out_and_one_alone_has_no_contents():
 
 def drawn(name: str) -> str:
     series = {name: {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
-    return figures.svg(figures.dots(["a", "b"], series, {name: {"a": 27.6}}))
+    return figures.svg(figures.dot_plot(["a", "b"], series, {name: {"a": 27.6}}))
 
 
 def test_a_figure_is_one_element_in_the_ink_of_the_page():
@@ -251,7 +252,7 @@ def test_won_and_lost_are_read_as_their_column_is():
 
 
 def test_modules_that_end_alike_are_shown_by_their_paths():
-    assert elements._short(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
+    assert elements._short_names(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
 
 
 def test_the_verdict_says_how_many_rows_are_compared():
@@ -284,7 +285,7 @@ def test_the_verdict_counts_the_items_that_both_have():
 
 
 def test_a_layer_without_a_module_is_no_layer_of_zeros():
-    figure = figures.heat(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only", (0, 3))
+    figure = figures.heat_map(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only", (0, 3))
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert {"3", "7"} <= set(labels) and "0" not in labels
@@ -303,7 +304,7 @@ def test_a_region_at_random_has_as_many_elements_anywhere():
 
 
 def test_a_heat_map_has_the_scale_that_it_is_given():
-    (image,) = figures.heat(["0"], ["q"], [[5.0]], "S1-only", (1, 9)).axes[0].images
+    (image,) = figures.heat_map(["0"], ["q"], [[5.0]], "S1-only", (1, 9)).axes[0].images
     assert image.get_clim() == (1, 9)
 
 
