@@ -79,6 +79,7 @@ check: $(READY) ## Lint, format, types, sizes
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/python tests/sizes.py
+	$(BIN)/python tests/words.py
 
 fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -2,11 +2,11 @@
 
     python benchmarks/attention.py [--prompts 2] [--group 8] [--prompt 256] [--completion 64-512] [--pairs 20]
 
-Both see the same row (`stages.packing.batch.Flat`). Rectangles: what training computes, torch's attention
-over one rectangle of completions with a dense mask, each behind a copy of its prompt's keys. Flex:
-FlexAttention over the row as it stands, with a block mask of the same rule. Padded: every completion with a
-prompt of its own, causal, which is TRL's way. Random numbers in the shapes of one layer, those of
-Qwen2.5-0.5B unless told otherwise.
+Both see the same row, a `PackedBatch`. Rectangles: what training computes, torch's attention over one
+rectangle of completions with a dense mask, each behind a copy of its prompt's keys. Flex: FlexAttention over
+the row as it stands, with a block mask of the same rule. Padded: every completion with a prompt of its own,
+causal, which is TRL's way. Random numbers in the shapes of one layer, those of Qwen2.5-0.5B unless told
+otherwise.
 
 The outputs are compared first. Then each pair takes one forward and backward pass of each, in an order drawn
 at random; the ratio is theirs / rectangles, the median of pairs, with a bootstrap interval. FlexAttention
@@ -36,8 +36,8 @@ def block_mask(row: PackedBatch) -> BlockMask:
     sequence = torch.zeros(size, dtype=torch.long, device=DEVICE)
     before = torch.full((size,), -1, device=DEVICE)
     assert row.prefixes is not None
-    sequence[row.prefixes.index[row.prefixes.real]] = row.prefixes.sequence_of()
-    own = row.suffixes.index[row.suffixes.real]
+    sequence[row.prefixes.index[row.prefixes.is_token]] = row.prefixes.sequence_of()
+    own = row.suffixes.index[row.suffixes.is_token]
     sequence[own] = len(row.prefixes.index) + row.suffixes.sequence_of()
     before[own] = row.prefix_of[row.suffixes.sequence_of()]
 

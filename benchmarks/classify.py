@@ -17,7 +17,7 @@ import torch
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineCache, EngineSpec
-from stages.engines.openai.choices import word_of
+from stages.engines.openai.choices import parse_word
 from stages.labelling.personas import SHOTS, PersonaContext, personas, shots
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ def plain(model: Any, tokenizer: Any, ballots: list[ChoiceRequest], batch: int) 
         given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         made = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         replies = tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [word_of(reply, b.words) for reply, b in zip(replies, part, strict=True)]
+        found += [parse_word(reply, b.words) for reply, b in zip(replies, part, strict=True)]
     return found
 
 

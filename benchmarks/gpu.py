@@ -48,7 +48,10 @@ TOKENS = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
 """The tokenizer is that of `lorapar fetch tiny-random`."""
 NAMES = ("doctor", "pipeline", "tests", "sft", "rl", "attention", "plan", "processes", "server")
 ROWS = "data/demo/train.jsonl"
-TESTS = ("frozen", "resume", "four_bit", "unpadded", "same_as_trl", "rollouts")
+TESTS = (
+    "lora/test_frozen", "lora/test_resume", "lora/test_four_bit", "packing/test_trl", "lora/test_same_as_trl",
+    "lora/test_rollouts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def parts(small: bool) -> list[Part]:
         "rl.rollouts.engine=vllm_colocate",
     ]  # fmt: skip
     number = min(2, torch.cuda.device_count()) if cuda else 2  # more cannot share smoke's eight rows evenly
-    which = [f"tests/lora/test_{name}.py" for name in TESTS]
+    which = [f"tests/{name}.py" for name in TESTS]
     which += ["-m", "not slow and not vllm"] if small else []
     few = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     shapes = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []

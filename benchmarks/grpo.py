@@ -37,7 +37,7 @@ from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
 PARTS = ("whole step", "rollouts", "loss + backward", "update", "rest")
-PICK = continuous_batching._Batcher._pick
+PICK = continuous_batching._Batcher._sample
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Ends:
             self.write(logits, [line.item for line in lines], [len(line.ids) for line in lines])
             return PICK(writer, logits, lines)
 
-        continuous_batching._Batcher._pick = pick  # type: ignore[method-assign, assignment]
+        continuous_batching._Batcher._sample = pick  # type: ignore[method-assign, assignment]
 
 
 class _Force(LogitsProcessor):
@@ -232,7 +232,7 @@ class Bench:
         else:
             ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
-        rewards = [loading.checked("odd", odd)]
+        rewards = [loading.with_checks("odd", odd)]
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)

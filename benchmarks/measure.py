@@ -36,6 +36,6 @@ def interval(ratios: list[float]) -> str:
 
 
 def peak(script: str, only: str) -> float:
-    """What `stages.runtime.resources.peak` gives in a process of its own: this one with `--only`."""
+    """Peak memory in MiB of a process of its own: this one with `--only`."""
     command = [sys.executable, script, *sys.argv[1:], "--only", only]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])

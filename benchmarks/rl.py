@@ -133,7 +133,7 @@ def main() -> None:
             side = bench.side(given.only, bench.base, shape, batches)
             for batch in batches:
                 side.step(batch)
-            print(resources.peak_of_scarce())
+            print(resources.peak_device_memory())
         elif given.grow:
             grow(bench, shape)
         else:

@@ -127,7 +127,7 @@ def main() -> None:
             side = Side(given.only, base, renderer, given, folder)
             for batch in batches[:2]:
                 side.step(batch)
-            print(resources.peak_of_scarce())
+            print(resources.peak_device_memory())
             return
         sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
         seconds: dict[str, list[float]] = {name: [] for name in SIDES}

@@ -152,7 +152,7 @@ def main() -> None:
         for _ in range(2):
             way.gradients(ids)
             way.step()
-        print(resources.peak_of_scarce())
+        print(resources.peak_device_memory())
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}

@@ -19,9 +19,9 @@ from lorapar_cli.harness import entries
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
 from lorapar_cli.stage_starter import starter
 from stages.config import Config
-from stages.data.rows import no_path
+from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ConfigError, Ended, panicked
+from stages.errors import ConfigError, Ended, is_rust_panic
 from stages.pipeline import launch
 from stages.pipeline.context import StageContext
 from stages.pipeline.run import Task, Verb, check_enough_system2_rows, pending_stages, run_step
@@ -68,7 +68,7 @@ def verb(name: str) -> Verb:
     """Return the function of a stage. Its module, and with it torch, is imported only when it is called."""
 
     def run(job: StageContext, **sections: Any) -> dict[str, Any]:
-        with libraries.hidden(*libraries.UNUSED):
+        with libraries.hide_packages(*libraries.UNUSED):
             stage = importlib.import_module(f"stages.{name}")
         return stage.run(job, **sections)  # type: ignore[no-any-return]
 
@@ -93,12 +93,12 @@ def _stage_command(stage: Stage) -> None:
         if stage not in order(settings):
             raise ConfigError(f"a baseline has no stage {stage.name}", "run: lorapar sft CONFIG")
         if not selected:
-            raise no_path()
+            raise missing_path_error()
         selected = _variants(selected, only)
         launching = getattr(getattr(settings, stage.name), "launch", None)
         if (
             launching
-            and launching.several
+            and launching.is_distributed
             and not distributed.launched()
             and (force or not _all_current(settings, selected))
         ):
@@ -261,7 +261,7 @@ def main() -> None:
     try:
         app()
     except BaseException as problem:
-        if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or panicked(problem)):
+        if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise
         error = to_user_error(problem)
         if not distributed.report_failure(error):

@@ -82,7 +82,7 @@ def _sandboxes() -> Iterator[Finding]:
 
     """Yield one finding per sandbox, and one that says which of them runs model-written code."""
     usable = []
-    for name, problems in sandbox.examine().items():
+    for name, problems in sandbox.backend_problems().items():
         text = "; ".join(problems) or f"passes a good program, contains {len(HOSTILE)} hostile ones"
         yield Finding(f"sandbox {name}", text, not problems)
         usable += [] if problems else [name]

@@ -14,7 +14,7 @@ from stages.errors import (
     OutOfMemoryError,
     OutputError,
     ServerError,
-    lacks_memory,
+    is_out_of_memory,
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -31,7 +31,7 @@ def to_user_error(error: BaseException) -> LoraparError:
     """Convert an exception to a LoraparError; one that is a LoraparError is returned as it is."""
     if isinstance(error, LoraparError):
         return error
-    if lacks_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemoryError("the machine ran out of memory", RESUME)
     if isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in NETWORK:
         return ServerError(

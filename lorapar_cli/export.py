@@ -9,9 +9,9 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
-from stages.data.rows import no_path
+from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline.state import current, state
+from stages.pipeline.state import require_current, state
 from stages.store.artifacts import Store
 
 
@@ -53,9 +53,9 @@ def command(
     _check_options(target, merged, base_dtype, views)
     targets = [view.stage for view in VIEWS.values()] if views else [target]
     if not set(targets) <= set(steps):
-        raise no_path()
+        raise missing_path_error()
     store = Store(settings.root)
-    trained = {name: current(store, steps[name]) for name in targets}
+    trained = {name: require_current(store, steps[name]) for name in targets}
     prefixes = tuple(f"eval:{name}@" for name in targets)
     states = [state(store, step) for name, step in steps.items() if name.startswith(prefixes)]
     evaluated = [now.artifact for now in states if now.state == "current" and now.artifact]

@@ -7,7 +7,7 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from stages.errors import ConfigError, LoraparError, MissingInputError
-from stages.pipeline.state import current, state
+from stages.pipeline.state import require_current, state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
@@ -57,7 +57,7 @@ def command(
     for step in chosen:
         current_state = state(store, step)
         if current_state.state == "damaged":
-            current(store, step)
+            require_current(store, step)
         if current_state.artifact is None:
             raise MissingInputError(
                 f"{step.name} is {current_state.state} ({current_state.why})",
@@ -77,7 +77,7 @@ def _no_results(store: Store, evaluations: list[Step], config: str) -> LoraparEr
         return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
     first = state(store, evaluations[0])
     if first.state == "damaged":
-        current(store, evaluations[0])
+        require_current(store, evaluations[0])
     return MissingInputError(
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
         f"run: lorapar run {config}",

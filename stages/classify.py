@@ -116,11 +116,11 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContex
     """
     voter_logs: list[VoterLog] = []
     for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
-        voter_model = voter.asks(model)
+        voter_model = voter.voting_model(model)
         name = voter.name or f"{voter_model.title}/{voter.persona}"
         if any(voter_log.title == name for voter_log in voter_logs):
             raise ConfigError(f"classify.voters: two voters are named {name}", "give each another name")
-        if voter.thinking and not personas.has(voter.persona, "chat"):
+        if voter.thinking and not personas.has_trait(voter.persona, "chat"):
             raise ConfigError(
                 f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )
@@ -204,7 +204,13 @@ class _Once:
 
 def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:
     return EngineSpec(
-        voter.engine, voter.asks(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices
+        voter.engine,
+        voter.voting_model(model),
+        None,
+        voter.urls,
+        voter.api_key_env,
+        voter.vllm,
+        voter.devices,
     )
 
 
@@ -214,7 +220,7 @@ def _calibrate_voter(voter_log: VoterLog, labelled: list[CalibrationExample]) ->
     unseen = [row for row in labelled if row.question not in in_prompt]
     method = voter_log.voter.calibration
     if method == "auto":
-        method = "none" if personas.has(voter_log.voter.persona, "chat") else "held_out"
+        method = "none" if personas.has_trait(voter_log.voter.persona, "chat") else "held_out"
     if method == "held_out" and len(unseen) < MIN_EXAMPLES:
         raise DataError(
             f"{voter_log.title}: {len(unseen)} labelled examples outside its prompt, "

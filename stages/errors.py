@@ -88,13 +88,13 @@ class MeaninglessError(LoraparError):
     exit_code = 79
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True for an out-of-memory error of Python, of the device, or of torch's allocator on the CPU."""
     names = {kind.__name__ for kind in type(error).__mro__}  # by name, because torch may not be loaded
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
-def faults(error: Any) -> list[str]:
+def validation_messages(error: Any) -> list[str]:
     """Messages of a pydantic ValidationError, each as `location: message`."""
     messages = []
     for detail in error.errors():
@@ -104,7 +104,7 @@ def faults(error: Any) -> list[str]:
     return messages
 
 
-def panicked(error: BaseException) -> bool:
+def is_rust_panic(error: BaseException) -> bool:
     """True for a panic of a library in Rust, which is a BaseException and not an Exception."""
     return type(error).__name__ == "PanicException"
 

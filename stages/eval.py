@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import (
     REGIONS,
-    UNTRAINED,
+    UNTRAINED_TARGETS,
     BenchmarkSection,
     EvalSection,
     ModelSection,
@@ -28,7 +28,7 @@ from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.evaluation.metrics import compute_metrics, headline
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import Asked, Renderer
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, Sample, read_labels, write_jsonl
 from stages.runtime import resources
 from stages.store.digests import key_of, sha256_file
@@ -93,15 +93,15 @@ def _evaluate(
         job.engines.close()  # the harness loads the model itself
         summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return summary
-    rows = _rows(job, benchmark)[: eval.untrained_items if target in UNTRAINED else None]
+    rows = _rows(job, benchmark)[: eval.untrained_items if target in UNTRAINED_TARGETS else None]
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
-    backend = sandboxes.of(sandbox, progress.say) if sandbox else None
+    backend = sandboxes.from_settings(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
     prompts = module.ask([row.example for row in rows], benchmark, renderer)
 
     spec = EngineSpec(eval.engine, model, adapter)
     cache = AnswerCache(
-        prompts, benchmark, renderer, _identity(job, spec), job.journals / "answers", job.again
+        prompts, benchmark, renderer, _identity(job, spec), job.journals / "answers", job.force
     )
     cache.complete(
         lambda: job.engines.get(spec, server, progress.say), f"eval {target} {benchmark.kind}", progress
@@ -144,7 +144,7 @@ def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
     }
 
 
-def _prompt_record(first: Asked, renderer: Renderer) -> dict[str, Any]:
+def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
     """The part of metrics.json that shows what the prompts look like."""
     bos = renderer.tokenizer.bos_token_id
     return {
@@ -165,7 +165,7 @@ def _adapter_digest(adapter: Path | None) -> str | None:
 
 def _check_parity(
     job: StageContext,
-    prompts: list[Asked],
+    prompts: list[RenderedPrompt],
     answers: dict[tuple[int, int], CachedAnswer],
     benchmark: BenchmarkSection,
     eval: EvalSection,
@@ -192,7 +192,7 @@ def _check_parity(
 
 def _grade_answers(
     rows: list[Labelled],
-    prompts: list[Asked],
+    prompts: list[RenderedPrompt],
     answers: dict[tuple[int, int], CachedAnswer],
     renderer: Renderer,
     context: Context,

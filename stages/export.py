@@ -19,10 +19,10 @@ from stages.errors import AnswerError, ConfigError, OutputError, ServerError, fi
 from stages.models.base import save_merged
 from stages.records import Labelled
 from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results
-from stages.store.artifacts import Artifact, readable
+from stages.store.artifacts import Artifact, make_readable
 
 if TYPE_CHECKING:
-    from stages.prompts.renderer import Asked, Renderer
+    from stages.prompts.renderer import RenderedPrompt, Renderer
 
 LONGEST = 32
 """Most tokens that a check generates for an answer."""
@@ -97,7 +97,7 @@ def _building(out: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
         yield partial
-        readable(partial, (file for file in partial.rglob("*") if file.is_file()))
+        make_readable(partial, (file for file in partial.rglob("*") if file.is_file()))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,19 +168,19 @@ class _Trial:
     """The first training prompts, rendered as the view's stage renders its training rows."""
 
     renderer: Renderer
-    prompts: list[Asked]
+    prompts: list[RenderedPrompt]
 
     @classmethod
     def of(cls, config: Config, view: View, prompts: int) -> _Trial:
         from stages.models.tokenizer import load_tokenizer
-        from stages.prompts.renderer import Asked, Renderer
+        from stages.prompts.renderer import RenderedPrompt, Renderer
 
         examples = read(config.data.model_copy(update={"limit": prompts}))
         labels = [Labelled(example, int(view.system), {}) for example in examples]
         section = getattr(config, view.stage).prompt or config.prompt
         renderer = Renderer(load_tokenizer(config.model), section, labels)
-        texts = [renderer.prompt(example.prompt, of=example) for example in examples]
-        return cls(renderer, [Asked(text, renderer.ids(text)) for text in texts])
+        texts = [renderer.prompt(example.prompt, example=example) for example in examples]
+        return cls(renderer, [RenderedPrompt(text, renderer.ids(text)) for text in texts])
 
     def answers(self, engine: Engine) -> dict[int, Completion]:
         """Generate greedy answers of at most LONGEST tokens."""

@@ -10,7 +10,7 @@ import torch
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
-from stages.lora.importance.masks import Masks, flat, read_importance
+from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     by_name = json.loads((score / "shapes.json").read_text())
     shapes = {name: torch.Size(shape) for name, shape in by_name.items()}
     # Scores are 1-D over all weights, in the order of their names; `sizes` says where each weight ends.
-    if strategies.has(partition.strategy, "unscored"):
+    if strategies.has_trait(partition.strategy, "unscored"):
         scores = {1: torch.zeros(sum(shape.numel() for shape in shapes.values()))}
     else:
         importance = read_importance(score / "importance.safetensors")
-        scores = {system: flat(tensors) for system, tensors in importance.items()}
+        scores = {system: flatten_weights(tensors) for system, tensors in importance.items()}
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)

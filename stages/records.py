@@ -66,7 +66,7 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def problems(kind: str, lines: list[str], hint: str | None = None) -> DataError:
+def data_error(kind: str, lines: list[str], hint: str | None = None) -> DataError:
     """Build one error from many problems of one kind: it counts all of them and shows the first ones."""
     if len(lines) == 1:
         return DataError(f"{kind}: {lines[0]}", hint)
@@ -113,7 +113,7 @@ def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tupl
         except (ValueError, RecursionError) as error:
             bad.append(f"{path}:{number}: {error}")
     if bad:
-        raise problems("broken JSON line", bad)
+        raise data_error("broken JSON line", bad)
     return rows
 
 
@@ -146,7 +146,7 @@ def read_samples(path: Path) -> list[Sample]:
     return [Sample(**row) for _, row in parse_jsonl(_lines(path), path)]
 
 
-def of_system(rows: list[Labelled], system: int) -> list[Example]:
+def examples_of_system(rows: list[Labelled], system: int) -> list[Example]:
     """Return the examples labelled `system`; DataError if there is none."""
     examples = [row.example for row in rows if row.system == system]
     if not examples:
@@ -159,7 +159,7 @@ def of_system(rows: list[Labelled], system: int) -> list[Example]:
     return examples
 
 
-def decided(rows: list[Labelled]) -> list[Example]:
+def labelled_examples(rows: list[Labelled]) -> list[Example]:
     """Return the examples with a label; DataError if there is none."""
     examples = [row.example for row in rows if row.system is not None]
     if not examples:

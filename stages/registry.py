@@ -55,7 +55,7 @@ class Registry(_Named):
         self.check(name)
         return self._functions[name]
 
-    def has(self, name: str, trait: str) -> bool:
+    def has_trait(self, name: str, trait: str) -> bool:
         """True if the function called `name` was registered with this trait."""
         self.check(name)
         return trait in self._traits[name]

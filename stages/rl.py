@@ -77,9 +77,9 @@ def run(
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
     start = loop.InitialAdapter.of("rl", context.adapter("sft", "score"), context.masks)
-    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replayed), rl, rl.num_iterations)
+    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
     peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
-    box = sandboxes.of(sandbox, context.progress.say) if sandbox else None
+    box = sandboxes.from_settings(sandbox, context.progress.say) if sandbox else None
     sampling = Sampling(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
@@ -171,7 +171,9 @@ def _checked(
     def fixed(name: str) -> dict[str, Sandbox | None]:
         return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
 
-    return [loading.checked(name, function, decoded, **fixed(name)) for name, function in functions.items()]
+    return [
+        loading.with_checks(name, function, decoded, **fixed(name)) for name, function in functions.items()
+    ]
 
 
 def _arguments(
@@ -214,7 +216,7 @@ def build_trainer(
 ) -> GrpoTrainer:
     """A GrpoTrainer whose base model takes packed rows."""
     # TRL loads vLLM with its GRPOTrainer, if it is installed: seconds, for those who sample without it.
-    with libraries.hidden(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
+    with libraries.hide_packages(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
         from stages.lora.grpo.trainer import GrpoTrainer
 
     knobs = (
@@ -231,7 +233,7 @@ def build_trainer(
         loraplus_lr_ratio=rl.loraplus_lr_ratio,
         prompts=prompts,
         sampler=sampler,
-        replayed=rl.replayed,
+        replayed=rl.replay_prompts,
         attempts=rl.dynamic_sampling,
         prefix_sharing=rl.prefix_sharing == "auto" and trl.may_share(sampler.adapted),
     )

@@ -17,13 +17,13 @@ import torch
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
-from stages.lora.importance.masks import flat, write_importance
+from stages.lora.importance.masks import flatten_weights, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
-from stages.records import of_system, read_labels
+from stages.records import examples_of_system, read_labels
 from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(
     fsdp.shard_base(peft_model, score.launch)
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
-    examples = {system: of_system(labels, system) for system in (1, 2)}
+    examples = {system: examples_of_system(labels, system) for system in (1, 2)}
     scores = {}
     for system in (1, 2):
         number = min(score.examples, len(examples[system]))
@@ -75,7 +75,7 @@ def run(
         rows, long = renderer.rows(chosen, data)
         # The blocks that the other system left in torch's memory pool are too small for the longest rows.
         resources.release_memory()
-        steps = min(pilot.STEPS, len(rows)) if scorers.has(score.scorer, "pilot") else 1
+        steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(score.scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_local_rows(batch)) for batch in batches))
 
@@ -83,7 +83,7 @@ def run(
             return _moments(peft_model, batch, score, renderer, job.progress)
 
         scores[system], statistics = _importance(peft_model, batches, sums_of, lora, score.scorer)
-        check_importance(flat(scores[system]), system)
+        check_importance(flatten_weights(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
         write_importance(job.out / "importance.safetensors", scores)
@@ -92,7 +92,7 @@ def run(
 
 def _local_rows(rows: list[Row]) -> list[Row]:
     """The rows that this process computes: every n-th of n processes, beginning with its rank."""
-    return rows[distributed.rank() :: distributed.size()]
+    return rows[distributed.rank() :: distributed.world_size()]
 
 
 def _moments(
@@ -113,7 +113,7 @@ def _moments(
     if fsdp.is_sharded(score.launch):
         # Each pass through a sharded base needs all processes. The first has the most rows; processes with
         # fewer batches make up for it with passes over some row, whose results are discarded.
-        most = math.ceil(len(rows[:: distributed.size()]) / score.batch_size)
+        most = math.ceil(len(rows[:: distributed.world_size()]) / score.batch_size)
         moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
     _all_reduce(sums)
     return sums
@@ -140,7 +140,7 @@ def _importance(
     """
     formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
     # The formula's arguments after the value: the value after a pilot run, or mean gradient and Fisher.
-    if scorers.has(scorer, "pilot"):
+    if scorers.has_trait(scorer, "pilot"):
         trained, loss = pilot.run(layers, lora, batches, sums_of)
         statistics = {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
 

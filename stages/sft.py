@@ -17,7 +17,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.packing.support import has_active_dropout
 from stages.packing.trl import accept_packed
 from stages.prompts.renderer import Renderer, Row
-from stages.records import Example, Labelled, decided, of_system, read_labels
+from stages.records import Example, Labelled, examples_of_system, labelled_examples, read_labels
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def run(
 
 def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:
     """Say what of the rows will surprise: no stop token at the end, rows that count twice."""
-    if endless := renderer.never_stop(rows):
+    if endless := renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         progress.say(f"warning: {count}: the model may not learn to stop")
-    processes = distributed.size()
+    processes = distributed.world_size()
     if repeated := -len(rows) % (sft.per_device_train_batch_size * processes) if processes > 1 else 0:
         progress.say(f"{processes} processes share {len(rows)} rows: {repeated} count twice in each epoch")
 
@@ -124,8 +124,8 @@ def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Exampl
     """
     labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
-        return decided(labels)
-    system1 = of_system(labels, 1)
+        return labelled_examples(labels)
+    system1 = examples_of_system(labels, 1)
     if sft.system1_targets == "answer" and not any(example.gold for example in system1):
         raise DataError(
             f"sft.system1_targets is answer, and none of {len(system1)} System 1 rows has a verifiable "
@@ -133,7 +133,7 @@ def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Exampl
             "rows need `gold`, or a response that ends in `#### answer`",
         )
     cold_rows = round(sft.system2_share * len(system1))
-    system2 = of_system(labels, 2) if cold_rows else []
+    system2 = examples_of_system(labels, 2) if cold_rows else []
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
     chosen = {example.id for example in [*system1, *cold_start]}
     return [row.example for row in labels if row.example.id in chosen]

@@ -21,14 +21,14 @@ def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
     path = tmp_path / "votes/j.jsonl"
     journal = Journal(path, Anything)
     with journal.writing(print):
-        journal.keep(("a", 0), {"mass": 1})
+        journal.add(("a", 0), {"mass": 1})
         journal.note("fingerprint", ["x"])
     with path.open("ab") as file:
         file.write(b'{"question": "b", "sam')
     journal = Journal(path, Anything)
     assert ("a", 0) in journal and journal["a", 0] == {"mass": 1} and journal.notes == {"fingerprint": ["x"]}
     with journal.writing(print):
-        journal.keep(("b", 1), {"text": "a\rb\u2028c"})
+        journal.add(("b", 1), {"text": "a\rb\u2028c"})
     assert len(path.read_bytes().splitlines()) >= 3
     assert Journal(path, Anything)["b", 1] == {"text": "a\rb\u2028c"}
 
@@ -52,14 +52,14 @@ def test_an_answer_has_the_types_of_its_shape(tmp_path: Path):
 def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
     one, two = Journal(tmp_path / "j.jsonl", Anything), Journal(tmp_path / "j.jsonl", Anything)
     with one.writing(print):
-        one.keep(("a", 0), {"text": "long" * 99})
+        one.add(("a", 0), {"text": "long" * 99})
     with two.writing(print):
         assert two.set_aside() == 1
         assert ("a", 0) not in two
-        two.keep(("b", 0), {})
+        two.add(("b", 0), {})
     with one.writing(print):
         assert ("a", 0) not in one and ("b", 0) in one
-        one.keep(("c", 0), {})
+        one.add(("c", 0), {})
         assert one.set_aside() == 2
     fresh = Journal(one.path, Anything)
     assert ("a", 0) not in fresh and ("c", 0) not in fresh
@@ -72,7 +72,7 @@ def _write(path: Path, began: multiprocessing.Event) -> None:
     with journal.writing(print):
         began.set()
         time.sleep(0.5)
-        journal.keep(("a", 0), {"mass": 1})
+        journal.add(("a", 0), {"mass": 1})
 
 
 def test_a_journal_that_cannot_be_set_aside_stays_as_it_was(tmp_path: Path, monkeypatch):
@@ -83,12 +83,12 @@ def test_a_journal_that_cannot_be_set_aside_stays_as_it_was(tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"), journal.writing(print):
-        journal.keep(("a", 0), {"mass": 1})
+        journal.add(("a", 0), {"mass": 1})
         monkeypatch.setattr(Path, "replace", refused)
         journal.set_aside()
     monkeypatch.undo()
     with journal.writing(print):
-        journal.keep(("b", 0), {"mass": 2})
+        journal.add(("b", 0), {"mass": 2})
     again = Journal(tmp_path / "j.jsonl", Anything)
     assert again["a", 0] == {"mass": 1} and again["b", 0] == {"mass": 2}
 
@@ -116,7 +116,7 @@ def test_threads_of_one_process_take_turns(tmp_path: Path):
         with journal.writing(lambda _: None):
             inside.append(1)
             for n in range(20):
-                journal.keep((name, n), {})
+                journal.add((name, n), {})
                 most.append(len(inside))
                 time.sleep(0.005)
             inside.pop()
@@ -165,7 +165,7 @@ def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):
     path = tmp_path / "j.jsonl"
     journal = Journal(path, Anything)
     with journal.writing(print):
-        journal.keep(("a", 0), {})
+        journal.add(("a", 0), {})
         usual = journal._file
 
         class Full:
@@ -174,9 +174,9 @@ def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):
 
         journal._file = Full()
         with pytest.raises(OSError, match="No space left"):
-            journal.keep(("b", 0), {})
+            journal.add(("b", 0), {})
         journal._file = usual
-        journal.keep(("c", 0), {})
+        journal.add(("c", 0), {})
     found = Journal(path, Anything)
     assert ("a", 0) in found and ("b", 0) not in found and ("c", 0) in found
 
@@ -187,7 +187,7 @@ def test_lines_are_counted_from_the_beginning_of_the_file(tmp_path: Path):
     path.write_text('{"question": "a", "sample": 0}\n')
     journal = Journal(path, Anything)
     with journal.writing(print):
-        journal.keep(("b", 0), {})
+        journal.add(("b", 0), {})
     with path.open("a") as file:
         file.write('{"question": "c", "sample": 0}\nno json\n')
     with pytest.raises(DataError, match=f"{path}:4: "), journal.writing(print):

@@ -200,7 +200,7 @@ def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkey
 
 def test_a_voter_of_its_own_model_is_asked_in_the_revision_it_names(smoke):
     found = smoke("classify.voters=[{model: a/b, revision: abc}, {persona: judge}]")
-    own, trained = (voter.asks(found.model) for voter in found.classify.voters)
+    own, trained = (voter.voting_model(found.model) for voter in found.classify.voters)
     assert own == ModelSection(name="a/b", revision="abc")
     assert trained.name == found.model.name
 

@@ -345,7 +345,7 @@ def rested(monkeypatch):
     made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
     monkeypatch.setattr(resources, "busy_seconds", lambda: made.now["worked"])
     monkeypatch.setattr(resources, "reset_peak", lambda: None)
-    monkeypatch.setattr(resources, "peak_of_scarce", lambda: 0)
+    monkeypatch.setattr(resources, "peak_device_memory", lambda: 0)
     clock = SimpleNamespace(
         perf_counter=lambda: made.now["wall"],
         process_time=lambda: made.now["own"],
@@ -418,7 +418,7 @@ def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
     def same() -> bool:
         return torch.equal(model.train()(input_ids=text).logits, model(input_ids=text).logits)
 
-    with adapter.dropping_out(model, 0.5):
+    with adapter.lora_dropout(model, 0.5):
         assert not same()
     assert same()
 

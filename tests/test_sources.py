@@ -260,7 +260,7 @@ class Plain:
 
     section = PromptSection(template="plain")
 
-    def prompt(self, question, shots, of):
+    def prompt(self, question, shots, example):
         return f"{shots} {question}"
 
     def ids(self, text):

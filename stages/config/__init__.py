@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import REGIONS as REGIONS
-from stages.config.evaluation import UNTRAINED as UNTRAINED
+from stages.config.evaluation import UNTRAINED_TARGETS as UNTRAINED_TARGETS
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, registries_from, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
@@ -87,9 +87,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_importance_is_not_zero(self, info: ValidationInfo) -> "Config":
         registries = registries_from(info)
-        if not registries or registries["strategies"].has(self.partition.strategy, "unscored"):
+        if not registries or registries["strategies"].has_trait(self.partition.strategy, "unscored"):
             return self
-        if self.lora.init == "default" and registries["scorers"].has(self.score.scorer, "product"):
+        if self.lora.init == "default" and registries["scorers"].has_trait(self.score.scorer, "product"):
             raise ValueError(
                 "lora.init default has B = 0, so every importance is zero; "
                 "choose normal, pissa, olora or orthogonal"
@@ -110,7 +110,7 @@ class Config(Section):
         if not self.rl.rescore:
             return self
         registries = registries_from(info)
-        unscored = registries and registries["strategies"].has(self.partition.strategy, "unscored")
+        unscored = registries and registries["strategies"].has_trait(self.partition.strategy, "unscored")
         for conflict, why in (
             (self.rl.start_from != "sft", "rl starts from the initial adapter"),
             (self.baseline is not None, "a baseline is trained whole"),
@@ -169,7 +169,7 @@ class Config(Section):
         """True if vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
 
-    def labelled_by(self, rows: str) -> str:
+    def labelling_strategy(self, rows: str) -> str:
         """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""
         benchmark = self.eval.benchmarks.get(rows)
         return "known" if benchmark and benchmark.brings_labels else self.classify.strategy

@@ -15,7 +15,7 @@ from stages.config.fields import (
 )
 from stages.config.sources import Engine, PromptSection, SourceSection
 
-UNTRAINED = ("base", "init")
+UNTRAINED_TARGETS = ("base", "init")
 """Targets without any training."""
 Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)

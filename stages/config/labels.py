@@ -101,7 +101,7 @@ class Voter(Section):
         """Addresses of the voter's servers; empty for a model that runs here."""
         return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
 
-    def asks(self, model: ModelSection) -> ModelSection:
+    def voting_model(self, model: ModelSection) -> ModelSection:
         """Return the model that votes: the voter's own, or else the base `model` without load_in_4bit."""
         if self.model:
             return ModelSection(name=self.model, revision=self.revision)

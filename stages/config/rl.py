@@ -219,7 +219,7 @@ class RlSection(TrainSection):
         return self
 
     @property
-    def replayed(self) -> int:
+    def replay_prompts(self) -> int:
         """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
@@ -233,10 +233,10 @@ class RlSection(TrainSection):
     def _check_replay_and_resampling(self) -> "RlSection":
         if self.system1_share and self.data == "all":
             raise ValueError("system1_share goes with data system2; data all draws from both systems")
-        if self.system1_share and not 0 < self.replayed < self.prompts_per_step:
+        if self.system1_share and not 0 < self.replay_prompts < self.prompts_per_step:
             raise ValueError(
-                f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is {self.replayed}; "
-                "a step needs at least one prompt of each system"
+                f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
+                f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
         samples_alone = self.rollouts.engine == "transformers" or (
             self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1

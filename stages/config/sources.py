@@ -39,14 +39,14 @@ class ModelSection(Section):
         return self.name.rstrip("/").split("/")[-1]
 
     @property
-    def of_hub(self) -> bool:
+    def may_be_on_hub(self) -> bool:
         """True if the name can be a hub id (NAME or OWNER/NAME) and no local folder has that path."""
         return not Path(self.name).exists() and self.name.count("/") < 2 and self.name[0] not in "./~"
 
     @property
-    def pinned(self) -> str | None:
+    def pinned_revision(self) -> str | None:
         """The revision of a hub model; None if it is a library's default, `main`, or the model is local."""
-        return self.revision if self.of_hub and self.revision != "main" else None
+        return self.revision if self.may_be_on_hub and self.revision != "main" else None
 
 
 class SourceSection(Section):

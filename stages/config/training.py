@@ -51,12 +51,12 @@ class LaunchSection(Section):
     )
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """True if the stage may run in more than one process."""
         return self.backend != "single" or self.config is not None
 
     @property
-    def divides(self) -> bool:
+    def shards_base(self) -> bool:
         """True if each process holds a shard of the base model."""
         return self.backend == "fsdp2" and self.config is None
 

@@ -25,7 +25,7 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
     registries: the names that a config may use (see `fields.registries_from`). One ConfigError lists all
     mistakes.
     """
-    settings = tree(path)
+    settings = read_with_extends(path)
     for override in overrides or []:
         _override(settings, override)
     try:
@@ -38,7 +38,7 @@ def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any])
         raise ConfigError(text, "every setting with its default: lorapar config") from None
 
 
-def tree(
+def read_with_extends(
     path: Path,
     adjust: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda path, settings: settings,
     extended_by: tuple[Path, ...] = (),
@@ -56,14 +56,16 @@ def tree(
         raise ConfigError(f"{path} extends itself")
     if len(extended_by) == MAX_DEPTH:
         raise ConfigError(f"{path} is extended over more than {MAX_DEPTH} files")
-    settings = values(path, str(path)) or {}
+    settings = read_yaml(path, str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}")
     base = settings.pop("extends", None)
     settings = adjust(path, settings)
     if base is None:
         return settings
-    return _merge(tree(path.parent / str(base), adjust, (*extended_by, path.resolve())), settings)
+    return _merge(
+        read_with_extends(path.parent / str(base), adjust, (*extended_by, path.resolve())), settings
+    )
 
 
 def _merge(base: dict[str, Any], overriding: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def values(path: Path, where: str) -> Any:
+def read_yaml(path: Path, where: str) -> Any:
     """Parse a YAML file; ConfigError, which calls the file `where`, if it is not valid."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -214,7 +216,7 @@ def _unknown_setting(location: list[str]) -> str:
     if renamed := RENAMED.get(".".join(location[:-1]), {}).get(location[-1]):
         return f"{name} is called {'.'.join([*location[:-1], renamed])} now"
     path = _setting_path(location)
-    suggestions = difflib.get_close_matches(path, list(_names(Config)), n=1, cutoff=0.6)
+    suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)
     if not suggestions:
         return f"unknown setting {name}"
     section, _, last = suggestions[0].rpartition(".")
@@ -245,12 +247,12 @@ def _setting_path(location: list[str]) -> str:
     return ".".join(path)
 
 
-def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
+def setting_names(section: type[Section], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all settings below a section."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if sub_section := _sub_section(field):
-            yield from _names(sub_section, f"{prefix}{name}.")
+            yield from setting_names(sub_section, f"{prefix}{name}.")
 
 
 def annotated(

@@ -11,7 +11,7 @@ from stages.errors import MissingInputError, first_line
 
 
 @functools.cache
-def commit(kind: str, name: str, revision: str) -> str:
+def resolve_commit(kind: str, name: str, revision: str) -> str:
     """Return the commit hash that a revision of a model or data set (`kind`: model, dataset) stands for.
 
     Without a network it is the commit that was downloaded last; MissingInputError if there is none.

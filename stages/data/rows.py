@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.hub import commit
+from stages.data.hub import resolve_commit
 from stages.errors import ConfigError, DataError, MissingInputError, first_line
-from stages.prompts.answers import gold_of
-from stages.records import Example, problems, read_jsonl
+from stages.prompts.answers import gold_from_response
+from stages.records import Example, data_error, read_jsonl
 from stages.store.digests import id_of
 
 log = logging.getLogger(__name__)
@@ -55,16 +55,16 @@ def read(source: SourceSection) -> list[Example]:
 
 def read_rows(source: SourceSection) -> Rows:
     """Read like `read`, and also return the format and how many rows were left out."""
-    rows, where = table(source), str(source.path)
+    rows, where = raw_rows(source), str(source.path)
     kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
     log.info("%s: %d rows, format %s", where, len(rows), kind)
     needs = f"format {kind} needs {', '.join(FIELDS[kind])}"
-    located, empty = each(source, lambda row, _: _example(kind, row), needs, rows)
-    examples = once(located, source)
+    located, empty = parse_rows(source, lambda row, _: _example(kind, row), needs, rows)
+    examples = drop_duplicates(located, source)
     return Rows(examples, kind, empty, len(located) - len(examples))
 
 
-def each(
+def parse_rows(
     source: SourceSection,
     parse: Callable[[dict[str, Any], int], Example],
     needs: str,
@@ -78,11 +78,11 @@ def each(
     located: list[tuple[str, Example]] = []
     bad: list[str] = []
     empty = 0
-    for number, row in table(source) if rows is None else rows:
+    for number, row in raw_rows(source) if rows is None else rows:
         location = f"{source.path}:{number}"
         try:
             located.append((location, parse(row, number)))
-        except Empty as error:
+        except EmptyRowError as error:
             if source.empty == "error":
                 bad.append(f"{location}: {error}")
             empty += 1
@@ -91,13 +91,13 @@ def each(
         except (ValueError, TypeError, SyntaxError) as error:
             bad.append(f"{location}: {error}")
     if bad:
-        raise problems("bad row", bad, f"{needs}; empty: drop leaves out empty ones" if empty else needs)
+        raise data_error("bad row", bad, f"{needs}; empty: drop leaves out empty ones" if empty else needs)
     if empty:
         log.info("%s: %d rows with nothing to ask or to answer left out", source.path, empty)
     return located, empty
 
 
-def once(located: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
+def drop_duplicates(located: list[tuple[str, Example]], source: SourceSection) -> list[Example]:
     """Return the examples without those whose id has occurred already.
 
     located: examples with their locations. DataError instead if `source.duplicates` is `error`.
@@ -109,13 +109,13 @@ def once(located: list[tuple[str, Example]], source: SourceSection) -> list[Exam
             repeated.append(f"{location} repeats {first[example.id][0]}")
         first.setdefault(example.id, (location, example))
     if repeated and source.duplicates == "error":
-        raise problems("duplicate id", repeated, "take the first of each: duplicates: first")
+        raise data_error("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
         log.info("%s: %d repeated rows left out", source.path, len(repeated))
     return [example for _, example in first.values()]
 
 
-def table(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
+def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     """Return the first `limit` rows of a source, each with its number (counted from 1).
 
     Rows are unchanged, except that values of a hub data set that JSON cannot represent, such as dates, become
@@ -126,12 +126,12 @@ def table(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     broken = [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
-        if not encodes(row)
+        if not is_encodable(row)
         for name, value in row.items()
-        if not encodes([name, value])
+        if not is_encodable([name, value])
     ]
     if broken:
-        raise problems("bad row", broken)
+        raise data_error("bad row", broken)
     return rows
 
 
@@ -162,14 +162,14 @@ def _check_commit(source: SourceSection, loaded: Any) -> None:
     """
     folders = {Path(file["filename"]).parent.name for file in loaded.cache_files}  # named after the commit
     commits = {name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)}
-    if commits and commits != {commit("dataset", str(source.path), source.revision)}:
+    if commits and commits != {resolve_commit("dataset", str(source.path), source.revision)}:
         raise MissingInputError(
             f"{source.path} is here as of {', '.join(sorted(commits))}, not of revision {source.revision}",
             "fetch it once with a network, or name the revision that is here",
         )
 
 
-def encodes(value: Any) -> bool:
+def is_encodable(value: Any) -> bool:
     """True if a value can be written as UTF-8; False if it has half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -187,7 +187,7 @@ _DEMO_HINTS = {
 def local_file(source: SourceSection) -> Path | None:
     """Return the file that a source names, None if its path may be a hub id; MissingInputError otherwise."""
     if source.path is None:
-        raise no_path()
+        raise missing_path_error()
     path = Path(source.path)
     if path.is_file():
         return path
@@ -204,7 +204,7 @@ def may_be_hub_id(path: str) -> bool:
     return not Path(path).exists() and not named_as_file and path.count("/") == 1
 
 
-def no_path(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
+def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
     """Return the error for a missing `data.path`."""
     return ConfigError("data.path is not set", hint)
 
@@ -239,7 +239,7 @@ def gold_field(value: Any) -> str:
     return str(value).strip()
 
 
-class Empty(ValueError):
+class EmptyRowError(ValueError):
     """Raised for a row with an empty prompt or response."""
 
 
@@ -257,8 +257,8 @@ def _example(kind: str, row: dict[str, Any]) -> Example:
         prompt, response = text_field(row, prompt_field), text_field(row, response_field)
         fields = {prompt_field, response_field}
     if not prompt.strip() or not response.strip():
-        raise Empty("prompt or response is empty")
-    gold = gold_field(row.get("gold")) or gold_of(response)
+        raise EmptyRowError("prompt or response is empty")
+    gold = gold_field(row.get("gold")) or gold_from_response(response)
     extra = {name: value for name, value in row.items() if name not in fields | {"gold"}}
     return Example(id_of([prompt, response]), prompt, response, gold, extra)
 

@@ -149,7 +149,7 @@ class EngineCache:
         if spec != self._spec or self._engine is None:
             self.close()
             # Importing the engine's module imports transformers, which would load these for seconds.
-            with libraries.hidden(*libraries.UNUSED):
+            with libraries.hide_packages(*libraries.UNUSED):
                 engine = engines.pick(spec.engine)
             self._context = engine.open(spec, server, say)
             self._engine, self._spec = self._context.__enter__(), spec  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SLOTS = 64
 """Completions that are decoded at the same time, unless a setting says otherwise."""
-FREE = 0.25
+FREE_SHARE = 0.25
 """Share of free slots at which waiting prompts are prefilled or, if none waits, the KV cache shrinks."""
 
 
@@ -118,7 +118,7 @@ class _Batcher:
         waiting, active, free = deque(order), list[_Slot](), list(range(self.slots))
         while waiting or active:
             # Prefill several prompts at a time: that computes their common prefix once.
-            if waiting and (not active or len(free) >= FREE * self.slots):
+            if waiting and (not active or len(free) >= FREE_SHARE * self.slots):
                 items = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 computed = [_Slot(i, free.pop(), len(prompts[i]), self._uniforms(seeds[i])) for i in items]
                 logits = self._prefill([prompts[i] for i in items], [slot.row for slot in computed])
@@ -126,7 +126,7 @@ class _Batcher:
             else:
                 computed = active
                 logits = self._decode(active)  # (slots computed, vocabulary), as from a prefill
-            for slot, token in zip(computed, self._pick(logits, computed), strict=True):
+            for slot, token in zip(computed, self._sample(logits, computed), strict=True):
                 slot.ids.append(token)
                 slot.complete = self.stop.reached(slot.ids)
                 slot.ended = slot.complete or len(slot.ids) == self.stop.sampling.max_new_tokens
@@ -136,7 +136,7 @@ class _Batcher:
                     yield slot.item, Completion(slot.ids, slot.complete)
             active = [slot for slot in active if not slot.ended]
             # Attention computes every row of the cache. Once no prompt waits, free rows are never used again.
-            if not waiting and active and len(active) <= (1 - FREE) * self.cache.rows:
+            if not waiting and active and len(active) <= (1 - FREE_SHARE) * self.cache.rows:
                 self._compact(active)
 
     def _uniforms(self, seed: int) -> list[float]:
@@ -178,7 +178,7 @@ class _Batcher:
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(states).float()  # type: ignore[no-any-return]
 
-    def _pick(self, logits: Tensor, slots: list[_Slot]) -> list[int]:
+    def _sample(self, logits: Tensor, slots: list[_Slot]) -> list[int]:
         """Choose the next token of each slot from its row of `logits` (slots, vocabulary)."""
         sampling = self.stop.sampling
         if not sampling.temperature:

@@ -91,7 +91,7 @@ class InProcess:
         for i, length in too_long:
             yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
         prompts = [prompt for prompt in prompts if len(prompt[0]) <= longest]
-        for size in batches([ids for ids, _, _ in prompts]):
+        for size in batch_sizes([ids for ids, _, _ in prompts]):
             batch, prompts = prompts[:size], prompts[size:]
             with float32_head(self.model):
                 logits = self._last_logits([ids for ids, _, _ in batch])  # (batch, vocabulary)
@@ -108,9 +108,9 @@ class InProcess:
                 probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
                 yield i, ChoiceResult(probabilities, mass)
 
-    def at_once(self, requests: list[ChoiceRequest]) -> int:
+    def largest_batch(self, requests: list[ChoiceRequest]) -> int:
         """Size of the largest batch of these requests, which must be without thinking."""
-        return max(batches(sorted(ids for ids, _ in self._tokenized(requests))))
+        return max(batch_sizes(sorted(ids for ids, _ in self._tokenized(requests))))
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
@@ -199,7 +199,7 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def batches(prompts: list[list[int]]) -> Iterator[int]:
+def batch_sizes(prompts: list[list[int]]) -> Iterator[int]:
     """Yield the number of prompts in each packed batch, in the order of the sorted prompts.
 
     A batch computes its common prefix once. Of n prompts with `total` tokens it costs

@@ -24,9 +24,9 @@ from stages.engines.openai.client import Client
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
-from stages.models.load_errors import config_of, positions
+from stages.models.load_errors import load_config, max_positions
 from stages.runtime import resources
-from stages.runtime.process_guard import guarded
+from stages.runtime.process_guard import guarded_command
 
 HOST = "127.0.0.1"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -92,7 +92,7 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
 
     Errors are ignored: vLLM reports them itself.
     """
-    if model.of_hub:
+    if model.may_be_on_hub:
         from huggingface_hub import snapshot_download
 
         say(f"fetching what is missing of {model.name}")
@@ -141,7 +141,7 @@ def _running(
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
     guard = subprocess.Popen(
-        guarded(command),
+        guarded_command(command),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -201,10 +201,10 @@ def _command(
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # generation_config: the model's own file (with a repetition penalty, say) would change requests.
     arguments: dict[str, Any] = {
-        "max_model_len": longest(model, server, extra),
+        "max_model_len": context_length(model, server, extra),
         "generation_config": "vllm",
     }
-    if model.of_hub:
+    if model.may_be_on_hub:
         arguments["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and turns float32 into bfloat16 on a GPU. Weights of
     # fewer than 16 bits have kernels for some types only, and vLLM knows which.
@@ -217,7 +217,7 @@ def _command(
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 
-def longest(model: ModelSection, server: ServerSection, extra: dict[str, Any]) -> int:
+def context_length(model: ModelSection, server: ServerSection, extra: dict[str, Any]) -> int:
     """Return `server.max_model_len`, or the model's context length if that is shorter.
 
     vLLM does not start with more, unless the user stretches the model by vLLM's own settings.
@@ -228,7 +228,7 @@ def longest(model: ModelSection, server: ServerSection, extra: dict[str, Any]) -
     ):
         return server.max_model_len
     try:
-        context = positions(config_of(model))
+        context = max_positions(load_config(model))
     except LoraparError:  # vLLM may know how to read it; if not, it says so
         context = None
     return min(server.max_model_len, context or server.max_model_len)

@@ -13,8 +13,8 @@ from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
 from stages.engines.openai.schema import TokenId
 from stages.errors import AnswerError, ArtifactError
-from stages.prompts.renderer import Asked
-from stages.store.artifacts import AWAY
+from stages.prompts.renderer import RenderedPrompt
+from stages.store.artifacts import MOVE_AWAY_HINT
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
@@ -53,14 +53,15 @@ class CachedAnswer(BaseModel):
         """Index of the likeliest word."""
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: Asked) -> AnswerText:
+    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt) -> AnswerText:
         """The likeliest word, or the text without special tokens, up to the first stop text.
 
         Raises ArtifactError if the number of shares is not that of the prompt's words.
         """
         if len(self.shares) != len(prompt.words):
             raise ArtifactError(
-                f"a journal of answers has {len(self.shares)} shares for {len(prompt.words)} words", AWAY
+                f"a journal of answers has {len(self.shares)} shares for {len(prompt.words)} words",
+                MOVE_AWAY_HINT,
             )
         if self.shares:
             shares = [round(share, 6) for share in self.shares]
@@ -82,7 +83,7 @@ class AnswerCache:
 
     def __init__(
         self,
-        prompts: list[Asked],
+        prompts: list[RenderedPrompt],
         benchmark: BenchmarkSection,
         renderer: Renderer,
         identity: dict[str, Any],
@@ -146,7 +147,7 @@ class AnswerCache:
 
     def _record(self, slot: tuple[int, int], answer: dict[str, Any]) -> None:
         i, n = slot
-        self._journal.keep((self._keys[i], n), answer)
+        self._journal.add((self._keys[i], n), answer)
 
     def _choice_request(self, i: int) -> ChoiceRequest:
         return ChoiceRequest(self._prompts[i].ids, self._prompts[i].words)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.data.rows import read, shots_source
 from stages.errors import DataError
-from stages.prompts.answers import extract, rewrite, same
-from stages.prompts.renderer import Asked
+from stages.prompts.answers import equals_gold, extract, rewrite
+from stages.prompts.renderer import RenderedPrompt
 from stages.records import Example
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Context:
 
 
 def grade_final_answer(
-    example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = same
+    example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = equals_gold
 ) -> Grade:
     """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way.
 
@@ -67,12 +67,12 @@ def with_gold(examples: list[Example]) -> list[Example]:
     return examples
 
 
-def by_prompt(
+def render_prompts(
     examples: list[Example],
     section: BenchmarkSection,
     renderer: Renderer,
     read_shots: Callable[[SourceSection], list[Example]] = read,
-) -> list[Asked]:
+) -> list[RenderedPrompt]:
     """Render a prompt for each example, after `section.shots` worked examples in the answer format.
 
     read_shots: reads the worked examples from their source.
@@ -92,6 +92,6 @@ def by_prompt(
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
     prompts = []
     for example in examples:
-        text = renderer.prompt(example.prompt, shots, of=example)
-        prompts.append(Asked(text, renderer.ids(text), stop))
+        text = renderer.prompt(example.prompt, shots, example=example)
+        prompts.append(RenderedPrompt(text, renderer.ids(text), stop))
     return prompts

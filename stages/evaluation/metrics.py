@@ -9,15 +9,15 @@ from stages.records import OUTCOMES, Sample
 
 def compute_metrics(samples: list[Sample], groups: tuple[str, ...]) -> dict[str, Any]:
     """Metrics of all samples, per system if there are labels, and per value of each field in `groups`."""
-    metrics = {"all": figures(samples)}
+    metrics = {"all": accuracy_metrics(samples)}
     for k in (1, 2):
         if of_system := [sample for sample in samples if sample.system == k]:
-            metrics[f"system{k}"] = figures(of_system)
+            metrics[f"system{k}"] = accuracy_metrics(of_system)
     for name in groups:
         by_value: dict[str, list[Sample]] = {}
         for sample in samples:
             by_value.setdefault(str(sample.extra.get(name)), []).append(sample)
-        of_values = {value: figures(subset) for value, subset in sorted(by_value.items())}
+        of_values = {value: accuracy_metrics(subset) for value, subset in sorted(by_value.items())}
         accuracies = [row["accuracy"] for row in of_values.values() if row["accuracy"] is not None]
         metrics["all"][f"macro_over_{name}"] = sum(accuracies) / len(accuracies) if accuracies else None
         metrics[f"by_{name}"] = of_values
@@ -33,14 +33,14 @@ def headline(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def figures(samples: list[Sample]) -> dict[str, Any]:
+def accuracy_metrics(samples: list[Sample]) -> dict[str, Any]:
     """Accuracy by both readings with 95 % intervals over items, outcome counts, and pass@k where it exists.
 
     `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers, and
     `tokens` is their mean length. Choices have no length.
     """
     outcomes = Counter(sample.outcome for sample in samples)
-    items = graded(samples)
+    items = answers_by_item(samples)
     result: dict[str, Any] = {"n": len(items), "answers": len(samples)}
     result |= {name: outcomes[name] for name in OUTCOMES}
     for suffix, reading in (("", "correct"), ("_flexible", "correct_flexible")):
@@ -59,7 +59,7 @@ def figures(samples: list[Sample]) -> dict[str, Any]:
     return result
 
 
-def graded(samples: list[Sample]) -> dict[str, list[Sample]]:
+def answers_by_item(samples: list[Sample]) -> dict[str, list[Sample]]:
     """The answers to each item, without the items that have a refused answer: those count neither way.
 
     If only the refused answer were dropped, the item's other answers would stand for it, and pass@k would

@@ -21,7 +21,7 @@ from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError
 from stages.evaluation.answer_cache import CachedAnswer
 from stages.models.base import load_adapted, load_base
-from stages.prompts.renderer import Asked
+from stages.prompts.renderer import RenderedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ MAX_TOKENS = 64
 
 @torch.no_grad()
 def check(
-    pairs: list[tuple[Asked, CachedAnswer]],
+    pairs: list[tuple[RenderedPrompt, CachedAnswer]],
     model: ModelSection,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,7 +77,7 @@ def check(
 
 
 def _logit_gaps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Asked, answer: CachedAnswer
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, answer: CachedAnswer
 ) -> list[float]:
     """Logit gap to the argmax, for each answer token; for a choice, to the likeliest of the words."""
     # The words of a choice may begin with the same tokens: the choice falls at the token after these.

@@ -11,10 +11,10 @@ from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
-from stages.models.load_errors import config_of, load_errors
+from stages.models.load_errors import load_config, load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
-from stages.prompts.answers import letter, number
+from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.renderer import IGNORED, Renderer
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
             label is None and isinstance(example.extra.get("system"), str)
             for label, example in zip(labels, rows.examples, strict=True)
         ),
-        never_stops=renderer.never_stop(rendered),
+        never_stops=renderer.rows_without_stop(rendered),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(first[: prompts[0]]), tokenizer.decode(first[prompts[0] :])),
         section=section,
@@ -135,9 +135,9 @@ def _kind(example: Example) -> str:
         return "tests"
     if example.gold is None:
         return "none"
-    if number(example.gold) is not None:
+    if parse_number(example.gold) is not None:
         return "number"
-    return "letter" if letter(example.gold, whole=True) else "text"
+    return "letter" if extract_letter(example.gold, leading_only=True) else "text"
 
 
 def _model(model: ModelSection) -> tuple[int | None, set[str]]:
@@ -147,7 +147,7 @@ def _model(model: ModelSection) -> tuple[int | None, set[str]]:
 
     from stages.lora.adapter.adapter import linear_modules
 
-    config = config_of(model)
+    config = load_config(model)
     with load_errors("model", model), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     return getattr(config, "max_position_embeddings", None), linear_modules(base)

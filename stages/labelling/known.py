@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.data.rows import instruction
 from stages.errors import DataError
-from stages.records import Example, Labelled, problems, read_jsonl
+from stages.records import Example, Labelled, data_error, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ def with_known_labels(
         elif value is not None:
             wrong.append(f"{key[:60]}: {value!r}")
     if wrong:
-        raise problems(f"label in {where} that is neither 1 nor 2", wrong)
+        raise data_error(f"label in {where} that is neither 1 nor 2", wrong)
     key_of = {e.id: next((key for key in _keys(e) if key in systems), None) for e in examples}
     if ambiguous := sorted({key[:60] for key in key_of.values() if key and len(systems[key]) > 1}):
-        raise problems(f"row with both labels in {where}", ambiguous)
+        raise data_error(f"row with both labels in {where}", ambiguous)
     rows = [Labelled(e, min(systems[match]) if (match := key_of[e.id]) else None, {}) for e in examples]
     unlabelled = sum(row.system is None for row in rows)
     if required and unlabelled == len(rows):
@@ -94,7 +94,7 @@ def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
             bad.append(f"{path}:{number}")
         yield from ((key, row.get(field)) for key in keys)
     if bad:
-        raise problems(f"line without {field} or without one of {', '.join(KEYS)}", bad)
+        raise data_error(f"line without {field} or without one of {', '.join(KEYS)}", bad)
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.data.rows import encodes
+from stages.data.rows import is_encodable
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.known import system_of
-from stages.records import Example, problems, read_jsonl
+from stages.records import Example, data_error, read_jsonl
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaCont
     target: name of the model that a role-playing voter plays.
     """
     file = Path(voter.shots_path) if voter.shots_path else SHOTS
-    worked_examples = shots(file, voter.shots) if personas.has(voter.persona, "few-shot") else ()
+    worked_examples = shots(file, voter.shots) if personas.has_trait(voter.persona, "few-shot") else ()
     return PersonaContext(target, show_answer, voter.words, worked_examples)
 
 
@@ -75,12 +75,12 @@ def read_labelled_examples(path: Path) -> list[CalibrationExample]:
     examples, bad = [], []
     for number, row in read_jsonl(path):
         system = system_of(row.get("system"))
-        if system and isinstance(row.get("question"), str) and encodes(row):
+        if system and isinstance(row.get("question"), str) and is_encodable(row):
             examples.append(CalibrationExample(row["question"], str(row.get("answer", "")), system))
         else:
             bad.append(f"{path}:{number}")
     if bad:
-        raise problems("a labelled example needs question, answer and system 1 or 2", bad)
+        raise data_error("a labelled example needs question, answer and system 1 or 2", bad)
     if len({row.system for row in examples}) < 2:
         raise DataError(f"{path} has examples of one system only")
     return examples

@@ -134,7 +134,7 @@ class VoterLog:
         answer = {"example": request.example.id, "system2": system2, "mass": result.mass}
         if result.text:
             answer["text"] = result.text
-        self._journal.keep((self._key(request.example), request.sample), answer)
+        self._journal.add((self._key(request.example), request.sample), answer)
         if system2 is None:
             self._invalid.append(result.text)
 

@@ -100,14 +100,14 @@ def _four_bit(dtype: str) -> dict[str, Any]:
 def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Add a new adapter to the base model."""
     # PEFT would load bitsandbytes here, also for a base that does not use it.
-    with libraries.hidden(*libraries.UNUSED):
+    with libraries.hide_packages(*libraries.UNUSED):
         return get_peft_model(base, config)  # type: ignore[return-value]
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
     """Load the base model with the adapter in `folder` beside its weights, by plain PEFT."""
     base = load_base(model)
-    with libraries.hidden(*libraries.UNUSED):
+    with libraries.hide_packages(*libraries.UNUSED):
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 

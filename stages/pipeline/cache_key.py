@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
-from stages.data.hub import commit
+from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
 from stages.models.bundled import MAKERS
@@ -54,7 +54,7 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
     if voter.urls:
         assert voter.model is not None
         return voter.model
-    model = voter.asks(config.model)
+    model = voter.voting_model(config.model)
     settings = _answer_changing({**config.server.vllm, **voter.vllm}) if voter.engine == "vllm" else {}
     if model.dtype != "auto":
         settings = {"dtype": model.dtype, **settings}
@@ -79,7 +79,7 @@ def of_source(source: SourceSection, cache: DigestCache) -> str:
     if isinstance(source, BenchmarkSection) and source.tasks:
         return cache.folder(Path(source.path)) if source.path else ""
     file = local_file(source)
-    return cache.file(file) if file else commit("dataset", str(source.path), source.revision)
+    return cache.file(file) if file else resolve_commit("dataset", str(source.path), source.revision)
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
@@ -104,9 +104,9 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
             raise MissingInputError(f"{path} is not a model folder: no config.json")
         return cache.folder(path)
     bundled = path.name in MAKERS and path.parent.name == "models"  # elsewhere it may be one of the hub's
-    if not model.of_hub or bundled:
+    if not model.may_be_on_hub or bundled:
         hint = (
             f"lorapar fetch {path.name} makes it, in models/" if bundled else "a hub id is NAME or OWNER/NAME"
         )
         raise MissingInputError(f"no model folder {model.name}", hint)
-    return commit("model", model.name, model.revision)
+    return resolve_commit("model", model.name, model.revision)

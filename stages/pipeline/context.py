@@ -30,7 +30,7 @@ class StageContext:
     checkpoints: Checkpoints
     dtype: str
     """The dtype in which this machine loads the model; empty if the stage loads none."""
-    again: bool
+    force: bool
     """True if existing results are to be computed again (--force)."""
     engines: EngineCache
     progress: Progress

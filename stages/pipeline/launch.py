@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from stages.config import LaunchSection
-from stages.config.yaml import values
+from stages.config.yaml import read_yaml
 from stages.errors import (
     ConfigError,
     LoraparError,
@@ -27,7 +27,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
-        environment = {**_threads(launch), **os.environ, distributed.FAILURE: str(failure)}
+        environment = {**_threads(launch), **os.environ, distributed.FAILURE_ENV: str(failure)}
         code = process_guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def _command(launch: LaunchSection) -> list[str]:
             raise MissingInputError(
                 f"launch.config {launch.config} is not a file", "write it with: accelerate config"
             )
-        settings = values(Path(launch.config), f"launch.config {launch.config}")
+        settings = read_yaml(Path(launch.config), f"launch.config {launch.config}")
         if not isinstance(settings, dict):
             raise ConfigError(
                 f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
@@ -99,7 +99,7 @@ def gpu_split(launch: LaunchSection) -> tuple[int, float]:
     if launch.backend == "single" or launch.config is not None:
         return 1, 1.0
     number, gpus = processes(launch)
-    return number if gpus else 1, 1 / max(1, number) if launch.divides else 1.0
+    return number if gpus else 1, 1 / max(1, number) if launch.shards_base else 1.0
 
 
 def _threads(launch: LaunchSection) -> dict[str, str]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import Config
-from stages.data.rows import no_path
+from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ArtifactError, ConfigError, DataError, Ended
 from stages.pipeline.context import StageContext
 from stages.pipeline.stages import order, section
-from stages.pipeline.state import State, current, rebuild, state
+from stages.pipeline.state import State, rebuild_hint, require_current, state
 from stages.pipeline.steps import Step, ancestors
 from stages.progress import Progress
 from stages.records import read_labels
@@ -44,12 +44,12 @@ def run_step(
     if not force and (artifact := _current_artifact(store, step, state(store, step))):
         return artifact, False
     with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
-        inputs = {name: current(store, upstream) for name, upstream in step.inputs.items()}
+        inputs = {name: require_current(store, upstream) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if not force and (artifact := _current_artifact(store, step, now)):
             return artifact, False  # another process has made it meanwhile
         if now.state == "damaged" and not force:
-            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
+            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
         distributed.barrier()  # no process changes the store before all have read its state
         out = (
             store.start_partial(stage.name, step.key)
@@ -135,7 +135,7 @@ def _context(
     digests = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
         config.root / step.stage.name / "checkpoints" / step.key,
-        key_of({"inputs": digests, "processes": distributed.size(), "dtype": dtype}),
+        key_of({"inputs": digests, "processes": distributed.world_size(), "dtype": dtype}),
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
     return StageContext(
@@ -146,7 +146,7 @@ def _context(
         journals=Path(config.runs_dir),
         checkpoints=checkpoints,
         dtype=dtype,
-        again=force,
+        force=force,
         engines=engines,
         progress=progress,
     )
@@ -178,7 +178,7 @@ def _provenance(
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dtype": job.dtype} if job.dtype else {}),
-        "processes": distributed.size(),
+        "processes": distributed.world_size(),
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }
@@ -196,7 +196,7 @@ def check_enough_system2_rows(config: Config, steps: dict[str, Step]) -> None:
     if now.state != "current" or now.artifact is None:
         return
     number = sum(row.system == 2 for row in read_labels(now.artifact.path / "labels.jsonl"))
-    if number < (needed := config.rl.prompts_per_step - config.rl.replayed):
+    if number < (needed := config.rl.prompts_per_step - config.rl.replay_prompts):
         raise DataError(
             f"{number} rows are labelled System 2, fewer than the {needed} that a step of RL has",
             "lower rl.prompts_per_step, or other voters, or a known share: --set classify.system2_share=0.5",
@@ -240,7 +240,7 @@ def pending_stages(
         raise ConfigError(f"--from {first} comes after --to {last}")
     needed = ancestors(steps, last)
     if not needed:
-        raise no_path()
+        raise missing_path_error()
     # A stage can occur twice: after SFT, its adapter is scored again for RL.
     groups = [
         (name, list(group)) for name, group in groupby(needed.values(), key=lambda step: step.stage.name)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import REGIONS, UNTRAINED, Config
+from stages.config import REGIONS, UNTRAINED_TARGETS, Config
 from stages.evaluation.benchmarks import benchmarks
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import cache_key
@@ -69,7 +69,7 @@ def _classify_variants(config: Config) -> tuple[str, ...]:
 
 
 def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
-    if strategies.has(config.partition.strategy, "unscored"):
+    if strategies.has_trait(config.partition.strategy, "unscored"):
         return ()
     return ("classify:train", "sft") if scored == "rl" else ("classify:train",)
 
@@ -129,7 +129,7 @@ def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
 def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     target, _, name = variant.partition("@")
     benchmark = config.eval.benchmarks[name]
-    items = config.eval.untrained_items if target in UNTRAINED else None
+    items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
     return {
         **({"items": items} if items else {}),
         **_model_key(config, variant, cache),

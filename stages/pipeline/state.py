@@ -72,7 +72,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def current(store: Store, step: Step) -> Artifact:
+def require_current(store: Store, step: Step) -> Artifact:
     """The artifact of a step if it is current.
 
     Else raises ArtifactError or MissingInputError, with the command that helps.
@@ -82,13 +82,13 @@ def current(store: Store, step: Step) -> Artifact:
         assert now.artifact is not None
         return now.artifact
     if now.state == "damaged":
-        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild(store, step))
+        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
         f"{step.name} is {now.state} ({now.why})",
         f"run: lorapar run CONFIG --to {step.stage.name}, with the same --set",
     )
 
 
-def rebuild(store: Store, step: Step) -> str:
+def rebuild_hint(store: Store, step: Step) -> str:
     """The hint for a damaged artifact. Only that goes: journals of answers beside it can still be used."""
     return f"move {store.folder(step.stage.name, step.key)} away and run the same command again"

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.config import Config
 from stages.config.fields import cache_key_fields
-from stages.data.rows import no_path
+from stages.data.rows import missing_path_error
 from stages.pipeline.stages import Stage, order, section
 from stages.store.digests import DigestCache, key_of
 
@@ -42,7 +42,7 @@ def plan_steps(config: Config) -> dict[str, Step]:
     Without `data.path` nothing is trained, and only the base can be evaluated.
     """
     if config.data.path is None and set(config.eval.targets) - {"base"}:
-        raise no_path("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
+        raise missing_path_error("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     steps: dict[str, Step] = {}
     waiting = [(stage, variant) for stage in order(config) for variant in stage.variants(config)]

@@ -15,10 +15,10 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from stages.config import UNTRAINED, Config, LaunchSection
-from stages.engines.continuous_batching import FREE, SLOTS
-from stages.engines.in_process import batches
-from stages.errors import lacks_memory
+from stages.config import UNTRAINED_TARGETS, Config, LaunchSection
+from stages.engines.continuous_batching import FREE_SHARE, SLOTS
+from stages.engines.in_process import batch_sizes
+from stages.errors import is_out_of_memory
 from stages.labelling.personas import held_out
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
@@ -58,7 +58,7 @@ class CostModel:
         try:
             return by_stage.get(step.stage.name, lambda _: UNKNOWN)(step.variant)
         except Exception as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # Not even the small batch that is measured fits.
             return Cost(memory=MemoryEstimate(activations=self.profiler.room + 1))
@@ -69,7 +69,7 @@ class CostModel:
         seconds = (rows + held-out examples) · Σ_voters samples · prompt tokens · token_s
         """
         config, rows, voters = self.config, self.texts.rows[variant], self.config.classify.voters
-        if config.labelled_by(variant) != "vote" or not rows:
+        if config.labelling_strategy(variant) != "vote" or not rows:
             return NOTHING
         if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
             return UNKNOWN  # other models vote (the base itself in 16 bits), or think at unknown length
@@ -78,7 +78,7 @@ class CostModel:
         prompts: Any  # token ids
         for voter, requests in zip(voters, ballots, strict=True):
             prompts = sorted(request.text for request in requests[:PROMPT_SAMPLE])
-            size = max(batches(prompts))
+            size = max(batch_sizes(prompts))
             row_tokens += voter.samples * per_text(prompts, size)
             largest_batch = max(largest_batch, size * per_text(prompts, size))
         measured = self.profiler.measure_votes(ballots[0])
@@ -96,7 +96,7 @@ class CostModel:
         seconds = min(2 · score.examples, rows) · row tokens · token_s
         """
         score = self.config.score
-        if strategies.has(self.config.partition.strategy, "unscored"):
+        if strategies.has_trait(self.config.partition.strategy, "unscored"):
             return NOTHING
         rows = self.texts.trained_rows("score")
         measured = self.profiler.measure_training(rows[: score.batch_size], True, 0.0, False)
@@ -140,7 +140,7 @@ class CostModel:
         if self.config.baseline is not None:
             return UNKNOWN
         examples = number if rl.data == "all" else number * (1 - SYSTEM1)
-        new_prompts = rl.prompts_per_step - rl.replayed
+        new_prompts = rl.prompts_per_step - rl.replay_prompts
         steps = steps_of(int(examples // new_prompts), rl, rl.num_iterations)
         if not steps:
             hint = "lower rl.prompts_per_step"
@@ -191,13 +191,13 @@ class CostModel:
         target, _, name = variant.partition("@")
         evaluation, rows = self.config.eval, self.texts.rows[name]
         section = evaluation.benchmarks[name]
-        if target in UNTRAINED:
+        if target in UNTRAINED_TARGETS:
             rows = rows[: evaluation.untrained_items]
         if not rows:
             return UNKNOWN
         limit, slots = generation_limit(section), min(self.config.server.batch_size, len(rows))
         prompts = self.texts.prompts[name]
-        trained = target not in UNTRAINED and self.texts.rows["train"]
+        trained = target not in UNTRAINED_TARGETS and self.texts.rows["train"]
         response = min(float(limit), self.texts.responses.mean) if trained else float(limit)
         read_tokens = per_text(prompts[:PROMPT_SAMPLE], slots)
         thread_s = self._generation_s(len(rows) * section.samples, read_tokens, response)
@@ -221,7 +221,7 @@ class CostModel:
         Slots of answers that have ended are computed, too, until a share of FREE has ended.
         """
         prefill, decode = self.generation
-        return answers * (read_tokens * prefill.token_s + response * (1 + FREE) * decode.token_s)
+        return answers * (read_tokens * prefill.token_s + response * (1 + FREE_SHARE) * decode.token_s)
 
     def _cost(
         self, thread_s: float, memory: MemoryEstimate | None, launched: LaunchSection | None = None,

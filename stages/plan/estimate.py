@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from stages.config import Config
-from stages.errors import lacks_memory
+from stages.errors import is_out_of_memory
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Span
 from stages.runtime import libraries
@@ -89,7 +89,7 @@ def knobs(step: str, config: Config) -> str:
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """Predict the cost of these steps from some seconds of measuring the model."""
-    with libraries.hidden(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
         from stages.plan.cost_model import CostModel
         from stages.plan.profiler import Profiler, one_thread
         from stages.plan.prompt_lengths import Texts, spans
@@ -103,7 +103,7 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
         try:
             profiler = Profiler(config, texts.tokenizer, threads)
         except Exception as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             log.warning("the base does not fit on this device, so nothing could be measured")
             return Estimate(unknown, lengths)

@@ -92,7 +92,7 @@ class Profiler:
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}  # tied weights count once
         self.weights_mib = sum(weights.values()) / resources.MIB
         self.copy_mib = 0.0 if self._on_gpu else self.weights_mib  # on a GPU no stage holds a second copy
-        self.libraries_mib = max(0.0, resources.peak_of_scarce() - self.weights_mib)
+        self.libraries_mib = max(0.0, resources.peak_device_memory() - self.weights_mib)
         layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
         self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
@@ -143,7 +143,7 @@ class Profiler:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        with adapter.dropping_out(model, dropout):
+        with adapter.lora_dropout(model, dropout):
             self._training[kind] = Measurement(tokens, *self._time(work))
         if checkpointing:
             model.gradient_checkpointing_disable()
@@ -219,11 +219,11 @@ class Profiler:
         seconds = mib = 0.0
         for _ in range(2):
             resources.reset_peak()
-            in_use, begin = resources.peak_of_scarce(), self._clock()
+            in_use, begin = resources.peak_device_memory(), self._clock()
             work()
             if self._on_gpu:
                 torch.cuda.synchronize()
-            seconds, mib = self._clock() - begin, resources.peak_of_scarce() - in_use
+            seconds, mib = self._clock() - begin, resources.peak_device_memory() - in_use
             if seconds >= ENOUGH_S:
                 break
         return seconds, mib

@@ -10,11 +10,11 @@ from stages.config import BenchmarkSection, Config, Voter
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
-from stages.engines.openai import client
+from stages.engines.openai.requests import max_reply_tokens
 from stages.errors import DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import persona_context, personas
-from stages.models.load_errors import config_of, positions
+from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Lengths, Span, sampled
@@ -115,11 +115,11 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
     config, rows, number = texts.config, texts.rows, len(texts.rows["train"])
     data, rl, stages = config.data, config.rl, {step.stage.name for step in steps}
     for name in (step.variant for step in steps if step.stage.name == "classify"):
-        if config.labelled_by(name) != "vote" or not rows[name]:
+        if config.labelling_strategy(name) != "vote" or not rows[name]:
             continue
         for voter, ballots in zip(config.classify.voters, texts.ballots(name), strict=True):
             if ballots:
-                reply = 0 if voter.engine == "transformers" else max(map(client.replied, ballots))
+                reply = 0 if voter.engine == "transformers" else max(map(max_reply_tokens, ballots))
                 lengths = Lengths.of(len(ballot.text) for ballot in ballots)
                 title = f"vote on {name}, {voter.persona}"
                 yield Span(title, len(rows[name]), lengths, *_limit(config, voter.engine, reply), "fail")
@@ -142,9 +142,9 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
 def _limit(config: Config, engine: str, reply: int) -> tuple[str, int | None]:
     """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one."""
     if engine == "transformers":
-        limit, name = positions(config_of(config.model)), "what the model reads"
+        limit, name = max_positions(load_config(config.model)), "what the model reads"
     else:
-        limit, name = vllm.longest(config.model, config.server, {}), "server.max_model_len"
+        limit, name = vllm.context_length(config.model, config.server, {}), "server.max_model_len"
     if limit is None:
         return name, None
     return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply

@@ -45,7 +45,7 @@ def extract(text: str, answer_format: str) -> Extracted:
     strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
     if strict is None:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
-    if number(strict) is not None:
+    if parse_number(strict) is not None:
         return Extracted(strict, strict)
     remainder = strict if answer_format == "xml" else text[text.rindex(strict) :]
     return Extracted(strict, _last_number(remainder) or strict)
@@ -101,7 +101,7 @@ LONGEST_NUMBER = 200
 """Number of characters above which a text is not read as one number (with its unit)."""
 
 
-def number(text: str) -> Fraction | None:
+def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a text that is one number, else None.
 
     Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words
@@ -151,7 +151,7 @@ _NAMINGS = [
 """Ways to name a choice; those that say which one is right come before those that may mention any."""
 
 
-def letter(text: str, whole: bool = False) -> str | None:
+def extract_letter(text: str, leading_only: bool = False) -> str | None:
     """Return the choice, A to J, that a text names after its thought, or None.
 
     A text that begins with a choice names that one: `B`, `(B)`, `B.` and `B) because` do, `Because` and
@@ -160,7 +160,7 @@ def letter(text: str, whole: bool = False) -> str | None:
     """
     text = after_thought(text)
     first_letter = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
-    if first_letter or whole:
+    if first_letter or leading_only:
         return first_letter[1] if first_letter else None
     for naming in _NAMINGS:
         if named := naming.findall(text):
@@ -172,10 +172,10 @@ def letter(text: str, whole: bool = False) -> str | None:
 def matches_gold(answer: str | None, gold: str) -> bool:
     """True if an extracted answer is the `same` as gold, or names the letter (A to J) that gold is."""
     names_letter = answer is not None and re.fullmatch(r"\s*[A-J]\s*", gold)
-    return same(answer, gold) or bool(names_letter and letter(str(answer)) == gold.strip())
+    return equals_gold(answer, gold) or bool(names_letter and extract_letter(str(answer)) == gold.strip())
 
 
-def same(answer: str | None, gold: str) -> bool:
+def equals_gold(answer: str | None, gold: str) -> bool:
     """True if an answer equals the gold answer: as numbers if gold is one, else as `same_text`.
 
     If both have a unit, the words of one have to begin with those of the other: `7 days a week` equals
@@ -207,7 +207,7 @@ def _normalized(text: str) -> str:
     return " ".join(text.casefold().strip(_EDGES).split())
 
 
-def gold_of(response: str) -> str | None:
+def gold_from_response(response: str) -> str | None:
     """Return the verifiable answer of a reference response whose last line has `#### answer`, else None.
 
     In earlier lines `####` may be a heading, so it does not count.

@@ -14,7 +14,7 @@ STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\
 _FUTURE_IMPORT = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
 
 
-def code_of(output: str, prompt: str, entry: str, chat: bool) -> str | None:
+def program_from_output(output: str, prompt: str, entry: str, chat: bool) -> str | None:
     """Return the program that a model's output makes of `prompt`, the beginning of the function `entry`.
 
     Without `chat`, the output continues the prompt and ends at the first STOP text. In a chat, the code block

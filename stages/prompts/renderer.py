@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.config import DataSection, PromptSection
-from stages.errors import ConfigError, DataError, lacks_memory
+from stages.errors import ConfigError, DataError, is_out_of_memory
 from stages.prompts.answers import rewrite
-from stages.records import Example, Labelled, problems
+from stages.records import Example, Labelled, data_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RenderedPrompt:
     """The rendered prompt of one item, and how its answer is read."""
 
     text: str
@@ -63,7 +63,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
         )
         return str(text)
     except Exception as error:  # a template is a program: it may raise anything
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
         roles = ", ".join(message["role"] for message in messages)
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
@@ -116,7 +116,7 @@ class Renderer:
             messages.append({"role": "assistant", "content": shot_answer})
         return [*messages, {"role": "user", "content": question}]
 
-    def prompt(self, question: str, shots: Shots = (), of: Example | None = None) -> str:
+    def prompt(self, question: str, shots: Shots = (), example: Example | None = None) -> str:
         """Render the text that a model continues: worked examples, then the question.
 
         of: the example that the question is from; its label selects the system message.
@@ -126,20 +126,20 @@ class Renderer:
         not.
         """
         if self.section.template == "chat":
-            return chat(self.tokenizer, self._messages(question, shots, of))
+            return chat(self.tokenizer, self._messages(question, shots, example))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
         worked = "".join(
             f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
         )
-        return f"{self._plain_system(of)}{worked}Question: {question}\nAnswer:\n"
+        return f"{self._plain_system(example)}{worked}Question: {question}\nAnswer:\n"
 
     def _plain_system(self, example: Example | None) -> str:
         """Return the system message as the template `plain` writes it, before all other text."""
         message = self._system(example)
         return f"{message}\n\n" if message else ""
 
-    def few_shot(self, head: str, shots: Shots, last: str, of: Example) -> tuple[str, list[int]]:
+    def few_shot(self, head: str, shots: Shots, last: str, example: Example) -> tuple[str, list[int]]:
         """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
 
         head: text before the worked examples. last: the question. of: the example that the question is from.
@@ -147,10 +147,10 @@ class Renderer:
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
-            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], of))
+            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], example))
         else:
             worked = "".join(f"{shot_question} {shot_answer}\n\n" for shot_question, shot_answer in shots)
-            text = self._plain_system(of) + head + worked + last
+            text = self._plain_system(example) + head + worked + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:
@@ -166,7 +166,7 @@ class Renderer:
 
     def row(self, example: Example) -> Row:
         """Tokenise an example: its prompt, its response in the answer format, and the end marker."""
-        prompt = self.ids(self.prompt(example.prompt, of=example))
+        prompt = self.ids(self.prompt(example.prompt, example=example))
         response = rewrite(example.response, example.gold, self.section.answer_format)
         answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
@@ -185,7 +185,7 @@ class Renderer:
             if data.too_long == "truncate" and any(label != IGNORED for label in labels):
                 rows.append(Row(row.id, row.input_ids[: data.max_length], labels))
         if too_long and data.too_long == "error":
-            raise problems(
+            raise data_error(
                 f"longer than data.max_length {data.max_length}",
                 too_long,
                 "raise it, or --set data.too_long=drop (or truncate)",
@@ -194,7 +194,7 @@ class Renderer:
             raise DataError(f"no row fits into data.max_length {data.max_length}")
         return rows, len(too_long)
 
-    def never_stop(self, rows: list[Row]) -> list[str]:
+    def rows_without_stop(self, rows: list[Row]) -> list[str]:
         """Return the ids of rows that do not end in a stop token: cut ones, or with an end of many tokens."""
         return [row.id for row in rows if row.labels[-1] not in self.stop_ids]
 

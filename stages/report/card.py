@@ -13,7 +13,7 @@ import yaml
 
 from stages.config import ModelSection, ServerSection
 from stages.data.rows import may_be_hub_id
-from stages.engines.vllm import longest, lora_flags
+from stages.engines.vllm import context_length, lora_flags
 from stages.report.results_table import ResultsCell, ResultsTable
 from stages.store.artifacts import Artifact
 
@@ -121,7 +121,7 @@ def _untrained_note(form: Form, config: dict[str, Any], base_dtype: bool) -> str
 
 def _base_model_line(base: str) -> str:
     """Write the metadata line of the base model, or nothing for a folder, which the hub would refuse."""
-    return f"base_model: {base}\n" if ModelSection(name=base).of_hub else ""
+    return f"base_model: {base}\n" if ModelSection(name=base).may_be_on_hub else ""
 
 
 def _revision_argument(model: dict[str, Any]) -> str:
@@ -180,7 +180,7 @@ def _server_flags(artifact: Artifact, config: dict[str, Any]) -> str:
         ModelSection.model_validate(config["model"]),
         ServerSection.model_validate(config["server"]),
     )
-    return f"--generation-config vllm{dtype_flag} --max-model-len {longest(model, server, {})}"
+    return f"--generation-config vllm{dtype_flag} --max-model-len {context_length(model, server, {})}"
 
 
 def _learned(view: View, config: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.config import REGIONS
 from stages.errors import ConfigError
-from stages.evaluation.metrics import accuracy_by_item, figures, graded
+from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
@@ -58,7 +58,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
         for group in groups:
             if group not in answers:
                 continue
-            measures = figures(answers[group])
+            measures = accuracy_metrics(answers[group])
             low, high = measures["interval"] or (None, None)
             test = _tested(answers_by_target[against].get(group, []), answers[group]) if against else None
             yield {
@@ -103,7 +103,10 @@ def _tested(reference: list[Sample], samples: list[Sample]) -> PairedTest | None
     """
     if {sample.id for sample in reference} != {sample.id for sample in samples}:
         return None
-    baseline, accuracies = accuracy_by_item(graded(reference)), accuracy_by_item(graded(samples))
+    baseline, accuracies = (
+        accuracy_by_item(answers_by_item(reference)),
+        accuracy_by_item(answers_by_item(samples)),
+    )
     items = [item for item in accuracies if item in baseline]
     if not items:
         return None

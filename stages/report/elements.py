@@ -50,10 +50,10 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
 
 def _importance(config: Config, score: Artifact) -> Picture:
     """Plot the cumulative importance for each system, and say how many elements reach θ."""
-    from stages.lora.importance.masks import flat, read_importance
+    from stages.lora.importance.masks import flatten_weights, read_importance
 
     scores = read_importance(score.path / "importance.safetensors")
-    curves = {f"System {system}": _cumulative(flat(tensors)) for system, tensors in scores.items()}
+    curves = {f"System {system}": _cumulative(flatten_weights(tensors)) for system, tensors in scores.items()}
     theta = config.partition.theta
     needed = {
         name: next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0)
@@ -71,15 +71,15 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
     """
     import torch
 
-    from stages.lora.importance.masks import Masks, flat, read_importance
+    from stages.lora.importance.masks import Masks, flatten_weights, read_importance
     from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
     scores = {
-        system: flat(tensors).double()
+        system: flatten_weights(tensors).double()
         for system, tensors in read_importance(score.path / "importance.safetensors").items()
     }
     first, second = (scores[system] / scores[system].norm().clamp(min=1e-300) for system in (1, 2))
-    region = flat(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
+    region = flatten_weights(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     positive = (first > 0) & (second > 0)  # the axes are logarithmic
     groups = {}
     for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from stages.config import REGIONS, Config
-from stages.evaluation.metrics import accuracy_by_item, graded
+from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
@@ -171,7 +171,7 @@ def won_and_lost(
 
 
 def _answers(artifact: Artifact) -> Answers:
-    return graded(list(read_samples(artifact.path / "samples.jsonl")))
+    return answers_by_item(list(read_samples(artifact.path / "samples.jsonl")))
 
 
 def _training(artifacts: dict[str, Artifact]) -> list[Block]:

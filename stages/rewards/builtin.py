@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages.prompts.answers import extract, letter, matches_gold, number
+from stages.prompts.answers import extract, extract_letter, matches_gold, parse_number
 from stages.prompts.code import code_block
 from stages.registry import Registry
 from stages.runtime import resources
@@ -78,7 +78,7 @@ def brief(
 def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the strictly extracted answer is a whole number."""
     answers = [extract(text, style).strict for text, style in zip(completions, answer_format, strict=True)]
-    values = [number(answer) if answer is not None else None for answer in answers]
+    values = [parse_number(answer) if answer is not None else None for answer in answers]
     return [float(value is not None and value.denominator == 1) for value in values]
 
 
@@ -121,7 +121,9 @@ def number_match(completions: list[str], gold: list[str], answer_format: list[st
 @rewards.add()
 def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
     """1 if the text names the letter of gold (A to J) as its choice."""
-    return [float(letter(text) == answer.strip()) for text, answer in zip(completions, gold, strict=True)]
+    return [
+        float(extract_letter(text) == answer.strip()) for text, answer in zip(completions, gold, strict=True)
+    ]
 
 
 @rewards.add()

@@ -23,7 +23,7 @@ from stages.errors import (
     MeaninglessError,
     MissingInputError,
     SandboxError,
-    lacks_memory,
+    is_out_of_memory,
 )
 from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
@@ -59,7 +59,7 @@ def load(name: str, file: str | None) -> Reward:
     return rewards.pick(name)
 
 
-def columns(name: str, function: Reward) -> list[str]:
+def required_fields(name: str, function: Reward) -> list[str]:
     """Return the fields of the rows that a reward requires: its parameters without a default."""
     if name in _trl_names():
         return ["gold"] if "accuracy" in name else []
@@ -69,12 +69,12 @@ def columns(name: str, function: Reward) -> list[str]:
     return [name for name in required if name not in PASSED]
 
 
-def named(function: Reward) -> set[str]:
+def parameter_names(function: Reward) -> set[str]:
     """Return the fields that a reward has a parameter for, with or without a default."""
     return set(inspect.signature(function).parameters) - TAKEN
 
 
-def optional(rows: list[dict[str, Any]]) -> set[str]:
+def common_fields(rows: list[dict[str, Any]]) -> set[str]:
     """Return the fields that every reward gets: those that all rows have as a string, number or boolean.
 
     A field of lists or objects, of several types, or of integers beyond 64 bits is passed only to a reward
@@ -85,16 +85,16 @@ def optional(rows: list[dict[str, Any]]) -> set[str]:
     ]
     common = set.intersection(*types_of_rows)
     simple = {name for name, type_ in common if type_ in (str, float, bool) and name not in TAKEN}
-    return simple - beyond(rows, simple)
+    return simple - int64_overflows(rows, simple)
 
 
-def encoded(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
+def json_encoded_fields(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
     """Return those of the fields `names` that go through the data set as JSON strings.
 
     An Arrow column has one type, which would change lists, objects, mixed types and integers beyond 64 bits.
     """
     types = {name: {type(row.get(name)) for row in rows} - {type(None)} for name in names}
-    large = beyond(rows, types)
+    large = int64_overflows(rows, types)
     return frozenset(
         name
         for name, of_field in types.items()
@@ -102,7 +102,7 @@ def encoded(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def beyond(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
+def int64_overflows(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
     """Return those of the fields `names` with an integer of more than 64 bits, which no column can hold."""
     return {n for n in names for row in rows if type(row.get(n)) is int and not -(2**63) <= row[n] < 2**63}
 
@@ -116,7 +116,7 @@ def needs_sandbox(name: str, file: str | None) -> bool:
     return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
 
 
-def checked(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
+def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
     """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
@@ -132,7 +132,7 @@ def checked(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: A
         except SandboxFailure as error:
             raise SandboxError(f"reward {name}: {error}", "see: lorapar doctor") from error
         except Exception as error:
-            if isinstance(error, LoraparError) or lacks_memory(error):
+            if isinstance(error, LoraparError) or is_out_of_memory(error):
                 raise  # not a mistake in the reward function
             raise _error_with_sample(name, error, completions, columns, call) from error
         if len(values) != len(completions):
@@ -196,7 +196,7 @@ def _raises(
     return False
 
 
-def require(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
+def check_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
     """Raise DataError unless every row has the columns that each reward reads."""
     for name, fields in needed.items():
         for column in fields:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 1800
 """Timeout of collectives, equal to the trainers' default (`ddp_timeout`)."""
-FAILURE = "LORAPAR_FAILURE"
+FAILURE_ENV = "LORAPAR_FAILURE"
 """Environment variable with the path of the file in which a launched process reports its error."""
 
 
@@ -25,7 +25,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def size() -> int:
+def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
@@ -39,13 +39,13 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process has reached this point."""
-    if size() > 1:
+    if world_size() > 1:
         _state().wait_for_everyone()
 
 
 def all_equal(value: Any) -> bool:
     """True if `value` is the same in all processes."""
-    if size() == 1:
+    if world_size() == 1:
         return True
     from accelerate.utils import gather_object
 
@@ -55,7 +55,7 @@ def all_equal(value: Any) -> bool:
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor in place by its sum over all processes."""
-    if size() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         _state()
@@ -76,11 +76,11 @@ def report_failure(error: LoraparError) -> bool:
 
     Only the first error of all processes is kept.
     """
-    if not launched() or FAILURE not in os.environ:
+    if not launched() or FAILURE_ENV not in os.environ:
         return False
-    draft = f"{os.environ[FAILURE]}.{os.getpid()}"
+    draft = f"{os.environ[FAILURE_ENV]}.{os.getpid()}"
     with suppress(OSError):  # another process has reported already, or the disk is full
         with open(draft, "w", encoding="utf-8") as file:
             json.dump([error.exit_code, str(error), error.hint], file)
-        os.link(draft, os.environ[FAILURE])  # atomic, and fails if the file exists
-    return os.path.exists(os.environ[FAILURE])
+        os.link(draft, os.environ[FAILURE_ENV])  # atomic, and fails if the file exists
+    return os.path.exists(os.environ[FAILURE_ENV])

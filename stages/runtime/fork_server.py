@@ -228,7 +228,7 @@ def _set_command_line(arguments: list[str]) -> None:
 
 def _main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
-    with libraries.hidden(*libraries.UNUSED):
+    with libraries.hide_packages(*libraries.UNUSED):
         for name in sys.argv[3:-1]:
             importlib.import_module(name)
     if len(os.listdir("/proc/self/task")) > 1:

@@ -12,7 +12,7 @@ Where lorapar uses bitsandbytes (4-bit weights, 8-bit optimizers), they import i
 
 
 @contextmanager
-def hidden(*names: str) -> Iterator[None]:
+def hide_packages(*names: str) -> Iterator[None]:
     """Make packages look uninstalled in this context, unless they are loaded already.
 
     On exit the availability checks that transformers has cached meanwhile are cleared.

@@ -41,7 +41,7 @@ class Child(Waitable, Protocol):
         """Pipe whose closing ends the command."""
 
 
-def guarded(command: list[str]) -> list[str]:
+def guarded_command(command: list[str]) -> list[str]:
     """Wrap a command in a guard, which ends it and all of its children when its standard input closes."""
     return [sys.executable, "-I", "-S", __file__, *command]
 
@@ -51,7 +51,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a guarded command. out: file for its stdout and stderr; by default those of this process."""
     return subprocess.Popen(
-        guarded(command),
+        guarded_command(command),
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=subprocess.STDOUT if out else None,
@@ -81,7 +81,7 @@ def guard(command: list[str]) -> int:
     """Run the keeper of a command, and return the exit code."""
     with contextlib.suppress(PermissionError):  # this process leads a session already
         os.setsid()
-    keep = [*guarded([KEEP]), *command]
+    keep = [*guarded_command([KEEP]), *command]
     keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, start_new_session=True)
     return shell_exit_code(wait_guarded(keeper, keeper.pid))
 

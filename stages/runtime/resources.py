@@ -81,7 +81,7 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
-def peak_of_scarce() -> int:
+def peak_device_memory() -> int:
     """Peak memory in MiB: of the GPU if there is one, else of this process."""
     peaks = peak_memory()
     return peaks.get("device", 0) if _has_gpu() else peaks["process"]

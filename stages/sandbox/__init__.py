@@ -13,7 +13,7 @@ from stages.sandbox.backends import BACKENDS, Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 from stages.sandbox.selftest import selftest
 
-__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "examine", "of"]
+__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "backend_problems", "from_settings"]
 
 SAFE = ("bubblewrap", "landlock")
 HINT = (
@@ -39,12 +39,12 @@ class Sandbox:
         except SandboxFailure:
             return pair.check(BACKENDS[self.name], program, tests, entry, setup, self.limits)
 
-    def plain(self, program: str, tests: str, entry: str) -> bool:
+    def check_in_one_process(self, program: str, tests: str, entry: str) -> bool:
         """True if the tests pass with program and tests in one process, as in HumanEval's own script."""
         return pair.plain(BACKENDS[self.name], program, tests, entry, self.limits)
 
 
-def examine() -> dict[str, list[str]]:
+def backend_problems() -> dict[str, list[str]]:
     """Test each safe back end on this machine. Returns its problems, one line each; an empty list if none."""
     return {name: selftest(BACKENDS[name]) for name in SAFE}
 
@@ -60,7 +60,7 @@ class SandboxSettings(Protocol):
     def memory_mb(self) -> int: ...
 
 
-def of(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
+def from_settings(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
     """Return the sandbox that a config section selects."""
     return choose(section.backend, Limits(section.seconds, section.memory_mb), say)
 

@@ -22,7 +22,7 @@ from stages.store.digests import canonical_json, fsync, sha256_file
 from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
-AWAY = "move it away and run the stage again"
+MOVE_AWAY_HINT = "move it away and run the stage again"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Artifact:
         return None
 
 
-def readable(folder: Path, files: Iterable[Path]) -> None:
+def make_readable(folder: Path, files: Iterable[Path]) -> None:
     """Give files the folder's read and write permissions: safetensors writes files for their owner only."""
     mode = 0o666 & folder.stat().st_mode  # the folder's mode follows the umask
     for file in files:
@@ -95,13 +95,13 @@ class Store:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             schema = manifest["schema"]
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", AWAY) from None
+            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", MOVE_AWAY_HINT) from None
         if isinstance(schema, int) and schema > SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {schema}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
             )
         if reason := manifest_error(manifest, path.name.split(".")[0]):
-            raise ArtifactError(f"{path} is a foreign artifact: {reason}", AWAY)
+            raise ArtifactError(f"{path} is a foreign artifact: {reason}", MOVE_AWAY_HINT)
         return Artifact(path, manifest)
 
     def integrity_error(self, artifact: Artifact) -> str | None:
@@ -171,7 +171,7 @@ class Store:
         partial, final = self.partial(stage, key), self.folder(stage, key)
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
         entries = {}
-        readable(partial, files)
+        make_readable(partial, files)
         for file in files:
             fsync(file)
             entries[file.relative_to(partial).as_posix()] = {

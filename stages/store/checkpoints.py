@@ -16,7 +16,7 @@ from stages.store.digests import fsync, sha256_file
 log = logging.getLogger(__name__)
 
 SEAL = "lorapar-checkpoint.json"
-KEPT = 2
+SAVE_TOTAL_LIMIT = 2
 
 
 class _Seal(BaseModel):
@@ -53,7 +53,7 @@ class Checkpoints:
         (path / SEAL).write_text(json.dumps({"of": self._inputs, "files": digests}), encoding="utf-8")
         for written in (path / SEAL, path, path.parent):
             fsync(written)
-        for old in self._newest_first()[KEPT:]:
+        for old in self._newest_first()[SAVE_TOTAL_LIMIT:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from stages.errors import ArtifactError, OutputError, faults
+from stages.errors import ArtifactError, OutputError, validation_messages
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
@@ -92,7 +92,7 @@ class Journal:
                 self._file.close()
                 lock.release()
 
-    def keep(self, question: Question, answer: dict[str, Any]) -> None:
+    def add(self, question: Question, answer: dict[str, Any]) -> None:
         """Append an answer. After this call a kill cannot lose it, but a power failure still can."""
         digest, sample = question
         self._schema.model_validate(answer)
@@ -167,7 +167,7 @@ class Journal:
                 answer |= self._schema.model_validate(answer).model_dump(exclude_unset=True)
             except ValidationError as error:
                 raise ArtifactError(
-                    f"{self.path}:{number} is not a valid answer: {faults(error)[0]}",
+                    f"{self.path}:{number} is not a valid answer: {validation_messages(error)[0]}",
                     "move the file away, and the same command asks again",
                 ) from None
             self._answers[key.question, key.sample] = answer

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from stages.errors import faults
+from stages.errors import validation_messages
 from stages.store.digests import canonical_json, key_of
 
 SCHEMA = 2
@@ -61,7 +61,7 @@ def manifest_error(manifest: Any, key: str) -> str | None:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        return f"its manifest is invalid: {faults(error)[0]}"
+        return f"its manifest is invalid: {validation_messages(error)[0]}"
     try:
         if manifest["key"] != key or key_of(manifest["identity"]) != key:
             return f"its manifest is not that of key {key}"

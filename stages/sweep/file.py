@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
-from stages.config.yaml import tree
-from stages.errors import ConfigError, LoraparError, MissingInputError, faults
+from stages.config.yaml import read_with_extends
+from stages.errors import ConfigError, LoraparError, MissingInputError, validation_messages
 
 ROW_KEYS = ("base", "columns")
 """Keys of a row that are not settings of the config."""
@@ -209,7 +209,7 @@ def _row_columns(settings: dict[str, Any]) -> dict[str, Any]:
 def is_table(path: Path) -> bool:
     """True if a file is a table (it has columns), not a config; also if it cannot be read."""
     try:
-        return "columns" in tree(path)
+        return "columns" in read_with_extends(path)
     except (OSError, LoraparError):
         return True
 
@@ -219,9 +219,9 @@ def read(path: Path) -> TableFile:
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")
     try:
-        file = TableFile.model_validate(tree(path, _resolve_bases))
+        file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:
-        raise mistakes_error(path, faults(error)) from None
+        raise mistakes_error(path, validation_messages(error)) from None
     if mistakes := list(file.mistakes()):
         raise mistakes_error(path, mistakes)
     return file

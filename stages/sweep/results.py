@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.evaluation.metrics import accuracy_by_item, graded
+from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
@@ -180,7 +180,9 @@ def reading(column: Column) -> str:
 def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:
     """Map each item of the column's group to its answers, without items that have a refused answer."""
     in_group = group_filter("" if column.qualifier == FLEXIBLE else column.qualifier)
-    return graded([sample for sample in read_samples(artifact.path / "samples.jsonl") if in_group(sample)])
+    return answers_by_item(
+        [sample for sample in read_samples(artifact.path / "samples.jsonl") if in_group(sample)]
+    )
 
 
 def group_filter(group: str) -> Callable[[Sample], bool]:

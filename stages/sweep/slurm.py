@@ -19,9 +19,9 @@ from typing import Any
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from stages.config.yaml import values
+from stages.config.yaml import read_yaml
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
-from stages.runtime.process_guard import guarded
+from stages.runtime.process_guard import guarded_command
 from stages.sweep.file import mistakes_error
 from stages.sweep.graph import PLANNED, ArtifactId, Node
 from stages.sweep.local import BUSY, is_current
@@ -62,7 +62,7 @@ class Call:
 
     def _run(self) -> int:
         self._child = subprocess.Popen(
-            guarded([sys.executable, "-m", "lorapar_cli", *self.command]),
+            guarded_command([sys.executable, "-m", "lorapar_cli", *self.command]),
             stdin=subprocess.PIPE,
             preexec_fn=_ignore_job_signals,
             env=os.environ | {PLANNED: self.planned},
@@ -231,7 +231,7 @@ def settings(path: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
         from submitit import SlurmExecutor
     except ImportError:
         raise ConfigError("--slurm needs the package submitit", "pip install 'lorapar[slurm]'") from None
-    tree = values(path, str(path)) or {}
+    tree = read_yaml(path, str(path)) or {}
     allowed = SlurmExecutor._valid_parameters() - RESERVED
     mistakes = []
     for name, section in tree.items() if isinstance(tree, dict) else [(type(tree).__name__, None)]:

@@ -263,7 +263,7 @@ def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, m
     assert len(set(lengths)) > 5, "answers end at different times"
     assert answers(model, tokenizer, prompts, sampling) == wanted
     assert rows[0] == (12, 12) and rows[-1][1] < 6
-    assert all(of * (1 - continuous_batching.FREE) < used <= of for used, of in rows)
+    assert all(of * (1 - continuous_batching.FREE_SHARE) < used <= of for used, of in rows)
     rows.clear()
     assert answers(model, tokenizer, prompts, sampling, slots=4) == wanted
     used = [number for number, _ in rows]

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
-from stages.engines.in_process import PADDED_BATCH, InProcess, batches, word_tokens
+from stages.engines.in_process import PADDED_BATCH, InProcess, batch_sizes, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -61,11 +61,11 @@ def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fit
 
 def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
     first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
-    assert list(batches(first + second)) == [5, 4]
-    assert list(batches([[i, 5, 6] for i in range(7)])) == [7]
+    assert list(batch_sizes(first + second)) == [5, 4]
+    assert list(batch_sizes([[i, 5, 6] for i in range(7)])) == [7]
     monkeypatch.setattr("stages.engines.in_process.BATCH_TOKENS", 52)
-    assert list(batches(first + second)) == [2, 2, 1, 2, 2]
-    assert list(batches([])) == []
+    assert list(batch_sizes(first + second)) == [2, 2, 1, 2, 2]
+    assert list(batch_sizes([])) == []
 
 
 def test_words_must_differ_in_one_token(engine):

@@ -15,7 +15,7 @@ from mock_server import Mock, probability, serve
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
 from stages.engines.openai import client, transport
-from stages.engines.openai.choices import word_of
+from stages.engines.openai.choices import parse_word
 from stages.engines.openai.client import Client
 from stages.engines.openai.errors import retry_after_seconds
 from stages.errors import ConfigError, ServerError
@@ -179,7 +179,7 @@ WORDS = ("System1", "System2")
     ],
 )
 def test_a_word_is_read_strictly(text, found):
-    assert word_of(text, WORDS) == found
+    assert parse_word(text, WORDS) == found
 
 
 SURROGATE = json.dumps({"choices": [{"message": {"content": "System1\nbecause \ud800"}}]})

@@ -66,8 +66,8 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
 
 def test_a_killed_parent_leaves_no_server(tiny):
     code = (
-        "import sys\nfrom stages.engines import Served, vllm\nfrom stages.config import *\n"
-        "served = Served('vllm', ModelSection(name=sys.argv[1]))\n"
+        "import sys\nfrom stages.engines import EngineSpec, vllm\nfrom stages.config import *\n"
+        "served = EngineSpec('vllm', ModelSection(name=sys.argv[1]))\n"
         "with vllm.open(served, ServerSection(), lambda t: print(t, flush=True)) as c:\n"
         "    import time; time.sleep(100)"
     )

@@ -11,7 +11,7 @@ from stages.eval import _grade_answers, _outcome
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import Asked, Renderer
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example, Labelled
 
 DEMO = BenchmarkSection(kind="demo", path="x.jsonl")
@@ -27,7 +27,7 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def test_a_choice_is_the_likeliest_word(tokenizer):
-    asked = Asked("", [], (), (" A", " B", " C", " D"))
+    asked = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
     assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
 
 
@@ -39,12 +39,12 @@ def test_a_line_of_a_journal_that_is_no_answer(odd):
 
 def test_a_line_of_a_journal_that_is_the_answer_to_another_question(tokenizer):
     with pytest.raises(ArtifactError, match="has 3 shares for 2 words"):
-        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, Asked("", [], (), (" A", " B")))
+        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, RenderedPrompt("", [], (), (" A", " B")))
 
 
 def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
-    given = CachedAnswer(ids=written, complete=False).text(tokenizer, Asked("", [], ("\nQ", "\nX")))
+    given = CachedAnswer(ids=written, complete=False).text(tokenizer, RenderedPrompt("", [], ("\nQ", "\nX")))
     assert (given.text, given.complete, given.extra) == ("#### 5", True, {"tokens": len(written)})
 
 
@@ -52,7 +52,7 @@ def test_each_answer_is_graded_against_its_own_item(tokenizer):
     golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
     rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
     recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
-    asked, renderer = [Asked("", [])] * 3, Renderer(tokenizer, PromptSection())
+    asked, renderer = [RenderedPrompt("", [])] * 3, Renderer(tokenizer, PromptSection())
     found = _grade_answers(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
     assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
         ("4", True, True, "correct"),
@@ -77,7 +77,7 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
 
     section = DEMO.model_copy(update={"samples": 3, "temperature": 0.8})
     renderer = Renderer(tokenizer, PromptSection())
-    replies = AnswerCache([Asked("x", [5])], section, renderer, {}, tmp_path, regenerate=False)
+    replies = AnswerCache([RenderedPrompt("x", [5])], section, renderer, {}, tmp_path, regenerate=False)
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
     assert [replies.answers[0, n].ids for n in range(3)] == [[65], [66], [67]]

@@ -8,7 +8,7 @@ from scipy.stats import binomtest, sem, t
 
 from stages.evaluation.benchmarks import jsonl, mmlu
 from stages.evaluation.grading import Context, grade_final_answer
-from stages.evaluation.metrics import compute_metrics, figures
+from stages.evaluation.metrics import accuracy_metrics, compute_metrics
 from stages.evaluation.statistics import interval, wilson
 from stages.records import Example, Sample
 from stages.report.comparison import compared
@@ -115,7 +115,7 @@ def test_systems_have_their_own_items():
 
 def test_both_readings_have_their_own_accuracy():
     given = answers({"a": ["wrong"], "b": ["correct"]})
-    found = figures([replace(one, correct_flexible=True) for one in given])
+    found = accuracy_metrics([replace(one, correct_flexible=True) for one in given])
     assert (found["accuracy"], found["accuracy_flexible"]) == (0.5, 1.0)
     guessed = grade_final_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
     assert (guessed.strict, guessed.flexible) == (None, "18")
@@ -123,11 +123,13 @@ def test_both_readings_have_their_own_accuracy():
 
 
 def test_pass_at_k_and_tokens_by_hand():
-    found = figures(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
+    found = accuracy_metrics(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
     assert (found["pass@1"], found["pass@5"]) == pytest.approx((0.2, 0.5))
     two = answers({"a": ["wrong"] * 2})
     assert (
-        figures([replace(one, extra={"tokens": n}) for one, n in zip(two, (4, 10), strict=True)])["tokens"]
+        accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in zip(two, (4, 10), strict=True)])[
+            "tokens"
+        ]
         == 7
     )
 

@@ -15,7 +15,7 @@ from stages.evaluation.benchmarks import gsm8k, humaneval, mmlu
 from stages.evaluation.grading import Context
 from stages.evaluation.statistics import wilson
 from stages.pipeline.resolve import registries
-from stages.prompts.answers import number
+from stages.prompts.answers import parse_number
 from stages.sandbox import Limits, Sandbox, backends
 from stages.sandbox.selftest import selftest
 
@@ -41,13 +41,13 @@ def problems():
 
 def test_every_gsm8k_answer_is_a_number_and_its_own_text_is_right(problems):
     assert len(problems) == 8792
-    assert all(number(e.gold) is not None for e in problems)
+    assert all(parse_number(e.gold) is not None for e in problems)
     grades = [gsm8k.grade(e, e.response, HASH) for e in problems]
     assert all(grade.correct and grade.correct_flexible for grade in grades)
 
 
 def test_another_row_s_answer_is_right_as_often_as_chance_has_it(problems, capsys):
-    values = Counter(number(e.gold) for e in problems)
+    values = Counter(parse_number(e.gold) for e in problems)
     n = len(problems)
     chance = sum(count * (count - 1) for count in values.values()) / (n * (n - 1))
     others = problems[:]

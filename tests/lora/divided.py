@@ -1,4 +1,4 @@
-"""What a divided base holds and answers, in the processes of a launcher; test_sharding.py starts it."""
+"""What a divided base holds and answers, in the processes of a launcher; test_fsdp.py starts it."""
 
 import os
 import sys

@@ -48,7 +48,7 @@ pair = pytest.mark.skipif(not PAIR, reason="two processes need two devices")
 
 
 def launchers(what: str, optimizer: str) -> list[tuple[int, str]]:
-    """SFT under fsdp2 is compared with ddp's in test_sharding.py."""
+    """SFT under fsdp2 is compared with ddp's in test_fsdp.py."""
     if not PAIR or (optimizer != "AdamW" and not THOROUGH):
         return [SINGLE]
     divided = THOROUGH or what in ("rl, beta 0.04", "rl, both systems")

@@ -62,7 +62,7 @@ def watched(monkeypatch):
     """The questions of every call of the rewards, one list per call."""
     from stages.rewards import loading
 
-    calls, usual = [], loading.checked
+    calls, usual = [], loading.with_checks
 
     def checked(name, function, decoded, **fixed):
         def seen(completions, question, **given):
@@ -71,7 +71,7 @@ def watched(monkeypatch):
 
         return usual(name, seen, decoded, **fixed)
 
-    monkeypatch.setattr(loading, "checked", checked)
+    monkeypatch.setattr(loading, "with_checks", checked)
     return calls
 
 

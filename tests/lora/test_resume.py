@@ -90,7 +90,7 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     if stage == "rl" and config.rl.start_from == "sft":
         assert in_a_child(config, "sft", None) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "KEPT", 99)
+        patch.setattr(checkpoints, "SAVE_TOTAL_LIMIT", 99)
         patch.setattr(checkpoints.Checkpoints, "clear", lambda self: None)
         assert in_a_child(config, stage, None) == 0
     artifact = (home / "latest").resolve()

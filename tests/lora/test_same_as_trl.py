@@ -25,7 +25,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     from trl import SFTConfig, SFTTrainer
 
     from stages.prompts.renderer import Renderer
-    from stages.records import of_system, read_labels
+    from stages.records import examples_of_system, read_labels
 
     # No warm-up: there lorapar's rates are not the library's, as test_training says.
     settings = ["sft.max_steps=4", "sft.num_train_epochs=9", "sft.system2_share=0", "sft.warmup_ratio=0"]
@@ -42,7 +42,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     labels = read_labels(folder["classify:train"] / "labels.jsonl")
-    rows = [Renderer(tokenizer, config.prompt).row(example) for example in of_system(labels, 1)]
+    rows = [Renderer(tokenizer, config.prompt).row(example) for example in examples_of_system(labels, 1)]
     lora = LoraConfig(
         r=4,
         lora_alpha=32,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stages.config import PartitionSection
 from stages.errors import ConfigError, MeaninglessError
-from stages.lora.importance.masks import Masks, flat
+from stages.lora.importance.masks import Masks, flatten_weights
 from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, exact_total, strategies, top_set
 
 UNIT = Fraction(1, 2**149)
@@ -191,8 +191,8 @@ def test_masks_come_back_as_written(tmp_path):
     masks = Masks.from_flat(s.region, s.active["rl"], {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
     masks.write(tmp_path / "m.safetensors", "rl")
     back = Masks.load(tmp_path / "m.safetensors", "rl")
-    assert torch.equal(flat(back.region), s.region)
-    assert torch.equal(flat(back.active), s.active["rl"])
+    assert torch.equal(flatten_weights(back.region), s.region)
+    assert torch.equal(flatten_weights(back.active), s.active["rl"])
     assert back.active["a"].shape == (2, 1) and back.active["a"].dtype == torch.bool
 
 
@@ -223,7 +223,7 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
         masks = Masks.load(artifact.path / "masks.safetensors", stage)
         assert all(torch.equal(masks.active[name], region == only) for name, region in masks.region.items())
         told = artifact.manifest["summary"]
-        none, first, second, both = torch.bincount(flat(masks.region), minlength=4).tolist()
+        none, first, second, both = torch.bincount(flatten_weights(masks.region), minlength=4).tolist()
         assert none and first and second and both
         shares = first / (first + both), second / (second + both), both / (first + second + both)
         assert (told["s1_only_share"], told["s2_only_share"], told["jaccard"]) == pytest.approx(shares)

@@ -26,7 +26,7 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.stages import order
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Renderer
-from stages.records import Example, Labelled, decided, read_labels
+from stages.records import Example, Labelled, labelled_examples, read_labels
 from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints
 
@@ -244,7 +244,7 @@ def test_undecided_rows_are_trained_by_neither_stage(begun):
 def test_all_rows_undecided_is_an_error():
     rows = [Labelled(Example(str(i), "", "", None), None, {}) for i in range(3)]
     with pytest.raises(DataError, match="all 3 examples are undecided") as caught:
-        decided(rows)
+        labelled_examples(rows)
     assert caught.value.hint == "other voters, or lower classify.min_agreement and classify.quorum"
 
 
@@ -306,7 +306,7 @@ def test_the_cold_start_is_a_share_of_the_system_1_rows():
 
 def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     model = adapter.initial(load_base(begun().model), begun().lora, 0)
-    monkeypatch.setattr("stages.runtime.distributed.size", lambda: 2)
+    monkeypatch.setattr("stages.runtime.distributed.world_size", lambda: 2)
     model.get_base_model().config.router_aux_loss_coef = 0.1
     with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
         fsdp.shard_base(model, LaunchSection(backend="fsdp2"))

@@ -155,7 +155,7 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
     inputs["advantages"][silent] = 0
     usual = trl.prefix_groups
     monkeypatch.setattr(
-        trl, "groups_of", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
+        trl, "prefix_groups", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
     )
     if iterations == 2:
         noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))

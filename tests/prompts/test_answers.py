@@ -1,6 +1,13 @@
 import pytest
 
-from stages.prompts.answers import extract, gold_of, letter, number, rewrite, same
+from stages.prompts.answers import (
+    equals_gold,
+    extract,
+    extract_letter,
+    gold_from_response,
+    parse_number,
+    rewrite,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,7 +21,7 @@ from stages.prompts.answers import extract, gold_of, letter, number, rewrite, sa
     ],
 )  # fmt: skip
 def test_numbers(text, value):
-    assert number(text) == value
+    assert parse_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,7 @@ def test_extraction(text, style, strict, flexible):
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):
-    assert same(answer, gold) is right
+    assert equals_gold(answer, gold) is right
 
 
 @pytest.mark.parametrize(
@@ -64,19 +71,19 @@ def test_equality(answer, gold, right):
 )
 def test_a_heading_is_no_answer(response):
     """A response that does not end in `#### answer` stays whole."""
-    assert gold_of(response) is None
-    assert rewrite(response, gold_of(response), "hash") == response
+    assert gold_from_response(response) is None
+    assert rewrite(response, gold_from_response(response), "hash") == response
     assert rewrite(response, "5", "hash") == f"{response}\n#### 5"
     assert f"<reasoning>\n{response}\n</reasoning>" in rewrite(response, "5", "xml")
 
 
 def test_targets_are_rewritten():
     response = "3 * 4 = 12.\n#### 12"
-    assert gold_of(response) == "12"
+    assert gold_from_response(response) == "12"
     assert rewrite(response, "12", "hash") == response
     assert rewrite(response, "12", "xml") == "<reasoning>\n3 * 4 = 12.\n</reasoning>\n<answer>\n12\n</answer>"
     assert rewrite("free text", None, "xml") == "free text"
-    assert gold_of("So it is 5. #### 5.\n\n") == "5"
+    assert gold_from_response("So it is 5. #### 5.\n\n") == "5"
     other = "3 * 4 = 12.\n#### 13"  # its row has a gold answer of its own
     assert rewrite(other, "12", "hash") == response
     for style in ("hash", "xml"):
@@ -103,7 +110,7 @@ def test_targets_are_rewritten():
     ],
 )
 def test_the_choice_that_is_said_to_be_right(text, named):
-    assert letter(text) == named
+    assert extract_letter(text) == named
 
 
 @pytest.mark.parametrize(
@@ -141,4 +148,4 @@ def test_the_flexible_reading_begins_at_the_answer_that_was_found(text, flexible
     ],
 )  # fmt: skip
 def test_more_equality(answer, gold, same_):
-    assert same(answer, gold) is same_
+    assert equals_gold(answer, gold) is same_

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from stages.prompts.answers import extract, number, same
+from stages.prompts.answers import equals_gold, extract, parse_number
 
 # As written, and its value.
 WRITTEN = [
@@ -34,8 +34,10 @@ PLACES = [
 def test_numbers_in_their_places(written, value, place, strict):
     found = extract(place.format(written), "hash")
     assert (found.strict is not None) is strict
-    assert number(found.flexible) == Fraction(value)
-    assert same(found.flexible, str(value)) and not same(found.flexible, str(Fraction(value) + 1))
+    assert parse_number(found.flexible) == Fraction(value)
+    assert equals_gold(found.flexible, str(value)) and not equals_gold(
+        found.flexible, str(Fraction(value) + 1)
+    )
 
 
 # Text, and what the strict and the flexible reading make of it as a number.
@@ -62,8 +64,8 @@ ODD = [
 @pytest.mark.parametrize(("text", "strict", "flexible"), ODD)
 def test_what_is_odd(text, strict, flexible):
     found = extract(text, "hash")
-    assert (number(found.strict) if found.strict else None) == strict
-    assert (number(found.flexible) if found.flexible else None) == flexible
+    assert (parse_number(found.strict) if found.strict else None) == strict
+    assert (parse_number(found.flexible) if found.flexible else None) == flexible
 
 
 def test_the_table_has_at_least_300_cases():

@@ -59,7 +59,7 @@ def test_long_texts_are_read_at_once(text, style):
         (value,) = rewards.pick(name)(completions=[text], answer_format=[style], **GIVEN)
         assert value <= 1
     assert rewards.pick("correctness")(completions=[text], gold=[text], answer_format=[style])[0] in (0, 1)
-    assert answers.same("5", text) is answers.same(text, "5") is False
+    assert answers.equals_gold("5", text) is answers.equals_gold(text, "5") is False
     assert answers.rewrite(text, "5", style) and isinstance(code.code_block(text, "f"), str)
 
 
@@ -67,4 +67,4 @@ def test_long_texts_are_read_at_once(text, style):
 def test_an_answer_of_many_digits_equals_itself_alone(digits):
     """Those too long to be numbers are compared as texts (Python reads at most 4,300 digits)."""
     text = "9" * digits
-    assert answers.same(text, text) and not answers.same(text, text[1:])
+    assert answers.equals_gold(text, text) and not answers.equals_gold(text, text[1:])

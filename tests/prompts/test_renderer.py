@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.errors import ConfigError, DataError
-from stages.evaluation.grading import by_prompt
+from stages.evaluation.grading import render_prompts
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import IGNORED, Renderer, chat
 from stages.records import Example, Labelled
@@ -51,9 +51,9 @@ def test_a_system_message_by_label(tokenizer, template):
     renderer = Renderer(tokenizer, section, labels)
     for label, example in examples.items():
         wanted, other = ("quick", "good") if label == 1 else ("good", "quick")
-        assert wanted in (text := renderer.prompt(example.prompt, of=example)) and other not in text
+        assert wanted in (text := renderer.prompt(example.prompt, example=example)) and other not in text
         assert tokenizer.decode(renderer.row(example).input_ids).startswith(text)
-    assert "good" in Renderer(tokenizer, section).prompt(EXAMPLE.prompt, of=examples[1])
+    assert "good" in Renderer(tokenizer, section).prompt(EXAMPLE.prompt, example=examples[1])
     with pytest.raises(ValidationError, match="template bare has no system message"):
         PromptSection(by_system={2: "Think."}, template="bare")
 
@@ -71,19 +71,19 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
     assert renderer.stop_ids == [tokenizer.eos_token_id]
     assert renderer.prompt("b", [("a", "1")]) == "a<|im_end|>1<|im_end|>b<|im_end|>"
-    assert tokenizer.decode(renderer.few_shot("", [], "def f():", of=EXAMPLE)[1]) == f"{bos}def f():"
+    assert tokenizer.decode(renderer.few_shot("", [], "def f():", example=EXAMPLE)[1]) == f"{bos}def f():"
 
 
 def test_a_system_message_stands_before_a_benchmarks_prompt(tokenizer):
     renderer = Renderer(tokenizer, PromptSection(template="plain", system="Be brief."))
-    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", of=EXAMPLE)
+    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", example=EXAMPLE)
     assert text == "Be brief.\n\nAbout cats.\n\na? 1\n\nb?" and ids == renderer.ids(text)
 
 
 @pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])
 def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
     renderer = Renderer(tokenizer, PromptSection(template=template))
-    (asked,) = by_prompt([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
+    (asked,) = render_prompts([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
     assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
 
 

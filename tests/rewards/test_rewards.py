@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
-from stages.prompts.code import code_block, code_of, stub
+from stages.prompts.code import code_block, program_from_output, stub
 from stages.rewards import loading
 from stages.rewards.builtin import rewards
 from stages.sandbox import Limits, SandboxFailure, choose
@@ -117,7 +117,7 @@ def test_code_is_run_in_the_sandbox():
 )
 def test_any_beginning_of_a_function_can_be_run(prompt):
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
-    for text in (stub(prompt), code_of(answer, prompt, "f", chat=True)):
+    for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):
         compile(text, "", "exec")
     with pytest.raises(SyntaxError, match="no beginning of a Python program"):
         stub("Write a function.")
@@ -146,25 +146,25 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 def test_columns_are_what_a_reward_must_be_given():
     def needs(name, file=None):
-        return loading.columns(name, loading.load(name, file))
+        return loading.required_fields(name, loading.load(name, file))
 
     assert needs("correctness") == ["gold", "answer_format"]
     assert needs("code_tests") == ["test", "entry_point"]
     assert needs("text_overlap") == ["response"]
     rows = [{"a": 1, "b": 2**63, "c": "x"}, {"a": 2**63 - 1, "b": 1, "c": "y"}]
-    assert loading.optional(rows) == {"a", "c"}
+    assert loading.common_fields(rows) == {"a", "c"}
     assert needs("trl.think_format_reward") == []
     with pytest.raises(
         DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
     ):
-        loading.require({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
+        loading.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
 
 
 def test_rewards_get_the_fields_that_all_rows_have():
     """Of one simple type, and of no name that is TRL's own: it takes `image` for a picture."""
     row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
     rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
-    assert loading.optional(rows) == {"gold", "level"}
+    assert loading.common_fields(rows) == {"gold", "level"}
 
 
 def test_rewards_of_trl_take_plain_text():
@@ -213,7 +213,7 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample(file):
-    reward = loading.checked("broken", loading.load("broken", file))
+    reward = loading.with_checks("broken", loading.load("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(MeaninglessError) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
@@ -232,36 +232,36 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_stops(value):
-    reward = loading.checked("odd", lambda completions: [value])
+    reward = loading.with_checks("odd", lambda completions: [value])
     with pytest.raises(MeaninglessError, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
         reward(completions=["text"])
 
 
 def test_rewards_of_other_libraries_are_floats():
     given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
-    seen = loading.checked("odd", lambda completions: given)(completions=["text"] * 5)
+    seen = loading.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
 
 
 def test_none_is_a_reward_that_does_not_apply():
-    assert loading.checked("odd", lambda completions: [None])(completions=["text"]) == [None]
+    assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
 
 
 def test_a_reward_of_the_wrong_length_stops():
     with pytest.raises(MeaninglessError, match="reward odd gave 1 values for 2 completions"):
-        loading.checked("odd", lambda completions: [1.0])(completions=["a", "b"])
+        loading.with_checks("odd", lambda completions: [1.0])(completions=["a", "b"])
 
 
 def test_code_in_a_thought_is_a_draft():
     draft = "<think>\n```python\ndef f(x):\n    return 0\n```\n"
-    assert code_of(draft, "def f(x):\n", "f", chat=True) is None
+    assert program_from_output(draft, "def f(x):\n", "f", chat=True) is None
     answer = f"{draft}</think>\n```python\ndef f(x):\n    return 1\n```\n"
-    assert "return 1" in code_of(answer, "def f(x):\n", "f", chat=True)
+    assert "return 1" in program_from_output(answer, "def f(x):\n", "f", chat=True)
 
 
 def test_imports_from_the_future_come_first():
     answer = "```python\nfrom __future__ import annotations\n\ndef f(x: X) -> int:\n    return x + 1\n```"
-    program = code_of(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
+    program = program_from_output(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
     found = {}
     exec(compile(program, "program", "exec"), found)
     assert found["f"](1) == 2
@@ -316,7 +316,7 @@ def test_what_is_no_fault_of_a_reward_is_not_called_one():
         def reward(completions):
             raise error
 
-        return loading.checked("mine", reward)
+        return loading.with_checks("mine", reward)
 
     with pytest.raises(SandboxError, match="reward mine: bwrap"):
         failing(SandboxFailure("bwrap: no"))(completions=["a"])
@@ -328,5 +328,5 @@ def test_what_is_no_fault_of_a_reward_is_not_called_one():
 
 def test_a_name_that_others_have_for_the_response_is_explained():
     with pytest.raises(DataError) as caught:
-        loading.require({"f": ["answer"]}, [{"id": "a"}])
+        loading.check_fields({"f": ["answer"]}, [{"id": "a"}])
     assert "lorapar calls a row's answer `response`" in str(caught.value.hint)

@@ -23,8 +23,8 @@ time.sleep(300)
 """
 STARTER = f"""
 import subprocess, sys, time
-from stages.runtime.process_guard import guarded
-child = subprocess.Popen(guarded([sys.executable, "-c", {SERVER!r}]), stdin=subprocess.PIPE)
+from stages.runtime.process_guard import guarded_command
+child = subprocess.Popen(guarded_command([sys.executable, "-c", {SERVER!r}]), stdin=subprocess.PIPE)
 time.sleep(300)
 """
 

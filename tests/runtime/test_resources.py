@@ -20,7 +20,7 @@ def test_the_peak_is_of_what_was_used_since_it_was_forgotten():
     del block
     resources.reset_peak()
     assert resources.peak_memory()["process"] - before < 50
-    assert resources.peak_of_scarce() < resources.total_memory()
+    assert resources.peak_device_memory() < resources.total_memory()
 
 
 @pytest.mark.parametrize(

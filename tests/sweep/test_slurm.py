@@ -253,7 +253,9 @@ def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
 def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
     """As while another process makes the artifact: there is no child then."""
     call = slurm.Call(["x"], "")
-    monkeypatch.setattr(slurm, "guarded", lambda command: [sys.executable, "-c", "raise SystemExit(75)"])
+    monkeypatch.setattr(
+        slurm, "guarded_command", lambda command: [sys.executable, "-c", "raise SystemExit(75)"]
+    )
 
     def told(seconds):
         assert call.checkpoint().function.command == ["x"]

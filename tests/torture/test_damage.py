@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
 from stages.config import Config
-from stages.config.yaml import _names
+from stages.config.yaml import setting_names
 from stages.data.rows import read
 from stages.errors import LoraparError
 from stages.evaluation.answer_cache import CachedAnswer
@@ -214,7 +214,7 @@ ODD = [
 def test_odd_settings(tiny, demo_data, tmp_path, tally):
     """Every setting with every odd value."""
     known = [*paths(tiny, demo_data, tmp_path), "data.limit=4"]
-    pairs = [(name, value) for name in _names(Config) for value in ODD]
+    pairs = [(name, value) for name in setting_names(Config) for value in ODD]
     for name, value in pairs if FULL else tally.random.sample(pairs, 500):
         with trying(tally, f"{name}={value[:40]}"):
             config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={value}"])
@@ -287,7 +287,7 @@ def test_rows_from_a_grammar(tmp_path, tally):
 
 def test_settings_from_a_grammar(tmp_path, tally):
     file = tmp_path / "config.yaml"
-    names = sorted(_names(Config))
+    names = sorted(setting_names(Config))
 
     @grammar(given=st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=4))
     def check(given):

@@ -8,7 +8,7 @@ import re
 from stages.prompts.answers import after_thought
 
 
-def word_of(text: str, words: tuple[str, ...]) -> int | None:
+def parse_word(text: str, words: tuple[str, ...]) -> int | None:
     """Return the index of the word that a reply gives, or None if it gives no word or different ones.
 
     Reading is strict: the first or last line after the thinking must be the word and nothing else. Case,

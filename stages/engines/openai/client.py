@@ -27,18 +27,20 @@ from stages.engines import (
     Sampling,
     same_model,
 )
-from stages.engines.openai.choices import choice_probabilities, word_of
+from stages.engines.openai.choices import choice_probabilities, parse_word
 from stages.engines.openai.errors import ItemFailed, RequestRefused
 from stages.engines.openai.quirks import Quirks
+from stages.engines.openai.requests import (
+    MAX_WORD_TOKENS,
+    REPLY_TOKENS,
+    is_chat,
+    max_reply_tokens,
+    most_prompt_tokens,
+)
 from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, parse_count, parse_models
 from stages.engines.openai.transport import Session, Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
-MAX_WORD_TOKENS = 8
-REPLY_TOKENS = 16
-"""Room for a word and for what a model writes around it."""
-MESSAGE_BYTES = 64
-"""Upper bound of what a chat template puts around a message."""
 TOP_LOGPROBS = 20
 """The most alternatives that a vLLM server gives per token."""
 KEPT_TEXT = 200
@@ -60,11 +62,6 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
     client = Client(spec.urls, spec.model.name, key, server)
     say(f"asking {client.model} at {', '.join(spec.urls)}")
     yield client
-
-
-def replied(request: ChoiceRequest) -> int:
-    """Return the most tokens of a reply, for which the prompt must leave room."""
-    return request.max_thinking_tokens + REPLY_TOKENS if request.max_thinking_tokens else MAX_WORD_TOKENS
 
 
 class Client:
@@ -297,7 +294,7 @@ class Client:
     def _body(self, request: ChoiceRequest, tokens: int) -> tuple[str, dict[str, Any]]:
         """Return the path and the parameters that all requests for a choice have."""
         body = {"model": self.model, "max_tokens": tokens}
-        if _is_chat(request):
+        if is_chat(request):
             return "chat/completions", {**body, "messages": request.text}
         return "completions", {**body, "prompt": request.text}
 
@@ -309,21 +306,21 @@ class Client:
             **({"seed": request.seed} if request.temperature else {}),
         }
         text = await self._post(session, path, body, self._content)
-        index = word_of(text, request.words)
+        index = parse_word(text, request.words)
         # The chosen word has probability 1, the others 0.
         probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
         return ChoiceResult(probabilities, -1.0, text[-KEPT_TEXT:])
 
     async def _check_length(self, session: Session, request: ChoiceRequest) -> None:
         """Raise ItemFailed if a prompt is too long; the server counts its tokens if the upper bound is."""
-        room = self.max_model_len - replied(request)
-        if not self.max_model_len or _most_tokens(request) <= room:
+        room = self.max_model_len - max_reply_tokens(request)
+        if not self.max_model_len or most_prompt_tokens(request) <= room:
             return
-        if isinstance(request.text, list) and not _is_chat(request):
+        if isinstance(request.text, list) and not is_chat(request):
             count = len(request.text)
         else:
             url = f"{self.transport.urls[0].removesuffix('/v1')}/tokenize"
-            body = {"messages": request.text} if _is_chat(request) else {"prompt": request.text}
+            body = {"messages": request.text} if is_chat(request) else {"prompt": request.text}
             reply = await session.probe(url, {"model": self.model, **body})
             try:
                 count = parse_count(reply)
@@ -346,18 +343,3 @@ class Client:
             "return_token_ids": True,
             "add_special_tokens": False,
         }
-
-
-def _is_chat(request: ChoiceRequest) -> bool:
-    return not isinstance(request.text, str) and isinstance(request.text[0], dict)
-
-
-def _most_tokens(request: ChoiceRequest) -> int:
-    """Return an upper bound of the prompt's tokens without a tokenizer: a token is at least one byte."""
-    if isinstance(request.text, str):
-        return len(request.text.encode())
-    # Messages of a chat, or token ids.
-    return sum(
-        MESSAGE_BYTES + len(item["content"].encode()) if isinstance(item, dict) else 1
-        for item in request.text
-    )

@@ -42,7 +42,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def asks_proxy(*urls: str) -> bool:
+def uses_proxy(*urls: str) -> bool:
     """True if requests may go through the environment's proxy: not if all servers are on this machine."""
     return not all(httpx.URL(url).host in LOOPBACK for url in urls)
 
@@ -148,7 +148,7 @@ class Transport:
         # One connection per request: on one kept alive, a reply sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        proxy = asks_proxy(*self.urls)
+        proxy = uses_proxy(*self.urls)
         try:
             return httpx.AsyncClient(
                 headers=headers, timeout=self.server.timeout_s, limits=limits, trust_env=proxy

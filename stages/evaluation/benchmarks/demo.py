@@ -4,7 +4,7 @@ from typing import Any
 
 from stages.config import BenchmarkSection
 from stages.data import rows
-from stages.evaluation.grading import by_prompt, grade_final_answer, with_gold
+from stages.evaluation.grading import grade_final_answer, render_prompts, with_gold
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {"path": "data/demo/test.jsonl", "max_new_tokens": 48}
@@ -15,5 +15,5 @@ def load(section: BenchmarkSection) -> list[Example]:
     return with_gold(rows.read(section))
 
 
-ask = by_prompt
+ask = render_prompts
 grade = grade_final_answer

@@ -5,8 +5,8 @@ from typing import Any
 from stages.config import BenchmarkSection
 from stages.data import rows
 from stages.errors import DataError
-from stages.evaluation.grading import by_prompt, grade_final_answer, with_gold
-from stages.prompts.answers import number
+from stages.evaluation.grading import grade_final_answer, render_prompts, with_gold
+from stages.prompts.answers import parse_number
 from stages.records import Example
 
 DEFAULTS: dict[str, Any] = {
@@ -21,11 +21,11 @@ GROUPS = ()
 def load(section: BenchmarkSection) -> list[Example]:
     examples = with_gold(rows.read(section))
     for example in examples:
-        if number(str(example.gold)) is None:
+        if parse_number(str(example.gold)) is None:
             message = f"GSM8K answers are numbers, got {example.gold!r} ({example.id})"
             raise DataError(message, "kind: jsonl compares words too")
     return examples
 
 
-ask = by_prompt
+ask = render_prompts
 grade = grade_final_answer

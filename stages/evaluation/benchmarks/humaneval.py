@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection
-from stages.data.rows import each, text_field
+from stages.data.rows import parse_rows, text_field
 from stages.evaluation.grading import Context, Grade
-from stages.prompts.code import STOP, code_of, stub
-from stages.prompts.renderer import Asked
+from stages.prompts.code import STOP, program_from_output, stub
+from stages.prompts.renderer import RenderedPrompt
 from stages.records import Example
 from stages.sandbox import SandboxFailure
 
@@ -33,7 +33,7 @@ SANDBOX = True
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    rows, _ = each(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
+    rows, _ = parse_rows(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
     return [example for _, example in rows]
 
 
@@ -46,26 +46,28 @@ def _example(row: dict[str, Any], _: int) -> Example:
 _FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")
 
 
-def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
+def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[RenderedPrompt]:
     if renderer.section.template == "chat":
         request = "Complete this Python function. Answer with the whole function in one code block."
-        texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", of=e) for e in examples]
-        return [Asked(text, renderer.ids(text)) for text in texts]
+        texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", example=e) for e in examples]
+        return [RenderedPrompt(text, renderer.ids(text)) for text in texts]
     # The last line break is left out: most tokenizers merge it with the indentation that follows.
-    return [Asked(*renderer.few_shot("", [], e.prompt.rstrip(), of=e), STOP) for e in examples]
+    return [RenderedPrompt(*renderer.few_shot("", [], e.prompt.rstrip(), example=e), STOP) for e in examples]
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
     assert context.sandbox is not None
     entry, tests = example.extra["entry_point"], example.extra["test"]
-    program = code_of(output, example.prompt, entry, context.chat)
+    program = program_from_output(output, example.prompt, entry, context.chat)
     if program is None:
         return Grade(None, None, False, False, extra={"verdict": "no code"})
     try:
         verdict = context.sandbox.check(program, tests, entry, setup=stub(example.prompt))
         # The benchmark's own verdict can differ only where program and tests were run at all.
         doubtful = verdict.status in ("failed", "suspicious", "crashed", "flooded")
-        standard = verdict.passed or (doubtful and context.sandbox.plain(program, tests, entry))
+        standard = verdict.passed or (
+            doubtful and context.sandbox.check_in_one_process(program, tests, entry)
+        )
     except SandboxFailure as failure:
         extra = {"verdict": "refused", "why": str(failure)}
         return Grade(program, program, False, False, refused=True, extra=extra)

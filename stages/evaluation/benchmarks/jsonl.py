@@ -9,9 +9,17 @@ import re
 from typing import Any
 
 from stages.config import SourceSection
-from stages.data.rows import Empty, each, gold_field, once, read, table, text_field
-from stages.evaluation.grading import Context, Grade, by_prompt, grade_final_answer
-from stages.prompts.answers import extract, letter, number, same, same_text
+from stages.data.rows import (
+    EmptyRowError,
+    drop_duplicates,
+    gold_field,
+    parse_rows,
+    raw_rows,
+    read,
+    text_field,
+)
+from stages.evaluation.grading import Context, Grade, grade_final_answer, render_prompts
+from stages.prompts.answers import equals_gold, extract, extract_letter, parse_number, same_text
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -20,17 +28,17 @@ GROUPS = ()
 
 
 def load(section: SourceSection) -> list[Example]:
-    return once(each(section, _example, "jsonl needs prompt, answer")[0], section)
+    return drop_duplicates(parse_rows(section, _example, "jsonl needs prompt, answer")[0], section)
 
 
 def _example(row: dict[str, Any], _: int) -> Example:
     prompt, answer = text_field(row, "prompt"), gold_field(row["answer"])
     if not prompt.strip() or not answer:
-        raise Empty("prompt or answer is empty")
+        raise EmptyRowError("prompt or answer is empty")
     kind = row.get("grade") or _kind(answer)
     if kind not in ("number", "letter", "text"):
         raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
-    no_number = kind == "number" and number(answer) is None
+    no_number = kind == "number" and parse_number(answer) is None
     no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
     if no_number or no_letter:
         raise ValueError(f"answer {answer!r} is no {kind}")
@@ -42,24 +50,24 @@ _LETTER = re.compile("[A-J]")
 
 
 def _kind(answer: str) -> str:
-    if number(answer) is not None:
+    if parse_number(answer) is not None:
         return "number"
     return "letter" if _LETTER.fullmatch(answer) else "text"
 
 
 def _shots(source: SourceSection) -> list[Example]:
     """Worked examples, in the form of this benchmark or in a form of training rows."""
-    _, first_row = table(source.model_copy(update={"limit": 1}))[0]
+    _, first_row = raw_rows(source.model_copy(update={"limit": 1}))[0]
     return load(source) if {"prompt", "answer"} <= first_row.keys() else read(source)
 
 
-ask = functools.partial(by_prompt, read_shots=_shots)
+ask = functools.partial(render_prompts, read_shots=_shots)
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
     if example.extra["grade"] != "letter":
-        equal = same_text if example.extra["grade"] == "text" else same
+        equal = same_text if example.extra["grade"] == "text" else equals_gold
         return grade_final_answer(example, output, context, equal)
-    strict = letter(extract(output, context.answer_format).strict or "")
-    flexible = strict or letter(output)
+    strict = extract_letter(extract(output, context.answer_format).strict or "")
+    flexible = strict or extract_letter(output)
     return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

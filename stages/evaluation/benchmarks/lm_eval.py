@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, ModelSection, ServerSection
-from stages.errors import ConfigError, MissingInputError, first_line, lacks_memory
+from stages.errors import ConfigError, MissingInputError, first_line, is_out_of_memory
 from stages.records import Sample, write_jsonl
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _user_errors(tasks: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if lacks_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise ConfigError(
             f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}",

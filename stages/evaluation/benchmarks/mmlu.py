@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.rows import each, shots_source, text_field
+from stages.data.rows import parse_rows, shots_source, text_field
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
-from stages.prompts.answers import extract, letter
-from stages.prompts.renderer import Asked
+from stages.prompts.answers import extract, extract_letter
+from stages.prompts.renderer import RenderedPrompt
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -55,7 +55,7 @@ CATEGORY = {subject: category for category, subjects in _OF_CATEGORY.items() for
 
 def load(section: SourceSection) -> list[Example]:
     """Rows have `subject`, `question`, `choices` and `answer` (an index). Repeated rows all count."""
-    rows, _ = each(section, _example, "mmlu needs subject, question, choices, answer")
+    rows, _ = parse_rows(section, _example, "mmlu needs subject, question, choices, answer")
     return [example for _, example in rows]
 
 
@@ -75,7 +75,7 @@ def _example(row: dict[str, Any], number: int) -> Example:
     )
 
 
-def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[Asked]:
+def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[RenderedPrompt]:
     """Render each question after the first `shots` worked questions of the same subject."""
     shots = _shots(section) if section.shots else {}
     subjects = {example.extra["subject"] for example in examples}
@@ -92,9 +92,9 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", of=example)
+        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", example=example)
         likelihood = section.mode == "likelihood"
-        prompts.append(Asked(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
+        prompts.append(RenderedPrompt(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
     return prompts
 
 
@@ -108,6 +108,6 @@ def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
 
 def grade(example: Example, output: str, context: Context) -> Grade:
     """Strict: the output begins with a letter or has the answer format. Flexible: it names a letter."""
-    strict = letter(extract(output, context.answer_format).strict or output, whole=True)
-    flexible = strict or letter(output)
+    strict = extract_letter(extract(output, context.answer_format).strict or output, leading_only=True)
+    flexible = strict or extract_letter(output)
     return Grade(strict, flexible, strict == example.gold, flexible == example.gold)

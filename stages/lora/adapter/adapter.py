@@ -175,7 +175,7 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
 
 
 @contextmanager
-def dropping_out(model: PeftModel, probability: float) -> Iterator[None]:
+def lora_dropout(model: PeftModel, probability: float) -> Iterator[None]:
     """Context in which the adapter's input has this dropout probability (in training mode)."""
     from peft.tuners.lora import LoraLayer
 
@@ -207,7 +207,7 @@ def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
     """Write the `default` adapter into `folder` as plain PEFT files that name `base` as their base model."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = base.name
-    config.revision = base.pinned
+    config.revision = base.pinned_revision
     write(model, folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template has nothing but placeholders
 

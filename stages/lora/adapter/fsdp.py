@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_sharded(launch: LaunchSection) -> bool:
     """True if this stage shards its base: `launch` asks for it and there are several processes."""
-    return launch.divides and distributed.size() > 1
+    return launch.shards_base and distributed.world_size() > 1
 
 
 def load_device(launch: LaunchSection) -> torch.device:
@@ -55,7 +55,7 @@ def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
             f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
         )
     distributed.barrier()
-    mesh = init_device_mesh(device().type, (distributed.size(),))
+    mesh = init_device_mesh(device().type, (distributed.world_size(),))
     # Ids, not references: fully_shard replaces these weights, and a reference would keep the full ones alive.
     sharded_ids = {id(weight) for layer in layers for weight in _base_parameters(layer)}
     replicated = {weight for weight in stack.parameters() if id(weight) not in sharded_ids}
@@ -133,7 +133,7 @@ def average_gradients(model: Any) -> None:
     # One collective for all gradients, on their concatenation: (trained elements,).
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce([joined])
-    means = joined.div_(distributed.size()).split([gradient.numel() for gradient in gradients])
+    means = joined.div_(distributed.world_size()).split([gradient.numel() for gradient in gradients])
     for weight, mean in zip(weights, means, strict=True):
         weight.grad = mean.view_as(weight).to(weight.dtype)
 

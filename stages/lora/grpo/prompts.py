@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import RlSection
 from stages.errors import DataError
 from stages.prompts.renderer import Renderer
-from stages.records import Example, Labelled, decided, of_system, problems
+from stages.records import Example, Labelled, data_error, examples_of_system, labelled_examples
 from stages.rewards import loading
 
 if TYPE_CHECKING:
@@ -76,24 +76,24 @@ class RlPrompts:
         """
         from datasets import Dataset
 
-        needed = {name: loading.columns(name, function) for name, function in functions.items()}
+        needed = {name: loading.required_fields(name, function) for name, function in functions.items()}
         columns = {column for names in needed.values() for column in names}
-        examples = of_system(labels, 2) if rl.data == "system2" else decided(labels)
+        examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [_row(example, renderer) for example in examples]
-        loading.require(needed, trained)
+        loading.check_fields(needed, trained)
         system1 = _system1_rows(labels, trained, renderer) if rl.data == "system2" else []
         tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + system1}
         fitting, too_long = _fitting(trained, tokens, rl)
-        if rl.replayed or rl.too_long != "error":
+        if rl.replay_prompts or rl.too_long != "error":
             system1, too_long_system1 = _fitting(system1, tokens, rl)
-            too_long += too_long_system1 if rl.replayed else 0
+            too_long += too_long_system1 if rl.replay_prompts else 0
         else:  # no reason to stop: they are only probed
             system1 = [row for row in system1 if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
         random.Random(f"{seed} held out").shuffle(system1)
         held_out, system1 = system1[: rl.kl_probe_prompts], system1[rl.kl_probe_prompts :]
         # Only rows for which every reward can be computed are replayed.
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
-        replayed = replayed if rl.replayed else []
+        replayed = replayed if rl.replay_prompts else []
         _check_enough(fitting, replayed, rl, too_long)
         rows, as_json = _dataset_rows(fitting + replayed, columns, functions)
         return cls(
@@ -123,12 +123,12 @@ def _dataset_rows(
     rows: list[dict[str, Any]], columns: set[str], functions: dict[str, Callable[..., Any]]
 ) -> tuple[list[dict[str, Any]], frozenset[str]]:
     """The columns that TRL and the rewards read, and the names of those that are encoded as JSON."""
-    if large := loading.beyond(rows, columns):
+    if large := loading.int64_overflows(rows, columns):
         raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
     available = set().union(*rows)
-    named = available & set().union(*(loading.named(function) for function in functions.values()))
-    names = {"prompt", "question", *columns} | loading.optional(rows) | named
-    as_json = loading.encoded(rows, names)
+    named = available & set().union(*(loading.parameter_names(function) for function in functions.values()))
+    names = {"prompt", "question", *columns} | loading.common_fields(rows) | named
+    as_json = loading.json_encoded_fields(rows, names)
     encoded = [
         {name: json.dumps(row.get(name)) if name in as_json else row.get(name) for name in names}
         for row in rows
@@ -145,7 +145,7 @@ def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
         "gold": example.gold,
         "response": example.response,
         "answer_format": renderer.section.answer_format,
-        "prompt": renderer.prompt(example.prompt, of=example),
+        "prompt": renderer.prompt(example.prompt, example=example),
     }
 
 
@@ -160,7 +160,7 @@ def _fitting(
     long = len(rows) - len(fitting)
     if long and rl.too_long == "error":
         lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
-        raise problems(
+        raise data_error(
             f"longer than rl.max_prompt_length {rl.max_prompt_length}",
             [
                 f"{name} has {length} tokens"
@@ -183,15 +183,15 @@ def _check_enough(
     fitting: list[dict[str, Any]], replayed: list[dict[str, Any]], rl: RlSection, long: int
 ) -> None:
     """DataError unless one step can be filled."""
-    needed = rl.prompts_per_step - rl.replayed
+    needed = rl.prompts_per_step - rl.replay_prompts
     if len(fitting) < needed:
         raise DataError(
             f"{len(fitting)} RL prompts ({long} too long) are fewer than the {needed} of a step",
             "lower rl.prompts_per_step, raise rl.max_prompt_length, or bring more System 2 rows",
         )
-    if len(replayed) < rl.replayed:
+    if len(replayed) < rl.replay_prompts:
         raise DataError(
-            f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replayed} of a step",
+            f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replay_prompts} of a step",
             "they need the fields that the rewards read, short prompts, and rl.kl_probe_prompts are held "
             "out; lower rl.system1_share",
         )

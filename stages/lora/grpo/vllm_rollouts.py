@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
-from stages.engines.openai.transport import asks_proxy
+from stages.engines.openai.transport import uses_proxy
 from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora.adapter import merge
@@ -51,10 +51,10 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
             )
         _check_server(rollouts, model)
         return
-    if distributed.size() % rollouts.tensor_parallel_size:
+    if distributed.world_size() % rollouts.tensor_parallel_size:
         raise ConfigError(
             f"rl.rollouts.tensor_parallel_size {rollouts.tensor_parallel_size} does not divide "
-            f"{distributed.size()} processes"
+            f"{distributed.world_size()} processes"
         )
     if cpu and rollouts.enable_sleep_mode:
         raise ConfigError("rl.rollouts.enable_sleep_mode needs a GPU", "leave it out")
@@ -82,7 +82,7 @@ def _check_server(rollouts: RolloutsSection, model: str) -> None:
     start = f"start it on other GPUs than the trainer's: {serve}"
     url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
     try:
-        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=asks_proxy(url))
+        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=uses_proxy(url))
         config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
         mode = config.get("model_config", {}).get("logprobs_mode")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,8 +137,8 @@ def copy_of(
 
 def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection) -> None:
     """TRL's vLLM loads what the base is called, at its main revision: call it by the files of this one."""
-    if rollouts.engine == "vllm_colocate" and model.pinned:
-        base.name_or_path = snapshot_download(model.name, revision=model.pinned)
+    if rollouts.engine == "vllm_colocate" and model.pinned_revision:
+        base.name_or_path = snapshot_download(model.name, revision=model.pinned_revision)
 
 
 def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:

@@ -64,7 +64,7 @@ class Masks:
         return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
 
 
-def flat(tensors: dict[str, Tensor]) -> Tensor:
+def flatten_weights(tensors: dict[str, Tensor]) -> Tensor:
     """Concatenate all weights into one 1-D tensor, in the order of their sorted parameter names."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.errors import MeaninglessError, OutOfMemoryError, lacks_memory
+from stages.errors import MeaninglessError, OutOfMemoryError, is_out_of_memory
 
 if TYPE_CHECKING:
     from stages.progress import Progress
@@ -50,7 +50,7 @@ def memory_errors(where: Callable[[], str], run_info: RunInfo) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"out of memory {where()}", f"lower {run_info.memory_knobs}") from error
 

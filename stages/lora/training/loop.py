@@ -224,7 +224,7 @@ def train(
         dog.stop()
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
     if not distributed.is_main():
         return {}
@@ -302,13 +302,13 @@ def _count_moved(initial: dict[str, Tensor], end: Path) -> dict[str, Any]:
 
 def accumulation(samples: int, micro_batch: int) -> int:
     """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly."""
-    if samples % (micro_batch * distributed.size()):
+    if samples % (micro_batch * distributed.world_size()):
         raise ConfigError(
-            f"{distributed.size()} processes with micro batches of {micro_batch} "
+            f"{distributed.world_size()} processes with micro batches of {micro_batch} "
             f"cannot share {samples} samples a step evenly",
             "lower per_device_train_batch_size or the number of processes",
         )
-    return samples // (micro_batch * distributed.size())
+    return samples // (micro_batch * distributed.world_size())
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:

@@ -88,9 +88,9 @@ class Watchdog(TrainerCallback):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._said(distributed.rank()).write_text(json.dumps(waits), encoding="utf-8")
         innermost = "".join(traceback.format_list(stack[-SHOWN:]))
-        who = f"process {distributed.rank()} " if distributed.size() > 1 else ""
+        who = f"process {distributed.rank()} " if distributed.world_size() > 1 else ""
         log.error("%sstands here, innermost last:\n%s", who, innermost.rstrip())
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             time.sleep(SETTLE_S)
         error = ServerError(
             f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
@@ -110,7 +110,7 @@ class Watchdog(TrainerCallback):
         waiting: list[str] = []
         working: list[str] = []
         silent: list[str] = []
-        for rank in range(distributed.size() if distributed.size() > 1 else 0):
+        for rank in range(distributed.world_size() if distributed.world_size() > 1 else 0):
             try:
                 waits = json.loads(self._said(rank).read_text(encoding="utf-8"))
                 (waiting if waits else working).append(str(rank))
