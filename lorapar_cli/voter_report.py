@@ -39,7 +39,7 @@ def _voters(voters: dict[str, Any]) -> None:
             "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}",
         )
     show(rows)
-    print("weight: what of the voter's probability falls on its two words")
+    print("weight: share of the voter's probability that falls on its two words")
 
 
 def _pairs(agreement: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ def cost(artifacts: dict[str, Artifact]) -> Grid:
         ])  # fmt: skip
     head = ["step", "seconds", "planned", "memory, MiB", "planned", "tokens", "joules", "processes", "type"]
     caption = (
-        "Planned: as `lorapar plan` told before. Tokens: trained on, prompts too, or written by the model "
+        "Planned: the estimate of `lorapar plan`. Tokens: trained on, with prompts, or written by the "
+        "evaluated model. Joules: of GPUs that report their energy."
     )
-    caption += "that is evaluated. Joules: of the GPUs, where they tell."
     return Grid([*head, "active elements"], rows, caption)
 
 
@@ -61,7 +61,7 @@ def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
         blocks.append(Details("Versions", [Grid(["package", "version"], rows)]))
     if artifacts:
         rows = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
-        blocks.append(Details("Where the artifacts lie", [Grid(["step", "folder"], rows, prose=True)]))
+        blocks.append(Details("Folders of the artifacts", [Grid(["step", "folder"], rows, prose=True)]))
     return blocks
 
 

@@ -82,7 +82,7 @@ def _section(results: Results, commands: Commands) -> PageSection:
         blocks.append(Pictures(pictures))
     if curves := _training_curves(results):
         blocks.append(Pictures([curves]))
-    blocks += [Text("Made, or completed, by:", quiet=True), Command(commands.all)]
+    blocks += [Text("This command makes or completes the table:", quiet=True), Command(commands.all)]
     blocks += [_rows(results, commands), *_won_and_lost(results), *_run(results)]
     return PageSection(anchor, file.title, blocks)
 
@@ -102,9 +102,7 @@ def _rows(results: Results, commands: Commands) -> Details:
             row, "; ".join(changed), f"{seconds:.0f}" if steps else "",
             "" if peak is None else f"{peak:.0f}", commands.rows[row],
         ])  # fmt: skip
-    caption = (
-        "Seconds: of a seed in the mean, with the steps that it shares with others; of seeds that are whole."
-    )
+    caption = "Seconds: mean over the complete seeds, with the steps that a seed shares with others."
     head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
     return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
 
