@@ -54,7 +54,7 @@ PINNED: dict[str, Any] = {
     "use_adaptive_entropy": False,
     "sync_ref_model": False,
 }
-"""The other arguments of GRPOTrainer on which a result may depend; see `training.PINNED`."""
+"""The other arguments of GRPOTrainer on which a result may depend; see `loop.PINNED`."""
 
 LENGTH = "completions/mean_length"
 SHOWN = ("reward", "frac_reward_zero_std", LENGTH)

@@ -38,7 +38,7 @@ PINNED: dict[str, Any] = {
     "dataset_kwargs": None,
     "eos_token": None,
 }
-"""The other arguments of SFTTrainer on which a result may depend; see `training.PINNED`."""
+"""The other arguments of SFTTrainer on which a result may depend; see `loop.PINNED`."""
 
 
 def run(
