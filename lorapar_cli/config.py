@@ -1,9 +1,19 @@
-"""`lorapar config`: prints every setting with its default and meaning."""
+"""`lorapar config`: prints every setting with its default and meaning, or the JSON schema of a config."""
 
+import json
 import sys
+from typing import Annotated
 
+import typer
+
+from stages.config.schema import json_schema
 from stages.config.yaml import annotated
 
 
-def command() -> None:
-    sys.stdout.write("\n".join(annotated()) + "\n")
+def command(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a config instead.")
+    ] = False,
+) -> None:
+    text = json.dumps(json_schema(), indent=1, ensure_ascii=False) if schema else "\n".join(annotated())
+    sys.stdout.write(text + "\n")

@@ -8,7 +8,8 @@ from conftest import CONFIGS
 from lorapar_cli.harness import entries
 from stages.config import Config, SftSection
 from stages.config.fields import cache_key_fields
-from stages.config.yaml import RENAMED, annotated
+from stages.config.renamed import RENAMED
+from stages.config.yaml import annotated
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from stages.config import Config, Section
 from stages.config.fields import marks_of
+from stages.config.renamed import RENAMED
 from stages.errors import ConfigError, MissingInputError
 
 MAX_DEPTH = 64
@@ -153,44 +154,6 @@ def _count_values(value: Any, sizes: dict[int, int], depth: int) -> int:
     return sizes[id(value)]
 
 
-_TRAIN = {
-    "lr": "learning_rate",
-    "optimizer": "optim",
-    "scheduler": "lr_scheduler_type",
-    "epochs": "num_train_epochs",
-    "warmup": "warmup_ratio",
-    "loraplus_ratio": "loraplus_lr_ratio",
-    "loss": "loss_type",
-    "micro_batch": "per_device_train_batch_size",
-    "dropout": "lora_dropout",
-}
-RENAMED = {
-    "lora": {"alpha": "lora_alpha", "rslora": "use_rslora"},
-    "sft": _TRAIN,
-    "rl": {
-        **_TRAIN,
-        "group": "num_generations",
-        "iterations": "num_iterations",
-        "max_prompt": "max_prompt_length",
-        "max_completion": "max_completion_length",
-        "kl_beta": "beta",
-        "kl_bias_correction": "use_bias_correction_kl",
-        "importance_sampling": "importance_sampling_level",
-        "resample": "dynamic_sampling",
-        "shared_prompts": "prefix_sharing",
-        "drift_prompts": "kl_probe_prompts",
-        "drift_steps": "kl_probe_steps",
-        "max_equal_steps": "max_zero_signal_steps",
-    },
-    "rl.rollouts": {
-        "gpu_memory": "gpu_memory_utilization",
-        "tensor_parallel": "tensor_parallel_size",
-        "sleep": "enable_sleep_mode",
-    },
-}
-"""Renamed settings: section → old name → current name, which is that of TRL, PEFT or vLLM."""
-
-
 def _message(error: Any) -> str:
     """Describe one pydantic error in a sentence that names the setting."""
     # pydantic's location also holds the alternatives of a union and the names of validators
@@ -226,10 +189,27 @@ def _unknown_setting(location: list[str]) -> str:
     return f"unknown setting {name} (did you mean {suggestion}?)"
 
 
-def _sub_section(field: FieldInfo) -> type[Section] | None:
+def section_type(field: FieldInfo) -> type[Section] | None:
     """Return the section class of a field that is a section, a list or mapping of sections, or optional."""
     types = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
+
+
+def describe(field: FieldInfo) -> str:
+    """Return the description of a setting, with its possible values unless the description names them all."""
+    text, values = str(field.description), list(map(str, _literals(field.annotation)))
+    if values and bool in get_args(field.annotation):
+        values += ["true", "false"]
+    return text if all(value in text for value in values) else f"{text} One of: {', '.join(values)}."
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    """Yield the values of all Literal types in an annotation, such as `Literal["a", "b"] | None`."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _literals(part)
 
 
 def _setting_path(location: list[str]) -> str:
@@ -243,7 +223,7 @@ def _setting_path(location: list[str]) -> str:
         field = section.model_fields.get(key) if section else None
         if field or i == len(location) - 1:
             path.append(key)
-        section = _sub_section(field) if field else section
+        section = section_type(field) if field else section
     return ".".join(path)
 
 
@@ -251,7 +231,7 @@ def setting_names(section: type[Section], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all settings below a section."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if sub_section := _sub_section(field):
+        if sub_section := section_type(field):
             yield from setting_names(sub_section, f"{prefix}{name}.")
 
 
@@ -275,10 +255,10 @@ def annotated(
 
 def _annotated_setting(name: str, field: FieldInfo, values: Section | None, indent: str) -> Iterator[str]:
     """Yield the lines of one setting and, if it is a section, those of its settings."""
-    sub_section = _sub_section(field)
+    sub_section = section_type(field)
     fallback = None if field.is_required() else field.default
     default = getattr(values, name) if values else fallback
-    doc = f"  # {field.description}"
+    doc = f"  # {describe(field)}"
     if sub_section and (isinstance(default, Section) or field.is_required()):
         yield f"{indent}{name}:{doc}"
         yield from annotated(sub_section, default, indent + "  ")

@@ -3,6 +3,10 @@
 It tells a bad request from a dead server. If a request fails all its tries, the fault is the item's if other
 requests were answered meanwhile or if the server still lists its models; else the server is dead. A server
 that lists its models but gives no answer for `server.stall_s` seconds is dead too.
+
+The package `openai` has a client too, which loses three of these promises (tried with 3.57): its time limit
+is for each read, so a reply that drips in never ends it; `Retry-After` holds back only the request that got
+it; and it does not check the types in a reply.
 """
 
 from __future__ import annotations

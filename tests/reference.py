@@ -1,0 +1,216 @@
+"""Writes the guide's reference pages and schemas from the code; with `--check`, fails if they are stale.
+
+python tests/reference.py [--check]      (`make reference`; `make check` checks)
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from lorapar_cli.commands import COMMANDS
+from lorapar_cli.list import kinds
+from stages.config import Config, Section
+from stages.config.fields import marks_of
+from stages.config.schema import json_schema
+from stages.config.yaml import describe, section_type
+from stages.pipeline.outputs import MANIFEST, OUTPUTS
+from stages.runtime import libraries
+from stages.sweep.file import TableFile
+
+FOLDER = Path(__file__).parent.parent / "docs/reference"
+FIRST = ("init", "plan", "run", "report", "export")
+"""Commands that most people need, in the order in which they need them; the page shows them first."""
+GENERATED = "<!-- Written by `make reference` from the code: change it there. -->"
+OTHER_NAMES = {
+    "lora.init": "`LoraConfig.init_lora_weights`",
+    "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
+    "model.attention": "`attn_implementation`",
+    "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
+    "rl.rollouts.base_url": "`GRPOConfig.vllm_server_base_url`",
+    "rl.rollouts.correction": "`GRPOConfig.vllm_importance_sampling_mode`",
+    "rl.rollouts.correction_max": "`GRPOConfig.vllm_importance_sampling_cap`",
+    "rl.rollouts.engine": "`GRPOConfig.use_vllm`, `vllm_mode`",
+    "sft.warmup_ratio": "`SFTConfig.warmup_steps` below 1",
+    "rl.warmup_ratio": "`GRPOConfig.warmup_steps` below 1",
+    "sft.lora_dropout": "`LoraConfig.lora_dropout`",
+    "rl.lora_dropout": "`LoraConfig.lora_dropout`",
+}
+"""Settings whose name in the library is another one, or is not of the section's usual class."""
+
+
+def commands() -> str:
+    from lorapar_cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    lines = ["# Commands", "", GENERATED, "", "`lorapar COMMAND --help` shows the same.", ""]
+    for name in (*FIRST, *(name for name in COMMANDS if name not in FIRST)):
+        command = group.commands[name]
+        parameters = [p for p in command.params if p.name != "help"]
+        arguments = [_usage(p) for p in parameters if p.param_type_name == "argument"]
+        lines += [f"## {name}", "", COMMANDS[name], "", "```text"]
+        lines += [" ".join(["lorapar", name, *arguments, "[OPTIONS]"]), "```", ""]
+        rows = [[_names(p), _cell(p.help or "") + _default(p)] for p in parameters]
+        lines += [*_table(["option", "meaning"], rows), ""] if rows else []
+    return "\n".join(lines)
+
+
+def _usage(parameter: Any) -> str:
+    metavar = str(parameter.metavar or parameter.name.upper()).strip("{}[]")
+    return metavar if parameter.required else f"[{metavar}]"
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{_usage(parameter)}`"
+    names = [name for name in parameter.opts if name.startswith("--")]
+    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
+    return f"`{names[0]}{value}`"
+
+
+def _default(parameter: Any) -> str:
+    default = parameter.default
+    shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
+    return f" Default: `{default}`." if shown else ""
+
+
+def settings() -> str:
+    lines = ["# Settings", "", GENERATED, "", *_settings_introduction(), ""]
+    top = [n for n, f in Config.model_fields.items() if not (section_type(f))]
+    lines += ["## Top level", "", *_table(HEAD, [_setting("", name, Config) for name in top]), ""]
+    for name, field in Config.model_fields.items():
+        if section := section_type(field):
+            lines += [f"## {name}", "", _cell(field.description or ""), "", *_section(f"{name}.", section)]
+    return "\n".join(lines)
+
+
+HEAD = ["setting", "default", "meaning", "in TRL, PEFT"]
+
+
+def _settings_introduction() -> list[str]:
+    return [
+        "Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them, and",
+        "`extends: FILE` takes all others from another file. `lorapar config` prints this list.",
+        "",
+        "Editors complete and check a config that begins with a line such as the one in `configs/demo.yaml`.",
+        "`lorapar config --schema` prints the JSON schema.",
+    ]
+
+
+def _section(prefix: str, section: type[Section]) -> Iterator[str]:
+    """Yield a table of common settings, one of advanced settings, then those of sections within."""
+    plain = {n: f for n, f in section.model_fields.items() if not section_type(f)}
+    for title, advanced in (("", False), ("Advanced", True)):
+        rows = [_setting(prefix, n, section) for n, f in plain.items() if marks_of(f)["advanced"] is advanced]
+        if rows:
+            yield from [f"**{title}**", ""] if title else []
+            yield from [*_table(HEAD, rows), ""]
+    for name, field in section.model_fields.items():
+        if inner := section_type(field):
+            yield from [f"### {prefix}{name}", "", _cell(field.description or ""), ""]
+            if prefix + name not in ("sft.prompt", "rl.prompt", "score.prompt", "eval.benchmarks.prompt"):
+                yield from _section(f"{prefix}{name}.", inner)
+
+
+def _setting(prefix: str, name: str, section: type[Section]) -> list[str]:
+    field = section.model_fields[name]
+    default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+    return [f"`{prefix}{name}`", default, _cell(describe(field)), library_name(prefix + name)]
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
+
+
+def library_name(setting: str) -> str:
+    """Name the field of a library's config class that the setting becomes, if there is one."""
+    section, _, name = setting.rpartition(".")
+    if setting in OTHER_NAMES:
+        return OTHER_NAMES[setting]
+    for prefix, kind in {"sft": "SFTConfig", "rl": "GRPOConfig", "lora": "LoraConfig"}.items():
+        if section == prefix and name in library_fields()[kind]:
+            return f"`{kind}.{name}`"
+    if section == "rl.rollouts" and f"vllm_{name}" in library_fields()["GRPOConfig"]:
+        return f"`GRPOConfig.vllm_{name}`"
+    return ""
+
+
+def library_fields() -> dict[str, set[str]]:
+    """Return the fields of the config classes that settings go to."""
+    with libraries.hide_packages(*libraries.UNUSED):
+        from peft import LoraConfig
+        from trl import GRPOConfig, SFTConfig
+
+    return {
+        kind.__name__: {field.name for field in fields(kind)} for kind in (SFTConfig, GRPOConfig, LoraConfig)
+    }
+
+
+def choices() -> str:
+    lines = ["# Names to choose from", "", GENERATED, "", "`lorapar list` prints the same.", ""]
+    for kind, names in kinds().items():
+        rows = [[f"`{name}`", _cell(text)] for name, text in names.items()]
+        lines += [f"## {kind}", "", *_table(["name", "meaning"], rows), ""]
+    return "\n".join(lines)
+
+
+def artifacts() -> str:
+    lines = ["# Files of each artifact", "", GENERATED, ""]
+    lines += [
+        "An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Every one has a `manifest.json`.",
+        "",
+    ]
+    for stage, files in OUTPUTS.items():
+        rows = [[f"`{name}`", text] for name, text in files.items()]
+        lines += [f"## {stage}", "", *_table(["file", "content"], rows), ""]
+    rows = [[name, text] for name, text in MANIFEST.items()]
+    return "\n".join([*lines, "## manifest.json", "", *_table(["field", "content"], rows), ""])
+
+
+def _cell(text: str) -> str:
+    """Escape a text for a cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each generated file by its name."""
+    return {
+        "commands.md": commands(),
+        "settings.md": settings(),
+        "choices.md": choices(),
+        "artifacts.md": artifacts(),
+        "config.schema.json": _json(json_schema()),
+        "table.schema.json": _json(json_schema(TableFile)),
+    }
+
+
+def main() -> int:
+    stale = []
+    for name, text in pages().items():
+        path = FOLDER / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"FAIL: {', '.join(stale)} in docs/reference do not fit the code; run: make reference")
+        return 1
+    print(f"docs/reference: {', '.join(stale) or 'nothing'} {'written' if stale else 'to change'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
