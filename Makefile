@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test test-all torture gpu-check check fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,18 +73,25 @@ torture: $(READY) ## Kill, fill, damage, signal and attack at random by the thou
 gpu-check: $(READY) ## Show in one table what works and what it costs on a GPU (FLAGS=--small: in miniature, without one)
 	$(BIN)/python benchmarks/gpu.py $(FLAGS)
 
-check: $(READY) ## Lint, format, types, sizes
+check: $(READY) docs ## Lint, format, types, sizes, words, and the guide: is it what the code says, do its links lead anywhere
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/python tests/sizes.py
 	$(BIN)/python tests/words.py
+	$(BIN)/python tests/reference.py --check
+
+reference: $(READY) ## Write the guide's reference pages and schemas from the code
+	$(BIN)/python tests/reference.py
+
+docs: $(READY) ## Build the guide as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove runs, the demonstration set and fetched models, and nothing of yours
-	rm -rf runs data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
+	rm -rf runs site data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
 	rmdir --ignore-fail-on-non-empty data models 2>/dev/null || true

@@ -1,0 +1,130 @@
+"""README and the guide: short, their links lead somewhere, their YAML is valid, their names exist."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import jsonschema
+import pytest
+import yaml
+from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
+from guide import PAGES, README, anchors, blocks, commands, sentences
+
+from stages.config import Config
+from stages.config.schema import json_schema
+from stages.config.yaml import setting_names
+from stages.pipeline.outputs import MANIFEST, OUTPUTS
+from stages.pipeline.resolve import load
+from stages.sweep.file import TableFile
+
+
+def test_the_readme_is_one_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    assert len(text.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short(page: Path) -> None:
+    lengths = [len(sentence.split()) for sentence in sentences(page)] or [0]  # the glossary is a table
+    assert mean(lengths) <= 25
+    assert max(lengths) <= 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f"- {page}\n" not in site] == []
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}-{block.text[:20]!r}")
+def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
+    if block.title == "slurm.yaml":  # the settings of submitit, which test_slurm.py reads
+        return
+    settings = yaml.safe_load(block.text)
+    if "title" in settings:
+        assert list(TableFile.model_validate(settings).mistakes()) == []
+        return
+    (tmp_path / "rewards.py").write_text(blocks("python")[0].text, encoding="utf-8")
+    if "rewards_file" in settings.get("rl", {}):
+        settings["rl"]["rewards_file"] = str(tmp_path / "rewards.py")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": {"name": "model"}, **settings}), encoding="utf-8")
+    load(path, [])
+
+
+def test_settings_named_in_the_guide_exist() -> None:
+    names = set(setting_names(Config))
+    sections = set(Config.model_fields)
+    unknown = []
+    for page in PAGES:
+        for name in re.findall(r"`([a-z0-9_]+(?:\.[a-z0-9_]+)+)[`:]", page.read_text(encoding="utf-8")):
+            if name.split(".")[0] in sections and name not in names and not name.endswith((".py", ".yaml")):
+                unknown.append((page.name, name))
+    examples = {"rl.group", "rl.max_step"}  # in errors.md: an old name, and a typing error
+    assert [(page, name) for page, name in unknown if name not in examples] == []
+
+
+def test_names_of_other_libraries_exist() -> None:
+    """The first column of `from-trl.md`, but for what is no field of a config class."""
+    from reference import library_fields
+
+    fields = set().union(*library_fields().values())
+    others = {"model_name_or_path", "dtype", "load_in_4bit", "dataset_name", "reward_funcs"}
+    text = (ROOT / "docs/reference/from-trl.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) > 30
+    assert [name for name in names if name not in fields | others] == []
+
+
+def test_editors_know_every_config() -> None:
+    schemas = {"config": json_schema(), "table": json_schema(TableFile)}
+    for path in (*CONFIGS, *TABLES):
+        kind = "table" if path in TABLES else "config"
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        schema = path.parent / first.removeprefix("# yaml-language-server: $schema=")
+        assert schema.resolve() == ROOT / f"docs/reference/{kind}.schema.json"
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "compare" in content:  # YAML 1.1, which PyYAML reads, takes `on` for true; editors do not
+            content["compare"] = {"on" if key is True else key: v for key, v in content["compare"].items()}
+        jsonschema.validate(json.loads(json.dumps(content)), schemas[kind])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rl": {"max_step": 3}}, {"sft": {"batch_size": "many"}}, {"data": {"too_long": "cut"}}]
+)
+def test_editors_see_mistakes(wrong) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, json_schema())
+
+
+def test_artifacts_have_the_files_that_the_reference_lists(begun: Small) -> None:
+    missing = {stage: set(files) for stage, files in OUTPUTS.items()}
+    for name, (artifact, _) in make_steps(begun()).items():
+        stage = name.partition(":")[0]
+        listed = {path.name + "/" * path.is_dir() for path in artifact.path.iterdir()} - {"manifest.json"}
+        assert listed <= set(OUTPUTS[stage]), name
+        missing[stage] -= listed
+        assert {field for row in MANIFEST for field in row.split(", ")} <= set(artifact.manifest)
+    assert not any(missing.values())
+
+
+def test_every_command_is_run_or_says_what_it_needs() -> None:
+    """`test_commands.py` runs those without a title."""
+    for page, title, command in commands():
+        assert title.startswith(("needs ", "takes ")) or command.split()[0] in ("lorapar", "make"), (
+            page,
+            command,
+        )
