@@ -41,7 +41,9 @@ def command(
     repository: Annotated[
         str | None,
         typer.Option(
-            "--push", metavar="NAME", help="Upload the folder to this private repository on the hub."
+            "--push",
+            metavar="NAME",
+            help="Upload the folder to this repository on the hub; a new one is private.",
         ),
     ] = None,
     set_: Overrides = None,

@@ -35,6 +35,7 @@ OUTPUTS = {
         "both readings, intervals, tokens; also the first prompt and the stop texts.",
         "samples.jsonl": "One object per answer: `id`, `sample`, `system`, `prompt`, `output`, `gold`, "
         "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
+        "harness.json": "What lm-evaluation-harness returned. Only of kind lm_eval.",
     },
 }
 """Stage → file or folder → what is in it."""

@@ -111,7 +111,10 @@ def test_editors_see_mistakes(wrong) -> None:
 
 
 def test_artifacts_have_the_files_that_the_reference_lists(begun: Small) -> None:
-    missing = {stage: set(files) for stage, files in OUTPUTS.items()}
+    missing = {
+        stage: {name for name, text in files.items() if "kind lm_eval" not in text}
+        for stage, files in OUTPUTS.items()
+    }
     for name, (artifact, _) in make_steps(begun()).items():
         stage = name.partition(":")[0]
         listed = {path.name + "/" * path.is_dir() for path in artifact.path.iterdir()} - {"manifest.json"}
