@@ -64,8 +64,30 @@ def changed(reply: dict, path: str, value: object) -> dict:
     return json.loads(json.dumps(found))
 
 
-NUMBERS = [float("nan"), float("inf"), float("-inf"), 0.5, 1e300, None, "x", [], {}, [-0.1]]
+NUMBERS = [
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    0.5,
+    9e-4,
+    1e300,
+    None,
+    "x",
+    "0",
+    "-0.1",
+    False,
+    [],
+    {},
+    [-0.1],
+]
+TWICE = [{"token": "A", "logprob": -0.9}, {"token": "A", "logprob": -1.0}]
 ODD = [
+    (CHAT, "choices.0.logprobs.content.0.top_logprobs", TWICE),
+    (CHAT, "choices.0.logprobs.content.0.top_logprobs", [{"token": t, "logprob": 0.0} for t in "AB"]),
+    (CHAT, "choices.0.logprobs.content.0.token", "B"),
+    (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": 0, "B": 0}),
+    (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": -0.1, "B": -0.1}),
+    (TEXT, "choices.0.logprobs.top_logprobs.0", {"B": -0.1, "C": -3.0}),
     *((CHAT, "choices.0.logprobs.content.0.top_logprobs.0.logprob", value) for value in NUMBERS),
     *((TEXT, "choices.0.logprobs.top_logprobs.0.A", value) for value in NUMBERS),
     *((reply, "model", value) for reply in (CHAT, TEXT) for value in ("other", 7, ["m"])),

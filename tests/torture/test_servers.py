@@ -24,9 +24,24 @@ ODD = [
     {}, [], None, {"choices": []}, {"choices": [CHOICE, CHOICE]}, {"model": "other", "choices": [CHOICE]},
     {"choices": [CHOICE | {"index": 1}]}, {"choices": [CHOICE | {"logprobs": None, "text": None}]},
     *({"choices": [CHOICE | {"logprobs": {"tokens": ["A"], "top_logprobs": [{"A": value}]}}]}
-      for value in (math.nan, math.inf, 0.7, None, "x", [])),
+      for value in (math.nan, math.inf, 0.7, None, "x", [], False, "0", 9e-4, 0.0)),
 ]  # fmt: skip
-"""Replies that are none."""
+"""Replies that are none. Of the words alone, 0.0 would be a probability of 1 for each."""
+WORDS = ("System1", "System2")
+
+
+def impossible(rng: random.Random) -> str:
+    """A reply in the right form, with probabilities that cannot be, or a field that stands twice."""
+    low, high = sorted((rng.uniform(-3, -0.05), rng.uniform(-3, -0.05)))
+    odd = rng.choice([(0, 0), (False, -0.1), ("0", "-9"), (9e-4, -9.0), (-0.1, -0.1), (high, 0.0)])
+    first, second = ('"choices": ' + json.dumps(chosen(*values)) for values in (odd, (low, high)))
+    return "{" + (first if rng.random() < 0.5 else f"{second}, {second}") + "}"
+
+
+def chosen(one: object, two: object) -> list[dict[str, object]]:
+    top = [{"token": word[-1], "logprob": value} for word, value in zip(WORDS, (one, two), strict=True)]
+    content = [{"token": "System", "top_logprobs": [{"token": "System", "logprob": 0.0}]}]
+    return [{"logprobs": {"content": [*content, {"token": "1", "top_logprobs": top}]}}]
 
 
 def fault(rng: random.Random) -> tuple[str, object]:
@@ -36,6 +51,7 @@ def fault(rng: random.Random) -> tuple[str, object]:
         ("reset", None), ("truncated", None), ("twice", None), ("status", (status, headers, "no")),
         ("body", rng.randbytes(rng.randint(0, 60))), ("body", "<html>"), ("body", "[" * 5000),
         ("body", json.dumps(rng.choice(ODD))), ("body", json.dumps(rng.choice(ODD))),
+        ("body", impossible(rng)), ("body", impossible(rng)),
     ])  # fmt: skip
 
 

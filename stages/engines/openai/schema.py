@@ -1,19 +1,27 @@
 """Schema of servers' replies: the fields that are used are validated, all others ignored.
 
-A reply of another shape is a ValueError, on which the transport sends the request again.
+A reply of another shape, or with probabilities that cannot be, is a ValueError, on which the transport sends
+the request again.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ROUNDING = 1e-3
-"""Largest log-probability that is accepted: servers compute in 16 bits, and may exceed zero a little."""
+MAX_LOGPROB = 1e-4
+"""Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
+MAX_SUM = 1.01
+"""Largest sum of the alternatives' probabilities: 1, and what rounding to the 8 bits of bfloat16 may add."""
+MASKED = -1000.0
+"""Log-probabilities below this stand for a probability of zero; vLLM gives -9999."""
 
-LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False)]
+LogProb = Annotated[float, Field(le=MAX_LOGPROB, allow_inf_nan=False, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -39,10 +47,35 @@ class _LogProbs(_Lenient):
     top_logprobs: list[dict[str, LogProb]] = []
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> _LogProbs:
+    def _check(self) -> _LogProbs:
         if self.content is None and len(self.tokens) != len(self.top_logprobs):
             raise ValueError(f"{len(self.tokens)} tokens with {len(self.top_logprobs)} log-probabilities")
+        for token, alternatives in self.per_token():
+            _check_alternatives(token, alternatives)
         return self
+
+    def per_token(self) -> list[tuple[str, list[tuple[str, float]]]]:
+        """For each token: its text, and the text and log-probability of each alternative."""
+        if self.content is not None:
+            return [(t.token, [(a.token, a.logprob) for a in t.top_logprobs]) for t in self.content]
+        return [(t, list(a.items())) for t, a in zip(self.tokens, self.top_logprobs, strict=True)]
+
+
+def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> None:
+    """Raise ValueError unless the alternatives can be the likeliest tokens of one distribution.
+
+    Their probabilities sum to at most one, none stands twice, and the token itself is among them: requests
+    for a choice are greedy, and vLLM always adds the token that it took.
+    """
+    possible = [(text, logprob) for text, logprob in alternatives if logprob > MASKED]
+    total = sum(math.exp(logprob) for _, logprob in possible)
+    if total > MAX_SUM:
+        raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
+    repeated = [text for text, number in Counter(text for text, _ in possible).items() if number > 1]
+    if repeated:
+        raise ValueError(f"the alternative {repeated[0][:40]!r} stands twice")
+    if alternatives and token not in dict(alternatives):
+        raise ValueError(f"{token[:40]!r} is not among its alternatives")
 
 
 class _Message(_Lenient):
@@ -79,9 +112,7 @@ class ReplyChoice(_Lenient):
         """For each token: its text and the log-probabilities of the alternatives."""
         if self.logprobs is None:
             raise ValueError("the reply has no log-probabilities")
-        if self.logprobs.content is not None:
-            return [(t.token, {a.token: a.logprob for a in t.top_logprobs}) for t in self.logprobs.content]
-        return list(zip(self.logprobs.tokens, self.logprobs.top_logprobs, strict=True))
+        return [(token, dict(alternatives)) for token, alternatives in self.logprobs.per_token()]
 
 
 class Reply(_Lenient):
@@ -114,6 +145,19 @@ class _Models(_Lenient):
 
 class _Count(_Lenient):
     count: int = Field(ge=0)
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse a reply's body; ValueError if it is no JSON, or if an object names one field twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {repeated[:40]!r} stands twice")
+    return fields
 
 
 def parse_count(reply: Any) -> int:

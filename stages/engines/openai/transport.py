@@ -27,6 +27,7 @@ import tenacity
 from stages.config import ServerSection
 from stages.engines import Failure
 from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, retry_after_seconds
+from stages.engines.openai.schema import parse_json
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TRIES = 6
@@ -270,7 +271,7 @@ class Session:
         try:
             async with asyncio.timeout(self.transport.server.timeout_s):
                 response = await self.http.post(url, json=body)
-            reply = response.json()
+            reply = parse_json(response.content)
         except (httpx.HTTPError, ValueError, RecursionError, TimeoutError):
             return None
         return reply if response.status_code < 400 and isinstance(reply, dict) else None
@@ -310,7 +311,7 @@ class Session:
         if response.status_code >= 400:
             self._raise_for_status(url, response)
         try:
-            answer = read(response.json())
+            answer = read(parse_json(response.content))
         except (ValueError, RecursionError) as error:
             beginning = " ".join(response.text[:120].split())
             detail = f"no readable answer: {type(error).__name__} {error}: {beginning}"
