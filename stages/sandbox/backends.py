@@ -88,7 +88,7 @@ ENVIRONMENT = (
 def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Run in hardened namespaces of bubblewrap (package `bubblewrap` in Debian and other distributions).
 
-    The seccomp filter refuses new processes, because RLIMIT_NPROC is never enforced for root.
+    The seccomp filter refuses new processes and threads, because RLIMIT_NPROC is never enforced for root.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
@@ -103,10 +103,10 @@ def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
 
 
 def _root_mounts(folders: list[str]) -> list[str]:
-    """Build bwrap's mounts: the system folders and `folders` (read-only), `inside.py`, and a small /tmp.
+    """Build bwrap's mounts: the system folders, `folders`, `inside.py` and an empty /tmp, all read-only.
 
-    There is no /proc: it would show the environment and memory of bwrap's first process. /dev is read-only
-    and /dev/shm has a fixed size, because a program could otherwise fill the memory through them.
+    There is no /proc: it would show the environment and memory of bwrap's first process. Nothing can be
+    written, as under Landlock: files in memory, and even empty ones, would count against no limit.
     """
     arguments = ["--ro-bind", "/usr", "/usr"]
     for path in ("/lib", "/lib64", "/bin"):
@@ -117,11 +117,9 @@ def _root_mounts(folders: list[str]) -> list[str]:
     for folder in folders:
         arguments += ["--ro-bind", folder, folder]
     arguments += ["--dev", "/dev"]
-    arguments += ["--size", str(16 * 2**20), "--perms", "1777", "--tmpfs", "/tmp"]
-    arguments += ["--size", str(2**20), "--perms", "1777", "--tmpfs", "/dev/shm"]
     arguments += ["--ro-bind", str(HERE / "inside.py"), "/inside.py"]
-    arguments += ["--chdir", "/tmp", "--hostname", "sandbox", "--remount-ro", "/", "--remount-ro", "/dev"]
-    return arguments
+    arguments += ["--dir", "/tmp", "--chdir", "/tmp", "--hostname", "sandbox"]
+    return [*arguments, "--remount-ro", "/", "--remount-ro", "/dev"]
 
 
 @contextmanager

@@ -35,7 +35,7 @@ STAGES = {
     "rl, both systems": ("rl", ["rl.system1_share=0.25", "rl.dynamic_sampling=2", "rl.kl_probe_prompts=4"]),
 }
 SINGLE, DDP, FSDP2 = (1, "single"), (2, "ddp"), (2, "fsdp2")
-COMMON = ["{}.weight_decay=0.1", "{}.lr=0.01", "{}.max_steps=3", "{}.epochs=9"]
+COMMON = ["{}.weight_decay=0.1", "{}.learning_rate=0.01", "{}.max_steps=3", "{}.num_train_epochs=9"]
 
 
 THOROUGH = "LORAPAR_THOROUGH" in os.environ

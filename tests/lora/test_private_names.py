@@ -136,3 +136,8 @@ def test_vllm_asks_whether_there_is_onednn_and_amx():
     assert isinstance(_custom_ops._supports_onednn, bool)
     gemm = inspect.getsource(utils.dispatch_cpu_unquantized_gemm)
     assert "ops._supports_onednn" in gemm and "check_cpu_sgl_kernel(" in gemm
+
+
+def test_trl_asks_for_four_bits_by_this_name():
+    """`vllm_rollouts.prepare` answers it, because bitsandbytes was hidden when TRL's module was imported."""
+    assert "is_bitsandbytes_available()" in inspect.getsource(VLLMGeneration._init_vllm)

@@ -237,6 +237,45 @@ RESOURCES = {
     ),
     "memory in a memfd, raw": "show(libc.syscall(319, b'x', 0) >= 0 and 'secret-7f3a')",
     "memfd": "f = os.memfd_create('x'); os.posix_fallocate(f, 0, 2**34)",
+    "memory in a pipe's pages": (
+        "import mmap\nm = mmap.mmap(-1, 2**22, flags=0x22)\nm.madvise(14)\nm[0] = 1\nr, w = os.pipe()\n"
+        "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\nio = (ctypes.c_uint64 * 2)(at, 1)\n"
+        "show(libc.vmsplice(w, io, 1, 0) > 0 and 'secret-7f3a')"
+    ),
+    "memory in a larger pipe": "import fcntl; fcntl.fcntl(os.pipe()[0], 1031, 2**20); show('secret-7f3a')",
+    "memory in attributes": (
+        "for at in ('/tmp', '/dev/shm', '/'):\n"
+        "    try: open(at + '/x', 'w')\n    except OSError: pass\n"
+        "    for path in (at, at + '/x'):\n"
+        "        if libc.setxattr(path.encode(), b'user.x', b'1', 1, 0) == 0: show('secret-7f3a')"
+    ),
+    "memory in attributes, by number": (
+        "f = os.open('/tmp', 0)\nfor call in (188, 189, 463):\n"
+        "    r = libc.syscall(call, b'/tmp', b'user.x', b'1', 1, 0)\n"
+        "    if r == 0 or ctypes.get_errno() not in (1, 38): show('secret-7f3a')"
+    ),
+    "memory in connections": (
+        "s = socket.socket(socket.AF_UNIX); s.bind('\\0x'); s.listen(4096); show('secret-7f3a')"
+    ),
+    "memory in sockets in flight": (
+        "a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [b.fileno()]); show('secret-7f3a')"
+    ),
+    "memory in watches": "show(libc.inotify_init() >= 0 and 'secret-7f3a')",
+    "memory in rulesets": (
+        "show(libc.syscall(444, (ctypes.c_uint64 * 3)(1, 0, 0), 8, 0) >= 0 and 'secret-7f3a')"
+    ),
+    "memory in empty files": (
+        "for at in ('/tmp', '/dev/shm', '/dev', '/'):\n"
+        "    try: open(at + '/x', 'w'); show('secret-7f3a')\n    except OSError: pass"
+    ),
+    "one thread": "t = threading.Thread(target=show, args=('secret-7f3a',)); t.start(); t.join()",
+    "threads by raw clone": (
+        "stack = ctypes.create_string_buffer(2**16)\n"
+        "top = ctypes.c_void_p(ctypes.addressof(stack) + 2**15)\n"
+        "r = libc.syscall(56, 0x50f00, top, 0, 0, 0)\n"
+        "show((r > 0 or ctypes.get_errno() != 1) and 'secret-7f3a')"
+    ),
+    "parent-death signal": "show(libc.prctl(1, 0, 0, 0, 0) == 0 and 'secret-7f3a')",
     "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
     "descriptors": "x = []\nwhile True: x.append(os.open('/dev/null', 0))",
     "fill /tmp": "f = open('/tmp/fill', 'wb')\nwhile True: f.write(bytes(2**20))",

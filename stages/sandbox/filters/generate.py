@@ -10,12 +10,12 @@ import struct
 import sys
 from pathlib import Path
 
-CLONE_THREAD = 0x00010000
-
-# New processes, namespaces and mounts, other processes' memory, kernel interfaces, System V memory, clocks.
+# New processes and threads (NPROC does not bind root), namespaces and mounts, other processes' memory, kernel
+# interfaces, System V memory, clocks.
 REFUSED = [
     "fork",
     "vfork",
+    "clone",
     "unshare",
     "setns",
     "mount",
@@ -88,9 +88,30 @@ REFUSED = [
     "setresgid",
     "setgroups",
     "capset",
-    # Memory that RLIMIT_AS does not count, and locks on files that others read.
+    # Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes
+    # of a tmpfs, data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets.
     "memfd_create",
     "memfd_secret",
+    "vmsplice",
+    "setxattr",
+    "lsetxattr",
+    "fsetxattr",
+    "setxattrat",
+    "socket",
+    "connect",
+    "bind",
+    "listen",
+    "accept",
+    "accept4",
+    "sendmsg",
+    "sendmmsg",
+    "inotify_init",
+    "inotify_init1",
+    "inotify_add_watch",
+    "landlock_create_ruleset",
+    "landlock_add_rule",
+    "landlock_restrict_self",
+    # Locks on files that others read.
     "flock",
 ]
 
@@ -98,19 +119,18 @@ REFUSED = [
 ALSO_BY_NUMBER = {"file_setattr": 469}
 
 # Commands that fcntl and ioctl must refuse: set the process that gets signals, lock or lease a file, watch a
-# folder, change a file's flags.
+# folder, enlarge a pipe, change a file's flags.
 SETFL, O_ASYNC = 4, 0x2000
 REFUSED_FCNTL = {
     "F_SETLK": 6, "F_SETLKW": 7, "F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15,
-    "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026,
+    "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026, "F_SETPIPE_SZ": 1031,
 }  # fmt: skip
 REFUSED_IOCTL = {
     "FIOASYNC": 0x5452, "FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902, "TIOCSTI": 0x5412,
     "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602, "FS_IOC_FSSETXATTR": 0x401C5820,
 }  # fmt: skip
-LAST_FAMILY = 16
-"""Last socket family that is allowed with namespaces. The network namespace isolates local, internet and
-netlink sockets; families above (packets, the host of a virtual machine, …) are refused."""
+PR_SET_PDEATHSIG = 1
+"""Option of prctl by which a program could outlive the process that started it."""
 MAP_SHARED = 1
 """Flag of mmap, which is also part of MAP_SHARED_VALIDATE. Shared memory stays allocated when all but one of
 its pages are unmapped, and RLIMIT_AS does not count it then."""
@@ -120,16 +140,8 @@ LOW = 0xFFFFFFFF
 # Without namespaces the filter must also deny the network, other processes of the user, and the changes of
 # files that Landlock does not cover (modes, owners, times, attributes).
 ALSO_WITHOUT_NAMESPACES = [
-    "socket",
     "socketpair",
-    "connect",
-    "bind",
-    "listen",
-    "accept",
-    "accept4",
     "sendto",
-    "sendmsg",
-    "sendmmsg",
     "kill",
     "tkill",
     "tgkill",
@@ -157,10 +169,6 @@ ALSO_WITHOUT_NAMESPACES = [
     "fchown",
     "lchown",
     "fchownat",
-    "setxattr",
-    "lsetxattr",
-    "fsetxattr",
-    "setxattrat",
     "removexattr",
     "lremovexattr",
     "fremovexattr",
@@ -172,9 +180,6 @@ ALSO_WITHOUT_NAMESPACES = [
     "truncate",
     "mknod",
     "mknodat",
-    "inotify_init",
-    "inotify_init1",
-    "inotify_add_watch",
 ]
 
 
@@ -203,10 +208,7 @@ def write(path: Path, arch: str, strict: bool) -> None:
         if seccomp.resolve_syscall(target, name) >= 0:  # negative: the architecture has no such call
             rules.add_rule(refuse, name)
             refused.append(name)
-    # Threads are made by clone, too, so clone is allowed with CLONE_THREAD. The flags of clone3 are in
-    # memory, which a filter cannot read. ENOSYS (clone3 does not exist) makes libraries use clone instead.
-    rules.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
-    rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")  # as if it did not exist: libraries try clone then
     for command in REFUSED_FCNTL.values():
         rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, command))
     for command in REFUSED_IOCTL.values():
@@ -214,10 +216,9 @@ def write(path: Path, arch: str, strict: bool) -> None:
     rules.add_rule(refuse, "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, MAP_SHARED, MAP_SHARED))
     asynchronous = seccomp.Arg(2, seccomp.MASKED_EQ, O_ASYNC, O_ASYNC)
     rules.add_rule(refuse, "fcntl", seccomp.Arg(1, seccomp.MASKED_EQ, LOW, SETFL), asynchronous)
+    rules.add_rule(refuse, "prctl", seccomp.Arg(0, seccomp.MASKED_EQ, LOW, PR_SET_PDEATHSIG))
     if strict:
         rules.add_rule(refuse, "prlimit64", seccomp.Arg(2, seccomp.NE, 0))
-    else:
-        rules.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.GT, LAST_FAMILY))
     with path.open("wb") as file:
         for number in ALSO_BY_NUMBER.values():
             file.write(_refusal(number))
