@@ -6,11 +6,15 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
+from stages.config.fields import MAX_INT
+from stages.store.artifacts import refuse_store
 
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl and test.jsonl.")],
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same files.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
+    ] = 0,
     long: Annotated[
         bool,
         typer.Option(
@@ -20,5 +24,6 @@ def command(
 ) -> None:
     from stages.data.demo import write
 
+    refuse_store(folder)
     sizes = write(folder, seed, "long" if long else "short")
     terminal.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))

@@ -14,6 +14,8 @@ from stages.errors import ConfigError
 from stages.pipeline.state import require_current, state
 from stages.store.artifacts import Store
 
+MAX_CHECKS = 10_000
+
 
 def command(
     config: ConfigPath,
@@ -34,6 +36,8 @@ def command(
         typer.Option(
             "--check",
             metavar="N",
+            min=0,
+            max=MAX_CHECKS,
             help="Compare N greedy answers of the export with the trained adapter's, on every installed "
             "engine; for --views, on one vLLM server.",
         ),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
+from stages.store.artifacts import refuse_store
 
 
 def command(
@@ -16,5 +17,6 @@ def command(
 ) -> None:
     from stages.models import bundled
 
+    refuse_store(models)
     folder, created = bundled.fetch(name, models)
     terminal.say(f"{folder} {'is ready' if created else 'exists already'}")

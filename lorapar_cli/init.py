@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,13 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.tables import show, table
+from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.errors import LoraparError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
+from stages.runtime import process_guard
+from stages.store.artifacts import refuse_store
 
 if TYPE_CHECKING:
     from stages.init.data_profile import DataProfile
@@ -38,6 +42,13 @@ def command(
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
+    refuse_store(path)
+    if "torch" not in sys.modules and (code := process_guard.continue_in_child()) is not None:
+        if code > 128:
+            terminal.say(
+                f"init was killed by signal {code - 128}: a library could not read the rows, or the model"
+            )
+        raise typer.Exit(code)
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
     profile = survey(
         ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
@@ -47,7 +58,7 @@ def command(
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
-        print(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
+        terminal.write(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
     print("\nwhat the rows do not say:")
     for line in undecided:
         print(f"  {line}")
@@ -61,7 +72,7 @@ def command(
     except LoraparError:
         path.unlink()
         raise
-    terminal.say(f"wrote {path}; next: lorapar plan {path}")
+    terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
 
 
 def _print_profile(profile: DataProfile) -> None:
@@ -79,7 +90,7 @@ def _print_profile(profile: DataProfile) -> None:
     show(lengths_table)
     print(f"the first row, in the template {profile.section.template}, as the model reads it:")
     for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):
-        print("\n".join(mark + line for line in text.splitlines()))
+        terminal.write("\n".join(mark + line for line in text.splitlines()))
     stops = " or ".join(map(repr, profile.stops))
     if profile.never_stops:
         print(

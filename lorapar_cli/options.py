@@ -1,11 +1,11 @@
 """Options that several commands share, and helpers that turn them into a config and its steps."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stages import escaping
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
@@ -55,4 +55,4 @@ def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, 
 
 def typed(config: Path, overrides: list[str] | None) -> str:
     """Return the config and its overrides as they are typed after a command."""
-    return shlex.join([str(config), *sets(overrides)])
+    return " ".join(map(escaping.shell, [str(config), *sets(overrides)]))

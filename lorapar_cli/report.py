@@ -7,11 +7,12 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, plan_of, sets
-from lorapar_cli.sweep import Base, Columns, Rows, Seeds, planned
+from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, planned
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.steps import ancestors
+from stages.store.artifacts import refuse_store
 from stages.sweep import formats
-from stages.sweep.file import is_table
+from stages.sweep.file import MAX_CELLS, is_table
 from stages.sweep.results import results
 
 
@@ -25,13 +26,14 @@ def command(
     column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
+    max_cells: MaxCells = MAX_CELLS,
 ) -> None:
     if missing := [path for path in paths if not path.is_file()]:
         raise MissingInputError(
             f"no file {missing[0]}", "name table files, as in configs/tables, or one config"
         )
     if is_table(paths[0]):
-        _report_tables(paths, out, base, only, column, seeds, set_)
+        _report_tables(paths, out, base, only, column, seeds, set_, max_cells)
     elif len(paths) > 1 or base or only or column or seeds:
         raise ConfigError(
             f"{paths[0]} is not a table",
@@ -44,6 +46,7 @@ def command(
 def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     from stages.report import run_page
 
+    refuse_store(out)
     settings, steps = plan_of(path, set_)
     out.mkdir(parents=True, exist_ok=True)
     command = formats.command(["run", str(path), *sets(set_)])
@@ -60,12 +63,14 @@ def _report_tables(
     column: list[str] | None,
     seeds: str | None,
     set_: list[str] | None,
+    max_cells: int,
 ) -> None:
     from stages.report import table_page
 
+    refuse_store(out)
     if len({path.stem for path in paths}) < len(paths):
         raise ConfigError("two tables have the same name, and would be written to the same files")
-    tables = planned(paths, base, only, column, seeds, set_)
+    tables = planned(paths, base, only, column, seeds, set_, max_cells)
     out.mkdir(parents=True, exist_ok=True)
     options = ["--base", str(base)] if base else []
     options += _options("--column", column)

@@ -15,11 +15,13 @@ from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.stages import STAGES
 from stages.sweep import slurm
+from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
 from stages.sweep.local import Outcome, Sweep
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as plan_table
 
+MAX_JOBS = 1024
 TablePaths = Annotated[list[Path], typer.Argument(metavar="TABLE…", help="YAML files; see configs/tables/.")]
 Base = Annotated[
     Path | None, typer.Option(metavar="CONFIG", help="Use this config instead of the table's own.")
@@ -39,6 +41,9 @@ Columns = Annotated[
 Seeds = Annotated[
     str | None, typer.Option(metavar="N,N", help="Use these seeds instead of the table's, comma-separated.")
 ]
+MaxCells = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Refuse tables of more cells (rows times seeds).")
+]
 
 
 def command(
@@ -48,7 +53,10 @@ def command(
     column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
-    jobs: Annotated[int | None, typer.Option(help="Steps at a time on this machine.", min=1)] = None,
+    max_cells: MaxCells = MAX_CELLS,
+    jobs: Annotated[
+        int | None, typer.Option(help="Steps at a time on this machine.", min=1, max=MAX_JOBS)
+    ] = None,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +75,7 @@ def command(
         ),
     ] = False,
 ) -> None:
-    tables = planned(paths, base, only, column, seeds, set_)
+    tables = planned(paths, base, only, column, seeds, set_, max_cells)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
     logs = Path(cells[0].config.runs_dir) / "sweeps"
@@ -136,12 +144,13 @@ def planned(
     columns: list[str] | None,
     seeds: str | None,
     set_: list[str] | None,
+    max_cells: int,
 ) -> list[Table]:
     """Plan the tables. A single error combines the mistakes of all of them."""
     tables, errors = [], []
     for path in paths:
         try:
-            tables.append(_planned(path, base, only, columns, seeds, set_))
+            tables.append(_planned(path, base, only, columns, seeds, set_, max_cells))
         except LoraparError as error:
             errors.append(error)
     if len(errors) > 1:
@@ -160,9 +169,10 @@ def _planned(
     columns: list[str] | None,
     seeds: str | None,
     set_: list[str] | None,
+    max_cells: int,
 ) -> Table:
     """Plan one table, and print which rows are left out as duplicates."""
-    planned_table = plan_table(path, base, only, _numbers(seeds), set_, columns)
+    planned_table = plan_table(path, base, only, _numbers(seeds), set_, columns, max_cells)
     reason = f"with {base}" if base else "in these columns"
     for row, first in planned_table.duplicate_of.items():
         terminal.say(f"{path}: {reason}, row {row!r} is the same as {first!r} and is left out")

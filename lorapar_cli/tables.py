@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from stages import escaping
+
 WIDEST = 10**4
 NARROWEST = 24
 """Least width of a text column, in characters."""
@@ -14,11 +16,19 @@ def table(*columns: str, text: str | None = None) -> Any:
     """
     from rich.table import Table
 
-    rows = Table(box=None, pad_edge=False, header_style="bold")
+    class SafeTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            safe = (escaping.terminal(cell) if isinstance(cell, str) else cell for cell in cells)
+            super().add_row(*safe, **options)
+
+    rows = SafeTable(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         to_left = i == 0 or column == text
         rows.add_column(
-            column, justify="left" if to_left else "right", overflow="fold", no_wrap=column != text
+            escaping.terminal(column),
+            justify="left" if to_left else "right",
+            overflow="fold",
+            no_wrap=column != text,
         )
     return rows
 

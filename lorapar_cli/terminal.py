@@ -10,6 +10,7 @@ from typing import Any
 
 from lorapar_cli import voter_report
 from lorapar_cli.tables import show, table
+from stages import escaping
 from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.state import State, state
@@ -26,7 +27,12 @@ SETTLE_S = 0.2
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(escaping.terminal(text), file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Print a result, with control characters shown and not obeyed."""
+    print(escaping.terminal(text))
 
 
 def nothing_to_do() -> None:
@@ -102,7 +108,8 @@ class TerminalProgress:
                 to_go = seconds / self._count * (self._total - self._count)
                 text += f"  {self._count}/{self._total}  {seconds:.0f} s, {to_go:.0f} s left  {self._note}"
             if self._live:
-                print(f"\r\x1b[K{text.rstrip()[:110]}", end="", file=sys.stderr, flush=True)
+                line = escaping.one_line(text)[:110]
+                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
                 self._line_open = True
             elif self._count or not self._total:
                 say(text.rstrip())
@@ -187,7 +194,7 @@ def manifest(committed: Artifact, as_json: bool) -> None:
     say(str(committed.path))
     print(f"  took {_cost(committed)}")
     for line in _facts(committed.manifest["summary"]):
-        print(f"  {line}")
+        write(f"  {line}")
     for name, entry in committed.manifest["files"].items():
         print(f"  {name}  {entry['size']} bytes  sha256 {entry['sha256'][:12]}")
     for name, entry in committed.manifest["inputs"].items():
@@ -209,8 +216,8 @@ def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False
         gold = f"gold {row['gold']}  read {row['strict']}  " if row["gold"] is not None else ""
         extra = row["extra"]  # a field of the rows may be called `why`, too
         verdict = f" ({extra['verdict']}: {extra['why']})" if "verdict" in extra and extra.get("why") else ""
-        print(f"--- {row['id']}  {system}{gold}{row['outcome']}{verdict}")
-        print(f"{row['prompt']}{row['output']}")
+        write(f"--- {row['id']}  {system}{gold}{row['outcome']}{verdict}")
+        write(f"{row['prompt']}{row['output']}")
 
 
 def results(store: Store, steps: list[Step], by: str = "system", as_json: bool = False) -> None:

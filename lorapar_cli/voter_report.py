@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapar_cli.tables import percent, show, table
+from stages import escaping
 
 MAX_CONTESTED = 3
 
@@ -23,7 +24,8 @@ def report(folder: Path) -> None:
         print("most contested:")
     for row in votes["contested"][:MAX_CONTESTED]:
         values = ", ".join("–" if value is None else f"{value:.2f}" for value in row["votes"].values())
-        print(f"  System {row['system'] or '–'} from {values}: {' '.join(row['prompt'].split())[:90]}")
+        prompt = escaping.one_line(" ".join(row["prompt"].split()))[:90]
+        print(f"  System {row['system'] or '–'} from {values}: {prompt}")
 
 
 def _voters(voters: dict[str, Any]) -> None:

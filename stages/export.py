@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from stages.errors import AnswerError, ConfigError, OutputError, ServerError, fi
 from stages.models.base import save_merged
 from stages.records import Labelled
 from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results
-from stages.store.artifacts import Artifact, make_readable
+from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 if TYPE_CHECKING:
     from stages.prompts.renderer import RenderedPrompt, Renderer
@@ -86,13 +87,17 @@ def _write_results(folder: Path, evaluated: Sequence[Artifact]) -> None:
 
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, renamed to `out` on success; OutputError if `out` exists."""
+    """Yield a temporary folder beside `out`, renamed to `out` on success.
+
+    OutputError if `out` exists, or would lie among the artifacts of a run.
+    """
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    refuse_store(out)
     try:
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial.chmod(out.parent.stat().st_mode & 0o777)  # mkdtemp's own is for the user alone
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; a room may use those below it and itself
-    ("errors", "registry", "progress", "records"),
+    ("errors", "registry", "progress", "records", "escaping"),
     ("runtime",),
     ("config", "store", "sandbox"),
     ("prompts",),

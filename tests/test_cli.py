@@ -328,3 +328,20 @@ def test_stages_do_not_import_from_the_folder_they_stand_in(tiny, demo_data, tmp
     ]
     sets += ["--set", "classify.strategy=random", "--set", "data.limit=8"]
     assert subprocess.run([*command, *sets], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "c.yaml", "x", "--check", "-1"], ["export", "c.yaml", "x", "--check", "99999"],
+        ["demo-data", "x", "--seed", "-1"], ["demo-data", "x", "--seed", str(2**32)],
+        ["show", "c.yaml", "--limit", "0"], ["sweep", "t.yaml", "--jobs", "0"],
+        ["sweep", "t.yaml", "--jobs", "9999"],
+        ["sweep", "t.yaml", "--max-cells", "0"], ["eval", "c.yaml", "--limit", "0"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_numbers_have_bounds(arguments, lorapar, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = lorapar(*arguments)
+    assert done.code == 2 and "Invalid value for" in done.err and not list(tmp_path.iterdir())

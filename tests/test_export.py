@@ -84,14 +84,31 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     assert cast["a"].dtype == torch.bfloat16 and cast["indices"].tolist() == [257, 1001]
 
 
+def test_a_folder_that_looks_like_a_temporary_one_is_left_alone(trained, tmp_path):
+    config, artifact = trained
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial/mine").write_text("mine")
+    export.write(artifact, config, tmp_path / "a", "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
+    assert (tmp_path / ".a.partial/mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["new", "adapter/new", "../new"])
+def test_nothing_is_exported_among_artifacts(trained, name):
+    config, artifact = trained
+    with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
+        export.write(artifact, config, artifact.path / name, "adapter")
+    assert artifact.integrity_error() is None
+
+
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
 def test_ranks_of_single_modules_are_not_exported_without_a_word(trained, tmp_path, name):
     config, artifact = trained
-    shutil.copytree(artifact.path, tmp_path / "made")
-    file = tmp_path / "made/adapter/adapter_config.json"
+    shutil.copytree(artifact.path, tmp_path / "runs/made")
+    file = tmp_path / "runs/made/adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: {"q_proj": 4}}))
     with pytest.raises(ConfigError, match=f"the adapter has a {name}, which vLLM ignores"):
-        export.write(replace(artifact, path=tmp_path / "made"), config, tmp_path / "x", "adapter")
+        export.write(replace(artifact, path=tmp_path / "runs/made"), config, tmp_path / "x", "adapter")
     assert not (tmp_path / "x").exists()
 
 
@@ -107,7 +124,7 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     how = "--generation-config vllm --dtype float32 --max-model-len 4096"
     served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules fast=fast slow=slow"
     assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
-    asked = f"`/v1/chat/completions`, system message: {config.prompt.system}"
+    asked = f"`/v1/chat/completions`, system message: `{config.prompt.system}`"
     assert f"- `fast`: {asked}" in text and f"- `slow`: {asked}" in text
     assert "| fast | answers at once: SFT on System 1 rows and some of System 2 |" in text
     assert "| slow | works it out: then GRPO on System 2 rows |" in text
@@ -122,7 +139,9 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     changed["system1_share"] = 0.25
     text = card_of_views({"fast": artifact, "slow": replace(another, manifest=manifest)}, tmp_path / "v")
     assert f"- `fast`: {asked}" in text and "GRPO on System 2 rows and some of System 1 |" in text
-    assert "- `slow`: `/v1/completions`, with the prompts of template `plain`, system message: Think." in text
+    assert (
+        "- `slow`: `/v1/completions`, with the prompts of template `plain`, system message: `Think.`" in text
+    )
     ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
     with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")

@@ -29,6 +29,8 @@ FIELDS = {
     "prompt_completion": ("prompt", "completion"),
 }
 """Format → fields that a row must have; in this order a format is detected."""
+MAX_CHARACTERS = 1_000_000
+"""Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
 SYNONYMS = {"context": "input", "response": "output"}
 """Dolly's names of fields → alpaca's."""
 
@@ -81,7 +83,10 @@ def parse_rows(
     for number, row in raw_rows(source) if rows is None else rows:
         location = f"{source.path}:{number}"
         try:
-            located.append((location, parse(row, number)))
+            example = parse(row, number)
+            if (length := len(example.prompt) + len(example.response)) > MAX_CHARACTERS:
+                raise ValueError(f"a text of {length:,} characters, more than {MAX_CHARACTERS:,}")
+            located.append((location, example))
         except EmptyRowError as error:
             if source.empty == "error":
                 bad.append(f"{location}: {error}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from stages import escaping
 from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.evaluation.benchmarks import benchmarks
@@ -115,15 +116,17 @@ def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
         for key in path:
             section = section.setdefault(key, {})
         section[last] = choice
-    comments = ["", "# Undecided:", *(f"# - {line}" for line in foot)] if foot else []
-    return "\n".join([*(f"# {line}" for line in head), *_lines(tree), *comments, ""])
+    comments = ["", "# Undecided:", *(f"# - {escaping.one_line(line)}" for line in foot)] if foot else []
+    return "\n".join([*(f"# {escaping.one_line(line)}" for line in head), *_lines(tree), *comments, ""])
 
 
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
     for name, node in tree.items():
         if isinstance(node, Choice):
             value = _as_yaml(node.value)
-            yield f"{indent}{_as_yaml(name)}: {value}" + (f" # {node.why}" if node.why else "")
+            yield f"{indent}{_as_yaml(name)}: {value}" + (
+                f" # {escaping.one_line(node.why)}" if node.why else ""
+            )
         else:
             yield f"{indent}{_as_yaml(name)}:"
             yield from _lines(node, indent + "  ")

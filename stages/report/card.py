@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from stages import escaping
 from stages.config import ModelSection, ServerSection
 from stages.data.rows import may_be_hub_id
 from stages.engines.vllm import context_length, lora_flags
@@ -62,7 +63,11 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), bas
         **(baseline or identity["lora"]),
         **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)},
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
+    rows = "\n".join(
+        f"| {escaping.markdown(name)} | {escaping.markdown(str(value))} |"
+        for name, value in settings.items()
+        if value is not None
+    )
     subject = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
@@ -70,7 +75,7 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), bas
 tags: [lorapar, {method}]
 ---
 
-# {base.rstrip("/").split("/")[-1]} after {_method_name(config)} {stage}
+# {_title(base)} after {_method_name(config)} {stage}
 
 {subject} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
@@ -92,7 +97,7 @@ def _loading_code(form: Form, model: dict[str, Any], dtype: str) -> str:
     if form == "merged":
         return 'model = AutoModelForCausalLM.from_pretrained("this folder")'
     quantized = f", quantization_config={NF4.format(dtype=dtype)}" if model["load_in_4bit"] else ""
-    arguments = f'"{model["name"]}"{_revision_argument(model)}{quantized}'
+    arguments = f"{json.dumps(model['name'])}{_revision_argument(model)}{quantized}"
     return (
         f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
         'model = PeftModel.from_pretrained(model, "this folder")'
@@ -124,8 +129,12 @@ def _base_model_line(base: str) -> str:
     return f"base_model: {base}\n" if ModelSection(name=base).may_be_on_hub else ""
 
 
+def _title(base: str) -> str:
+    return escaping.markdown(base.rstrip("/").split("/")[-1])
+
+
 def _revision_argument(model: dict[str, Any]) -> str:
-    return "" if model["revision"] == "main" else f', revision="{model["revision"]}"'
+    return "" if model["revision"] == "main" else f", revision={json.dumps(model['revision'])}"
 
 
 def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
@@ -136,7 +145,7 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
     configs = {name: artifact.manifest["provenance"]["config"] for name, artifact in views.items()}
     base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
-    pinned = "" if revision == "main" else f" --revision {revision}"
+    pinned = "" if revision == "main" else f" --revision {escaping.shell(revision)}"
     server_flags = _server_flags(views["slow"], configs["slow"])
     modes = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
@@ -149,13 +158,13 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
 tags: [lorapar, lora]
 ---
 
-# {base.rstrip("/").split("/")[-1]}, fast and slow
+# {_title(base)}, fast and slow
 
 Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started in this folder, has both
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
 ```
-vllm serve {_path_from(folder, base)}{pinned} {server_flags} {flags}
+vllm serve {escaping.shell(_path_from(folder, base))}{pinned} {server_flags} {flags}
 ```
 
 {requests}
@@ -208,7 +217,7 @@ def _request(name: str, view: View, config: dict[str, Any]) -> str:
     """Describe, as a list item, how to prompt a view as its training did."""
     prompt = config[view.stage]["prompt"] or config["prompt"]
     message = prompt["by_system"].get(view.system, prompt["system"])
-    suffix = f", system message: {message}" if message else ""
+    suffix = f", system message: {escaping.markdown_code(message)}" if message else ""
     if prompt["template"] == "chat":
         return f"- `{name}`: `/v1/chat/completions`{suffix}"
     return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{suffix}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages import escaping
 from stages.evaluation.statistics import p_value
 
 ACCURACY = ("accuracy", "low", "high", "p")
@@ -42,7 +43,9 @@ class ResultsTable:
         return [[name, *(c.text(to, before_p) if c else "" for c in cells)] for name, cells in self.rows]
 
     def markdown(self) -> str:
-        head, *rows = (f"| {' | '.join(texts)} |" for texts in (self.columns, *self.texts()))
+        lines = [list(map(escaping.markdown, self.columns))]
+        lines += [[escaping.markdown(name), *cells] for name, *cells in self.texts()]
+        head, *rows = (f"| {' | '.join(line)} |" for line in lines)
         return "\n".join([head, "|" + "---|" * len(self.columns), *rows])
 
 

@@ -70,6 +70,25 @@ def make_readable(folder: Path, files: Iterable[Path]) -> None:
                 file.chmod(mode)
 
 
+def refuse_store(target: Path) -> None:
+    """Raise OutputError if what is written to `target` would lie in an artifact, or beside one of a stage."""
+    target = target.resolve()
+    folders = (target, *target.parents, *target.parent.glob("*/"))
+    if artifact := next((folder for folder in folders if _is_artifact(folder)), None):
+        raise OutputError(
+            f"{target} would lie among the artifacts of a run ({artifact})", "name a place elsewhere"
+        )
+
+
+def _is_artifact(folder: Path) -> bool:
+    """True if the folder has a manifest of lorapar's."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"stage", "key", "files"} <= manifest.keys()
+
+
 class Store:
     """Artifacts of one run."""
 

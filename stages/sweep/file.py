@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from stages.errors import ConfigError, LoraparError, MissingInputError, validati
 
 ROW_KEYS = ("base", "columns")
 """Keys of a row that are not settings of the config."""
+MAX_CELLS = 1000
+"""Largest number of cells, unless the user allows more: planning one takes some milliseconds."""
 SYSTEMS, FLEXIBLE = ("system1", "system2"), "flexible"
 """Qualifiers that may follow `TARGET@BENCHMARK.`, beside FIELD=VALUE."""
 
@@ -125,6 +128,9 @@ class TableFile(Section):
         plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
 
+    def number_of_rows(self) -> int:
+        return len(self.rows) or math.prod(len(values) for values in self.grid.values())
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Map each row to its settings. Rows of a grid are named after their values."""
         if self.rows:
@@ -214,17 +220,28 @@ def is_table(path: Path) -> bool:
         return True
 
 
-def read(path: Path) -> TableFile:
-    """Read and check a table file. Like a config, it may extend another one."""
+def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
+    """Read and check a table file of at most `max_cells` rows. Like a config, it may extend another one."""
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "see configs/tables/")
     try:
         file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:
         raise mistakes_error(path, validation_messages(error)) from None
+    check_size(path, file.number_of_rows(), 1, max_cells)
     if mistakes := list(file.mistakes()):
         raise mistakes_error(path, mistakes)
     return file
+
+
+def check_size(path: Path, rows: int, seeds: int, max_cells: int) -> None:
+    """Raise ConfigError if so many rows with so many seeds are more than `max_cells` cells."""
+    if rows * seeds > max_cells:
+        cells = f"{rows:,} rows" + (f" with {seeds:,} seeds" if seeds > 1 else "")
+        raise ConfigError(
+            f"{path}: {cells} are more than {max_cells:,} cells",
+            f"to plan them all: --max-cells {rows * seeds}",
+        )
 
 
 def _resolve_bases(path: Path, table: dict[str, Any]) -> dict[str, Any]:

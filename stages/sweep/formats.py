@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
+import re
 
+from stages import escaping
 from stages.evaluation.statistics import p_value
 from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import Results, Value
@@ -18,9 +19,14 @@ def markdown(results: Results, command: str) -> str:
     """
     file = results.table.file
     head, rows = grid(results)
-    lines = [f"## {file.title}", "", *([file.notes.strip(), ""] if file.notes else [])]
-    lines += [_markdown_line(head), _markdown_line(["---"] * len(head)), *map(_markdown_line, rows)]
-    return "\n".join([*lines, "", legend(results), "", f"`{command}`", ""])
+    lines = [f"## {escaping.markdown(file.title)}", ""]
+    for paragraph in re.split(r"\n\s*\n", file.notes.strip()):
+        lines += [escaping.markdown(paragraph), ""] if paragraph else []
+    lines += [_markdown_line(list(map(escaping.markdown, head))), _markdown_line(["---"] * len(head))]
+    # Cells other than the name of the row are numbers, and words of our own.
+    lines += [_markdown_line([escaping.markdown(row), *cells]) for row, *cells in rows]
+    legend_text = escaping.markdown(legend(results))
+    return "\n".join([*lines, "", legend_text, "", escaping.markdown_code(command), ""])
 
 
 def grid(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -44,7 +50,7 @@ def _comparison_head(results: Results) -> str:
 
 
 def _markdown_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(results: Results, row: str, name: str) -> str:
@@ -147,41 +153,36 @@ def csv_text(results: Results) -> str:
         if published != "" and Column.of(results.table.file.columns[name]).graded:
             published = round(float(published) / 100, 6)
         if value is None:
-            writer.writerow([row, name, "", "", "", "", "", "", published, ""])
+            writer.writerow([*map(escaping.csv_cell, (row, name)), "", "", "", "", "", "", published, ""])
             continue
         blank = ["" if x is None else x for x in (value.low, value.high, value.n)]
         of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
         p = "" if value.p is None else value.p
-        writer.writerow([row, name, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
+        names = map(escaping.csv_cell, (row, name))
+        writer.writerow([*names, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
     for row, comparison in results.comparisons.items():
         if comparison is not None:
             of_seeds = " ".join(f"{x:.6g}" for x in comparison.of_seeds)
             numbers = comparison.mean, comparison.low, comparison.high, comparison.n, len(comparison.of_seeds)
-            writer.writerow([row, _comparison_head(results), *numbers, of_seeds, "", comparison.p])
+            names = map(escaping.csv_cell, (row, _comparison_head(results)))
+            writer.writerow([*names, *numbers, of_seeds, "", comparison.p])
     return out.getvalue()
-
-
-_LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
-_LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "θ": r"$\theta$"}
-_LATEX |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
-_LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarrow$", "−": "$-$", "×": r"$\times$"}
 
 
 def latex(results: Results) -> str:
     """Render a `tabular` with booktabs rules, with the legend in comments above it."""
-    escapes = str.maketrans(_LATEX)
     head, rows = grid(results)
     lines = [
-        *(f"% {line}" for line in legend(results).splitlines()),
+        f"% {escaping.one_line(legend(results))}",
         r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
         r"\toprule",
-        " & ".join(name.translate(escapes) for name in head) + r" \\",
+        " & ".join(map(escaping.latex, head)) + r" \\",
         r"\midrule",
-        *(" & ".join(cell.translate(escapes) for cell in cells) + r" \\" for cells in rows),
+        *(" & ".join(map(escaping.latex, cells)) + r" \\" for cells in rows),
     ]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def command(arguments: list[str]) -> str:
     """Quote a `lorapar` command line for the shell."""
-    return shlex.join(["lorapar", *arguments])
+    return " ".join(map(escaping.shell, ["lorapar", *arguments]))

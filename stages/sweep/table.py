@@ -13,7 +13,7 @@ from stages.config import Config
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import ROW_KEYS, Column, TableFile, mistakes_error, read
+from stages.sweep.file import MAX_CELLS, ROW_KEYS, Column, TableFile, check_size, mistakes_error, read
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,22 @@ def table(
     seeds: list[int] | None = None,
     overrides: list[str] | None = None,
     columns: list[str] | None = None,
+    max_cells: int = MAX_CELLS,
 ) -> Table:
     """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
     base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
     overrides: additional `key=value` settings. columns: names or patterns, as for rows. With `base` or
-    `columns`, rows that become equal to an earlier one are left out.
+    `columns`, rows that become equal to an earlier one are left out. max_cells: ConfigError for more.
     """
-    file = read(path)
+    file = read(path, max_cells)
     if columns:
         file = file.select_columns(_matching(path, "column", columns, list(file.columns)))
     if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
     settings = file.settings()
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
+    check_size(path, len(rows), len(set(seeds or file.seeds)), max_cells)
     errors: dict[str, list[str]] = {}
     cells = []
     for seed in dict.fromkeys(seeds or file.seeds):

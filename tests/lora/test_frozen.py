@@ -23,7 +23,7 @@ from stages.store.artifacts import Store
 
 OPTIMIZERS = {
     "AdamW": [],
-    "Adafactor": ["{}.optimizer=adafactor"],
+    "Adafactor": ["{}.optim=adafactor"],
     "LoRA+": ["{}.loraplus_lr_ratio=8"],
 }
 STAGES = {

@@ -383,7 +383,7 @@ def test_nor_does_a_program_that_runs_bare():
 
 
 def ends_with_its_caller(name, way=""):
-    """Kill the caller when the program has had time to go its way: to write to its error channel, or to end."""
+    """Kill the caller when the program has had time to go its way, or has ended."""
     indented = "\n".join(f"    {line}" for line in way.splitlines()) or "    pass"
     program = (
         "import ctypes, os, signal, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"

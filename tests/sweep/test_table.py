@@ -730,3 +730,23 @@ def test_each_command_makes_its_step_alone(small):
             assert "eval.engine=transformers" in rest
         elif node.step.variant:
             assert rest[-2:] == ["--only", node.step.variant]
+
+
+@pytest.mark.parametrize("size", [200, 5])
+def test_a_grid_of_millions_is_refused_at_once(tmp_path, smoke, size):
+    names = ("partition.theta", "partition.alpha", "partition.beta")
+    grid = {name: [(i + 1) / size for i in range(size)] for name in names}
+    path = tmp_path / "grid.yaml"
+    content = {
+        "title": "x",
+        "base": str(ROOT / "configs/smoke.yaml"),
+        "grid": grid,
+        "columns": {"a": "sft@demo"},
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        table(path, seeds=list(range(99_000)), max_cells=size**3)
+    cells = f"{size**3:,} rows with 99,000 seeds are more than {size**3:,} cells"
+    assert str(caught.value) == f"{path}: {cells}"
+    with pytest.raises(ConfigError, match=f"{size**3:,} rows are more than 100 cells"):
+        table(path, max_cells=100)
