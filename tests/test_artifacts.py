@@ -13,6 +13,9 @@ from stages.store.artifacts import MANIFEST, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import DigestCache, canonical_json, key_of
 
+PROVENANCE = {"config": {}, "seconds": 2.5, "finished": "2026-11-29T00:00:00+00:00", "versions": {}}
+FIELDS = {"inputs": {}, "summary": {}, "provenance": PROVENANCE}
+
 
 @pytest.fixture
 def store(tmp_path) -> Store:
@@ -26,7 +29,9 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
     return store.commit(
-        "score", key, {"variant": "", "identity": identity, "inputs": {}, "summary": {}, "provenance": {}}
+        "score",
+        key,
+        {"variant": "", "identity": identity, **FIELDS},
     ).path
 
 
@@ -189,6 +194,41 @@ def test_an_edited_manifest_is_not_believed(store, how):
 
 
 @pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.pop("inputs"), "inputs: Field required"),
+        (lambda m: m.update(provenance={}), "provenance.config: Field required"),
+        (lambda m: m["provenance"].pop("seconds"), "provenance.seconds: Field required"),
+        (lambda m: m["provenance"].update(seconds=-1), "provenance.seconds: Input should be greater"),
+        (lambda m: m["provenance"].update(peak_mib=7), "provenance.peak_mib: Input should be a valid dict"),
+        (lambda m: m["summary"].update(active_share="much"), "summary.active_share: Input should be a valid"),
+        (lambda m: m["summary"].update(active_share=1.5), "summary.active_share: Input should be less"),
+        (lambda m: m["summary"].update(elements=None), "summary.elements: Input should be a valid int"),
+        (
+            lambda m: m["summary"].update(all={"n": 3, "accuracy": 30}),
+            "summary.all.accuracy: Input should be",
+        ),
+    ],
+)
+def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, reason):
+    path = build(store)
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("seal")
+    manifest["seal"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError) as caught:
+        store.load(path)
+    assert f"{path} is a foreign artifact: its manifest is invalid: {reason}" in str(caught.value)
+
+
+def test_a_field_that_a_manifest_lacks_is_named(store):
+    manifest = store.load(build(store)).manifest
+    with pytest.raises(ArtifactError, match="manifest.json has no field moved"):
+        manifest["summary"]["moved"]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -235,7 +275,7 @@ def test_files_are_readable_as_the_umask_allows(store):
         partial = store.start_partial("score", key_of({"name": "x"}))
         (partial / "file").write_text("x")
         (partial / "file").chmod(0o600)
-        more = {"variant": "", "identity": {"name": "x"}, "inputs": {}, "summary": {}, "provenance": {}}
+        more = {"variant": "", "identity": {"name": "x"}, **FIELDS}
         path = store.commit("score", key_of({"name": "x"}), more).path
     finally:
         os.umask(before)

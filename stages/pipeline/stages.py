@@ -183,7 +183,7 @@ STAGES = {
             needs=_training_needs("rl", first_stage="sft"),
             sections=_rl_sections,
             external_inputs=_rl_outside,
-            version=6,
+            version=7,
         ),
         Stage(
             name="eval",
@@ -191,7 +191,7 @@ STAGES = {
             sections=_eval_sections,
             external_inputs=_eval_outside,
             variants=_eval_variants,
-            version=7,
+            version=8,
         ),
     ]
 }

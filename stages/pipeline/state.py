@@ -27,6 +27,8 @@ def state(store: Store, step: Step) -> State:
     except ArtifactError as error:
         return State("damaged", str(error))
     difference = None if artifact else _difference(store, step)
+    if artifact and artifact.manifest["inputs"].keys() != step.inputs.keys():
+        return State("damaged", f"{artifact.path}: its manifest names other inputs than it has", artifact)
     if artifact is None and difference is None:
         interrupted = store.partial(step.stage.name, step.key).exists()
         return State("missing", "was interrupted" if interrupted else "not run yet")

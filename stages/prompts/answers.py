@@ -1,7 +1,8 @@
 """Extracts and compares final answers. Rewards and benchmarks both use it, so SFT, RL and eval agree.
 
 An answer is a number if it can be read as one (commas between thousands, currency, units, `%`, decimals,
-fractions, mixed numbers, `5 million`, a Unicode minus, bold type), else text.
+fractions, mixed numbers, `5 million`, a Unicode minus, bold type), else text. `3x` is a term, not the number
+3. Exactly four `#` begin an answer line: `##### 5` is a heading.
 
 The texts come from a model or from a stranger, so every pattern has to run in linear time (200,000 spaces
 must cost nothing). The exception is _SINGLE_NUMBER, which sees at most LONGEST_NUMBER characters.
@@ -15,7 +16,7 @@ from fractions import Fraction
 
 THOUGHT = ("<think>", "</think>")
 """Tags around the thought of a model that thinks before it answers."""
-_ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
+_ANSWER_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENING_TAG, _CLOSING_TAG = "<answer>", "</answer>"
 
@@ -52,8 +53,9 @@ def extract(text: str, answer_format: str) -> Extracted:
 
 
 def _last_number(text: str) -> str | None:
-    """Return the last number of a text, as it is written there."""
-    last = collections.deque(_ANY_NUMBER.finditer(text), maxlen=1)
+    """Return the last number of a text, as it is written there; the coefficient of a term is none."""
+    numbers = (match for match in _ANY_NUMBER.finditer(text) if not _VARIABLE.match(text, match.end()))
+    last = collections.deque(numbers, maxlen=1)
     return last[0][0] if last else None
 
 
@@ -91,11 +93,13 @@ _ANY_NUMBER = re.compile(
     rf"(?:(?<![\w)\]]){_MINUS})?{_CURRENCY}?(?:(?<=[$€£¥₹]){_MINUS})?"
     rf"(?:\d+\s+\d+\s*/\s*\d+|{_DECIMAL}(?:\s*/\s*{_INTEGER})?)(?:{_SCALE})?"
 )
+# A variable after a number makes it a term: `3x`, `2xy`, `4n`, `3π`. Other letters are units: `5m`, `3μm`.
+_VARIABLE = re.compile(r"(?:[xyz]+|[abeijnqruvw]|pi|sqrt|[α-λν-ωΓΔΘΛΞΠΣΦΨ]+)(?![^\W_])")
 _PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
 _SINGLE_NUMBER = re.compile(
     rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"
     rf"(?:(?P<mixed>\d+)\s+)?(?P<value>{_DECIMAL})"
-    rf"(?:\s*/\s*(?P<denominator>{_INTEGER}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*"
+    rf"(?:\s*/\s*(?P<denominator>{_INTEGER}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*\.?"
 )
 LONGEST_NUMBER = 200
 """Number of characters above which a text is not read as one number (with its unit)."""
@@ -105,8 +109,8 @@ def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a text that is one number, else None.
 
     Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words
-    may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½` and `3 and a half`
-    are not one number.
+    may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½`, `3 and a half`
+    and `3x` are not one number.
     """
     quantity = _quantity(text)
     return quantity[0] if quantity else None
@@ -126,8 +130,9 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     while scale := re.match(_SCALE, unit):  # `5 hundred thousand apples`
         value *= _SCALES[scale[0].strip().lower().removesuffix("s")]
         unit = unit[scale.end() :]
-    # `3 and a half` and `3½` are larger than 3.
-    if re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
+    # `3 and a half` and `3½` are larger than 3, and `3x`, or `3 x` alone, is a term.
+    attached = _VARIABLE.match(unit) or _VARIABLE.fullmatch(unit.strip(" *_`.)"))
+    if attached or re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
         return None
     words = re.findall(r"[^\W\d_]+", unit.casefold())
     unit_words = [word.removesuffix("s") or word for word in words if word != "percent"]

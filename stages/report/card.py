@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from stages import escaping
-from stages.config import ModelSection, ServerSection
+from stages.config import Config, ModelSection, ServerSection
 from stages.data.rows import may_be_hub_id
 from stages.engines.vllm import context_length, lora_flags
+from stages.errors import ArtifactError, validation_messages
 from stages.report.results_table import ResultsCell, ResultsTable
 from stages.store.artifacts import Artifact
 
@@ -51,7 +53,7 @@ def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), bas
     """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    config = manifest["provenance"]["config"]
+    config = _config(artifact)
     model, base = config["model"], config["model"]["name"]
     dtype = manifest["provenance"].get("dtype", "")
     load = _loading_code(form, model, dtype)
@@ -90,6 +92,15 @@ tags: [lorapar, {method}]
 |---|---|
 {rows}
 """
+
+
+def _config(artifact: Artifact) -> dict[str, Any]:
+    """The config that an artifact was made with; ArtifactError if its manifest has another thing there."""
+    try:
+        return Config.model_validate(artifact.manifest["provenance"]["config"]).model_dump(mode="json")
+    except ValidationError as error:
+        reason = validation_messages(error)[0]
+        raise ArtifactError(f"{artifact.path}: the config in its manifest is invalid: {reason}") from None
 
 
 def _loading_code(form: Form, model: dict[str, Any], dtype: str) -> str:
@@ -142,7 +153,7 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
 
     folder: holds the adapters in subfolders of these names.
     """
-    configs = {name: artifact.manifest["provenance"]["config"] for name, artifact in views.items()}
+    configs = {name: _config(artifact) for name, artifact in views.items()}
     base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
     flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
     pinned = "" if revision == "main" else f" --revision {escaping.shell(revision)}"
@@ -250,7 +261,7 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
     entries = []
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
-        benchmark: dict[str, Any] = artifact.manifest["provenance"]["config"]["eval"]["benchmarks"][name]
+        benchmark: dict[str, Any] = _config(artifact)["eval"]["benchmarks"][name]
         summary = artifact.manifest["summary"]
         if not may_be_hub_id(benchmark["path"] or "") or not summary.get("all", {}).get("n"):
             continue

@@ -32,7 +32,7 @@ _STRICT_FORMAT = {
 }
 _SOFT_FORMAT = {
     "xml": re.compile(r"\s*<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>", re.DOTALL),
-    "hash": re.compile(r".*####\s*\S+", re.DOTALL),
+    "hash": re.compile(r".*(?<!#)####(?!#)\s*\S+", re.DOTALL),
 }
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 # Scripts without spaces between words (Thai to Khmer, kana, Chinese): each character counts as a word.

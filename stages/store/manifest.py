@@ -13,6 +13,9 @@ from stages.errors import validation_messages
 from stages.store.digests import canonical_json, key_of
 
 SCHEMA = 2
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 CHECKSUM = "seal"
 
 
@@ -37,6 +40,48 @@ class _Input(_Strict):
     content: str
 
 
+class _Group(BaseModel):
+    """Figures of an evaluation that pages and cards read."""
+
+    model_config = ConfigDict(strict=True)
+    n: Count = 0
+    accuracy: Share | None = None
+
+
+class _Summary(BaseModel):
+    """Figures that others than their own stage read; each has more of its own."""
+
+    model_config = ConfigDict(strict=True)
+    active: Count = 0
+    elements: Count = 0
+    moved: Count = 0
+    steps: Count = 0
+    s1_only: Count = 0
+    s2_only: Count = 0
+    shared: Count = 0
+    none: Count = 0
+    active_share: Share | None = None
+    s1_only_share: Share | None = None
+    s2_only_share: Share | None = None
+    jaccard: Share | None = None
+    all: _Group | None = None
+
+
+class _Provenance(BaseModel):
+    """What is read of a step's circumstances; further fields are for people."""
+
+    model_config = ConfigDict(strict=True)
+    config: dict[str, Any]
+    seconds: Seconds
+    finished: str
+    versions: dict[str, str]
+    dtype: str = ""
+    processes: Count = 1
+    joules: Seconds | None = None
+    peak_mib: dict[str, Seconds] = {}
+    estimated: dict[str, Any] = {}
+
+
 class _Manifest(_Strict):
     schema_: Literal[2] = Field(alias="schema")
     stage: str
@@ -44,8 +89,8 @@ class _Manifest(_Strict):
     variant: str
     identity: dict[str, Any]
     inputs: dict[str, _Input]
-    summary: dict[str, Any]
-    provenance: dict[str, Any]
+    summary: _Summary
+    provenance: _Provenance
     files: dict[Annotated[str, AfterValidator(_stays_inside)], _File]
     seal: str
 

@@ -8,6 +8,7 @@ from stages.prompts.answers import (
     parse_number,
     rewrite,
 )
+from stages.rewards.builtin import correctness, soft_format
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,37 @@ def test_the_flexible_reading_begins_at_the_answer_that_was_found(text, flexible
 )  # fmt: skip
 def test_more_equality(answer, gold, same_):
     assert equals_gold(answer, gold) is same_
+
+
+@pytest.mark.parametrize(
+    "term", ["3x", "3 x", "3xy", "13x", "1.5x", "2n", "3i", "3π", "3 pi", "3sqrt(2)", "**3x**", "$3x"]
+)
+def test_the_coefficient_of_a_term_is_no_number(term):
+    assert parse_number(term) is None
+    assert not equals_gold(term, "3") and not equals_gold(term, "13") and equals_gold(term, term)
+    read = extract(f"It is {term}.\n#### {term}", "hash")
+    assert read.strict == term
+    if term in (
+        "3x",
+        "13x",
+        "1.5x",
+        "2n",
+        "3π",
+    ):  # apart from its variable, the flexible reading takes it for a number
+        assert read.flexible == term
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5 m", "5m", "5 km", "5in", "5 inches", "5μm", "5 a day", "5 apples", "5 yards", "5 jars", "**5**."],
+)
+def test_a_unit_is_no_variable(text):
+    assert parse_number(text) == 5
+
+
+def test_only_four_hashes_begin_an_answer():
+    """As in gold answers: a line of five is a heading, for reward, benchmark and rows alike."""
+    for text in ("##### 5", "It is 4 + 1.\n##### 5", "## 5", "###### 5"):
+        assert extract(text, "hash").strict is None and gold_from_response(text) is None
+        assert correctness([text], ["5"], ["hash"]) == soft_format([text], ["hash"]) == [0.0]
+    assert correctness(["It is 4 + 1.\n#### 5"], ["5"], ["hash"]) == [1.0]

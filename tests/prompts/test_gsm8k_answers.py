@@ -48,7 +48,7 @@ ODD = [
     ("#### 3 hours 20 minutes", None, 20), ("#### 2 + 2", None, 2), ("#### x = 4", None, 4),
     ("#### twelve", None, None), ("#### ", None, None), ("####", None, None), ("", None, None),
     ("#### 3/0", None, None), ("#### 1 2", None, 2), ("#### 4-", None, 4), ("### 5", None, 5),
-    ("##### 5", 5, 5), ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
+    ("##### 5", None, 5), ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
     ("(4)-2", None, 2), ("8 - 3 = 5", None, 5), ("a total of 1,200, at least", None, 1200),
     ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12), ("**Answer: 12**", None, 12),
     ("There are none.", None, None), ("x=-4", None, -4), ("it is -4 degrees", None, -4), ("10/2=5", None, 5),

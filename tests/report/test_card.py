@@ -55,10 +55,7 @@ def manifest() -> dict:
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
         "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"learning_rate": 0.1}}},
         "provenance": {
-            "config": {
-                "model": {"name": "org/m", "revision": "b" * 40, "load_in_4bit": False},
-                "baseline": None, "partition": {"strategy": "importance", "theta": 0.9},
-            },
+            "config": {"model": {"name": "org/m", "revision": "b" * 40}},
             "versions": {"lorapar": "1"}, "dtype": "bfloat16",
         },
     }  # fmt: skip
@@ -78,7 +75,7 @@ def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path
     config = manifest["provenance"]["config"]
     assert "# m after LoRA-PAR rl" in card(made, "adapter") and "| theta | 0.9 |" in card(made, "adapter")
     assert "to the bit" in card(made, "adapter") and "4 bits" not in card(made, "merged")
-    config["partition"]["strategy"] = "all"
+    config["partition"] = {"strategy": "all"}
     assert "# m after LoRA rl" in card(made, "adapter")
     config["partition"]["strategy"] = "random"
     assert "# m after LoRA-PAR (random) rl" in card(made, "adapter")

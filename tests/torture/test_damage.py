@@ -1,5 +1,6 @@
 """No damaged file is believed, and no odd config, row or reply gives a traceback or a hang."""
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from conftest import ROOT, make_steps, paths
 from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
+from lorapar_cli import terminal
 from stages.config import Config
 from stages.config.yaml import setting_names
 from stages.data.rows import read
@@ -25,11 +27,13 @@ from stages.evaluation.answer_cache import CachedAnswer
 from stages.labelling.votes import Vote
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import plan_steps
+from stages.pipeline.steps import ancestors, plan_steps
+from stages.report import run_page
+from stages.report.card import card
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL, Checkpoints
-from stages.store.digests import DigestCache
+from stages.store.digests import DigestCache, canonical_json
 from stages.store.journal import Journal
 from stages.sweep.slurm import Cluster
 
@@ -167,6 +171,45 @@ def test_damaged_files(store, tally):
             believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
             tally.lost += [f"{file}: {name} was believed" for name in believed]
         file.write_bytes(before)
+
+
+def resealed(data: bytes, rng: random.Random) -> bytes | None:
+    """The manifest with something odd in it, and a seal that fits; None if the seal alone changed."""
+    while (odd := misshapen(data, rng)) is None or not isinstance(tree := json.loads(odd), dict):
+        continue
+    tree.pop("seal", None)
+    try:
+        tree["seal"] = hashlib.sha256(canonical_json(tree)).hexdigest()
+    except ValueError:  # NaN
+        return None
+    return None if tree == json.loads(data) else json.dumps(tree).encode()
+
+
+def test_manifests_that_were_sealed_again(store, tally, capsys):
+    """Whoever edits a manifest can seal it: what is read of it must be there and be of its kind."""
+    steps = plan_steps(store)
+    manifests = sorted({f.resolve() for f in store.root.glob("*/*/manifest.json")})
+    for number in range(60 * TIMES):
+        file = tally.random.choice(manifests)
+        before = file.read_bytes()
+        if (after := resealed(before, tally.random)) is None:
+            continue
+        file.write_bytes(after)
+        with trying(tally, f"{file}: {after[:3000].decode(errors='replace')}" if FULL else str(file)):
+            states = {name: state(Store(store.root), step) for name, step in steps.items()}
+            terminal.status(states, as_json=False)
+            terminal.places(Store(store.root), steps)
+            for now in states.values():
+                if now.state == "current":
+                    terminal.manifest(now.artifact, as_json=False)
+            for name in ("sft", "rl"):
+                evaluated = [s.artifact for n, s in states.items() if n.startswith(f"eval:{name}")]
+                if states[name].state == "current":
+                    card(states[name].artifact, "adapter", [artifact for artifact in evaluated if artifact])
+            if number % 10 == 0:
+                run_page.page(store, ancestors(steps, None), "")
+        file.write_bytes(before)
+        capsys.readouterr()
 
 
 def test_damaged_journals_and_records(store, tally, tmp_path):
