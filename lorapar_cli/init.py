@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def command(
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help="Training rows: a JSON Lines file, or a hub id without subsets."),
+        typer.Argument(
+            metavar="DATA",
+            help="Training rows: a file, or a hub id without subsets.",
+        ),
     ],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")],
     out: Annotated[
@@ -63,7 +66,7 @@ def command(
     for line in undecided:
         print(f"  {line}")
     head = [
-        f"What differs from the defaults for {profile.rows.format} rows of {data} and the model {model}.",
+        f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
     path.write_text(config_writer.document(settings, head, undecided), encoding="utf-8")
@@ -80,7 +83,7 @@ def _print_profile(profile: DataProfile) -> None:
     counts = {"empty": rows.empty, "repeated": rows.repeated}
     left_out = [f"{number} {kind}" for kind, number in counts.items() if number]
     print(
-        f"{len(rows.examples)} rows, format {rows.format}"
+        f"{len(rows.examples)} rows: {rows.format}"
         + (f"; left out: {', '.join(left_out)}" if left_out else "")
     )
     print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,8 @@ from typing import Any
 from stages.errors import DataError, MissingInputError
 
 SHOWN_PROBLEMS = 20
+SHOWN_LINES = 6
+"""Numbers of lines that are shown for one reason."""
 MAX_LINE_BYTES = 32 * 2**20
 
 
@@ -25,6 +28,14 @@ class Example:
     """Verifiable final answer, if the response has one."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Other fields of the row, unchanged."""
+    turns: list[list[str]] = field(default_factory=list)
+    """Earlier turns of a conversation, each the user's text and the assistant's."""
+
+    @property
+    def conversation(self) -> str:
+        """The prompt, after the earlier turns if there are any: what voters are shown."""
+        earlier = (f"User: {user}\n\nAssistant: {assistant}\n\n" for user, assistant in self.turns)
+        return "".join(earlier) + (f"User: {self.prompt}" if self.turns else self.prompt)
 
 
 @dataclass(frozen=True)
@@ -68,11 +79,29 @@ class Sample:
 
 def data_error(kind: str, lines: list[str], hint: str | None = None) -> DataError:
     """Build one error from many problems of one kind: it counts all of them and shows the first ones."""
-    if len(lines) == 1:
+    number = len(lines)
+    lines = _grouped(lines)
+    if number == 1:
         return DataError(f"{kind}: {lines[0]}", hint)
     listing = "\n  ".join(lines[:SHOWN_PROBLEMS])
     ellipsis = f"\n  … and {len(lines) - SHOWN_PROBLEMS} more" if len(lines) > SHOWN_PROBLEMS else ""
-    return DataError(f"{len(lines)} × {kind}:\n  {listing}{ellipsis}", hint)
+    return DataError(f"{number} × {kind}:\n  {listing}{ellipsis}", hint)
+
+
+def _grouped(lines: list[str]) -> list[str]:
+    """Put lines of a file with one reason, such as `rows.jsonl:7: broken`, into one line."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        located = re.fullmatch(r"(.*?):(\d+): (.*)", line, re.DOTALL)
+        file, number, reason = located.groups() if located else ("", "", line)
+        by_reason.setdefault((file, reason), []).append(number)
+    grouped = []
+    for (file, reason), numbers in by_reason.items():
+        shown = ", ".join(numbers[1:SHOWN_LINES])
+        more = f" and {len(numbers) - SHOWN_LINES} more" if len(numbers) > SHOWN_LINES else ""
+        also = f" (line{'s' if len(numbers) > 2 else ''} {shown}{more} as well)" if len(numbers) > 1 else ""
+        grouped.append(f"{file}:{numbers[0]}: {reason}{also}" if file else reason)
+    return grouped
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -112,9 +141,27 @@ def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tupl
             rows.append((number, row))
         except (ValueError, RecursionError) as error:
             bad.append(f"{path}:{number}: {error}")
+    if bad and not rows and first == 1 and (start := _beginning(path)) is not None:
+        raise DataError(f"{path} is no JSON Lines: line 1 begins with {start!r}", "name a table FILE.csv")
     if bad:
         raise data_error("broken JSON line", bad)
     return rows
+
+
+def _beginning(path: Path) -> str | None:
+    """The beginning of a file of text that is not JSON; None if it could be broken JSON."""
+    start = first_bytes(path).decode("utf-8-sig", "replace").strip()
+    return None if start[:1] in ("{", "[", "") else start
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file, gzipped or not."""
+    return b"".join(_lines(path))
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first line of a file that is not blank, gzipped or not, or its beginning."""
+    return next((line for line in _lines(path) if line.strip()), b"")[:64]
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -130,13 +177,19 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
-    write_jsonl(path, ({**asdict(row.example), "system": row.system, "votes": row.votes} for row in rows))
+    write_jsonl(path, ({**_fields(row.example), "system": row.system, "votes": row.votes} for row in rows))
+
+
+def _fields(example: Example) -> dict[str, Any]:
+    """The fields of an example, without turns if it has none."""
+    values = asdict(example)
+    return values if example.turns else {name: value for name, value in values.items() if name != "turns"}
 
 
 def read_labels(path: Path) -> list[Labelled]:
-    names = [f.name for f in fields(Example)]
+    names = {f.name for f in fields(Example)}
     return [
-        Labelled(Example(**{n: row[n] for n in names}), row["system"], row["votes"])
+        Labelled(Example(**{n: row[n] for n in names & row.keys()}), row["system"], row["votes"])
         for _, row in read_jsonl(path)
     ]
 

@@ -79,7 +79,7 @@ def test_lengths_hold_all_rows_but_far_ones(tiny, written):
 def test_empty_and_repeated_rows_are_counted_and_left_out(written):
     found, said = written([*rows(40), *rows(2), {"question": "", "answer": "x"}])
     assert (found["data"]["empty"], found["data"]["duplicates"]) == ("drop", "first")
-    assert "40 rows, format gsm8k; left out: 1 empty, 2 repeated" in said
+    assert "40 rows: question and answer; left out: 1 empty, 2 repeated" in said
     assert found["rl"]["prompts_per_step"] == 4
 
 

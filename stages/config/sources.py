@@ -51,15 +51,19 @@ class ModelSection(Section):
 
 class SourceSection(Section):
     path: str | None = setting(
-        None, "Rows: a .jsonl or .jsonl.gz file, or the hub id of a data set.", in_cache_key=False
+        None,
+        "Rows: a file (JSON Lines, a JSON list, CSV, TSV or Parquet), or the hub id of a data set.",
+        in_cache_key=False,
     )
     subset: str | None = setting(None, "Configuration (subset) of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
     revision: str = setting(
         "main", "Branch, tag or commit of a hub data set.", in_cache_key=False, advanced=True
     )
-    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting(
-        "auto", "Format of the rows; auto: detected from the names of their fields."
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "messages_all", "prompt_completion"] = setting(
+        "auto",
+        "Format of the rows; auto: detected from the names of their fields. messages: the last answer of "
+        "each conversation; messages_all: every answer.",
     )
     limit: int | None = setting(None, "Use only the first N rows; none: all.", gt=0)
     empty: Literal["error", "drop"] = setting(

@@ -1,8 +1,7 @@
 """Reads a source of rows, a file or a hub data set, into Examples.
 
-Formats: gsm8k (`question`, `answer`), alpaca and Dolly (`instruction`, `input` or `context`, `output` or
-`response`), `messages`, and `prompt` with `completion`. Any row may have a field `gold`, its verifiable
-answer. If it has none, the answer is read from `#### answer` in the response.
+`files.py` reads files, and `formats.py` knows the fields of a row. Any row may have a field `gold`, its
+verifiable answer. If it has none, the answer is read from `#### answer` in the response.
 """
 
 import json
@@ -10,29 +9,22 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
+from stages.data import formats
+from stages.data.files import SUFFIXES, read_file
+from stages.data.formats import EmptyRowError
 from stages.data.hub import resolve_commit
 from stages.errors import ConfigError, DataError, MissingInputError, first_line
-from stages.prompts.answers import gold_from_response
-from stages.records import Example, data_error, read_jsonl
-from stages.store.digests import id_of
+from stages.records import Example, data_error
 
 log = logging.getLogger(__name__)
 
-FIELDS = {
-    "gsm8k": ("question", "answer"),
-    "alpaca": ("instruction", "output"),
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-}
-"""Format → fields that a row must have; in this order a format is detected."""
 MAX_CHARACTERS = 1_000_000
 """Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
-SYNONYMS = {"context": "input", "response": "output"}
-"""Dolly's names of fields → alpaca's."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +50,23 @@ def read(source: SourceSection) -> list[Example]:
 def read_rows(source: SourceSection) -> Rows:
     """Read like `read`, and also return the format and how many rows were left out."""
     rows, where = raw_rows(source), str(source.path)
-    kind = source.format if source.format != "auto" else _detect(where, rows[0][1])
-    log.info("%s: %d rows, format %s", where, len(rows), kind)
-    needs = f"format {kind} needs {', '.join(FIELDS[kind])}"
-    located, empty = parse_rows(source, lambda row, _: _example(kind, row), needs, rows)
+    kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1])
+    log.info("%s: %d rows, %s", where, len(rows), formats.NAMES[kind])
+    needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
+    located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row), needs, rows)
     examples = drop_duplicates(located, source)
-    return Rows(examples, kind, empty, len(located) - len(examples))
+    return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
 
 
 def parse_rows(
     source: SourceSection,
-    parse: Callable[[dict[str, Any], int], Example],
+    parse: Callable[[dict[str, Any], int], Example | list[Example]],
     needs: str,
     rows: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> tuple[list[tuple[str, Example]], int]:
     """Parse every row of a source; return the examples with their locations, and the number of empty rows.
 
-    parse: makes an example from a row and its number; raises Empty if the prompt or the response is empty.
+    parse: makes an example, or several, from a row and its number; raises EmptyRowError for an empty one.
     needs: hint of the DataError that lists all bad rows. rows: the rows of the source, if already read.
     """
     located: list[tuple[str, Example]] = []
@@ -83,10 +75,12 @@ def parse_rows(
     for number, row in raw_rows(source) if rows is None else rows:
         location = f"{source.path}:{number}"
         try:
-            example = parse(row, number)
-            if (length := len(example.prompt) + len(example.response)) > MAX_CHARACTERS:
-                raise ValueError(f"a text of {length:,} characters, more than {MAX_CHARACTERS:,}")
-            located.append((location, example))
+            parsed = parse(row, number)
+            for example in parsed if isinstance(parsed, list) else [parsed]:
+                length = sum(map(len, (example.prompt, example.response, *chain(*example.turns))))
+                if length > MAX_CHARACTERS:
+                    raise ValueError(f"a text of {length:,} characters, more than {MAX_CHARACTERS:,}")
+                located.append((location, example))
         except EmptyRowError as error:
             if source.empty == "error":
                 bad.append(f"{location}: {error}")
@@ -127,7 +121,7 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     strings. DataError lists every row with half of a surrogate pair, which cannot be written to a file.
     """
     file = local_file(source)
-    rows = read_jsonl(file)[: source.limit] if file else _hub_rows(source)
+    rows = read_file(file)[: source.limit] if file else _hub_rows(source)
     broken = [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
@@ -205,107 +199,13 @@ def local_file(source: SourceSection) -> Path | None:
 
 def may_be_hub_id(path: str) -> bool:
     """True if a path has the form of a hub id, OWNER/NAME, and is neither a file nor a folder."""
-    named_as_file = path.endswith((".jsonl", ".gz", ".json"))
+    named_as_file = path.lower().endswith(SUFFIXES)
     return not Path(path).exists() and not named_as_file and path.count("/") == 1
 
 
 def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
     """Return the error for a missing `data.path`."""
     return ConfigError("data.path is not set", hint)
-
-
-def _detect(where: str, row: dict[str, Any]) -> str:
-    """Return the first format whose fields a row has; DataError if there is none."""
-    names = {SYNONYMS.get(name, name) for name in row}
-    for kind, required in FIELDS.items():
-        if names >= set(required):
-            return kind
-    raise DataError(
-        f"{where}: cannot tell the format from the fields {', '.join(row)}",
-        "; ".join(f"{kind}: {', '.join(required)}" for kind, required in FIELDS.items()),
-    )
-
-
-def text_field(row: dict[str, Any], name: str) -> str:
-    """Return a field of a row; ValueError if it is missing or not text."""
-    value = row.get(name)
-    if not isinstance(value, str):
-        got = "nothing" if value is None else type(value).__name__
-        raise ValueError(f"field {name} must be text, got {got}")
-    return value
-
-
-def gold_field(value: Any) -> str:
-    """Return a verifiable answer, given as text or a number, as text; empty for None, else ValueError."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"a verifiable answer must be text or a number, got {type(value).__name__}")
-    return str(value).strip()
-
-
-class EmptyRowError(ValueError):
-    """Raised for a row with an empty prompt or response."""
-
-
-def _example(kind: str, row: dict[str, Any]) -> Example:
-    """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`."""
-    if kind == "alpaca":
-        row = _with_alpaca_names(row)
-        prompt = _instruction(row)
-        response, fields = text_field(row, "output"), {"instruction", "input", "output"}
-    elif kind == "messages":
-        prompt, response = _conversation(row["messages"])
-        fields = {"messages"}
-    else:
-        prompt_field, response_field = FIELDS[kind]
-        prompt, response = text_field(row, prompt_field), text_field(row, response_field)
-        fields = {prompt_field, response_field}
-    if not prompt.strip() or not response.strip():
-        raise EmptyRowError("prompt or response is empty")
-    gold = gold_field(row.get("gold")) or gold_from_response(response)
-    extra = {name: value for name, value in row.items() if name not in fields | {"gold"}}
-    return Example(id_of([prompt, response]), prompt, response, gold, extra)
-
-
-def instruction(row: dict[str, Any]) -> str:
-    """Return the prompt of a row in the format of alpaca or Dolly; DataError if its fields conflict."""
-    try:
-        return _instruction(_with_alpaca_names(row))
-    except ValueError as error:
-        raise DataError(str(error)) from None
-
-
-def _instruction(row: dict[str, Any]) -> str:
-    context = row.get("input") or ""
-    return text_field(row, "instruction") + (f"\n\n{context}" if context else "")
-
-
-def _with_alpaca_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Rename Dolly's fields to alpaca's; of two fields with one meaning, the one that is not empty counts.
-
-    ValueError if both have a value and the values differ.
-    """
-    renamed: dict[str, Any] = {}
-    for original, value in row.items():
-        name = SYNONYMS.get(original, original)
-        if renamed.get(name) and value and renamed[name] != value:
-            raise ValueError(f"field {original} says something else than its other name does")
-        renamed[name] = renamed.get(name) or value
-    return renamed
-
-
-def _conversation(messages: Any) -> tuple[str, str]:
-    """Return prompt and response of a conversation of one turn; a system message is put before the prompt."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("field messages must be a list of objects with role and content")
-    roles = [m.get("role") for m in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"field messages: expected user and assistant, after an optional system, got {roles}"
-        )
-    texts = [text_field(m, "content") for m in messages]
-    return "\n\n".join(text for text in texts[:-1] if text.strip()), texts[-1]
 
 
 def shots_source(benchmark: BenchmarkSection) -> SourceSection:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.data.rows import instruction
+from stages.data.formats import instruction
 from stages.errors import DataError
 from stages.records import Example, Labelled, data_error, read_jsonl
 

@@ -123,7 +123,9 @@ def _chat(system: str, example: Example, context: PersonaContext, question: str)
         f"{system2}: several steps of reasoning, chaining of facts, or a complex inference."
     )
     answer = f"\nAnswer: {example.response}" if context.show_answer else ""
-    user = f"{criteria}\n\nQuestion: {example.prompt}{answer}\n\n{question} Answer {system1} or {system2}."
+    user = (
+        f"{criteria}\n\nQuestion: {example.conversation}{answer}\n\n{question} Answer {system1} or {system2}."
+    )
     return ChoiceRequest([{"role": "system", "content": system}, {"role": "user", "content": user}], words)
 
 
@@ -150,7 +152,7 @@ def effort(example: Example, context: PersonaContext) -> ChoiceRequest:
 def simplicity(example: Example, context: PersonaContext) -> ChoiceRequest:
     """Zero-shot completion: is the question simple or complex? For small models."""
     words = context.words or ("simple", "complex")
-    question = _question(example.prompt, example.response, context)
+    question = _question(example.conversation, example.response, context)
     return ChoiceRequest(f"{question}\nThis question is", (f" {words[0]}", f" {words[1]}"))
 
 
@@ -170,7 +172,7 @@ def _few_shot(
     blocks = [head]
     for row in context.shots:
         blocks.append(f"{_question(row.question, row.answer, context)}\n{cue} {words[row.system - 1]}")
-    blocks.append(f"{_question(example.prompt, example.response, context)}\n{cue}")
+    blocks.append(f"{_question(example.conversation, example.response, context)}\n{cue}")
     return ChoiceRequest("\n\n".join(blocks), (f" {words[0]}", f" {words[1]}"))
 
 

@@ -117,14 +117,16 @@ class Renderer:
         return [*messages, {"role": "user", "content": question}]
 
     def prompt(self, question: str, shots: Shots = (), example: Example | None = None) -> str:
-        """Render the text that a model continues: worked examples, then the question.
+        """Render the text that a model continues: worked examples, earlier turns, then the question.
 
-        of: the example that the question is from; its label selects the system message.
+        example: what the question is from; its label selects the system message.
 
         The template `bare` follows the reference script of arXiv 2507.20999: the question and EOS, then the
         answer and EOS, for worked examples too. Scoring rows here have that last EOS, those of the script do
         not.
         """
+        if example and example.turns:
+            shots = [*shots, *((user, assistant) for user, assistant in example.turns)]
         if self.section.template == "chat":
             return chat(self.tokenizer, self._messages(question, shots, example))
         if self.section.template == "bare":

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection
-from stages.data.rows import parse_rows, text_field
+from stages.data.formats import text_field
+from stages.data.rows import parse_rows
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.code import STOP, program_from_output, stub
 from stages.prompts.renderer import RenderedPrompt

@@ -9,15 +9,8 @@ import re
 from typing import Any
 
 from stages.config import SourceSection
-from stages.data.rows import (
-    EmptyRowError,
-    drop_duplicates,
-    gold_field,
-    parse_rows,
-    raw_rows,
-    read,
-    text_field,
-)
+from stages.data.formats import EmptyRowError, gold_field, text_field
+from stages.data.rows import drop_duplicates, parse_rows, raw_rows, read
 from stages.evaluation.grading import Context, Grade, grade_final_answer, render_prompts
 from stages.prompts.answers import equals_gold, extract, extract_letter, parse_number, same_text
 from stages.records import Example

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.rows import parse_rows, shots_source, text_field
+from stages.data.formats import text_field
+from stages.data.rows import parse_rows, shots_source
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.answers import extract, extract_letter

@@ -1,0 +1,104 @@
+"""Reads files of rows: JSON Lines, a JSON list, CSV, TSV and Parquet."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.errors import DataError
+from stages.records import MAX_LINE_BYTES, data_error, first_bytes, read_bytes, read_jsonl
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
+"""Ends of names by which a path is a file's and no hub id."""
+FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
+"""Fields by which a lone object is a row, and not a list of rows under a name."""
+Rows = list[tuple[int, dict[str, Any]]]
+"""Each row with its number: the line in JSON Lines and CSV, else counted from 1."""
+
+
+def read_file(path: Path) -> Rows:
+    """Read the rows of a file by its name, gzipped or not; a list in JSON is known by its first character."""
+    name = path.name.lower().removesuffix(".gz")
+    start = first_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if name.endswith(".parquet") or start.startswith(b"PAR1"):
+        rows = _parquet(path)
+    elif name.endswith((".csv", ".tsv")):
+        rows = _csv(path, "\t" if name.endswith(".tsv") else ",")
+    elif name.endswith(".json") or start.startswith(b"["):
+        rows = _json(path)
+    else:
+        return read_jsonl(path)
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+def _json(path: Path) -> Rows:
+    """Read a list of objects, or JSON Lines under the name of JSON."""
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{"):
+            return read_jsonl(path)
+        raise DataError(f"{path} is no JSON: {error}") from None
+    if isinstance(rows, dict) and FIRST_FIELDS & rows.keys():  # JSON Lines of one line
+        return [(1, rows)]
+    if isinstance(rows, dict):
+        lists = [name for name, value in rows.items() if isinstance(value, list)]
+        hint = f"its field {lists[0]} is a list: write that alone into a file" if lists else None
+        raise DataError(f"{path} is one object, not a list of rows", hint)
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is no list of rows")
+    odd = [
+        f"{path}:{n}: expected an object, got {type(row).__name__}"
+        for n, row in enumerate(rows, 1)
+        if not isinstance(row, dict)
+    ]
+    if odd:
+        raise data_error("bad row", odd)
+    return list(enumerate(rows, 1))
+
+
+def _csv(path: Path, delimiter: str) -> Rows:
+    """Read a table whose first line has the names of the fields; a field that is empty is left out."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows: Rows = []
+    bad: list[str] = []
+    try:
+        names = next(reader, [])
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: two columns are called {repeated[0]!r}")
+        for values in reader:
+            if len(values) == len(names):
+                fields = zip(names, values, strict=True)
+                rows.append((reader.line_num, {name: value for name, value in fields if value != ""}))
+            elif values:
+                found = f"{len(values)} fields, and the first line names {len(names)}"
+                bad.append(f"{path}:{reader.line_num}: {found}")
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
+    if bad:
+        raise data_error("bad row", bad)
+    return rows
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} is no Parquet file: {error}") from None
+    # Through JSON, so that dates and the like become text, as in the other kinds of file.
+    return [(number, json.loads(json.dumps(row, default=str))) for number, row in enumerate(table, 1)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from None

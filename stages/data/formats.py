@@ -1,0 +1,171 @@
+"""Formats of rows: which fields a row has, and the examples that it makes.
+
+A row in chat format with several turns makes one example, of its last answer and with the turns before as
+context; under `messages_all` it makes one of each answer.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stages.errors import DataError
+from stages.prompts.answers import gold_from_response
+from stages.records import Example
+from stages.store.digests import id_of
+
+FIELDS = {
+    "gsm8k": ("question", "answer"),
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+}
+"""Format → fields that a row must have; in this order a format is detected."""
+NAMES = {
+    "gsm8k": "question and answer",
+    "alpaca": "instruction and output",
+    "messages": "chat",
+    "messages_all": "chat, every answer a row",
+    "prompt_completion": "prompt and completion",
+}
+"""Format → what people call it."""
+SYNONYMS = {"context": "input", "response": "output", "conversations": "messages"}
+"""Names of fields in Dolly and ShareGPT → those here."""
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+PREFERENCES = {"chosen", "rejected"}
+
+
+class EmptyRowError(ValueError):
+    """Raised for a row with an empty prompt or response."""
+
+
+def detect(where: str, row: dict[str, Any]) -> str:
+    """Return the first format whose fields a row has; DataError if there is none."""
+    if row.keys() >= PREFERENCES:
+        raise DataError(
+            f"{where}: preference pairs (chosen, rejected) are not supported",
+            "keep the prompt and the chosen answer, as fields prompt and completion",
+        )
+    names = {SYNONYMS.get(name, name) for name in row}
+    for kind, required in FIELDS.items():
+        if names >= set(required):
+            return kind
+    raise DataError(
+        f"{where}: cannot tell the format from the fields {', '.join(row)}",
+        "; ".join(f"{NAMES[kind]}: {', '.join(required)}" for kind, required in FIELDS.items()),
+    )
+
+
+def examples(kind: str, row: dict[str, Any]) -> list[Example]:
+    """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`."""
+    if kind == "alpaca":
+        row = _with_one_name(row)
+        prompt = _instruction(row)
+        return [_example(prompt, [], row["output"], row, {"instruction", "input", "output"})]
+    if kind.startswith("messages"):
+        row = _with_one_name(row)
+        chats = _conversations(row.get("messages"))
+        chosen = chats if kind == "messages_all" else chats[-1:]
+        return [_example(prompt, turns, response, row, {"messages"}) for prompt, turns, response in chosen]
+    prompt_field, response_field = FIELDS[kind]
+    prompt = text_field(row, prompt_field)
+    return [_example(prompt, [], row.get(response_field), row, {prompt_field, response_field})]
+
+
+def _example(
+    prompt: str, turns: list[list[str]], answer: Any, row: dict[str, Any], used: set[str]
+) -> Example:
+    """Make an example; an answer that is a number or a boolean is verifiable as it stands."""
+    is_text = isinstance(answer, str)
+    if not is_text and "choices" in row:
+        raise ValueError("the answer is not text, and the row has choices: write the text of the right one")
+    response = answer if is_text else _plain_answer(answer)
+    if not prompt.strip() or not response.strip():
+        raise EmptyRowError("prompt or response is empty")
+    gold = gold_field(row.get("gold")) or (
+        gold_from_response(response) if isinstance(answer, str) else response
+    )
+    extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
+    named = [prompt, response] if not turns else [prompt, response, turns]
+    return Example(id_of(named), prompt, response, gold, extra, turns)
+
+
+def _plain_answer(value: Any) -> str:
+    """Return a number or boolean as text; ValueError for anything else."""
+    if value is None or not isinstance(value, bool | int | float):
+        got = "nothing" if value is None else type(value).__name__
+        raise ValueError(f"the answer must be text, a number or a boolean, got {got}")
+    return json.dumps(value)
+
+
+def text_field(row: dict[str, Any], name: str) -> str:
+    """Return a field of a row; ValueError if it is missing or not text."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        got = "nothing" if value is None else type(value).__name__
+        raise ValueError(f"field {name} must be text, got {got}")
+    return value
+
+
+def gold_field(value: Any) -> str:
+    """Return a verifiable answer, given as text or a number, as text; empty for None, else ValueError."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"a verifiable answer must be text or a number, got {type(value).__name__}")
+    return str(value).strip()
+
+
+def instruction(row: dict[str, Any]) -> str:
+    """Return the prompt of a row in the format of alpaca or Dolly; DataError if its fields conflict."""
+    try:
+        return _instruction(_with_one_name(row))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    context = row.get("input") or ""
+    return text_field(row, "instruction") + (f"\n\n{context}" if context else "")
+
+
+def _with_one_name(row: dict[str, Any]) -> dict[str, Any]:
+    """Rename fields by SYNONYMS; of two fields with one meaning, the one that is not empty counts.
+
+    ValueError if both have a value and the values differ.
+    """
+    renamed: dict[str, Any] = {}
+    for original, value in row.items():
+        name = SYNONYMS.get(original, original)
+        if renamed.get(name) and value and renamed[name] != value:
+            raise ValueError(f"field {original} says something else than its other name does")
+        renamed[name] = renamed.get(name) or value
+    return renamed
+
+
+def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
+    """Return prompt, earlier turns and response of each answer; the first prompt gets the system message."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    turns = [_turn(message) for message in messages]
+    head = ""
+    if turns[0][0] == "system":
+        (_, head), turns = turns[0], turns[1:]
+    roles = [role for role, _ in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        expected = "user and assistant in turns, after an optional system"
+        raise ValueError(f"messages: expected {expected}, got {', '.join(roles)}")
+    texts = [text for _, text in turns]
+    if head.strip():
+        texts[0] = f"{head}\n\n{texts[0]}"
+    pairs = [texts[at : at + 2] for at in range(0, len(texts), 2)]
+    return [(prompt, pairs[:at], response) for at, (prompt, response) in enumerate(pairs)]
+
+
+def _turn(message: dict[str, Any]) -> tuple[str, str]:
+    """Return role and text of a message, in the names of OpenAI or of ShareGPT."""
+    role = message.get("role", message.get("from"))
+    role = SHAREGPT_ROLES.get(str(role), role)
+    if role in ("tool", "function") or message.get("tool_calls"):
+        raise ValueError("messages: tool calls are not supported; keep the user's and the assistant's texts")
+    return str(role), text_field(message, "content" if "content" in message else "value")

@@ -1,0 +1,144 @@
+"""Files as people have them: each is read, or refused with one sentence that says what to do."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.config import DataSection, ModelSection, PromptSection
+from stages.data.rows import read, read_rows
+from stages.errors import DataError
+from stages.labelling.personas import PersonaContext, personas
+from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer
+from stages.records import Labelled, read_labels, write_labels
+
+PAIR = {"question": "Two and two?", "answer": "2 + 2 = 4.\n#### 4"}
+HUMAN, GPT = {"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "#### 4"}
+
+
+def chat(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, *({"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts))]
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+READ = {
+    "rows.jsonl": lines(PAIR),
+    "rows.json": json.dumps([PAIR]),
+    "lines.json": lines(PAIR),
+    "list.jsonl": json.dumps([PAIR], indent=1),
+    "rows.csv": 'question,answer\r\n"Two and two?","2 + 2 = 4.\n#### 4"\r\n',
+    "bom.csv": '\ufeffquestion,answer\n"Two and two?","2 + 2 = 4.\n#### 4"\n',
+    "rows.tsv": 'question\tanswer\nTwo and two?\t"2 + 2 = 4.\n#### 4"\n',
+    "alpaca.json": json.dumps([{"instruction": "Two and two?", "input": "", "output": "#### 4"}]),
+    "dolly.jsonl": lines(
+        {"instruction": "Two and two?", "context": "", "response": "#### 4", "category": "x"}
+    ),
+    "sharegpt.json": json.dumps([{"conversations": [HUMAN, GPT]}]),
+    "messages.jsonl": lines({"messages": chat("Two and two?", "#### 4")}),
+    "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
+    "number.jsonl": lines({"question": "Two and two?", "answer": 4}),
+    "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
+}
+REFUSED = {
+    "empty.jsonl": ("", "empty.jsonl has no rows"),
+    "head.csv": ("question,answer\n", "head.csv has no rows"),
+    "csv.jsonl": (
+        "question,answer\na,b\nc,d\n",
+        "csv.jsonl is no JSON Lines: line 1 begins with 'question,answer'",
+    ),
+    "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
+    "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
+    "short.csv": (
+        "question,answer\na\nb\n",
+        "short.csv:2: 1 fields, and the first line names 2 (line 3 as well)",
+    ),
+    "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
+    "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
+    "preferences.jsonl": (
+        lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        "preferences.jsonl: preference pairs (chosen, rejected) are not supported",
+    ),
+    "tools.jsonl": (
+        lines({"messages": [*chat("a", "b"), {"role": "tool", "content": "c"}]}),
+        "bad row: tools.jsonl:1: messages: tool calls are not supported",
+    ),
+    "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
+    "turns.jsonl": (lines({"messages": chat("a")}), "expected user and assistant in turns"),
+    "no.parquet": (b"PAR1 and more", "no.parquet is no Parquet file"),
+}
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_common_files_are_read(tmp_path, name, zipped):
+    content = READ[name].encode()
+    path = write(tmp_path / (name + ".gz" * zipped), gzip.compress(content) if zipped else content)
+    (example,) = read(DataSection(path=path))
+    assert (example.prompt, example.gold, example.turns) == ("Two and two?", "4", [])
+
+
+def test_parquet(tmp_path):
+    pq.write_table(
+        pa.Table.from_pylist([{**PAIR, "when": None}, {**PAIR, "question": "Q"}]), tmp_path / "x.parquet"
+    )
+    assert [e.prompt for e in read(DataSection(path=str(tmp_path / "x.parquet")))] == ["Two and two?", "Q"]
+
+
+@pytest.mark.parametrize(("answer", "text"), [(4, "4"), (2.5, "2.5"), (True, "true"), (False, "false")])
+def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer, text):
+    path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
+    (example,) = read(DataSection(path=path))
+    assert example.response == example.gold == text
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, name):
+    content, message = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read(DataSection(path=name))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_conversations(tmp_path, tiny):
+    """The last answer by default, with what was said before; or every answer, each a row of its own."""
+    row = {"messages": chat("One?", "1", "Two?", "#### 2", system="Count.")}
+    path = write(tmp_path / "chat.jsonl", lines(row))
+    (last,) = read(DataSection(path=path))
+    assert (last.prompt, last.response, last.gold) == ("Two?", "#### 2", "2")
+    assert last.turns == [["Count.\n\nOne?", "1"]]
+    first, second = read(DataSection(path=path, format="messages_all"))
+    assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
+    assert second == last and first.id != second.id
+    assert read_rows(DataSection(path=path)).format == "chat"
+    alone = read(DataSection(path=write(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")}))))
+    assert alone[0].id != last.id  # another question, by what was said before
+
+
+def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
+    path = write(tmp_path / "chat.jsonl", lines({"messages": chat("One?", "1", "Two?", "#### 2")}))
+    (example,) = read(DataSection(path=path))
+    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
+    for template in ("chat", "plain", "bare"):
+        text = Renderer(tokenizer, PromptSection(template=template)).prompt(example.prompt, example=example)
+        places = [text.index(part) for part in ("One?", "1", "Two?")]
+        assert places == sorted(places)
+    ballot = personas.pick("role_play")(example, PersonaContext("m", True))
+    assert "User: One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
+    write_labels(tmp_path / "labels.jsonl", [Labelled(example, 1, {})])
+    assert read_labels(tmp_path / "labels.jsonl")[0].example == example
