@@ -6,10 +6,14 @@ import sys
 def main() -> None:
     """Run the command of the command line."""
     try:
-        if sys.argv[1:] == ["--help"]:
+        if sys.argv[1:] in (["--help"], ["-h"]):
             from lorapar_cli.commands import usage
 
             print(usage())
+        elif sys.argv[1:] == ["--version"]:
+            from importlib.metadata import version
+
+            print(version("lorapar"))
         else:
             from lorapar_cli.app import main as run
 

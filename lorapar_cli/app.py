@@ -36,7 +36,7 @@ from stages.sweep.graph import PLANNED
 app = typer.Typer(
     help=ABOUT,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")

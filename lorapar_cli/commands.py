@@ -1,4 +1,4 @@
-"""All commands with a one-line description, in the order of `lorapar --help`.
+"""All commands with a one-line description, in groups.
 
 Imports nothing else of lorapar, so that `lorapar --help` takes 23 ms; importing every command takes 430 ms.
 """
@@ -6,34 +6,47 @@ Imports nothing else of lorapar, so that `lorapar --help` takes 23 ms; importing
 import textwrap
 
 ABOUT = "LoRA-PAR: split LoRA elements and data into System 1 and System 2, and train each apart."
-COMMANDS = {
-    "classify": "Label every example as System 1 or System 2 by vote.",
-    "score": "Create the initial adapter and score every LoRA element for each system.",
-    "partition": "Split the elements into S1-only, S2-only and shared, and write the masks for SFT and RL.",
-    "sft": "Train the System 1 elements on System 1 rows.",
-    "rl": "Train the System 2 elements on System 2 rows with GRPO.",
-    "eval": "Grade base, init, sft, rl or one region of rl on the benchmarks.",
-    "run": "Run every stage that is missing or stale, each in its own process.",
-    "init": "Read your rows and write a config that fits them and the model, with a reason for each setting.",
-    "sweep": "Run the missing steps of tables of many runs; steps that cells share run once.",
-    "report": "Write a page on tables, with intervals and published values, or on one run.",
-    "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
-    "status": "Show which artifacts are current, and why the others are not.",
-    "show": "Show an artifact's manifest, graded samples, or the table of results.",
-    "export": "Export a trained adapter, or the merged model, with a model card.",
-    "list": "List what can be chosen by name: scorers, strategies, rewards and so on.",
-    "config": "Print every setting with its default and meaning.",
-    "doctor": "Check this machine: versions, device, number types, engines and sandboxes.",
-    "demo-data": "Write the demonstration data set.",
-    "fetch": "Fetch a small model without the Hugging Face hub.",
+GROUPS = {
+    "From your rows to a served model": {
+        "init": "Read your rows and write a config that fits them and the model, with reasons.",
+        "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
+        "run": "Run every stage that is missing or stale, each in its own process.",
+        "report": "Write a page on one run, or on tables, with intervals and published values.",
+        "export": "Export a trained adapter, or the merged model, with a model card.",
+    },
+    "One stage": {
+        "classify": "Label every example as System 1 or System 2 by vote.",
+        "score": "Create the initial adapter and score every LoRA element for each system.",
+        "partition": "Split the elements into S1-only, S2-only and shared; write the masks of SFT and RL.",
+        "sft": "Train the System 1 elements on System 1 rows.",
+        "rl": "Train the System 2 elements on System 2 rows with GRPO.",
+        "eval": "Grade base, init, sft, rl or one region of rl on the benchmarks.",
+    },
+    "Look": {
+        "status": "Show which artifacts are current, and why the others are not.",
+        "show": "Show an artifact's manifest, graded samples, or the table of results.",
+        "list": "List what can be chosen by name: scorers, strategies, rewards and so on.",
+        "config": "Print every setting with its default and meaning.",
+        "doctor": "Check this machine: versions, device, number types, engines and sandboxes.",
+    },
+    "More": {
+        "sweep": "Run the missing steps of tables of many runs; steps that cells share run once.",
+        "demo-data": "Write the demonstration data set.",
+        "fetch": "Fetch a small model without the Hugging Face hub.",
+    },
 }
+"""Commands by what they are for, in the order of `lorapar --help`, each with a line."""
+COMMANDS = {name: text for commands in GROUPS.values() for name, text in commands.items()}
 WIDTH = 100
 
 
 def usage() -> str:
     """Return the text of `lorapar --help`."""
-    lines = ["Usage: lorapar COMMAND …   (lorapar COMMAND --help says more)", "", ABOUT, "", "Commands:"]
-    for name, text in COMMANDS.items():
-        head = f"  {name:<11}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    lines = ["Usage: lorapar COMMAND …   (lorapar COMMAND --help says more)", "", ABOUT]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, text in commands.items():
+            head = f"  {name:<11}"
+            lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    lines += ["", "--version; --install-completion for your shell. Guide: docs/, or make docs"]
     return "\n".join(lines)

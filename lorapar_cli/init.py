@@ -12,6 +12,7 @@ from lorapar_cli import terminal
 from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import DataSection, ModelSection
+from stages.data.rows import local_file
 from stages.errors import LoraparError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
@@ -46,6 +47,7 @@ def command(
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
+    local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
     if "torch" not in sys.modules and (code := process_guard.continue_in_child()) is not None:
         if code > 128:
             terminal.say(

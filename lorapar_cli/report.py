@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import Overrides, plan_of, sets
+from lorapar_cli.options import Overrides, plan_of, sets, typed
 from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, planned
 from stages.errors import ConfigError, MissingInputError
+from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors
-from stages.store.artifacts import refuse_store
+from stages.store.artifacts import Store, refuse_store
 from stages.sweep import formats
 from stages.sweep.file import MAX_CELLS, is_table
 from stages.sweep.results import results
@@ -48,9 +49,16 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
 
     refuse_store(out)
     settings, steps = plan_of(path, set_)
+    requested = ancestors(steps, None)
+    store = Store(settings.root)
+    if not any(state(store, step).state == "current" for step in requested.values()):
+        arguments = typed(path, set_)
+        raise MissingInputError(
+            f"nothing to report: no step of {path} is current", f"lorapar run {arguments}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     command = formats.command(["run", str(path), *sets(set_)])
-    text = run_page.page(settings, ancestors(steps, None), command)
+    text = run_page.page(settings, requested, command)
     (out / "report.html").write_text(text, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}")
 
@@ -71,18 +79,21 @@ def _report_tables(
     if len({path.stem for path in paths}) < len(paths):
         raise ConfigError("two tables have the same name, and would be written to the same files")
     tables = planned(paths, base, only, column, seeds, set_, max_cells)
-    out.mkdir(parents=True, exist_ok=True)
     options = ["--base", str(base)] if base else []
     options += _options("--column", column)
     options += ["--seeds", seeds] if seeds else []
     options += sets(set_)
+    all_results = [results(table) for table in tables]
+    if not any(table_results.any_there for table_results in all_results):
+        hint = formats.command(["sweep", *map(str, paths), *options])
+        raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
+    out.mkdir(parents=True, exist_ok=True)
     sections = []
-    for path, table in zip(paths, tables, strict=True):
+    for path, table, table_results in zip(paths, tables, all_results, strict=True):
         sweep = ["sweep", str(path)]
         row_commands = {row: formats.command([*sweep, "--only", row, *options]) for row in table.rows}
         table_command = formats.command([*sweep, *_options("--only", only), *options])
         commands = table_page.Commands(table_command, row_commands)
-        table_results = results(table)
         sections.append((table_results, commands))
         (out / f"{path.stem}.csv").write_text(formats.csv_text(table_results), encoding="utf-8")
         (out / f"{path.stem}.tex").write_text(formats.latex(table_results), encoding="utf-8")

@@ -24,8 +24,6 @@ from stages.runtime import libraries
 from stages.sweep.file import TableFile
 
 FOLDER = Path(__file__).parent.parent / "docs/reference"
-FIRST = ("init", "plan", "run", "report", "export")
-"""Commands that most people need, in the order in which they need them; the page shows them first."""
 GENERATED = "<!-- Written by `make reference` from the code: change it there. -->"
 OTHER_NAMES = {
     "lora.init": "`LoraConfig.init_lora_weights`",
@@ -49,7 +47,7 @@ def commands() -> str:
 
     group: Any = typer.main.get_command(app)
     lines = ["# Commands", "", GENERATED, "", "`lorapar COMMAND --help` shows the same.", ""]
-    for name in (*FIRST, *(name for name in COMMANDS if name not in FIRST)):
+    for name in COMMANDS:
         command = group.commands[name]
         parameters = [p for p in command.params if p.name != "help"]
         arguments = [_usage(p) for p in parameters if p.param_type_name == "argument"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,14 @@ def test_help_loads_nothing_but_itself():
 
 def test_help_lists_every_command():
     commands = typer.main.get_command(app).commands
-    assert [(name, command.help) for name, command in commands.items()] == list(COMMANDS.items())
+    assert {name: command.help for name, command in commands.items()} == COMMANDS
+    help_text = imported("-m", "lorapar_cli", "-h")[1]
+    assert [name for name in re.findall(r"^  ([a-z-]+) ", help_text, re.M)] == list(COMMANDS)
+    assert help_text == imported("-m", "lorapar_cli", "--help")[1]
+
+
+def test_version():
+    assert imported("-m", "lorapar_cli", "--version")[1] == f"{version('lorapar')}\n"
 
 
 def test_quick_commands_load_nothing_heavy(config, begun):
@@ -52,7 +60,9 @@ def test_a_paired_test_of_right_and_wrong_loads_no_scipy():
     assert not {"scipy", "statsmodels"} & imported("-c", code)[0]
 
 
-@pytest.mark.parametrize("command", ["--help", "status --help", "list", "list scorers", "config"])
+@pytest.mark.parametrize(
+    "command", ["--help", "status --help", "status -h", "list", "list scorers", "config"]
+)
 def test_quick_commands(lorapar, command):
     done = lorapar(*command.split())
     assert done.code == 0 and len(done.out) > 40

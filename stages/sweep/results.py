@@ -77,6 +77,13 @@ class Results:
     missing: dict[tuple[str, str], list[int]]
     """Row, column of each None in `values` → the seeds whose artifact is missing."""
 
+    @property
+    def any_there(self) -> bool:
+        """True if a value is there, or would be with fewer seeds."""
+        seeds = len({cell.seed for cell in self.table.cells})
+        incomplete = any(len(missing) < seeds for missing in self.missing.values())
+        return incomplete or any(value is not None for value in self.values.values())
+
 
 def results(table: Table) -> Results:
     """Read all values and comparisons of a table from its artifacts."""

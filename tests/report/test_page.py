@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
+from conftest import ROOT, make_steps, paths
 from matplotlib.figure import Figure
 
 from stages.records import Sample, write_jsonl
@@ -117,6 +117,16 @@ def run(begun, tmp_path_factory):
     make_steps(config)
     make_steps(config, "rl")
     return config, [*begun.home, *more]
+
+
+@pytest.mark.parametrize("file", ["configs/smoke.yaml", "configs/tables/order.yaml"])
+def test_a_report_of_nothing_is_none(tiny, demo_data, tmp_path, lorapar, file):
+    options = [part for text in paths(tiny, demo_data, tmp_path) for part in ("--set", text)]
+    table = ["--base", "configs/smoke.yaml", "--seeds", "0"] if "tables" in file else []
+    done = lorapar("report", file, *table, *options, "--out", tmp_path / "page")
+    assert done.code == 66 and "error: nothing to report" in done.err
+    assert f"lorapar {'sweep' if table else 'run'} {file}" in done.err
+    assert not (tmp_path / "page").exists()
 
 
 def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_path, monkeypatch):
