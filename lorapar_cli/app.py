@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapar_cli import terminal
+from lorapar_cli import options, terminal
 from lorapar_cli.commands import ABOUT, COMMANDS
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.harness import entries
@@ -91,7 +91,7 @@ def _stage_command(stage: Stage) -> None:
         settings, steps = plan_of(config, set_)
         selected = [s for s in steps.values() if s.stage is stage]
         if stage not in order(settings):
-            raise ConfigError(f"a baseline has no stage {stage.name}", "run: lorapar sft CONFIG")
+            raise ConfigError(f"a baseline has no stage {stage.name}", "lorapar sft CONFIG")
         if not selected:
             raise missing_path_error()
         selected = _variants(selected, only)
@@ -265,7 +265,7 @@ def main() -> None:
             raise
         error = to_user_error(problem)
         if not distributed.report_failure(error):
-            terminal.error(error)
+            terminal.error(error, options.typed_config)
         sys.exit(error.exit_code)
     finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

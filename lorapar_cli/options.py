@@ -47,8 +47,14 @@ def sets(overrides: list[str] | None) -> list[str]:
     return [argument for text in overrides or () for argument in ("--set", text)]
 
 
+typed_config = ""
+"""The config and overrides of this command, as they were typed; empty before they are known."""
+
+
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
     """Load a config with overrides and plan its steps."""
+    global typed_config
+    typed_config = typed(path, overrides)
     config = resolved(load(path, overrides))
     return config, plan_steps(config)
 

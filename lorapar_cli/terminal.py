@@ -39,11 +39,12 @@ def nothing_to_do() -> None:
     say("nothing to do: every artifact is current")
 
 
-def error(problem: LoraparError) -> None:
+def error(problem: LoraparError, config: str = "") -> None:
+    """Print an error and its hint. config: what the user typed, for the CONFIG of the hint's command."""
     with suppress(OSError):  # on a full disk the log cannot be written, but the exit code still tells
         say(f"error: {problem}")
         if problem.hint:
-            say(f"  hint: {problem.hint}")
+            say(f"  hint: {problem.hint.replace('CONFIG', config) if config else problem.hint}")
 
 
 class TerminalProgress:

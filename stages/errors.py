@@ -1,8 +1,9 @@
 """User-facing errors, each with its exit code.
 
 Messages are lower case, have no full stop, and name the setting as the user typed it and the value. `hint` is
-one line with the next command or the choices. Exit codes follow sysexits.h, except for 79, which is lorapar's
-own. `lorapar_cli.errors` turns all other exceptions into one of these; 70 means a bug in lorapar.
+one line with the next command or the choices; the command line puts what was typed in place of CONFIG. Exit
+codes follow sysexits.h, except for 79, which is lorapar's own. `lorapar_cli.errors` turns all other
+exceptions into one of these; 70 means a bug in lorapar.
 """
 
 from typing import Any

@@ -87,7 +87,7 @@ def require_current(store: Store, step: Step) -> Artifact:
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
         f"{step.name} is {now.state} ({now.why})",
-        f"run: lorapar run CONFIG --to {step.stage.name}, with the same --set",
+        f"lorapar run CONFIG --to {step.stage.name}",
     )
 
 
