@@ -12,9 +12,9 @@ _LINE_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 """Control characters but tab and line feed, and those that change the direction of text."""
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|&#~$]|(?<![^\W_])_|_(?![^\W_])")
-"""What begins markup anywhere; an underscore between letters does not."""
+"""Characters that begin markup anywhere; an underscore between letters does not."""
 _MARKDOWN_START = re.compile(r"^(\d*)((?<=\d)[.)](?=\s|$)|[-+](?=\s|$)|-(?=[-\s]*$)|=(?==*$))")
-"""What begins a list, or draws a line, at the start of a paragraph."""
+"""Characters that begin a list, or draw a line, at the start of a paragraph."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _LATEX: dict[str, str | int | None] = {
     "&": r"\&",

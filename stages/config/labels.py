@@ -224,6 +224,15 @@ class ClassifySection(Section):
         ge=0,
         le=1,
     )
+    min_auc: float = setting(
+        0.6,
+        "Smallest area under the ROC curve, on known examples, that one voter at least must reach; 0.5 is a "
+        "guess.",
+        in_cache_key=False,
+        ge=0,
+        le=1,
+    )
+    accept_weak: bool = setting(False, "Go on even if no voter reaches min_auc.", in_cache_key=False)
     show_answer: bool = setting(
         True, "Show the reference answer to the voters, too.", ignored_by=UNVOTED, advanced=True
     )

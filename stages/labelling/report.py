@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection
+from stages.errors import AnswerError
 from stages.labelling.aggregate import VoterResult, rounded
 from stages.labelling.agreement import SURFACE, compare_with_known, kappas, neighbour_scores, surface_scores
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
@@ -17,6 +18,7 @@ from stages.labelling.votes import VoterLog
 from stages.records import Labelled
 
 CONTESTED = 10
+GUESS = 0.5
 """Number of contested examples in the report."""
 COMBINED = "these together"
 """Title of the score that `neighbour_scores` makes of all surface scores."""
@@ -75,7 +77,21 @@ def report(
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     for warning in _warnings(content):
         say(warning)
+    if not section.accept_weak:
+        _refuse_weak_voters(content["voters"], section.min_auc)
     return _headline(content)
+
+
+def _refuse_weak_voters(voters: dict[str, Any], min_auc: float) -> None:
+    """Raise AnswerError if every voter was tried on known examples, and none reaches `min_auc`."""
+    areas = {title: voter["held_out_auc"] for title, voter in voters.items()}
+    if all(area is not None and area < min_auc for area in areas.values()):
+        tried = ", ".join(f"{title} {area:.2f}" for title, area in areas.items())
+        raise AnswerError(
+            f"no voter can tell the systems apart: AUC {tried} on known examples, where {GUESS} is a guess",
+            "a larger model or another persona (lorapar list personas), labels of your own "
+            "(classify.strategy: known), or classify.accept_weak: true",
+        )
 
 
 def _known_comparison(

@@ -68,7 +68,7 @@ class _Summary(BaseModel):
 
 
 class _Provenance(BaseModel):
-    """What is read of a step's circumstances; further fields are for people."""
+    """The circumstances of a step that are read; further fields are for people."""
 
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]

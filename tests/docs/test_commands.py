@@ -22,6 +22,7 @@ SMALL = {
     "classify": {
         "voters": [{"persona": "steps", "engine": "transformers", "shots": 2}],
         "system2_share": 0.5,
+        "accept_weak": True,
     },
     "sft": {"max_steps": 2, "batch_size": 4, "per_device_train_batch_size": 4, "system2_share": 0.3},
     "rl": {

@@ -1,12 +1,14 @@
 import math
+import re
 
 import pytest
+from conftest import make_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.config import ClassifySection
 from stages.engines import ChoiceRequest
-from stages.errors import DataError
+from stages.errors import AnswerError, DataError
 from stages.labelling.aggregate import VoterResult, aggregate
 from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
 from stages.labelling.calibration import calibrate
@@ -337,3 +339,17 @@ def test_worked_examples_have_their_own_words():
     worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
     text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
     assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
+
+
+def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypatch):
+    """A random model cannot tell known examples apart: nothing is trained on its labels unless asked for."""
+    config = own("classify.accept_weak=false", "classify.min_auc=0.99")
+    with pytest.raises(AnswerError) as caught:
+        make_steps(config, "classify:train", force=True)
+    assert re.match(
+        "no voter can tell the systems apart: AUC tiny-random/steps 0[.][0-9]{2}, ", str(caught.value)
+    )
+    assert "classify.accept_weak: true" in caught.value.hint
+    monkeypatch.setattr("stages.engines.in_process.InProcess.choose", None)  # nothing is asked again
+    for settings in (["classify.accept_weak=true"], ["classify.min_auc=0"]):
+        make_steps(own("classify.accept_weak=false", *settings), "classify:train", force=True)

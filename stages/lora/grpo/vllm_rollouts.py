@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import set_seed
-from trl.generation import vllm_generation
 
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RolloutsSection
@@ -38,6 +37,8 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
     """To be called first: ConfigError or ServerError if vLLM cannot do what `rollouts` asks for."""
     if rollouts.engine == "transformers":
         return
+    from trl.generation import vllm_generation
+
     # TRL asks whether the base is in 4 bits, by a module that it has not imported if bitsandbytes was hidden
     # from it (`runtime/libraries.py`). The base never is: a config with 4 bits samples by transformers.
     vllm_generation.is_bitsandbytes_available = lambda: False
