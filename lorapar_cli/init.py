@@ -13,7 +13,7 @@ from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
-from stages.errors import LoraparError, OutputError
+from stages.errors import LoraparError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 from stages.runtime import process_guard
@@ -35,6 +35,12 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The config; by default the rows' name.yaml.")
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."
+        ),
+    ] = None,
     tests: Annotated[
         list[str] | None, typer.Option("--test", metavar="FILE", help="Rows to evaluate on; repeatable.")
     ] = None,
@@ -54,12 +60,14 @@ def command(
                 f"init was killed by signal {code - 128}: a library could not read the rows, or the model"
             )
         raise typer.Exit(code)
+    if labels and not Path(labels).is_file():
+        raise MissingInputError(f"--labels {labels}: no such file")
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
     profile = survey(
         ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
     )
-    settings = config_writer.choices(profile, model, data, benchmarks)
-    undecided = config_writer.undecided(profile, benchmarks)
+    settings = config_writer.choices(profile, model, data, benchmarks, labels)
+    undecided = config_writer.undecided(profile, benchmarks, labels)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:

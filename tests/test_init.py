@@ -273,3 +273,19 @@ def test_a_library_that_aborts_ends_init_with_a_sentence(tiny, tmp_path):
     )
     assert done.returncode == 134
     assert done.stderr == "init was killed by signal 6: a library could not read the rows, or the model\n"
+
+
+def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"How many, {i}?", "answer": f"#### {i}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    labels = [f'"{row["question"]}",{1 + i % 2}' for i, row in enumerate(rows)]
+    (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]), encoding="utf-8")
+    arguments = ["init", "rows.jsonl", "--model", tiny, "--out", "c.yaml"]
+    done = lorapar(*arguments, "--labels", "gone.csv")
+    assert done.code == 66 and done.err == "error: --labels gone.csv: no such file\n"
+    done = lorapar(*arguments, "--labels", "labels.csv")
+    assert done.code == 0 and "who votes" not in done.out
+    section = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["classify"]
+    assert section == {"strategy": "known", "labels_file": "labels.csv"}
+    assert lorapar("classify", "c.yaml").code == 0

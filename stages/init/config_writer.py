@@ -37,8 +37,13 @@ class Choice:
     why: str = ""
 
 
-def choices(profile: DataProfile, model: str, data: str, tests: list[BenchmarkSection]) -> list[Choice]:
-    """The settings that differ from the defaults for these rows. tests: one benchmark for each test file."""
+def choices(
+    profile: DataProfile, model: str, data: str, tests: list[BenchmarkSection], labels: str | None = None
+) -> list[Choice]:
+    """The settings that differ from the defaults for these rows.
+
+    tests: one benchmark for each test file. labels: file with known labels.
+    """
     run = _word(data).lstrip("-") or "default"
     chosen = [Choice("run", run), Choice("model.name", model), Choice("data.path", data)]
     if profile.rows.empty:
@@ -50,7 +55,7 @@ def choices(profile: DataProfile, model: str, data: str, tests: list[BenchmarkSe
     chosen += _lengths(profile)
     if profile.section.template == "plain":
         chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
-        if profile.system2_rows is None:
+        if profile.system2_rows is None and labels is None:
             why = "a voter without a chat; see: lorapar list personas"
             chosen.append(Choice("classify.voters", [{"persona": "steps"}], why))
     if profile.section.system:
@@ -58,15 +63,18 @@ def choices(profile: DataProfile, model: str, data: str, tests: list[BenchmarkSe
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
         chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
-    if profile.system2_rows is not None:
+    if labels:
+        chosen.append(Choice("classify.strategy", "known", "no model votes"))
+        chosen.append(Choice("classify.labels_file", labels))
+    elif profile.system2_rows is not None:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
     return [*chosen, *rl, *_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
 
 
-def undecided(profile: DataProfile, tests: list[BenchmarkSection]) -> list[str]:
-    """Questions that the rows do not answer, for a person to decide."""
+def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str | None = None) -> list[str]:
+    """Questions that neither the rows nor a file of labels answer, for a person to decide."""
     questions = []
     unverifiable, total = profile.answers["none"], profile.answers.total()
     if 0 < unverifiable < total:
@@ -94,7 +102,7 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection]) -> list[str]:
         )
     if not tests:
         questions.append("which rows measure success: lorapar init … --test FILE")
-    if profile.system2_rows is None:
+    if profile.system2_rows is None and labels is None:
         questions.append(
             "who votes: one voter, the model itself, is the default; more and larger ones agree better "
             "(lorapar list personas; classify.voters, classify.system2_share)"
