@@ -15,6 +15,29 @@ from stages.pipeline.state import require_current, state
 from stages.store.artifacts import Store
 
 MAX_CHECKS = 10_000
+Views = Annotated[
+    bool,
+    typer.Option("--views", help="Write two adapters that are served together: fast/ (SFT) and slow/ (RL)."),
+]
+Check = Annotated[
+    int,
+    typer.Option(
+        "--check",
+        metavar="N",
+        min=0,
+        max=MAX_CHECKS,
+        help="Compare N greedy answers of the export with the trained adapter's, on every installed "
+        "engine; for --views, on one vLLM server.",
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="NAME",
+        help="Upload the folder to this repository on the hub; a new one is private.",
+    ),
+]
 
 
 def command(
@@ -22,34 +45,12 @@ def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder; must not exist.")],
     target: Annotated[str, typer.Option(help="Which adapter to export: sft or rl.")] = "rl",
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
-    views: Annotated[
-        bool,
-        typer.Option(
-            "--views", help="Write two adapters that are served together: fast/ (SFT) and slow/ (RL)."
-        ),
-    ] = False,
+    views: Views = False,
     base_dtype: Annotated[
         bool, typer.Option("--base-dtype", help="Cast the adapter to the data type of the base model.")
     ] = False,
-    prompts: Annotated[
-        int,
-        typer.Option(
-            "--check",
-            metavar="N",
-            min=0,
-            max=MAX_CHECKS,
-            help="Compare N greedy answers of the export with the trained adapter's, on every installed "
-            "engine; for --views, on one vLLM server.",
-        ),
-    ] = 0,
-    repository: Annotated[
-        str | None,
-        typer.Option(
-            "--push",
-            metavar="NAME",
-            help="Upload the folder to this repository on the hub; a new one is private.",
-        ),
-    ] = None,
+    prompts: Check = 0,
+    repository: Push = None,
     set_: Overrides = None,
 ) -> None:
     from stages import export as exporting

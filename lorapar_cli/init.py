@@ -54,12 +54,7 @@ def command(
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
     local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
-    if "torch" not in sys.modules and (code := process_guard.continue_in_child()) is not None:
-        if code > 128:
-            terminal.say(
-                f"init was killed by signal {code - 128}: a library could not read the rows, or the model"
-            )
-        raise typer.Exit(code)
+    _go_on_in_child()
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
@@ -86,6 +81,19 @@ def command(
         path.unlink()
         raise
     terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
+
+
+def _go_on_in_child() -> None:
+    """Go on in a child process, so that a library that aborts leaves a process to say so."""
+    if "torch" in sys.modules:  # its threads would not be in the child
+        return
+    code = process_guard.continue_in_child()
+    if code is None:
+        return
+    if code > 128:
+        reason = "a library could not read the rows, or the model"
+        terminal.say(f"init was killed by signal {code - 128}: {reason}")
+    raise typer.Exit(code)
 
 
 def _print_profile(profile: DataProfile) -> None:
