@@ -50,7 +50,9 @@ def command(
             terminal.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
         return
     if by is not None:
-        raise ConfigError("--by goes with the results of all evaluations", f"lorapar show {config} --by {by}")
+        raise ConfigError(
+            "--by goes with the results of all evaluations", f"lorapar show {typed(config, set_)} --by {by}"
+        )
     chosen = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
     if not chosen:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
@@ -61,7 +63,7 @@ def command(
         if current_state.artifact is None:
             raise MissingInputError(
                 f"{step.name} is {current_state.state} ({current_state.why})",
-                f"run: lorapar run {typed(config, set_)} --to {step.stage.name}",
+                f"lorapar run {typed(config, set_)} --to {step.stage.name}",
             )
         if current_state.state == "stale":
             terminal.say(f"{step.name} is stale: {current_state.why}")
@@ -80,5 +82,5 @@ def _no_results(store: Store, evaluations: list[Step], config: str) -> LoraparEr
         require_current(store, evaluations[0])
     return MissingInputError(
         f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-        f"run: lorapar run {config}",
+        f"lorapar run {config}",
     )

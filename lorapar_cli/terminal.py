@@ -1,6 +1,7 @@
 """Terminal output: progress, tables, messages."""
 
 import json
+import re
 import sys
 import threading
 import time
@@ -44,7 +45,8 @@ def error(problem: LoraparError, config: str = "") -> None:
     with suppress(OSError):  # on a full disk the log cannot be written, but the exit code still tells
         say(f"error: {problem}")
         if problem.hint:
-            say(f"  hint: {problem.hint.replace('CONFIG', config) if config else problem.hint}")
+            hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
+            say(f"  hint: {hint}")
 
 
 class TerminalProgress:

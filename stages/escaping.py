@@ -54,7 +54,9 @@ def markdown_code(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    return one_line(text).translate(str.maketrans(_LATEX))
+    """Escape a text for a cell; a bracket or a star that begins it is no argument of the line before."""
+    escaped = one_line(text).translate(str.maketrans(_LATEX))
+    return f"{{}}{escaped}" if escaped[:1] in ("[", "*") else escaped
 
 
 def csv_cell(text: str) -> str:

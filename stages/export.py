@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -95,9 +95,8 @@ def _building(out: Path) -> Iterator[Path]:
         raise OutputError(f"{out} exists", "name a folder that does not")
     refuse_store(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        partial.chmod(out.parent.stat().st_mode & 0o777)  # mkdtemp's own is for the user alone
+        partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+        partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:

@@ -116,6 +116,9 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     Lines end only at \\n, so a U+2028 inside a string does not split a line. DataError names the file and the
     number of every bad line.
     """
+    start = first_bytes(path).decode("utf-8-sig", "replace").strip()
+    if start and start[0] not in "{[":
+        raise DataError(f"{path} is no JSON Lines: it begins with {start!r}", "name a table FILE.csv")
     rows = parse_jsonl(_lines(path), path)
     if not rows:
         raise DataError(f"{path} has no rows")
@@ -141,17 +144,9 @@ def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tupl
             rows.append((number, row))
         except (ValueError, RecursionError) as error:
             bad.append(f"{path}:{number}: {error}")
-    if bad and not rows and first == 1 and (start := _beginning(path)) is not None:
-        raise DataError(f"{path} is no JSON Lines: line 1 begins with {start!r}", "name a table FILE.csv")
     if bad:
         raise data_error("broken JSON line", bad)
     return rows
-
-
-def _beginning(path: Path) -> str | None:
-    """The beginning of a file of text that is not JSON; None if it could be broken JSON."""
-    start = first_bytes(path).decode("utf-8-sig", "replace").strip()
-    return None if start[:1] in ("{", "[", "") else start
 
 
 def read_bytes(path: Path) -> bytes:

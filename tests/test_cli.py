@@ -273,7 +273,7 @@ def test_a_run_of_which_nothing_can_be_made_says_so(lorapar, config):
 def test_results_that_are_not_there(lorapar, config):
     done = lorapar("show", *config, "--set", "partition.theta=0.5")
     assert done.code == 66 and "no evaluation is current: eval:base@demo is" in done.err
-    assert f"run: lorapar run {config[0]} --set" in done.err and "--set partition.theta=0.5" in done.err
+    assert f"hint: lorapar run {config[0]} --set" in done.err and "--set partition.theta=0.5" in done.err
     done = lorapar("show", *config, "sft", "--set", "partition.theta=0.5")
     assert done.code == 66 and done.err.rstrip().endswith("--set partition.theta=0.5 --to sft")
     for more in (["sft", "--wrong"], ["--limit", "3"]):

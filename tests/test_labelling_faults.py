@@ -38,7 +38,11 @@ def config(tiny, tmp_path):
             "persona": "role_play",
             **classify.pop("voter", {}),
         }
-        tree = {"classify": {"voters": [voter], **classify}, "server": server, "eval": {"targets": ["base"]}}
+        tree = {
+            "classify": {"voters": [voter], "accept_weak": True, **classify},
+            "server": server,
+            "eval": {"targets": ["base"]},
+        }
         overrides = [
             f"model.name={tiny}",
             f"data.path={tmp_path / 'rows.jsonl'}",
@@ -265,7 +269,7 @@ def test_voters_at_several_servers_run_side_by_side(config):
 def settings_with(config, voters):
     from stages.config import ClassifySection
 
-    return config.model_copy(update={"classify": ClassifySection(voters=voters)})
+    return config.model_copy(update={"classify": ClassifySection(voters=voters, accept_weak=True)})
 
 
 def test_an_answer_of_a_reference_that_gives_orders_changes_nothing_else(config, tmp_path):
@@ -305,7 +309,7 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path, capsys):
                 "model": {"name": str(tiny)},
                 "data": {"path": str(data)},
                 "eval": {"targets": ["base"]},
-                "classify": {"voters": [{"model": "judge", "base_url": url}]},
+                "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": url}]},
             }
             (tmp_path / "c.json").write_text(json.dumps(config))
             begun = time.monotonic()
@@ -344,7 +348,7 @@ def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_pa
             "data": {"path": str(tmp_path / "rows.jsonl")},
             "server": {"concurrency": 8},
             "eval": {"targets": ["base"]},
-            "classify": {"voters": [{"model": "judge", "base_url": mock.url}]},
+            "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": mock.url}]},
         }
         (tmp_path / "c.json").write_text(json.dumps(config))
         command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from stages.records import MAX_LINE_BYTES, data_error, first_bytes, read_bytes, 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 """Ends of names by which a path is a file's and no hub id."""
+ANSWERS = {"answer", "output", "response", "completion"}
+NEEDED = ANSWERS | {"question", "instruction", "prompt"}
+"""Fields that a row needs: where they are empty, the row is."""
 FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
 """Fields by which a lone object is a row, and not a list of rows under a name."""
 Rows = list[tuple[int, dict[str, Any]]]
@@ -62,19 +67,20 @@ def _json(path: Path) -> Rows:
 
 
 def _csv(path: Path, delimiter: str) -> Rows:
-    """Read a table whose first line has the names of the fields; a field that is empty is left out."""
+    """Read a table whose first line names the fields; an empty cell is left out unless a row needs it."""
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
     bad: list[str] = []
     try:
-        names = next(reader, [])
-        if repeated := [name for name in names if names.count(name) > 1]:
+        names = [name.strip() for name in next((line for line in reader if any(line)), [])]
+        if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}")
         for values in reader:
             if len(values) == len(names):
-                fields = zip(names, values, strict=True)
-                rows.append((reader.line_num, {name: value for name, value in fields if value != ""}))
+                cells = zip(names, values, strict=True)
+                row = {name: value for name, value in cells if name and (value != "" or name in NEEDED)}
+                rows.append((reader.line_num, {name: _cell(name, value) for name, value in row.items()}))
             elif values:
                 found = f"{len(values)} fields, and the first line names {len(names)}"
                 bad.append(f"{path}:{reader.line_num}: {found}")
@@ -94,7 +100,17 @@ def _parquet(path: Path) -> Rows:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is no Parquet file: {error}") from None
     # Through JSON, so that dates and the like become text, as in the other kinds of file.
-    return [(number, json.loads(json.dumps(row, default=str))) for number, row in enumerate(table, 1)]
+    return [(number, json.loads(json.dumps(row, default=_plain))) for number, row in enumerate(table, 1)]
+
+
+def _plain(value: Any) -> Any:
+    return (int(value) if value == int(value) else float(value)) if isinstance(value, Decimal) else str(value)
+
+
+def _cell(name: str, value: str) -> Any:
+    """A cell that answers by a number is that number, as it is in JSON."""
+    is_number = name in ANSWERS and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", value)
+    return json.loads(value) if is_number else value
 
 
 def _text(path: Path) -> str:

@@ -41,15 +41,15 @@ class EmptyRowError(ValueError):
 
 def detect(where: str, row: dict[str, Any]) -> str:
     """Return the first format whose fields a row has; DataError if there is none."""
+    names = {SYNONYMS.get(name, name) for name in row}
+    for kind, required in FIELDS.items():
+        if names >= set(required):
+            return kind
     if row.keys() >= PREFERENCES:
         raise DataError(
             f"{where}: preference pairs (chosen, rejected) are not supported",
             "keep the prompt and the chosen answer, as fields prompt and completion",
         )
-    names = {SYNONYMS.get(name, name) for name in row}
-    for kind, required in FIELDS.items():
-        if names >= set(required):
-            return kind
     raise DataError(
         f"{where}: cannot tell the format from the fields {', '.join(row)}",
         "; ".join(f"{NAMES[kind]}: {', '.join(required)}" for kind, required in FIELDS.items()),
@@ -61,15 +61,16 @@ def examples(kind: str, row: dict[str, Any]) -> list[Example]:
     if kind == "alpaca":
         row = _with_one_name(row)
         prompt = _instruction(row)
-        return [_example(prompt, [], row["output"], row, {"instruction", "input", "output"})]
+        return [_example(prompt, [], _answer(row, "output"), row, {"instruction", "input", "output"})]
     if kind.startswith("messages"):
-        row = _with_one_name(row)
-        chats = _conversations(row.get("messages"))
-        chosen = chats if kind == "messages_all" else chats[-1:]
-        return [_example(prompt, turns, response, row, {"messages"}) for prompt, turns, response in chosen]
+        chats = _conversations(row.get("messages", row.get("conversations")))
+        answered = [chat for chat in chats if chat[0].strip() and chat[2].strip()]
+        chosen = answered if kind == "messages_all" and answered else chats[-1:]
+        used = {"messages", "conversations"}
+        return [_example(prompt, turns, response, row, used) for prompt, turns, response in chosen]
     prompt_field, response_field = FIELDS[kind]
     prompt = text_field(row, prompt_field)
-    return [_example(prompt, [], row.get(response_field), row, {prompt_field, response_field})]
+    return [_example(prompt, [], _answer(row, response_field), row, {prompt_field, response_field})]
 
 
 def _example(
@@ -90,6 +91,13 @@ def _example(
     return Example(id_of(named), prompt, response, gold, extra, turns)
 
 
+def _answer(row: dict[str, Any], name: str) -> Any:
+    """Return the field with the answer; EmptyRowError if it is there and null."""
+    if name in row and row[name] is None:
+        raise EmptyRowError("prompt or response is empty")
+    return row.get(name)
+
+
 def _plain_answer(value: Any) -> str:
     """Return a number or boolean as text; ValueError for anything else."""
     if value is None or not isinstance(value, bool | int | float):
@@ -101,6 +109,8 @@ def _plain_answer(value: Any) -> str:
 def text_field(row: dict[str, Any], name: str) -> str:
     """Return a field of a row; ValueError if it is missing or not text."""
     value = row.get(name)
+    if name in row and value is None:
+        raise EmptyRowError(f"field {name} is empty")
     if not isinstance(value, str):
         got = "nothing" if value is None else type(value).__name__
         raise ValueError(f"field {name} must be text, got {got}")

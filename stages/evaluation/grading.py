@@ -83,11 +83,11 @@ def render_prompts(
         if len(rows) < section.shots:
             where = section.shots_path or section.path
             raise DataError(f"{where} has {len(rows)} rows for {section.shots} shots")
-        if leaked := {row.prompt for row in rows} & {example.prompt for example in examples}:
+        if leaked := {row.conversation for row in rows} & {example.conversation for example in examples}:
             message = f"a worked example is also a test item: {min(leaked):.200}"
             raise DataError(message, "choose other worked examples: shots_path")
         style = renderer.section.answer_format
-        shots = [(row.prompt, rewrite(row.response, row.gold, style)) for row in rows]
+        shots = [(row.conversation, rewrite(row.response, row.gold, style)) for row in rows]
     # In the plain template a model that has answered goes on and writes the next question.
     stop = ("\nQuestion:",) if renderer.section.template == "plain" else ()
     prompts = []

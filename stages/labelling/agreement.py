@@ -113,7 +113,7 @@ def compare_with_known(
 
 def surface_scores(examples: list[Example]) -> dict[str, dict[str, float]]:
     """Each score of SURFACE, per example id."""
-    return {name: {e.id: float(score(e.prompt)) for e in examples} for name, score in SURFACE.items()}
+    return {name: {e.id: float(score(e.conversation)) for e in examples} for name, score in SURFACE.items()}
 
 
 def neighbour_scores(scores: dict[str, dict[str, float]], known_labels: dict[str, int]) -> dict[str, float]:

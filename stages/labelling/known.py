@@ -61,7 +61,7 @@ def with_known_labels(
 def _keys(example: Example) -> list[str]:
     """The keys by which a file may name an example, the most specific first."""
     row_id = example.extra.get("id")
-    return [example.id, *([str(row_id)] if row_id is not None else []), example.prompt.strip()]
+    return [example.id, *([str(row_id)] if row_id is not None else []), example.conversation.strip()]
 
 
 def system_of(value: Any) -> int | None:

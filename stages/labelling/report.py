@@ -17,8 +17,8 @@ from stages.labelling.known import system_of
 from stages.labelling.votes import VoterLog
 from stages.records import Labelled
 
-CONTESTED = 10
 GUESS = 0.5
+CONTESTED = 10
 """Number of contested examples in the report."""
 COMBINED = "these together"
 """Title of the score that `neighbour_scores` makes of all surface scores."""
@@ -122,7 +122,7 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
 
     contested = sorted((row for row in rows if spread(row) > 0), key=spread, reverse=True)[:CONTESTED]
     return [
-        {"id": row.example.id, "prompt": row.example.prompt, "system": row.system, "votes": row.votes}
+        {"id": row.example.id, "prompt": row.example.conversation, "system": row.system, "votes": row.votes}
         for row in contested
     ]
 

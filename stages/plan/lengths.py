@@ -75,6 +75,6 @@ class Span:
 
 def sampled(examples: list[Example], number: int) -> list[Example]:
     """A random sample of `number` examples, always the same, and behind it those with the longest texts."""
-    by_length = sorted(examples, key=lambda example: -len(example.prompt) - len(example.response))
+    by_length = sorted(examples, key=lambda example: -len(example.conversation) - len(example.response))
     sample = random.Random(0).sample(examples, min(number, len(examples))) + by_length[:LONGEST]
     return list({example.id: example for example in sample}.values())

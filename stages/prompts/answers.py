@@ -94,7 +94,7 @@ _ANY_NUMBER = re.compile(
     rf"(?:\d+\s+\d+\s*/\s*\d+|{_DECIMAL}(?:\s*/\s*{_INTEGER})?)(?:{_SCALE})?"
 )
 # A variable after a number makes it a term: `3x`, `2xy`, `4n`, `3π`. Other letters are units: `5m`, `3μm`.
-_VARIABLE = re.compile(r"(?:[xyz]+|[abeijnqruvw]|pi|sqrt|[α-λν-ωΓΔΘΛΞΠΣΦΨ]+)(?![^\W_])")
+_VARIABLE = re.compile(r"(?:[xyz]+|[in]|pi|sqrt|[α-λν-ωΓΔΘΛΞΠΣΦΨ]+)(?![^\W_]|\.[A-Za-z])")
 _PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
 _SINGLE_NUMBER = re.compile(
     rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"

@@ -228,7 +228,8 @@ def _request(name: str, view: View, config: dict[str, Any]) -> str:
     """Describe, as a list item, how to prompt a view as its training did."""
     prompt = config[view.stage]["prompt"] or config["prompt"]
     message = prompt["by_system"].get(view.system, prompt["system"])
-    suffix = f", system message: {escaping.markdown_code(message)}" if message else ""
+    shown = json.dumps(message, ensure_ascii=False) if "\n" in (message or "") else message
+    suffix = f", system message: {escaping.markdown_code(shown)}" if shown else ""
     if prompt["template"] == "chat":
         return f"- `{name}`: `/v1/chat/completions`{suffix}"
     return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{suffix}"

@@ -81,12 +81,14 @@ def refuse_store(target: Path) -> None:
 
 
 def _is_artifact(folder: Path) -> bool:
-    """True if the folder has a manifest of lorapar's."""
+    """True if the folder is where an artifact lies, and has a manifest of lorapar's."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(manifest, dict) and {"stage", "key", "files"} <= manifest.keys()
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        return False
+    return (manifest.get("stage"), manifest.get("key")) == (folder.parent.name, folder.name)
 
 
 class _Fields(dict[str, Any]):

@@ -52,7 +52,7 @@ REFUSED = {
     "head.csv": ("question,answer\n", "head.csv has no rows"),
     "csv.jsonl": (
         "question,answer\na,b\nc,d\n",
-        "csv.jsonl is no JSON Lines: line 1 begins with 'question,answer'",
+        "csv.jsonl is no JSON Lines: it begins with 'question,answer'",
     ),
     "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
     "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
@@ -142,3 +142,37 @@ def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
     assert "User: One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
     write_labels(tmp_path / "labels.jsonl", [Labelled(example, 1, {})])
     assert read_labels(tmp_path / "labels.jsonl")[0].example == example
+
+
+def test_empty_cells_are_empty_rows(tmp_path):
+    text = "question,answer,note\nq0,,x\nq1,a1,\n,a2,\n"
+    source = DataSection(path=write(tmp_path / "a.csv", text), empty="drop")
+    assert [(e.prompt, e.extra) for e in read(source)] == [("q1", {})]
+    assert read_rows(source).empty == 2
+    text = lines({"question": "q", "answer": None}, {"question": "q1", "answer": "a"})
+    source = DataSection(path=write(tmp_path / "a.jsonl", text), empty="drop")
+    assert [e.prompt for e in read(source)] == ["q1"]
+
+
+def test_numbers_of_a_table_are_numbers(tmp_path):
+    cells = ["42", "-1.5", "007", "1,200"]
+    text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
+    found = read(DataSection(path=write(tmp_path / "a.csv", text)))
+    assert [(e.response, e.gold) for e in found] == [
+        ("42", "42"),
+        ("-1.5", "-1.5"),
+        ("007", None),
+        ("1,200", None),
+    ]
+
+
+def test_other_fields_of_a_chat_stay_as_they_are(tmp_path):
+    row = {"messages": chat("q", "a"), "context": "c", "response": "r", "chosen": "x", "rejected": "y"}
+    (example,) = read(DataSection(path=write(tmp_path / "a.jsonl", lines(row))))
+    assert example.extra == {"context": "c", "response": "r", "chosen": "x", "rejected": "y"}
+
+
+def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")}))
+    found = read(DataSection(path=path, format="messages_all", empty="drop"))
+    assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]

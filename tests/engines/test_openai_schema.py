@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 
@@ -80,9 +81,7 @@ NUMBERS = [
     {},
     [-0.1],
 ]
-TWICE = [{"token": "A", "logprob": -0.9}, {"token": "A", "logprob": -1.0}]
 ODD = [
-    (CHAT, "choices.0.logprobs.content.0.top_logprobs", TWICE),
     (CHAT, "choices.0.logprobs.content.0.top_logprobs", [{"token": t, "logprob": 0.0} for t in "AB"]),
     (CHAT, "choices.0.logprobs.content.0.token", "B"),
     (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": 0, "B": 0}),
@@ -149,3 +148,10 @@ def test_a_listed_name_may_stand_for_the_model(listed, taken):
     else:
         with pytest.raises(ValueError, match="not by m"):
             found._reply_choice(reply)
+
+
+def test_two_tokens_of_one_text_count_together():
+    """A letter and the byte that writes it, as in vocabularies with a fallback to bytes."""
+    top = [{"token": "A", "logprob": math.log(p)} for p in (0.5, 0.25)] + [{"token": "B", "logprob": -2.0}]
+    ((_, alternatives),) = read(changed(CHAT, "choices.0.logprobs.content.0.top_logprobs", top)).tokens
+    assert alternatives == {"A": pytest.approx(math.log(0.75)), "B": -2.0}

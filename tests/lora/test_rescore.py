@@ -77,7 +77,7 @@ def test_each_step_of_score_can_be_made_alone(own, lorapar):
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "score")
     assert done.code == 0
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "rl")
-    assert done.code == 66 and "run: lorapar" in done.err
+    assert done.code == 66 and "lorapar run" in done.err
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "sft")
     assert done.code == 78 and "choose from: score, rl" in done.err
 

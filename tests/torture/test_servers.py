@@ -66,7 +66,8 @@ def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
         voter = {"model": "judge", "base_url": mock.url, "persona": "role_play"}
         settings = [
             f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / runs}",
-            f"classify={json.dumps({'voters': [voter], 'max_failed': 0})}", "eval.targets=[base]",
+            f"classify={json.dumps({'voters': [voter], 'max_failed': 0, 'accept_weak': True})}",
+            "eval.targets=[base]",
             "server={concurrency: 8, timeout_s: 2, stall_s: 20}",
         ]  # fmt: skip
         config = resolved(load(tmp_path / "config.yaml", settings))

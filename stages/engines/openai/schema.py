@@ -18,8 +18,6 @@ MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
 MAX_SUM = 1.01
 """Largest sum of the alternatives' probabilities: 1, and what rounding to the 8 bits of bfloat16 may add."""
-MASKED = -1000.0
-"""Log-probabilities below this stand for a probability of zero; vLLM gives -9999."""
 
 LogProb = Annotated[float, Field(le=MAX_LOGPROB, allow_inf_nan=False, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -64,18 +62,26 @@ class _LogProbs(_Lenient):
 def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> None:
     """Raise ValueError unless the alternatives can be the likeliest tokens of one distribution.
 
-    Their probabilities sum to at most one, none stands twice, and the token itself is among them: requests
-    for a choice are greedy, and vLLM always adds the token that it took.
+    Their probabilities sum to at most one, and the token itself is among them: requests for a choice are
+    greedy, and vLLM always adds the token that it took. A text may stand twice: a letter and the byte that
+    writes it are two tokens.
     """
-    possible = [(text, logprob) for text, logprob in alternatives if logprob > MASKED]
-    total = sum(math.exp(logprob) for _, logprob in possible)
+    total = sum(math.exp(logprob) for _, logprob in alternatives)
     if total > MAX_SUM:
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
-    repeated = [text for text, number in Counter(text for text, _ in possible).items() if number > 1]
-    if repeated:
-        raise ValueError(f"the alternative {repeated[0][:40]!r} stands twice")
     if alternatives and token not in dict(alternatives):
         raise ValueError(f"{token[:40]!r} is not among its alternatives")
+
+
+def _summed(alternatives: list[tuple[str, float]]) -> dict[str, float]:
+    """Return the log-probability of each text, the log of the sum of the probabilities of its tokens."""
+    logprobs: dict[str, float] = {}
+    for text, logprob in alternatives:
+        other = logprobs.get(text)
+        both = (logprob,) if other is None else (logprob, other)
+        top = max(both)
+        logprobs[text] = top if len(both) == 1 else top + math.log(sum(math.exp(x - top) for x in both))
+    return logprobs
 
 
 class _Message(_Lenient):
@@ -109,10 +115,10 @@ class ReplyChoice(_Lenient):
 
     @property
     def tokens(self) -> list[tuple[str, dict[str, float]]]:
-        """For each token: its text and the log-probabilities of the alternatives."""
+        """For each token: its text and the log-probability of each alternative, of equal texts together."""
         if self.logprobs is None:
             raise ValueError("the reply has no log-probabilities")
-        return [(token, dict(alternatives)) for token, alternatives in self.logprobs.per_token()]
+        return [(token, _summed(alternatives)) for token, alternatives in self.logprobs.per_token()]
 
 
 class Reply(_Lenient):

@@ -141,7 +141,7 @@ def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
     return {
         **example.extra,
         "id": example.id,
-        "question": example.prompt,
+        "question": example.conversation,
         "gold": example.gold,
         "response": example.response,
         "answer_format": renderer.section.answer_format,
