@@ -21,7 +21,7 @@ from stages.labelling.personas import (
     read_labelled_examples,
     shots,
 )
-from stages.labelling.report import _known_label_warnings
+from stages.labelling.report import _known_label_warnings, _refuse_weak_voters
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -341,6 +341,22 @@ def test_worked_examples_have_their_own_words():
     assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
 
 
+def weak(**areas):
+    return {title: {"held_out_auc": area} for title, area in areas.items()}
+
+
+def test_only_voters_that_are_all_guessing_are_refused():
+    with pytest.raises(AnswerError) as caught:
+        _refuse_weak_voters(weak(a=0.5, b=0.59), 0.6)
+    assert str(caught.value) == (
+        "no voter can tell the systems apart: AUC a 0.50, b 0.59 on known examples, where 0.5 is a guess"
+    )
+    assert "classify.accept_weak: true" in caught.value.hint
+    for voters in (weak(a=0.5, b=0.6), weak(a=0.5, b=None), weak(a=None)):
+        _refuse_weak_voters(voters, 0.6)
+
+
+@pytest.mark.slow
 def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypatch):
     """A random model cannot tell known examples apart: nothing is trained on its labels unless asked for."""
     config = own("classify.accept_weak=false", "classify.min_auc=0.99")

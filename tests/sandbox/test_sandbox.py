@@ -367,7 +367,11 @@ LEFT_BEHIND = {
 """Ways of a program to go on when the process that started it is killed; each then sleeps."""
 
 
-@pytest.mark.parametrize("way", LEFT_BEHIND)
+QUICK = ("sleeping", "without a parent-death signal", "in a child")
+WAYS = [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in LEFT_BEHIND]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_nothing_of_the_sandbox_outlives_a_killed_caller(each, way):
     ends_with_its_caller(each.name, LEFT_BEHIND[way])
 
