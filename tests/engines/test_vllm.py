@@ -112,7 +112,7 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
         "data": {"path": str(tmp_path / "rows.jsonl")},
         "server": {"concurrency": 16},
         "eval": {"targets": ["base"]},
-        "classify": {"voters": [{"engine": "vllm", "persona": "judge"}]},
+        "classify": {"accept_weak": True, "voters": [{"engine": "vllm", "persona": "judge"}]},
     }
     (tmp_path / "c.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
