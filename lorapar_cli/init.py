@@ -54,9 +54,9 @@ def command(
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
     local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
-    _go_on_in_child()
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
+    _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
     profile = survey(
         ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks

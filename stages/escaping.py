@@ -16,15 +16,7 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|&#~$]|(?<![^\W_])_|_(?![^\W_])")
 _MARKDOWN_START = re.compile(r"^(\d*)((?<=\d)[.)](?=\s|$)|[-+](?=\s|$)|-(?=[-\s]*$)|=(?==*$))")
 """Characters that begin a list, or draw a line, at the start of a paragraph."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_LATEX: dict[str, str | int | None] = {
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-}
+_LATEX: dict[str, str | int | None] = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "θ": r"$\theta$"}
 _LATEX |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
 _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarrow$", "−": "$-$", "×": r"$\times$"}

@@ -14,8 +14,7 @@ from stages.records import MAX_LINE_BYTES, data_error, first_bytes, read_bytes, 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 """Ends of names by which a path is a file's and no hub id."""
 ANSWERS = {"answer", "output", "response", "completion"}
-NEEDED = ANSWERS | {"question", "instruction", "prompt"}
-"""Fields that a row needs: where they are empty, the row is."""
+"""Fields whose cells in a table are numbers where they look like one."""
 FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
 """Fields by which a lone object is a row, and not a list of rows under a name."""
 Rows = list[tuple[int, dict[str, Any]]]
@@ -23,7 +22,7 @@ Rows = list[tuple[int, dict[str, Any]]]
 
 
 def read_file(path: Path) -> Rows:
-    """Read the rows of a file by its name, gzipped or not; a list in JSON is known by its first character."""
+    """Read the rows of a file by its name, gzipped or not (but Parquet); `[` begins a list in JSON."""
     name = path.name.lower().removesuffix(".gz")
     start = first_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     if name.endswith(".parquet") or start.startswith(b"PAR1"):
@@ -67,7 +66,7 @@ def _json(path: Path) -> Rows:
 
 
 def _csv(path: Path, delimiter: str) -> Rows:
-    """Read a table whose first line names the fields; an empty cell is left out unless a row needs it."""
+    """Read a table whose first line names the fields; an empty cell is None."""
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
@@ -79,8 +78,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
         for values in reader:
             if len(values) == len(names):
                 cells = zip(names, values, strict=True)
-                row = {name: value for name, value in cells if name and (value != "" or name in NEEDED)}
-                rows.append((reader.line_num, {name: _cell(name, value) for name, value in row.items()}))
+                rows.append((reader.line_num, {name: _cell(name, text) for name, text in cells if name}))
             elif values:
                 found = f"{len(values)} fields, and the first line names {len(names)}"
                 bad.append(f"{path}:{reader.line_num}: {found}")
@@ -107,10 +105,10 @@ def _plain(value: Any) -> Any:
     return (int(value) if value == int(value) else float(value)) if isinstance(value, Decimal) else str(value)
 
 
-def _cell(name: str, value: str) -> Any:
-    """A cell that answers by a number is that number, as it is in JSON."""
-    is_number = name in ANSWERS and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", value)
-    return json.loads(value) if is_number else value
+def _cell(name: str, text: str) -> Any:
+    """Return the value of a cell; one that answers by a number is that number, as it is in JSON."""
+    is_number = name in ANSWERS and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", text)
+    return json.loads(text) if is_number else text or None
 
 
 def _text(path: Path) -> str:

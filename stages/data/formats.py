@@ -83,9 +83,7 @@ def _example(
     response = answer if is_text else _plain_answer(answer)
     if not prompt.strip() or not response.strip():
         raise EmptyRowError("prompt or response is empty")
-    gold = gold_field(row.get("gold")) or (
-        gold_from_response(response) if isinstance(answer, str) else response
-    )
+    gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     named = [prompt, response] if not turns else [prompt, response, turns]
     return Example(id_of(named), prompt, response, gold, extra, turns)

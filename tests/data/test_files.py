@@ -147,7 +147,7 @@ def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
 def test_empty_cells_are_empty_rows(tmp_path):
     text = "question,answer,note\nq0,,x\nq1,a1,\n,a2,\n"
     source = DataSection(path=write(tmp_path / "a.csv", text), empty="drop")
-    assert [(e.prompt, e.extra) for e in read(source)] == [("q1", {})]
+    assert [(e.prompt, e.extra) for e in read(source)] == [("q1", {"note": None})]
     assert read_rows(source).empty == 2
     text = lines({"question": "q", "answer": None}, {"question": "q1", "answer": "a"})
     source = DataSection(path=write(tmp_path / "a.jsonl", text), empty="drop")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
-DIARIES = ("results", "notes", "reference")
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/reference/from-trl.md"]
 """What a person reads to do something; tutorial first, for later pages use what it makes."""
 PAGES.sort(key=lambda page: (page.name != "tutorial.md", page.name))

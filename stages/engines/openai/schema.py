@@ -77,10 +77,10 @@ def _summed(alternatives: list[tuple[str, float]]) -> dict[str, float]:
     """Return the log-probability of each text, the log of the sum of the probabilities of its tokens."""
     logprobs: dict[str, float] = {}
     for text, logprob in alternatives:
-        other = logprobs.get(text)
-        both = (logprob,) if other is None else (logprob, other)
-        top = max(both)
-        logprobs[text] = top if len(both) == 1 else top + math.log(sum(math.exp(x - top) for x in both))
+        if text in logprobs:
+            low, high = sorted((logprob, logprobs[text]))
+            logprob = high + math.log1p(math.exp(low - high))  # log(exp(low) + exp(high))
+        logprobs[text] = logprob
     return logprobs
 
 
