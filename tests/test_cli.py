@@ -325,6 +325,7 @@ def test_a_terminal_without_a_letter():
     assert b"\\u" in done.stdout
 
 
+@pytest.mark.slow
 def test_stages_do_not_import_from_the_folder_they_stand_in(tiny, demo_data, tmp_path):
     (tmp_path / "statistics.py").write_text("raise SystemExit(99)")
     sets = [part for text in paths(tiny, demo_data, tmp_path) for part in ("--set", text)]

@@ -453,10 +453,9 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
     assert set(states) == {"current"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))],
-    ids=lambda n: n.name,
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
 )
 def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number):
     config = own("sft.max_steps=100000", "sft.num_train_epochs=100000")
@@ -474,6 +473,7 @@ def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number)
     run.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_run_whose_stages_are_forked_makes_the_same_weights(begun, tmp_path, lorapar, monkeypatch):
     config = begun("sft.max_steps=2", "rl.max_steps=1")
     path = tmp_path / "config.json"

@@ -56,6 +56,7 @@ def rows_of(subject: str, n: int) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()

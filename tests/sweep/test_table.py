@@ -22,7 +22,7 @@ from stages.records import Sample, write_jsonl
 from stages.runtime import process_guard
 from stages.store.digests import sha256_file
 from stages.sweep import formats, graph, local
-from stages.sweep.file import Column, read
+from stages.sweep.file import Column, TableFile, read
 from stages.sweep.results import results
 from stages.sweep.table import table
 
@@ -730,21 +730,29 @@ def test_each_command_makes_its_step_alone(small):
             assert rest[-2:] == ["--only", node.step.variant]
 
 
-@pytest.mark.parametrize("size", [200, 5])
-def test_a_grid_of_millions_is_refused_at_once(tmp_path, smoke, size):
+def _write_grid(path: Path, size: int) -> Path:
     names = ("partition.theta", "partition.alpha", "partition.beta")
-    grid = {name: [(i + 1) / size for i in range(size)] for name in names}
-    path = tmp_path / "grid.yaml"
     content = {
         "title": "x",
         "base": str(ROOT / "configs/smoke.yaml"),
-        "grid": grid,
+        "grid": {name: [(i + 1) / size for i in range(size)] for name in names},
         "columns": {"a": "sft@demo"},
     }
     path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_a_grid_of_millions_is_refused_before_its_rows_are_made(tmp_path, smoke, monkeypatch):
+    path = _write_grid(tmp_path / "grid.yaml", 200)
+    monkeypatch.setattr(TableFile, "settings", lambda self: pytest.fail("made the rows"))
     with pytest.raises(ConfigError) as caught:
-        table(path, seeds=list(range(99_000)), max_cells=size**3)
-    cells = f"{size**3:,} rows with 99,000 seeds are more than {size**3:,} cells"
-    assert str(caught.value) == f"{path}: {cells}"
-    with pytest.raises(ConfigError, match=f"{size**3:,} rows are more than 100 cells"):
-        table(path, max_cells=100)
+        table(path)
+    assert str(caught.value) == f"{path}: 8,000,000 rows are more than 1,000 cells"
+    assert "--max-cells 8000000" in caught.value.hint
+
+
+def test_as_many_cells_are_refused_when_they_come_of_seeds(tmp_path, smoke):
+    path = _write_grid(tmp_path / "grid.yaml", 5)
+    with pytest.raises(ConfigError) as caught:
+        table(path, seeds=list(range(99_000)))
+    assert str(caught.value) == f"{path}: 125 rows with 99,000 seeds are more than 1,000 cells"
