@@ -24,7 +24,7 @@ from stages.engines import EngineCache
 from stages.errors import ConfigError, Ended, is_rust_panic
 from stages.pipeline import launch
 from stages.pipeline.context import StageContext
-from stages.pipeline.run import Task, Verb, check_enough_system2_rows, pending_stages, run_step
+from stages.pipeline.run import Task, Verb, pending_stages, run_step
 from stages.pipeline.stages import STAGES, Stage, order
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
@@ -180,16 +180,18 @@ def run(
 ) -> None:
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
-    any_ran = results_printed = False
+    any_ran, results_printed, must_check = False, False, True
     requested = ancestors(steps, last)
+    check = ["plan", str(config), "--check", *sets(set_), *(["--to", last] if last else [])]
     with starter() as stages:
         for task in pending_stages(settings, steps, first, last):
             results_printed = task.stage == "eval" and not task.current  # by the eval command
             if task.current:
                 terminal.say(f"{task.stage}: {task.why} is current")
                 continue
-            if task.stage in ("score", "sft"):
-                check_enough_system2_rows(settings, requested)
+            if must_check:
+                _run_stage(stages, check)
+            must_check = task.stage == "classify"  # its labels tell more
             any_ran = True
             terminal.say(f"--- {task.stage}: {task.why}")
             _run_stage(stages, [task.stage, str(config), *_options(set_, task)])

@@ -12,10 +12,11 @@ import typer
 from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
+from stages.config import Config
 from stages.pipeline.state import state
-from stages.pipeline.steps import ancestors
+from stages.pipeline.steps import Step, ancestors
 from stages.plan.estimate import Estimate, estimate, knobs
-from stages.runtime import resources
+from stages.runtime import libraries, resources
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.estimates import PlannedCost
@@ -34,18 +35,27 @@ def command(
     brief: Annotated[
         bool, typer.Option("--brief", help="Only how long it takes, and what is wrong.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure nothing: only say what is certain to stop the run.")
+    ] = False,
+    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, and what each step will take here, from some seconds of measuring.
 
-    What does not fit into the memory, and texts that are too long, are named.
+    What does not fit into the memory, and texts that are too long, are named. What is certain to stop the run
+    is an error, all of it at once.
     """
-    if brief:
-        logging.getLogger("stages").setLevel(logging.WARNING)
+    if brief or check:
+        logging.getLogger("stages").setLevel(logging.ERROR if check else logging.WARNING)
     settings, steps = plan_of(config, set_)
     store = Store(settings.root)
-    states = {name: state(store, step).state for name, step in ancestors(steps, None).items()}
+    states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
+    if pending:
+        _require_no_problem(settings, pending)
+    if check:
+        return
     predicted = Estimate({}, [])
     if pending:
         predicted = estimate(settings, pending)
@@ -65,6 +75,14 @@ def command(
         print(f"{name} does not fit: lower {knobs(name, settings)}")
     if pending and not brief:
         say(f"next: lorapar run {typed(config, set_)}")
+
+
+def _require_no_problem(settings: Config, pending: list[Step]) -> None:
+    """Raise DataError with everything that is certain to stop one of these steps."""
+    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+        from stages.plan.preflight import require_no_problem
+
+    require_no_problem(settings, pending)
 
 
 def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:

@@ -6,12 +6,12 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, labels_of, make_step, make_steps
+from conftest import CONFIGS, make_step, make_steps
 
 from stages.config import ModelSection
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError
 from stages.pipeline.resolve import load, resolved
-from stages.pipeline.run import check_enough_system2_rows, pending_stages
+from stages.pipeline.run import pending_stages
 from stages.pipeline.stages import STAGES, section
 from stages.pipeline.steps import ancestors, plan_steps
 from stages.report.comparison import answered_fewer
@@ -170,24 +170,6 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     assert set(ancestors(steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip
-
-
-def test_too_few_system_2_rows_are_seen_before_sft(smoke):
-    """24 rows, half of them System 2, a step of RL of 16."""
-    more = ["classify.strategy=known", "classify.known=intended", "data.limit=24", "rl.prompts_per_step=16"]
-    config = smoke(*more)
-    steps = plan_steps(config)
-    check_enough_system2_rows(config, steps)  # nothing is known yet
-    make_steps(config, "classify:train")
-    slow = sum(row.system == 2 for row in labels_of(config))
-    assert 0 < slow < 16
-    with pytest.raises(DataError, match=f"{slow} rows are labelled System 2, fewer than the 16"):
-        check_enough_system2_rows(config, steps)
-    check_enough_system2_rows(
-        config, {name: step for name, step in steps.items() if name != "rl"}
-    )  # it is not asked for
-    other = smoke(*more, "rl.data=all")
-    check_enough_system2_rows(other, plan_steps(other))
 
 
 def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):

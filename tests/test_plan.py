@@ -168,13 +168,15 @@ def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
     assert "nothing could be measured" in caplog.text
 
 
-def test_prompts_that_are_longer_than_a_server_reads_are_counted(asked, no_room):
+def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
     """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
     sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
     done, _ = asked(*(part for setting in sets for part in ("--set", setting)))
-    assert re.search(r"prompt of demo .*server.max_model_len, less 24: 40\s+\d+: fail", done.out)
-    assert re.search(r"vote on train, role_play .*server.max_model_len, less 8: 56\s+16: fail", done.out)
+    longer = r": \d+ of \d+ are longer than {} tokens \(server.max_model_len, less {}\)"
+    assert done.code == 65
+    assert re.search("prompt of demo" + longer.format(40, 24), done.err)
+    assert re.search("vote on train, role_play" + longer.format(56, 8), done.err)
 
 
 def test_voters_with_worked_examples_of_a_person_s_own(asked, no_room, tmp_path):

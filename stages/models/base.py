@@ -42,6 +42,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     if device().type == "cpu":
         _keep_freed_memory()
     options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    check_machine(model)
     if model.load_in_4bit:
         options |= _four_bit(dtype)
     with load_errors("model", model):
@@ -65,6 +66,12 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     return loaded.eval()
 
 
+def check_machine(model: ModelSection) -> None:
+    """Raise ConfigError if the base is to be loaded in 4 bits and bitsandbytes is not installed."""
+    if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that the architecture says must not be split among devices; it may name none."""
     names = model._no_split_modules or ()
@@ -85,8 +92,6 @@ def _four_bit(dtype: str) -> dict[str, Any]:
     """Return the arguments by which QLoRA (arXiv 2305.14314) loads a base model that computes in `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
     compute = torch.float32 if dtype == "float32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,

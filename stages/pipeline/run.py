@@ -14,13 +14,12 @@ from typing import Any
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ArtifactError, ConfigError, DataError, Ended
+from stages.errors import ArtifactError, ConfigError, Ended
 from stages.pipeline.context import StageContext
 from stages.pipeline.stages import order, section
 from stages.pipeline.state import State, rebuild_hint, require_current, state
 from stages.pipeline.steps import Step, ancestors
 from stages.progress import Progress
-from stages.records import read_labels
 from stages.runtime import distributed, resources
 from stages.store import estimates
 from stages.store.artifacts import Artifact, Store
@@ -182,25 +181,6 @@ def _provenance(
         "command": " ".join(sys.argv[1:]),
         "versions": versions,
     }
-
-
-def check_enough_system2_rows(config: Config, steps: dict[str, Step]) -> None:
-    """Raise DataError if current labels have fewer System 2 rows than a step of RL needs.
-
-    RL itself would say so only after SFT. It may leave out more rows than are counted here.
-    """
-    step = steps.get("classify:train")
-    if step is None or "rl" not in steps or config.rl.data != "system2":
-        return
-    now = state(Store(config.root), step)
-    if now.state != "current" or now.artifact is None:
-        return
-    number = sum(row.system == 2 for row in read_labels(now.artifact.path / "labels.jsonl"))
-    if number < (needed := config.rl.prompts_per_step - config.rl.replay_prompts):
-        raise DataError(
-            f"{number} rows are labelled System 2, fewer than the {needed} that a step of RL has",
-            "lower rl.prompts_per_step, or other voters, or a known share: --set classify.system2_share=0.5",
-        )
 
 
 @dataclass(frozen=True)

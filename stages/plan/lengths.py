@@ -67,10 +67,17 @@ class Span:
     """None if nothing bounds them."""
     beyond: str
     """The fate of longer texts: `fail`, `cut`, `drop` …"""
+    allowed: float = 0.0
+    """Share of the rows that may fail."""
 
     @property
     def longer(self) -> int:
         return 0 if self.limit is None else self.lengths.beyond(self.limit)
+
+    @property
+    def fails(self) -> bool:
+        """Whether too many are longer; a sample with the longest texts cannot tell too many for certain."""
+        return self.beyond == "fail" and self.longer > self.allowed * self.rows
 
 
 def sampled(examples: list[Example], number: int) -> list[Example]:

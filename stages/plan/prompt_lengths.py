@@ -122,7 +122,8 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
                 reply = 0 if voter.engine == "transformers" else max(map(max_reply_tokens, ballots))
                 lengths = Lengths.of(len(ballot.text) for ballot in ballots)
                 title = f"vote on {name}, {voter.persona}"
-                yield Span(title, len(rows[name]), lengths, *_limit(config, voter.engine, reply), "fail")
+                limit = _limit(config, voter.engine, reply)
+                yield Span(title, len(rows[name]), lengths, *limit, "fail", config.classify.max_failed)
     if stages & {"score", "sft"}:
         lengths = Lengths.of(len(row.input_ids) for row in texts.training_rows("sft"))
         yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)

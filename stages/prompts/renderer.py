@@ -73,6 +73,10 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
         ) from None
 
 
+def _longest_first(row: Row) -> int:
+    return -len(row.input_ids)
+
+
 class Renderer:
     """Renders questions as prompts and examples as token rows, following a PromptSection."""
 
@@ -181,7 +185,7 @@ class Renderer:
             if len(row.input_ids) <= data.max_length:
                 rows.append(row)
                 continue
-            too_long.append(f"{example.id} has {len(row.input_ids)} tokens")
+            too_long.append(row)
             labels = row.labels[: data.max_length]
             # A row that is cut within its prompt has nothing to learn from, so it is dropped.
             if data.too_long == "truncate" and any(label != IGNORED for label in labels):
@@ -189,7 +193,7 @@ class Renderer:
         if too_long and data.too_long == "error":
             raise data_error(
                 f"longer than data.max_length {data.max_length}",
-                too_long,
+                [f"{row.id} has {len(row.input_ids)} tokens" for row in sorted(too_long, key=_longest_first)],
                 "raise it, or --set data.too_long=drop (or truncate)",
             )
         if not rows:

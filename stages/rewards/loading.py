@@ -198,21 +198,28 @@ def _raises(
 
 def check_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
     """Raise DataError unless every row has the columns that each reward reads."""
-    for name, fields in needed.items():
-        for column in fields:
-            lacking = [row for row in rows if row.get(column) is None]
-            if not lacking:
-                continue
-            hint = f"add the field {column} to the rows, or leave the reward out of rl.rewards"
-            if column == "gold":
-                hint = "rows need `gold`, or a response that ends in `#### answer`"
-            elif column in RESPONSES:
-                hint = "lorapar calls a row's answer `response`, and what can be verified of it `gold`"
-            raise DataError(
-                f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
-                f"(first: {lacking[0]['id']})",
-                hint,
-            )
+    for name, column in missing_fields(needed, rows):
+        lacking = [row for row in rows if row.get(column) is None]
+        hint = f"add the field {column} to the rows, or leave the reward out of rl.rewards"
+        if column == "gold":
+            hint = "rows need `gold`, or a response that ends in `#### answer`"
+        elif column in RESPONSES:
+            hint = "lorapar calls a row's answer `response`, and what can be verified of it `gold`"
+        raise DataError(
+            f"reward {name} reads {column}, and {len(lacking)} of {len(rows)} RL rows have none "
+            f"(first: {lacking[0]['id']})",
+            hint,
+        )
+
+
+def missing_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return each reward with each column that it reads and some row lacks."""
+    return [
+        (name, column)
+        for name, columns in needed.items()
+        for column in columns
+        if any(row.get(column) is None for row in rows)
+    ]
 
 
 def _trl_names() -> list[str]:
@@ -256,6 +263,8 @@ def _imported(file: str) -> Any:
     sys.modules[loader.name] = module  # dataclasses and pickle look for it there
     try:
         loader.exec_module(module)
+    except SystemExit as error:
+        raise ConfigError(f"rl.rewards_file {file} tried to end lorapar, with {error.code!r}") from None
     except Exception as error:
         raise ConfigError(f"rl.rewards_file {file} does not load: {type(error).__name__}: {error}") from error
     return module

@@ -6,6 +6,7 @@ renders the prompts and grades the answers. The results are written like those o
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ Of each task the first of these is used that is 0 or 1 for all its items.
 """
 
 
+def check_installed() -> None:
+    """Raise MissingInputError unless the harness is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingInputError("lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'")
+
+
 def run(
     model: ModelSection,
     adapter: Path | None,
@@ -39,13 +46,10 @@ def run(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write `samples.jsonl`, `metrics.json` and the harness' own `harness.json`; returns the accuracies."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise MissingInputError(
-            "lm-evaluation-harness is not installed", "pip install 'lorapar[lm-eval]'"
-        ) from None
+    check_installed()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     from stages.models.base import load_merged
     from stages.models.tokenizer import load_tokenizer
 

@@ -79,7 +79,7 @@ class RlPrompts:
         needed = {name: loading.required_fields(name, function) for name, function in functions.items()}
         columns = {column for names in needed.values() for column in names}
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
-        trained = [_row(example, renderer) for example in examples]
+        trained = [row_fields(example, renderer) for example in examples]
         loading.check_fields(needed, trained)
         system1 = _system1_rows(labels, trained, renderer) if rl.data == "system2" else []
         tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + system1}
@@ -115,7 +115,7 @@ def _system1_rows(
     A question may have rows with several responses, and even with both labels.
     """
     questions = {row["question"] for row in trained}
-    rows = [_row(row.example, renderer) for row in labels if row.system == 1]
+    rows = [row_fields(row.example, renderer) for row in labels if row.system == 1]
     return list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
 
 
@@ -136,7 +136,7 @@ def _dataset_rows(
     return encoded, as_json
 
 
-def _row(example: Example, renderer: Renderer) -> dict[str, Any]:
+def row_fields(example: Example, renderer: Renderer) -> dict[str, Any]:
     """The fields that a reward may read, and the text of the prompt."""
     return {
         **example.extra,
@@ -164,7 +164,7 @@ def _fitting(
             f"longer than rl.max_prompt_length {rl.max_prompt_length}",
             [
                 f"{name} has {length} tokens"
-                for name, length in lengths.items()
+                for name, length in sorted(lengths.items(), key=lambda item: -item[1])
                 if length > rl.max_prompt_length
             ],
             "raise it, or --set rl.too_long=drop (or truncate_left)",

@@ -35,6 +35,7 @@ TAKES_WEIGHTS = {
 
 def prepare(rollouts: RolloutsSection, model: str) -> None:
     """To be called first: ConfigError or ServerError if vLLM cannot do what `rollouts` asks for."""
+    check_machine(rollouts)
     if rollouts.engine == "transformers":
         return
     from trl.generation import vllm_generation
@@ -42,18 +43,7 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
     # TRL asks whether the base is in 4 bits, by a module that it has not imported if bitsandbytes was hidden
     # from it (`runtime/libraries.py`). The base never is: a config with 4 bits samples by transformers.
     vllm_generation.is_bitsandbytes_available = lambda: False
-    cpu = not torch.cuda.is_available()
-    here = f"rl.rollouts.engine {rollouts.engine}"
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            f"{here}: vllm is not installed",
-            "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers",
-        )
     if rollouts.engine == "vllm_server":
-        if cpu:
-            raise ConfigError(
-                f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers"
-            )
         _check_server(rollouts, model)
         return
     if distributed.world_size() % rollouts.tensor_parallel_size:
@@ -61,10 +51,27 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
             f"rl.rollouts.tensor_parallel_size {rollouts.tensor_parallel_size} does not divide "
             f"{distributed.world_size()} processes"
         )
+    if not torch.cuda.is_available():
+        _on_cpu()
+
+
+def check_machine(rollouts: RolloutsSection) -> None:
+    """Raise ConfigError if this machine does not have what `rollouts` asks for."""
+    if rollouts.engine == "transformers":
+        return
+    cpu = not torch.cuda.is_available()
+    here = f"rl.rollouts.engine {rollouts.engine}"
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{here}: vllm is not installed",
+            "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers",
+        )
+    if rollouts.engine == "vllm_server" and cpu:
+        raise ConfigError(
+            f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers"
+        )
     if cpu and rollouts.enable_sleep_mode:
         raise ConfigError("rl.rollouts.enable_sleep_mode needs a GPU", "leave it out")
-    if cpu:
-        _on_cpu()
 
 
 def _on_cpu() -> None:

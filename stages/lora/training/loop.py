@@ -77,15 +77,7 @@ def arguments(
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
     """
     cpu = not torch.cuda.is_available()
-    if torch.cuda.device_count() > 1 and not distributed.launched():
-        raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process",
-            "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
-        )
-    if section.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimizer adamw_8bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'"
-        )
+    check_machine(section, distributed.launched())
     # The library's `constant` ignores the warm-up without a warning.
     scheduler = (
         "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
@@ -116,14 +108,30 @@ def arguments(
     }
 
 
-def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
-    """The trackers in `report_to`; ConfigError unless each is installed.
+def check_machine(section: TrainSection, launched: bool) -> None:
+    """Raise ConfigError if a package that the section names is not installed, or a GPU would be idle.
 
-    TensorBoard's files go beside the stages, because the folder of the checkpoints does not stay.
+    launched: whether a launcher starts a process for each GPU.
     """
+    if torch.cuda.device_count() > 1 and not launched:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
+        )
+    if section.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optimizer adamw_8bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'"
+        )
     for name in section.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}")
+
+
+def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
+    """The trackers in `report_to`.
+
+    TensorBoard's files go beside the stages, because the folder of the checkpoints does not stay.
+    """
     if "tensorboard" in section.report_to:
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
         folder = run / "tensorboard" / f"{stage}-{checkpoints.name}"

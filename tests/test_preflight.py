@@ -1,0 +1,147 @@
+"""What is certain to stop a run is said before its first vote, all of it at once."""
+
+import json
+
+import pytest
+from conftest import make_steps
+
+from lorapar_cli import app
+from stages import sandbox
+from stages.errors import DataError, SandboxError
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
+from stages.plan import preflight
+from stages.plan.lengths import Lengths, Span
+from stages.plan.preflight import problems, require_no_problem
+from stages.records import Example, Labelled
+
+KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
+
+
+@pytest.fixture
+def certain(smoke):
+    """Returns the problems of the smoke config with these settings, of all its steps, as text."""
+
+    def find(*settings: str) -> list[str]:
+        config = resolved(smoke(*settings))
+        return [str(problem) for problem in problems(config, list(plan_steps(config).values()))]
+
+    return find
+
+
+def test_a_sound_config_has_none(certain):
+    assert certain() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "message"),
+    [
+        (["data.max_length=150"], "score, sft", "longer than data.max_length 150, such as "),
+        (["data.max_length=20", "data.too_long=drop"], "score, sft", "no row fits into data.max_length 20"),
+        (["rl.max_prompt_length=60", "rl.too_long=error"], "rl", "longer than rl.max_prompt_length 60"),
+        (["rl.max_prompt_length=60"], "rl", "0 RL prompts (64 too long) are fewer than the 4 of a step"),
+        (["rl.prompts_per_step=66"], "rl", "64 RL prompts (0 too long) are fewer than the 66 of a step"),
+        (["rl.rewards={code_tests: 1.0}"], "rl", "reward code_tests reads"),
+        (["rl.report_to=[mlflow]"], "rl", "report_to: mlflow is not installed"),
+        (["lora.target_modules=[q_proj, query]"], "score", "lora.target_modules: no query in Llama"),
+        (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),
+        (["eval.benchmarks.code={kind: humaneval, path: TESTS, label: false}", "eval.sandbox.backend=refuse"],
+         "eval", "sandbox.backend is refuse"),
+    ],
+)  # fmt: skip
+def test_a_certain_failure_is_found(certain, tmp_path, settings, step, message):
+    item = {
+        "task_id": "a/0",
+        "prompt": "def f():\n",
+        "canonical_solution": "",
+        "test": "",
+        "entry_point": "f",
+    }
+    (tmp_path / "tests.jsonl").write_text(json.dumps(item))
+    [problem] = certain(*(text.replace("TESTS", str(tmp_path / "tests.jsonl")) for text in settings))
+    assert problem.startswith(f"{step}: ") and message in problem
+
+
+def test_labels_tell_of_more(smoke):
+    """24 rows, half of them System 2, are too few for a step of 16; with rl.data=all they are enough."""
+    config = resolved(smoke(*KNOWN, "rl.prompts_per_step=16"))
+    steps = list(plan_steps(config).values())
+    assert problems(config, steps) == []
+    make_steps(config, "classify:train")
+    [problem] = problems(config, steps)
+    assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
+    assert problems(config, [step for step in steps if step.name != "rl"]) == []
+    other = resolved(smoke(*KNOWN, "rl.prompts_per_step=16", "rl.data=all"))
+    assert problems(other, list(plan_steps(other).values())) == []
+
+
+def test_labels_of_one_system_stop_what_needs_both(certain, monkeypatch):
+    labels = [Labelled(Example(f"r{i}", f"{i}?", f"#### {i}", str(i)), 1, {}) for i in range(8)]
+    monkeypatch.setattr(preflight, "_current_labels", lambda config, steps: labels)
+    [problem] = certain()
+    assert problem.startswith(
+        "score, rl: no example is labelled System 2 (8 System 1, 0 System 2, 0 undecided)"
+    )
+
+
+def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp_path):
+    rows = [f'{{"question": "What is {i}?", "answer": "number {i}"}}' for i in range(4)]
+    rows += [f'{{"question": "Add {i}?", "answer": "#### {i}"}}' for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    path = f"data.path={tmp_path / 'rows.jsonl'}"
+    assert certain(path) == []
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:4]))
+    [problem] = certain(path)
+    assert problem.startswith("rl: reward correctness reads gold, and 4 of 4 RL rows have none")
+
+
+def test_votes_may_fail_as_often_as_the_config_allows():
+    lengths = Lengths.of([10, 20, 300])
+    assert Span("prompt of x", 100, lengths, "s", 200, "fail").fails
+    assert not Span("vote", 100, lengths, "s", 200, "fail", allowed=0.01).fails
+    assert Span("vote", 99, lengths, "s", 200, "fail", allowed=0.01).fails
+    assert not Span("row", 100, lengths, "s", 200, "drop").fails
+
+
+def test_all_are_told_at_once(smoke, monkeypatch):
+    def none_works(*_):
+        raise SandboxError("no sandbox works here", "install bubblewrap")
+
+    monkeypatch.setattr(sandbox, "from_settings", none_works)
+    config = resolved(smoke("data.max_length=150", "rl.rewards={code_tests: 1.0}", "sft.optim=adamw_8bit"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError) as caught:
+        require_no_problem(config, list(plan_steps(config).values()))
+    head, *lines = str(caught.value).splitlines()
+    assert head == "4 things are certain to stop this run"
+    assert [line.partition(":")[0].strip() for line in lines if not line.startswith("    ")] == [
+        "score, sft", "sft", "rl", "rl",
+    ]  # fmt: skip
+
+
+def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(app, "_run_stage", lambda stages, arguments: started.append(arguments))
+    config = smoke()
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    assert lorapar("run", path, "--to", "sft").code == 0
+    assert [arguments[0] for arguments in started] == [
+        "plan",
+        "classify",
+        "plan",
+        "score",
+        "partition",
+        "sft",
+    ]
+    assert started[0][2:] == ["--check", "--to", "sft"]
+
+
+def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorapar_cli.plan.estimate", lambda *_: pytest.fail("measured"))
+    path = tmp_path / "config.json"
+    path.write_text(smoke("rl.prompts_per_step=66").model_dump_json())
+    for options in ([], ["--brief"], ["--check"], ["--json"]):
+        done = lorapar("plan", path, *options)
+        assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
+    assert lorapar("plan", path, "--check", "--to", "sft").code == 0
