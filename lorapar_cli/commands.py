@@ -13,6 +13,7 @@ GROUPS = {
         "run": "Run every stage that is missing or stale, each in its own process.",
         "report": "Write a page on one run, or on tables, with intervals and published values.",
         "export": "Export a trained adapter, or the merged model, with a model card.",
+        "serve": "Serve both modes, and auto, which chooses, behind one OpenAI-compatible address.",
     },
     "One stage": {
         "classify": "Label every example as System 1 or System 2 by vote.",

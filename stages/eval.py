@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import (
     REGIONS,
+    ROUTED,
     UNTRAINED_TARGETS,
     BenchmarkSection,
+    ClassifySection,
     EvalSection,
     ModelSection,
     PromptSection,
@@ -23,13 +25,16 @@ from stages.config import (
     ServerSection,
 )
 from stages.engines import EngineSpec
+from stages.errors import MeaninglessError
+from stages.evaluation import routing
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.evaluation.metrics import compute_metrics, headline
+from stages.labelling.router import MODES, Router
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
-from stages.records import Labelled, Sample, read_labels, write_jsonl
+from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
 from stages.runtime import resources
 from stages.store.digests import key_of, sha256_file
 
@@ -48,6 +53,7 @@ def run(
     benchmark: BenchmarkSection,
     server: ServerSection,
     sandbox: SandboxSection | None = None,
+    classify: ClassifySection | None = None,
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
@@ -55,8 +61,56 @@ def run(
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
     `job.again` replaces earlier answers.
     """
+    if classify is not None:
+        return _route(job, model, classify, eval, benchmark, server)
     with _adapter(job) as adapter:
         return _evaluate(job, adapter, model, prompt, eval, benchmark, server, sandbox)
+
+
+def _route(
+    job: StageContext,
+    model: ModelSection,
+    classify: ClassifySection,
+    eval: EvalSection,
+    benchmark: BenchmarkSection,
+    server: ServerSection,
+) -> dict[str, Any]:
+    """Write the answers of target auto, taken from those of sft and rl, and what every routing is worth."""
+    name, module = job.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
+    samples = {
+        mode: read_samples(job.inputs[f"eval:{stage}@{name}"].path / "samples.jsonl")
+        for mode, stage in MODES.items()
+    }
+    if not samples["fast"]:
+        raise MeaninglessError(
+            f"auto: {benchmark.kind} has no answers that are right or wrong", "leave it out"
+        )
+    labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
+    identity = f"{job.outside['model']} {job.dtype} {job.outside.get('server')}"
+    router = Router(classify, model, eval.engine, identity, labels, job.journals)
+    examples = module.load(benchmark)
+    router.set_questions(examples)
+    if missing := router.log.missing():
+        engine = job.engines.get(EngineSpec(eval.engine, model), server, job.progress.say)
+        job.progress.start(f"votes on {name}", len(missing))
+        for _ in router.log.ask(engine, job.progress.say):
+            job.progress.advance(1)
+    router.log.check(classify.max_failed, classify.max_invalid)
+    router.calibrate()
+    modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
+    routed = routing.choose(samples, modes)
+    write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in routed))
+    metrics = compute_metrics(routed, module.GROUPS)
+    record = {
+        "target": ROUTED,
+        "benchmark": benchmark.model_dump(mode="json"),
+        "engine": eval.engine,
+        **metrics,
+        "router": router.record(),
+        "routing": routing.compare({**samples, ROUTED: routed}),
+    }
+    (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {"kind": benchmark.kind, **headline(metrics)}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def probability(text: str, weights: str = "") -> float:
 class Mock:
     """A model served under a name.
 
-    `log` has every question that reached it, `answered` those whose reply was sent whole.
+    `log` has every question that reached it, `bodies` the requests, `answered` those with a whole reply.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Mock:
         self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
         self.models: list[dict[str, Any]] | None = [{"id": "judge", "max_model_len": 4096}]
         self.log: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
         self.answered: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.url = ""
@@ -103,6 +104,7 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             key = json.dumps([body.get("messages") or body.get("prompt")])
             with mock.lock:
                 mock.log.append(key)
+                mock.bodies.append(body)
                 number = len(mock.log) - 1
             fault = mock.fault(number, self.path, body) if mock.fault else None
             text = json.dumps(mock.reply(self.path, body)).encode()

@@ -23,7 +23,7 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ("plan",),
     ("init", "sweep"),
     ("report",),
-    ("classify", "score", "partition", "sft", "rl", "eval", "export"),
+    ("classify", "score", "partition", "sft", "rl", "eval", "export", "serve"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

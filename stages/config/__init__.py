@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationInfo, model_validator
 
 from stages.config.evaluation import REGIONS as REGIONS
+from stages.config.evaluation import ROUTED as ROUTED
 from stages.config.evaluation import UNTRAINED_TARGETS as UNTRAINED_TARGETS
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, registries_from, setting

@@ -20,6 +20,8 @@ UNTRAINED_TARGETS = ("base", "init")
 Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)
 """Targets with the trained values of one region of the adapter only."""
+ROUTED = "auto"
+"""Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl."""
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
@@ -128,11 +130,11 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl", Region]] = setting(
+    targets: list[Literal["base", "init", "sft", "rl", "auto", Region]] = setting(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, rl: with the initial adapter, that of SFT or "
         "that of RL; s1_only, s2_only, shared: RL's adapter with all elements outside this region reset to "
-        "their initial values.",
+        "their initial values; auto: the answers of sft or rl, as one vote of the base on each item decides.",
         in_cache_key=False,
         min_length=1,
     )
@@ -162,6 +164,13 @@ class EvalSection(Section):
     sandbox: SandboxSection = setting(
         SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False, advanced=True
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _check_routed(cls, targets: list[str]) -> list[str]:
+        if ROUTED in targets and not {"sft", "rl"} <= set(targets):
+            raise ValueError("auto chooses between the answers of sft and rl; name both, too")
+        return targets
 
     @field_validator("engine")
     @classmethod

@@ -22,7 +22,7 @@ class StageContext:
     out: Path
     """The empty folder that the stage writes into."""
     inputs: Mapping[str, Artifact]
-    """Input artifacts by stage."""
+    """Input artifacts by step, such as `eval:sft@demo`, and by stage: the last one if there are several."""
     outside: Mapping[str, Any]
     """Cache-key parts of the data and models outside of the run."""
     journals: Path

@@ -140,7 +140,7 @@ def _context(
     return StageContext(
         variant=step.variant,
         out=out,
-        inputs=by_stage,
+        inputs={**inputs, **by_stage},
         outside=step.identity["outside"],
         journals=Path(config.runs_dir),
         checkpoints=checkpoints,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import REGIONS, UNTRAINED_TARGETS, Config
+from stages.config import REGIONS, ROUTED, UNTRAINED_TARGETS, Config
 from stages.evaluation.benchmarks import benchmarks
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import cache_key
@@ -113,6 +113,8 @@ def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, A
 
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
+    if target == ROUTED:
+        return ("classify:train", f"eval:sft@{name}", f"eval:rl@{name}")
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
@@ -120,7 +122,9 @@ def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
 
 
 def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
-    name = variant.partition("@")[2]
+    target, _, name = variant.partition("@")
+    if target == ROUTED:
+        return ("model", "prompt", "eval", f"{_BENCHMARKS}{name}", "server", "classify")
     runs_code = getattr(benchmarks.pick(config.eval.benchmarks[name].kind), "SANDBOX", False)
     code = ("eval.sandbox",) if runs_code else ()
     return ("model", "prompt", "eval", f"{_BENCHMARKS}{name}", "server", *code)
@@ -135,6 +139,7 @@ def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str,
         **_model_key(config, variant, cache),
         "rows": cache_key.of_source(benchmark, cache),
         **cache_key.of_shots(benchmark, cache),
+        **(cache_key.of_voters(config, cache) if target == ROUTED else {}),
         **cache_key.of_server(config),
     }
 

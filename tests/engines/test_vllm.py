@@ -7,10 +7,14 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
+import httpx
+import psutil
 import pytest
 from conftest import ROOT, servers
 
@@ -152,4 +156,51 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
         f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
         or f"/{1233 - len(kept)}" in done.stderr
     )
+    assert servers() == []
+
+
+def test_serve_offers_three_modes_and_ends_with_its_server(tiny, demo_data, tmp_path):
+    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed."""
+    from conftest import make_steps, paths
+
+    from stages.pipeline.resolve import load, resolved
+
+    small = [
+        "data.limit=24",
+        "classify.strategy=random",
+        "score.examples=2",
+        "sft.max_steps=1",
+        "rl.max_steps=1",
+    ]
+    overrides = [*paths(tiny, demo_data, tmp_path), *small]
+    config = resolved(load(ROOT / "configs/smoke.yaml", overrides))
+    make_steps(config, "classify:train", "score", "partition", "sft", "rl")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
+    command += [part for text in overrides for part in ("--set", text)]
+    with ExitStack() as stack:
+        child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        stack.callback(child.kill)
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if "models fast, slow and auto" in line:
+                break
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=120) as client:
+            names = [model["id"] for model in client.get("/models").json()["data"]]
+            chat = {"max_tokens": 4, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
+            for mode in ("fast", "slow", "auto"):
+                reply = client.post("/chat/completions", json={"model": mode, **chat})
+                assert reply.headers["x-lorapar-mode"] in (("fast", "slow") if mode == "auto" else (mode,))
+                assert reply.json()["usage"]["completion_tokens"] == 4
+            stream = client.post("/chat/completions", json={"model": "auto", "stream": True, **chat})
+        assert names == [str(tiny), "fast", "slow", "auto"], said
+        assert stream.text.count("data: ") > 4 and stream.text.rstrip().endswith("data: [DONE]")
+        own = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+        [server] = own & {int(line.split()[1]) for line in servers() if "process_guard" not in line}
+        os.kill(server, signal.SIGKILL)
+        assert child.wait(60) == ServerError.exit_code
+        assert "the vLLM server ended" in child.stderr.read()
     assert servers() == []

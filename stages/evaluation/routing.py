@@ -1,0 +1,60 @@
+"""Routing between two modes: the answers that a choice of mode gives, and what choices are worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from stages.evaluation.metrics import accuracy_metrics
+from stages.records import Sample
+
+ORACLE = "oracle"
+"""Routing that knows which mode is right: the best that any router could do with these answers."""
+
+
+def choose(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
+    """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
+
+    samples: the answers by mode, to the same items. modes: mode by item id.
+    """
+    chosen = {mode: {id for id, own in modes.items() if own == mode} for mode in samples}
+    by_slot = {
+        (sample.id, sample.sample): replace(sample, extra={**sample.extra, "mode": mode})
+        for mode, answers in samples.items()
+        for sample in answers
+        if sample.id in chosen[mode]
+    }
+    first = next(iter(samples.values()))
+    return [by_slot[sample.id, sample.sample] for sample in first]
+
+
+def compare(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
+    """Return accuracy and tokens of fast, slow, auto and the oracle, and the share of items answered slowly.
+
+    samples: the answers by routing; those of `fast` and `slow` are the oracle's to choose from.
+    """
+    oracle = choose({mode: samples[mode] for mode in ("fast", "slow")}, _best_modes(samples))
+    return {
+        name: {**accuracy_metrics(answers), "slow_share": _slow_share(name, answers)}
+        for name, answers in {**samples, ORACLE: oracle}.items()
+    }
+
+
+def _best_modes(samples: dict[str, list[Sample]]) -> dict[str, str]:
+    """The mode of each item that is right more often or, where both are as often, has fewer tokens."""
+    worth: dict[str, dict[str, tuple[float, float]]] = {}
+    for mode in ("fast", "slow"):
+        answers: dict[str, list[Sample]] = {}
+        for sample in samples[mode]:
+            answers.setdefault(sample.id, []).append(sample)
+        for id, of_item in answers.items():
+            tokens = fmean(sample.extra.get("tokens", 0) for sample in of_item)
+            worth.setdefault(id, {})[mode] = (fmean(sample.correct for sample in of_item), -tokens)
+    return {id: max(of_item, key=of_item.__getitem__) for id, of_item in worth.items()}
+
+
+def _slow_share(name: str, answers: list[Sample]) -> float:
+    if name in ("fast", "slow"):
+        return float(name == "slow")
+    return fmean(sample.extra["mode"] == "slow" for sample in answers)

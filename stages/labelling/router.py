@@ -1,0 +1,102 @@
+"""Chooses a mode for a question: the base model votes on it once, as a voter of `classify` does.
+
+At serving time there is no reference answer to show, so the threshold of the labels does not apply. A new
+one is found on labelled training rows, by the calibration that voters have.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages.config import ClassifySection, ModelSection, Voter
+from stages.engines import ChoiceRequest
+from stages.labelling.calibration import Calibration, calibrate
+from stages.labelling.personas import CalibrationExample, persona_context, personas
+from stages.labelling.votes import VoterLog
+from stages.records import Example, Labelled, examples_of_system
+
+MODES = {"fast": "sft", "slow": "rl"}
+"""The modes, and the stage that trained the adapter of each."""
+ROWS = 64
+"""Most training rows of each system that the threshold is found on."""
+PERSONA = "steps"
+"""Persona of the router if no voter is the base model itself."""
+
+
+class Router:
+    """The votes that decide between the modes. Ask for those in `log.missing()` before any decision."""
+
+    def __init__(
+        self,
+        classify: ClassifySection,
+        model: ModelSection,
+        engine: str,
+        identity: str,
+        labels: list[Labelled],
+        journals: Path,
+    ) -> None:
+        """labels: of the training rows. identity: what tells the model from others, as in VoterLog."""
+        voter = _voter(classify, engine)
+        context = persona_context(voter, model.title, show_answer=False)
+        self.log = VoterLog(
+            voter,
+            f"router/{voter.persona}",
+            model.title,
+            identity,
+            context,
+            classify.seed,
+            journals / "votes",
+        )
+        self._rows = [
+            (example, system) for system in (1, 2) for example in _sample(labels, system, classify.seed)
+        ]
+        self.calibration: Calibration | None = None
+
+    def set_questions(self, examples: list[Example]) -> None:
+        """Set what will be asked: the rows for the threshold, and these."""
+        self.log.set_examples([*(example for example, _ in self._rows), *examples])
+
+    def calibrate(self) -> Calibration:
+        """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
+        rows = [CalibrationExample(example.conversation, "", system) for example, system in self._rows]
+        votes = [self.log.vote(example) for example, _ in self._rows]
+        self.calibration = calibrate("held_out", rows, votes, [])
+        return self.calibration
+
+    def request(self, example: Example) -> ChoiceRequest:
+        """The vote on a question, to be sent to the base."""
+        persona = personas.pick(self.log.voter.persona)
+        return persona(example, self.log.context)  # type: ignore[no-any-return]
+
+    def mode(self, system2: float | None) -> str:
+        """Return `fast` or `slow` for a probability of System 2; slow if the vote was invalid."""
+        assert self.calibration is not None
+        return "fast" if system2 is not None and system2 <= self.calibration.threshold else "slow"
+
+    def summary(self) -> str:
+        """One line on what `auto` decides by."""
+        assert self.calibration is not None
+        area = "" if self.calibration.auc is None else f", AUC {self.calibration.auc:.2f}"
+        where = f"on {self.calibration.examples} labelled training rows"
+        question = f"auto: the base is asked once ({self.log.voter.persona})"
+        return f"{question}; slow above {self.calibration.threshold:.3f}{area} {where}"
+
+    def record(self) -> dict[str, Any]:
+        """The router in a report: its voter, its threshold, and how well it tells the labels apart."""
+        assert self.calibration is not None
+        return {"persona": self.log.voter.persona, **asdict(self.calibration)}
+
+
+def _voter(classify: ClassifySection, engine: str) -> Voter:
+    """The first voter that is the base model, asked once and greedily, or one with persona PERSONA."""
+    own = [voter for voter in classify.voters if not voter.model and not voter.urls]
+    voter = own[0] if own else Voter(persona=PERSONA)
+    return voter.model_copy(update={"engine": engine, "thinking": None, "temperature": 0.0, "samples": 1})
+
+
+def _sample(labels: list[Labelled], system: int, seed: int) -> list[Example]:
+    examples = examples_of_system(labels, system)
+    return random.Random(f"{seed} router {system}").sample(examples, min(ROWS, len(examples)))

@@ -1,0 +1,107 @@
+"""Serve both modes of a trained model by one vLLM server, and `auto`, which chooses between them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.config import Config
+from stages.engines import ChoiceResult, Engine
+from stages.engines.gateway import Gateway
+from stages.errors import ConfigError
+from stages.labelling.router import MODES, Router
+from stages.models.dtype import resolve
+from stages.records import Example, read_labels
+from stages.store.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VOTER = "router"
+"""Name of the adapter of zeros that the votes are asked of.
+
+It is the base, in other words. On CPU, vLLM 0.31 applies an adapter to requests for the base, too, if they
+are batched with requests for it (its pull request 48421). Two adapters it tells apart.
+"""
+
+
+@contextmanager
+def open_gateway(
+    config: Config, inputs: Mapping[str, Artifact], identity: str, say: Callable[[str], None]
+) -> Iterator[tuple[Gateway, Router]]:
+    """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
+
+    inputs: the artifacts of classify:train, sft and rl. identity: of the base, for the journal of votes.
+    ConfigError for a model that vLLM cannot serve so.
+    """
+    from stages.engines import vllm
+
+    _check(config)
+    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
+    identity = f"{identity} {resolve(config.model)}"
+    router = Router(config.classify, config.model, "vllm", identity, labels, Path(config.runs_dir))
+    router.set_questions([])
+    with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
+        zeros = Path(folder)
+        _write_zeros(inputs["sft"].adapter, zeros)
+        modules = {mode: inputs[stage].adapter for mode, stage in MODES.items()} | {VOTER: zeros}
+        with vllm.open_modules(config.model, modules, config.server, say) as clients:
+            voter = clients[VOTER]
+            for _ in router.log.ask(voter, say):
+                pass
+            router.log.check(config.classify.max_failed, config.classify.max_invalid)
+            router.calibrate()
+            yield (
+                Gateway(
+                    voter.transport.urls[0].removesuffix("/v1"),
+                    {mode: _system_message(config, mode) for mode in MODES},
+                    lambda example: _decide(router, voter, example),
+                    VOTER,
+                    voter.transport.exit_error,
+                ),
+                router,
+            )
+
+
+def _check(config: Config) -> None:
+    if not config.served_by_vllm:
+        cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
+        raise ConfigError(f"vLLM cannot serve {cause}")
+    for stage in MODES.values():
+        template = (getattr(config, stage).prompt or config.prompt).template
+        if template != "chat":
+            hint = "lorapar export CONFIG DIR --views says how to serve it"
+            raise ConfigError(
+                f"a server takes chats, and {stage} learned prompts of template {template}", hint
+            )
+
+
+def _system_message(config: Config, mode: str) -> str | None:
+    """The system message with which a mode was trained."""
+    section = getattr(config, MODES[mode]).prompt or config.prompt
+    system = 1 if mode == "fast" else 2
+    return section.by_system.get(system, section.system)  # type: ignore[no-any-return]
+
+
+def _decide(router: Router, voter: Engine, example: Example) -> tuple[str, float | None]:
+    """The mode of a question, and the probability of System 2 that its vote gave, if it gave one."""
+    [(_, result)] = voter.choose([router.request(example)])
+    system2 = result.probabilities[1] if isinstance(result, ChoiceResult) and result.probabilities else None
+    return router.mode(system2), system2
+
+
+def _write_zeros(adapter: Path, out: Path) -> None:
+    """Write an adapter of the same shape whose product is zero: its model is the base."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copy(adapter / "adapter_config.json", out)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: weight.zero_() if "lora_B" in name else weight for name, weight in weights.items()},
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )

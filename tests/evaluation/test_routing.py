@@ -1,0 +1,92 @@
+"""Answers that are routed between two modes, and what a routing is worth."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import make_steps
+
+from stages.errors import ConfigError
+from stages.evaluation import routing
+from stages.pipeline.resolve import resolved
+from stages.pipeline.state import state
+from stages.pipeline.steps import plan_steps
+from stages.records import Sample, read_samples
+from stages.store.artifacts import Store
+
+
+def _answer(id: str, correct: bool, tokens: int, number: int = 0) -> Sample:
+    outcome = "correct" if correct else "wrong"
+    return Sample(id, number, 1, "", "", "1", "1", "1", correct, correct, outcome, {"tokens": tokens})
+
+
+FAST = [_answer("a", True, 2), _answer("b", False, 3), _answer("c", True, 4), _answer("d", False, 5)]
+SLOW = [_answer("a", True, 20), _answer("b", True, 30), _answer("c", False, 40), _answer("d", False, 50)]
+
+
+def test_each_item_has_the_answers_of_its_mode_in_the_order_of_the_items():
+    chosen = routing.choose(
+        {"fast": FAST, "slow": SLOW}, {"a": "slow", "b": "slow", "c": "fast", "d": "fast"}
+    )
+    assert [(s.id, s.extra["tokens"], s.extra["mode"]) for s in chosen] == [
+        ("a", 20, "slow"), ("b", 30, "slow"), ("c", 4, "fast"), ("d", 5, "fast"),
+    ]  # fmt: skip
+
+
+def test_an_oracle_takes_the_right_mode_and_of_equals_the_cheaper():
+    auto = routing.choose({"fast": FAST, "slow": SLOW}, dict.fromkeys("abcd", "fast"))
+    worth = routing.compare({"fast": FAST, "slow": SLOW, "auto": auto})
+    assert {name: (row["accuracy"], row["tokens"], row["slow_share"]) for name, row in worth.items()} == {
+        "fast": (0.5, 3.5, 0.0), "slow": (0.5, 35.0, 1.0),
+        "auto": (0.5, 3.5, 0.0), "oracle": (0.75, 10.25, 0.25),
+    }  # fmt: skip
+
+
+def test_of_several_samples_the_oracle_counts_how_many_are_right():
+    fast = [*FAST[:1], _answer("a", False, 2, 1)]
+    slow = [*SLOW[:1], _answer("a", True, 20, 1)]
+    assert routing.compare({"fast": fast, "slow": slow})["oracle"]["accuracy"] == 1
+
+
+@pytest.fixture(scope="module")
+def answered(tiny, demo_data, tmp_path_factory):
+    """A run on few rows with all targets evaluated; labels are drawn, so the router has nothing to find."""
+    from conftest import ROOT, paths
+
+    from stages.pipeline.resolve import load
+
+    folder = tmp_path_factory.mktemp("routed")
+    small = ["data.limit=24", "eval.benchmarks.demo.limit=8", "eval.targets=[sft, rl, auto]"]
+    small += ["classify.strategy=random", "score.examples=2", "sft.max_steps=1", "rl.max_steps=1"]
+    config = resolved(load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), *small]))
+    return config, make_steps(config, "classify", "score", "partition", "sft", "rl", "eval")
+
+
+def test_auto_answers_each_item_as_the_mode_it_chose(answered):
+    _, made = answered
+    samples = {
+        target: {s.id: s for s in read_samples(made[f"eval:{target}@demo"][0].path / "samples.jsonl")}
+        for target in ("sft", "rl", "auto")
+    }
+    stage = {"fast": "sft", "slow": "rl"}
+    for id, sample in samples["auto"].items():
+        mode = sample.extra["mode"]
+        assert replace(samples[stage[mode]][id], extra=sample.extra) == sample
+    metrics = json.loads((made["eval:auto@demo"][0].path / "metrics.json").read_text())
+    assert list(metrics["routing"]) == ["fast", "slow", "auto", "oracle"]
+    assert metrics["routing"]["auto"]["n"] == metrics["all"]["n"] == 8
+    assert metrics["router"]["persona"] == "steps" and 0 < metrics["router"]["threshold"] < 1
+    assert metrics["router"]["examples"] == 24  # all labelled rows, fewer than 64 of each system
+
+
+def test_other_labels_make_auto_stale_but_not_the_answers(answered):
+    config, made = answered
+    other = config.model_copy(update={"classify": config.classify.model_copy(update={"seed": 5})})
+    steps = plan_steps(other)
+    assert steps["eval:auto@demo"].key != made["eval:auto@demo"][0].manifest["key"]
+    assert state(Store(config.root), plan_steps(config)["eval:auto@demo"]).state == "current"
+
+
+def test_auto_needs_the_answers_of_both_modes(smoke):
+    with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
+        smoke("eval.targets=[base, rl, auto]")
