@@ -49,7 +49,9 @@ def write(
         )
     with _building(out) as partial:
         _fill(partial, artifact, config, form, base_dtype)
-        (partial / "README.md").write_text(card(artifact, form, evaluated, base_dtype), encoding="utf-8")
+        (partial / "README.md").write_text(
+            card(artifact, form, partial, evaluated, base_dtype), encoding="utf-8"
+        )
         _write_results(partial, evaluated)
 
 

@@ -46,11 +46,11 @@ def cost(artifacts: dict[str, Artifact]) -> Grid:
 
 
 def _factor(actual: float | None, planned: float | None) -> str:
-    """Return `` (× 3.1)`` where 3.1 times the plan was taken; "" where they differ by less than TWOFOLD."""
+    """Return `` (×3.1)`` where 3.1 times the plan was taken; "" where they differ by less than TWOFOLD."""
     if actual is None or planned is None:
         return ""
     larger, smaller = max(actual, planned), max(1.0, min(actual, planned))  # below 1, numbers round to 0
-    return f" (× {max(1.0, actual) / max(1.0, planned):.2g})" if larger >= TWOFOLD * smaller else ""
+    return f" (×{max(1.0, actual) / max(1.0, planned):.2g})" if larger >= TWOFOLD * smaller else ""
 
 
 def tokens(artifact: Artifact) -> int | None:

@@ -126,7 +126,7 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
             caption += " Regions alone are tested against the model that they are of."
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        blocks.append(Grid(table.columns, table.texts(), caption))
+        blocks.append(Grid(table.columns, table.texts(to=",\N{NO-BREAK SPACE}"), caption))
         groups = {group: cells[1:] for group, cells in table.rows if cells[0]}  # the rows of accuracies
         series: dict[str, dict[str, figures.Mark]] = {target: {} for target in targets}
         for group, cells in groups.items():

@@ -354,12 +354,12 @@ def test_what_was_planned_stands_beside_what_was_taken_and_is_flagged_if_twofold
     }  # fmt: skip
     table = provenance.cost(steps)
     assert [row[1:5] for row in table.rows] == [
-        ["62", "20 (× 3.1)", "900", "1000"],
-        ["30", "61 (× 0.49)", "500", "1200 (× 0.42)"],
+        ["62", "20 (×3.1)", "900", "1000"],
+        ["30", "61 (×0.49)", "500", "1200 (×0.42)"],
     ]
     assert table.flagged == {(0, 2), (1, 2), (1, 4)} and "Together 92 seconds, planned 81." in table.caption
     page = render("t", [], [PageSection("cost", "Cost", [table])])
-    assert page.count('<td class="flagged"') == 3 and '<td class="flagged">20 (× 3.1)</td>' in page
+    assert page.count('<td class="flagged"') == 3 and '<td class="flagged">20 (×3.1)</td>' in page
     quick = provenance.cost({"partition": step(1.4, 9, {"seconds": 0}), "classify": step(3, 9, {})})
     assert not quick.flagged and "Together" not in quick.caption
 
