@@ -165,28 +165,32 @@ def requests(card: str) -> list[tuple[str, dict]]:
 def test_the_code_of_a_card_answers_as_the_adapter_does(
     trained, another, tmp_path, monkeypatch, capsys, form
 ):
+    """Merged with the template plain, else with chat."""
     config, artifact = trained
     folder, system = tmp_path / "x", 'Say "it\'s"\n```\nin one line.'
-    prompt = config.prompt.model_copy(update={"system": system})
+    template = "plain" if form == "merged" else "chat"
+    prompt = config.prompt.model_copy(update={"system": system, "template": template})
     views = {"sft": with_prompt(another, prompt), "rl": with_prompt(artifact, prompt, stage="rl")}
     if form == "views":
         export.write_views(views, config, folder)
     else:
         export.write(views["rl"], config, folder, form)
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert requests(text)[-1][1]["messages"][0]["content"] == system
+    renderer = Renderer(load_tokenizer(config.model), prompt)
+    _, body = requests(text)[-1]
+    if form == "merged":
+        assert body["prompt"] == renderer.prompt(usage.QUESTION)
+    else:
+        assert body["messages"][0]["content"] == system
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(folder)
     capsys.readouterr()
     exec(code.replace(str(usage.MAX_TOKENS), "8"), {})
-    tokenizer = load_tokenizer(config.model)
-    ids = torch.tensor([(renderer := Renderer(tokenizer, prompt)).ids(renderer.prompt(usage.QUESTION))])
+    ids = torch.tensor([renderer.ids(renderer.prompt(usage.QUESTION))])
     model = load_adapted(config.model, artifact.path / "adapter")
     output = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    assert (
-        capsys.readouterr().out
-        == f"{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}\n"
-    )
+    answer = renderer.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{answer}\n"
 
 
 def with_prompt(artifact: Artifact, prompt: PromptSection, stage: str = "sft") -> Artifact:

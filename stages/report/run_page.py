@@ -229,7 +229,7 @@ def _training(artifacts: dict[str, Artifact]) -> list[Block]:
         for title, series in curves.panels(history).items():
             points = {label: curves.points(history, key) for label, key in series.items()}
             lasts = ", ".join(f"{label} {values[-1][1]:.3g}" for label, values in points.items())
-            text = f"{title} of {name} by optimizer step; at the end: {lasts}."
+            text = f"{name}: {title}, by optimizer step; at the end: {lasts}."
             pictures.append(Picture(figures.svg(figures.training_panel(title, points, window)), text))
         blocks.append(Heading(f"{name}, {len(history)} steps"))
         if window > 1:

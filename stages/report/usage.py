@@ -66,7 +66,8 @@ def request(model: str, prompt: dict[str, Any], system: str) -> str:
         path, content["prompt"] = "completions", _text(prompt, system)
     body = json.dumps(content | {"max_tokens": MAX_TOKENS, "temperature": 0}, ensure_ascii=False)
     url = f"http://127.0.0.1:8000/v1/{path}"
-    return f"curl {url} -H 'Content-Type: application/json' \\\n    -d {escaping.shell(body)}"
+    hint = f"# for {EOS} write the tokenizer's own token\n" if prompt["template"] == "bare" else ""
+    return f"{hint}curl {url} -H 'Content-Type: application/json' \\\n    -d {escaping.shell(body)}"
 
 
 def _messages(prompt: dict[str, Any], system: str) -> list[dict[str, str]]:
