@@ -198,7 +198,7 @@ def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tm
         f"title: One\nbase: {ROOT / 'configs/smoke.yaml'}\nrows: {{a: {{}}}}\nseeds: [{config.seed}]\n"
         "columns: {base: base@demo, SFT: sft@demo, gain: sft@demo - base@demo}\n"
     )
-    for source, details in (("configs/smoke.yaml", 4), (tmp_path / "table.yaml", 6)):
+    for source, details in (("configs/smoke.yaml", 3), (tmp_path / "table.yaml", 5)):
         assert lorapar("report", source, *sets, "--out", tmp_path).code == 0
         text = (tmp_path / "report.html").read_text()
         (tmp_path / "probe.html").write_text(text.replace("</body>", MEASURE))
