@@ -1,4 +1,4 @@
-"""How to use an exported adapter or model, without lorapar: a server, requests, Python."""
+"""Use of an exported adapter or model without lorapar: a server, requests, Python."""
 
 from __future__ import annotations
 
