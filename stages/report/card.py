@@ -96,12 +96,9 @@ tags: [lorapar, {method}]
 
 def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any]) -> str:
     """Write how to load the export, and where vLLM can, how to serve and ask it; before a blank line."""
-    stage, dtype = artifact.manifest["stage"], artifact.manifest["provenance"].get("dtype", "")
-    view = next(view for view in VIEWS.values() if view.stage == stage)
-    prompt = _prompt(view, config)
-    merged = form == "merged"
+    stage, merged = artifact.manifest["stage"], form == "merged"
     load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
-    python = usage.code(folder, config, dtype, load, prompt, view.system)
+    python = _code(artifact, config, folder, load)
     library = "transformers" if merged else "plain PEFT"
     text = f"In this folder, with {library}:\n\n```python\n{python}\n```\n\n"
     if not merged and (config["baseline"] or config["model"]["load_in_4bit"]):
@@ -120,12 +117,26 @@ def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any])
 A request to it, with the prompt of training:
 
 ```sh
-{usage.request(stage, prompt, view.system)}
+{_request(stage, view_of(artifact), config)}
 ```
 
 {usage.ON_CPU}
 
 """
+
+
+def view_of(artifact: Artifact) -> View:
+    """Return the mode that the artifact's stage trains."""
+    return next(view for view in VIEWS.values() if view.stage == artifact.manifest["stage"])
+
+
+def _code(artifact: Artifact, config: dict[str, Any], folder: Path, load_adapter: str) -> str:
+    view, dtype = view_of(artifact), artifact.manifest["provenance"].get("dtype", "")
+    return usage.code(folder, config, dtype, load_adapter, _prompt(view, config), view.system)
+
+
+def _request(model: str, view: View, config: dict[str, Any]) -> str:
+    return usage.request(model, _prompt(view, config), view.system)
 
 
 def _prompt(view: View, config: dict[str, Any]) -> dict[str, Any]:
@@ -184,11 +195,8 @@ def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
-    requests = "\n".join(
-        usage.request(name, _prompt(view, configs[name]), view.system) for name, view in VIEWS.items()
-    )
-    dtype = views["slow"].manifest["provenance"].get("dtype", "")
-    python = usage.code(folder, slow, dtype, LOAD_VIEWS, _prompt(VIEWS["slow"], slow), VIEWS["slow"].system)
+    requests = "\n".join(_request(name, view, configs[name]) for name, view in VIEWS.items())
+    python = _code(views["slow"], slow, folder, LOAD_VIEWS)
     return f"""---
 {_base_model_line(base)}library_name: peft
 tags: [lorapar, lora]
