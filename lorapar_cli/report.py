@@ -57,8 +57,8 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
             f"nothing to report: no step of {path} is current", f"lorapar run {arguments}"
         )
     out.mkdir(parents=True, exist_ok=True)
-    command = formats.command(["run", str(path), *sets(set_)])
-    text = run_page.page(settings, requested, command)
+    run, serve = (formats.command([verb, str(path), *sets(set_)]) for verb in ("run", "serve"))
+    text = run_page.page(settings, requested, run, serve)
     (out / "report.html").write_text(text, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}")
 

@@ -19,7 +19,7 @@ from stages.engines import Completion, Engine, EngineCache, EngineSpec, Generate
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.records import Labelled
-from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results
+from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results, view_of
 from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def write(
         )
     with _building(out) as partial:
         _fill(partial, artifact, config, form, base_dtype)
-        (partial / "README.md").write_text(card(artifact, form, evaluated, base_dtype), encoding="utf-8")
+        (partial / "README.md").write_text(
+            card(artifact, form, partial, evaluated, base_dtype), encoding="utf-8"
+        )
         _write_results(partial, evaluated)
 
 
@@ -219,8 +221,7 @@ def check(
     of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
     the export is not what was trained.
     """
-    view = next(view for view in VIEWS.values() if view.stage == artifact.manifest["stage"])
-    trial = _Trial.of(config, view, prompts)
+    trial = _Trial.of(config, view_of(artifact), prompts)
     base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,16 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, O
 from safetensors.torch import load_file, save_file
 
 from stages import export
-from stages.config import BaselineSection
+from stages.config import BaselineSection, PromptSection
 from stages.engines import EngineSpec
 from stages.engines.in_process import open
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.report.card import card_of_views
+from stages.prompts.renderer import Renderer
+from stages.report import usage
+from stages.report.card import card, card_of_views
+from stages.store.artifacts import Artifact
 
 SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9", "lora.lora_alpha=256"]
 
@@ -124,8 +128,10 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     how = "--generation-config vllm --dtype float32 --max-model-len 4096"
     served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules fast=fast slow=slow"
     assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
-    asked = f"`/v1/chat/completions`, system message: `{config.prompt.system}`"
-    assert f"- `fast`: {asked}" in text and f"- `slow`: {asked}" in text
+    message = {"role": "system", "content": config.prompt.system}
+    assert [(path, body["model"], body["messages"][0]) for path, body in requests(text)] == [
+        ("chat/completions", "fast", message), ("chat/completions", "slow", message)
+    ]  # fmt: skip
     assert "| fast | answers at once: SFT on System 1 rows and some of System 2 |" in text
     assert "| slow | works it out: then GRPO on System 2 rows |" in text
     # Each view tells of its own stage's settings: SFT's artifact may be older than RL's.
@@ -138,14 +144,73 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     }
     changed["system1_share"] = 0.25
     text = card_of_views({"fast": artifact, "slow": replace(another, manifest=manifest)}, tmp_path / "v")
-    assert f"- `fast`: {asked}" in text and "GRPO on System 2 rows and some of System 1 |" in text
-    assert (
-        "- `slow`: `/v1/completions`, with the prompts of template `plain`, system message: `Think.`" in text
-    )
+    assert "GRPO on System 2 rows and some of System 1 |" in text
+    (_, fast), (path, slow) = requests(text)
+    assert fast["messages"][0] == message and path == "completions"
+    assert slow["prompt"] == f"Think.\n\nQuestion: {usage.QUESTION}\nAnswer:\n"
     ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
     with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def requests(card: str) -> list[tuple[str, dict]]:
+    """Path and body of each request by curl in a card, as a shell reads it."""
+    commands = re.findall(r"^curl .*\n.*$", card, re.MULTILINE)
+    words = [shlex.split(command) for command in commands]
+    return [(command[1].partition("/v1/")[2], json.loads(command[-1])) for command in words]
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "views"])
+def test_the_code_of_a_card_answers_as_the_adapter_does(
+    trained, another, tmp_path, monkeypatch, capsys, form
+):
+    """Merged with the template plain, else with chat."""
+    config, artifact = trained
+    folder, system = tmp_path / "x", 'Say "it\'s"\n```\nin one line.'
+    template = "plain" if form == "merged" else "chat"
+    prompt = config.prompt.model_copy(update={"system": system, "template": template})
+    views = {"sft": with_prompt(another, prompt), "rl": with_prompt(artifact, prompt, stage="rl")}
+    if form == "views":
+        export.write_views(views, config, folder)
+    else:
+        export.write(views["rl"], config, folder, form)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    renderer = Renderer(load_tokenizer(config.model), prompt)
+    _, body = requests(text)[-1]
+    if form == "merged":
+        assert body["prompt"] == renderer.prompt(usage.QUESTION)
+    else:
+        assert body["messages"][0]["content"] == system
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(code.replace(str(usage.MAX_TOKENS), "8"), {})
+    ids = torch.tensor([renderer.ids(renderer.prompt(usage.QUESTION))])
+    model = load_adapted(config.model, artifact.path / "adapter")
+    output = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    answer = renderer.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{answer}\n"
+
+
+def with_prompt(artifact: Artifact, prompt: PromptSection, stage: str = "sft") -> Artifact:
+    """The artifact as if this stage had trained it with this prompt."""
+    manifest = copy.deepcopy(artifact.manifest)
+    manifest["provenance"]["config"]["prompt"] = prompt.model_dump(mode="json")
+    identity = manifest["identity"]["config"]
+    identity[stage] = identity.pop("sft")
+    return replace(artifact, manifest=manifest | {"stage": stage})
+
+
+def test_a_card_without_a_server_where_vllm_has_none(trained, tmp_path):
+    """vLLM serves ranks up to 512, and no other base than the one in 4 bits was trained on."""
+    config, artifact = trained
+    shutil.copytree(artifact.path / "adapter", tmp_path / "a")
+    assert "vllm serve" in card(artifact, "adapter", tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
+    text = card(artifact, "adapter", tmp_path / "a")
+    assert "vllm serve" not in text and "curl" not in text and "PeftModel.from_pretrained" in text
 
 
 def test_the_card_of_views_says_what_came_first_and_finds_a_local_base(

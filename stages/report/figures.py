@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from stages.lora.training.curves import History
+from stages.lora.training.curves import points as curve_points
 from stages.store.digests import id_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from stages.lora.training.curves import History
 
 P = ParamSpec("P")
 
@@ -43,9 +44,9 @@ def svg(figure: Figure) -> str:
     digest = id_of(text)
     # matplotlib numbers its ids, so two figures share some; a prefix keeps definitions and references apart.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{digest}-", text)
-    # The page sets the width; below half of the natural width (96 px per inch) labels are not legible.
+    # As wide as drawn (96 px per inch) where the page has room; below three quarters labels are not legible.
     pixels = 96 * figure.get_figwidth()
-    width = f'style="min-width: {pixels / 2:.0f}px; max-width: {pixels:.0f}px"'
+    width = f'style="width: {pixels:.0f}px; min-width: {0.75 * pixels:.0f}px"'
     # The fixed width and height of the root element go; its viewBox keeps the aspect ratio.
     size = r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"'
     return re.sub(size, rf"<svg {width} \1\2", text, count=1)
@@ -85,7 +86,7 @@ def dot_plot(
 
     series: name → row → Mark. published: name → row → percent.
     """
-    figure, axes = _new(7.0, 0.9 + 0.2 * len(rows) * max(1, len(series)))
+    figure, axes = _new(5.2, 0.9 + 0.2 * len(rows) * max(1, len(series)))
     step = 0.8 / max(1, len(series))
     for number, (name, marks) in enumerate(series.items()):
         colour = PALETTE[number % len(PALETTE)]
@@ -103,7 +104,7 @@ def dot_plot(
     axes.set_ylim(-len(rows), 0.5)
     axes.set_xlabel("%")
     axes.grid(axis="x", alpha=0.2)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -154,7 +155,7 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, axes = _new(4.2, 3.4)
+    figure, axes = _new(4.9, 3.4)
     for (name, (first, second)), colour in zip(groups.items(), colours, strict=True):
         # Rasterized: thousands of dots as SVG elements would take megabytes.
         axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
@@ -166,27 +167,26 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
         axis.set_major_locator(LogLocator(numticks=7))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 @styled
-def heat_map(
-    rows: list[str], columns: list[str], shares: list[list[float]], title: str, ends: tuple[float, float]
-) -> Figure:
-    """Draw shares in percent by row and column. ends: least and greatest value of the colour scale."""
+def heat_map(rows: list[str], columns: list[str], shares: list[list[float]], title: str) -> Figure:
+    """Draw shares in per cent by row and column; the colour scale begins at 0."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _new(2.9, 0.9 + 0.11 * len(rows))
-    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=ends[0], vmax=ends[1])
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+    figure, axes = _new(3.2, 1.1 + 0.11 * len(rows))
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     # A row number is no layer number in a hybrid model, where some layers lack these modules.
     axes.yaxis.set_major_formatter(lambda at, _: rows[int(at)] if at in range(len(rows)) else "")
     axes.set(title=title, ylabel="layer")
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.set_title("%", fontsize=8)
     bar.outline.set_visible(False)
     return figure
 
@@ -197,20 +197,53 @@ def cumulative_curves(curves: dict[str, tuple[list[float], list[float]]], theta:
 
     curves: name → shares of elements, shares of importance, both from 0 to 1.
     """
-    figure, axes = _new(4.2, 3.0)
-    for number, (name, (elements, importance)) in enumerate(curves.items()):
+    figure, axes = _new(4.4, 3.4)
+    for number, (name, shares) in enumerate(curves.items()):
+        elements, importance = ([100 * share for share in axis] for axis in shares)
         axes.plot(elements, importance, color=PALETTE[number], label=name, linewidth=1.4)
-    axes.axhline(theta, color=INK, linewidth=0.8, linestyle=":")
-    axes.annotate(f"θ = {theta:g}", (1, theta), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="share of the elements, most important first", ylabel="share of the importance")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.axhline(100 * theta, color=INK, linewidth=0.8, linestyle=":")
+    axes.annotate(f"θ = {theta:g}", (100, 100 * theta), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="elements, most important first, %", ylabel="importance, %")
+    axes.set(xlim=(0, 100), ylim=(0, 102))
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="lower right")
     return figure
 
 
 WINDOW = 5
-"""Steps of the moving mean of training curves."""
+"""Steps of the moving mean of RL's curves."""
+
+
+def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[float]:
+    """Return for each point the mean of the values in the last `window` steps."""
+    return [
+        fmean(
+            value for step, value in points[max(0, end - window) : end] if step > points[end - 1][0] - window
+        )
+        for end in range(1, len(points) + 1)
+    ]
+
+
+@styled
+def training_panel(title: str, curves: dict[str, list[tuple[float, float]]], window: int) -> Figure:
+    """Plot moving means of logged values by step over the faint values; the legend is beside the plot.
+
+    curves: label → steps and values, at least one of each. window: steps of the mean; 1: the values alone.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new(4.9, 2.6)
+    for number, (label, points) in enumerate(curves.items()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color=_look(number)["color"], linewidth=0.8, alpha=0.3)
+        axes.plot(steps, _smoothed(points, window), **_look(number), linewidth=1.6, label=label)
+    axes.set(title=title, xlabel="optimizer step")
+    axes.grid(alpha=0.2)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(curves) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 @styled
@@ -226,13 +259,9 @@ def training_curves(runs: dict[str, list[History]], panels: dict[str, str]) -> F
         axes = figure.add_subplot(2, 2, position)
         for number, histories in enumerate(runs.values()):
             for history in histories:
-                points = [(row["step"], row[name]) for row in history if name in row]
-                means = [
-                    sum(value for _, value in points[max(0, at - WINDOW + 1) : at + 1]) / min(at + 1, WINDOW)
-                    for at in range(len(points))
-                ]
+                points = curve_points(history, name)
                 steps = [step for step, _ in points]
-                axes.plot(steps, means, **_look(number), linewidth=0.9, alpha=0.8)
+                axes.plot(steps, _smoothed(points, WINDOW), **_look(number), linewidth=0.9, alpha=0.8)
         axes.set(title=title, xlabel="optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)

@@ -21,6 +21,8 @@ class Grid:
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
+    flagged: frozenset[tuple[int, int]] = frozenset()
+    """Row and column of the cells to call attention to, from 0."""
     prose: bool = False
     """True if cells hold sentences instead of numbers: they are left-aligned and may wrap."""
     kind: ClassVar[str] = "table"

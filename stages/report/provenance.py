@@ -11,26 +11,46 @@ from stages.report.page import Block, Details, Grid
 from stages.store.artifacts import Artifact
 from stages.store.estimates import actual_and_planned
 
+TWOFOLD = 2
+"""Factor from which the difference of a plan and what was taken is flagged."""
+
 
 def cost(artifacts: dict[str, Artifact]) -> Grid:
-    rows = []
+    """Tabulate what each step took beside what was planned; plans that were twofold wrong are flagged."""
+    rows: list[list[str]] = []
+    flagged = set()
     for name, artifact in artifacts.items():
         provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
         share = summary.get("active_share")
         actual, planned = actual_and_planned(provenance)
+        factors = {2: _factor(actual.seconds, planned.seconds), 4: _factor(actual.mib, planned.mib)}
+        flagged |= {(len(rows), column) for column, factor in factors.items() if factor}
         rows.append([
-            name, _rounded(actual.seconds), _rounded(planned.seconds),
-            _rounded(actual.mib), _rounded(planned.mib),
+            name, _rounded(actual.seconds), _rounded(planned.seconds) + factors[2],
+            _rounded(actual.mib), _rounded(planned.mib) + factors[4],
             _rounded(tokens(artifact)), _rounded(provenance.get("joules")),
             str(provenance.get("processes", 1)), provenance.get("dtype", ""),
             "" if share is None else f"{100 * share:.1f} %",
         ])  # fmt: skip
     head = ["step", "seconds", "planned", "memory, MiB", "planned", "tokens", "joules", "processes", "type"]
     caption = (
-        "Planned: the estimate of `lorapar plan`. Tokens: trained on, with prompts, or written by the "
-        "evaluated model. Joules: of GPUs that report their energy."
+        "Planned: the estimate of lorapar plan, marked with the factor where what was taken differs twofold "
+        "or more. Tokens: trained on, with prompts, or written by the evaluated model. Joules: of GPUs that "
+        "report their energy."
     )
-    return Grid([*head, "active elements"], rows, caption)
+    costs = [actual_and_planned(artifact.manifest["provenance"]) for artifact in artifacts.values()]
+    if all(planned.seconds is not None for _, planned in costs):
+        sums = [sum(cost.seconds or 0 for cost in column) for column in zip(*costs, strict=True)]
+        caption += " Together {:.0f} seconds, planned {:.0f}.".format(*sums)
+    return Grid([*head, "active elements"], rows, caption, frozenset(flagged))
+
+
+def _factor(actual: float | None, planned: float | None) -> str:
+    """Return `` (×3.1)`` where 3.1 times the plan was taken; "" where they differ by less than TWOFOLD."""
+    if actual is None or planned is None:
+        return ""
+    larger, smaller = max(actual, planned), max(1.0, min(actual, planned))  # below 1, numbers round to 0
+    return f" (×{max(1.0, actual) / max(1.0, planned):.2g})" if larger >= TWOFOLD * smaller else ""
 
 
 def tokens(artifact: Artifact) -> int | None:
@@ -51,7 +71,8 @@ def _rounded(value: float | None) -> str:
 
 def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     changed = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _changed(config)]
-    blocks: list[Block] = [Grid(["setting", "value"], changed, "What differs from the defaults.", prose=True)]
+    table = Grid(["setting", "value"], changed, prose=True)
+    blocks: list[Block] = [Details(f"The {len(changed)} settings that differ from the defaults", [table])]
     versions: dict[str, set[str]] = {}
     for artifact in artifacts.values():
         for package, version in artifact.manifest["provenance"].get("versions", {}).items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from typing import Any
 
 from stages.config import REGIONS, Config
@@ -17,7 +19,9 @@ from stages.report.page import (
     Block,
     Command,
     ComparedItem,
+    Details,
     Grid,
+    Heading,
     Items,
     PageSection,
     Picture,
@@ -29,17 +33,19 @@ from stages.store.artifacts import Artifact, Store
 
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
+SIGNIFICANT = 0.05
+"""Greatest p-value of a difference that chance does not explain."""
 
 
-def page(config: Config, steps: dict[str, Step], command: str) -> str:
-    """Render the page. command: the command that runs the missing steps."""
+def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
+    """Render the page. run: the command that makes missing steps. serve: the one that serves the modes."""
     lead, sections, missing = build(config, steps, Store(config.root))
+    if config.served_by_vllm and {"sft", "rl"} <= steps.keys() - missing:
+        how = Text("One vLLM server offers the modes fast (sft), slow (rl) and auto:")
+        sections.append(PageSection("serving", "Serving", [how, Command(serve)]))
     if missing:
-        sections.append(
-            PageSection(
-                "missing", "Missing", [Text(f"Not made yet: {', '.join(missing)}."), Command(command)]
-            )
-        )
+        not_made = Text(f"Not made yet: {', '.join(missing)}.")
+        sections.append(PageSection("missing", "Missing", [not_made, Command(run)]))
     return render(f"lorapar: {config.run}", lead, sections)
 
 
@@ -68,27 +74,41 @@ def build(
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Say for each benchmark what the last training stage changed, with the paired test."""
+    """Say for each benchmark how the last target does, beside the others, and whether that may be chance."""
     sentences = []
     for name, rows in tables.items():
-        overall = [
-            row
-            for row in rows
-            if row["group"] == "all" and row["target"] not in REGIONS and row["accuracy"] is not None
-        ]
-        if len(overall) < 2:
+        graded = [row for row in rows if row["target"] not in REGIONS and row["accuracy"] is not None]
+        overall = [row for row in graded if row["group"] == "all"]
+        if not overall:
             continue
-        previous, last = overall[-2:]
-        change = 100 * (last["accuracy"] - previous["accuracy"])
-        p = ""
-        if last["p"] is not None:
-            change = 100 * last["change"]
-            p = f" (paired test over {last['tested']} items, {p_value(last['p'])})"
-        sentences.append(
-            f"{name}: {last['target']} answers {100 * last['accuracy']:.1f} % correctly, "
-            f"{change:+.1f} points against {previous['target']}{p}."
-        )
+        last = overall.pop()
+        systems = [
+            f"{row['group'].capitalize()} {_accuracy(row)}"
+            for row in graded
+            if row["target"] == last["target"] and row["group"] != "all"
+        ]
+        sentence = f"{name}: {last['target']} answers {_accuracy(last)} of {last['n']} items correctly"
+        sentence += f" ({', '.join(systems)})" if systems else ""
+        for row in reversed(overall):
+            target = "the base model" if row["target"] == "base" else row["target"]
+            sentence += f", {target} {_accuracy(row)}"
+            sentence += f" of {row['n']}" if row["n"] != last["n"] else ""
+        sentences.append(sentence + (_meaning(last, overall[-1]) if overall else "") + ".")
     return sentences
+
+
+def _meaning(last: dict[str, Any], previous: dict[str, Any]) -> str:
+    """Continue the verdict: the change against the previous target, and what the paired test says of it."""
+    change = last["accuracy"] - previous["accuracy"] if last["p"] is None else last["change"]
+    points = f": {100 * change:+.1f} points against {previous['target']}"
+    if last["p"] is None:
+        return f"{points}, which is not tested, because they answered different items"
+    verdict = "more than chance explains" if last["p"] < SIGNIFICANT else "which may be chance"
+    return f"{points}, {verdict} ({p_value(last['p'])}, paired test over {last['tested']} items)"
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
@@ -106,7 +126,7 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
             caption += " Regions alone are tested against the model that they are of."
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        blocks.append(Grid(table.columns, table.texts(), caption))
+        blocks.append(Grid(table.columns, table.texts(to=",\N{NO-BREAK SPACE}"), caption))
         groups = {group: cells[1:] for group, cells in table.rows if cells[0]}  # the rows of accuracies
         series: dict[str, dict[str, figures.Mark]] = {target: {} for target in targets}
         for group, cells in groups.items():
@@ -152,14 +172,23 @@ def won_and_lost(
     sampled = any(len(second_answers[item]) > 1 for item in items)
     by_shares = " by their shares of right answers" if sampled else ""
     counts = f"{second_title} wins {len(won)} and loses {len(lost)} of {len(items)} items{by_shares}."
+    chosen = [("won", item) for item in won[:MAX_ITEMS]] + [("lost", item) for item in lost[:MAX_ITEMS]]
+    if not chosen:
+        return [Text(prefix + counts)]
+    # Items of the two systems may have system messages of their own.
+    frames = {
+        system: _frame([s[0].prompt for s in second_answers.values() if s[0].system == system])
+        for system in {second_answers[item][0].system for _, item in chosen}
+    }
     compared = []
-    for outcome, item in [("won", i) for i in won[:MAX_ITEMS]] + [("lost", i) for i in lost[:MAX_ITEMS]]:
+    for outcome, item in chosen:
         baseline_sample, sample = first_answers[item][0], second_answers[item][0]
+        start, end = frames[sample.system]
         compared.append(
             ComparedItem(
                 outcome,
                 "" if sample.system is None else f"System {sample.system}",
-                sample.prompt.strip(),
+                sample.prompt.removeprefix(start).removesuffix(end).strip(),
                 sample.gold or "",
                 first_title,
                 baseline_sample.output.strip(),
@@ -167,7 +196,22 @@ def won_and_lost(
                 sample.output.strip(),
             )
         )
-    return [Text(prefix + counts), Items(compared)]
+    blocks: list[Block] = [Items(compared)]
+    for start in sorted({start for start, _ in frames.values() if start.strip()}):
+        blocks += [Text("Not repeated above, the prompts begin with:", quiet=True), Command(start.strip())]
+    shown = f"{min(len(won), MAX_ITEMS)} won and {min(len(lost), MAX_ITEMS)} lost items"
+    return [Text(prefix + counts), Details(shown, blocks)]
+
+
+def _frame(prompts: list[str]) -> tuple[str, str]:
+    """Return what all prompts begin with, in whole lines, and what they end with, from a tag or a line on."""
+    if len(set(prompts)) < 2:
+        return "", ""
+    common = os.path.commonprefix(prompts)
+    start = common[: common.rfind("\n") + 1]
+    rests = [prompt.removeprefix(start)[::-1] for prompt in prompts]
+    end = re.search(r"[\n<\[].*", os.path.commonprefix(rests)[::-1], re.DOTALL)
+    return start, end[0] if end else ""
 
 
 def _answers(artifact: Artifact) -> Answers:
@@ -175,14 +219,22 @@ def _answers(artifact: Artifact) -> Answers:
 
 
 def _training(artifacts: dict[str, Artifact]) -> list[Block]:
+    """Draw the curves of each training, a figure for each panel."""
     blocks: list[Block] = []
-    for name in ("sft", "rl"):
+    for name, window in (("sft", 1), ("rl", figures.WINDOW)):  # the rewards of one step are few and noisy
         if name not in artifacts:
             continue
         history = json.loads((artifacts[name].path / "history.json").read_text(encoding="utf-8"))
-        svg = figures.svg(figures.styled(curves.drawn)(history))
-        text = f"Curves of {name} over {len(history)} steps: loss, lengths, and rewards where there are any."
-        blocks.append(Pictures([Picture(svg, text, f"{name}, by optimizer step")]))
+        pictures = []
+        for title, series in curves.panels(history).items():
+            points = {label: curves.points(history, key) for label, key in series.items()}
+            lasts = ", ".join(f"{label} {values[-1][1]:.3g}" for label, values in points.items())
+            text = f"{name}: {title}, by optimizer step; at the end: {lasts}."
+            pictures.append(Picture(figures.svg(figures.training_panel(title, points, window)), text))
+        blocks.append(Heading(f"{name}, {len(history)} steps"))
+        if window > 1:
+            blocks.append(Text(f"Faint: the values; bold: means of the last {window} steps.", quiet=True))
+        blocks.append(Pictures(pictures))
     return blocks
 
 
@@ -193,7 +245,7 @@ def _labels(artifacts: dict[str, Artifact]) -> list[Block]:
         if not name.startswith("classify:"):
             continue
         counts = {key: n for key, n in artifact.manifest["summary"].items() if isinstance(n, int)}
-        listed = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items())
+        listed = ", ".join(f"{n} {_count_title(key)}" for key, n in counts.items())
         blocks.append(Text(f"{name.partition(':')[2]}: {listed}."))
         file = artifact.path / "report.json"
         if file.is_file():
@@ -201,12 +253,17 @@ def _labels(artifacts: dict[str, Artifact]) -> list[Block]:
     return blocks
 
 
+def _count_title(key: str) -> str:
+    """Write `system1` and `with_gold` as `System 1` and `with gold`."""
+    return re.sub(r"^system(?=\d)", "System ", key).replace("_", " ")
+
+
 def _voters(report: dict[str, Any]) -> list[Block]:
     rows = [
         [voter, str(v["valid"]), _percent(v["system2_share"]), _number(v["held_out_auc"])]
         for voter, v in report["voters"].items()
     ]
-    blocks: list[Block] = [Grid(["voter", "votes", "votes 2", "AUC, held out"], rows)]
+    blocks: list[Block] = [Grid(["voter", "votes", "votes for System 2", "AUC, held out"], rows)]
     kappa = report.get("agreement", {}).get("fleiss_kappa")
     if kappa is not None:
         blocks.append(Text(f"Agreement of the voters: Fleiss' kappa {kappa:.2f}.", quiet=True))

@@ -49,7 +49,9 @@ def test_the_hub_gets_what_was_measured_on_its_data_sets(evaluated):
 
 
 @pytest.fixture
-def manifest() -> dict:
+def manifest(tmp_path: Path) -> dict:
+    """Of an adapter in this folder."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
     return {
         "key": "abc", "stage": "rl",
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
@@ -62,26 +64,33 @@ def manifest() -> dict:
 
 
 def test_the_card_shows_all_results_with_intervals(evaluated, manifest, tmp_path):
-    text = card(Artifact(tmp_path, manifest), "adapter", evaluated)
+    text = card(Artifact(tmp_path, manifest), "adapter", tmp_path, evaluated)
     assert text.startswith("---\nbase_model: org/m\n")
     assert f'from_pretrained("org/m", revision="{"b" * 40}")' in text
     assert "| gsm8k, all | 27.6 [24.6, 30.6] | 1000 |" in text
     assert "| demo, System 2 | 53.0 [50.0, 56.0] | 400 |" in text and "System 1" not in text
-    assert "| benchmark" not in card(Artifact(tmp_path, manifest), "adapter")
+    assert "| benchmark" not in card(Artifact(tmp_path, manifest), "adapter", tmp_path)
 
 
 def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path):
     made = Artifact(tmp_path, manifest)
     config = manifest["provenance"]["config"]
-    assert "# m after LoRA-PAR rl" in card(made, "adapter") and "| theta | 0.9 |" in card(made, "adapter")
-    assert "to the bit" in card(made, "adapter") and "4 bits" not in card(made, "merged")
+    assert "# m after LoRA-PAR rl" in card(made, "adapter", tmp_path) and "| theta | 0.9 |" in card(
+        made, "adapter", tmp_path
+    )
+    assert "to the bit" in card(made, "adapter", tmp_path) and "4 bits" not in card(made, "merged", tmp_path)
     config["partition"] = {"strategy": "all"}
-    assert "# m after LoRA rl" in card(made, "adapter")
+    assert "# m after LoRA rl" in card(made, "adapter", tmp_path)
     config["partition"]["strategy"] = "random"
-    assert "# m after LoRA-PAR (random) rl" in card(made, "adapter")
+    assert "# m after LoRA-PAR (random) rl" in card(made, "adapter", tmp_path)
     config["model"]["load_in_4bit"] = True
-    adapter, merged = card(made, "adapter"), card(made, "merged")
-    assert "load_in_4bit=True" in adapter and "| base in | NF4, bfloat16 |" in adapter
+    adapter, merged = card(made, "adapter", tmp_path), card(made, "merged", tmp_path)
+    assert "curl" not in adapter and "vllm serve . " in merged and "--served-model-name rl\n" in merged
+    assert (
+        "load_in_4bit=True" in adapter
+        and "import torch\n" in adapter
+        and "| base in | NF4, bfloat16 |" in adapter
+    )
     assert "Trained and evaluated on the base in 4 bits" in merged and "to the bit" not in merged
 
 

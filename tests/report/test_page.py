@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, make_steps, paths
 from matplotlib.figure import Figure
 
+from stages.lora.training.curves import points
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, elements, figures, provenance, run_page, table_page
 from stages.report.page import (
@@ -67,6 +68,12 @@ def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
     assert [len(line.get_xdata()) for line in lines] == [8, 3, 8] and len({x.get_color() for x in lines}) == 2
     assert list(lines[0].get_ydata()) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]  # means over up to five steps
     assert not any(len(line.get_xdata()) for line in other.lines)
+    panel = figures.training_panel("t", {"a": [(5.0, 1.0), (6.0, 3.0), (30.0, 8.0)], "b": [(1.0, 0.0)]}, 5)
+    bold = [list(line.get_ydata()) for line in panel.axes[0].lines if line.get_linewidth() > 1]
+    assert bold == [[1, 2, 8], [0]]  # steps 5 and 6, and long after that
+    assert points([{"step": 1, "frac_reward_zero_std": 0.25, "reward": 0.5}], "frac_reward_zero_std") == [
+        (1, 25)
+    ]
     many = figures.training_curves({str(row): [history] for row in range(24)}, {"reward": "reward"})
     drawn = [line for line in many.axes[0].lines if len(line.get_xdata())]
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
@@ -89,7 +96,7 @@ def test_a_figure_is_one_element_in_the_ink_of_the_page():
     text = drawn("one")
     assert text.startswith("<svg ") and text.rstrip().endswith("</svg>") and text.count("<svg ") == 1
     assert "currentColor" in text and figures.INK not in text and "#000000" not in text
-    assert "max-width" in text and not re.search(r"<svg [^>]*\b(width|height)=", text)
+    assert "min-width" in text and not re.search(r"<svg [^>]*\b(width|height)=", text)
     assert "published" in text  # text is text
     assert drawn("one") == text  # and does not tell when it was made
 
@@ -139,13 +146,15 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
         assert f">{title}" in page
     assert ">Missing<" not in page and '<th scope="row">tokens, system 2</th>' in page
     assert "demo: sft answers" in page and "points against base" in page
-    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 16
-    assert "S1-only at random, A, %" in page and ">joules<" in page
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 8
+    assert page.count("% of all</text>") == 3 and "How to read the maps" in page and ">joules<" in page
+    assert "lorapar serve" not in page  # it has no adapter of RL
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")  # they take a while
     lorapar("report", "configs/smoke.yaml", *sets, "--set", "eval.targets=[base, sft, rl]", "--out", tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Not made yet: eval:rl@demo." in page and "lorapar run configs/smoke.yaml" in page
+    assert "<pre>lorapar serve configs/smoke.yaml --set" in page
 
 
 def test_a_page_is_on_tables_or_on_one_config(lorapar):
@@ -189,7 +198,7 @@ def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tm
         f"title: One\nbase: {ROOT / 'configs/smoke.yaml'}\nrows: {{a: {{}}}}\nseeds: [{config.seed}]\n"
         "columns: {base: base@demo, SFT: sft@demo, gain: sft@demo - base@demo}\n"
     )
-    for source, details in (("configs/smoke.yaml", 2), (tmp_path / "table.yaml", 4)):
+    for source, details in (("configs/smoke.yaml", 3), (tmp_path / "table.yaml", 5)):
         assert lorapar("report", source, *sets, "--out", tmp_path).code == 0
         text = (tmp_path / "report.html").read_text()
         (tmp_path / "probe.html").write_text(text.replace("</body>", MEASURE))
@@ -237,9 +246,30 @@ def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
         "eval:sft@b": answers("sft", [True, False, False], [True, True, True], [True, True, True]),
         "eval:rl@b": answers("rl", [False, True, True], [True, True, True], [None, True, True]),
     }
-    told, items = run_page._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
+    told, folded = run_page._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
     assert told.text == "b: rl wins 1 and loses 0 of 2 items by their shares of right answers."
-    assert len(items.items) == 1
+    assert folded.summary == "1 won and 0 lost items" and len(folded.blocks[0].items) == 1
+
+
+def test_the_items_are_shown_without_what_all_prompts_have_in_common():
+    def answers(correct: bool) -> dict[str, list[Sample]]:
+        asked = {"a": "How many?\nOf apples?", "b": "Who?", "c": "How old?"}
+        return {
+            name: [
+                Sample(
+                    name, 0, 1, f"<s>\nBe brief.</s>\n<u>\n{question}</u>\n<a>", "A", None, "1", "1",
+                    correct, correct, "correct" if correct else "wrong",
+                )
+            ]
+            for name, question in asked.items()
+        }  # fmt: skip
+
+    _, folded = run_page.won_and_lost("", ("base", answers(False)), ("sft", answers(True)))
+    items, _, start = folded.blocks
+    assert [item.question for item in items.items] == ["How many?\nOf apples?", "Who?", "How old?"]
+    assert start.text == "<s>\nBe brief.</s>\n<u>"
+    assert run_page._frame(["the only one"]) == run_page._frame([]) == ("", "")
+    assert run_page._frame(["Question: a?\nAnswer:\n", "Question: b?\nAnswer:\n"]) == ("", "\nAnswer:\n")
 
 
 def test_won_and_lost_are_read_as_their_column_is():
@@ -291,31 +321,72 @@ def test_the_verdict_counts_the_items_that_both_have():
     rows = list(comparison.compared({"base": {"all": before}, "sft": {"all": after}}))
     assert (rows[1]["n"], rows[1]["tested"], rows[1]["change"]) == (3, 2, 0.5)
     (said,) = run_page._verdicts({"demo": rows})
-    assert "+50.0 points against base (paired test over 2 items" in said
+    assert "+50.0 points against base, which may be chance (p = 1, paired test over 2 items)" in said
+
+
+def test_the_verdict_says_base_both_systems_and_what_it_means():
+    def row(target: str, group: str, accuracy: float, n: int, **test: float) -> dict:
+        return {"target": target, "group": group, "accuracy": accuracy, "n": n, "p": None, **test}
+
+    last = [row("rl", "system 1", 0.7, 10), row("rl", "system 2", 0.45, 10)]
+    rows = [row("base", "all", 0.05, 20), row("sft", "all", 0.3, 30), row("rl", "all", 0.575, 30), *last]
+
+    def said() -> str:
+        return run_page._verdicts({"demo": rows})[0].replace("\N{NO-BREAK SPACE}", " ")
+
+    answers = "demo: rl answers 57.5 % of 30 items correctly (System 1 70.0 %, System 2 45.0 %), "
+    others = "sft 30.0 %, the base model 5.0 % of 20: +27.5 points against sft"
+    assert said() == f"{answers}{others}, which is not tested, because they answered different items."
+    rows[2] |= {"p": 0.01, "change": 0.275, "tested": 30}
+    assert said() == f"{answers}{others}, more than chance explains (p = .01, paired test over 30 items)."
+    rows[2] |= {"target": "lora_1", "p": None}
+    del rows[:2]
+    assert said() == "demo: lora_1 answers 57.5 % of 30 items correctly."
+
+
+def test_what_was_planned_stands_beside_what_was_taken_and_is_flagged_if_twofold_wrong(tmp_path):
+    def step(seconds: float, mib: float, planned: dict[str, float]) -> Artifact:
+        costs = {"seconds": seconds, "peak_mib": {"process": mib}, "estimated": planned}
+        return Artifact(tmp_path, {"provenance": costs, "summary": {}})
+
+    steps = {
+        "sft": step(62, 900, {"seconds": 20, "mib": 1000}), "rl": step(30, 500, {"seconds": 61, "mib": 1200})
+    }  # fmt: skip
+    table = provenance.cost(steps)
+    assert [row[1:5] for row in table.rows] == [
+        ["62", "20 (×3.1)", "900", "1000"],
+        ["30", "61 (×0.49)", "500", "1200 (×0.42)"],
+    ]
+    assert table.flagged == {(0, 2), (1, 2), (1, 4)} and "Together 92 seconds, planned 81." in table.caption
+    page = render("t", [], [PageSection("cost", "Cost", [table])])
+    assert page.count('<td class="flagged"') == 3 and '<td class="flagged">20 (×3.1)</td>' in page
+    quick = provenance.cost({"partition": step(1.4, 9, {"seconds": 0}), "classify": step(3, 9, {})})
+    assert not quick.flagged and "Together" not in quick.caption
 
 
 def test_a_layer_without_a_module_is_no_layer_of_zeros():
-    figure = figures.heat_map(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only", (0, 3))
+    figure = figures.heat_map(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only")
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert {"3", "7"} <= set(labels) and "0" not in labels
 
 
-def test_a_region_at_random_has_as_many_elements_anywhere():
-    """Half of one matrix and nothing of another becomes a quarter of each, or near it."""
-    generator = torch.Generator().manual_seed(1)
-    first = (torch.rand(80, 100, generator=generator) < 0.5).to(torch.int8)
-    region = {"a": first, "b": torch.zeros(100, 80, dtype=torch.int8)}
-    mixed = elements._shuffled(region)
-    assert {name: part.shape for name, part in mixed.items()} == {n: part.shape for n, part in region.items()}
-    assert sum(int(part.sum()) for part in mixed.values()) == int(first.sum())
-    assert all(abs(float(part.float().mean()) - 0.25) < 0.02 for part in mixed.values())
-    assert all(torch.equal(part, elements._shuffled(region)[name]) for name, part in mixed.items())
+def test_a_map_has_the_share_of_both_matrices_from_zero_on():
+    """A has 1 of 4 elements in the region and B 3 of 4; the other layer has no k."""
+    from stages.lora.importance.strategies import S1_ONLY
 
-
-def test_a_heat_map_has_the_scale_that_it_is_given():
-    (image,) = figures.heat_map(["0"], ["q"], [[5.0]], "S1-only", (1, 9)).axes[0].images
-    assert image.get_clim() == (1, 9)
+    codes = torch.tensor([S1_ONLY, 0, 0, 0], dtype=torch.uint8)
+    region = {
+        "base.layers.3.attn.q_proj.lora_A.weight": codes.view(1, 4),
+        "base.layers.3.attn.q_proj.lora_B.weight": S1_ONLY - codes.view(4, 1),
+        "base.layers.3.attn.k_proj.lora_A.weight": codes.view(1, 4),
+        "base.layers.7.attn.q_proj.lora_B.weight": codes.view(4, 1),
+    }
+    rows, columns, shares = elements._grid(elements._cells(region), S1_ONLY)
+    assert (rows, columns, shares[0], shares[1][0]) == (["3", "7"], ["q", "k"], [50, 25], 25)
+    assert shares[1][1] != shares[1][1]
+    (image,) = figures.heat_map(rows, columns, shares, "t").axes[0].images
+    assert image.get_clim() == (0, 50)
 
 
 def test_tokens_are_those_trained_on_or_written(tmp_path):

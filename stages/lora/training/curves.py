@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 History = list[dict[str, float]]
 KL_FROM_START = "system1/kl_from_start"
 """Name in the history of the KL probe's values, in nats per token."""
-SIGNAL, LENGTH, DRIFT = "groups without signal", "completion length, tokens", "KL from the start, System 1"
+SIGNAL, LENGTH, DRIFT = "groups without signal, %", "completion length, tokens", "KL from the start, System 1"
 OVERVIEW = {
     "reward": "reward",
     SIGNAL: "frac_reward_zero_std",
@@ -20,6 +20,8 @@ OVERVIEW = {
     DRIFT: KL_FROM_START,
 }
 """Panels for many trainings of RL at once: title → name of the values in the history."""
+SHARES = {OVERVIEW[SIGNAL]}
+"""Names of values from 0 to 1, which are drawn in per cent."""
 
 
 def draw(history: History, path: Path) -> None:
@@ -32,16 +34,16 @@ def drawn(history: History) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = {title: series for title, series in _panels(history).items() if series}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    titles = panels(history)
+    columns = min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
-    for position, (title, series) in enumerate(panels.items(), 1):
+    for position, (title, series) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(rows, columns, position)
         for label, name in series.items():
-            points = [(row["step"], row[name]) for row in history if name in row]
-            marker = "." if len(points) < 60 else None
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker=marker)
+            curve = points(history, name)
+            marker = "." if len(curve) < 60 else None
+            axes.plot(*zip(*curve, strict=True), label=label, linewidth=1.3, marker=marker)
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -52,8 +54,14 @@ def drawn(history: History) -> Figure:
     return figure
 
 
-def _panels(history: History) -> dict[str, dict[str, str]]:
-    """Title of a panel → label of a curve → name of its values in the history."""
+def points(history: History, name: str) -> list[tuple[float, float]]:
+    """The steps and values of one curve."""
+    scale = 100 if name in SHARES else 1
+    return [(row["step"], scale * row[name]) for row in history if name in row]
+
+
+def panels(history: History) -> dict[str, dict[str, str]]:
+    """Title of a panel → label of a curve → name of its values; only what the history has."""
     names = {name for row in history for name in row}
     by_reward = {
         name.removeprefix("rewards/").removesuffix("/mean"): name
@@ -64,10 +72,10 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
     if rewards and len(by_reward) > 1:
         rewards |= by_reward
     systems = {f"System {system}": f"system{system}/" for system in (1, 2)}
-    panels = {
+    series_by_title = {
         "loss": {"loss": "loss"},
         "reward": rewards | {label: f"{name}reward" for label, name in systems.items()},
-        SIGNAL: {"share": OVERVIEW[SIGNAL]},
+        SIGNAL: {"groups": OVERVIEW[SIGNAL]},
         LENGTH: {
             "mean": OVERVIEW[LENGTH],
             "longest": "completions/max_length",
@@ -76,7 +84,8 @@ def _panels(history: History) -> dict[str, dict[str, str]]:
         DRIFT: {"nats per token": KL_FROM_START},
         "gradient norm": {"norm": "grad_norm"},
     }
-    return {
+    existing = {
         title: {label: name for label, name in series.items() if name in names}
-        for title, series in panels.items()
+        for title, series in series_by_title.items()
     }
+    return {title: series for title, series in existing.items() if series}
