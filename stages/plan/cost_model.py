@@ -15,7 +15,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from stages.config import UNTRAINED_TARGETS, Config, LaunchSection
+from stages.config import ROUTED, UNTRAINED_TARGETS, Config, LaunchSection
 from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
 from stages.errors import is_out_of_memory
@@ -193,7 +193,7 @@ class CostModel:
         section = evaluation.benchmarks[name]
         if target in UNTRAINED_TARGETS:
             rows = rows[: evaluation.untrained_items]
-        if not rows:
+        if not rows or target == ROUTED:  # other steps' answers, and votes of a prompt that is not known here
             return UNKNOWN
         limit, slots = generation_limit(section), min(self.config.server.batch_size, len(rows))
         prompts = self.texts.prompts[name]

@@ -7,14 +7,14 @@ import os
 import re
 from typing import Any
 
-from stages.config import REGIONS, Config
+from stages.config import REGIONS, ROUTED, Config
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures, provenance, results_table
+from stages.report import comparison, elements, figures, provenance, results_table, routing
 from stages.report.page import (
     Block,
     Command,
@@ -33,6 +33,8 @@ from stages.store.artifacts import Artifact, Store
 
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
+DERIVED = (*REGIONS, ROUTED)
+"""Targets that are made of another's weights or answers."""
 SIGNIFICANT = 0.05
 """Greatest p-value of a difference that chance does not explain."""
 
@@ -63,6 +65,7 @@ def build(
     missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", _results(tables)),
+        PageSection("routing", "Routing", routing.blocks(artifacts)),
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),
         PageSection("elements", "Elements", elements.parts(config, artifacts)),
@@ -77,7 +80,7 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Say for each benchmark how the last target does, beside the others, and whether that may be chance."""
     sentences = []
     for name, rows in tables.items():
-        graded = [row for row in rows if row["target"] not in REGIONS and row["accuracy"] is not None]
+        graded = [row for row in rows if row["target"] not in DERIVED and row["accuracy"] is not None]
         overall = [row for row in graded if row["group"] == "all"]
         if not overall:
             continue
@@ -143,7 +146,7 @@ def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]
     """Show, for each benchmark, items that its last two targets answered differently."""
     blocks: list[Block] = []
     for name, rows in tables.items():
-        targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in REGIONS][-2:]
+        targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in DERIVED][-2:]
         if len(targets) < 2:
             continue
         first, second = (_answers(artifacts[f"eval:{target}@{name}"]) for target in targets)

@@ -199,7 +199,9 @@ def test_serve_offers_three_modes_and_ends_with_its_server(tiny, demo_data, tmp_
         assert names == [str(tiny), "fast", "slow", "auto"], said
         assert stream.text.count("data: ") > 4 and stream.text.rstrip().endswith("data: [DONE]")
         own = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
-        [server] = own & {int(line.split()[1]) for line in servers() if "process_guard" not in line}
+        [server] = own & {
+            int(line.split()[1]) for line in servers() if "vllm.entrypoints" in line and "guard" not in line
+        }
         os.kill(server, signal.SIGKILL)
         assert child.wait(60) == ServerError.exit_code
         assert "the vLLM server ended" in child.stderr.read()

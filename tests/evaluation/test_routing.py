@@ -1,6 +1,7 @@
 """Answers that are routed between two modes, and what a routing is worth."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
 from stages.records import Sample, read_samples
+from stages.report import run_page
 from stages.store.artifacts import Store
 
 
@@ -85,6 +87,16 @@ def test_other_labels_make_auto_stale_but_not_the_answers(answered):
     steps = plan_steps(other)
     assert steps["eval:auto@demo"].key != made["eval:auto@demo"][0].manifest["key"]
     assert state(Store(config.root), plan_steps(config)["eval:auto@demo"]).state == "current"
+
+
+def test_the_page_compares_the_routings_and_speaks_of_rl_first(answered):
+    config, _ = answered
+    steps = plan_steps(config)
+    page = run_page.page(config, steps, "lorapar run", "lorapar serve")
+    rows = re.findall(r"<t[hd][^>]*>(fast|slow|auto|oracle)</t[hd]>", page)
+    assert rows[-4:] == ["fast", "slow", "auto", "oracle"]
+    assert "persona steps" in page and "24 labelled training rows" in page
+    assert "demo: rl answers" in page and "auto answers" not in page
 
 
 def test_auto_needs_the_answers_of_both_modes(smoke):
