@@ -32,8 +32,9 @@ class Voter(Section):
     )
     engine: Engine = setting(
         "auto",
-        "Engine that runs the model. auto: openai if base_url is set, else vllm if it is installed, else "
-        "transformers.",
+        "Engine that runs the model. auto: openai if base_url is set; without a GPU transformers, in this "
+        "process, for a model of at most 1 billion parameters that does not think first; else vllm if it is "
+        "installed.",
     )
     base_url: str | list[str] | None = setting(
         None,

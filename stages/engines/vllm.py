@@ -21,6 +21,7 @@ import httpx
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
 from stages.engines.openai.client import Client
+from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
@@ -265,22 +266,18 @@ def _wait_until_healthy(guard: subprocess.Popen[bytes], port: int, limit: float,
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise ServerError(f"the vLLM server was not ready in {limit:.0f} s: {_last_error(log)}", _hint(log))
+    raise ServerError(f"the vLLM server was not ready in {limit:.0f} s: {last_error(Path(log))}", _hint(log))
 
 
 def _exit_error(guard: subprocess.Popen[bytes], log: str) -> ServerError | None:
     """Return the error that describes the server's exit, or None while it runs."""
     if guard.poll() is None:
         return None
-    return ServerError(f"the vLLM server ended with code {guard.returncode}: {_last_error(log)}", _hint(log))
+    return ServerError(
+        f"the vLLM server ended with code {guard.returncode}: {last_error(Path(log))}", _hint(log)
+    )
 
 
 def _hint(log: str) -> str:
-    return f"its log is {log}; to do without vLLM, set engine: transformers"
-
-
-def _last_error(log: str) -> str:
-    """Return the last line of the log that mentions an error, shortened."""
-    lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line]
-    return errors[-1].strip()[:300] if errors else "no error in its log"
+    without = "--set eval.engine=transformers, and engine: transformers in the entries of classify.voters"
+    return f"its log is {log}; to do without vLLM: {without}"

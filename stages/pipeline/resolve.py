@@ -6,14 +6,23 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.config import Config, yaml
+from stages.config import Config, ModelSection, Voter, yaml
 from stages.engines import engines
 from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import personas
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
+from stages.models.size import parameters
 from stages.rewards import loading
+
+DEVICE_FILE = Path("/dev/nvidiactl")
+"""The driver's file, which tells of a GPU; torch would have to be loaded for every command."""
+IN_PROCESS = 1e9
+"""Most parameters of a voter that `engine: auto` runs in this process on a CPU.
+
+For 256 votes of SmolLM2-135M vLLM with its start takes 1.6 times as long (docs/notes/plan.md).
+"""
 
 
 def registries() -> dict[str, Any]:
@@ -33,12 +42,18 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     return yaml.load(path, overrides, registries())
 
 
+def _is_large(model: ModelSection) -> bool:
+    """Whether vLLM is worth its start on a CPU for so large a model; also if its size is not known."""
+    number = parameters(model)
+    return number is None or number > IN_PROCESS
+
+
 def resolved(config: Config) -> Config:
     """The config with every `engine: auto` resolved: vllm if it is installed, else transformers.
 
-    Without a GPU, evaluation is by transformers. vLLM answers twice as fast there (benchmarks/eval.py), but
-    each target needs a merged copy and a server start of half a minute, which pays from some 15,000 tokens
-    per benchmark on.
+    Without a GPU, small models vote in this process, and evaluation is by transformers. vLLM answers twice as
+    fast there (benchmarks/eval.py), but each target needs a merged copy and a server start of half a minute,
+    which pays from some 15,000 tokens per benchmark on.
     """
     has_vllm = importlib.util.find_spec("vllm") is not None
 
@@ -50,13 +65,20 @@ def resolved(config: Config) -> Config:
             )
         return auto if engine == "auto" else engine
 
-    vote_engine = "vllm" if has_vllm else "transformers"
+    has_gpu = DEVICE_FILE.exists()
+
+    def vote_engine(voter: Voter) -> str:
+        if voter.base_url:
+            return "openai"
+        for_vllm = has_gpu or voter.thinking or voter.vllm or voter.devices
+        serve = has_vllm and (for_vllm or _is_large(voter.voting_model(config.model)))
+        return "vllm" if serve else "transformers"
+
     voters = config.classify.voters
     if config.classify.strategy == "vote":
-        engines = [choose(voter.engine, "openai" if voter.base_url else vote_engine) for voter in voters]
+        engines = [choose(v.engine, vote_engine(v) if v.engine == "auto" else "") for v in voters]
         voters = [v.model_copy(update={"engine": e}) for v, e in zip(voters, engines, strict=True)]
-    # The driver's device file tells of a GPU; torch would have to be loaded for every command.
-    served = has_vllm and Path("/dev/nvidiactl").exists() and config.served_by_vllm
+    served = has_vllm and has_gpu and config.served_by_vllm
     eval_engine = "vllm" if served else "transformers"
     update = {
         "classify": config.classify.model_copy(update={"voters": voters}),
