@@ -1,6 +1,7 @@
 """What is certain to stop a run is said before its first vote, all of it at once."""
 
 import json
+from functools import reduce
 
 import pytest
 from conftest import make_steps
@@ -42,6 +43,7 @@ def test_a_sound_config_has_none(certain):
         (["rl.max_prompt_length=60"], "rl", "0 RL prompts (64 too long) are fewer than the 4 of a step"),
         (["rl.prompts_per_step=66"], "rl", "64 RL prompts (0 too long) are fewer than the 66 of a step"),
         (["rl.rewards={code_tests: 1.0}"], "rl", "reward code_tests reads"),
+        (["rl.rewards_file=REWARDS", "rl.rewards={mine: 1.0}"], "rl", "does not load: ModuleNotFoundError"),
         (["rl.report_to=[mlflow]"], "rl", "report_to: mlflow is not installed"),
         (["lora.target_modules=[q_proj, query]"], "score", "lora.target_modules: no query in Llama"),
         (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),
@@ -58,7 +60,10 @@ def test_a_certain_failure_is_found(certain, tmp_path, settings, step, message):
         "entry_point": "f",
     }
     (tmp_path / "tests.jsonl").write_text(json.dumps(item))
-    [problem] = certain(*(text.replace("TESTS", str(tmp_path / "tests.jsonl")) for text in settings))
+    rewards = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
+    (tmp_path / "rewards.py").write_text(rewards)
+    files = {"TESTS": str(tmp_path / "tests.jsonl"), "REWARDS": str(tmp_path / "rewards.py")}
+    [problem] = certain(*(reduce(lambda t, kv: t.replace(*kv), files.items(), text) for text in settings))
     assert problem.startswith(f"{step}: ") and message in problem
 
 
