@@ -17,6 +17,7 @@ GAP = "  "
 WIDE = 100
 """Columns of a terminal from which on it gets the longer bar."""
 BAR, LONG_BAR = 10, 24
+DONE = "green"
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Content:
     """The texts of a live line."""
 
     title: str
-    labels: tuple[str, ...] = ("",)
+    labels: tuple[str, str] = ("", "")
     """The position of the stage in the run, in a long and in a short form."""
     count: str = ""
     share: float | None = None
     """The part of the task that is done; None draws no bar."""
-    times: tuple[str, ...] = ("",)
+    times: tuple[str, str] = ("", "")
     """The time left, in a long and in a short form."""
     numbers: list[str] = field(default_factory=list)
     """The last values of the metrics, each of which may be left out."""
@@ -104,7 +105,7 @@ def _write(text: str) -> None:
 
 
 def layout(content: Content, width: int) -> list[Any]:
-    """Choose what fits into `width` columns: first short forms, then fewer numbers, then no bar.
+    """Choose what fits into `width` columns: all, or short forms, fewer numbers, no bar.
 
     Returns what rich prints, one after the other: texts, and a bar between them.
     """
@@ -112,38 +113,28 @@ def layout(content: Content, width: int) -> list[Any]:
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
-    def texts(label: str, time: str) -> list[str]:
-        return [label, escaping.one_line(content.title), content.count, time]
-
-    def length(parts: list[str]) -> int:
-        return cell_len(GAP.join(filter(None, parts)))
-
-    long, short = (content.labels[0], content.labels[-1]), (content.times[0], content.times[-1])
-    forms = [texts(long[0], short[0]), texts(long[1], short[0]), texts(long[1], short[1])]
-    parts = next((form for form in forms if length(form) <= width), forms[-1])
-    room = width - length(parts)
-    if room < 0:
-        return [Text(set_cell_size(GAP.join(filter(None, parts)), width))]
+    title = escaping.one_line(content.title)
+    for i, j in ((0, 0), (1, 0), (1, 1)):
+        label, times = content.labels[i], content.times[j]
+        texts = [text for text in (label, title, content.count, times) if text]
+        room = width - cell_len(GAP.join(texts))
+        if room >= 0:
+            break
+    else:
+        return [Text(set_cell_size(GAP.join(texts), width))]
     bar_width = LONG_BAR if width >= WIDE else BAR
-    bar_room = bar_width + len(GAP) if content.share is not None else 0
+    has_bar = content.share is not None and room >= len(GAP) + bar_width
+    room -= len(GAP) + bar_width if has_bar else 0
     numbers = []
     for number in map(escaping.one_line, content.numbers):
-        if (needed := len(GAP) + cell_len(number)) <= room - bar_room:
-            numbers.append(number)
-            room -= needed
-    label, title, count, time = parts
-    head = Text.assemble((label, "dim"), GAP if label else "", (title, "bold"))
-    tail = Text.assemble(count, GAP if count and time else "", time)
-    for number in numbers:
-        tail.append(GAP).append(number, "cyan")
-    line: list[Any] = [head]
-    if bar_room and room >= bar_room:
-        bar = ProgressBar(
-            total=1,
-            completed=content.share or 0,
-            width=bar_width,
-            complete_style="green",
-            finished_style="green",
-        )
-        line += [GAP, bar]
-    return [*line, *([GAP, tail] if tail else [])]
+        room -= len(GAP) + cell_len(number)
+        if room < 0:
+            break
+        numbers.append(number)
+    parts: list[Any] = [Text(label, "dim")] if label else []
+    parts.append(Text(title, "bold"))
+    if has_bar:
+        parts.append(ProgressBar(1, content.share or 0, bar_width, complete_style=DONE, finished_style=DONE))
+    parts += [Text(text) for text in (content.count, times) if text]
+    parts += [Text(number, "cyan") for number in numbers]
+    return [item for part in parts for item in (GAP, part)][1:]

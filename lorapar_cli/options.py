@@ -28,8 +28,7 @@ Unsafe = Annotated[
 
 
 def _quiet(is_quiet: bool) -> bool:
-    if is_quiet:
-        terminal.be_quiet()
+    terminal.set_quiet(is_quiet)
     return is_quiet
 
 

@@ -185,7 +185,7 @@ class TerminalProgress:
                 return None
             return Content(
                 title=bar.title if bar else self._step,
-                labels=self.position.labels if self.position else ("",),
+                labels=self.position.labels if self.position else ("", ""),
                 count=f"{bar.done}/{bar.total}" if bar and bar.total else "",
                 share=bar.done / bar.total if bar and bar.total else None,
                 times=self._times(now_s),

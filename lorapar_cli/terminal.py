@@ -28,13 +28,12 @@ live_line = LiveLine()
 _quiet = False
 
 
-def be_quiet() -> None:
-    """Print nothing from now on but errors and results."""
+def set_quiet(is_quiet: bool) -> None:
+    """Print nothing from now on but errors and results, or everything again."""
     global _quiet
-    _quiet = True
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("stages").setLevel(logging.ERROR)
-    os.environ |= {name: "1" for name in NO_PROGRESS_BARS}
+    _quiet = is_quiet
+    if is_quiet:
+        os.environ |= dict.fromkeys(NO_PROGRESS_BARS, "1")
 
 
 def say(text: str) -> None:
@@ -57,7 +56,7 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            conclude(self.format(record))
+            (conclude if record.levelno >= logging.ERROR else say)(self.format(record))
         except Exception:
             self.handleError(record)
 
