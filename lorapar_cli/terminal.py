@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorapar_cli import voter_report
-from lorapar_cli.live_line import LiveLine, colored
+from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import REGIONS
@@ -73,7 +73,9 @@ def nothing_to_do() -> None:
 def error(problem: LoraparError, config: str = "") -> None:
     """Print an error and its hint. config: what the user typed, for the CONFIG of the hint's command."""
     label = "\x1b[1;31merror:\x1b[0m" if colored() else "error:"
-    _print(f"{label} {escaping.terminal(str(problem))}")
+    # The line of a process that was killed may still stand here.
+    start = "\r\x1b[K" if interactive() else ""
+    _print(f"{start}{label} {escaping.terminal(str(problem))}")
     if problem.hint:
         hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
         conclude(f"  hint: {hint}")

@@ -142,7 +142,7 @@ def test_no_color_means_none(screen, monkeypatch):
 
 def test_an_error_stands_out_on_a_terminal_alone(screen):
     terminal.error(ConfigError("no such \x1b[2Jthing"))
-    assert screen.getvalue() == "\x1b[1;31merror:\x1b[0m no such \\x1b[2Jthing\n"
+    assert screen.getvalue() == "\r\x1b[K\x1b[1;31merror:\x1b[0m no such \\x1b[2Jthing\n"
     screen.live = False
     terminal.error(ConfigError("no"))
     assert screen.getvalue().endswith("\nerror: no\n")
