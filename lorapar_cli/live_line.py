@@ -17,7 +17,6 @@ GAP = "  "
 WIDE = 100
 """Columns of a terminal from which on it gets the longer bar."""
 BAR, LONG_BAR = 10, 24
-DONE = "green"
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,10 @@ class LiveLine:
             self._console = Console(
                 stderr=True, highlight=False, color_system="auto" if colored() else None, force_terminal=True
             )
+        strokes = "#-" if self._console.options.ascii_only else "━─"
+        line = layout(content, self._console.width - 1, strokes)
         with self._console.capture() as capture:
-            for part in layout(content, self._console.width - 1):
-                self._console.print(part, end="", no_wrap=True, crop=False)
+            self._console.print(line, end="", no_wrap=True, crop=False)
         return str(capture.get())
 
 
@@ -104,13 +104,12 @@ def _write(text: str) -> None:
         sys.stderr.flush()
 
 
-def layout(content: Content, width: int) -> list[Any]:
-    """Choose what fits into `width` columns: all, or short forms, fewer numbers, no bar.
+def layout(content: Content, width: int, strokes: str) -> Any:
+    """Return rich's text of what fits into `width` columns: all, or short forms, fewer numbers, no bar.
 
-    Returns what rich prints, one after the other: texts, and a bar between them.
+    strokes: the characters of the bar, for what is done and what is not.
     """
     from rich.cells import cell_len, set_cell_size
-    from rich.progress_bar import ProgressBar
     from rich.text import Text
 
     title = escaping.one_line(content.title)
@@ -121,7 +120,7 @@ def layout(content: Content, width: int) -> list[Any]:
         if room >= 0:
             break
     else:
-        return [Text(set_cell_size(GAP.join(texts), width))]
+        return Text(set_cell_size(GAP.join(texts), width))
     bar_width = LONG_BAR if width >= WIDE else BAR
     has_bar = content.share is not None and room >= len(GAP) + bar_width
     room -= len(GAP) + bar_width if has_bar else 0
@@ -131,10 +130,12 @@ def layout(content: Content, width: int) -> list[Any]:
         if room < 0:
             break
         numbers.append(number)
-    parts: list[Any] = [Text(label, "dim")] if label else []
+    parts = [Text(label, "dim")] if label else []
     parts.append(Text(title, "bold"))
     if has_bar:
-        parts.append(ProgressBar(1, content.share or 0, bar_width, complete_style=DONE, finished_style=DONE))
+        filled = min(bar_width, int(bar_width * (content.share or 0)))
+        bar = (strokes[0] * filled, "green"), (strokes[1] * (bar_width - filled), "dim")
+        parts.append(Text.assemble(*bar))
     parts += [Text(text) for text in (content.count, times) if text]
     parts += [Text(number, "cyan") for number in numbers]
-    return [item for part in parts for item in (GAP, part)][1:]
+    return Text(GAP).join(parts)
