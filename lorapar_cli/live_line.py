@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from stages import escaping
@@ -113,23 +114,23 @@ def layout(content: Content, width: int, strokes: str) -> Any:
     from rich.text import Text
 
     title = escaping.one_line(content.title)
-    for i, j in ((0, 0), (1, 0), (1, 1)):
+    numbers = [escaping.one_line(number) for number in content.numbers]
+    bar_width = LONG_BAR if width >= WIDE else BAR
+    widths = [*([bar_width] if content.share is not None else []), *map(cell_len, numbers[:1])]
+    extras = sum(len(GAP) + columns for columns in widths)
+    # A short label makes room for the bar and a number; where it cannot, the long one is of more use.
+    for i, j, least_room in ((0, 0, extras), (1, 0, extras), (0, 0, 0), (1, 0, 0), (1, 1, 0)):
         label, times = content.labels[i], content.times[j]
         texts = [text for text in (label, title, content.count, times) if text]
         room = width - cell_len(GAP.join(texts))
-        if room >= 0:
+        if room >= least_room:
             break
     else:
         return Text(set_cell_size(GAP.join(texts), width))
-    bar_width = LONG_BAR if width >= WIDE else BAR
     has_bar = content.share is not None and room >= len(GAP) + bar_width
     room -= len(GAP) + bar_width if has_bar else 0
-    numbers = []
-    for number in map(escaping.one_line, content.numbers):
-        room -= len(GAP) + cell_len(number)
-        if room < 0:
-            break
-        numbers.append(number)
+    ends = accumulate(len(GAP) + cell_len(number) for number in numbers)
+    numbers = [number for number, end in zip(numbers, ends, strict=True) if end <= room]
     parts = [Text(label, "dim")] if label else []
     parts.append(Text(title, "bold"))
     if has_bar:

@@ -106,6 +106,7 @@ def test_a_line_counts_a_batch_that_comes_at_once_and_says_nothing_twice(screen)
         (130, f"stage 4 of 6  sft on 36 rows  {'━' * 12}{'─' * 12}  6/12  30 s left, run 5 min  loss 1.23  "
               "learning_rate 0.005"),
         (80, "stage 4 of 6  sft on 36 rows  ━━━━━─────  6/12  30 s left, run 5 min  loss 1.23"),
+        (76, "4/6  sft on 36 rows  ━━━━━─────  6/12  30 s left, run 5 min  loss 1.23"),
         (60, "stage 4 of 6  sft on 36 rows  6/12  30 s left, run 5 min"),
         (40, "4/6  sft on 36 rows  6/12  30 s left"),
         (20, "4/6  sft on 36 rows"),
