@@ -16,12 +16,24 @@ from lorapar_cli import options, terminal
 from lorapar_cli.commands import ABOUT, COMMANDS
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.harness import entries
-from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Unsafe, plan_of, sets, typed
+from lorapar_cli.options import (
+    ConfigPath,
+    Force,
+    Json,
+    Only,
+    Overrides,
+    Quiet,
+    Unsafe,
+    plan_of,
+    sets,
+    typed,
+)
+from lorapar_cli.progress import Position, Silence, TerminalProgress
 from lorapar_cli.stage_starter import starter
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ConfigError, Ended, is_rust_panic
+from stages.errors import ConfigError, Ended, LoraparError, is_rust_panic
 from stages.pipeline import launch
 from stages.pipeline.context import StageContext
 from stages.pipeline.run import Task, Verb, pending_stages, run_step
@@ -29,7 +41,6 @@ from stages.pipeline.stages import STAGES, Stage, order
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
 from stages.runtime import distributed, libraries, process_guard, resources
-from stages.runtime.fork_server import Starter
 from stages.store.artifacts import Store
 from stages.sweep.graph import PLANNED
 
@@ -47,7 +58,7 @@ def _unsafe(unsafe: bool, *stages: str) -> list[str]:
     return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 
 
-def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
+def _make(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json: bool) -> None:
     """Run steps one after the other. An engine is kept for the next step as long as it fits."""
     planned = os.environ.get(PLANNED)
     if planned and planned not in {step.key for step in steps}:
@@ -55,12 +66,15 @@ def _make(settings: Config, steps: list[Step], force: bool, as_json: bool) -> No
             f"{steps[0].name} is no longer what was planned: its config has changed since",
             "run the sweep again",
         )
-    progress = terminal.TerminalProgress() if distributed.is_main() else terminal.Silence()
-    with EngineCache() as engines:
+    position = Position.of_this_process()
+    is_shown = distributed.is_main() and not quiet
+    progress = TerminalProgress(position) if is_shown else Silence()
+    with progress, EngineCache() as engines:
         for step in steps:
+            progress.begin(step.name)
             artifact, created = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
-            if distributed.is_main():
+            if is_shown or (distributed.is_main() and position is None):  # a quiet run has results of its own
                 terminal.artifact(step.name, artifact, created, as_json)
 
 
@@ -86,6 +100,7 @@ def _stage_command(stage: Stage) -> None:
         set_: Overrides = None,
         only: Only = None,
         force: Force = False,
+        quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
         settings, steps = plan_of(config, set_)
@@ -104,7 +119,7 @@ def _stage_command(stage: Stage) -> None:
         ):
             launch.run(launching, sys.argv[1:])
         else:
-            _make(settings, selected, force, as_json)
+            _make(settings, selected, force, quiet, as_json)
 
     app.command(stage.name, help=COMMANDS[stage.name])(command)
 
@@ -137,6 +152,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(help="Use the first N items of each task.", min=1)] = None,
     unsafe: Unsafe = False,
     force: Force = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     overrides = [*(set_ or []), *_unsafe(unsafe, "eval")]
@@ -163,7 +179,7 @@ def eval_(
             "nothing to evaluate",
             "set eval.benchmarks; without data.path, also eval.targets=[base]",
         )
-    _make(settings, evaluations, force, as_json)
+    _make(settings, evaluations, force, quiet, as_json)
     if not as_json:
         terminal.results(Store(settings.root), evaluations)
 
@@ -177,6 +193,7 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
     unsafe: Unsafe = False,
+    quiet: Quiet = False,
 ) -> None:
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
@@ -193,8 +210,10 @@ def run(
                 _run_stage(stages, check)
             must_check = task.stage == "classify"  # its labels tell more
             any_ran = True
-            terminal.say(f"--- {task.stage}: {task.why}")
-            _run_stage(stages, [task.stage, str(config), *_options(set_, task)])
+            position = Position.of_task(task, Store(settings.root))
+            terminal.say(f"--- {position.labels[0]}, {task.stage}: {task.why}")
+            command = [task.stage, str(config), *_options(set_, task, quiet)]
+            _run_stage(stages.start(command, position.environment()), task.stage)
     if not any_ran:
         terminal.nothing_to_do()
     store = Store(settings.root)
@@ -209,17 +228,18 @@ def run(
         )
 
 
-def _options(overrides: list[str], task: Task) -> list[str]:
+def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:
     only = [argument for variant in task.variants for argument in ("--only", variant)]
-    return [*sets(overrides), *only, *(["--force"] if task.force else [])]
+    flags = [flag for flag, is_set in (("--force", task.force), ("--quiet", quiet)) if is_set]
+    return [*sets(overrides), *only, *flags]
 
 
-def _run_stage(stages: Starter, arguments: list[str]) -> None:
-    """Run a stage in its own process; if it fails, exit with its code."""
-    code = process_guard.finish(stages.start(arguments))
+def _run_stage(child: process_guard.Child, stage: str) -> None:
+    """Wait for a stage's process; if it fails, exit with its code."""
+    code = process_guard.finish(child)
     if code > 128:
         reason = ", probably out of memory" if code == 128 + signal.SIGKILL else ""
-        terminal.say(f"{arguments[0]} was killed by signal {code - 128}{reason}")
+        terminal.error(LoraparError(f"{stage} was killed by signal {code - 128}{reason}"))
     if code:
         raise typer.Exit(code)
 
@@ -239,10 +259,12 @@ def _end(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command; an error becomes an `error:` line, a `hint:` line and an exit code."""
+    if sys.stderr is None:  # closed: else the next file would be opened as stderr
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
     logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     for name in SILENCED_LOGGERS:
@@ -250,8 +272,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     resources.let_waiting_threads_sleep()
     if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name in terminal.NO_PROGRESS_BARS:
+            os.environ.setdefault(name, "1")
     # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if distributed.launched():  # a launcher ends its processes itself, except when it is killed

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lorapar_cli import terminal
 from stages import escaping
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
@@ -22,6 +23,21 @@ Unsafe = Annotated[
     typer.Option(
         "--unsafe-no-sandbox",
         help="Run model-written code without a sandbox; this is recorded in the result.",
+    ),
+]
+
+
+def _quiet(is_quiet: bool) -> bool:
+    terminal.set_quiet(is_quiet)
+    return is_quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        callback=_quiet,
+        help="Print only errors, and at the end the results.",
     ),
 ]
 Only = Annotated[

@@ -1,14 +1,14 @@
 """`lorapar sweep`: runs the missing steps of tables of many runs. `report.py` shows the results."""
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import Overrides
+from lorapar_cli.live_line import interactive
+from lorapar_cli.options import Overrides, Quiet
 from lorapar_cli.stage_starter import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
@@ -74,6 +74,7 @@ def command(
             "--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs."
         ),
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     tables = planned(paths, base, only, column, seeds, set_, max_cells)
     cells = [cell for table in tables for cell in table.cells]
@@ -85,14 +86,15 @@ def command(
         )
     slots = _slots(jobs, devices)
     seconds = measured(nodes)
-    _announce(cells, nodes, seconds, 1 if cluster else len(slots))
+    if not quiet or dry_run:
+        _announce(cells, nodes, seconds, 1 if cluster else len(slots))
     if cluster is not None and dry_run and not shutil.which("squeue"):
         terminal.say("squeue is not installed here: see the state of jobs on a machine that submits to Slurm")
     elif cluster is not None:
         settings = slurm.settings(cluster, [stage.name for stage in STAGES.values()])
         _run_on_slurm(slurm.Cluster(logs, settings, terminal.say), cells, nodes, dry_run)
     elif not dry_run:
-        view, say, on_poll = watching(sys.stderr.isatty(), seconds)
+        view, say, on_poll = watching(interactive() and not quiet, seconds)
         with view, starter() as stages:
             outcomes = Sweep(nodes, slots, logs, say, on_poll, stages.start).run()
         _report_failures(outcomes, len(cells))
@@ -126,11 +128,11 @@ def _run_on_slurm(
         )
     if dry_run:
         counts = jobs.report(nodes)
-        terminal.say(", ".join(f"{number} {status}" for status, number in counts.items()))
+        terminal.conclude(", ".join(f"{number} {status}" for status, number in counts.items()))
         if counts.get(slurm.FAILED):
             raise typer.Exit(1)
     elif submitted := jobs.submit(nodes):
-        terminal.say(
+        terminal.conclude(
             f"{len(submitted)} steps are queued or running; the same command with --dry-run shows their state"
         )
     else:
@@ -237,5 +239,5 @@ def _report_failures(outcomes: list[Outcome], cells: int) -> None:
         failures.add_row(f"{step.name} {step.key}", outcome.status, code, f"{reason} ({needed_by})")
     show(failures)
     incomplete = {cell for outcome in unfinished for cell in outcome.node.cells}
-    terminal.say(f"{len(incomplete)} of {cells} cells are not complete; the same command resumes")
+    terminal.conclude(f"{len(incomplete)} of {cells} cells are not complete; the same command resumes")
     raise typer.Exit(next((o.code for o in unfinished if o.code is not None and o.code > 0), 1))

@@ -1,15 +1,16 @@
-"""Terminal output: progress, tables, messages."""
+"""Terminal output: messages, errors, tables."""
 
 import json
+import logging
+import os
 import re
 import sys
-import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from lorapar_cli import voter_report
+from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import REGIONS
@@ -21,14 +22,43 @@ from stages.report import comparison, results_table
 from stages.store.artifacts import Artifact, Store
 from stages.store.estimates import actual_and_planned
 
-LINE_EVERY_S = 5
-"""Seconds between progress lines where stderr is no terminal."""
-SETTLE_S = 0.2
-"""Delay before a progress line is drawn, so that it counts a whole batch of answers."""
+NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Environment variables by which libraries draw no progress bars."""
+live_line = LiveLine()
+_quiet = False
+
+
+def set_quiet(is_quiet: bool) -> None:
+    """Print nothing from now on but errors and results, or everything again."""
+    global _quiet
+    _quiet = is_quiet
+    if is_quiet:
+        os.environ |= dict.fromkeys(NO_PROGRESS_BARS, "1")
 
 
 def say(text: str) -> None:
-    print(escaping.terminal(text), file=sys.stderr, flush=True)
+    if not _quiet:
+        conclude(text)
+
+
+def conclude(text: str) -> None:
+    """Print a message that is printed even with --quiet."""
+    _print(escaping.terminal(text))
+
+
+def _print(text: str) -> None:
+    with suppress(OSError), live_line.above():  # no work may end with its terminal, or on the log's full disk
+        print(text, file=sys.stderr, flush=True)
+
+
+class LogHandler(logging.Handler):
+    """Prints log records as messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            (conclude if record.levelno >= logging.ERROR else say)(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 def write(text: str) -> None:
@@ -42,89 +72,13 @@ def nothing_to_do() -> None:
 
 def error(problem: LoraparError, config: str = "") -> None:
     """Print an error and its hint. config: what the user typed, for the CONFIG of the hint's command."""
-    with suppress(OSError):  # on a full disk the log cannot be written, but the exit code still tells
-        say(f"error: {problem}")
-        if problem.hint:
-            hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
-            say(f"  hint: {hint}")
-
-
-class TerminalProgress:
-    """Progress as one line that is rewritten on a terminal; elsewhere as a new line every few seconds.
-
-    Answers arrive in batches, so a line is drawn a moment after the first answer of a batch: at once, it
-    would count that answer alone.
-    """
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._line_open = False
-        self._lock = threading.RLock()
-        self._timer: threading.Timer | None = None
-
-    def start(self, what: str, total: int | None = None) -> None:
-        with self._lock:
-            self.done()
-            self._what, self._total, self._count, self._note = what, total, 0, ""
-            self._started_s = self._last_s = time.monotonic()
-            self._draw()
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        with self._lock:
-            self._count, self._note, self._last_s = self._count + n, note, time.monotonic()
-            if self._count == self._total:
-                self._draw()
-            elif self._timer is None and self._last_s - self._drawn_s > (0.1 if self._live else LINE_EVERY_S):
-                self._timer = threading.Timer(SETTLE_S, self._draw_late)
-                self._timer.daemon = True
-                self._timer.start()
-
-    def say(self, text: str) -> None:
-        with self._lock:
-            self.done()
-            say(text)
-
-    def done(self) -> None:
-        """End the current line."""
-        with self._lock:
-            self._cancel_timer()
-            if self._line_open:
-                print(file=sys.stderr)
-                self._line_open = False
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _draw_late(self) -> None:
-        with self._lock:
-            if self._timer is not None:  # else the line has ended in the meantime
-                self._draw()
-
-    def _draw(self) -> None:
-        with self._lock:
-            self._cancel_timer()
-            self._drawn_s = time.monotonic()
-            seconds, text = self._last_s - self._started_s, self._what
-            if self._total and self._count:
-                to_go = seconds / self._count * (self._total - self._count)
-                text += f"  {self._count}/{self._total}  {seconds:.0f} s, {to_go:.0f} s left  {self._note}"
-            if self._live:
-                line = escaping.one_line(text)[:110]
-                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-                self._line_open = True
-            elif self._count or not self._total:
-                say(text.rstrip())
-
-
-class Silence:
-    """Progress that prints nothing, for every rank but the first."""
-
-    def start(self, what: str, total: int | None = None) -> None: ...
-    def advance(self, n: int = 1, note: str = "") -> None: ...
-    def say(self, text: str) -> None: ...
-    def done(self) -> None: ...
+    label = "\x1b[1;31merror:\x1b[0m" if colored() else "error:"
+    # The line of a process that was killed may still stand here.
+    start = "\r\x1b[K" if interactive() else ""
+    _print(f"{start}{label} {escaping.terminal(str(problem))}")
+    if problem.hint:
+        hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
+        conclude(f"  hint: {hint}")
 
 
 def artifact(name: str, committed: Artifact, created: bool, as_json: bool) -> None:
@@ -133,8 +87,8 @@ def artifact(name: str, committed: Artifact, created: bool, as_json: bool) -> No
     if as_json:
         print(json.dumps({"step": name, "path": str(path), "made": created, "summary": summary}))
         return
-    say(f"{name}: {path}" + (f" in {_cost(committed)}" if created else " is current"))
-    if created:
+    conclude(f"{name}: {path}" + (f" in {_cost(committed)}" if created else " is current"))
+    if created and not _quiet:
         for line in _facts(summary):
             say(f"  {line}")
         voter_report.report(path)

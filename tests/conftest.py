@@ -27,6 +27,7 @@ from hypothesis import settings
 from tally import pytest_terminal_summary as pytest_terminal_summary
 from tally import tally as tally
 
+from lorapar_cli import terminal
 from lorapar_cli.app import verb
 from stages.config import Config
 from stages.engines import EngineCache
@@ -321,6 +322,7 @@ def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            terminal.set_quiet(False)
         out, err = capfd.readouterr()
         return Done(code, out, err)
 

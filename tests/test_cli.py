@@ -7,13 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT, paths
+from conftest import ROOT, Small, paths
 
 from lorapar_cli.__main__ import main as begin
 from lorapar_cli.app import app
@@ -50,7 +49,7 @@ def test_version():
 
 
 def test_quick_commands_load_nothing_heavy(config, begun):
-    current = ["partition", ROOT / "configs/smoke.yaml", *(p for s in begun.home for p in ("--set", s))]
+    current = ["partition", *smoke_of(begun)]
     for arguments in (["list"], ["status", *config], ["sft", *config, "--set", "sft.lrr=1"], current):
         loaded, _ = imported("-m", "lorapar_cli", *arguments)
         assert LIGHT & loaded and not HEAVY & loaded, arguments
@@ -67,6 +66,11 @@ def test_a_paired_test_of_right_and_wrong_loads_no_scipy():
 def test_quick_commands(lorapar, command):
     done = lorapar(*command.split())
     assert done.code == 0 and len(done.out) > 40
+
+
+def smoke_of(begun: Small) -> list[object]:
+    """The config of `begun` as arguments."""
+    return [ROOT / "configs/smoke.yaml", *(part for text in begun.home for part in ("--set", text))]
 
 
 @pytest.fixture
@@ -223,20 +227,6 @@ def test_status_show_and_json(lorapar, config):
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out
 
 
-def test_progress_counts_a_batch_that_comes_at_once(capsys, monkeypatch):
-    from lorapar_cli import terminal
-
-    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0)
-    progress = terminal.TerminalProgress()
-    progress.start("eval base", 164)
-    for _ in range(64):
-        progress.advance(1)
-    time.sleep(3 * terminal.SETTLE_S)
-    progress.advance(1)
-    progress.done()
-    assert capsys.readouterr().err.splitlines() == ["eval base  64/164  0 s, 0 s left"]
-
-
 def test_engines_and_benchmarks_are_found_by_file(lorapar):
     found = lorapar("list").out
     kinds = {line: [] for line in found.splitlines() if not line.startswith(" ")}
@@ -295,6 +285,22 @@ def test_an_error_that_cannot_be_printed_has_its_code():
     """As in a sweep, where the log is on the disk that is full."""
     command = f"{sys.executable} -m lorapar_cli status nofile.yaml 2>/dev/full"
     assert subprocess.run(command, shell=True).returncode == 66
+
+
+def test_a_closed_stderr_ends_nothing():
+    command = f"{sys.executable} -m lorapar_cli list 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "scorers" in done.stdout
+
+
+def test_quiet_leaves_errors_and_results(lorapar, begun):
+    done = lorapar("partition", *smoke_of(begun), "--quiet")
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["partition", "partition"]
+    done = lorapar("run", *smoke_of(begun), "--to", "partition", "--quiet")
+    assert done.err == "" and "partition:rl" in done.out
+    assert "partition" in lorapar("run", *smoke_of(begun), "--to", "partition").err
+    done = lorapar("run", *smoke_of(begun), "--to", "sleep", "--quiet")
+    assert done.err.startswith("error: unknown stage")
 
 
 def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):

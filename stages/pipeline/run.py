@@ -192,6 +192,11 @@ class Task:
     """Titles of the steps to make; empty: all of the stage."""
     states: list[State]
     force: bool
+    number: int
+    """Its position among the tasks of the run, from 1."""
+    tasks: int
+    remaining: list[Step]
+    """The steps of this task and of all later ones, current or not."""
 
     @property
     def current(self) -> bool:
@@ -230,8 +235,10 @@ def pending_stages(
         raise ConfigError(
             f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
         )
-    for name, group in groups[begin:]:
+    for number, (name, group) in enumerate(groups[begin:], begin + 1):
         every = [step for step in steps.values() if step.stage.name == name]
         store = Store(config.root)  # a new one: it remembers what it has verified
         variants = [step.title for step in group] if len(group) < len(every) else []
-        yield Task(name, variants, [state(store, step) for step in group], force=first == name)
+        remaining = [step for _, later in groups[number - 1 :] for step in later]
+        states = [state(store, step) for step in group]
+        yield Task(name, variants, states, first == name, number, len(groups), remaining)
