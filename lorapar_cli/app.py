@@ -207,7 +207,7 @@ def run(
                 terminal.say(f"{task.stage}: {task.why} is current")
                 continue
             if must_check:
-                _run_stage(stages, check)
+                _run_stage(stages.start(check), "plan")
             must_check = task.stage == "classify"  # its labels tell more
             any_ran = True
             position = Position.of_task(task, Store(settings.root))

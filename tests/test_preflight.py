@@ -1,7 +1,9 @@
 """What is certain to stop a run is said before its first vote, all of it at once."""
 
 import json
+from contextlib import nullcontext
 from functools import reduce
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_steps
@@ -126,7 +128,9 @@ def test_all_are_told_at_once(smoke, monkeypatch):
 
 def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(app, "_run_stage", lambda stages, arguments: started.append(arguments))
+    stages = SimpleNamespace(start=lambda arguments, environment=None: started.append(arguments))
+    monkeypatch.setattr(app, "starter", lambda: nullcontext(stages))
+    monkeypatch.setattr(app, "_run_stage", lambda child, stage: None)
     config = smoke()
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json())
