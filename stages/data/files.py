@@ -115,4 +115,5 @@ def _text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from None
+        hint = "save it as UTF-8, or: iconv -f WINDOWS-1252 -t UTF-8"
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", hint) from None
