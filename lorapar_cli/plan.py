@@ -13,6 +13,7 @@ from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
 from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
 from stages.config import Config
+from stages.pipeline.stages import check_stage_name
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
 from stages.plan.estimate import Estimate, estimate, knobs
@@ -49,6 +50,8 @@ def command(
     if brief or check:
         logging.getLogger("stages").setLevel(logging.ERROR if check else logging.WARNING)
     settings, steps = plan_of(config, set_)
+    if last is not None:
+        check_stage_name(settings, last)
     store = Store(settings.root)
     states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]

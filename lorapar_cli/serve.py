@@ -1,6 +1,8 @@
 """`lorapar serve`: both modes of a trained model, and `auto`, behind one OpenAI-compatible address."""
 
 import importlib.util
+import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from lorapar_cli.progress import TerminalProgress
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline import cache_key
@@ -15,16 +18,18 @@ from stages.pipeline.state import require_current
 from stages.store.artifacts import Store
 from stages.store.digests import DigestCache
 
+NEEDED = ("classify:train", "sft", "rl")
 EXAMPLE = """\
 curl -i {address}/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "auto", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
-NEEDED = ("classify:train", "sft", "rl")
+KEY_ENV = "VLLM_API_KEY"
 
 
 def command(
     config: ConfigPath,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+        str,
+        typer.Option(help=f"Address to listen on; other machines are let in with a key in {KEY_ENV} only."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     set_: Overrides = None,
@@ -37,17 +42,31 @@ def command(
         )
     if not set(NEEDED) <= set(steps):
         raise missing_path_error()
+    key = os.environ.get(KEY_ENV, "")
+    if not key and not _is_this_machine(host):
+        raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
     from stages import serve
 
     store = Store(settings.root)
     inputs = {name: require_current(store, steps[name]) for name in NEEDED}
-    identity = cache_key.of_model(settings.model, DigestCache(Path(settings.runs_dir) / ".digests.json"))
-    with serve.open_gateway(settings, inputs, identity, terminal.say) as (gateway, router):
-        terminal.say(router.summary())
-        address = f"http://{host}:{port}/v1"
+    identity = cache_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
+    address = f"http://{host}:{port}/v1"
+    with (
+        serve.listener(host, port) as listener,
+        TerminalProgress(None) as progress,
+        serve.open_gateway(settings, inputs, identity, key, progress) as gateway,
+    ):
 
         def say_where() -> None:
+            progress.done()
             terminal.say(f"models fast, slow and auto at {address}; Ctrl-C ends it. For example:")
             terminal.say(EXAMPLE.format(address=address))
 
-        gateway.run(host, port, say_where)
+        gateway.run(listener, say_where)
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

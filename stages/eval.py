@@ -25,7 +25,6 @@ from stages.config import (
     ServerSection,
 )
 from stages.engines import EngineSpec
-from stages.errors import MeaninglessError
 from stages.evaluation import routing
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
@@ -81,10 +80,6 @@ def _route(
         mode: read_samples(job.inputs[f"eval:{stage}@{name}"].path / "samples.jsonl")
         for mode, stage in MODES.items()
     }
-    if not samples["fast"]:
-        raise MeaninglessError(
-            f"auto: {benchmark.kind} has no answers that are right or wrong", "leave it out"
-        )
     labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
     identity = f"{job.outside['model']} {job.dtype} {job.outside.get('server')}"
     router = Router(classify, model, eval.engine, identity, labels, job.journals)

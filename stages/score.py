@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
 from stages.lora.importance.masks import flatten_weights, write_importance
@@ -23,7 +23,7 @@ from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
-from stages.records import examples_of_system, read_labels
+from stages.records import read_labels
 from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ def run(
     fsdp.shard_base(peft_model, score.launch)
     labels = read_labels(job.labels)
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
-    examples = {system: examples_of_system(labels, system) for system in (1, 2)}
     scores = {}
-    for system in (1, 2):
-        number = min(score.examples, len(examples[system]))
-        chosen = random.Random(f"{seed} score {system}").sample(examples[system], number)
+    for system, chosen in examples.scored(labels, score, seed).items():
         rows, long = renderer.rows(chosen, data)
         # The blocks that the other system left in torch's memory pool are too small for the longest rows.
         resources.release_memory()

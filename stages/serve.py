@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from stages.config import Config
 from stages.engines import ChoiceResult, Engine
 from stages.engines.gateway import Gateway
-from stages.errors import ConfigError
+from stages.errors import ConfigError, ServerError
 from stages.labelling.router import MODES, Router
 from stages.models.dtype import resolve
+from stages.progress import Progress
 from stages.records import Example, read_labels
 from stages.store.artifacts import Artifact
 
@@ -30,13 +32,26 @@ are batched with requests for it (its pull request 48421). Two adapters it tells
 
 
 @contextmanager
+def listener(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind the address before the server starts, which takes a while; ServerError if that is not possible."""
+    try:
+        bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ServerError(
+            f"--host {host} --port {port}: {error.strerror or error}", "another port: --port N"
+        ) from None
+    with bound:
+        yield bound
+
+
+@contextmanager
 def open_gateway(
-    config: Config, inputs: Mapping[str, Artifact], identity: str, say: Callable[[str], None]
-) -> Iterator[tuple[Gateway, Router]]:
+    config: Config, inputs: Mapping[str, Artifact], identity: str, api_key: str, progress: Progress
+) -> Iterator[Gateway]:
     """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
 
     inputs: the artifacts of classify:train, sft and rl. identity: of the base, for the journal of votes.
-    ConfigError for a model that vLLM cannot serve so.
+    api_key: which clients have to send; empty for none. ConfigError for a model that vLLM cannot serve so.
     """
     from stages.engines import vllm
 
@@ -49,21 +64,18 @@ def open_gateway(
         zeros = Path(folder)
         _write_zeros(inputs["sft"].adapter, zeros)
         modules = {mode: inputs[stage].adapter for mode, stage in MODES.items()} | {VOTER: zeros}
-        with vllm.open_modules(config.model, modules, config.server, say) as clients:
+        with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
-            for _ in router.log.ask(voter, say):
-                pass
+            router.collect(lambda: voter, progress)
             router.log.check(config.classify.max_failed, config.classify.max_invalid)
             router.calibrate()
-            yield (
-                Gateway(
-                    voter.transport.urls[0].removesuffix("/v1"),
-                    {mode: _system_message(config, mode) for mode in MODES},
-                    lambda example: _decide(router, voter, example),
-                    VOTER,
-                    voter.transport.exit_error,
-                ),
-                router,
+            progress.say(router.summary())
+            yield Gateway(
+                voter.transport.urls[0].removesuffix("/v1"),
+                {mode: _system_message(config, mode) for mode in MODES},
+                lambda example: _decide(router, voter, example),
+                voter.transport.exit_error,
+                api_key,
             )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
-from stages.errors import DataError
+from stages.lora import examples
 from stages.lora.adapter import fsdp
 from stages.lora.training import dry_run, loop
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
@@ -17,7 +15,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.packing.support import has_active_dropout
 from stages.packing.trl import accept_packed
 from stages.prompts.renderer import Renderer, Row
-from stages.records import Example, Labelled, examples_of_system, labelled_examples, read_labels
+from stages.records import read_labels
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def run(
 
     labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
-    rows, too_long = renderer.rows(_examples(labels, sft, seed), data)
+    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed), data)
     _warn(rows, renderer, sft, context.progress)
     start = loop.InitialAdapter.of("sft", context.adapter("rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
@@ -98,13 +96,6 @@ def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progre
         progress.say(f"{processes} processes share {len(rows)} rows: {repeated} count twice in each epoch")
 
 
-def _at_once(row: Labelled) -> Labelled:
-    """A System 1 row that teaches its answer without the steps to it."""
-    if row.system != 1 or row.example.gold is None:
-        return row
-    return replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))
-
-
 def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:
     from trl import SFTConfig
 
@@ -115,25 +106,3 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
         per_device_train_batch_size=sft.per_device_train_batch_size,
         gradient_accumulation_steps=loop.accumulation(sft.batch_size, sft.per_device_train_batch_size),
     )
-
-
-def _examples(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
-    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
-
-    DataError if System 1 is to answer at once and none of its rows has an answer to give.
-    """
-    labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
-    if sft.data == "all":
-        return labelled_examples(labels)
-    system1 = examples_of_system(labels, 1)
-    if sft.system1_targets == "answer" and not any(example.gold for example in system1):
-        raise DataError(
-            f"sft.system1_targets is answer, and none of {len(system1)} System 1 rows has a verifiable "
-            "answer",
-            "rows need `gold`, or a response that ends in `#### answer`",
-        )
-    cold_rows = round(sft.system2_share * len(system1))
-    system2 = examples_of_system(labels, 2) if cold_rows else []
-    cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
-    chosen = {example.id for example in [*system1, *cold_start]}
-    return [row.example for row in labels if row.example.id in chosen]

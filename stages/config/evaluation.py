@@ -165,19 +165,24 @@ class EvalSection(Section):
         SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False, advanced=True
     )
 
-    @field_validator("targets")
-    @classmethod
-    def _check_routed(cls, targets: list[str]) -> list[str]:
-        if ROUTED in targets and not {"sft", "rl"} <= set(targets):
-            raise ValueError("auto chooses between the answers of sft and rl; name both, too")
-        return targets
-
     @field_validator("engine")
     @classmethod
     def _check_local(cls, engine: str) -> str:
         if engine == "openai":
             raise ValueError("a remote server gives no tokens to grade; use vllm or transformers")
         return engine
+
+    @model_validator(mode="after")
+    def _check_routed(self) -> "EvalSection":
+        if ROUTED not in self.targets:
+            return self
+        if not {"sft", "rl"} <= set(self.targets):
+            raise ValueError("targets: auto chooses between the answers of sft and rl; name both, too")
+        if harness := [name for name, entry in self.benchmarks.items() if entry.kind == "lm_eval"]:
+            raise ValueError(
+                f"targets: auto votes on rows, and {harness[0]} has none; the harness reads them"
+            )
+        return self
 
     @field_validator("benchmarks", mode="before")
     @classmethod

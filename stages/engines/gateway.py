@@ -1,21 +1,25 @@
 """Gateway before a vLLM server: one OpenAI-compatible address for modes of a model, and `auto` among them.
 
-Requests for `auto` are answered in the mode that a callable chooses. Everything else passes unchanged, except
-that a chat without a system message gets that of its mode. The header MODE_HEADER names the mode.
+Requests for `auto` are answered in the mode that a callable chooses. A chat without a system message gets
+that of its mode. Everything else of a request passes as it is, and the response as it comes. The header
+MODE_HEADER of a response names the mode.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from stages.errors import ServerError
+from stages.errors import Ended, LoraparError, ServerError
 from stages.records import Example
 
 if TYPE_CHECKING:
@@ -26,8 +30,19 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
 """Response headers: the mode that answers and, for `auto`, the probability of System 2 in the vote."""
-POLL_S = 1.0
-"""Seconds between two looks at whether the server behind the gateway still runs."""
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+PATHS = {
+    CHAT,
+    MODELS,
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/tokenize",
+    "/detokenize",
+    "/health",
+    "/version",
+}
+"""What clients may ask for. vLLM offers more, some of it for whoever runs it alone."""
 PER_HOP = {
     "host",
     "content-length",
@@ -35,11 +50,16 @@ PER_HOP = {
     "transfer-encoding",
     "keep-alive",
     "upgrade",
-    "content-encoding",
     "date",
     "server",
 }
 """Headers that belong to one connection or one server, and are not passed on."""
+VOTES = 64
+"""Votes at the same time; each waits in a thread of its own."""
+POLL_S = 1.0
+"""Seconds between two looks at whether the server behind the gateway still runs."""
+GRACE_S = 5
+"""Seconds that open responses have at the end."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +70,25 @@ class Gateway:
     """Address of the server, without `/v1`."""
     system_messages: dict[str, str | None]
     """The modes, each with the system message of its training."""
-    decide: Callable[[Example], tuple[str, float | None]] | None
-    """From a question to its mode and the probability of System 2; None: there is no `auto`."""
-    hidden: str
-    """Model of the server that clients do not see."""
+    decide: Callable[[Example], tuple[str, float | None]]
+    """From a question to its mode and the probability of System 2."""
     exit_error: Callable[[], ServerError | None]
+    api_key: str = ""
+    """The key that clients have to send; empty: none."""
 
-    def run(self, host: str, port: int, started: Callable[[], None]) -> None:
-        """Serve until a signal ends it; ServerError if the server behind it ends.
+    def run(self, listener: socket.socket, started: Callable[[], None]) -> None:
+        """Serve until Ctrl-C or a signal; ServerError if the server behind it ends.
 
-        started: called once the port takes requests.
+        listener: a bound socket. started: called once requests are taken.
         """
         import uvicorn
 
-        config = uvicorn.Config(self.app(), host=host, port=port, log_level="warning")
-        asyncio.run(self._serve(uvicorn.Server(config), started))
+        config = uvicorn.Config(self.app(), log_level="warning", timeout_graceful_shutdown=GRACE_S)
+        with contextlib.suppress(KeyboardInterrupt, Ended):  # uvicorn sends itself what has ended it
+            asyncio.run(self._serve(uvicorn.Server(config), listener, started))
 
-    async def _serve(self, server: Any, started: Callable[[], None]) -> None:
-        serving = asyncio.create_task(server.serve())
+    async def _serve(self, server: Any, listener: socket.socket, started: Callable[[], None]) -> None:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not serving.done():
             await asyncio.wait([serving], timeout=0.05)
         if server.started:
@@ -87,126 +108,152 @@ class Gateway:
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            # Answers take as long as they take, and the server is on this machine.
-            async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
-                app.state.client = client
+            # The server is on this machine: it limits itself, and answers take as long as they take.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
+                app.state.client, app.state.votes = client, ThreadPoolExecutor(VOTES)
                 yield
+                app.state.votes.shutdown(wait=False, cancel_futures=True)
 
-        methods = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"]
-        return Starlette(routes=[Route("/{path:path}", self._answer, methods=methods)], lifespan=lifespan)
+        return Starlette(
+            routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])], lifespan=lifespan
+        )
 
     async def _answer(self, request: Request) -> Response:
+        path = request.url.path
+        if path not in PATHS:
+            return _refusal(f"there is no {path} here", 404)
+        if self.api_key and not hmac.compare_digest(
+            request.headers.get("authorization", "").encode(), f"Bearer {self.api_key}".encode()
+        ):
+            return _refusal("a wrong API key, or none", 401)
         body = await request.body()
         headers: dict[str, str] = {}
-        if request.method == "POST" and (content := _json_object(body)) is not None:
-            try:
-                content, headers = await self._in_a_mode(request.url.path, content)
-            except ValueError as error:
-                return _refusal(str(error))
-            body = json.dumps(content).encode()
-        if request.method == "GET" and request.url.path == "/v1/models":
-            return await self._models(request)
-        return await self._forward(request, body, headers)
+        try:
+            if request.method == "POST" and "model" in (content := _json_object(body)):
+                in_mode, headers = await self._in_a_mode(path, content, request.app.state.votes)
+                body = body if in_mode == content else json.dumps(in_mode).encode()
+            if path == MODELS:
+                return await self._models(request)
+            return await self._forward(request, body, headers)
+        except ValueError as error:
+            return _refusal(str(error), 400)
+        except (httpx.HTTPError, LoraparError) as error:
+            return _refusal(f"the server behind this address: {type(error).__name__} {error}", 502)
 
-    async def _in_a_mode(self, path: str, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    async def _in_a_mode(
+        self, path: str, content: dict[str, Any], votes: ThreadPoolExecutor
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the request for the server, and headers of its response; ValueError to refuse it."""
-        from starlette.concurrency import run_in_threadpool
-
         headers = {}
-        if content.get("model") == self.hidden:
-            raise ValueError(f"there is no model {self.hidden} here")
-        if content.get("model") == AUTO and self.decide is not None:
-            chosen, vote = await run_in_threadpool(self.decide, question(path, content))
-            content = {**content, "model": chosen}
+        mode = content["model"]
+        if mode == AUTO:
+            example = question(path, content)
+            mode, vote = await asyncio.get_running_loop().run_in_executor(votes, self.decide, example)
             headers[VOTE_HEADER] = "none" if vote is None else f"{vote:.4f}"
-        mode = content.get("model")
-        if mode not in self.system_messages:
-            return content, headers
+        if not isinstance(mode, str) or mode not in self.system_messages:
+            raise ValueError(
+                f"there is no model {mode!r} here; choose from {', '.join([*self.system_messages, AUTO])}"
+            )
         headers[MODE_HEADER] = mode
-        messages, system = content.get("messages"), self.system_messages[mode]
-        if (
-            system
-            and isinstance(messages, list)
-            and not any(_role(message) == "system" for message in messages)
-        ):
-            content = {**content, "messages": [{"role": "system", "content": system}, *messages]}
+        content, messages = {**content, "model": mode}, content.get("messages")
+        system = self.system_messages[mode]
+        if path == CHAT and system and isinstance(messages, list) and not any(map(_is_system, messages)):
+            content["messages"] = [{"role": "system", "content": system}, *messages]
         return content, headers
 
     async def _models(self, request: Request) -> Response:
-        """The server's list of models, with `auto` and without the hidden one."""
+        """List the modes and `auto`, as the server lists its models."""
         from starlette.responses import JSONResponse
 
-        response = await request.app.state.client.get(f"{self.upstream}/v1/models")
+        response = await request.app.state.client.get(f"{self.upstream}{MODELS}")
         listing = response.json()
-        listing["data"] = [model for model in listing["data"] if model["id"] != self.hidden]
-        if self.decide is not None:
-            listing["data"].append({**listing["data"][0], "id": AUTO, "root": AUTO, "parent": None})
-        return JSONResponse(listing, response.status_code)
+        modes = [model for model in listing["data"] if model["id"] in self.system_messages]
+        listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]
+        return JSONResponse(listing)
 
     async def _forward(self, request: Request, body: bytes, headers: dict[str, str]) -> Response:
         """Send the request on, and the response back as it comes; a client that leaves ends both."""
         from starlette.background import BackgroundTask
-        from starlette.responses import StreamingResponse
+        from starlette.responses import Response, StreamingResponse
 
         client: httpx.AsyncClient = request.app.state.client
-        url = httpx.URL(f"{self.upstream}{request.url.path}", query=request.url.query.encode())
-        own = {name: value for name, value in request.headers.items() if name.lower() not in PER_HOP}
-        try:
-            response = await client.send(
-                client.build_request(request.method, url, headers=own, content=body), stream=True
-            )
-        except httpx.HTTPError as error:
-            return _refusal(f"the server behind this address does not answer: {type(error).__name__}", 502)
-        kept = {name: value for name, value in response.headers.items() if name.lower() not in PER_HOP}
+        own = {
+            name: value for name, value in request.headers.items() if name not in PER_HOP | {"authorization"}
+        }
+        url = httpx.URL(f"{self.upstream}{request.url.path}", query=request.url.query.encode() or None)
+        sending = asyncio.create_task(
+            client.send(client.build_request(request.method, url, headers=own, content=body), stream=True)
+        )
+        leaving = asyncio.create_task(_left(request))
+        await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not sending.done():
+            sending.cancel()
+            return Response(status_code=499)  # nobody is there to read it
+        response = sending.result()
+        kept = {name: value for name, value in response.headers.items() if name not in PER_HOP}
         return StreamingResponse(
-            response.aiter_bytes(),
+            response.aiter_raw(),
             response.status_code,
             {**kept, **headers},
             background=BackgroundTask(response.aclose),
         )
 
 
+async def _left(request: Request) -> None:
+    """Wait until the client closes its connection; its request is read already."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def question(path: str, content: dict[str, Any]) -> Example:
-    """Return what a request asks, as an example to vote on; ValueError if that cannot be told."""
+    """Return what a chat asks, as an example to vote on: its last message of the user, after earlier turns.
+
+    ValueError if that cannot be told.
+    """
     messages = content.get("messages")
-    if not path.endswith("/chat/completions") or not isinstance(messages, list):
-        raise ValueError("model auto answers chats: POST /v1/chat/completions with messages")
-    texts = [(_role(message), _text(message)) for message in messages]
-    turns = [(role, text) for role, text in texts if role in ("user", "assistant")]
-    if not turns or turns[-1][0] != "user":
-        raise ValueError("model auto needs a chat that ends with a message of the user")
-    earlier = [
-        [first, second]
-        for (role, first), (other, second) in zip(turns[:-1:2], turns[1:-1:2], strict=False)
-        if (role, other) == ("user", "assistant")
+    if path != CHAT or not isinstance(messages, list):
+        raise ValueError(f"model {AUTO} answers chats: POST {CHAT} with messages")
+    turns = [
+        (_role(message), _text(message)) for message in messages if _role(message) in ("user", "assistant")
     ]
-    return Example("question", turns[-1][1], "", None, turns=earlier)
+    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    if not asked:
+        raise ValueError(f"model {AUTO} needs a message of the user")
+    earlier = [[turns[i][1], turns[i + 1][1]] for i in asked[:-1] if turns[i + 1][0] == "assistant"]
+    return Example("question", turns[asked[-1]][1], "", None, turns=earlier)
+
+
+def _is_system(message: Any) -> bool:
+    return _role(message) in ("system", "developer")
 
 
 def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
 
 
-def _text(message: Any) -> str:
+def _text(message: dict[str, Any]) -> str:
     """The text of a message, which may come in parts."""
-    content = message.get("content") if isinstance(message, dict) else None
+    content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "\n".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
 
 
-def _json_object(body: bytes) -> dict[str, Any] | None:
+def _json_object(body: bytes) -> dict[str, Any]:
+    """The object in a body; empty if there is none, which the server will say."""
     try:
         content = json.loads(body)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _refusal(message: str, status: int = 400) -> Response:
+def _refusal(message: str, status: int) -> Response:
     """An error in OpenAI's form."""
     from starlette.responses import JSONResponse
 
-    kind = "invalid_request_error" if status == 400 else "server_error"
+    kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)

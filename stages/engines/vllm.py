@@ -219,14 +219,15 @@ def _command(
 
 
 def context_length(model: ModelSection, server: ServerSection, extra: dict[str, Any]) -> int:
-    """Return `server.max_model_len`, or the model's context length if that is shorter.
+    """Return vLLM's `max_model_len` if it is set in `server.vllm` or `extra`, else `server.max_model_len`.
 
-    vLLM does not start with more, unless the user stretches the model by vLLM's own settings.
+    Or the model's context length if that is shorter: vLLM does not start with more, unless the user stretches
+    the model by vLLM's own settings.
     """
-    if (
-        "hf_overrides" in {**server.vllm, **extra}
-        or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0"
-    ):
+    arguments = {**server.vllm, **extra}
+    if "max_model_len" in arguments:
+        return int(arguments["max_model_len"])
+    if "hf_overrides" in arguments or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":
         return server.max_model_len
     try:
         context = max_positions(load_config(model))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 SHOWN = 300
 """Characters of the error that are shown."""
-PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*|^(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s*")
+PREFIX = re.compile(r"^\(\w+ pid=\d+\) ?|^(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] ?")
 """Name of the process, then level, time and place, which stand before the lines of its log."""
 ERROR = re.compile(r"^(?:[\w.]*\b\w*(?:Error|Exception)|\S+\.py: error): .*|^[\w.]*\w+Error$")
 """Last line of a traceback, or a message of its argument parser."""

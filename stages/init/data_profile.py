@@ -11,7 +11,6 @@ from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError, first_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
-from stages.models.load_errors import load_config, load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
 from stages.prompts.answers import extract_letter, parse_number
@@ -142,12 +141,8 @@ def _kind(example: Example) -> str:
 
 def _model(model: ModelSection) -> tuple[int | None, set[str]]:
     """Tokens that the model can read, if its config says, and the last names of its linear modules."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from stages.lora.adapter.adapter import linear_modules
+    from stages.models.base import without_weights
 
-    config = load_config(model)
-    with load_errors("model", model), torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    return getattr(config, "max_position_embeddings", None), linear_modules(base)
+    base = without_weights(model)
+    return getattr(base.config, "max_position_embeddings", None), linear_modules(base)

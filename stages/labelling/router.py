@@ -7,15 +7,17 @@ one is found on labelled training rows, by the calibration that voters have.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection, ModelSection, Voter
-from stages.engines import ChoiceRequest
+from stages.engines import ChoiceRequest, Engine
 from stages.labelling.calibration import Calibration, calibrate
 from stages.labelling.personas import CalibrationExample, persona_context, personas
 from stages.labelling.votes import VoterLog
+from stages.progress import Progress
 from stages.records import Example, Labelled, examples_of_system
 
 MODES = {"fast": "sft", "slow": "rl"}
@@ -39,7 +41,7 @@ class Router:
         journals: Path,
     ) -> None:
         """labels: of the training rows. identity: what tells the model from others, as in VoterLog."""
-        voter = _voter(classify, engine)
+        voter = router_voter(classify).model_copy(update={"engine": engine})
         context = persona_context(voter, model.title, show_answer=False)
         self.log = VoterLog(
             voter,
@@ -58,6 +60,16 @@ class Router:
     def set_questions(self, examples: list[Example]) -> None:
         """Set what will be asked: the rows for the threshold, and these."""
         self.log.set_examples([*(example for example, _ in self._rows), *examples])
+
+    def collect(self, engine: Callable[[], Engine], progress: Progress, title: str = "votes") -> None:
+        """Ask for the votes that the journal lacks; the engine is started only if there are any."""
+        missing = self.log.missing()
+        if not missing:
+            return
+        base = engine()
+        progress.start(title, len(missing))
+        for _ in self.log.ask(base, progress.say):
+            progress.advance(1)
 
     def calibrate(self) -> Calibration:
         """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
@@ -90,11 +102,11 @@ class Router:
         return {"persona": self.log.voter.persona, **asdict(self.calibration)}
 
 
-def _voter(classify: ClassifySection, engine: str) -> Voter:
+def router_voter(classify: ClassifySection) -> Voter:
     """The first voter that is the base model, asked once and greedily, or one with persona PERSONA."""
     own = [voter for voter in classify.voters if not voter.model and not voter.urls]
     voter = own[0] if own else Voter(persona=PERSONA)
-    return voter.model_copy(update={"engine": engine, "thinking": None, "temperature": 0.0, "samples": 1})
+    return voter.model_copy(update={"thinking": None, "temperature": 0.0, "samples": 1})
 
 
 def _sample(labels: list[Labelled], system: int, seed: int) -> list[Example]:

@@ -38,6 +38,11 @@ class Vote(BaseModel):
     text: str = ""
 
 
+def tolerated(total: int, share: float) -> float:
+    """The number of bad answers among `total` that a share allows; one above 0 allows at least one."""
+    return max(1, share * total) if share else 0
+
+
 class VoterLog:
     """One voter's answers, journalled by prompt and sample; no request in the journal is repeated.
 
@@ -141,12 +146,12 @@ class VoterLog:
     def check(self, max_failed: float, max_invalid: float, patience: int = 0) -> None:
         """Raise AnswerError if more requests failed, or more answers are invalid, than these shares allow.
 
-        A share above 0 allows at least one. patience: this many more are allowed while votes still arrive.
+        patience: this many more are allowed while votes still arrive.
         """
         total = len(self.examples) * self.voter.samples
 
         def too_many(number: int, share: float) -> bool:
-            return number > patience + (max(1, share * total) if share else 0)
+            return number > patience + tolerated(total, share)
 
         if too_many(len(self.failures), max_failed):
             id, failure = self.failures[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
-from stages.models.load_errors import check_no_missing_weights, load_errors
+from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
 from stages.runtime import libraries
 
 if TYPE_CHECKING:
@@ -70,6 +70,15 @@ def check_machine(model: ModelSection) -> None:
     """Raise ConfigError if the base is to be loaded in 4 bits and bitsandbytes is not installed."""
     if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
+
+
+def without_weights(model: ModelSection) -> PreTrainedModel:
+    """Build the base model from its config alone, on the device `meta`, where tensors have no memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    with load_errors("model", model), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

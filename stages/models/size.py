@@ -20,16 +20,22 @@ def parameters(model: ModelSection) -> int | None:
     """Estimate a model's parameters from its width, depth and vocabulary; None if its config does not say.
 
     vocabulary · width + layers · (4 · width² + 3 · width · inner): embeddings, attention, and a gated MLP.
-    Experts of a mixture are not counted.
+    The size of a mixture of experts is not told.
     """
     config = _config(model)
-    config = config.get("text_config", config)
-    sizes = [next((int(config[name]) for name in names if config.get(name)), 0) for names in NAMES]
-    if not all(sizes):
+    inside = config.get("text_config")
+    config = inside if isinstance(inside, dict) else config
+    vocabulary, width, layers = (_number(config, names) for names in NAMES)
+    is_mixture = any("experts" in name and number for name, number in config.items())
+    if is_mixture or not vocabulary * width * layers:
         return None
-    vocabulary, width, layers = sizes
-    inner = config.get("intermediate_size") or 4 * width
-    return vocabulary * width + layers * (4 * width**2 + 3 * width * int(inner))
+    inner = _number(config, ("intermediate_size",)) or 4 * width
+    return vocabulary * width + layers * (4 * width**2 + 3 * width * inner)
+
+
+def _number(config: dict[str, Any], names: tuple[str, ...]) -> int:
+    """The first of these that is a whole number; 0 if there is none."""
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
 
 def _config(model: ModelSection) -> dict[str, Any]:

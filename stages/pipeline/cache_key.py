@@ -8,6 +8,7 @@ from stages.config import BenchmarkSection, Config, ModelSection, SourceSection,
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
+from stages.labelling.router import router_voter
 from stages.models.bundled import MAKERS
 from stages.store.digests import DigestCache
 
@@ -65,6 +66,19 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
 def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a vLLM server that change its answers."""
     return {name: value for name, value in arguments.items() if name not in SCALE}
+
+
+def of_router(config: Config, cache: DigestCache) -> dict[str, Any]:
+    """Cache-key part of the vote that chooses a mode: its question, whatever gave the labels."""
+    voter = router_voter(config.classify)
+    shots = of_source(SourceSection(path=voter.shots_path), cache) if voter.shots_path else ""
+    question = {"persona": voter.persona, "words": voter.words, "shots": [voter.shots, shots]}
+    return {"router": {**question, "target": config.model.title}}
+
+
+def of_served_base(config: Config, cache: DigestCache) -> str:
+    """Identity of the base on a vLLM server: its weights, and the arguments that change its answers."""
+    return _of_voter(Voter(engine="vllm"), config, cache)
 
 
 def of_server(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ArtifactError, ConfigError, Ended
 from stages.pipeline.context import StageContext
-from stages.pipeline.stages import order, section
+from stages.pipeline.stages import check_stage_name, order, section
 from stages.pipeline.state import State, rebuild_hint, require_current, state
 from stages.pipeline.steps import Step, ancestors
 from stages.progress import Progress
@@ -219,8 +219,8 @@ def pending_stages(
     """
     names = [stage.name for stage in order(config)]
     for name in (first, last):
-        if name is not None and name not in names:
-            raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
+        if name is not None:
+            check_stage_name(config, name)
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
     needed = ancestors(steps, last)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.config import REGIONS, ROUTED, UNTRAINED_TARGETS, Config
+from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import cache_key
@@ -37,6 +38,12 @@ def order(config: Config) -> list[Stage]:
         names.remove("rl")
         names.insert(names.index("sft"), "rl")
     return [STAGES[name] for name in names]
+
+
+def check_stage_name(config: Config, name: str) -> None:
+    """Raise ConfigError unless the config has a stage of that name."""
+    if name not in (names := [stage.name for stage in order(config)]):
+        raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
 
 
 def section(config: Config, path: str) -> tuple[str, Any]:
@@ -139,7 +146,7 @@ def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str,
         **_model_key(config, variant, cache),
         "rows": cache_key.of_source(benchmark, cache),
         **cache_key.of_shots(benchmark, cache),
-        **(cache_key.of_voters(config, cache) if target == ROUTED else {}),
+        **(cache_key.of_router(config, cache) if target == ROUTED else {}),
         **cache_key.of_server(config),
     }
 

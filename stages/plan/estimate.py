@@ -96,7 +96,7 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
 
     texts = Texts(config)
     unknown = {step.name: Cost() for step in steps}
-    if not any(texts.rows.values()):
+    if not any(texts.rows[name] for name in ("train", *config.eval.benchmarks)):
         return Estimate(unknown, [])
     lengths = list(spans(texts, steps))
     with one_thread() as threads:

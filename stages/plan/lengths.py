@@ -68,7 +68,7 @@ class Span:
     beyond: str
     """The fate of longer texts: `fail`, `cut`, `drop` …"""
     allowed: float = 0.0
-    """Share of the rows that may fail."""
+    """Number of rows that may fail."""
 
     @property
     def longer(self) -> int:
@@ -76,8 +76,8 @@ class Span:
 
     @property
     def fails(self) -> bool:
-        """Whether too many are longer; a sample with the longest texts cannot tell too many for certain."""
-        return self.beyond == "fail" and self.longer > self.allowed * self.rows
+        """Whether more are longer than may fail. There may be others outside of the sample."""
+        return self.beyond == "fail" and self.longer > self.allowed
 
 
 def sampled(examples: list[Example], number: int) -> list[Example]:

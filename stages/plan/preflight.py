@@ -15,19 +15,19 @@ from stages.config import Config
 from stages.config.sources import ALL_LINEAR
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
+from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts, row_fields
 from stages.lora.training import loop
 from stages.models import base
-from stages.models.load_errors import load_config
 from stages.pipeline.stages import section
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
-from stages.plan.lengths import Span, sampled
+from stages.plan.lengths import sampled
 from stages.plan.prompt_lengths import TRAINING_SAMPLE, Texts, spans
 from stages.prompts.renderer import Renderer
-from stages.records import Labelled, examples_of_system, labelled_examples, read_labels
+from stages.records import Labelled, read_labels
 from stages.rewards import loading
 from stages.store.artifacts import Store
 
@@ -37,7 +37,7 @@ class CertainFailure:
     """An error that is certain."""
 
     stopped: tuple[str, ...]
-    """Names of the steps that it would stop, or what is too long to be read."""
+    """Names of the steps that it would stop."""
     error: LoraparError
 
     def __str__(self) -> str:
@@ -88,30 +88,43 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             kind = config.eval.benchmarks[step.variant.partition("@")[2]].kind
             yield name, getattr(benchmarks.pick(kind), "check_installed", lambda: None)
         if stage in ("score", "sft") and "classify:train" in step.inputs:
-            yield from _checks_of_rows(step, texts, labels)
+            yield name, partial(_check_rows, texts, stage, labels)
+        if stage in ("classify", "eval"):
+            yield name, partial(_check_prompts, texts, step)
     sections = {path: step.stage.name for step in steps for path in step.stage.sections(config, step.variant)}
     for path, stage in sections.items():
         if path.endswith(".sandbox"):
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
-    for span in spans(texts, [step for step in steps if step.stage.name in ("classify", "eval")]):
+
+
+def _check_rows(texts: Texts, stage: str, labels: list[Labelled]) -> None:
+    """Raise the error that score or SFT would raise about its rows: one too long, or a system without any.
+
+    Before rows are labelled any of them may be read, and with `data.too_long: error` each must fit.
+    """
+    config = texts.config
+    if not labels:
+        # SFT may shorten the responses of System 1. Score reads them whole.
+        rows = [Labelled(row, 1 if stage == "sft" else 2, {}) for row in texts.rows["train"]]
+        every_row = config.sft.model_copy(update={"data": "all"})
+        chosen = [examples.trained_by_sft(rows, every_row, config.seed)]
+    elif stage == "score":
+        chosen = list(examples.scored(labels, config.score, config.seed).values())
+    else:
+        chosen = [examples.trained_by_sft(labels, config.sft, config.seed)]
+    for some in chosen:
+        _renderer(texts, stage, labels).rows(sampled(some, TRAINING_SAMPLE), config.data)
+
+
+def _check_prompts(texts: Texts, step: Step) -> None:
+    """Raise DataError if more prompts of voters or a benchmark than may fail are too long for a server."""
+    for span in spans(texts, [step]):
         if span.fails:
-            yield span.name, partial(_refuse, span)
-
-
-def _checks_of_rows(step: Step, texts: Texts, labels: list[Labelled]) -> Iterator[Check]:
-    """Yield the checks of the rows that score or SFT would read: their lengths, and enough of each system."""
-    config, stage = texts.config, step.stage.name
-    examples = labelled_examples(labels) if labels else texts.rows["train"]
-    rows = _renderer(texts, stage, labels).rows
-    yield step.name, partial(rows, sampled(examples, TRAINING_SAMPLE), config.data)
-    systems = (1, 2) if stage == "score" else (1,) if config.sft.data == "system1" else ()
-    for system in systems if labels else ():
-        yield step.name, partial(examples_of_system, labels, system)
-
-
-def _refuse(span: Span) -> None:
-    limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
-    raise DataError(f"{span.longer} of {span.rows} are longer than {limit}", "raise server.max_model_len")
+            limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
+            raise DataError(
+                f"{span.name}: {span.longer} of {span.rows} are longer than {limit}",
+                "raise server.max_model_len",
+            )
 
 
 def _current_labels(config: Config, steps: list[Step]) -> list[Labelled]:
@@ -130,14 +143,9 @@ def _renderer(texts: Texts, stage: str, labels: list[Labelled]) -> Renderer:
 
 
 def _check_targets(config: Config) -> None:
-    """ConfigError unless the base has the modules of `lora.target_modules`; its weights are not loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if config.lora.target_modules == [ALL_LINEAR]:
-        return
-    with torch.device("meta"):
-        adapter.with_targets(AutoModelForCausalLM.from_config(load_config(config.model)), config.lora)
+    """Raise ConfigError unless the base, whose weights are not loaded, has the target modules."""
+    if config.lora.target_modules != [ALL_LINEAR]:
+        adapter.with_targets(base.without_weights(config.model), config.lora)
 
 
 def _check_rl_prompts(texts: Texts, labels: list[Labelled]) -> None:
@@ -152,5 +160,7 @@ def _check_rl_prompts(texts: Texts, labels: list[Labelled]) -> None:
         complete = [row for row in rows if not loading.missing_fields(needed, [row_fields(row, renderer)])]
         labels = [Labelled(row, 2, {}) for row in complete or rows]
         slow = rl.prompts_per_step - rl.replay_prompts
+        if len(labels) < slow <= len(texts.rows["train"]):
+            return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
     RlPrompts.of(labels, renderer, rl, functions, texts.config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, Config, Voter
 from stages.data.rows import read
@@ -13,13 +14,17 @@ from stages.engines.in_process import choice_ids
 from stages.engines.openai.requests import max_reply_tokens
 from stages.errors import DataError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling.personas import persona_context, personas
+from stages.labelling.personas import held_out, persona_context, personas
+from stages.labelling.votes import tolerated
 from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 """Random rows that are tokenised; prompts with worked examples may have a thousand tokens each."""
@@ -29,11 +34,14 @@ class Texts:
     """The rows of `train` and of each benchmark, and samples of their texts, random ones first."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.tokenizer = config, load_tokenizer(config.model)
-        self.rows = {name: _load(section) for name, section in config.eval.benchmarks.items()}
-        self.rows["train"] = read(config.data) if config.data.path else []
+        self.config = config
+        self.rows = _Rows(config)
         self._training_rows: dict[str, list[Row]] = {}
         self._ballots: dict[str, list[list[ChoiceRequest]]] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.model)
 
     def training_rows(self, stage: str) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""
@@ -95,6 +103,19 @@ class Texts:
         return row.input_ids[: prompt_length(row)]
 
 
+class _Rows(dict[str, list[Example]]):
+    """Rows of `train` and of the benchmarks by name, each read when it is asked for first."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __missing__(self, name: str) -> list[Example]:
+        data, benchmarks = self._config.data, self._config.eval.benchmarks
+        rows = _load(benchmarks[name]) if name != "train" else read(data) if data.path else []
+        self[name] = rows
+        return rows
+
+
 def _load(section: BenchmarkSection) -> list[Example]:
     """The rows of a benchmark; none if another project's harness reads them."""
     module = benchmarks.pick(section.kind)
@@ -112,7 +133,7 @@ def generation_limit(section: BenchmarkSection) -> int:
 
 def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
     """Lengths of the texts that these steps read: prompts of voters and benchmarks, and training rows."""
-    config, rows, number = texts.config, texts.rows, len(texts.rows["train"])
+    config, rows = texts.config, texts.rows
     data, rl, stages = config.data, config.rl, {step.stage.name for step in steps}
     for name in (step.variant for step in steps if step.stage.name == "classify"):
         if config.labelling_strategy(name) != "vote" or not rows[name]:
@@ -122,15 +143,22 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
                 reply = 0 if voter.engine == "transformers" else max(map(max_reply_tokens, ballots))
                 lengths = Lengths.of(len(ballot.text) for ballot in ballots)
                 title = f"vote on {name}, {voter.persona}"
-                limit = _limit(config, voter.engine, reply)
-                yield Span(title, len(rows[name]), lengths, *limit, "fail", config.classify.max_failed)
+                limit = _limit(config, voter.engine, reply, voter.vllm)
+                asked = len(rows[name]) * voter.samples
+                known = len(held_out(config.classify.held_out)) * voter.samples
+                allowed = tolerated(asked + known, config.classify.max_failed) / voter.samples
+                yield Span(title, len(rows[name]), lengths, *limit, "fail", allowed)
     if stages & {"score", "sft"}:
         lengths = Lengths.of(len(row.input_ids) for row in texts.training_rows("sft"))
-        yield Span("row", number, lengths, "data.max_length", data.max_length, data.too_long)
+        yield Span("row", len(rows["train"]), lengths, "data.max_length", data.max_length, data.too_long)
     if "rl" in stages:
         prompt, completion = rl.max_prompt_length, rl.max_completion_length
-        yield Span("prompt of rl", number, texts.rl_prompts, "rl.max_prompt_length", prompt, rl.too_long)
-        yield Span("response", number, texts.responses, "rl.max_completion_length", completion, "cut")
+        yield Span(
+            "prompt of rl", len(rows["train"]), texts.rl_prompts, "rl.max_prompt_length", prompt, rl.too_long
+        )
+        yield Span(
+            "response", len(rows["train"]), texts.responses, "rl.max_completion_length", completion, "cut"
+        )
     evaluated = [step.variant.partition("@")[2] for step in steps if step.stage.name == "eval"]
     for name in dict.fromkeys(evaluated):
         if rows[name]:
@@ -140,12 +168,18 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
             yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)
 
 
-def _limit(config: Config, engine: str, reply: int) -> tuple[str, int | None]:
-    """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one."""
+def _limit(
+    config: Config, engine: str, reply: int, arguments: dict[str, Any] | None = None
+) -> tuple[str, int | None]:
+    """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one.
+
+    arguments: those of a voter's own vLLM server.
+    """
     if engine == "transformers":
         limit, name = max_positions(load_config(config.model)), "what the model reads"
     else:
-        limit, name = vllm.context_length(config.model, config.server, {}), "server.max_model_len"
+        limit = vllm.context_length(config.model, config.server, arguments or {})
+        name = "server.max_model_len"
     if limit is None:
         return name, None
     return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply

@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stages.config import ROUTED
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
@@ -67,14 +68,19 @@ def build_graph(cells: list[Cell]) -> dict[ArtifactId, Node]:
 
 
 def _command(cell: Cell, step: Step) -> list[str]:
-    sets = [argument for text in cell.overrides for argument in ("--set", text)]
+    # Engines are resolved here, because `auto` may give another one where the step runs: a node has a GPU,
+    # the login node that plans the sweep has none.
+    engines = [f"eval.engine={cell.config.eval.engine}"]
+    if cell.config.classify.strategy == "vote":
+        voters = [v.model_dump(mode="json", exclude_unset=True) for v in cell.config.classify.voters]
+        engines.append(f"classify.voters={json.dumps(voters)}")
+    sets = [argument for text in (*cell.overrides, *engines) for argument in ("--set", text)]
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
-        # Resolved here, because `auto` may give another engine where the step runs: a node has a GPU, the
-        # login node that plans the sweep has none.
-        sets = ["--set", f"eval.targets=[{target}]", "--set", f"eval.engine={cell.config.eval.engine}"]
-        return [*command, *sets, "--benchmark", benchmark]
+        # The answers that auto chooses from are current by then.
+        targets = ["sft", "rl", target] if target == ROUTED else [target]
+        return [*command, "--set", f"eval.targets=[{', '.join(targets)}]", "--benchmark", benchmark]
     return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
 
 

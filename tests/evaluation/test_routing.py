@@ -99,6 +99,30 @@ def test_the_page_compares_the_routings_and_speaks_of_rl_first(answered):
     assert "demo: rl answers" in page and "auto answers" not in page
 
 
+@pytest.mark.parametrize(
+    "voter",
+    [
+        "persona: steps, shots: 2",
+        "persona: effort, shots: 8",
+        "persona: steps, shots: 8, words: [a, b]",
+        "model: teacher, base_url: http://127.0.0.1:1",
+    ],
+)
+def test_another_question_to_the_base_makes_auto_stale_whatever_gave_the_labels(smoke, voter):
+    keys = []
+    for own in ("persona: steps, shots: 8", voter):
+        more = ("eval.targets=[sft, rl, auto]", "classify.strategy=random", f"classify.voters=[{{{own}}}]")
+        steps = plan_steps(resolved(smoke(*more)))
+        keys.append((steps["eval:auto@demo"].key, steps["eval:rl@demo"].key))
+    assert keys[0][0] != keys[1][0] and keys[0][1] == keys[1][1]
+
+
+def test_auto_needs_rows(smoke):
+    harness = "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}"
+    with pytest.raises(ConfigError, match="auto votes on rows, and h has none; the harness reads them"):
+        smoke("eval.targets=[sft, rl, auto]", harness)
+
+
 def test_auto_needs_the_answers_of_both_modes(smoke):
     with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
         smoke("eval.targets=[base, rl, auto]")

@@ -14,6 +14,7 @@ from torch import nn
 from stages import sft
 from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
+from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import loop, optimizers, resume
@@ -217,14 +218,14 @@ def test_system_1_may_learn_to_answer_at_once(tiny):
         row(2, 1, "Nothing to verify.", None),
     ]  # fmt: skip
     section = SftSection(system1_targets="answer", system2_share=0.5)
-    given = sft._examples(labels, section, 0)
+    given = examples.trained_by_sft(labels, section, 0)
     assert [e.response for e in given] == ["#### 4", "Slowly.\n#### 5", "Nothing to verify."]
     renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
     trained = [t for t in renderer.row(given[0]).labels if t != IGNORED]
     assert renderer.tokenizer.decode(trained) == f"#### 4{renderer.end}"
-    assert [e.response for e in sft._examples(labels, SftSection(), 0)][0] == "Two and two.\n#### 4"
+    assert [e.response for e in examples.trained_by_sft(labels, SftSection(), 0)][0] == "Two and two.\n#### 4"
     with pytest.raises(DataError, match="none of 1 System 1 rows has a verifiable answer"):
-        sft._examples(labels[1:], section, 0)
+        examples.trained_by_sft(labels[1:], section, 0)
 
 
 def test_undecided_rows_are_trained_by_neither_stage(begun):
@@ -300,7 +301,7 @@ def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
 
 def test_the_cold_start_is_a_share_of_the_system_1_rows():
     rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
-    found = sft._examples(rows, SftSection(system2_share=0.3), 0)
+    found = examples.trained_by_sft(rows, SftSection(system2_share=0.3), 0)
     assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3
 
 

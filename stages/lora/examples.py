@@ -1,0 +1,49 @@
+"""The labelled examples that score and SFT read."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from stages.config import ScoreSection, SftSection
+from stages.errors import DataError
+from stages.records import Example, Labelled, examples_of_system, labelled_examples
+
+
+def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, list[Example]]:
+    """A random sample of each system's examples; DataError if a system has none."""
+    samples = {}
+    for system in (1, 2):
+        examples = examples_of_system(labels, system)
+        number = min(score.examples, len(examples))
+        samples[system] = random.Random(f"{seed} score {system}").sample(examples, number)
+    return samples
+
+
+def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
+    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
+
+    DataError if System 1 is to answer at once and none of its rows has an answer to give.
+    """
+    labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
+    if sft.data == "all":
+        return labelled_examples(labels)
+    system1 = examples_of_system(labels, 1)
+    if sft.system1_targets == "answer" and not any(example.gold for example in system1):
+        raise DataError(
+            f"sft.system1_targets is answer, and none of {len(system1)} System 1 rows has a verifiable "
+            "answer",
+            "rows need `gold`, or a response that ends in `#### answer`",
+        )
+    cold_rows = round(sft.system2_share * len(system1))
+    system2 = examples_of_system(labels, 2) if cold_rows else []
+    cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
+    chosen = {example.id for example in [*system1, *cold_start]}
+    return [row.example for row in labels if row.example.id in chosen]
+
+
+def _at_once(row: Labelled) -> Labelled:
+    """A System 1 row that teaches its answer without the steps to it."""
+    if row.system != 1 or row.example.gold is None:
+        return row
+    return replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))
