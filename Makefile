@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs dist fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,10 @@ reference: $(READY) ## Write the guide's reference pages and schemas from the co
 
 docs: $(READY) ## Build the guide as a site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(READY) ## Build the source archive and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .
