@@ -1,6 +1,8 @@
 """The wheel is whole: built from the source archive, installed alone, it runs the pipeline in any folder."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,13 +56,24 @@ def test_the_wheel_has_every_file_and_links_that_lead_somewhere(wheel):
     assert "lorapar init --example demo" in text and text.count("](") == text.count("](https://")
 
 
+def script() -> str:
+    """The cells of `docs/quickstart.ipynb` as a script of the shell."""
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    commands = [
+        re.sub("^!", "", text, flags=re.M) if text.startswith("!") else f"python -P - <<'END'\n{text}\nEND"
+        for text in texts
+    ]
+    return "\n".join(["set -e", *commands])
+
+
 @pytest.mark.slow
-def test_the_smoke_run_from_the_wheel_alone(wheel, tmp_path):
+def test_the_notebook_runs_from_the_wheel_alone(wheel, tmp_path):
     """The new environment has lorapar, and takes all other packages from the one that runs the tests."""
     environment, home = tmp_path / "environment", tmp_path / "home"
     home.mkdir()
     run(sys.executable, "-m", "venv", "--without-pip", environment)
-    python, lorapar = environment / "bin/python", environment / "bin/lorapar"
+    python = environment / "bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     others = [path for path in sys.path if path.endswith("-packages")]
@@ -68,14 +81,6 @@ def test_the_smoke_run_from_the_wheel_alone(wheel, tmp_path):
     for module in ("lorapar_cli", "stages"):
         file = run(python, "-P", "-c", f"import {module}; print({module}.__file__)", cwd=home)
         assert Path(file.strip()).is_relative_to(environment)
-    commands = (
-        "init --example smoke",
-        "fetch tiny-random",
-        "demo-data data/demo",
-        "run smoke.yaml",
-        "report smoke.yaml --out report",
-    )
-    for command in commands:
-        run(lorapar, *command.split(), cwd=home)
+    path = f"{environment / 'bin'}:{os.environ['PATH']}"
+    run("env", f"PATH={path}", "bash", "-c", script(), cwd=home)
     assert (home / "report/report.html").exists()
-    assert "nothing to do" in run(lorapar, "run", "smoke.yaml", cwd=home)
