@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "configs", "lorapar_cli", "stages")
 
@@ -54,6 +56,15 @@ def test_the_wheel_has_every_file_and_links_that_lead_somewhere(wheel):
     assert packed == sources | examples
     text = metadata.get_payload()
     assert "lorapar init --example demo" in text and text.count("](") == text.count("](https://")
+
+
+def test_pinned_versions_are_in_the_declared_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        assert pins[requirement.name] in requirement.specifier
 
 
 def script() -> str:
