@@ -70,10 +70,13 @@ def command(
         raise ConfigError(
             "init needs DATA and --model NAME, or --example NAME", "to start with an example: --example demo"
         )
+    _write_config(data, model, out or Path(Path(data).name.split(".")[0] + ".yaml"), labels, tests or [])
+
+
+def _write_config(data: str, model: str, path: Path, labels: str | None, tests: list[str]) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
 
-    path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
@@ -81,7 +84,7 @@ def command(
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
     _go_on_in_child()
-    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
+    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
     profile = survey(
         ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
     )
