@@ -13,7 +13,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs dist constraints fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,10 +88,17 @@ reference: $(READY) ## Write the guide's reference pages and schemas from the co
 docs: $(READY) ## Build the guide as a site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+dist: $(READY) ## Build the source archive and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+constraints: $(READY) ## Write the versions that are installed here to .ci/constraints.txt
+	$(BIN)/python .ci/constraints.py
+
 fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove runs, the demonstration set and fetched models, and nothing of yours
-	rm -rf runs site data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
+	rm -rf runs site dist data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
 	rmdir --ignore-fail-on-non-empty data models 2>/dev/null || true

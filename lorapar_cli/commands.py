@@ -8,7 +8,7 @@ import textwrap
 ABOUT = "LoRA-PAR: split LoRA elements and data into System 1 and System 2, and train each apart."
 GROUPS = {
     "From your rows to a served model": {
-        "init": "Read your rows and write a config that fits them and the model, with reasons.",
+        "init": "Read your rows and write a config that fits them and the model; or copy an example.",
         "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
         "run": "Run every stage that is missing or stale, each in its own process.",
         "report": "Write a page on one run, or on tables, with intervals and published values.",

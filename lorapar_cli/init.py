@@ -1,4 +1,4 @@
-"""`lorapar init`: from a file of rows and a model to a config, with every choice and its reason."""
+"""`lorapar init`: from rows and a model to a config, with every choice and its reason; or an example."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
-from stages.errors import LoraparError, MissingInputError, OutputError
+from stages.errors import ConfigError, LoraparError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 from stages.runtime import process_guard
@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 
 def command(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="DATA",
             help="Training rows: a file, or a hub id without subsets.",
         ),
-    ],
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")],
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The config; by default the rows' name.yaml.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The config; by default the name of the rows, or of the example."
+        ),
     ] = None,
     labels: Annotated[
         str | None,
@@ -44,12 +49,34 @@ def command(
     tests: Annotated[
         list[str] | None, typer.Option("--test", metavar="FILE", help="Rows to evaluate on; repeatable.")
     ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            "--example",
+            metavar="NAME",
+            help="Without rows: copy a config or table that comes with lorapar, such as demo. "
+            "Their names: lorapar list examples.",
+        ),
+    ] = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
+    if example is not None:
+        if data or model or labels or tests:
+            raise ConfigError(
+                f"--example {example} takes no rows and no model", "only --out may stand beside it"
+            )
+        return _write_example(example, out)
+    if data is None or model is None:
+        raise ConfigError(
+            "init needs DATA and --model NAME, or --example NAME", "to start with an example: --example demo"
+        )
+    _write_config(data, model, out or Path(Path(data).name.split(".")[0] + ".yaml"), labels, tests or [])
+
+
+def _write_config(data: str, model: str, path: Path, labels: str | None, tests: list[str]) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
 
-    path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
@@ -57,7 +84,7 @@ def command(
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
     _go_on_in_child()
-    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests or ())]
+    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
     profile = survey(
         ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
     )
@@ -81,6 +108,14 @@ def command(
         path.unlink()
         raise
     terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
+
+
+def _write_example(name: str, out: Path | None) -> None:
+    from stages.init import examples
+
+    paths = examples.write(name, out)
+    commands = "; ".join(examples.next_commands(paths[0]))
+    terminal.say(f"wrote {', '.join(map(str, paths))}; next: {commands}")
 
 
 def _go_on_in_child() -> None:

@@ -11,7 +11,9 @@ from stages.errors import ConfigError
 def command(
     kind: Annotated[
         str | None,
-        typer.Argument(help="scorers, strategies, rewards, benchmarks, engines or personas; all by default."),
+        typer.Argument(
+            help="scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
+        ),
     ] = None,
 ) -> None:
     choices = kinds()
@@ -24,6 +26,7 @@ def kinds() -> dict[str, dict[str, str]]:
     """Map kind → name → one-line description."""
     from stages.engines import engines
     from stages.evaluation.benchmarks import benchmarks
+    from stages.init import examples
     from stages.labelling.personas import personas
     from stages.lora.importance.scorers import scorers
     from stages.lora.importance.strategies import strategies
@@ -36,4 +39,5 @@ def kinds() -> dict[str, dict[str, str]]:
         "benchmarks": benchmarks.describe(),
         "engines": engines.describe(),
         "personas": personas.describe(),
+        "examples": examples.describe(),
     }

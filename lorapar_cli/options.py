@@ -11,7 +11,7 @@ from stages.config import Config
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; lorapar init writes one.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
 ]

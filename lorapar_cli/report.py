@@ -31,7 +31,7 @@ def command(
 ) -> None:
     if missing := [path for path in paths if not path.is_file()]:
         raise MissingInputError(
-            f"no file {missing[0]}", "name table files, as in configs/tables, or one config"
+            f"no file {missing[0]}", "name table files, or one config; examples: lorapar list examples"
         )
     if is_table(paths[0]):
         _report_tables(paths, out, base, only, column, seeds, set_, max_cells)

@@ -22,7 +22,9 @@ from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as plan_table
 
 MAX_JOBS = 1024
-TablePaths = Annotated[list[Path], typer.Argument(metavar="TABLE…", help="YAML files; see configs/tables/.")]
+TablePaths = Annotated[
+    list[Path], typer.Argument(metavar="TABLE…", help="YAML files; lorapar init --example copies one.")
+]
 Base = Annotated[
     Path | None, typer.Option(metavar="CONFIG", help="Use this config instead of the table's own.")
 ]

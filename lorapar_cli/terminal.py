@@ -216,5 +216,6 @@ def places(store: Store, steps: dict[str, Step]) -> None:
 def choices(kinds: dict[str, dict[str, str]]) -> None:
     for kind, names in kinds.items():
         print(kind)
+        width = max(14, *map(len, names))
         for name, text in names.items():
-            print(f"  {name:<14} {text}")
+            print(f"  {name:<{width}} {text}")

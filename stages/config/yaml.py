@@ -51,7 +51,7 @@ def read_with_extends(
     """
     if not path.is_file():
         raise MissingInputError(
-            f"no config file {path}", "see configs/, or print the defaults: lorapar config"
+            f"no config file {path}", "write one with lorapar init, or print the defaults: lorapar config"
         )
     if path.resolve() in extended_by:
         raise ConfigError(f"{path} extends itself")

@@ -223,7 +223,7 @@ def is_table(path: Path) -> bool:
 def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
     """Read and check a table file of at most `max_cells` rows. Like a config, it may extend another one."""
     if not path.is_file():
-        raise MissingInputError(f"no table file {path}", "see configs/tables/")
+        raise MissingInputError(f"no table file {path}", "an example: lorapar init --example tables/theta")
     try:
         file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """What SFT and RL can be told: optimizers, learning rates, where to start, which rows to train on."""
 
+import importlib.util
 import json
-import os
 import re
 from types import SimpleNamespace
 
@@ -182,20 +182,26 @@ def test_history_has_every_step(begun):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec  # TRL, which may be imported only now, asks it for PEFT
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: find_spec(name, *a) if name != "trackio" else None
+    )
     with pytest.raises(ConfigError, match="report_to: trackio is not installed") as caught:
         make_step(begun("sft.report_to=[trackio]", "sft.learning_rate=0.0123"), "sft")
     assert caught.value.hint == "pip install trackio"
 
 
-def test_tensorboard_gets_a_folder_that_stays(begun, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
-    section = begun("sft.report_to=[tensorboard]").sft
-    made = loop.arguments(section, 2, 0, Checkpoints(tmp_path / "sft/checkpoints/0123", ""))
-    assert made["report_to"] == ["tensorboard"]
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard/sft-0123")
+    config = own(*SFT, "sft.report_to=[tensorboard]")
+    artifact = make_step(config, "sft")
+    log = events.EventAccumulator(str(config.root / f"tensorboard/sft-{artifact.path.name}")).Reload()
+    history = json.loads((artifact.path / "history.json").read_text())
+    assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(
+        [row["loss"] for row in history]
+    )
 
 
 def test_rows_that_do_not_teach_to_stop_are_named(own):

@@ -49,7 +49,7 @@ def test_mistakes_of_all_tables_are_said_at_once(two, lorapar):
 def test_two_missing_files_are_missing_files(tmp_path, lorapar):
     done = lorapar("sweep", tmp_path / "a.yaml", tmp_path / "b.yaml", "--dry-run")
     assert done.code == 66 and "a.yaml" in done.err and "b.yaml" in done.err
-    assert "hint: see configs/tables/" in done.err
+    assert "hint: an example: lorapar init --example tables/" in done.err
 
 
 def test_how_many_cells_share_a_stage_is_said(two, lorapar):

@@ -1,0 +1,90 @@
+"""The example configs and tables that come with lorapar, copied with the files that they refer to."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages import escaping
+from stages.config.yaml import read_with_extends, read_yaml
+from stages.errors import ConfigError, OutputError
+from stages.models.bundled import MAKERS
+from stages.store.artifacts import refuse_store
+
+FOLDER = (Path(__file__).parent / "configs").resolve()
+"""The repository's `configs/`, to which a link leads; in a wheel there are its files in place of the link."""
+
+
+def names() -> list[str]:
+    """The paths below FOLDER without `.yaml`, those at its top first."""
+    paths = [path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml")]
+    return [str(path) for path in sorted(paths, key=lambda path: (len(path.parts) > 1, path))]
+
+
+def describe() -> dict[str, str]:
+    """Map each name to the first sentence of its file's comment."""
+    return {name: _first_sentence(_text(_source(name))) for name in names()}
+
+
+def write(name: str, out: Path | None) -> list[Path]:
+    """Copy the example to `out`, or to its name below the current folder; returns the files it consists of.
+
+    Files that it refers to are written to their own names below the current folder, so that the references
+    hold; such an example cannot have another name. Comments name files as they are there. A file that
+    exists with the same text stays; OutputError if one has another text.
+    """
+    if name not in names():
+        raise ConfigError(f"no example {name!r}", f"choose from: {', '.join(names())}")
+    sources = list(_with_references(_source(name)))
+    if out and len(sources) > 1:
+        raise OutputError(f"--out {out}: {name} refers to other files, so it keeps its name", "without --out")
+    texts = {out or source.relative_to(FOLDER): _text(source) for source in sources}
+    for path, text in texts.items():
+        refuse_store(path)
+        if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+            raise OutputError(f"{path} exists already", "another name: --out FILE, or another folder")
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(texts)
+
+
+def next_commands(path: Path) -> list[str]:
+    """The commands that an example needs next: what makes its model and data, and what plans it."""
+    settings = read_with_extends(path)
+    is_table = "columns" in settings
+    config = read_with_extends(path.parent / settings["base"]) if is_table else settings
+    commands = []
+    model = Path(config["model"]["name"])
+    if str(model.parent) == "models" and model.name in MAKERS:
+        commands.append(f"lorapar fetch {model.name}")
+    data = Path(config.get("data", {}).get("path", "")).parent
+    if str(data) in ("data/demo", "data/demo-long"):
+        commands.append(f"lorapar demo-data {data}" + (" --long" if data.name == "demo-long" else ""))
+    return [*commands, f"lorapar {'sweep --dry-run' if is_table else 'plan'} {escaping.shell(str(path))}"]
+
+
+def _source(name: str) -> Path:
+    return FOLDER / f"{name}.yaml"
+
+
+def _with_references(source: Path) -> Iterator[Path]:
+    """Yield a file, and every file that it `extends` or that it, or a row of it, has as `base`."""
+    yield source
+    settings: dict[str, Any] = read_yaml(source, str(source))
+    rows = settings.get("rows", {}).values()
+    for reference in (settings.get("extends"), *(section.get("base") for section in (settings, *rows))):
+        if reference:
+            yield from _with_references((source.parent / reference).resolve())
+
+
+def _text(source: Path) -> str:
+    """The text of a copy: without the link to the repository's schema and `configs/` before file names."""
+    text = source.read_text(encoding="utf-8")
+    return re.sub(r"^# yaml-language-server: .*\n", "", text).replace("configs/", "")
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment, or what stands before its commands."""
+    comment = re.findall(r"^# (.*)$", text, re.M)
+    return re.split(r"(?<=\.) |:?  ", " ".join(comment))[0]
