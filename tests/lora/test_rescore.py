@@ -87,7 +87,9 @@ def test_a_page_has_the_elements_of_both(begun):
     made = make_steps(config, "score", "partition", "sft")
     parts = elements.parts(config, {name: artifact for name, (artifact, _) in made.items()})
     at = parts.index(Text("For RL the elements were scored again, at the adapter of SFT."))
-    assert [type(part) for part in parts[:at]] == [type(part) for part in parts[at + 1 :]]
+    *of_sft, maps_text, maps = parts[:at]  # the maps are of SFT's elements alone
+    assert [type(part) for part in of_sft] == [type(part) for part in parts[at + 1 :]]
+    assert "How to read the maps" in maps_text.text and len(maps.figures) == 3
     assert parts[0].rows != parts[at + 1].rows
     drawn = [picture.svg for part in parts if isinstance(part, Pictures) for picture in part.figures]
     assert len(set(drawn)) == len(drawn)
