@@ -133,7 +133,7 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
 
 
 def _room() -> str:
-    """How large a voter this machine holds, in 16 bits, with a fifth of its memory to spare."""
+    """Say how large a voter this machine holds in 16 bits, with a fifth of its memory to spare."""
     mib = resources.total_memory()
     return f"the {mib / 1024:.0f} GiB here hold one of {0.8 * mib * 2**20 / 2 / 1e9:.0f} billion parameters"
 
