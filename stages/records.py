@@ -24,6 +24,7 @@ class Example:
     id: str
     prompt: str
     response: str
+    """Empty if the row has none: it can be voted on, and rewarded, and not imitated."""
     gold: str | None
     """Verifiable final answer, if the response has one."""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -66,6 +66,8 @@ def run(
         return summary
     fsdp.shard_base(peft_model, score.launch)
     labels = read_labels(job.labels)
+    if left_out := len(labels) - len(examples.with_response(labels)):
+        summary["without_response"] = left_out
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     scores = {}
     for system, chosen in examples.scored(labels, score, seed).items():

@@ -83,7 +83,9 @@ def run(
     title = f"sft on {len(rows)} rows"
     trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
-    return {"rows": len(rows), "too_long": too_long, "prompt": renderer.digest(), **summary}
+    left_out = len(labels) - len(examples.with_response(labels))
+    without = {"without_response": left_out} if left_out else {}
+    return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
 
 
 def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:

@@ -66,8 +66,11 @@ class SourceSection(Section):
         "each conversation; messages_all: every answer.",
     )
     limit: int | None = setting(None, "Use only the first N rows; none: all.", gt=0)
-    empty: Literal["error", "drop"] = setting(
-        "error", "What to do with rows whose prompt or response is empty.", advanced=True
+    empty: Literal["error", "drop", "keep"] = setting(
+        "error",
+        "What to do with rows that have no prompt, or no response and neither gold nor test; keep: those "
+        "without a response take part in votes and RL, for rewards of your own.",
+        advanced=True,
     )
     duplicates: Literal["error", "first"] = setting(
         "error",

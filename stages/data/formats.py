@@ -33,18 +33,26 @@ SYNONYMS = {"context": "input", "response": "output", "conversations": "messages
 """Names of fields in Dolly and ShareGPT → those here."""
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 PREFERENCES = {"chosen", "rejected"}
+RESPONSES = {"answer", "output", "completion"}
+VERIFYING = ("gold", "test")
+"""Fields of which one lets RL reward an answer; a row with one of them may have no response."""
 
 
 class EmptyRowError(ValueError):
-    """Raised for a row with an empty prompt or response."""
+    """Raised for a row with an empty prompt, or with neither a response nor a way to verify one."""
 
 
-def detect(where: str, row: dict[str, Any]) -> str:
-    """Return the first format whose fields a row has; DataError if there is none."""
+def detect(where: str, row: dict[str, Any], keeps_empty: bool = False) -> str:
+    """Return the first format whose fields a row has; DataError if there is none.
+
+    A row that does without a response may lack its field; see `examples`.
+    """
     names = {SYNONYMS.get(name, name) for name in row}
-    for kind, required in FIELDS.items():
-        if names >= set(required):
-            return kind
+    assumed = RESPONSES if keeps_empty or names & set(VERIFYING) else set()
+    for present in (names, names | assumed):
+        for kind, required in FIELDS.items():
+            if present >= set(required):
+                return kind
     if row.keys() >= PREFERENCES:
         raise DataError(
             f"{where}: preference pairs (chosen, rejected) are not supported",
@@ -56,41 +64,49 @@ def detect(where: str, row: dict[str, Any]) -> str:
     )
 
 
-def examples(kind: str, row: dict[str, Any]) -> list[Example]:
-    """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`."""
+def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[Example]:
+    """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`.
+
+    A row whose answers can be verified by one of its fields, or any row with `keeps_empty`, may have no
+    response: it makes an example whose response is empty.
+    """
+    may_lack = keeps_empty or any(row.get(name) for name in VERIFYING)
     if kind == "alpaca":
         row = _with_one_name(row)
-        prompt = _instruction(row)
-        return [_example(prompt, [], _answer(row, "output"), row, {"instruction", "input", "output"})]
+        answer = _answer(row, "output", may_lack)
+        return [_example(_instruction(row), [], answer, row, {"instruction", "input", "output"}, may_lack)]
     if kind.startswith("messages"):
-        chats = _conversations(row.get("messages", row.get("conversations")))
+        chats = _conversations(row.get("messages", row.get("conversations")), may_lack)
         answered = [chat for chat in chats if chat[0].strip() and chat[2].strip()]
         chosen = answered if kind == "messages_all" and answered else chats[-1:]
         used = {"messages", "conversations"}
-        return [_example(prompt, turns, response, row, used) for prompt, turns, response in chosen]
+        return [_example(prompt, turns, response, row, used, may_lack) for prompt, turns, response in chosen]
     prompt_field, response_field = FIELDS[kind]
-    prompt = text_field(row, prompt_field)
-    return [_example(prompt, [], _answer(row, response_field), row, {prompt_field, response_field})]
+    prompt, answer = text_field(row, prompt_field), _answer(row, response_field, may_lack)
+    return [_example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)]
 
 
 def _example(
-    prompt: str, turns: list[list[str]], answer: Any, row: dict[str, Any], used: set[str]
+    prompt: str, turns: list[list[str]], answer: Any, row: dict[str, Any], used: set[str], may_lack: bool
 ) -> Example:
     """Make an example; an answer that is a number or a boolean is verifiable as it stands."""
     is_text = isinstance(answer, str)
     if not is_text and "choices" in row:
         raise ValueError("the answer is not text, and the row has choices: write the text of the right one")
     response = answer if is_text else _plain_answer(answer)
-    if not prompt.strip() or not response.strip():
+    if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
-    named = [prompt, response] if not turns else [prompt, response, turns]
-    return Example(id_of(named), prompt, response, gold, extra, turns)
+    # Without a response, two rows with one prompt are told apart by the answer that is right.
+    named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
+    return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns)
 
 
-def _answer(row: dict[str, Any], name: str) -> Any:
-    """Return the field with the answer; EmptyRowError if it is there and null."""
+def _answer(row: dict[str, Any], name: str, may_lack: bool) -> Any:
+    """Return the field with the answer, empty if it may be lacking; EmptyRowError if it is there and null."""
+    if row.get(name) is None and may_lack:
+        return ""
     if name in row and row[name] is None:
         raise EmptyRowError("prompt or response is empty")
     return row.get(name)
@@ -151,14 +167,19 @@ def _with_one_name(row: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
-    """Return prompt, earlier turns and response of each answer; the first prompt gets the system message."""
+def _conversations(messages: Any, may_lack: bool) -> list[tuple[str, list[list[str]], str]]:
+    """Return prompt, earlier turns and response of each answer; the first prompt gets the system message.
+
+    may_lack: the chat may end with the user, whose prompt then has an empty response.
+    """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages must be a list of objects with role and content")
     turns = [_turn(message) for message in messages]
     head = ""
     if turns[0][0] == "system":
         (_, head), turns = turns[0], turns[1:]
+    if may_lack and turns and turns[-1][0] == "user":
+        turns.append(("assistant", ""))
     roles = [role for role, _ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         expected = "user and assistant in turns, after an optional system"

@@ -1,7 +1,8 @@
 """Reads a source of rows, a file or a hub data set, into Examples.
 
 `files.py` reads files, and `formats.py` knows the fields of a row. Any row may have a field `gold`, its
-verifiable answer. If it has none, the answer is read from `#### answer` in the response.
+verifiable answer. If it has none, the answer is read from `#### answer` in the response. A row with such an
+answer, or with a test, may have no response.
 """
 
 import json
@@ -50,11 +51,14 @@ def read(source: SourceSection) -> list[Example]:
 def read_rows(source: SourceSection) -> Rows:
     """Read like `read`, and also return the format and how many rows were left out."""
     rows, where = raw_rows(source), str(source.path)
-    kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1])
+    keeps = source.empty == "keep"
+    kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1], keeps)
     log.info("%s: %d rows, %s", where, len(rows), formats.NAMES[kind])
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
-    located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row), needs, rows)
+    located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
+    if unanswered := sum(not example.response for example in examples):
+        log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
 
 

@@ -107,6 +107,11 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
             "how the model is told to end in `#### answer`: its chat template takes no system message, and "
             "SFT alone teaches it"
         )
+    if profile.unanswered:
+        questions.append(
+            f"what is imitated: {profile.unanswered} of {total} rows have no response, so they are voted on "
+            "and rewarded, and score and SFT leave them out; both need some rows of each system with one"
+        )
     if profile.system2_rows == 0:
         questions.append("what RL trains on: no row is labelled System 2")
     if profile.system2_rows == len(profile.rows.examples):
@@ -194,6 +199,9 @@ def _rl(profile: DataProfile) -> list[Choice]:
     defaults = Config.model_fields["rl"].default
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
+    if profile.unanswered == len(profile.rows.examples):
+        response = defaults.max_completion_length
+        response_why = f"no row has one, so {response} is a guess"
     completion = -(-round(response * ROOM) // STEP) * STEP
     if profile.positions is not None and prompt + completion > profile.positions:
         completion = max(profile.positions - prompt, profile.positions // 4)

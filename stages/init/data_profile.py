@@ -36,6 +36,8 @@ class DataProfile:
     prompt: Lengths
     response: Lengths
     row: Lengths
+    unanswered: int
+    """Number of rows without a response, which are not in `response`, unless none has one."""
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
     ignores_system: int
@@ -81,6 +83,8 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         renderer = Renderer(tokenizer, section)
     rendered = [renderer.row(example) for example in rows.examples]
     prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
+    triples = zip(rows.examples, rendered, prompts, strict=True)
+    answered = [(row, length) for example, row, length in triples if example.response]
     first = rendered[0].input_ids
     labels = [system_of(example.extra.get("system")) for example in rows.examples]
     positions, linear = _model(model)
@@ -88,8 +92,11 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         rows=rows,
         answers=kinds,
         prompt=Lengths.of(prompts),
-        response=Lengths.of([len(row.labels) - n for row, n in zip(rendered, prompts, strict=True)]),
+        response=Lengths.of(
+            [len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]
+        ),
         row=Lengths.of([len(row.labels) for row in rendered]),
+        unanswered=len(rendered) - len(answered),
         system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
             label is None and isinstance(example.extra.get("system"), str)

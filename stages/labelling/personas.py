@@ -122,7 +122,7 @@ def _chat(system: str, example: Example, context: PersonaContext, question: str)
         f"{system1}: immediate recall, plain reading comprehension, or one simple step. "
         f"{system2}: several steps of reasoning, chaining of facts, or a complex inference."
     )
-    answer = f"\nAnswer: {example.response}" if context.show_answer else ""
+    answer = f"\nAnswer: {example.response}" if context.show_answer and example.response else ""
     user = (
         f"{criteria}\n\nQuestion: {example.conversation}{answer}\n\n{question} Answer {system1} or {system2}."
     )
@@ -157,7 +157,8 @@ def simplicity(example: Example, context: PersonaContext) -> ChoiceRequest:
 
 
 def _question(question: str, answer: str, context: PersonaContext) -> str:
-    return f"Question: {question}" + (f"\nAnswer: {_reasoning(answer)}" if context.show_answer else "")
+    is_shown = context.show_answer and answer
+    return f"Question: {question}" + (f"\nAnswer: {_reasoning(answer)}" if is_shown else "")
 
 
 def _reasoning(answer: str) -> str:

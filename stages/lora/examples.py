@@ -10,11 +10,16 @@ from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
 
 
+def with_response(labels: list[Labelled]) -> list[Labelled]:
+    """The rows that can be imitated."""
+    return [row for row in labels if row.example.response]
+
+
 def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, list[Example]]:
-    """A random sample of each system's examples; DataError if a system has none."""
+    """A random sample of each system's examples that have a response; DataError if a system has none."""
     samples = {}
     for system in (1, 2):
-        examples = examples_of_system(labels, system)
+        examples = _examples_with_response(labels, system)
         number = min(score.examples, len(examples))
         samples[system] = random.Random(f"{seed} score {system}").sample(examples, number)
     return samples
@@ -23,12 +28,15 @@ def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, 
 def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
     """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
 
-    DataError if System 1 is to answer at once and none of its rows has an answer to give.
+    Only those that have a response. DataError if System 1 is to answer at once and none of its rows has an
+    answer to give.
     """
     labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
+        if labels and not (labels := with_response(labels)):
+            raise DataError("no row has a response for SFT to imitate", "RL alone: rl.start_from=init")
         return labelled_examples(labels)
-    system1 = examples_of_system(labels, 1)
+    system1 = _examples_with_response(labels, 1)
     if sft.system1_targets == "answer" and not any(example.gold for example in system1):
         raise DataError(
             f"sft.system1_targets is answer, and none of {len(system1)} System 1 rows has a verifiable "
@@ -36,10 +44,23 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[E
             "rows need `gold`, or a response that ends in `#### answer`",
         )
     cold_rows = round(sft.system2_share * len(system1))
-    system2 = examples_of_system(labels, 2) if cold_rows else []
+    system2 = _examples_with_response(labels, 2) if cold_rows else []
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
     chosen = {example.id for example in [*system1, *cold_start]}
     return [row.example for row in labels if row.example.id in chosen]
+
+
+def _examples_with_response(labels: list[Labelled], system: int) -> list[Example]:
+    """The examples of a system that can be imitated; DataError if there is none."""
+    examples = examples_of_system(labels, system)
+    answered = [example for example in examples if example.response]
+    if not answered:
+        raise DataError(
+            f"none of {len(examples)} rows labelled System {system} has a response",
+            "score and a cold start imitate responses: give some rows one, or choose partition.strategy=all "
+            "and sft.system2_share=0",
+        )
+    return answered
 
 
 def _at_once(row: Labelled) -> Labelled:

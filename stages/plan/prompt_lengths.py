@@ -46,9 +46,10 @@ class Texts:
     def training_rows(self, stage: str) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""
         section = getattr(self.config, stage).prompt or self.config.prompt
-        if (key := section.model_dump_json()) not in self._training_rows:
+        rows = [row for row in self.rows["train"] if row.response or stage == "rl"]
+        if (key := f"{len(rows)} {section.model_dump_json()}") not in self._training_rows:
             renderer = Renderer(self.tokenizer, section)
-            examples = sampled(self.rows["train"], TRAINING_SAMPLE)
+            examples = sampled(rows, TRAINING_SAMPLE)
             self._training_rows[key] = [renderer.row(example) for example in examples]
         return self._training_rows[key]
 
@@ -68,7 +69,8 @@ class Texts:
 
     @cached_property
     def responses(self) -> Lengths:
-        return Lengths.of(len(row.labels) - prompt_length(row) for row in self.training_rows("rl"))
+        rows = self.training_rows("sft") or self.training_rows("rl")
+        return Lengths.of(len(row.labels) - prompt_length(row) for row in rows)
 
     def ballots(self, name: str) -> list[list[ChoiceRequest]]:
         """Tokenised requests about these rows by voter; none for voters other than the base."""

@@ -143,7 +143,7 @@ def row_fields(example: Example, renderer: Renderer) -> dict[str, Any]:
         "id": example.id,
         "question": example.conversation,
         "gold": example.gold,
-        "response": example.response,
+        "response": example.response or None,
         "answer_format": renderer.section.answer_format,
         "prompt": renderer.prompt(example.prompt, example=example),
     }

@@ -1,0 +1,128 @@
+"""Rows without a response: voted on and rewarded, and neither scored nor imitated."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import labels_of, make_steps
+
+from stages.config import DataSection, ScoreSection, SftSection
+from stages.data.rows import read
+from stages.errors import DataError
+from stages.labelling.personas import PersonaContext, personas
+from stages.lora import examples
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
+from stages.plan.preflight import problems
+from stages.plan.prompt_lengths import Texts
+from stages.records import Example, Labelled
+
+
+def _read(tmp_path, *rows, **settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read(DataSection(path=str(path), **settings))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "2 + 3?", "gold": 5},
+        {"question": "2 + 3?", "answer": None, "gold": "5"},
+        {"question": "2 + 3?", "answer": " ", "gold": "5"},
+        {"instruction": "2 + 3?", "gold": "5"},
+        {"instruction": "2 + 3?", "context": "", "response": "", "gold": "5"},
+        {"prompt": "2 + 3?", "gold": "5"},
+        {"messages": [{"role": "user", "content": "2 + 3?"}], "gold": "5"},
+    ],
+    ids=lambda row: ", ".join(row),
+)
+def test_a_row_with_a_verifiable_answer_needs_no_response(tmp_path, row):
+    [example] = _read(tmp_path, row)
+    assert (example.prompt, example.response, example.gold) == ("2 + 3?", "", "5")
+
+
+def test_a_test_verifies_too_and_keep_takes_what_a_reward_of_one_s_own_reads(tmp_path):
+    [example] = _read(tmp_path, {"prompt": "Write f.", "test": "assert f()", "entry_point": "f"})
+    assert example.response == "" and example.extra["test"] == "assert f()"
+    own = {"prompt": "Write f.", "rubric": "short"}
+    with pytest.raises(DataError, match="cannot tell the format"):
+        _read(tmp_path, own)
+    assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
+
+
+def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
+    rows = [{"prompt": "Any even number?", "gold": gold} for gold in ("2", "4")]
+    assert len({example.id for example in _read(tmp_path, *rows)}) == 2
+    with pytest.raises(DataError, match="duplicate id"):
+        _read(tmp_path, rows[0], rows[0])
+
+
+def test_ids_of_rows_with_a_response_are_as_before(tmp_path):
+    """Votes and labels are filed under them."""
+    [example] = _read(tmp_path, {"question": "2 + 3?", "answer": "5\n#### 5"})
+    assert example.id == "8bb01108ea572742"
+
+
+def test_voters_see_no_empty_answer():
+    example = Example("a", "2 + 3?", "", "5")
+    for name in personas.names():
+        request = personas.pick(name)(example, PersonaContext("m", show_answer=True))
+        assert "Answer:" not in str(request.text)
+
+
+ROWS = [
+    Labelled(Example(f"r{i}", f"{i}?", "" if i % 3 == 0 else f"#### {i}", str(i)), 1 + i % 2, {})
+    for i in range(24)
+]
+
+
+def test_score_and_sft_read_rows_with_a_response():
+    for chosen in examples.scored(ROWS, ScoreSection(examples=8), 0).values():
+        assert len(chosen) == 8 and all(example.response for example in chosen)
+    mixed = examples.trained_by_sft(ROWS, SftSection(system2_share=0.5), 0)
+    assert len(mixed) == 8 + 4 and all(example.response for example in mixed)
+    assert len(examples.trained_by_sft(ROWS, SftSection(data="all"), 0)) == 16
+
+
+def test_answers_alone_can_teach_system_1():
+    bare = [replace(row, example=replace(row.example, response="")) for row in ROWS]
+    taught = examples.trained_by_sft(bare, SftSection(system1_targets="answer", system2_share=0.0), 0)
+    assert [example.response for example in taught] == [f"#### {i}" for i in range(0, 24, 2)]
+
+
+def test_a_system_without_any_response_is_said():
+    bare = [
+        replace(row, example=replace(row.example, response="")) if row.system == 2 else row for row in ROWS
+    ]
+    with pytest.raises(DataError, match="none of 12 rows labelled System 2 has a response"):
+        examples.scored(bare, ScoreSection(), 0)
+    with pytest.raises(DataError, match="no row has a response for SFT to imitate"):
+        examples.trained_by_sft(bare[1::2], SftSection(data="all"), 0)
+
+
+def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
+    """Half of the System 2 rows have their answer alone: RL has them as prompts, score and SFT do not."""
+    rows = [json.loads(line) for line in (demo_data / "train.jsonl").read_text().splitlines()][:48]
+    slow = [row for row in rows if row["intended"] == 2]
+    for row in slow[::2]:
+        row["gold"] = row.pop("answer").rpartition("#### ")[2]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = (
+        "classify.strategy=known",
+        "classify.known=intended",
+        "score.examples=4",
+        "sft.max_steps=1",
+        "rl.max_steps=1",
+    )
+    config = resolved(smoke(f"data.path={path}", *small, "eval.targets=[sft]"))
+    assert problems(config, list(plan_steps(config).values())) == []
+    made = make_steps(config, "classify", "score", "partition", "sft", "rl")
+    summaries = {name: artifact.manifest["summary"] for name, (artifact, _) in made.items()}
+    left_out = len(slow[::2])
+    assert len(labels_of(config)) == 48
+    assert summaries["score"]["without_response"] == summaries["sft"]["without_response"] == left_out
+    assert summaries["rl"]["prompts"] == len(slow)
+    texts = Texts(config)
+    assert len(texts.training_rows("rl")) == 48 and len(texts.training_rows("sft")) == 48 - left_out
