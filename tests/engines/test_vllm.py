@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, servers
+from conftest import ROOT, alive, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
@@ -205,4 +205,4 @@ def test_serve_offers_three_modes_and_ends_with_its_server(tiny, demo_data, tmp_
         os.kill(server, signal.SIGKILL)
         assert child.wait(60) == ServerError.exit_code
         assert "the vLLM server ended" in child.stderr.read()
-    assert servers() == []
+        assert wait_for(lambda: not any(map(alive, own)), 30)
