@@ -200,7 +200,8 @@ def cumulative_curves(curves: dict[str, tuple[list[float], list[float]]], theta:
     figure, axes = _new(4.4, 3.4)
     for number, (name, shares) in enumerate(curves.items()):
         elements, importance = ([100 * share for share in axis] for axis in shares)
-        axes.plot(elements, importance, color=PALETTE[number], label=name, linewidth=1.4)
+        style = "--" if number > 1 else "-"  # what is compared with the two systems
+        axes.plot(elements, importance, color=PALETTE[number], label=name, linewidth=1.4, linestyle=style)
     axes.axhline(100 * theta, color=INK, linewidth=0.8, linestyle=":")
     axes.annotate(f"θ = {theta:g}", (100, 100 * theta), ha="right", va="bottom", fontsize=8)
     axes.set(xlabel="elements, most important first, %", ylabel="importance, %")
