@@ -204,10 +204,10 @@ def test_manifests_that_were_sealed_again(store, tally, capsys):
                     terminal.manifest(now.artifact, as_json=False)
             for name in ("sft", "rl"):
                 evaluated = [s.artifact for n, s in states.items() if n.startswith(f"eval:{name}")]
-                if states[name].state == "current":
-                    card(states[name].artifact, "adapter", [artifact for artifact in evaluated if artifact])
+                if (artifact := states[name].artifact) and states[name].state == "current":
+                    card(artifact, "adapter", artifact.adapter, [other for other in evaluated if other])
             if number % 10 == 0:
-                run_page.page(store, ancestors(steps, None), "")
+                run_page.page(store, ancestors(steps, None), "", "")
         file.write_bytes(before)
         capsys.readouterr()
 
