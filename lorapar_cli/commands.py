@@ -19,9 +19,9 @@ GROUPS = {
         "classify": "Label every example as System 1 or System 2 by vote.",
         "score": "Create the initial adapter and score every LoRA element for each system.",
         "partition": "Split the elements into S1-only, S2-only and shared; write the masks of SFT and RL.",
-        "sft": "Train the System 1 elements on System 1 rows.",
-        "rl": "Train the System 2 elements on System 2 rows with GRPO.",
-        "eval": "Grade base, init, sft, rl or one region of rl on the benchmarks.",
+        "sft": "Train System 1's elements, mainly on its rows.",
+        "rl": "Train System 2's elements with GRPO, mainly on its rows.",
+        "eval": "Grade base, init, sft, rl, one region of rl, or auto on the benchmarks.",
     },
     "Look": {
         "status": "Show which artifacts are current, and why the others are not.",

@@ -28,7 +28,7 @@ def command(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="Training rows: a file, or a hub id without subsets.",
+            help="Training rows: a file, or the hub id of a data set without subsets.",
         ),
     ] = None,
     model: Annotated[
@@ -68,7 +68,8 @@ def command(
         return _write_example(example, out)
     if data is None or model is None:
         raise ConfigError(
-            "init needs DATA and --model NAME, or --example NAME", "to start with an example: --example demo"
+            "name your rows and a model: lorapar init rows.jsonl --model NAME",
+            "or copy an example: lorapar init --example demo",
         )
     _write_config(data, model, out or Path(Path(data).name.split(".")[0] + ".yaml"), labels, tests or [])
 

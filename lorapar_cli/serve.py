@@ -29,7 +29,7 @@ def command(
     config: ConfigPath,
     host: Annotated[
         str,
-        typer.Option(help=f"Address to listen on; other machines are let in with a key in {KEY_ENV} only."),
+        typer.Option(help=f"Address to listen on; to let other machines in, set a key in {KEY_ENV}."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     set_: Overrides = None,

@@ -11,9 +11,11 @@ from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, strategies
+from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, Split, strategies
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.pipeline.context import StageContext
 
 
@@ -34,14 +36,14 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
-    active = split.active[job.variant]
+    active = _active(split, job.variant, partition.rl_elements)
     if not bool(active.any()):
-        raise MeaninglessError(
-            f"no element is active in {job.variant}",
-            "raise partition.density"
-            if partition.strategy in BY_DENSITY
-            else f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}",
-        )
+        hint = f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}"
+        if partition.strategy in BY_DENSITY:
+            hint = "raise partition.density"
+        if job.variant == "rl" and partition.rl_elements == "not_system1":
+            hint = "System 1 has all of them: lower partition.theta, or another partition.strategy"
+        raise MeaninglessError(f"no element is active in {job.variant}", hint)
     Masks.from_flat(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
@@ -58,6 +60,15 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
+
+
+def _active(split: Split, stage: str, rl_elements: str) -> Tensor:
+    """The elements that a stage trains: as the strategy chose them, or in RL more of them."""
+    if stage != "rl" or rl_elements == "system2":
+        return split.active[stage]
+    if rl_elements == "all":
+        return split.active[stage] | True
+    return (split.region == NONE) | (split.region == S2_ONLY)
 
 
 def _exclusive_share(exclusive: int, shared: int) -> float:

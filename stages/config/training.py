@@ -145,6 +145,13 @@ class PartitionSection(Section):
         ge=0,
         le=1,
     )
+    rl_elements: Literal["system2", "not_system1", "all"] = setting(
+        "system2",
+        "Elements that RL trains. system2: those that System 2 alone has, and beta of the shared ones; "
+        "not_system1: all that System 1 does not have, so that RL changes nothing that System 1 needs; all.",
+        ignored_by="partition:sft",
+        advanced=True,
+    )
 
 
 class TrainSection(Section):

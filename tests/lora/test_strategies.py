@@ -227,3 +227,28 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
         assert none and first and second and both
         shares = first / (first + both), second / (second + both), both / (first + second + both)
         assert (told["s1_only_share"], told["s2_only_share"], told["jaccard"]) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("rl_elements", "regions"), [("not_system1", {NONE, S2_ONLY}), ("all", {NONE, S1_ONLY, S2_ONLY, SHARED})]
+)
+def test_rl_may_train_more_than_system_2_s_elements(begun, rl_elements, regions):
+    plain, wider = (
+        make_steps(begun("partition.theta=0.5", *more), "partition")
+        for more in ((), (f"partition.rl_elements={rl_elements}",))
+    )
+    masks = Masks.load(wider["partition:rl"][0].path / "masks.safetensors", "rl")
+    for name, region in masks.region.items():
+        assert torch.equal(masks.active[name], torch.isin(region, torch.tensor(sorted(regions))))
+    keys = {
+        stage: {made[f"partition:{stage}"][0].manifest["key"] for made in (plain, wider)}
+        for stage in ("sft", "rl")
+    }
+    assert len(keys["sft"]) == 1 and len(keys["rl"]) == 2
+
+
+def test_system_1_may_have_all_elements(begun):
+    config = begun("partition.strategy=all", "partition.rl_elements=not_system1")
+    with pytest.raises(MeaninglessError) as caught:
+        make_steps(config, "score", "partition:rl")
+    assert "System 1 has all of them" in caught.value.hint
