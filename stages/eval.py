@@ -85,11 +85,8 @@ def _route(
     router = Router(classify, model, eval.engine, identity, labels, job.journals)
     examples = module.load(benchmark)
     router.set_questions(examples)
-    if missing := router.log.missing():
-        engine = job.engines.get(EngineSpec(eval.engine, model), server, job.progress.say)
-        job.progress.start(f"votes on {name}", len(missing))
-        for _ in router.log.ask(engine, job.progress.say):
-            job.progress.advance(1)
+    spec = EngineSpec(eval.engine, model)
+    router.collect(lambda: job.engines.get(spec, server, job.progress.say), job.progress, f"votes on {name}")
     router.log.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
     modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
