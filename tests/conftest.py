@@ -230,11 +230,12 @@ class Built(Exception):
 
 def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl") -> tuple[Any, Any, Any]:
     """The trainer and its packed model, and how both began, as the stage makes them."""
+    from stages.lora.adapter import elements
     from stages.lora.training import loop
 
     def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
         start.restore(model)
-        loop.pack(model, start.active)
+        elements.pack(model, start.active)
         raise Built(trainer, model, start)
 
     monkeypatch.setattr(loop, "train", stop)

@@ -56,7 +56,8 @@ def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
     if "title" in settings:
         assert list(TableFile.model_validate(settings).mistakes()) == []
         return
-    (tmp_path / "rewards.py").write_text(blocks("python")[0].text, encoding="utf-8")
+    [rewards] = [block.text for block in blocks("python") if "def short(" in block.text]
+    (tmp_path / "rewards.py").write_text(rewards, encoding="utf-8")
     if "rewards_file" in settings.get("rl", {}):
         settings["rl"]["rewards_file"] = str(tmp_path / "rewards.py")
     path = tmp_path / "config.yaml"

@@ -5,8 +5,7 @@ import torch
 from conftest import make_step, trainer_of
 from torch import Tensor
 
-from stages.lora.adapter import adapter
-from stages.lora.training import loop
+from stages.lora.adapter import adapter, elements
 from stages.models.base import load_base
 
 BETA = 0.5  # of a size at which the correction stands out from the rounding of float32, on any CPU
@@ -62,7 +61,7 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     trainer, model, start = trainer_of(config, monkeypatch)
     assert trainer.prefix_sharing == (way == "auto")
     exact = start.attach(load_base(config.model).double(), config.lora, None, 0.0, 0)
-    loop.pack(exact, start.active)
+    elements.pack(exact, start.active)
     exact.double()
     with exact.disable_adapter():
         inputs = completions_of(exact)

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PrinterCallback
 
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
-from stages.errors import ArtifactError, ConfigError, MeaninglessError
-from stages.lora.adapter import adapter, baselines, fsdp
-from stages.lora.adapter.sparse_linear import SparseLinear
+from stages.errors import ConfigError, MeaninglessError
+from stages.lora.adapter import adapter, baselines, elements, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import curves
 from stages.lora.training.resume import UseConfiguredSaveSteps
@@ -139,26 +138,6 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
     return list(section.report_to) or "none"
 
 
-def pack(model: PeftModel, active: dict[str, Tensor]) -> None:
-    """Replace every LoRA layer by one in which only the active elements are parameters.
-
-    Call it after building the trainer and before training: while the trainer is built, TRL copies `default`
-    to `ref` by plain parameter names. ArtifactError unless the masks are for exactly these weights.
-    """
-    layers = adapter.lora_layers(model)
-    if layers.keys() != active.keys():
-        odd = sorted(layers.keys() ^ active.keys())[0]
-        raise ArtifactError(f"masks do not fit the adapter: {odd} is on one side only")
-    for name, layer in layers.items():
-        mask = adapter.full_mask(name, active[name], layer.weight)
-        parent = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(parent, nn.ModuleDict)
-        parent["default"] = SparseLinear(layer, mask)
-    number = sum(int(mask.sum()) for mask in active.values())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == number, (trainable, number)
-
-
 @dataclass(frozen=True)
 class InitialAdapter:
     """The adapter and masks that a training stage starts from."""
@@ -215,7 +194,9 @@ def train(
     initial = None
     if start.active is not None:
         start.restore(model)
-        pack(model, start.active)
+        elements.pack(model, start.active)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trainable == sum(int(mask.sum()) for mask in start.active.values())
     else:
         initial = {name: p.detach().cpu().clone() for name, p in adapter.trained_parameters(model).items()}
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; ProgressCallback reports it

@@ -1,0 +1,47 @@
+"""Training of chosen LoRA elements, exactly, in any trainer: `pack` before it trains, `unpack` after.
+
+Packed, the active elements are the model's only LoRA parameters, so that no weight decay, momentum or
+clipping moves another one, and gradients and optimizer states exist for the active ones alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from stages.errors import ArtifactError
+from stages.lora.adapter.adapter import full_mask, lora_layers
+from stages.lora.adapter.sparse_linear import SparseLinear
+
+ADAPTER = "default"
+"""PEFT's name of an adapter that was given none."""
+
+
+def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
+    """Replace every LoRA layer of a PEFT model by one in which only the active elements are parameters.
+
+    active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape
+    or, for a compensated adapter, of its trainable part. Call it after building a trainer and before
+    training: while it is built, TRL copies `default` to `ref` by plain parameter names.
+    ArtifactError unless the masks are for exactly these weights.
+    """
+    layers = lora_layers(model, ADAPTER)
+    if layers.keys() != active.keys():
+        odd = sorted(layers.keys() ^ active.keys())[0]
+        raise ArtifactError(f"masks do not fit the adapter: {odd} is on one side only")
+    for name, layer in layers.items():
+        _replace(model, name, SparseLinear(layer, full_mask(name, active[name], layer.weight)))
+
+
+def unpack(model: nn.Module) -> None:
+    """Turn every packed layer back into a plain linear layer with the same weight, for PEFT to save."""
+    for name, layer in lora_layers(model, ADAPTER).items():
+        if isinstance(layer, SparseLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(layer.weight.detach().clone())
+            _replace(model, name, plain)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    parent = model.get_submodule(name.removesuffix(".weight"))
+    assert isinstance(parent, nn.ModuleDict)
+    parent[ADAPTER] = layer
