@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, Done
-from guide import blocks, commands
+from guide import commands, own_reward
 
 SMALL = {
     "lora": {"r": 4},
@@ -46,7 +46,7 @@ def home(tiny: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     questions = [yaml.safe_load(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     labels = [f'"{row["question"]}",{row["intended"]}' for row in questions]
     (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]) + "\n", encoding="utf-8")
-    (tmp_path / "rewards.py").write_text(blocks("python")[0].text, encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(own_reward(), encoding="utf-8")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "configs/smoke.yaml", tmp_path / "configs/demo.yaml")
     (tmp_path / "models").symlink_to(tiny.parent)

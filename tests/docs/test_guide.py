@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
-from guide import PAGES, README, anchors, blocks, commands, sentences
+from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
 
 from stages.config import Config
 from stages.config.schema import json_schema
@@ -56,8 +56,7 @@ def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
     if "title" in settings:
         assert list(TableFile.model_validate(settings).mistakes()) == []
         return
-    [rewards] = [block.text for block in blocks("python") if "def short(" in block.text]
-    (tmp_path / "rewards.py").write_text(rewards, encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(own_reward(), encoding="utf-8")
     if "rewards_file" in settings.get("rl", {}):
         settings["rl"]["rewards_file"] = str(tmp_path / "rewards.py")
     path = tmp_path / "config.yaml"
