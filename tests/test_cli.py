@@ -94,7 +94,8 @@ def config(tiny, demo_data, tmp_path):
             "partition.strategy=best",
             78,
             "error: partition.strategy: unknown strategy 'best'; "
-            "choose from: all, complement, importance, random, random_half, random_within, swapped, topk\n",
+            "choose from: all, complement, importance, random, random_half, random_within, swapped, topk, "
+            "topk_within\n",
         ),
         (
             "model.name=/nowhere/m",

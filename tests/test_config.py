@@ -244,7 +244,8 @@ def test_unknown_strategy(tmp_path):
     text = message(written(tmp_path, "model: {name: x}\n"), "partition.strategy=best")
     assert text == (
         "partition.strategy: unknown strategy 'best'; "
-        "choose from: all, complement, importance, random, random_half, random_within, swapped, topk"
+        "choose from: all, complement, importance, random, random_half, random_within, swapped, topk, "
+        "topk_within"
     )
 
 

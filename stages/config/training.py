@@ -106,7 +106,7 @@ class ScoreSection(Section):
     )
 
 
-BY_DENSITY = ("topk", "random_half")
+BY_DENSITY = ("topk", "topk_within", "random_half")
 """Strategies whose number of elements follows from `density`."""
 BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
 """Strategies whose number of elements follows from `theta`."""
@@ -125,7 +125,7 @@ class PartitionSection(Section):
     )
     density: float = setting(
         0.5,
-        "Share of all elements that strategy topk takes for each system, and random_half in total.",
+        "Share of all elements that topk and topk_within take for each system, and random_half in total.",
         ignored_by=("all", *BY_THETA),
         advanced=True,
         gt=0,

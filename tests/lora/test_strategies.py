@@ -252,3 +252,12 @@ def test_system_1_may_have_all_elements(begun):
     with pytest.raises(MeaninglessError) as caught:
         make_steps(config, "score", "partition:rl")
     assert "System 1 has all of them" in caught.value.hint
+
+
+def test_topk_within_takes_the_same_share_of_each_weight():
+    """A quarter of weights of 8 and of 4 elements, though all of the second are larger."""
+    one, two = [1.0, 2, 3, 4, 5, 6, 7, 8, 90, 91, 92, 93], [9.0, 8, 7, 6, 5, 4, 3, 2, 93, 92, 91, 90]
+    region = split(one, two, sizes=[8, 4], strategy="topk_within", density=0.25).region.tolist()
+    assert region == [S2_ONLY, S2_ONLY, 0, 0, 0, 0, S1_ONLY, S1_ONLY, S2_ONLY, 0, 0, S1_ONLY]
+    whole = split(one, two, sizes=[12], strategy="topk_within", density=0.25)
+    assert whole.region.tolist() == split(one, two, strategy="topk", density=0.25).region.tolist()

@@ -161,6 +161,23 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     return _split(sets, scores, section)
 
 
+@strategies.add()
+def topk_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+    """As `topk`, but the `density` of each LoRA weight: no weight gets more elements than its share.
+
+    Beside `topk` it tells whether it matters how many elements a weight has, or which they are.
+    """
+    import torch
+
+    density, sets = as_decimal_fraction(section.density), {}
+    for system, values in scores.items():
+        values = values + 0.0  # see `importance`
+        check_importance(values, system)
+        weights = values.split(sizes)
+        sets[system] = torch.cat([top_set(w, Fraction(int(density * len(w))), "count") for w in weights])
+    return _split(sets, scores, section)
+
+
 def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: PartitionSection) -> Split:
     """Form the regions from each system's set, and choose the active elements of both stages.
 
