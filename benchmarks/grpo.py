@@ -25,10 +25,10 @@ from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
+from stages.lora.adapter.elements import pack
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer

@@ -33,8 +33,8 @@ from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.lora.adapter import adapter
+from stages.lora.adapter.elements import pack
 from stages.lora.training.health import RunInfo
-from stages.lora.training.loop import pack
 from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer

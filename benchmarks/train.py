@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
 from stages.lora.adapter import adapter
+from stages.lora.adapter.elements import pack
 from stages.lora.adapter.sparse_linear import SparseLinear
-from stages.lora.training.loop import pack
 from stages.models.base import load_base
 from stages.runtime import resources
 
