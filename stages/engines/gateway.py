@@ -167,6 +167,7 @@ class Gateway:
         from starlette.responses import JSONResponse
 
         response = await request.app.state.client.get(f"{self.upstream}{MODELS}")
+        response.raise_for_status()
         listing = response.json()
         modes = [model for model in listing["data"] if model["id"] in self.system_messages]
         listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]

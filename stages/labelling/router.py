@@ -29,7 +29,7 @@ PERSONA = "steps"
 
 
 class Router:
-    """The votes that decide between the modes. Ask for those in `log.missing()` before any decision."""
+    """The votes that decide between the modes. Before any decision, `collect` votes, then `calibrate`."""
 
     def __init__(
         self,

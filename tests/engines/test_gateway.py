@@ -132,6 +132,13 @@ def test_a_server_that_is_gone_is_said():
             assert reply.status_code == 502 and "ConnectError" in reply.json()["error"]["message"]
 
 
+def test_a_server_that_cannot_list_its_models_is_said():
+    mock = Mock()
+    mock.models = None
+    with serve(mock), _before(mock.url.removesuffix("/v1")) as client:
+        assert client.get("/v1/models").status_code == 502
+
+
 def test_a_client_that_leaves_ends_its_request():
     """The server sees the connection close long before its answer is due."""
     seen = []
