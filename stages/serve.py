@@ -18,6 +18,7 @@ from stages.labelling.router import MODES, Router
 from stages.models.dtype import resolve
 from stages.progress import Progress
 from stages.records import Example, read_labels
+from stages.report.card import VIEWS
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -94,9 +95,9 @@ def _check(config: Config) -> None:
 
 def _system_message(config: Config, mode: str) -> str | None:
     """The system message with which a mode was trained."""
-    section = getattr(config, MODES[mode]).prompt or config.prompt
-    system = 1 if mode == "fast" else 2
-    return section.by_system.get(system, section.system)  # type: ignore[no-any-return]
+    view = VIEWS[mode]
+    section = getattr(config, view.stage).prompt or config.prompt
+    return section.by_system.get(int(view.system), section.system)  # type: ignore[no-any-return]
 
 
 def _decide(router: Router, voter: Engine, example: Example) -> tuple[str, float | None]:

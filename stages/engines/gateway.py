@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from stages.config import ROUTED as AUTO
 from stages.errors import Ended, LoraparError, ServerError
 from stages.records import Example
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-AUTO = "auto"
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
 """Response headers: the mode that answers and, for `auto`, the probability of System 2 in the vote."""
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"

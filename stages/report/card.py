@@ -15,6 +15,7 @@ from stages import escaping
 from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
+from stages.labelling.router import MODES
 from stages.report import usage
 from stages.report.results_table import ResultsCell, ResultsTable
 from stages.store.artifacts import Artifact
@@ -36,8 +37,8 @@ class View:
 
 
 VIEWS = {
-    "fast": View("sft", "1", "answers at once", "SFT"),
-    "slow": View("rl", "2", "works it out", "GRPO"),
+    "fast": View(MODES["fast"], "1", "answers at once", "SFT"),
+    "slow": View(MODES["slow"], "2", "works it out", "GRPO"),
 }
 LOAD_VIEWS = """model = PeftModel.from_pretrained(model, "fast", adapter_name="fast")
 model.load_adapter("slow", adapter_name="slow")
