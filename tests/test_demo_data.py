@@ -54,9 +54,12 @@ def test_sizes_and_balance(drawn):
         assert sum(r["intended"] == 1 for r in rows) * 2 == len(rows)
 
 
-def test_no_question_is_in_two_splits_and_no_recall_fact_of_an_unseen_one_in_another(splits):
+def test_no_question_is_in_two_splits_and_no_answer_of_an_unseen_one_in_another(splits):
     questions = [{r["question"] for r in rows} for rows in splits.values()]
     assert len(set.union(*questions)) == sum(map(len, questions))
+    worked = {name: {r["answer"] for r in rows if r["kind"] != "recall"} for name, rows in splits.items()}
+    new = worked["test"] | worked.get("final", set())
+    assert len(new) > 50 and not new & (worked["train"] | worked.get("valid", set()))
     asked = {
         name: {r["question"].split(". ")[-1] for r in rows if r["kind"] == "recall"}
         for name, rows in splits.items()

@@ -6,10 +6,11 @@ sentences, and System 1 items have more asides (irrelevant sentences), so that n
 single word separates the systems (a test asserts this). The intended system is in the field `intended`, which
 no stage reads by default.
 
-The output depends on the order in which the functions call the random generator; a test holds its digests.
+The output depends on the order in which the functions call the random generator.
 """
 
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ SETS: dict[str, dict[str, tuple[int, Shares]]] = {
 }
 """Set → split → number of items and shares of their kinds. Splits are generated in this order."""
 UNSEEN = ("test", "final")
-"""Splits whose recall items ask for facts that neither `train` nor `valid` asks for."""
+"""Splits that ask for nothing which `train` or `valid` works out: other facts, and other worked answers."""
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
@@ -97,6 +98,12 @@ FACTS = [
 ]
 TEST_FACT_EVERY = 3
 """Every third fact is used in the UNSEEN splits only, so that no fact they ask for was trained on."""
+UNSEEN_ANSWER_EVERY = 3
+"""A third of all worked answers, by their checksum, is used in the UNSEEN splits only.
+
+Names and things are not part of a chain's worked answer, so an unseen chain is new in its numbers, too. Drawing
+without this rule, 61 to 67 % of the one-step items of `final` had their worked answer in `train`.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,9 @@ class _Story:
 def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
     """Write one file per split of the set `size` to `folder`; return the number of items in each.
 
-    The same seed gives the same bytes. No two splits share a question. In the long set, `valid` is for
-    choosing settings and asks for the same facts as `train`; `final` is a larger `test`, for differences of a
-    few points.
+    The same seed gives the same bytes. No two splits share a question, and no worked answer of an UNSEEN
+    split is one of `train` or `valid`. In the long set, `valid` is for choosing settings and asks for the
+    same facts as `train`; `final` is a larger `test`, for differences of a few points.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -168,10 +175,16 @@ def _items(
         written = 0
         while written < round(total * share):
             item = makers[kind]()
-            if item.question not in questions:
+            in_place = kind == "recall" or _is_unseen(item.answer) == (split in UNSEEN)
+            if in_place and item.question not in questions:
                 questions.add(item.question)
                 written += 1
                 yield item
+
+
+def _is_unseen(answer: str) -> bool:
+    """Whether a worked answer belongs to the UNSEEN splits."""
+    return zlib.crc32(answer.encode()) % UNSEEN_ANSWER_EVERY == 0
 
 
 def _aside(rng: random.Random) -> str:
