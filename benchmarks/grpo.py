@@ -21,12 +21,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, 
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer
 
-from stages import rl
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import pack
-from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo import building, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.models.base import load_base
@@ -209,7 +208,7 @@ class Bench:
             max_completion_length=shape.completion[1], rewards={"odd": 1.0},
         )  # fmt: skip
         stops = self.renderer.stop_ids
-        arguments = rl._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
+        arguments = building._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
         arguments.save_strategy = SaveStrategy.NO
         ends = Ends(stops)
         if name == "TRL":
@@ -236,7 +235,7 @@ class Bench:
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)
-        trainer = rl.build_trainer(section, pool, writer, rewards, arguments)
+        trainer = building.build_trainer(section, pool, writer, rewards, arguments)
         pack(model, random_masks(model, self.given.share))
         return trainer
 

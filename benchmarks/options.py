@@ -27,7 +27,7 @@ OPTIONS = {
     "strategy topk, scorer grad2 (SPT)": ["partition.strategy=topk", "score.scorer=grad2"],
     "strategy topk, scorer moved": ["partition.strategy=topk", "score.scorer=moved"],
     "strategy random_half (LoRA-SP)": ["partition.strategy=random_half"],
-    "rl.rescore": ["rl.rescore=true"],
+    "rl.rescore": ["rl.rescore=taylor2"],
     "rl.importance_sampling_level sequence (GSPO)": [
         "rl.importance_sampling_level=sequence",
         "rl.loss_type=grpo",

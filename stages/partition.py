@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.config import PartitionSection
+from stages.config.fields import as_decimal_fraction
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, Split, strategies
+from stages.lora.importance.strategies import (
+    NONE,
+    S1_ONLY,
+    S2_ONLY,
+    SHARED,
+    Split,
+    order_within,
+    strategies,
+    top_set,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +47,16 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     job.progress.start(f"partition for {job.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
-    active = _active(split, job.variant, partition.rl_elements)
+    if job.variant == "sft":
+        active = split.active["sft"]
+    else:
+        active = _rl_active(split, scores, partition, seed, sizes)
     if not bool(active.any()):
         hint = f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}"
         if partition.strategy in BY_DENSITY:
             hint = "raise partition.density"
+        if job.variant == "rl" and partition.rl_density is not None:
+            hint = "raise partition.rl_density"
         if job.variant == "rl" and partition.rl_elements == "not_system1":
             hint = "System 1 has all of them: lower partition.theta, or another partition.strategy"
         raise MeaninglessError(f"no element is active in {job.variant}", hint)
@@ -62,13 +78,19 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     }
 
 
-def _active(split: Split, stage: str, rl_elements: str) -> Tensor:
-    """The elements that a stage trains: as the strategy chose them, or in RL more of them."""
-    if stage != "rl" or rl_elements == "system2":
-        return split.active[stage]
-    if rl_elements == "all":
-        return split.active[stage] | True
-    return (split.region == NONE) | (split.region == S2_ONLY)
+def _rl_active(
+    split: Split, scores: dict[int, Tensor], partition: PartitionSection, seed: int, sizes: list[int]
+) -> Tensor:
+    """The elements that RL trains: as the strategy chose them, or as `rl_elements` and `rl_density` say."""
+    if partition.rl_elements == "all":
+        return torch.ones_like(split.active["rl"])
+    if partition.rl_elements == "not_system1":
+        return (split.region == NONE) | (split.region == S2_ONLY)
+    active = split.active["rl"]
+    if partition.rl_density is not None:
+        size = Fraction(int(as_decimal_fraction(partition.rl_density) * len(active)))
+        active = top_set(scores[2] + 0.0, size, "count")  # + 0.0: see `strategies.importance`
+    return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
 
 
 def _exclusive_share(exclusive: int, shared: int) -> float:

@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
-from stages.engines import Sampling
-from stages.lora.adapter import fsdp
-from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo import building
 from stages.lora.grpo.kl_probe import KlProbe
-from stages.lora.grpo.prompts import RlPrompts
-from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training import dry_run, loop
+from stages.lora.training import loop
 from stages.lora.training.curves import KL_FROM_START
-from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
-from stages.models.base import load_base
-from stages.models.tokenizer import load_tokenizer
-from stages.packing import trl
+from stages.lora.training.health import ProgressCallback
 from stages.packing.support import is_prompt_learning
-from stages.prompts.renderer import Renderer
 from stages.records import read_labels
-from stages.rewards import loading
-from stages.runtime import libraries
-from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from trl import GRPOConfig
-
-    from stages.lora.adapter.merge import MergedCopy
-    from stages.lora.grpo.trainer import GrpoTrainer
     from stages.pipeline.context import StageContext
-    from stages.sandbox import Sandbox
-
-PINNED: dict[str, Any] = {
-    "remove_unused_columns": False,  # rewards read these columns
-    "shuffle_dataset": True,
-    "disable_dropout": False,
-    "cast_lm_head_to_fp32": False,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-    "cache_implementation": None,
-    "use_transformers_continuous_batching": False,
-    "delta": None,
-    "multi_objective_aggregation": "sum_then_normalize",
-    "mask_truncated_completions": False,
-    "off_policy_mask_threshold": None,
-    "top_entropy_quantile": 1.0,
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "sync_ref_model": False,
-}
-"""The other arguments of GRPOTrainer on which a result may depend; see `loop.PINNED`."""
 
 LENGTH = "completions/mean_length"
 SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
@@ -72,72 +33,30 @@ def run(
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    labels = read_labels(context.labels)
-    renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
-    functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
     start = loop.InitialAdapter.of("rl", context.adapter("sft", "score"), context.masks)
-    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
-    peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
-    box = sandboxes.from_settings(sandbox, context.progress.say) if sandbox else None
-    sampling = Sampling(
-        rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
+    labels, say = read_labels(context.labels), context.progress.say
+    grpo = building.build(
+        labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
     )
-    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
-    arguments = _arguments(rl, steps, seed, context.checkpoints, renderer.stop_ids)
-    rewards = _checked(functions, rl, box, prompts.encoded)
-    trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
-    if rl.rollouts.engine != "transformers":
-        vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
-    if rl.beta and _holds_to_base(rl, baseline):
-        peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-    trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
+    prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
     title = f"rl on {prompts.slow} prompts"
-    trainer.add_callback(ProgressCallback(context.progress, title, steps, SHOWN, rl.max_zero_signal_steps))
+    trainer.add_callback(
+        ProgressCallback(context.progress, title, grpo.steps, SHOWN, rl.max_zero_signal_steps)
+    )
     if prompts.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
             start.restore(peft_model)
-        trainer.add_callback(KlProbe(trainer, prompts.held_out, sampler, rl))
+        trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     return {
         "prompts": prompts.slow,
         "replayed_prompts": prompts.replayed,
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
-        "prompt": renderer.digest(),
-        **({"sandbox": box.name} if box else {}),
+        "prompt": grpo.prompt_digest,
+        **({"sandbox": grpo.sandbox.name} if grpo.sandbox else {}),
         **_earned(loop.history(trainer), rl.prompts_per_step * rl.num_generations),
         **summary,
     }
-
-
-def _model(
-    model: ModelSection,
-    lora: LoraSection,
-    baseline: BaselineSection | None,
-    rl: RlSection,
-    start: loop.InitialAdapter,
-    stop_ids: list[int],
-    seed: int,
-) -> tuple[PeftModel, MergedCopy | None]:
-    """The model with the adapter that RL starts from, and the copy that rollouts are sampled from, if any."""
-    from transformers import GenerationConfig
-
-    vllm_rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model, fsdp.load_device(rl.launch))
-    # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
-    base.generation_config = GenerationConfig(eos_token_id=stop_ids)
-    vllm_rollouts.name_revision(base, rl.rollouts, model)
-    copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
-    peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
-    fsdp.shard_base(peft_model, rl.launch)
-    return peft_model, copy
-
-
-def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
-    """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""
-    if rl.kl_reference == "auto":
-        return rl.start_from != "sft" or baseline is not None
-    return rl.kl_reference == "base"
 
 
 def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
@@ -158,84 +77,3 @@ def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
         "completions": int(sum(per_step + row.get("resampled/completions", 0) for row in sampled)),
         **({"kl_from_start": kl[-1]} if kl else {}),
     }
-
-
-def _checked(
-    functions: dict[str, Callable[..., Any]],
-    rl: RlSection,
-    box: Sandbox | None,
-    decoded: frozenset[str],
-) -> list[Callable[..., Any]]:
-    """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
-
-    def fixed(name: str) -> dict[str, Sandbox | None]:
-        return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
-
-    return [
-        loading.with_checks(name, function, decoded, **fixed(name)) for name, function in functions.items()
-    ]
-
-
-def _arguments(
-    rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]
-) -> GRPOConfig:
-    from trl import GRPOConfig
-
-    accumulation = loop.accumulation(rl.prompts_per_step * rl.num_generations, rl.per_device_train_batch_size)
-    return GRPOConfig(
-        **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
-        **PINNED,
-        per_device_train_batch_size=rl.per_device_train_batch_size,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=accumulation,
-        num_generations=rl.num_generations,
-        num_iterations=rl.num_iterations,
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
-        top_k=rl.top_k,
-        beta=rl.beta,
-        use_bias_correction_kl=rl.use_bias_correction_kl,
-        loss_type=rl.loss_type,
-        importance_sampling_level=rl.importance_sampling_level,
-        epsilon=rl.epsilon,
-        epsilon_high=rl.epsilon_high,
-        scale_rewards=rl.scale_rewards,
-        reward_weights=list(rl.rewards.values()),
-        **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt_length + rl.max_completion_length, stops),
-        log_completions=False,
-    )
-
-
-def build_trainer(
-    rl: RlSection,
-    prompts: RlPrompts,
-    sampler: RolloutSampler,
-    rewards: list[Callable[..., Any]],
-    arguments: GRPOConfig,
-) -> GrpoTrainer:
-    """A GrpoTrainer whose base model takes packed rows."""
-    # TRL loads vLLM with its GRPOTrainer, if it is installed: seconds, for those who sample without it.
-    with libraries.hide_packages(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
-        from stages.lora.grpo.trainer import GrpoTrainer
-
-    knobs = (
-        f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
-        f"or rl.max_completion_length from {rl.max_completion_length}"
-    )
-    trainer = GrpoTrainer(
-        model=sampler.adapted,
-        reward_funcs=rewards,
-        args=arguments,
-        train_dataset=prompts.rows,
-        processing_class=sampler.tokenizer,
-        run_info=RunInfo(row_ids(lambda: prompts.ids, "prompt_ids", "prompt_mask"), knobs),
-        loraplus_lr_ratio=rl.loraplus_lr_ratio,
-        prompts=prompts,
-        sampler=sampler,
-        replayed=rl.replay_prompts,
-        attempts=rl.dynamic_sampling,
-        prefix_sharing=rl.prefix_sharing == "auto" and trl.may_share(sampler.adapted),
-    )
-    trl.accept_packed(sampler.adapted.get_base_model())
-    return trainer

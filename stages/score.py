@@ -8,22 +8,24 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
-from stages.lora.importance.masks import flatten_weights, write_importance
+from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
+from stages.rewards import loading
 from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def run(
     lora: LoraSection,
     score: ScoreSection,
     seed: int,
+    rl: RlSection,
 ) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
@@ -52,6 +55,9 @@ def run(
     the number of examples, their mean loss (in a pilot run: before the step on them) and the share of the
     formula's second-order term or, with a pilot run, its number of steps.
     """
+    scorer = rl.rescore if job.variant == "rl" and rl.rescore else score.scorer
+    if scorers.has_trait(scorer, "rollouts"):
+        return _by_rollouts(job, model, prompt, lora, score, rl, seed)
     base = load_base(model, fsdp.load_device(score.launch))
     tuned = job.adapter("sft")
     peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
@@ -74,19 +80,72 @@ def run(
         rows, long = renderer.rows(chosen, data)
         # The blocks that the other system left in torch's memory pool are too small for the longest rows.
         resources.release_memory()
-        steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(score.scorer, "pilot") else 1
+        steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(scorer, "pilot") else 1
         batches = [rows[step::steps] for step in range(steps)]
         job.progress.start(f"score System {system}", sum(len(_local_rows(batch)) for batch in batches))
 
         def sums_of(batch: list[Row]) -> Moments:
             return _moments(peft_model, batch, score, renderer, job.progress)
 
-        scores[system], statistics = _importance(peft_model, batches, sums_of, lora, score.scorer)
+        scores[system], statistics = _importance(peft_model, batches, sums_of, lora, scorer)
         check_importance(flatten_weights(scores[system]), system)
         summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
+
+
+def _by_rollouts(
+    job: StageContext,
+    model: ModelSection,
+    prompt: PromptSection,
+    lora: LoraSection,
+    score: ScoreSection,
+    rl: RlSection,
+    seed: int,
+) -> dict[str, Any]:
+    """Score System 2's elements by RL's gradients at SFT's adapter; System 1's scores stay those of `score`.
+
+    GRPO's gradients say what RL has to learn. System 1, which SFT has learnt already, is what RL may spoil.
+    """
+    from stages.lora.grpo import building, gradients  # the trainer, which other scorers do not need
+    from stages.lora.training import loop
+
+    start = loop.InitialAdapter(job.adapter("sft"), None)
+    labels, rl = read_labels(job.labels), gradients.without_updates(rl, score.launch)
+    sandbox = rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None
+    say = job.progress.say
+    grpo = building.build(labels, start, job.checkpoints, say, model, prompt, lora, None, rl, seed, sandbox)
+    sums, statistics = gradients.measure(grpo, start, job.progress)
+    if not distributed.is_main():
+        return {}
+    previous = job.inputs["score"].path
+    shutil.copyfile(previous / "shapes.json", job.out / "shapes.json")
+    assert rl.rescore is not None
+    system2 = _scores(adapter.lora_layers(grpo.model), sums, lora, scorers.pick(rl.rescore))
+    check_importance(flatten_weights(system2), 2)
+    importance = {1: read_importance(previous / "importance.safetensors")[1], 2: system2}
+    write_importance(job.out / "importance.safetensors", importance)
+    elements = sum(tensor.numel() for tensor in system2.values())
+    return {"elements": elements, "system2": statistics, "prompt": grpo.prompt_digest}
+
+
+def _scores(
+    layers: dict[str, torch.nn.Linear], sums: Moments, lora: LoraSection, formula: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """The formula's score of each element, from its value and the means of its gradient and of its square."""
+    number = sums.examples
+    return {
+        name: _score(
+            formula, name, lora, layer.weight, sums.gradient[name] / number, sums.square[name] / number
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _score(formula: Callable[..., Tensor], name: str, lora: LoraSection, *tensors: Tensor) -> Tensor:
+    """The formula applied to the trainable part of tensors of a weight's full shape."""
+    return formula(*(adapter.trainable_part(name, tensor, lora).detach().float() for tensor in tensors))
 
 
 def _local_rows(rows: list[Row]) -> list[Row]:
@@ -138,30 +197,16 @@ def _importance(
     batches: those of a pilot run, one per step; for other scorers one batch of all rows.
     """
     formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
-    # The formula's arguments after the value: the value after a pilot run, or mean gradient and Fisher.
     if scorers.has_trait(scorer, "pilot"):
         trained, loss = pilot.run(layers, lora, batches, sums_of)
-        statistics = {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
-
-        def arguments(name: str) -> tuple[Tensor, ...]:
-            return (trained[name],)
-
-    else:
-        [rows] = batches
-        sums = sums_of(rows)
-        statistics = {
-            "mean_loss": sums.loss / sums.examples,
-            "second_order": _second_order(model, sums, lora),
+        scores = {
+            name: _score(formula, name, lora, layer.weight, trained[name]) for name, layer in layers.items()
         }
-
-        def arguments(name: str) -> tuple[Tensor, ...]:
-            return sums.gradient[name] / sums.examples, sums.square[name] / sums.examples
-
-    scores = {}
-    for name, layer in layers.items():
-        tensors = (layer.weight, *arguments(name))  # each of the weight's full shape
-        scores[name] = formula(*(adapter.trainable_part(name, t, lora).detach().float() for t in tensors))
-    return scores, statistics
+        return scores, {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
+    [rows] = batches
+    sums = sums_of(rows)
+    statistics = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
+    return _scores(layers, sums, lora, formula), statistics
 
 
 def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:

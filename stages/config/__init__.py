@@ -108,9 +108,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_rescore(self, info: ValidationInfo) -> "Config":
+        registries = registries_from(info)
+        if registries and registries["scorers"].has_trait(self.score.scorer, "rollouts"):
+            raise ValueError(
+                f"score.scorer {self.score.scorer} reads completions of SFT's adapter, which score has not; "
+                f"set rl.rescore={self.score.scorer} for RL's elements"
+            )
         if not self.rl.rescore:
             return self
-        registries = registries_from(info)
         unscored = registries and registries["strategies"].has_trait(self.partition.strategy, "unscored")
         for conflict, why in (
             (self.rl.start_from != "sft", "rl starts from the initial adapter"),

@@ -12,6 +12,7 @@ from stages.config.fields import (
     as_value_error,
     check_url,
     registries_from,
+    registry_name,
     setting,
 )
 from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSection
@@ -57,6 +58,10 @@ class RolloutsSection(Section):
         return self
 
 
+OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt", "max_grad_norm"}
+"""Settings of RL that count for its updates alone, and not for the gradients at its start."""
+
+
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.", advanced=True)
     learning_rate: float = setting(5e-6, "Peak learning rate; the default is the paper's.", gt=0)
@@ -64,9 +69,10 @@ class RlSection(TrainSection):
     weight_decay: float = setting(0.1, "Weight decay.", ge=0, advanced=True)
     adam_beta2: float = setting(0.99, "AdamW β₂.", ge=0, lt=1, advanced=True)
     max_grad_norm: float = setting(0.1, "Norm to which gradients are clipped.", gt=0, advanced=True)
-    rescore: bool = setting(
-        False,
-        "Score importance again at the SFT adapter, and choose RL's elements by it (arXiv 2604.14010).",
+    rescore: Annotated[str, registry_name("scorers")] | None = setting(
+        None,
+        "Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): "
+        "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients; none: no second scores.",
         in_cache_key=False,
         advanced=True,
     )

@@ -97,7 +97,9 @@ DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt method
 
 
 class ScoreSection(Section):
-    scorer: Scorer = setting("taylor2", "Importance formula, one of `lorapar list scorers`.")
+    scorer: Scorer = setting(
+        "taylor2", "Importance formula, one of `lorapar list scorers`.", ignored_by="score:rl"
+    )
     examples: int = setting(100, "Number of examples of each system.", gt=0)
     batch_size: int = setting(8, "Examples per forward pass.", in_cache_key=False, gt=0)
     launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
@@ -145,13 +147,35 @@ class PartitionSection(Section):
         ge=0,
         le=1,
     )
-    rl_elements: Literal["system2", "not_system1", "all"] = setting(
+    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = setting(
         "system2",
         "Elements that RL trains. system2: those that System 2 alone has, and beta of the shared ones; "
-        "not_system1: all that System 1 does not have, so that RL changes nothing that System 1 needs; all.",
+        "not_system1: all that System 1 does not have, so that RL changes nothing that System 1 needs; all; "
+        "random_within: as many elements of each LoRA weight as with system2, drawn at random, as a control.",
         ignored_by="partition:sft",
         advanced=True,
     )
+    rl_density: float | None = setting(
+        None,
+        "Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; "
+        "none: as many as strategy and beta give it.",
+        ignored_by="partition:sft",
+        advanced=True,
+        gt=0,
+        le=1,
+    )
+
+    @model_validator(mode="after")
+    def _check_rl_density(self) -> "PartitionSection":
+        if self.rl_density is None:
+            return self
+        if self.rl_elements in ("not_system1", "all"):
+            raise ValueError(
+                f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others"
+            )
+        if self.strategy in ("all", "random_half"):
+            raise ValueError(f"rl_density takes the highest scores, and strategy {self.strategy} reads none")
+        return self
 
 
 class TrainSection(Section):
@@ -162,10 +186,7 @@ class TrainSection(Section):
         advanced=True,
     )
     loraplus_lr_ratio: float | None = setting(
-        None,
-        "LoRA+: ratio of the learning rate of B to that of A; none: the same rate.",
-        gt=0,
-        advanced=True,
+        None, "LoRA+: ratio of the learning rate of B to that of A; none: the same rate.", gt=0, advanced=True
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "Learning rate schedule after the warmup.", advanced=True

@@ -101,8 +101,8 @@ TEST_FACT_EVERY = 3
 UNSEEN_ANSWER_EVERY = 3
 """A third of all worked answers, by their checksum, is used in the UNSEEN splits only.
 
-Names and things are not part of a chain's worked answer, so an unseen chain is new in its numbers, too. Drawing
-without this rule, 61 to 67 % of the one-step items of `final` had their worked answer in `train`.
+Names and things are not part of a chain's worked answer, so an unseen chain is new in its numbers, too.
+Without this rule, 61 to 67 % of the one-step items of `final` had their worked answer in `train`.
 """
 
 

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.config import REGIONS, ROUTED, UNTRAINED_TARGETS, Config
+from stages.config.fields import cache_key_fields
+from stages.config.rl import OF_UPDATES
 from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
+from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import cache_key
 from stages.rewards import loading
@@ -78,7 +81,24 @@ def _classify_variants(config: Config) -> tuple[str, ...]:
 def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
     if strategies.has_trait(config.partition.strategy, "unscored"):
         return ()
-    return ("classify:train", "sft") if scored == "rl" else ("classify:train",)
+    if scored != "rl":
+        return ("classify:train",)
+    return ("classify:train", "sft", *(["score"] if _reads_rollouts(config) else []))
+
+
+def _reads_rollouts(config: Config) -> bool:
+    """Whether RL's elements are scored by gradients of RL."""
+    return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
+
+
+def _score_outside(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
+    key = _model_key(config, scored, cache)
+    if scored != "rl":
+        return key
+    if not _reads_rollouts(config):
+        return {**key, "scorer": config.rl.rescore}
+    rl = {name: value for name, value in cache_key_fields(config.rl).items() if name not in OF_UPDATES}
+    return {**_rl_outside(config, scored, cache), "scorer": config.rl.rescore, "rl": rl}
 
 
 def _score_variants(config: Config) -> tuple[str, ...]:
@@ -107,7 +127,7 @@ def _training_needs(stage: str, first_stage: str) -> Callable[[Config, str], tup
 
 
 def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
-    runs_code = any(loading.needs_sandbox(name, config.rl.rewards_file) for name in config.rl.rewards)
+    runs_code = loading.any_needs_sandbox(config.rl.rewards, config.rl.rewards_file)
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 
@@ -171,8 +191,9 @@ STAGES = {
             name="score",
             needs=_score_needs,
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
-            external_inputs=_model_key,
+            external_inputs=_score_outside,
             variants=_score_variants,
+            unkeyed_sections=("rl",),
             version=2,
         ),
         Stage(

@@ -20,6 +20,8 @@ from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
 from stages.errors import is_out_of_memory
 from stages.labelling.personas import held_out
+from stages.lora.grpo.gradients import BATCHES
+from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
 from stages.pipeline import launch
@@ -90,12 +92,16 @@ class CostModel:
         thread_s = examples * row_tokens * measured.token_s
         return self._cost(thread_s, memory, starts=SERVER_S if served and first else 0.0)
 
-    def _score(self, _: str) -> Cost:
+    def _score(self, scored: str) -> Cost:
         """Gradients of as many examples of either system, each by itself:
 
         seconds = min(2 · score.examples, rows) · row tokens · token_s
+
+        Or, where RL's elements are scored by its gradients, as many steps of RL as that takes.
         """
-        score = self.config.score
+        score, again = self.config.score, self.config.rl.rescore
+        if scored == "rl" and again is not None and scorers.has_trait(again, "rollouts"):
+            return self._rl_steps(BATCHES, 1, score.launch)
         if strategies.has_trait(self.config.partition.strategy, "unscored"):
             return NOTHING
         rows = self.texts.trained_rows("score")
@@ -136,7 +142,7 @@ class CostModel:
         reference model for the KL term, and by the policy for the log-probabilities at sampling. μ:
         num_iterations. generation_s: see `_generation_s`; sampling packs whatever the dropout in training.
         """
-        rl, profiler, number = self.config.rl, self.profiler, len(self.texts.rows["train"])
+        rl, number = self.config.rl, len(self.texts.rows["train"])
         if self.config.baseline is not None:
             return UNKNOWN
         examples = number if rl.data == "all" else number * (1 - SYSTEM1)
@@ -146,6 +152,11 @@ class CostModel:
             hint = "lower rl.prompts_per_step"
             log.warning("rl: about %d rows do not fill the %d of a step: %s", examples, new_prompts, hint)
             return UNKNOWN
+        return self._rl_steps(steps, rl.num_iterations, rl.launch)
+
+    def _rl_steps(self, steps: int, iterations: int, launched: LaunchSection) -> Cost:
+        """The cost of so many steps, see `_rl`. iterations: steps for each batch of completions."""
+        rl, profiler = self.config.rl, self.profiler
         rows, packed = self.texts.trained_rows("rl"), rl.prefix_sharing == "auto"
         batch = rows[: rl.per_device_train_batch_size]
         measured = profiler.measure_training(batch, packed, rl.lora_dropout, rl.gradient_checkpointing)
@@ -156,12 +167,12 @@ class CostModel:
         response = self.texts.responses.within(rl.max_completion_length)
         shared = rl.num_generations if supported and packed and not rl.lora_dropout else 1
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
-        passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1 or corrected)) / 3
+        passes = 1 + (bool(rl.beta) + (iterations > 1 or corrected)) / 3
         learning_s = completions * (prompt / shared + response) * passes * measured.token_s
         read_tokens = prompt / rl.num_generations if supported else prompt
         generation_s = self._generation_s(completions, read_tokens, response)
-        thread_s = steps * (learning_s + generation_s / rl.num_iterations)
-        return self._cost(thread_s, self._rl_memory(measured, shared), rl.launch)
+        thread_s = steps * (learning_s + generation_s / iterations)
+        return self._cost(thread_s, self._rl_memory(measured, shared), launched)
 
     def _rl_memory(self, measured: Measurement, shared: int) -> MemoryEstimate:
         """The larger of two phases, training passes and sampling. measured, shared: see `_rl`."""

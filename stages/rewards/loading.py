@@ -116,6 +116,11 @@ def needs_sandbox(name: str, file: str | None) -> bool:
     return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
 
 
+def any_needs_sandbox(names: Iterable[str], file: str | None) -> bool:
+    """True if one of these rewards runs code."""
+    return any(needs_sandbox(name, file) for name in names)
+
+
 def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
     """Wrap a reward function with checks of its results.
 

@@ -10,7 +10,7 @@ from stages.models.base import load_adapted, load_base
 OPTIONS = {
     "all-linear": ["lora.target_modules=all-linear"],
     "pissa_niter_16": ["lora.init=pissa_niter_16"],
-    "rescore": ["rl.rescore=true", "rl.max_steps=2"],
+    "rescore": ["rl.rescore=taylor2", "rl.max_steps=2"],
 }
 
 

@@ -13,7 +13,7 @@ from stages.report import elements
 from stages.report.page import Pictures, Text
 
 RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "score.examples=4"]
-AGAIN = "rl.rescore=true"
+AGAIN = "rl.rescore=taylor2"
 
 
 def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
@@ -50,7 +50,7 @@ def test_importance_is_taken_where_sft_ended(begun):
     assert made["rl"].manifest["summary"]["frozen_drift"] == 0
     assert made["rl"].manifest["summary"]["active"] == made["partition:rl"].manifest["summary"]["active"]
     # magnitude is |φ|: of the file that SFT wrote
-    weighed = make_steps(begun(*RL, AGAIN, "score.scorer=magnitude"), "score", "partition:sft", "sft")
+    weighed = make_steps(begun(*RL, "rl.rescore=magnitude"), "score", "partition:sft", "sft")
     from stages.lora.adapter import adapter
 
     weights = adapter.read(weighed["sft"][0].adapter)

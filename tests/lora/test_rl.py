@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from stages import rl
 from stages.engines.continuous_batching import generate
 from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.lora.grpo import building
 from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
@@ -124,7 +125,7 @@ def test_trl_s_own_sampling_knows_nothing_of_the_model_s_generation_file_and_dro
     ready, odd, monkeypatch
 ):
     """No other way of writing reads it, and log-probabilities would be those of another distribution."""
-    seen, usual, loads = [], GenerationMixin.generate, rl.load_base
+    seen, usual, loads = [], GenerationMixin.generate, building.load_base
 
     def strict(*given):
         base = loads(*given)
@@ -136,7 +137,7 @@ def test_trl_s_own_sampling_knows_nothing_of_the_model_s_generation_file_and_dro
         seen.append((self.training, any(len(set(row)) < len(row) for row in made[:, -8:].tolist())))
         return made
 
-    monkeypatch.setattr(rl, "load_base", strict)
+    monkeypatch.setattr(building, "load_base", strict)
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     trl = ["baseline.method=dora", "eval.targets=[rl]", "rl.lora_dropout=0.5", "rl.max_completion_length=32"]
     make_step(ready(*trl, *odd), "rl")

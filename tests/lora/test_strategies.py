@@ -8,6 +8,7 @@ import torch
 from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.errors import ConfigError, MeaninglessError
@@ -245,6 +246,25 @@ def test_rl_may_train_more_than_system_2_s_elements(begun, rl_elements, regions)
         for stage in ("sft", "rl")
     }
     assert len(keys["sft"]) == 1 and len(keys["rl"]) == 2
+
+
+def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_own(begun):
+    def active(*settings: str) -> dict[str, Tensor]:
+        made = make_steps(begun("partition.theta=0.5", *settings), "partition")
+        return Masks.load(made["partition:rl"][0].path / "masks.safetensors", "rl").active
+
+    plain, control = active(), active("partition.rl_elements=random_within")
+    assert all(int(mask.sum()) == int(control[name].sum()) for name, mask in plain.items())
+    assert not torch.equal(flatten_weights(plain), flatten_weights(control))
+    few, fewer = (flatten_weights(active(f"partition.rl_density={share}")) for share in (0.04, 0.01))
+    assert [int(few.sum()), int(fewer.sum())] == [len(few) * 4 // 100, len(few) // 100]
+    assert not bool((fewer & ~few).any())  # the highest scores come first
+
+
+def test_a_share_for_rl_goes_with_system_2_s_elements(smoke):
+    for setting in ("partition.rl_elements=all", "partition.strategy=random_half"):
+        with pytest.raises(ConfigError, match="rl_density takes"):
+            smoke("partition.rl_density=0.1", setting)
 
 
 def test_system_1_may_have_all_elements(begun):

@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import trl
 
-from stages import rl, sft
+from stages import sft
 from stages.config import RlSection, SftSection
 from stages.config.rl import RolloutsSection
+from stages.lora.grpo import building
 from stages.store.checkpoints import Checkpoints
 
 REVIEWED = Path(__file__).with_name("trl_defaults.json")
@@ -36,9 +37,11 @@ def given() -> dict[str, set[str]]:
     checkpoints = Checkpoints(Path("run/stage/checkpoints/key"), "")
     with patch.multiple(trl, **{name: keep(name) for name in ("GRPOConfig", "SFTConfig")}):
         sft._arguments(SftSection(), 1, 0, checkpoints)
-        rl._arguments(RlSection(), 1, 0, checkpoints, [])
+        building._arguments(RlSection(), 1, 0, checkpoints, [])
         alone = set(fields["GRPOConfig"])
-        rl._arguments(RlSection(rollouts=RolloutsSection(engine="vllm_colocate")), 1, 0, checkpoints, [])
+        building._arguments(
+            RlSection(rollouts=RolloutsSection(engine="vllm_colocate")), 1, 0, checkpoints, []
+        )
     assert all(name.startswith("vllm_") for name in fields["GRPOConfig"] - alone)
     return fields
 

@@ -1,6 +1,6 @@
 """The GRPO trainer: TRL's, with System 1 replay, shared prompts, its own rollouts and exact resume.
 
-Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `stages.rl`.
+Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `building.build_trainer`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ scorers: Registry = Registry("scorer")
 
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
 zero, and so is the value of B). Trait `pilot`: the formula takes the value after a pilot run (`pilot.py`) in
-place of gradient and Fisher.
+place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions of the gradient
+of GRPO's loss at SFT's adapter and of its square (`grpo/gradients.py`), and only `rl.rescore` can name it.
 """
 
 
@@ -82,6 +83,18 @@ def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 def moved(value: Tensor, trained: Tensor) -> Tensor:
     """|φ′ − φ|: how far a pilot run of 12 steps on the examples moves it (after arXiv 2505.11711)."""
     return (trained - value).abs()
+
+
+@scorers.add("rollouts")
+def grpo_sign(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+    """g²/√F = |g| · |g|/√F over batches of completions: what a step of Adam gains by moving the element.
+
+    Adam moves it by about g/√F times the learning rate, and a unit of movement changes the loss by g. |g|/√F
+    is 1 if the gradient has one sign and size in all batches, and near 0 if its signs cancel. GRPO's
+    gradients change from step to step, and only elements that keep their sign are said to learn (arXiv
+    2605.12207).
+    """
+    return gradient.square() / fisher.sqrt().clamp(min=1e-30)
 
 
 @contextmanager

@@ -208,13 +208,17 @@ def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, size
 @strategies.add()
 def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: like `random`, but inside each LoRA weight, so every layer keeps its number of elements."""
+    return _permuted(importance(scores, section, seed, sizes), order_within(sizes, seed))
+
+
+def order_within(sizes: list[int], seed: int) -> Tensor:
+    """A random order of all elements in which each stays in its weight, (elements,)."""
     import torch
 
-    split = importance(scores, section, seed, sizes)
     generator = torch.Generator().manual_seed(seed)
     starts = [0, *accumulate(sizes)]  # one more than there are weights: the last is the end
     pieces = [start + torch.randperm(n, generator=generator) for start, n in zip(starts, sizes, strict=False)]
-    return _permuted(split, torch.cat(pieces))
+    return torch.cat(pieces)
 
 
 @strategies.add()

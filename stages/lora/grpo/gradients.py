@@ -1,0 +1,80 @@
+"""Gradients of GRPO at an adapter that does not move, for scorers of the elements that RL is to train."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from stages.errors import MeaninglessError
+from stages.lora.adapter import adapter
+from stages.lora.importance.scorers import Moments
+from stages.lora.training import loop
+from stages.lora.training.health import ProgressCallback
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stages.config import LaunchSection, RlSection
+    from stages.lora.grpo.building import GrpoRun
+    from stages.progress import Progress
+
+BATCHES = 8
+"""Batches of completions, each as large as a step of RL."""
+SHOWN = ("reward", "frac_reward_zero_std")
+"""Metrics on the progress line."""
+
+
+def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
+    """The settings of RL for BATCHES steps that leave every element where it is, in processes of `launch`."""
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "loraplus_lr_ratio": None, "num_iterations": 1}
+    length = {"max_steps": BATCHES, "num_train_epochs": BATCHES}
+    return rl.model_copy(update={**still, **length, "report_to": [], "launch": launch})
+
+
+def measure(
+    grpo: GrpoRun, start: loop.InitialAdapter, progress: Progress
+) -> tuple[Moments, dict[str, float]]:
+    """Sum the gradients of GRPO's loss, and their squares, over BATCHES batches; and what these earned.
+
+    grpo: built with the settings of `without_updates`. A gradient is what RL's optimizer would get: of a
+    whole step, clipped to `rl.max_grad_norm`. One tensor per LoRA weight, of the weight's full shape.
+    MeaninglessError if no completion had an advantage.
+    """
+    trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
+    start.restore(grpo.model)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    zeros = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
+    sums = Moments(zeros, {name: zero.clone() for name, zero in zeros.items()}, 0, 0.0)
+    trainer.args.save_strategy = SaveStrategy.NO
+    trainer.remove_callback(PrinterCallback)
+    title = f"score System 2 by RL's gradients, {grpo.prompts.slow} prompts"
+    trainer.add_callback(ProgressCallback(progress, title, grpo.steps, SHOWN, grpo.steps + 1))
+    trainer.add_callback(_GradientSums(layers, sums))
+    trainer.train()
+    if not any(bool(square.any()) for square in sums.square.values()):
+        raise MeaninglessError(
+            f"in {sums.examples} batches no group of completions had unequal rewards",
+            "raise rl.num_generations or sft.system2_share, or leave out rl.rescore",
+        )
+    rewards = [row["reward"] for row in loop.history(trainer) if "reward" in row]
+    return sums, {"batches": sums.examples, **({"mean_reward": fmean(rewards)} if rewards else {})}
+
+
+class _GradientSums(TrainerCallback):
+    """Adds the gradient of each step to the sums, after all processes have averaged it."""
+
+    def __init__(self, layers: dict[str, nn.Module], sums: Moments) -> None:
+        self.layers, self.sums = layers, sums
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for name, layer in self.layers.items():
+            if layer.weight.grad is not None:  # without an advantage there is none
+                gradient = layer.weight.grad.detach().float()
+                self.sums.gradient[name] += gradient
+                self.sums.square[name] += gradient.square()
+        self.sums.examples += 1

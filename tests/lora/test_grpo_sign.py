@@ -1,0 +1,75 @@
+"""RL's elements chosen by RL's own gradients."""
+
+import pytest
+import torch
+from conftest import make_steps
+
+from stages.errors import ConfigError, MeaninglessError
+from stages.lora.adapter import adapter
+from stages.lora.grpo import gradients
+from stages.lora.importance.masks import Masks, flatten_weights, read_importance
+from stages.lora.importance.scorers import scorers
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
+
+SCORED = ("rl.rescore=grpo_sign", "score.examples=4", "sft.learning_rate=0.1")
+
+
+def test_an_element_scores_by_how_far_its_gradient_keeps_its_sign():
+    steady, noisy = torch.tensor([2.0, 2.0]), torch.tensor([5.0, -1.0])  # two batches each, both of mean 2
+    gradients_ = torch.stack([steady, noisy, torch.zeros(2)])  # (elements, batches)
+    score = scorers.pick("grpo_sign")(torch.ones(3), gradients_.mean(1), gradients_.square().mean(1))
+    # g² / √F: 4 / 2 for the steady one, 4 / √13 for the other.
+    torch.testing.assert_close(score, torch.tensor([2.0, 4 / 13**0.5, 0.0]))
+
+
+def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkeypatch):
+    measured = {}
+
+    def watched(grpo, start, progress):
+        moments, statistics = measure(grpo, start, progress)
+        measured["weights"] = {name: w.weight.clone() for name, w in adapter.lora_layers(grpo.model).items()}
+        measured["moments"] = moments
+        return moments, statistics
+
+    measure = gradients.measure
+    monkeypatch.setattr(gradients, "measure", watched)
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def even(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n")
+    earned = (f"rl.rewards_file={rewards}", "rl.rewards={even: 1}")
+    config = own(*SCORED, *earned, "partition.rl_density=0.1")
+    made = make_steps(config, "score", "partition:sft", "sft", "partition:rl")
+    artifacts = {name: artifact for name, (artifact, _) in made.items()}
+    before = adapter.read(artifacts["sft"].adapter)
+    assert all(torch.equal(before[name], value) for name, value in measured["weights"].items())
+    first, again = (
+        read_importance(artifacts[name].path / "importance.safetensors") for name in ("score", "score:rl")
+    )
+    assert torch.equal(flatten_weights(first[1]), flatten_weights(again[1]))
+    scores, moments = flatten_weights(again[2]), measured["moments"]
+    assert moments.examples == gradients.BATCHES
+    mean = flatten_weights(moments.gradient) / gradients.BATCHES
+    # By Jensen's inequality g² ≤ F, so a score is never above |g|, and it is |g| where every batch agrees.
+    assert bool((scores <= mean.abs() * 1.0001).all()) and float((scores / mean.abs()).nanmean()) < 0.9
+    active = Masks.load(artifacts["partition:rl"].path / "masks.safetensors", "rl").active
+    chosen = flatten_weights(active)
+    assert int(chosen.sum()) == len(chosen) // 10
+    assert scores[chosen].min() >= scores[~chosen].max()
+
+
+def test_equal_rewards_are_no_score(begun):
+    with pytest.raises(MeaninglessError, match="in 8 batches no group of completions had unequal rewards"):
+        make_steps(begun(*SCORED), "score", "partition:sft", "sft")
+
+
+def test_rates_of_rl_do_not_make_its_scores_stale(begun):
+    def key(*settings: str) -> str:
+        return plan_steps(resolved(begun(*SCORED, *settings)))["score:rl"].key
+
+    assert key() == key("rl.learning_rate=0.5", "rl.max_steps=7", "rl.num_iterations=2")
+    assert len({key(), key("rl.temperature=0.5"), key("rl.rescore=taylor2")}) == 3
+
+
+def test_score_itself_has_no_completions(smoke):
+    with pytest.raises(ConfigError, match=r"set rl.rescore=grpo_sign for RL's elements"):
+        smoke("score.scorer=grpo_sign")
