@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
 from stages.config import (
+    KEPT,
     REGIONS,
     ROUTED,
     UNTRAINED_TARGETS,
@@ -109,6 +110,9 @@ def _route(
 def _adapter(job: StageContext) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
     target = job.variant.partition("@")[0]
+    if target.startswith(KEPT):
+        yield job.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
+        return
     if target not in REGIONS:
         yield job.adapter("score", "sft", "rl")
         return

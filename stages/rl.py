@@ -6,13 +6,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
+from stages.errors import ConfigError
 from stages.lora.grpo import building
 from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.training import loop
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
+from stages.lora.training.keep import KeepAdapters
 from stages.packing.support import is_prompt_learning
 from stages.records import read_labels
+from stages.runtime import distributed
+from stages.store.artifacts import KEPT_ADAPTERS
 
 if TYPE_CHECKING:
     from stages.pipeline.context import StageContext
@@ -38,6 +42,8 @@ def run(
     grpo = building.build(
         labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
     )
+    if rl.keep_steps and max(rl.keep_steps) > grpo.steps:
+        raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {grpo.steps} steps of RL")
     prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
     title = f"rl on {prompts.slow} prompts"
     trainer.add_callback(
@@ -47,7 +53,11 @@ def run(
         if start.active is not None:
             start.restore(peft_model)
         trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
+    kept = KeepAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
+    trainer.add_callback(kept)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
+    if distributed.is_main():
+        kept.copy(context.out / KEPT_ADAPTERS)
     return {
         "prompts": prompts.slow,
         "replayed_prompts": prompts.replayed,

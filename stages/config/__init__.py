@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationInfo, model_validator
 
+from stages.config.evaluation import KEPT as KEPT
 from stages.config.evaluation import REGIONS as REGIONS
 from stages.config.evaluation import ROUTED as ROUTED
 from stages.config.evaluation import UNTRAINED_TARGETS as UNTRAINED_TARGETS
@@ -124,6 +125,16 @@ class Config(Section):
         ):
             if conflict:
                 raise ValueError(f"rl.rescore scores the adapter of SFT for RL, and {why}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> "Config":
+        for target in self.eval.targets:
+            if target.startswith(KEPT) and int(target.removeprefix(KEPT)) not in self.rl.keep_steps:
+                raise ValueError(
+                    f"target {target}: RL keeps that adapter only if rl.keep_steps names the step, got "
+                    f"{self.rl.keep_steps}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages.config.fields import (
     MAX_SAMPLES,
@@ -22,6 +22,9 @@ REGIONS = get_args(Region)
 """Targets with the trained values of one region of the adapter only."""
 ROUTED = "auto"
 """Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl."""
+KEPT = "rl-"
+"""Beginning of targets with the adapter that RL had after some step, e.g. rl-20 (`rl.keep_steps`)."""
+KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
@@ -130,11 +133,12 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl", "auto", Region]] = setting(
+    targets: list[Literal["base", "init", "sft", "rl", "auto", Region] | KeptTarget] = setting(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, rl: with the initial adapter, that of SFT or "
-        "that of RL; s1_only, s2_only, shared: RL's adapter with all elements outside this region reset to "
-        "their initial values; auto: the answers of sft or rl, as one vote of the base on each item decides.",
+        "that of RL; rl-20: with that of RL after step 20 (rl.keep_steps); s1_only, s2_only, shared: RL's "
+        "adapter with all elements outside this region reset to their initial values; auto: the answers of "
+        "sft or rl, as one vote of the base on each item decides.",
         in_cache_key=False,
         min_length=1,
     )

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import (
@@ -189,6 +189,12 @@ class RlSection(TrainSection):
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     lora_dropout: float = setting(0.0, DROPOUT, ge=0, lt=1, advanced=True)
     save_steps: int = setting(5, SAVE_STEPS, in_cache_key=False, advanced=True, gt=0)
+    keep_steps: list[Annotated[int, Field(gt=0)]] = setting(
+        [],
+        "Steps after which the adapter is kept, too, for targets such as rl-20.",
+        in_cache_key=False,
+        advanced=True,
+    )
     max_zero_signal_steps: int = setting(
         20,
         "Stop after this many consecutive steps in which all rewards of each group are equal.",

@@ -29,7 +29,10 @@ OUTPUTS = {
         f"`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains. All {_WEIGHTS}.",
     },
     "sft": _TRAINED,
-    "rl": _TRAINED,
+    "rl": {
+        **_TRAINED,
+        "adapters/": "The adapter after each step of `rl.keep_steps`, under the step's number.",
+    },
     "eval": {
         "metrics.json": "For all items, each system and each group of the benchmark: counts, accuracy in "
         "both readings, intervals, tokens; also the first prompt and the stop texts.",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import REGIONS, ROUTED, UNTRAINED_TARGETS, Config
+from stages.config import KEPT, REGIONS, ROUTED, UNTRAINED_TARGETS, Config
 from stages.config.fields import cache_key_fields
 from stages.config.rl import OF_UPDATES
 from stages.errors import ConfigError
@@ -98,7 +98,7 @@ def _score_outside(config: Config, scored: str, cache: DigestCache) -> dict[str,
     if not _reads_rollouts(config):
         return {**key, "scorer": config.rl.rescore}
     rl = {name: value for name, value in cache_key_fields(config.rl).items() if name not in OF_UPDATES}
-    return {**_rl_outside(config, scored, cache), "scorer": config.rl.rescore, "rl": rl}
+    return {**_rewards_outside(config, scored, cache), "scorer": config.rl.rescore, "rl": rl}
 
 
 def _score_variants(config: Config) -> tuple[str, ...]:
@@ -131,11 +131,17 @@ def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 
-def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
+def _rewards_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     return {
         **_model_key(config, variant, cache),
         **cache_key.of_file("rewards_file", config.rl.rewards_file, cache),
     }
+
+
+def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
+    # In the key only where steps are kept, so that other keys stay as they were.
+    kept = {"keep_steps": sorted(config.rl.keep_steps)} if config.rl.keep_steps else {}
+    return {**_rewards_outside(config, variant, cache), **kept}
 
 
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
@@ -143,6 +149,8 @@ def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
     if target == ROUTED:
         return ("classify:train", f"eval:sft@{name}", f"eval:rl@{name}")
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
+    if target.startswith(KEPT):
+        return (*labels, "rl")
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
     return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])

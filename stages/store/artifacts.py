@@ -22,6 +22,8 @@ from stages.store.digests import canonical_json, fsync, sha256_file
 from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
+KEPT_ADAPTERS = "adapters"
+"""Folder of the adapters that RL keeps on its way, each in a folder with the number of its step."""
 MOVE_AWAY_HINT = "move it away and run the stage again"
 
 
@@ -41,6 +43,10 @@ class Artifact:
     def adapter(self) -> Path:
         """Folder of the adapter: for score the initial adapter, else the trained one."""
         return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
+
+    def kept_adapter(self, step: str) -> Path:
+        """Folder of the adapter after that step of RL."""
+        return self.path / KEPT_ADAPTERS / step
 
     def integrity_error(self) -> str | None:
         """Describe the first file that differs from the manifest, or return None.
