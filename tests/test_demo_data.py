@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from stages.data import demo
+from stages.errors import DataError
 from stages.records import read_jsonl
 
 BOUND = 0.25
@@ -100,6 +101,20 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         demo.write(tmp_path / folder, 7)
     for name in demo.SETS["short"]:
         assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes()
+
+
+def test_rows_may_keep_their_final_answer_alone(tmp_path):
+    for name, number in (("worked", 0), ("gold", 90)):
+        demo.write(tmp_path / name, 7, gold_only=number)
+    worked, gold = (
+        [row for _, row in read_jsonl(tmp_path / name / "train.jsonl")] for name in ("worked", "gold")
+    )
+    without = [row for row in gold if "answer" not in row]
+    assert len(without) == 90 and {row["intended"] for row in without} == {2}
+    for row, whole in zip(gold, worked, strict=True):
+        assert row == whole or row["gold"] == whole["answer"].split("#### ")[1]
+    with pytest.raises(DataError, match="121: the set has 120 training rows of System 2"):
+        demo.write(tmp_path / "more", 7, gold_only=121)
 
 
 def test_no_stage_reads_the_intended_system():

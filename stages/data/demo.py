@@ -14,7 +14,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from stages.errors import DataError
 from stages.records import write_jsonl
 
 Shares = dict[str, float]
@@ -136,8 +138,11 @@ class _Story:
         self.sentences.append(sentence)
 
 
-def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
+def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> dict[str, int]:
     """Write one file per split of the set `size` to `folder`; return the number of items in each.
+
+    gold_only: number of System 2 rows of `train` that have the final answer and no worked one. All other rows
+    are the same as without them. DataError if there are not so many.
 
     The same seed gives the same bytes. No two splits share a question, and no worked answer of an UNSEEN
     split is one of `train` or `valid`. In the long set, `valid` is for choosing settings and asks for the
@@ -151,12 +156,24 @@ def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
     for split, (total, shares) in splits.items():
         items = list(_items(rng, split, total, shares, questions))
         rng.shuffle(items)
-        write_jsonl(folder / f".{split}.jsonl", (asdict(item) for item in items))
+        rows = [asdict(item) for item in items]
+        if split == "train":
+            _drop_worked_answers(rows, gold_only, seed)
+        write_jsonl(folder / f".{split}.jsonl", rows)
         sizes[split] = len(items)
     # Files are renamed when all are complete: `make` takes the last one as proof of all.
     for split in splits:
         (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
     return sizes
+
+
+def _drop_worked_answers(rows: list[dict[str, Any]], number: int, seed: int) -> None:
+    """Replace `answer` by `gold`, the final answer, in so many random rows of System 2."""
+    system2 = [row for row in rows if row["intended"] == 2]
+    if number > len(system2):
+        raise DataError(f"--gold-only {number}: the set has {len(system2)} training rows of System 2")
+    for row in random.Random(f"{seed} gold only").sample(system2, number):
+        row["gold"] = row.pop("answer").rpartition("#### ")[2]
 
 
 def _items(
