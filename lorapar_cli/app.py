@@ -36,7 +36,7 @@ from stages.engines import EngineCache
 from stages.errors import ConfigError, Ended, LoraparError, is_rust_panic
 from stages.pipeline import launch
 from stages.pipeline.context import StageContext
-from stages.pipeline.run import Task, Verb, pending_stages, run_step
+from stages.pipeline.run import Task, Verb, pending_stages, run_step, upcoming
 from stages.pipeline.stages import STAGES, Stage, order
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
@@ -70,12 +70,27 @@ def _make(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json
     is_shown = distributed.is_main() and not quiet
     progress = TerminalProgress(position) if is_shown else Silence()
     with progress, EngineCache() as engines:
+        if steps[0].stage.name == "eval" and settings.eval.engine == "vllm" and not force:
+            _answer_ahead(settings, steps, progress, engines)
         for step in steps:
             progress.begin(step.name)
             artifact, created = run_step(settings, step, verb(step.stage.name), force, progress, engines)
             progress.done()
             if is_shown or (distributed.is_main() and position is None):  # a quiet run has results of its own
                 terminal.artifact(step.name, artifact, created, as_json)
+
+
+def _answer_ahead(
+    settings: Config, steps: list[Step], progress: TerminalProgress | Silence, engines: EngineCache
+) -> None:
+    """Let targets that one server can serve be answered by one, if there are several."""
+    with libraries.hide_packages(*libraries.UNUSED):
+        from stages import answering
+
+        sharing = [step for step in steps if answering.may_share_server(settings, step.variant)]
+        calls = upcoming(settings, sharing, progress, engines)
+        if len(calls) > 1:
+            answering.answer_ahead(calls)
 
 
 def verb(name: str) -> Verb:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
+from stages.answering import cache_of, stored_adapter, title
 from stages.config import (
-    KEPT,
     REGIONS,
     ROUTED,
-    UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
     EvalSection,
@@ -27,16 +26,14 @@ from stages.config import (
 )
 from stages.engines import EngineSpec
 from stages.evaluation import routing
-from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
+from stages.evaluation.answer_cache import CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.evaluation.metrics import compute_metrics, headline
 from stages.labelling.router import MODES, Router
-from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
 from stages.runtime import resources
-from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,11 +107,8 @@ def _route(
 def _adapter(job: StageContext) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
     target = job.variant.partition("@")[0]
-    if target.startswith(KEPT):
-        yield job.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
-        return
     if target not in REGIONS:
-        yield job.adapter("score", "sft", "rl")
+        yield stored_adapter(job)
         return
     from stages.lora.importance import ablation
     from stages.lora.importance.masks import Masks
@@ -143,19 +137,12 @@ def _evaluate(
         job.engines.close()  # the harness loads the model itself
         summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return summary
-    rows = _rows(job, benchmark)[: eval.untrained_items if target in UNTRAINED_TARGETS else None]
-    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
+    cache, rows, renderer, prompts = cache_of(job, adapter, model, prompt, eval, benchmark)
     backend = sandboxes.from_settings(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
-    prompts = module.ask([row.example for row in rows], benchmark, renderer)
 
     spec = EngineSpec(eval.engine, model, adapter)
-    cache = AnswerCache(
-        prompts, benchmark, renderer, _identity(job, spec), job.journals / "answers", job.force
-    )
-    cache.complete(
-        lambda: job.engines.get(spec, server, progress.say), f"eval {target} {benchmark.kind}", progress
-    )
+    cache.complete(lambda: job.engines.get(spec, server, progress.say), title(job, benchmark), progress)
     answers = cache.answers
 
     parity = _check_parity(job, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
@@ -176,24 +163,6 @@ def _evaluate(
     return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
-def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
-    """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
-    if "classify" in job.inputs:
-        return read_labels(job.labels)
-    return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
-
-
-def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
-    """Everything that determines the answers, apart from the prompts and the sampling."""
-    return {
-        "model": job.outside["model"],
-        "dtype": f"nf4 {job.dtype}" if spec.model.load_in_4bit else job.dtype,
-        "adapter": _adapter_digest(spec.adapter),
-        "engine": spec.engine,
-        "server": job.outside.get("server"),
-    }
-
-
 def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
     """The part of metrics.json that shows what the prompts look like."""
     bos = renderer.tokenizer.bos_token_id
@@ -204,13 +173,6 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
         "stop": [*(renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
         "prompt": renderer.digest(),
     }
-
-
-def _adapter_digest(adapter: Path | None) -> str | None:
-    if adapter is None:
-        return None
-    files = ("adapter_model.safetensors", "adapter_config.json")
-    return key_of({name: sha256_file(adapter / name) for name in files})
 
 
 def _check_parity(

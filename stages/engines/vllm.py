@@ -51,15 +51,13 @@ By default vLLM reserves a core for itself and 4 GB for its KV cache; a small ma
 def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     """Start a server, wait until it is healthy, yield a client, and stop it, even if this process is killed.
 
-    `server.adapter` says whether an adapter is merged into a copy of the model or served as a LoRA module.
-    `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
+    See `serves_modules` for how an adapter is served.
     """
     _fetch(spec.model, say)
     port = _port(server.port)
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, modules = spec.model, {}
-        as_module = server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
-        if spec.adapter is not None and as_module:
+        if spec.adapter is not None and serves_modules(server):
             # Should another process's server answer on the same port, it has no model of this name.
             modules = {f"adapter-{os.getpid()}": spec.adapter}
         elif spec.adapter is not None:
@@ -69,6 +67,14 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
         command = _command(model, server, port, spec.vllm, modules)
         with _running(command, port, spec.devices, server, say, spec.model.name) as exit_error:
             yield Client((_address(port),), next(iter(modules), model.name), "", server, exit_error)
+
+
+def serves_modules(server: ServerSection) -> bool:
+    """Whether an adapter is served as a LoRA module, and not merged into a copy of the model.
+
+    `server.adapter` says which. `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
+    """
+    return server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
 
 
 @contextmanager

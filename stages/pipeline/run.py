@@ -61,8 +61,7 @@ def run_step(
         if force and distributed.is_main():
             job.checkpoints.clear()
         distributed.barrier()  # old checkpoints are gone before any process looks for one
-        reads = (*stage.sections(config, step.variant), *stage.unkeyed_sections)
-        summary = _run_user_code(verb, job, dict(section(config, path) for path in reads))
+        summary = _run_user_code(verb, job, _sections(config, step))
         distributed.barrier()  # every process has written its part
         if distributed.is_main():
             provenance = _provenance(config, step, job, time.monotonic() - start, start_joules)
@@ -72,6 +71,31 @@ def run_step(
         new_artifact = store.load(store.folder(stage.name, step.key))
         assert new_artifact is not None
         return new_artifact, True
+
+
+def upcoming(
+    config: Config, steps: list[Step], progress: Progress, engines: EngineCache
+) -> list[tuple[StageContext, dict[str, Any]]]:
+    """What the stage function will be called with for each step that is not current and whose inputs are."""
+    store = Store(config.root)
+    calls = []
+    for step in steps:
+        states = {name: state(store, source) for name, source in step.inputs.items()}
+        inputs = {
+            name: now.artifact for name, now in states.items() if now.state == "current" and now.artifact
+        }
+        if state(store, step).state == "current" or inputs.keys() != step.inputs.keys():
+            continue
+        out = store.partial(step.stage.name, step.key)
+        context = _context(config, step, inputs, out, False, progress, engines)
+        calls.append((context, _sections(config, step)))
+    return calls
+
+
+def _sections(config: Config, step: Step) -> dict[str, Any]:
+    """The config sections that the stage function takes."""
+    reads = (*step.stage.sections(config, step.variant), *step.stage.unkeyed_sections)
+    return dict(section(config, path) for path in reads)
 
 
 def _commit(

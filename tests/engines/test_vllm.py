@@ -44,6 +44,39 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
     assert servers() == []
 
 
+def test_one_server_answers_for_several_targets(tiny, demo_data, tmp_path):
+    """Three targets and two benchmarks; the answers are those of the model in process."""
+    from conftest import make_steps, paths
+
+    from stages.pipeline.resolve import load, resolved
+    from stages.records import read_samples
+
+    other = f"eval.benchmarks.other={{kind: demo, path: {demo_data}/test.jsonl, limit: 5, label: false}}"
+    overrides = [
+        *paths(tiny, demo_data, tmp_path), "data.limit=24", "classify.strategy=random", "score.examples=2",
+        "sft.max_steps=1", "sft.learning_rate=0.05", "rl.max_steps=1", "model.dtype=float32",
+        "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=6", other,
+        "eval.targets=[base, sft, rl]", "server.adapter=module",
+    ]  # fmt: skip
+    config = resolved(load(ROOT / "configs/smoke.yaml", overrides))
+    make_steps(config, "classify:train", "score", "partition", "sft", "rl")
+    answers = {}
+    for engine in ("vllm", "transformers"):
+        sets = [part for text in (*overrides, f"eval.engine={engine}") for part in ("--set", text)]
+        command = [sys.executable, "-m", "lorapar_cli", "eval", "configs/smoke.yaml", *sets]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stderr.count("starting a vLLM server") == (engine == "vllm")
+        made = make_steps(resolved(load(ROOT / "configs/smoke.yaml", [*overrides, f"eval.engine={engine}"])))
+        answers[engine] = {
+            name: [sample.output for sample in read_samples(artifact.path / "samples.jsonl")]
+            for name, (artifact, is_new) in made.items()
+            if name.startswith("eval") and not is_new
+        }
+    assert len(answers["vllm"]) == 6 and answers["vllm"] == answers["transformers"]
+    assert answers["vllm"]["eval:base@demo"] != answers["vllm"]["eval:sft@demo"]
+    assert servers() == []
+
+
 @pytest.mark.parametrize("how", ["merged", "module"])
 def test_an_adapter_is_served(tiny, tmp_path, how):
     """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
