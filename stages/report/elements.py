@@ -33,7 +33,8 @@ def parts(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     blocks = _stage(config, artifacts.get("score"), masks, "")
     blocks += [] if masks is None else _maps(masks)
     if "score:rl" in artifacts:
-        blocks.append(Text("For RL the elements were scored again, at the adapter of SFT."))
+        again = f"For RL the elements were scored again, by {config.rl.rescore} at the adapter of SFT."
+        blocks.append(Text(again))
         blocks += _stage(config, artifacts["score:rl"], artifacts.get("partition:rl"), "for RL")
     return blocks
 

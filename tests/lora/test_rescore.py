@@ -86,7 +86,7 @@ def test_a_page_has_the_elements_of_both(begun):
     config = begun(*RL, AGAIN)
     made = make_steps(config, "score", "partition", "sft")
     parts = elements.parts(config, {name: artifact for name, (artifact, _) in made.items()})
-    at = parts.index(Text("For RL the elements were scored again, at the adapter of SFT."))
+    at = parts.index(Text("For RL the elements were scored again, by taylor2 at the adapter of SFT."))
     *of_sft, maps_text, maps = parts[:at]  # the maps are of SFT's elements alone
     assert [type(part) for part in of_sft] == [type(part) for part in parts[at + 1 :]]
     assert "How to read the maps" in maps_text.text and len(maps.figures) == 3
