@@ -198,7 +198,7 @@ def run(
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     any_ran, results_printed, must_check = False, False, True
-    requested = ancestors(steps, last)
+    requested = ancestors(settings, steps, last)
     check = ["plan", str(config), "--check", *sets(set_), *(["--to", last] if last else [])]
     with starter() as stages:
         for task in pending_stages(settings, steps, first, last):

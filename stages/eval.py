@@ -1,4 +1,4 @@
-"""eval: one target (base, init, sft, rl or a region of rl) answers one benchmark; every answer is graded."""
+"""eval: one target, such as base, sft or rl, answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.evaluation.metrics import compute_metrics, headline
-from stages.labelling.router import MODES, Router
+from stages.labelling.router import Router
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
@@ -74,11 +74,11 @@ def _route(
     benchmark: BenchmarkSection,
     server: ServerSection,
 ) -> dict[str, Any]:
-    """Write the answers of target auto, taken from those of sft and rl, and what every routing is worth."""
+    """Write the answers of target auto, taken from those of both modes, and what every routing is worth."""
     name, module = job.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
     samples = {
-        mode: read_samples(job.inputs[f"eval:{stage}@{name}"].path / "samples.jsonl")
-        for mode, stage in MODES.items()
+        mode: read_samples(job.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
+        for mode, target in eval.modes.items()
     }
     labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
     identity = f"{job.outside['model']} {job.dtype} {job.outside.get('server')}"
