@@ -85,12 +85,12 @@ def _answer_ahead(
 ) -> None:
     """Let targets that one server can serve be answered by one, if there are several."""
     with libraries.hide_packages(*libraries.UNUSED):
-        from stages import answering
+        from stages import eval as evaluation
 
-        sharing = [step for step in steps if answering.may_share_server(settings, step.variant)]
+        sharing = [step for step in steps if evaluation.may_share_server(settings, step.variant)]
         calls = upcoming(settings, sharing, progress, engines)
         if len(calls) > 1:
-            answering.answer_ahead(calls)
+            evaluation.answer_ahead(calls)
 
 
 def verb(name: str) -> Verb:
@@ -213,7 +213,7 @@ def run(
     set_ = [*(set_ or []), *_unsafe(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     any_ran, results_printed, must_check = False, False, True
-    requested = ancestors(steps, last)
+    requested = ancestors(settings, steps, last)
     check = ["plan", str(config), "--check", *sets(set_), *(["--to", last] if last else [])]
     with starter() as stages:
         for task in pending_stages(settings, steps, first, last):

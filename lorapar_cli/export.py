@@ -9,6 +9,7 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline.state import require_current, state
@@ -17,7 +18,10 @@ from stages.store.artifacts import Store
 MAX_CHECKS = 10_000
 Views = Annotated[
     bool,
-    typer.Option("--views", help="Write two adapters that are served together: fast/ (SFT) and slow/ (RL)."),
+    typer.Option(
+        "--views",
+        help="Write two adapters that are served together: fast/ (SFT), slow/ (RL, or SFT's second round).",
+    ),
 ]
 Check = Annotated[
     int,
@@ -43,7 +47,10 @@ Push = Annotated[
 def command(
     config: ConfigPath,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder; must not exist.")],
-    target: Annotated[str, typer.Option(help="Which adapter to export: sft or rl.")] = "rl",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Which adapter to export: sft, sft2 or rl; if left out, that of the slow mode."),
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
     views: Views = False,
     base_dtype: Annotated[
@@ -54,15 +61,19 @@ def command(
     set_: Overrides = None,
 ) -> None:
     from stages import export as exporting
-    from stages.report.card import VIEWS, Form
+    from stages.report.card import Form
 
     settings, steps = plan_of(config, set_)
+    modes = settings.eval.modes
+    target = target or modes["slow"]
     _check_options(target, merged, base_dtype, views)
-    targets = [view.stage for view in VIEWS.values()] if views else [target]
-    if not set(targets) <= set(steps):
+    if target == "sft2" and settings.sft.rounds == 1:
+        raise ConfigError("--target sft2: SFT has one round", "--set sft.rounds=2")
+    targets = list(modes.values()) if views else [target]
+    if not {TRAINED[name] for name in targets} <= set(steps):
         raise missing_path_error()
     store = Store(settings.root)
-    trained = {name: require_current(store, steps[name]) for name in targets}
+    trained = {name: require_current(store, steps[TRAINED[name]]) for name in targets}
     prefixes = tuple(f"eval:{name}@" for name in targets)
     states = [state(store, step) for name, step in steps.items() if name.startswith(prefixes)]
     evaluated = [now.artifact for now in states if now.state == "current" and now.artifact]
@@ -71,7 +82,7 @@ def command(
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
-        names = ", ".join(f"{name} ({view.stage})" for name, view in VIEWS.items())
+        names = ", ".join(f"{mode} ({name})" for mode, name in modes.items())
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
         rows = exporting.check_views(trained, settings, folder, prompts, terminal.say) if prompts else ()
     else:
@@ -86,8 +97,8 @@ def command(
 
 
 def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> None:
-    if target not in ("sft", "rl"):
-        raise ConfigError(f"--target {target}: expected sft or rl")
+    if target not in TRAINED:
+        raise ConfigError(f"--target {target}: expected one of {', '.join(TRAINED)}")
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the data type of its base")
     if merged and views:

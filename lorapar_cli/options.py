@@ -46,7 +46,7 @@ Only = Annotated[
         "--only",
         metavar="NAME",
         help="Only this variant; repeatable. classify: train or a benchmark. score: score or rl. "
-        "partition: sft or rl.",
+        "partition: sft or rl. sft: sft or system2, its second round.",
     ),
 ]
 Json = Annotated[

@@ -53,7 +53,7 @@ def command(
     if last is not None:
         check_stage_name(settings, last)
     store = Store(settings.root)
-    states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
+    states = {name: state(store, step).state for name, step in ancestors(settings, steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     if pending:
         _require_no_problem(settings, pending)

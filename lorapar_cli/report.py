@@ -49,7 +49,7 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
 
     refuse_store(out)
     settings, steps = plan_of(path, set_)
-    requested = ancestors(steps, None)
+    requested = ancestors(settings, steps, None)
     store = Store(settings.root)
     if not any(state(store, step).state == "current" for step in requested.values()):
         arguments = typed(path, set_)

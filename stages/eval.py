@@ -1,23 +1,26 @@
-"""eval: one target (base, init, sft, rl or a region of rl) answers one benchmark; every answer is graded."""
+"""eval: one target, such as base, sft or rl, answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
-from stages.answering import cache_of, stored_adapter, title
 from stages.config import (
+    KEPT,
     REGIONS,
     ROUTED,
+    UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
+    Config,
     EvalSection,
     ModelSection,
     PromptSection,
@@ -26,20 +29,22 @@ from stages.config import (
 )
 from stages.engines import EngineSpec
 from stages.evaluation import routing
-from stages.evaluation.answer_cache import CachedAnswer
+from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
-from stages.evaluation.grading import Context, Grade
+from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
-from stages.labelling.router import MODES, Router
+from stages.evaluation.samples import grade_all
+from stages.labelling.router import Router
+from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
-from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
-from stages.runtime import resources
+from stages.records import Labelled, read_labels, read_samples, write_jsonl
+from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.engines.openai.client import Client
     from stages.pipeline.context import StageContext
-    from stages.progress import Progress
 
 
 def run(
@@ -72,11 +77,11 @@ def _route(
     benchmark: BenchmarkSection,
     server: ServerSection,
 ) -> dict[str, Any]:
-    """Write the answers of target auto, taken from those of sft and rl, and what every routing is worth."""
+    """Write the answers of target auto, taken from those of both modes, and what every routing is worth."""
     name, module = job.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
     samples = {
-        mode: read_samples(job.inputs[f"eval:{stage}@{name}"].path / "samples.jsonl")
-        for mode, stage in MODES.items()
+        mode: read_samples(job.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
+        for mode, target in eval.modes.items()
     }
     labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
     identity = f"{job.outside['model']} {job.dtype} {job.outside.get('server')}"
@@ -108,7 +113,7 @@ def _adapter(job: StageContext) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
     target = job.variant.partition("@")[0]
     if target not in REGIONS:
-        yield stored_adapter(job)
+        yield _stored_adapter(job)
         return
     from stages.lora.importance import ablation
     from stages.lora.importance.masks import Masks
@@ -118,6 +123,102 @@ def _adapter(job: StageContext) -> Iterator[Path | None]:
         ablation.write(target, job.inputs["rl"].adapter, job.inputs["score"].adapter, masks, Path(folder))
         yield Path(folder)
         job.engines.close()  # the adapter that it serves is about to be deleted
+
+
+def answer_ahead(jobs: list[tuple[StageContext, dict[str, Any]]]) -> None:
+    """Have one vLLM server answer for several targets, each adapter as a module of it, into the journal.
+
+    jobs: what `run` gets later, which then finds every answer. Else each target would have a server of its
+    own, and on a GPU each benchmark, too, because the check of the first answers needs the server's memory.
+    Targets are asked one after the other. The server is started only if the journal lacks an answer.
+    """
+    from stages.engines import vllm
+
+    def module_name(job: StageContext) -> str:
+        # Should another process's server answer on the same port, it has no model of this name.
+        return f"{job.variant.partition('@')[0]}-{os.getpid()}"
+
+    adapters = {module_name(job): adapter for job, _ in jobs if (adapter := _stored_adapter(job)) is not None}
+    (first, given), *_ = jobs
+    model, server, say = given["model"], given["server"], first.progress.say
+    with ExitStack() as stack:
+
+        @cache
+        def clients() -> dict[str, Client]:
+            return stack.enter_context(vllm.open_modules(model, adapters, server, say))
+
+        for job, sections in jobs:
+            name, benchmark = module_name(job), sections["benchmark"]
+            answers, *_ = _cache_of(
+                job, adapters.get(name), model, sections["prompt"], sections["eval"], benchmark
+            )
+            served = name if name in adapters else model.name
+            answers.complete(lambda served=served: clients()[served], _title(job, benchmark), job.progress)
+
+
+def may_share_server(config: Config, variant: str) -> bool:
+    """Whether a target's adapter can be one module of several of a vLLM server, and its answers a request."""
+    from stages.engines import vllm
+
+    target, _, name = variant.partition("@")
+    asks = not hasattr(benchmarks.pick(config.eval.benchmarks[name].kind), "run")
+    has_adapter_file = target not in (*REGIONS, ROUTED)
+    return asks and has_adapter_file and config.served_by_vllm and vllm.serves_modules(config.server)
+
+
+def _title(job: StageContext, benchmark: BenchmarkSection) -> str:
+    return f"eval {job.variant.partition('@')[0]} {benchmark.kind}"
+
+
+def _stored_adapter(job: StageContext) -> Path | None:
+    """The folder of the target's adapter in an artifact; None for the base."""
+    target = job.variant.partition("@")[0]
+    if target.startswith(KEPT):
+        return job.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
+    return job.adapter("score", "sft", "rl")
+
+
+def _cache_of(
+    job: StageContext,
+    adapter: Path | None,
+    model: ModelSection,
+    prompt: PromptSection,
+    eval: EvalSection,
+    benchmark: BenchmarkSection,
+) -> tuple[AnswerCache, list[Labelled], Renderer, list[RenderedPrompt]]:
+    """The cache of the answers of one target to one benchmark, and the items as they are asked."""
+    is_untrained = job.variant.partition("@")[0] in UNTRAINED_TARGETS
+    rows = _rows(job, benchmark)[: eval.untrained_items if is_untrained else None]
+    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
+    prompts = benchmarks.pick(benchmark.kind).ask([row.example for row in rows], benchmark, renderer)
+    identity = _identity(job, EngineSpec(eval.engine, model, adapter))
+    cache = AnswerCache(prompts, benchmark, renderer, identity, job.journals / "answers", job.force)
+    return cache, rows, renderer, prompts
+
+
+def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
+    """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
+    if "classify" in job.inputs:
+        return read_labels(job.labels)
+    return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
+
+
+def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
+    """Everything that determines the answers, apart from the prompts and the sampling."""
+    return {
+        "model": job.outside["model"],
+        "dtype": f"nf4 {job.dtype}" if spec.model.load_in_4bit else job.dtype,
+        "adapter": _adapter_digest(spec.adapter),
+        "engine": spec.engine,
+        "server": job.outside.get("server"),
+    }
+
+
+def _adapter_digest(adapter: Path | None) -> str | None:
+    if adapter is None:
+        return None
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    return key_of({name: sha256_file(adapter / name) for name in files})
 
 
 def _evaluate(
@@ -137,16 +238,16 @@ def _evaluate(
         job.engines.close()  # the harness loads the model itself
         summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
         return summary
-    cache, rows, renderer, prompts = cache_of(job, adapter, model, prompt, eval, benchmark)
+    cache, rows, renderer, prompts = _cache_of(job, adapter, model, prompt, eval, benchmark)
     backend = sandboxes.from_settings(sandbox, progress.say) if sandbox else None
     context = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
 
     spec = EngineSpec(eval.engine, model, adapter)
-    cache.complete(lambda: job.engines.get(spec, server, progress.say), title(job, benchmark), progress)
+    cache.complete(lambda: job.engines.get(spec, server, progress.say), _title(job, benchmark), progress)
     answers = cache.answers
 
     parity = _check_parity(job, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
-    samples = _grade_answers(rows, prompts, answers, renderer, context, benchmark, progress)
+    samples = grade_all(rows, prompts, answers, renderer, context, benchmark, progress)
     write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in samples))
     metrics = compute_metrics(samples, module.GROUPS)
     record = {
@@ -200,55 +301,3 @@ def _check_parity(
     pairs = [(prompts[i], answers[i, 0]) for i in range(min(eval.parity_items, len(prompts)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
     return parity.check(pairs, model, adapter, tokenizer, hint, job.progress.say)
-
-
-def _grade_answers(
-    rows: list[Labelled],
-    prompts: list[RenderedPrompt],
-    answers: dict[tuple[int, int], CachedAnswer],
-    renderer: Renderer,
-    context: Context,
-    benchmark: BenchmarkSection,
-    progress: Progress,
-) -> list[Sample]:
-    """Grade every answer, in the order of rows and samples. Programs run side by side on all cores."""
-    grade = benchmarks.pick(benchmark.kind).grade
-    slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
-    if context.sandbox:
-        progress.start("running programs", len(slots))
-
-    def grade_answer(slot: tuple[int, int]) -> Sample:
-        i, n = slot
-        example = rows[i].example
-        answer = answers[slot].text(renderer.tokenizer, prompts[i])
-        verdict: Grade = grade(example, answer.text, context)
-        if context.sandbox:
-            progress.advance(1)
-        return Sample(
-            id=example.id,
-            sample=n,
-            system=rows[i].system,
-            prompt=prompts[i].text,
-            output=answer.text,
-            gold=example.gold,
-            strict=verdict.strict,
-            flexible=verdict.flexible,
-            correct=verdict.correct,
-            correct_flexible=verdict.correct_flexible,
-            outcome=_outcome(verdict, answer.complete),
-            extra={**example.extra, **verdict.extra, **answer.extra},
-        )
-
-    with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:
-        return list(pool.map(grade_answer, slots))
-
-
-def _outcome(grade: Grade, complete: bool) -> str:
-    """One of `records.OUTCOMES`; complete: the answer did not end at the length limit."""
-    if grade.refused:
-        return "refused"
-    if grade.correct:
-        return "correct"
-    if not complete:
-        return "truncated"
-    return "unparsed" if grade.strict is None else "wrong"

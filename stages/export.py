@@ -19,7 +19,8 @@ from stages.engines import Completion, Engine, EngineCache, EngineSpec, Generate
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.records import Labelled
-from stages.report.card import VIEWS, Form, View, card, card_of_views, hub_results, view_of
+from stages.report.card import Form, card, card_of_views, hub_results
+from stages.report.views import View, view_of, views_of
 from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 if TYPE_CHECKING:
@@ -62,16 +63,17 @@ def write_views(
     base_dtype: bool = False,
     evaluated: Sequence[Artifact] = (),
 ) -> None:
-    """Write `fast/`, the adapter of SFT, and `slow/`, that of RL, with a card that says how to serve both.
+    """Write `fast/`, the adapter of SFT, and `slow/`, that of RL or of SFT's second round, with a card.
 
-    trained: the artifacts of sft and rl. The other parameters and errors are those of `write`; also
-    ConfigError for a baseline, which no server loads as a LoRA module, and for adapters of a 4-bit base.
+    The card says how to serve both. trained: their artifacts by target. The other parameters and errors are
+    those of `write`; also ConfigError for a baseline, which no server loads as a LoRA module, and for
+    adapters of a 4-bit base.
     """
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
         raise ConfigError(f"--views are served by vLLM, which cannot serve {cause}")
     with _building(out) as partial:
-        views = {name: trained[view.stage] for name, view in VIEWS.items()}
+        views = {name: trained[view.target] for name, view in views_of(config).items()}
         for name, artifact in views.items():
             (partial / name).mkdir()
             _fill(partial / name, artifact, config, "adapter", base_dtype)
@@ -247,32 +249,33 @@ def check_views(
     from stages.engines.vllm import open_modules
     from stages.models.dtype import resolve
 
-    trials = {name: _Trial.of(config, view, prompts) for name, view in VIEWS.items()}
+    views = views_of(config)
+    trials = {name: _Trial.of(config, view, prompts) for name, view in views.items()}
     references = {"fast": config.model.name, "slow": "fast"}
     with (
-        open_modules(config.model, {name: out / name for name in VIEWS}, config.server, say) as clients,
-        ThreadPoolExecutor(len(VIEWS) + 1) as threads,
+        open_modules(config.model, {name: out / name for name in views}, config.server, say) as clients,
+        ThreadPoolExecutor(len(views) + 1) as threads,
     ):
         # The base answers first, alone: on CPU, vLLM applies an adapter to requests for the base that are
         # batched with requests for adapters (its PR 48421).
         of_base = trials["fast"].answers(clients[config.model.name])
-        futures = {name: threads.submit(trials[name].answers, clients[name]) for name in VIEWS}
+        futures = {name: threads.submit(trials[name].answers, clients[name]) for name in views}
         of_fast = threads.submit(trials["slow"].answers, clients["fast"])
         answers = {name: future.result() for name, future in futures.items()}
         reference_answers = {"fast": of_base, "slow": of_fast.result()}
     hint = f"do not serve {out}: remove it and export again"
     # At the size of logits a 16-bit float resolves an eighth: within that, the choice of a token is chance.
     rounding = 1e-3 if resolve(config.model) == "float32" else 0.125
-    for name, view in VIEWS.items():
-        row = trials[name].compared(answers[name], config.model, trained[view.stage], hint, say)
+    for name, view in views.items():
+        row = trials[name].compared(answers[name], config.model, trained[view.target], hint, say)
         number = len(answers[name])
         differing = sum(answers[name][i].ids != reference_answers[name][i].ids for i in range(number))
         if not differing:
             message = f"all {number} answers of {name} are those of {references[name]}"
-            moved = trained[view.stage].manifest["summary"]["moved"]
+            moved = trained[view.target].manifest["summary"]["moved"]
             if moved and row["worst_gap"] > rounding:  # the adapter itself would have answered otherwise
                 raise AnswerError(message, hint)
-            why = "check more prompts to tell them apart" if moved else f"{view.stage} moved no element"
+            why = "check more prompts to tell them apart" if moved else f"{view.target} moved no element"
             say(f"warning: {message}, and its adapter's own: {why}")
         from_fast = {"differ_from_fast": differing} if references[name] == "fast" else {}
         yield {"engine": f"vllm, {name}", **row, **from_fast}

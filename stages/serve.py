@@ -14,11 +14,11 @@ from stages.config import Config
 from stages.engines import ChoiceResult, Engine
 from stages.engines.gateway import Gateway
 from stages.errors import ConfigError, ServerError
-from stages.labelling.router import MODES, Router
+from stages.labelling.router import Router
 from stages.models.dtype import resolve
 from stages.progress import Progress
 from stages.records import Example, read_labels
-from stages.report.card import VIEWS
+from stages.report.views import views_of
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def open_gateway(
 ) -> Iterator[Gateway]:
     """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
 
-    inputs: the artifacts of classify:train, sft and rl. identity: of the base, for the journal of votes.
-    api_key: which clients have to send; empty for none. ConfigError for a model that vLLM cannot serve so.
+    inputs: the artifacts of classify:train and of both modes, by step. identity: of the base, for the journal
+    of votes. api_key: which clients have to send; empty for none. ConfigError for a model that vLLM cannot
+    serve so.
     """
     from stages.engines import vllm
 
@@ -63,8 +64,9 @@ def open_gateway(
     router.set_questions([])
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
         zeros = Path(folder)
-        _write_zeros(inputs["sft"].adapter, zeros)
-        modules = {mode: inputs[stage].adapter for mode, stage in MODES.items()} | {VOTER: zeros}
+        adapters = {mode: inputs[view.step].adapter for mode, view in views_of(config).items()}
+        _write_zeros(adapters["fast"], zeros)
+        modules = adapters | {VOTER: zeros}
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
             router.collect(lambda: voter, progress)
@@ -73,7 +75,7 @@ def open_gateway(
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
-                {mode: _system_message(config, mode) for mode in MODES},
+                {mode: _system_message(config, mode) for mode in adapters},
                 lambda example: _decide(router, voter, example),
                 voter.transport.exit_error,
                 api_key,
@@ -84,18 +86,18 @@ def _check(config: Config) -> None:
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
         raise ConfigError(f"vLLM cannot serve {cause}")
-    for stage in MODES.values():
-        template = (getattr(config, stage).prompt or config.prompt).template
+    for view in views_of(config).values():
+        template = (getattr(config, view.stage).prompt or config.prompt).template
         if template != "chat":
             hint = "lorapar export CONFIG DIR --views says how to serve it"
             raise ConfigError(
-                f"a server takes chats, and {stage} learned prompts of template {template}", hint
+                f"a server takes chats, and {view.target} learned prompts of template {template}", hint
             )
 
 
 def _system_message(config: Config, mode: str) -> str | None:
     """The system message with which a mode was trained."""
-    view = VIEWS[mode]
+    view = views_of(config)[mode]
     section = getattr(config, view.stage).prompt or config.prompt
     return section.by_system.get(int(view.system), section.system)  # type: ignore[no-any-return]
 

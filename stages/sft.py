@@ -1,7 +1,11 @@
-"""sft: train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL."""
+"""sft: train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL.
+
+With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements on System 2 rows, from there.
+"""
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +20,7 @@ from stages.packing.support import has_active_dropout
 from stages.packing.trl import accept_packed
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
-from stages.runtime import distributed
+from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -56,10 +60,14 @@ def run(
 
     labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
-    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed), data)
+    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed, context.variant), data)
     _warn(rows, renderer, sft, context.progress)
-    start = loop.InitialAdapter.of("sft", context.adapter("rl", "score"), context.masks)
+    masks = "rl" if context.variant else "sft"
+    start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
+    if context.variant:
+        gc.collect()  # the first round's model is in reference cycles, and this one needs its memory
+        resources.release_memory()
     base = load_base(model, fsdp.load_device(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
     fsdp.shard_base(peft_model, sft.launch)
@@ -80,7 +88,7 @@ def run(
     )
     accept_packed(base)
     trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
-    title = f"sft on {len(rows)} rows"
+    title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     left_out = len(labels) - len(examples.with_response(labels))

@@ -39,8 +39,9 @@ def trained(begun):
 
 @pytest.fixture(scope="module")
 def another(begun):
-    """An adapter that answers otherwise."""
-    return list(make_steps(begun(*SETTINGS, "lora.std=0.3"), "score", "partition", "sft").values())[-1][0]
+    """An adapter that answers otherwise, and says that it is RL's."""
+    made = make_steps(begun(*SETTINGS, "lora.std=0.3"), "score", "partition", "sft")["sft"][0]
+    return replace(made, manifest={**made.manifest, "stage": "rl"})
 
 
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):

@@ -99,11 +99,13 @@ def test_rewards_follow_the_answers(written, more, reward, told):
 def test_rows_without_answers_are_not_passed_over(written):
     plain = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(3)]
     found, said = written(plain)
-    assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "prompt" not in found
-    assert "no row has a verifiable answer" in said
+    assert found["sft"] == {"rounds": 2} and found["eval"] == {"targets": ["base", "sft", "sft2"]}
+    assert "rl" not in found and "prompt" not in found
+    assert "no row has a verifiable answer" in said and "a cold start" not in said
     Path("c.yaml").unlink()
     found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])
     assert "3 of 4 rows have no verifiable answer" in said
+    assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "sft" not in found
 
 
 def test_labels_of_the_rows_are_taken(written):

@@ -156,18 +156,18 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     config = resolved(smoke("eval.targets=[sft]"))
     steps = plan_steps(config)
     assert "rl" in steps
-    assert set(ancestors(steps, None)) == {
+    assert set(ancestors(config, steps, None)) == {
         "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
     }  # fmt: skip
     todo = {task.stage: task.variants for task in pending_stages(config, steps, None, None)}
     assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
-    assert set(ancestors(plan_steps(resolved(smoke("eval.benchmarks={}"))), "eval")) > {
+    assert set(ancestors(config, plan_steps(resolved(smoke("eval.benchmarks={}"))), "eval")) > {
         "rl",
         "classify:train",
     }
     with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
         list(pending_stages(config, steps, "rl", None))
-    assert set(ancestors(steps, "rl")) == {
+    assert set(ancestors(config, steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip
 

@@ -230,6 +230,10 @@ def test_the_work_of_each_step_is_counted(model):
     # a common beginning once
     assert found["sft"].seconds == pytest.approx(16 * (sum(lengths) / 16 - 0.75 * beginning))
     assert found["sft"].memory.activations == pytest.approx(2 * (sum(lengths[:4]) - 3 * beginning))
+    # half of the rows are of System 2: one step of them
+    second = costs(model("sft.lora_dropout=0", "sft.rounds=2"))["sft:system2"]
+    assert second.seconds == pytest.approx(found["sft"].seconds / 2)
+    assert second.memory == found["sft"].memory
     # 2 steps of 4 prompts with 4 completions, of which each is written with a quarter more and learned from
     prompt, answer = sum(prompts) / 16, sum(answers) / 16
     learning, sampling = 4 * prompt + 16 * answer, 4 * prompt + 16 * answer * 1.25 * 2

@@ -12,12 +12,14 @@ from pydantic import ValidationInfo, model_validator
 from stages.config.evaluation import KEPT as KEPT
 from stages.config.evaluation import REGIONS as REGIONS
 from stages.config.evaluation import ROUTED as ROUTED
+from stages.config.evaluation import TRAINED as TRAINED
 from stages.config.evaluation import UNTRAINED_TARGETS as UNTRAINED_TARGETS
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, registries_from, setting
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
+from stages.config.training import SECOND_SFT as SECOND_SFT
 from stages.config.training import (
     BaselineSection,
     LaunchSection,
@@ -82,7 +84,9 @@ class Config(Section):
     partition: PartitionSection = setting(
         PartitionSection(), "Split of the LoRA elements between the two systems."
     )
-    sft: SftSection = setting(SftSection(), "Supervised fine-tuning of the System 1 elements.")
+    sft: SftSection = setting(
+        SftSection(), "Supervised fine-tuning of System 1's elements, and in a second round of System 2's."
+    )
     rl: RlSection = setting(RlSection(), "GRPO on the System 2 elements.")
     eval: EvalSection = setting(EvalSection(), "Evaluation of the base model and the adapters on benchmarks.")
 
@@ -108,6 +112,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_second_sft(self) -> "Config":
+        if "sft2" in self.eval.targets and self.sft.rounds == 1:
+            raise ValueError("eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2")
+        return self
+
+    @model_validator(mode="after")
     def _check_rescore(self, info: ValidationInfo) -> "Config":
         registries = registries_from(info)
         if registries and registries["scorers"].has_trait(self.score.scorer, "rollouts"):
@@ -120,6 +130,7 @@ class Config(Section):
         unscored = registries and registries["strategies"].has_trait(self.partition.strategy, "unscored")
         for conflict, why in (
             (self.rl.start_from != "sft", "rl starts from the initial adapter"),
+            (self.sft.rounds == 2, "the second round of SFT trains the same elements before it"),
             (self.baseline is not None, "a baseline is trained whole"),
             (bool(unscored), f"strategy {self.partition.strategy} reads no scores"),
         ):

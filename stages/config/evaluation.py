@@ -14,6 +14,7 @@ from stages.config.fields import (
     without_false,
 )
 from stages.config.sources import Engine, PromptSection, SourceSection
+from stages.config.training import SECOND_SFT
 
 UNTRAINED_TARGETS = ("base", "init")
 """Targets without any training."""
@@ -21,7 +22,9 @@ Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)
 """Targets with the trained values of one region of the adapter only."""
 ROUTED = "auto"
-"""Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl."""
+"""Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl or sft2."""
+TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
+"""Targets with an adapter as training left it, and the step that trained it."""
 KEPT = "rl-"
 """Beginning of targets with the adapter that RL had after some step, e.g. rl-20 (`rl.keep_steps`)."""
 KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
@@ -133,12 +136,13 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl", "auto", Region] | KeptTarget] = setting(
+    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region] | KeptTarget] = setting(
         ["base", "sft", "rl"],
-        "Models to evaluate. base: without adapter; init, sft, rl: with the initial adapter, that of SFT or "
-        "that of RL; rl-20: with that of RL after step 20 (rl.keep_steps); s1_only, s2_only, shared: RL's "
-        "adapter with all elements outside this region reset to their initial values; auto: the answers of "
-        "sft or rl, as one vote of the base on each item decides.",
+        "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
+        "SFT, of its second round (sft.rounds) or of RL; rl-20: with that of RL after step 20 "
+        "(rl.keep_steps); s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
+        "to their initial values; auto: the answers of the fast or the slow mode, as one vote of the base on "
+        "each item decides. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
         in_cache_key=False,
         min_length=1,
     )
@@ -176,12 +180,19 @@ class EvalSection(Section):
             raise ValueError("a remote server gives no tokens to grade; use vllm or transformers")
         return engine
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """The modes that are served, `fast` and `slow`, and the target whose adapter each has."""
+        has_rl = "rl" in self.targets or "sft2" not in self.targets
+        return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
+
     @model_validator(mode="after")
     def _check_routed(self) -> "EvalSection":
         if ROUTED not in self.targets:
             return self
-        if not {"sft", "rl"} <= set(self.targets):
-            raise ValueError("targets: auto chooses between the answers of sft and rl; name both, too")
+        if not set(self.modes.values()) <= set(self.targets):
+            both = " and ".join(self.modes.values())
+            raise ValueError(f"targets: auto chooses between the answers of {both}; name both, too")
         if harness := [name for name, entry in self.benchmarks.items() if entry.kind == "lm_eval"]:
             raise ValueError(
                 f"targets: auto votes on rows, and {harness[0]} has none; the harness reads them"

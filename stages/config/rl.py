@@ -63,7 +63,9 @@ OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt"
 
 
 class RlSection(TrainSection):
-    start_from: Literal["sft", "init"] = setting("sft", "Adapter to start from.", advanced=True)
+    start_from: Literal["sft", "init"] = setting(
+        "sft", "Adapter to start from: that of SFT, after its last round, or the initial one.", advanced=True
+    )
     learning_rate: float = setting(5e-6, "Peak learning rate; the default is the paper's.", gt=0)
     warmup_ratio: float = setting(0.1, WARMUP, ge=0, lt=1, advanced=True)
     weight_decay: float = setting(0.1, "Weight decay.", ge=0, advanced=True)

@@ -61,6 +61,8 @@ class LaunchSection(Section):
         return self.backend == "fsdp2" and self.config is None
 
 
+SECOND_SFT = "sft:system2"
+"""Step that trains System 2's elements by SFT, from the adapter of step `sft`."""
 LAUNCH = "How many processes run the stage, and what each of them holds."
 
 
@@ -142,16 +144,17 @@ class PartitionSection(Section):
     )
     beta: float = setting(
         1,
-        "β: share that RL trains of the elements that both systems have.",
+        "β: share that RL, or a second round of SFT, trains of the elements that both systems have.",
         ignored_by="partition:sft",
         ge=0,
         le=1,
     )
     rl_elements: Literal["system2", "not_system1", "all", "random_within"] = setting(
         "system2",
-        "Elements that RL trains. system2: those that System 2 alone has, and beta of the shared ones; "
-        "not_system1: all that System 1 does not have, so that RL changes nothing that System 1 needs; all; "
-        "random_within: as many elements of each LoRA weight as with system2, drawn at random, as a control.",
+        "Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and "
+        "beta of the shared ones; not_system1: all that System 1 does not have, so that nothing changes that "
+        "System 1 needs; all; random_within: as many of each LoRA weight as with system2, drawn at random, "
+        "as a control.",
         ignored_by="partition:sft",
         advanced=True,
     )
@@ -218,15 +221,27 @@ class TrainSection(Section):
 
 
 class SftSection(TrainSection):
+    rounds: Literal[1, 2] = setting(
+        1,
+        "1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on "
+        "System 2 rows, for rows whose answers no reward can verify. RL starts from the last round.",
+        in_cache_key=False,
+    )
     start_from: Literal["init", "rl"] = setting(
-        "init", "Adapter to start from: init, or rl for the paper's reversed order.", advanced=True
+        "init",
+        "Adapter to start from: init, or rl for the paper's reversed order.",
+        ignored_by=SECOND_SFT,
+        advanced=True,
     )
     data: Literal["system1", "all"] = setting(
-        "system1", "Rows to train on: System 1 or all. Undecided rows are never used."
+        "system1",
+        "Rows to train on: System 1 or all. Undecided rows are never used.",
+        ignored_by=SECOND_SFT,
     )
     system2_share: float = setting(
         0.0,
         "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows.",
+        ignored_by=SECOND_SFT,
         ge=0,
         le=1,
     )
@@ -234,6 +249,7 @@ class SftSection(TrainSection):
         "full",
         "Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning "
         "(rows without a verifiable answer keep their responses).",
+        ignored_by=SECOND_SFT,
         advanced=True,
     )
     loss_type: Literal["nll", "dft"] = setting(
@@ -259,4 +275,10 @@ class SftSection(TrainSection):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"batch_size {self.batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> "SftSection":
+        if self.rounds == 2 and self.data == "all":
+            raise ValueError("data all trains on both systems in one round; rounds 2 goes with data system1")
         return self

@@ -73,7 +73,21 @@ def choices(
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    return [*chosen, *rl, *_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
+    slow = _second_sft() if _unverifiable(profile) else rl
+    return [*chosen, *slow, *_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
+
+
+def _unverifiable(profile: DataProfile) -> bool:
+    """Whether no row has an answer that RL could verify."""
+    return profile.answers["none"] == profile.answers.total()
+
+
+def _second_sft() -> list[Choice]:
+    """SFT in place of RL."""
+    return [
+        Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
+        Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
+    ]
 
 
 def _voters(profile: DataProfile, model: str) -> list[Choice]:
@@ -100,7 +114,8 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
         )
     elif unverifiable:
         questions.append(
-            "no row has a verifiable answer: RL rewards the overlap of words with the response, which is weak"
+            "no row has a verifiable answer, so there is no RL. With a reward of your own there can be, or "
+            "with the weak text_overlap: rl.rewards, eval.targets: [base, sft, rl] and sft.rounds: 1"
         )
     if profile.refuses_system:
         questions.append(
@@ -113,7 +128,7 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
             "and rewarded, and score and SFT leave them out; both need some rows of each system with one"
         )
     if profile.system2_rows == 0:
-        questions.append("what RL trains on: no row is labelled System 2")
+        questions.append("what System 2 learns from: no row is labelled System 2")
     if profile.system2_rows == len(profile.rows.examples):
         questions.append("what SFT trains on, and the importance of System 1: no row is labelled System 1")
     if profile.ignores_system:
@@ -129,10 +144,12 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
             "were right on 74 % of questions, and on 36 % where length told nothing. A larger one is better, "
             f"classify.voters: [{{model: NAME}}]; {_room()}. Or bring labels: --labels FILE"
         )
-    questions.append(
-        "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
-        "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold start"
-    )
+    if not _unverifiable(profile):
+        questions.append(
+            "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
+            "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "
+            "start"
+        )
     questions.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
     return questions
 

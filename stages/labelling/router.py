@@ -20,8 +20,6 @@ from stages.labelling.votes import VoterLog
 from stages.progress import Progress
 from stages.records import Example, Labelled, examples_of_system
 
-MODES = {"fast": "sft", "slow": "rl"}
-"""The modes, and the stage that trained the adapter of each."""
 ROWS = 64
 """Most training rows of each system that the threshold is found on."""
 PERSONA = "steps"

@@ -25,12 +25,14 @@ def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, 
     return samples
 
 
-def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
+def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:
     """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
 
-    Only those that have a response. DataError if System 1 is to answer at once and none of its rows has an
-    answer to give.
+    Only those that have a response. variant: `system2` for the second round, which has all System 2 examples
+    and no others. DataError if System 1 is to answer at once and none of its rows has an answer to give.
     """
+    if variant:
+        return _examples_with_response(labels, 2)
     labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
         if labels and not (labels := with_response(labels)):
@@ -57,8 +59,8 @@ def _examples_with_response(labels: list[Labelled], system: int) -> list[Example
     if not answered:
         raise DataError(
             f"none of {len(examples)} rows labelled System {system} has a response",
-            "score and a cold start imitate responses: give some rows one, or choose partition.strategy=all "
-            "and sft.system2_share=0",
+            "score, a cold start and a second round of SFT imitate responses: give some rows one, or choose "
+            "partition.strategy=all, sft.system2_share=0 and sft.rounds=1",
         )
     return answered
 

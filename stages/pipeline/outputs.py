@@ -26,7 +26,8 @@ OUTPUTS = {
     },
     "partition": {
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "
-        f"`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains. All {_WEIGHTS}.",
+        f"`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains; a second round of "
+        f"SFT trains RL's. All {_WEIGHTS}.",
     },
     "sft": _TRAINED,
     "rl": {

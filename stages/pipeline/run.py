@@ -247,7 +247,7 @@ def pending_stages(
             check_stage_name(config, name)
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
-    needed = ancestors(steps, last)
+    needed = ancestors(config, steps, last)
     if not needed:
         raise missing_path_error()
     # A stage can occur twice: after SFT, its adapter is scored again for RL.

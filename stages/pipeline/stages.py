@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import KEPT, REGIONS, ROUTED, UNTRAINED_TARGETS, Config
+from stages.config import KEPT, REGIONS, ROUTED, SECOND_SFT, TRAINED, UNTRAINED_TARGETS, Config
 from stages.config.fields import cache_key_fields
 from stages.config.rl import OF_UPDATES
 from stages.errors import ConfigError
@@ -117,13 +117,23 @@ def _model_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
 def _training_needs(stage: str, first_stage: str) -> Callable[[Config, str], tuple[str, ...]]:
     """The inputs of a training stage. first_stage: the other one, which it may continue."""
 
-    def needs(config: Config, _: str) -> tuple[str, ...]:
-        start = (config.sft if stage == "sft" else config.rl).start_from
+    def needs(config: Config, variant: str) -> tuple[str, ...]:
+        masks, start = stage, first_stage
+        if variant:  # the second round of SFT trains the elements that RL would
+            masks, start = "rl", "sft"
+        elif (config.sft if stage == "sft" else config.rl).start_from == "init":
+            start = "score"
+        elif stage == "rl" and config.sft.rounds == 2:
+            start = SECOND_SFT
         if config.baseline is None:
-            return ("classify:train", f"partition:{stage}", "score" if start == "init" else first_stage)
-        return ("classify:train",) if start == "init" else ("classify:train", first_stage)
+            return ("classify:train", f"partition:{masks}", start)
+        return ("classify:train",) if start == "score" else ("classify:train", start)
 
     return needs
+
+
+def _sft_variants(config: Config) -> tuple[str, ...]:
+    return ("",) if config.sft.rounds == 1 else ("", SECOND_SFT.partition(":")[2])
 
 
 def _rl_sections(config: Config, _: str) -> tuple[str, ...]:
@@ -147,13 +157,15 @@ def _rl_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, A
 def _eval_needs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
     if target == ROUTED:
-        return ("classify:train", f"eval:sft@{name}", f"eval:rl@{name}")
+        return ("classify:train", *(f"eval:{mode}@{name}" for mode in config.eval.modes.values()))
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
     if target.startswith(KEPT):
         return (*labels, "rl")
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
-    return (*labels, *{"base": (), "init": ("score",), "sft": ("sft",), "rl": ("rl",)}[target])
+    if target in TRAINED:
+        return (*labels, TRAINED[target])
+    return (*labels, "score") if target == "init" else labels
 
 
 def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
@@ -217,6 +229,7 @@ STAGES = {
             needs=_training_needs("sft", first_stage="rl"),
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             external_inputs=_model_key,
+            variants=_sft_variants,
             version=6,
         ),
         Stage(

@@ -1,7 +1,7 @@
 """Steps and their keys, from the stage table and a config.
 
 A step is a stage, or one variant of it: for classify the training rows or those of a benchmark, for partition
-the masks of SFT or of RL, for eval one target at one benchmark.
+the masks of SFT or of RL, for sft its second round, for eval one target at one benchmark.
 """
 
 from collections.abc import Iterable
@@ -76,14 +76,16 @@ def _step(config: Config, stage: Stage, variant: str, inputs: dict[str, Step], c
     return Step(stage, variant, key_of(identity), identity, inputs)
 
 
-def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
+def ancestors(config: Config, steps: dict[str, Step], last: str | None) -> dict[str, Step]:
     """The steps of stage `last` and all their direct and indirect inputs, in order.
 
-    Default for `last`: eval, or every step if nothing is evaluated.
+    Default for `last`: eval. If nothing is evaluated: every step, but no RL where `eval.targets` names the
+    second round of SFT in its place.
     """
     if last in (None, "eval"):
         last = "eval" if any(step.stage.name == "eval" for step in steps.values()) else None
-    last_steps = [step for step in steps.values() if last in (None, step.stage.name)]
+    skipped = "rl" if config.eval.modes["slow"] != "rl" else None
+    last_steps = [s for s in steps.values() if s.stage.name == last or (last is None and s.name != skipped)]
     names = {step.name for step in _with_inputs(last_steps)}
     return {name: step for name, step in steps.items() if name in names}
 

@@ -112,7 +112,7 @@ class CostModel:
         examples = min(2 * score.examples, len(self.texts.rows["train"]))
         return self._cost(examples * fmean(lengths) * measured.token_s, memory, score.launch)
 
-    def _sft(self, _: str) -> Cost:
+    def _sft(self, variant: str) -> Cost:
         """Forward and backward passes, in micro batches that without dropout compute a common beginning once:
 
         seconds = steps · batch_size · row tokens · token_s
@@ -120,7 +120,8 @@ class CostModel:
         sft, number = self.config.sft, len(self.texts.rows["train"])
         if self.config.baseline is not None:
             return UNKNOWN
-        examples = number if sft.data == "all" else number * SYSTEM1 * (1 + sft.system2_share)
+        by_round = SYSTEM1 * (1 + sft.system2_share) if not variant else 1 - SYSTEM1
+        examples = number if sft.data == "all" else number * by_round
         steps = steps_of(math.ceil(examples / sft.batch_size), sft)
         rows, packed = self.texts.trained_rows("sft"), sft.padding_free == "auto"
         batch = rows[: sft.per_device_train_batch_size]

@@ -88,7 +88,7 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             kind = config.eval.benchmarks[step.variant.partition("@")[2]].kind
             yield name, getattr(benchmarks.pick(kind), "check_installed", lambda: None)
         if stage in ("score", "sft") and "classify:train" in step.inputs:
-            yield name, partial(_check_rows, texts, stage, labels)
+            yield name, partial(_check_rows, texts, step, labels)
         if stage in ("classify", "eval"):
             yield name, partial(_check_prompts, texts, step)
     sections = {path: step.stage.name for step in steps for path in step.stage.sections(config, step.variant)}
@@ -97,21 +97,21 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
 
 
-def _check_rows(texts: Texts, stage: str, labels: list[Labelled]) -> None:
+def _check_rows(texts: Texts, step: Step, labels: list[Labelled]) -> None:
     """Raise the error that score or SFT would raise about its rows: one too long, or a system without any.
 
     Before rows are labelled any of them may be read, and with `data.too_long: error` each must fit.
     """
-    config = texts.config
+    config, stage = texts.config, step.stage.name
     if not labels:
         # SFT may shorten the responses of System 1. Score reads them whole.
-        rows = [Labelled(row, 1 if stage == "sft" else 2, {}) for row in texts.rows["train"]]
+        rows = [Labelled(row, 1 if step.name == "sft" else 2, {}) for row in texts.rows["train"]]
         every_row = config.sft.model_copy(update={"data": "all"})
         chosen = [examples.trained_by_sft(rows, every_row, config.seed)]
     elif stage == "score":
         chosen = list(examples.scored(labels, config.score, config.seed).values())
     else:
-        chosen = [examples.trained_by_sft(labels, config.sft, config.seed)]
+        chosen = [examples.trained_by_sft(labels, config.sft, config.seed, step.variant)]
     for some in chosen:
         _renderer(texts, stage, labels).rows(sampled(some, TRAINING_SAMPLE), config.data)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,31 +14,14 @@ from stages import escaping
 from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
-from stages.labelling.router import MODES
 from stages.report import usage
 from stages.report.results_table import ResultsCell, ResultsTable
+from stages.report.views import View, view_of
 from stages.store.artifacts import Artifact
 
 Form = Literal["adapter", "merged"]
 
 
-@dataclass(frozen=True)
-class View:
-    """One of the two modes of a model that are exported together."""
-
-    stage: str
-    """Stage that trained the adapter."""
-    system: str
-    """System whose rows the adapter learned from, written as the keys of `prompt.by_system` in a manifest."""
-    description: str
-    method: str
-    """Training method, as the card names it."""
-
-
-VIEWS = {
-    "fast": View(MODES["fast"], "1", "answers at once", "SFT"),
-    "slow": View(MODES["slow"], "2", "works it out", "GRPO"),
-}
 LOAD_VIEWS = """model = PeftModel.from_pretrained(model, "fast", adapter_name="fast")
 model.load_adapter("slow", adapter_name="slow")
 model.set_adapter("slow")  # or "fast"
@@ -59,6 +41,7 @@ def card(
     """
     manifest = artifact.manifest
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
+    view = view_of(artifact)
     config = _config(artifact)
     model, base = config["model"], config["model"]["name"]
     dtype = manifest["provenance"].get("dtype", "")
@@ -82,11 +65,11 @@ def card(
 tags: [lorapar, {method}]
 ---
 
-# {_title(base)} after {_method_name(config)} {stage}
+# {_title(base)} after {_method_name(config)} {view.target}
 
-{subject} of stage `{stage}` of lorapar (arXiv 2507.20999), artifact
+{subject} of step `{view.step}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
-{trained} were trained in this stage, in
+{trained} were trained in this step, in
 {summary["steps"]} steps{_untrained_note(form, config, base_dtype)}.
 
 {_results(evaluated)}{_usage(artifact, form, folder, config)}| setting | value |
@@ -97,16 +80,16 @@ tags: [lorapar, {method}]
 
 def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any]) -> str:
     """Write how to load the export, and where vLLM can, how to serve and ask it; before a blank line."""
-    stage, merged = artifact.manifest["stage"], form == "merged"
+    view, merged = view_of(artifact), form == "merged"
     load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
     python = _code(artifact, config, folder, load)
     library = "transformers" if merged else "plain PEFT"
     text = f"In this folder, with {library}:\n\n```python\n{python}\n```\n\n"
     if not merged and (config["baseline"] or config["model"]["load_in_4bit"]):
         return text
-    modules = {} if merged else {stage: folder}
+    modules = {} if merged else {view.target: folder}
     try:
-        server = usage.server_command(artifact, config, folder, modules, stage if merged else "")
+        server = usage.server_command(artifact, config, folder, modules, view.target if merged else "")
     except ConfigError:  # its rank is larger than vLLM serves
         return text
     return f"""{text}Or a server of vLLM, started in this folder:
@@ -118,17 +101,12 @@ def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any])
 A request to it, with the prompt of training:
 
 ```sh
-{_request(stage, view_of(artifact), config)}
+{_request(view.target, view, config)}
 ```
 
 {usage.ON_CPU}
 
 """
-
-
-def view_of(artifact: Artifact) -> View:
-    """Return the mode that the artifact's stage trains."""
-    return next(view for view in VIEWS.values() if view.stage == artifact.manifest["stage"])
 
 
 def _code(artifact: Artifact, config: dict[str, Any], folder: Path, load_adapter: str) -> str:
@@ -183,21 +161,22 @@ def _title(base: str) -> str:
     return escaping.markdown(base.rstrip("/").split("/")[-1])
 
 
-def card_of_views(views: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
+def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
     """Compose the card of two adapters, `fast` and `slow`, that one server offers.
 
     folder: holds the adapters in subfolders of these names.
     """
-    configs = {name: _config(artifact) for name, artifact in views.items()}
+    configs = {name: _config(artifact) for name, artifact in adapters.items()}
+    views = {name: view_of(artifact) for name, artifact in adapters.items()}
     base, slow = configs["fast"]["model"]["name"], configs["slow"]
-    server = usage.server_command(views["slow"], slow, folder, {view: folder / view for view in views})
+    server = usage.server_command(adapters["slow"], slow, folder, {name: folder / name for name in views})
     modes = "\n".join(
-        f"| {name} | {_learned(view, configs[name])} | `{views[name].manifest['key']}` | "
-        f"{views[name].manifest['summary']['active_share']:.1%} |"
-        for name, view in VIEWS.items()
+        f"| {name} | {_learned(view, configs[name])} | `{adapters[name].manifest['key']}` | "
+        f"{adapters[name].manifest['summary']['active_share']:.1%} |"
+        for name, view in views.items()
     )
-    requests = "\n".join(_request(name, view, configs[name]) for name, view in VIEWS.items())
-    python = _code(views["slow"], slow, folder, LOAD_VIEWS)
+    requests = "\n".join(_request(name, view, configs[name]) for name, view in views.items())
+    python = _code(adapters["slow"], slow, folder, LOAD_VIEWS)
     return f"""---
 {_base_model_line(base)}library_name: peft
 tags: [lorapar, lora]
@@ -235,13 +214,15 @@ In this folder, with plain PEFT:
 
 
 def _learned(view: View, config: dict[str, Any]) -> str:
-    then = "" if config[view.stage]["start_from"] == "init" else "then "
+    then = "" if view.target != "sft2" and config[view.stage]["start_from"] == "init" else "then "
     return f"{view.description}: {then}{view.method} on {_rows(view, config)}"
 
 
 def _rows(view: View, config: dict[str, Any]) -> str:
     """Describe the rows that a view's stage trained on."""
     section = config[view.stage]
+    if view.target == "sft2":
+        return f"System {view.system} rows"
     if section["data"] == "all":
         return "all rows"
     rows = f"System {view.system} rows"

@@ -10,7 +10,7 @@ from stages.report.results_table import ResultsCell
 from stages.store.artifacts import Artifact
 
 CAPTION = (
-    "fast (sft) and slow (rl): one mode for all items. auto: one vote of the base on each item decides. "
+    "fast and slow: one mode for all items. auto: one vote of the base on each item decides. "
     "oracle: the better mode for each item, and of equals the shorter answer; no router can do better with "
     "these answers."
 )

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from stages.config import REGIONS, ROUTED, Config
+from stages.config import REGIONS, ROUTED, SECOND_SFT, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
@@ -42,8 +42,9 @@ SIGNIFICANT = 0.05
 def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
     """Render the page. run: the command that makes missing steps. serve: the one that serves the modes."""
     lead, sections, missing = build(config, steps, Store(config.root))
-    if config.served_by_vllm and {"sft", "rl"} <= steps.keys() - missing:
-        how = Text("One vLLM server offers the modes fast (sft), slow (rl) and auto:")
+    modes = config.eval.modes
+    if config.served_by_vllm and {TRAINED[target] for target in modes.values()} <= steps.keys() - missing:
+        how = Text(f"One vLLM server offers the modes fast (sft), slow ({modes['slow']}) and auto:")
         sections.append(PageSection("serving", "Serving", [how, Command(serve)]))
     if missing:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
@@ -224,7 +225,8 @@ def _answers(artifact: Artifact) -> Answers:
 def _training(artifacts: dict[str, Artifact]) -> list[Block]:
     """Draw the curves of each training, a figure for each panel."""
     blocks: list[Block] = []
-    for name, window in (("sft", 1), ("rl", figures.WINDOW)):  # the rewards of one step are few and noisy
+    windows = {"sft": 1, SECOND_SFT: 1, "rl": figures.WINDOW}
+    for name, window in windows.items():  # the rewards of one step are few and noisy
         if name not in artifacts:
             continue
         history = json.loads((artifacts[name].path / "history.json").read_text(encoding="utf-8"))

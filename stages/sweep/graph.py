@@ -79,7 +79,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
         # The answers that auto chooses from are current by then.
-        targets = ["sft", "rl", target] if target == ROUTED else [target]
+        targets = [*cell.config.eval.modes.values(), target] if target == ROUTED else [target]
         return [*command, "--set", f"eval.targets=[{', '.join(targets)}]", "--benchmark", benchmark]
     return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
 

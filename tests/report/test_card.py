@@ -55,7 +55,10 @@ def manifest(tmp_path: Path) -> dict:
     return {
         "key": "abc", "stage": "rl",
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
-        "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"learning_rate": 0.1}}},
+        "identity": {
+            "variant": "",
+            "config": {"baseline": None, "lora": {"r": 8}, "rl": {"learning_rate": 0.1}},
+        },
         "provenance": {
             "config": {"model": {"name": "org/m", "revision": "b" * 40}},
             "versions": {"lorapar": "1"}, "dtype": "bfloat16",

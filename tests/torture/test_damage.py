@@ -207,7 +207,7 @@ def test_manifests_that_were_sealed_again(store, tally, capsys):
                 if (artifact := states[name].artifact) and states[name].state == "current":
                     card(artifact, "adapter", artifact.adapter, [other for other in evaluated if other])
             if number % 10 == 0:
-                run_page.page(store, ancestors(steps, None), "", "")
+                run_page.page(store, ancestors(store, steps, None), "", "")
         file.write_bytes(before)
         capsys.readouterr()
 

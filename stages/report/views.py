@@ -1,0 +1,50 @@
+"""The modes of a trained model: which adapter answers at once, and which works an answer out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.config import TRAINED, Config
+from stages.store.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class View:
+    """A mode of a model, which has a trained adapter."""
+
+    target: str
+    """Target of the evaluation that has this adapter."""
+    system: str
+    """System whose rows the adapter learned from, written as the keys of `prompt.by_system` in a manifest."""
+    description: str
+    method: str
+    """Training method, as the card names it."""
+
+    @property
+    def step(self) -> str:
+        """Step that trained the adapter."""
+        return TRAINED[self.target]
+
+    @property
+    def stage(self) -> str:
+        return self.step.partition(":")[0]
+
+
+VIEWS = (
+    View("sft", "1", "answers at once", "SFT"),
+    View("sft2", "2", "works it out", "SFT"),
+    View("rl", "2", "works it out", "GRPO"),
+)
+
+
+def views_of(config: Config) -> dict[str, View]:
+    """Return the two modes that are exported or served together, by their names."""
+    by_target = {view.target: view for view in VIEWS}
+    return {mode: by_target[target] for mode, target in config.eval.modes.items()}
+
+
+def view_of(artifact: Artifact) -> View:
+    """Return the mode that the artifact's step trains."""
+    stage, variant = artifact.manifest["stage"], artifact.manifest["identity"]["variant"]
+    step = f"{stage}:{variant}" if variant else stage
+    return next(view for view in VIEWS if view.step == step)

@@ -1,0 +1,151 @@
+"""A second round of SFT: System 2's elements on System 2 rows, from the adapter of the first."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, labels_of, make_steps
+from test_frozen import command, pair
+from test_resume import in_a_child
+
+from stages import export
+from stages.errors import ConfigError
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks
+from stages.pipeline.resolve import resolved
+from stages.pipeline.run import pending_stages
+from stages.pipeline.steps import plan_steps
+from stages.plan import preflight
+from stages.plan.preflight import problems
+from stages.report import run_page
+from stages.store.artifacts import Store
+
+TWO = ["sft.rounds=2", "sft.max_steps=4", "sft.num_train_epochs=9", "sft.weight_decay=0.1"]
+SECOND = "sft:system2"
+
+
+def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
+    one, two = (plan_steps(resolved(smoke(*more))) for more in ((), TWO[:1]))
+    assert [name for name in two if name not in one] == [SECOND]
+    assert {name for name in one if one[name].key != two[name].key} == {"rl", "eval:rl@demo"}
+    assert list(two[SECOND].inputs) == ["classify:train", "partition:rl", "sft"]
+    assert list(two["rl"].inputs) == ["classify:train", "partition:rl", SECOND]
+    from_init = plan_steps(resolved(smoke(*TWO[:1], "rl.start_from=init")))
+    assert from_init["rl"].key == plan_steps(resolved(smoke("rl.start_from=init")))["rl"].key
+    baseline = plan_steps(resolved(smoke(*TWO[:1], "baseline.method=ia3", "eval.targets=[sft2]")))
+    assert list(baseline[SECOND].inputs) == ["classify:train", "sft"]
+
+
+def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
+    for benchmarks in ([], ["eval.benchmarks={}"]):
+        config = resolved(smoke(*TWO, "eval.targets=[base, sft2]", *benchmarks))
+        tasks = [task.stage for task in pending_stages(config, plan_steps(config), None, None)]
+        assert tasks == ["classify", "score", "partition", "sft", *([] if benchmarks else ["eval"])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["eval.targets=[sft2]"], "sft2 is the adapter of a second round of SFT; set sft.rounds=2"),
+        (["sft.rounds=2", "sft.data=all"], "data all trains on both systems in one round"),
+        (
+            ["sft.rounds=2", "rl.rescore=taylor2"],
+            "the second round of SFT trains the same elements before it",
+        ),
+        (["sft.rounds=2", "eval.targets=[sft2, auto]"], "between the answers of sft and sft2; name both"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(smoke, settings, why):
+    with pytest.raises(ConfigError, match=why):
+        smoke(*settings)
+
+
+def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_path):
+    config = begun(*TWO, "eval.targets=[sft, sft2, auto]", "eval.benchmarks.demo.limit=4")
+    made = {
+        name: one
+        for name, (one, _) in make_steps(config, "classify", "score", "partition", "sft", "eval").items()
+    }
+    first, second, masks = made["sft"], made[SECOND], made["partition:rl"]
+    active = Masks.load(masks.path / "masks.safetensors", "rl").active
+    start, end = (adapter.read(artifact.adapter) for artifact in (first, second))
+    assert all(torch.equal(end[name][~active[name]], old[~active[name]]) for name, old in start.items())
+    summary = second.manifest["summary"]
+    assert summary["frozen_drift"] == 0 and summary["moved"] == summary["active"] > 0
+    assert summary["active"] == masks.manifest["summary"]["active"] != first.manifest["summary"]["active"]
+    assert summary["rows"] == sum(row.system == 2 for row in labels_of(config))
+    # It is evaluated, shown, and exported as the slow mode.
+    page = run_page.page(config, {name: plan_steps(resolved(config))[name] for name in made}, "", "")
+    assert "sft:system2, 4 steps" in page and "demo: sft2 answers" in page and "slow (sft2)" in page
+    export.write_views({"sft": first, "sft2": second}, config, tmp_path / "views")
+    for view, artifact in (("fast", first), ("slow", second)):
+        name = "adapter_model.safetensors"
+        assert (tmp_path / "views" / view / name).read_bytes() == (artifact.adapter / name).read_bytes()
+    assert "| slow | works it out: then SFT on System 2 rows |" in (tmp_path / "views/README.md").read_text()
+    export.write(second, config, tmp_path / "one", "adapter")
+    assert "after LoRA-PAR sft2\n" in (tmp_path / "one/README.md").read_text()
+
+
+def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
+    sets = [part for text in (*begun.home, *TWO, "eval.targets=[sft2]") for part in ("--set", text)]
+    make_steps(begun(*TWO), "sft")
+    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *sets)
+    assert done.code == 0 and "adapter of sft2" in done.out + done.err
+    sets = [part for text in begun.home for part in ("--set", text)]
+    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "y", *sets, "--target", "sft2")
+    assert done.code == 78 and "--target sft2: SFT has one round" in done.err
+
+
+def test_a_kill_in_the_second_round_changes_no_byte(own):
+    """Nor does it matter whether one process trains both rounds."""
+    config = own(*TWO, "sft.save_steps=1", "sft.lora_dropout=0.05")
+    make_steps(config, "sft")
+    folders = {
+        name: Store(config.root).folder("sft", plan_steps(config)[name].key) for name in ("sft", SECOND)
+    }
+    weights = folders[SECOND] / "adapter" / adapter.ADAPTER
+    undisturbed, manifest = weights.read_bytes(), (folders["sft"] / "manifest.json").read_bytes()
+    shutil.rmtree(folders[SECOND])
+    assert in_a_child(config, SECOND, 3) == -signal.SIGKILL
+    assert list(config.root.glob("sft/checkpoints/*/checkpoint-2"))
+    assert in_a_child(config, SECOND, None) == 0
+    assert weights.read_bytes() == undisturbed
+    assert (folders["sft"] / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.slow
+@pair
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_one_launch_trains_both_rounds(own, backend):
+    done = command(own.home, TWO, "sft", 2, backend)
+    assert done.returncode == 0, done.stderr
+    for name in ("sft", SECOND):
+        config = own(*TWO)
+        step = plan_steps(resolved(config))[name]
+        manifest = Store(config.root).load(Store(config.root).folder("sft", step.key)).manifest
+        assert manifest["provenance"]["processes"] == 2
+        assert manifest["summary"]["frozen_drift"] == 0 < manifest["summary"]["moved"]
+
+
+def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch, tmp_path):
+    settings = ["sft.rounds=2", "partition.strategy=all", "sft.system2_share=0", "eval.targets=[sft2]"]
+
+    def stopped(*more: str) -> list[tuple[str, ...]]:
+        config = resolved(begun(*settings, *more))
+        return [problem.stopped for problem in problems(config, list(plan_steps(config).values()))]
+
+    assert stopped("rl.rewards={text_overlap: 1}") == []
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(
+        "".join(json.dumps({"prompt": f"{i} + 1?", "gold": str(i + 1)}) + "\n" for i in range(48))
+    )
+    assert stopped(f"data.path={bare}") == [("sft", SECOND)]
+    rows = labels_of(begun())
+    without = [
+        replace(row, example=replace(row.example, response="")) if row.system == 2 else row for row in rows
+    ]
+    monkeypatch.setattr(preflight, "_current_labels", lambda config, steps: without)
+    assert stopped("rl.rewards={correctness: 1}") == [(SECOND,)]
