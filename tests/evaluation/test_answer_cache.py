@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Completion
 from stages.errors import ArtifactError
-from stages.eval import _grade_answers, _outcome
+from stages.evaluation.samples import _outcome, grade_all
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def test_each_answer_is_graded_against_its_own_item(tokenizer):
     rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
     recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
     asked, renderer = [RenderedPrompt("", [])] * 3, Renderer(tokenizer, PromptSection())
-    found = _grade_answers(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
+    found = grade_all(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
     assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
         ("4", True, True, "correct"),
         ("5", False, True, "unparsed"),
