@@ -9,22 +9,23 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, alive, make_steps, wait_for
 
+from stages.data.demo import write
 from stages.errors import ConfigError, MissingInputError
-from stages.evaluation.statistics import interval
+from stages.evaluation.statistics import Interval, interval
 from stages.records import Sample, write_jsonl
 from stages.runtime import process_guard
 from stages.store.digests import sha256_file
 from stages.sweep import formats, graph, local
 from stages.sweep.file import Column, TableFile, read
 from stages.sweep.results import results
-from stages.sweep.table import table
+from stages.sweep.table import Contrast, table
 
 FILE = """
 title: A small table
@@ -150,15 +151,17 @@ def test_rows_are_chosen_by_name_or_pattern(small):
 
 def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
     one = table(small, columns=["SFT*", "active"], seeds=[1])
-    assert list(one.file.columns) == ["SFT", "SFT, System 2", "active"] and one.file.compare.on == "SFT"
+    assert list(one.file.columns) == ["SFT", "SFT, System 2", "active"] and [
+        c.on for c in one.file.compare
+    ] == ["SFT"]
     assert {node.stage for node in graph.build_graph(one.cells).values()} == {
         "classify", "score", "partition", "sft", "eval",
     }  # fmt: skip
     assert one.duplicate_of == {"β 0": "θ .9"}  # β plays no part before RL
     other = table(small, columns=["RL", "gain"], seeds=[1])
-    assert other.file.compare.on == "RL" and other.rows == ["θ .9", "θ .5", "β 0"]
+    assert [c.on for c in other.file.compare] == ["RL"] and other.rows == ["θ .9", "θ .5", "β 0"]
     none = table(small, columns=["active"], seeds=[1])
-    assert none.file.compare is None and {n.stage for n in graph.build_graph(none.cells).values()} <= {
+    assert none.file.compare == [] and {n.stage for n in graph.build_graph(none.cells).values()} <= {
         "classify", "score", "partition",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="no column 'DPO'"):
@@ -236,6 +239,8 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
         ),
         ("on: SFT", "on: active", "compare.on 'active' is not a column of accuracies"),
         ('against: "θ .9"', "against: none", "compare.against 'none' is not a row"),
+        ('against: "θ .9"', 'row: none, against: "θ .9"', "compare.row 'none' is not a row"),
+        ('against: "θ .9"', 'row: "θ .9", against: "θ .9"', "compare.row 'θ .9' is compared with itself"),
         ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "unknown group 'sytem1'"),
         (
             "active: partition:sft.active_share",
@@ -391,16 +396,21 @@ def test_values_are_means_over_seeds_with_intervals_over_items(swept):
             lines = (cell.config.root / "eval" / step.key / "samples.jsonl").read_text().splitlines()
             samples.append({row["id"]: float(row["correct"]) for row in map(json.loads, lines)})
     items = [statistics.fmean(part[name] for part in samples) for name in samples[0]]
-    assert (value.low, value.high) == interval(items) and value.n == len(items) == 16
+    assert (value.over_items.low, value.over_items.high) == interval(items)
+    assert value.n == len(items) == 16
     assert value.mean == pytest.approx(statistics.fmean(items))
     assert value.of_seeds == [statistics.fmean(part.values()) for part in samples]
     gain, after = found.values["β 0", "gain"], found.values["β 0", "RL"]
     assert gain.mean == pytest.approx(after.mean - found.values["β 0", "SFT"].mean)
-    assert len(gain.of_seeds) == 2 and gain.low <= gain.mean <= gain.high and 0 < gain.p <= 1
+    assert len(gain.of_seeds) == 2 and 0 < gain.over_items.p <= 1 and gain.bootstrap is None
+    assert gain.over_items.low <= gain.mean <= gain.over_items.high
     active = found.values["θ .5", "active"]
-    assert 0 < active.mean < found.values["θ .9", "active"].mean and active.low is None
-    assert set(found.comparisons) == {"θ .5", "β 0"}
-    assert found.comparisons["β 0"].mean == 0 and found.comparisons["β 0"].p == 1
+    assert 0 < active.mean < found.values["θ .9", "active"].mean
+    assert active.over_items is None and active.n is None
+    of_half, of_beta = found.comparisons
+    assert (of_half, of_beta) == (Contrast("θ .5", "θ .9", "SFT"), Contrast("β 0", "θ .9", "SFT"))
+    equal = found.comparisons[of_beta]
+    assert equal.mean == 0 and equal.over_items.p == 1 and equal.over_seeds is None
 
 
 RIGHT = {  # row, seed, target → which of four items are answered correctly
@@ -419,8 +429,9 @@ RIGHT = {  # row, seed, target → which of four items are answered correctly
 }
 
 
-def test_numbers_by_hand(small, tmp_path, monkeypatch):
-    """Two seeds, four items, the third of System 2; RL's answer to b could not be graded in one cell."""
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch):
+    """Artifacts with the answers of RIGHT; RL's answer to b could not be graded in one cell."""
 
     def artifact(reader, cell, column):
         if not column.graded:
@@ -440,6 +451,10 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
         return SimpleNamespace(path=tmp_path / key, manifest={"key": key})
 
     monkeypatch.setattr("stages.sweep.results._Reader._artifact", artifact)
+
+
+def test_numbers_by_hand(small, by_hand):
+    """Two seeds, four items, the third of System 2."""
     found = results(table(small))
     sft, rl, gain = (found.values["θ .9", name] for name in ("SFT", "RL", "gain"))
     assert (sft.mean, sft.n, sft.of_seeds) == (3 / 8, 4, [0.5, 0.25])
@@ -448,11 +463,15 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     assert gain.of_seeds == [0.25, pytest.approx(2 / 3)]
     assert found.values["β 0", "gain"].mean == -3 / 8
     assert found.values["θ .9", "SFT, System 2"].n == 1
-    half = found.comparisons["θ .5"]  # against θ .9, items: -1, -1/2, 0, +1/2
+    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]  # against θ .9, items: -1, -1/2, 0, +1/2
     assert (half.mean, half.n, half.of_seeds) == (-0.25, 4, [-0.5, 0])
     # Their deviation is .645497, t of 3 degrees 3.18245; of eight choices of signs six lead as far.
-    assert (half.low, half.high, half.p) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
-    assert found.comparisons["β 0"].mean == 0
+    assert astuple(half.over_items) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
+    # By seed -1/2 and 0, of which the standard error is 1/4; t of one degree is 12.7062, and p is 1/2.
+    assert astuple(half.over_seeds) == pytest.approx(
+        (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
+    )
+    assert found.comparisons[Contrast("β 0", "θ .9", "SFT")].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
     loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
     assert loose.values[
@@ -462,18 +481,85 @@ def test_numbers_by_hand(small, tmp_path, monkeypatch):
     head = lines["row", "column"]
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
     assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
-    assert float(of_gain["p"]) == gain.p
+    assert float(of_gain["p"]) == gain.over_items.p and float(of_gain["seeds_p"]) == gain.over_seeds.p
     compared = dict(zip(head, lines["θ .5", "SFT, less 'θ .9'"], strict=True))
-    assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.p and compared["seeds"] == "2"
-    assert r"SFT, less '$\theta$ .9'" in formats.latex(found) and formats.latex(found).startswith(
-        "% Seeds 1, 2."
-    )
+    assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.over_items.p
+    assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
+    assert r"SFT: '$\theta$ .5' less '$\theta$ .9'" in formats.latex(found)
+    assert formats.latex(found).startswith("% Seeds 1, 2.")
     _, rows = formats.grid(found)
     of = {row[0]: row for row in rows}
-    assert of["θ .9"][1].endswith("], n 4 (paper: 27.6)") and of["θ .9"][3].endswith("], n 3")
-    certain = replace(gain, p=1e-9)
+    assert re.search(r"^37\.5 \[\S+ \S+\], n 4 \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
+    assert "], n 3; seeds [" in of["θ .9"][3]
+    head, (row, _) = formats.comparison_grid(found)
+    assert dict(zip(head[:5], row[:5], strict=True)) == {
+        "comparison": "SFT: 'θ .5' less 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
+        "p": ".75", "by Holm": "1",
+    }  # fmt: skip
+    assert row[5:] == ["[-342.7, +292.7]", ".5", ".5", "-50.0, +0.0"]  # the other has none over seeds
+    certain = replace(gain, over_items=Interval(0.1, 0.2, 1e-9))
     found.values["θ .9", "gain"] = certain
     assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
+
+
+@pytest.fixture
+def replicates(small, tmp_path) -> Path:
+    """The table with data of its own for each of two seeds."""
+    for seed in (1, 2):
+        write(tmp_path / f"data-{seed}", seed)
+    paths = (f"{name}: {tmp_path}/data-{{seed}}/{split}.jsonl" for name, split in (
+        ("data.path", "train"), ("eval.benchmarks.demo.path", "test")))  # fmt: skip
+    quoted = ", ".join(f'{name}: "{path}"' for name, path in (text.split(": ") for text in paths))
+    command = f'make_data: "lorapar demo-data {tmp_path}/data-{{seed}} --seed {{seed}}"\n'
+    return changed(small, ("set: {", f"set: {{{quoted}, "), ("seeds: [1, 2]\n", f"seeds: [1, 2]\n{command}"))
+
+
+def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
+    """Each seed has four items of its own, though their names are alike here."""
+    found = results(table(replicates))
+    sft, gain = found.values["θ .9", "SFT"], found.values["θ .9", "gain"]
+    assert (sft.mean, sft.n, sft.of_seeds, sft.over_items) == (3 / 8, 8, [0.5, 0.25], None)
+    assert astuple(sft.over_seeds) == (0, 1, None) and astuple(sft.bootstrap) == (0, 0.75, None)
+    assert gain.mean == pytest.approx((0.25 + 2 / 3) / 2) and gain.n == 7  # b of seed 2 was not graded
+    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
+    assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
+    assert astuple(half.over_seeds) == pytest.approx(
+        (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
+    )
+    # Of all resamples 1.0 % are below -3/4 and 4.6 % not above; 97.2 % are not above 1/4, the next is 3/8.
+    assert half.bootstrap.low == -0.75 and half.bootstrap.high in (0.25, 0.375)
+    said = formats.legend(found)
+    assert said.startswith("Seeds 1, 2, each with data of its own.") and "The bootstrap draws seeds" in said
+    assert "permutation" not in said
+    head, _ = formats.comparison_grid(found)
+    assert head == ["comparison", "points", "over seeds", "p", "by Holm", "bootstrap", "by seed"]
+    one = results(table(replicates, seeds=[1])).values["θ .9", "SFT"]
+    assert one.over_items is not None and one.over_seeds is None and one.bootstrap is None
+
+
+def test_missing_data_of_a_replicate_come_with_the_command_that_writes_them(replicates, lorapar, tmp_path):
+    done = lorapar("sweep", replicates, "--seeds", "1,7,8", "--dry-run")
+    assert done.code == 78 and f"no data file {tmp_path}/data-7/train.jsonl" in done.err
+    commands = (f"lorapar demo-data {tmp_path}/data-{seed} --seed {seed}" for seed in (7, 8))
+    assert f"hint: {'; '.join(commands)}\n" in done.err
+
+
+def test_planned_comparisons_are_those_that_are_named(small, by_hand):
+    planned = 'compare: [{row: "β 0", against: "θ .5", on: RL}, {against: "θ .9", on: SFT}]'
+    path = changed(small, ('compare: {against: "θ .9", on: SFT}', planned))
+    found = results(table(path))
+    first, second, third = (
+        Contrast("β 0", "θ .5", "RL"),
+        *(Contrast(r, "θ .9", "SFT") for r in ("θ .5", "β 0")),
+    )
+    assert list(found.comparisons) == [first, second, third]
+    assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
+    assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
+    # In these columns β 0 is the same as θ .9. Where no planned column is chosen, the first one is compared.
+    assert table(path, columns=["SFT"]).contrasts == [second]
+    assert table(path, columns=["SFT, System 2"]).contrasts == [
+        Contrast("θ .9", "θ .5", "SFT, System 2"), Contrast("θ .5", "θ .9", "SFT, System 2"),
+    ]  # fmt: skip
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
@@ -519,8 +605,8 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     assert done.code == 0 and "15 of 15 values are available" in done.err
     text = (tmp_path / "out/report.md").read_text()
     assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| β 0 ")]
-    assert re.search(r"\| \+0\.0 \[-18\.8, \+18\.8\], p = 1; by seed \+0\.0, \+0\.0 \|$", row)
+    (row,) = [line for line in text.splitlines() if line.startswith("| SFT: 'β 0' less")]
+    assert re.search(r"\| \+0\.0 \| \[-18\.8, \+18\.8\] \| 1 \| 1 \| \+0\.0, \+0\.0 \|$", row)
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
     assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
