@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import comb, lcm, sqrt
 from statistics import NormalDist
@@ -16,6 +17,16 @@ Without it, 2/3 - 1/3 and 1/3 - 0 are two different numbers.
 """
 MAX_DENOMINATOR = 10_000
 """The paired test rounds differences of accuracies to multiples of one over this number at the finest."""
+BOOTSTRAP_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """95 % interval of a mean, with the p-value of the hypothesis that it is 0 where that is tested."""
+
+    low: float
+    high: float
+    p: float | None = None
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
@@ -116,6 +127,52 @@ def paired_difference(scores_a: Sequence[float], scores_b: Sequence[float]) -> t
     if len(set(differences)) == 1:
         return mean, max(-1.0, mean - 3 / number), min(1.0, mean + 3 / number)
     return mean, *_t_interval(differences)
+
+
+def over_replicates(means: Sequence[float]) -> Interval | None:
+    """Interval and p-value of the mean of replicates, by Student's t with n - 1 degrees of freedom.
+
+    means: one mean for each replicate; if they are means of paired differences, this is the paired t test.
+    None where there is no variance to estimate: for a single replicate, or if all means are equal.
+    """
+    values = [round(mean, DECIMALS) for mean in means]
+    if len(set(values)) < 2:
+        return None
+    from scipy.stats import ttest_1samp  # a second or more
+
+    test = ttest_1samp(values, 0)
+    low, high = test.confidence_interval(0.95)
+    return Interval(float(low), float(high), float(test.pvalue))
+
+
+def bootstrap(replicates: Sequence[Sequence[float]], draws: int = BOOTSTRAP_DRAWS) -> Interval:
+    """95 % percentile interval of the mean over replicates, each of which has items of its own.
+
+    replicates: for each replicate the values of its items, such as paired differences. Every draw takes as
+    many replicates as there are, with replacement, and of each of them as many items as it has, with
+    replacement. All replicates weigh alike. The same values give the same interval.
+    """
+    import numpy as np
+
+    low, high = np.quantile(_bootstrap_means(replicates, draws), [0.025, 0.975])
+    return Interval(float(low), float(high))
+
+
+def _bootstrap_means(replicates: Sequence[Sequence[float]], draws: int) -> Any:
+    """Draw the means whose quantiles `bootstrap` returns; (draws,)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(len(replicates), size=(draws, len(replicates)))
+    means = np.empty(chosen.shape)
+    for number, values in enumerate(replicates):
+        # The mean of resampled items depends only on how often each distinct value comes. These counts are
+        # multinomial, and there are few distinct values: much faster than drawing the items one by one.
+        distinct, counts = np.unique(np.round(values, DECIMALS), return_counts=True)
+        slots = chosen == number
+        resampled = rng.multinomial(len(values), counts / len(values), size=slots.sum())
+        means[slots] = resampled @ distinct / len(values)
+    return means.mean(axis=1)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -52,7 +52,7 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
         ]
         blocks.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
-        pictures = [_importance(config, score)]
+        pictures = [cumulative_importance(score, config.partition.theta)]
         if masks is not None:
             pictures.append(importance_by_system(score, masks, title))
         blocks.append(Pictures(pictures))
@@ -62,21 +62,24 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
 NULL = "independent Gaussians"
 
 
-def _importance(config: Config, score: Artifact) -> Picture:
-    """Plot the cumulative importance for each system, and say how many elements reach θ."""
+def cumulative_importance(score: Artifact, theta: float, title: str = "") -> Picture:
+    """Plot the cumulative importance for each system and the null, and say how many elements reach θ.
+
+    title: where a page has several.
+    """
     from stages.lora.importance.masks import flatten_weights, read_importance
     from stages.lora.importance.null import gaussian_null
 
     scores = read_importance(score.path / "importance.safetensors")
     curves = {f"System {system}": _cumulative(flatten_weights(tensors)) for system, tensors in scores.items()}
     curves[NULL] = _cumulative(gaussian_null(scores[1]))
-    theta = config.partition.theta
     needed = {
         name: next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0)
         for name, curve in curves.items()
     }
     shares = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
-    text = f"Cumulative importance; {100 * theta:g} % of it is reached by about {shares}. The last are "
+    text = f"{title}: cumulative" if title else "Cumulative"
+    text += f" importance; {100 * theta:g} % of it is reached by about {shares}. The last are "
     text += "products of two random numbers, with the mean of each weight."
     return Picture(figures.svg(figures.cumulative_curves(curves, theta)), text, text)
 

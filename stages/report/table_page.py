@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.evaluation.statistics import holm, p_value
+from stages.evaluation.statistics import p_value
 from stages.pipeline.steps import Step
 from stages.report import elements, figures, run_page
 from stages.report.page import (
@@ -27,8 +27,9 @@ from stages.report.run_page import won_and_lost
 from stages.store.estimates import PlannedCost, actual_and_planned
 from stages.sweep import formats
 from stages.sweep.file import Plot
-from stages.sweep.results import Results, Value, answers, reading
+from stages.sweep.results import Over, Results, answers, reading
 from stages.sweep.table import Cell
+from stages.sweep.values import Value
 
 if TYPE_CHECKING:
     from stages.lora.training.curves import History
@@ -51,37 +52,60 @@ def page(tables: list[tuple[Results, Commands]]) -> str:
 
 
 def _verdict(results: Results) -> str:
-    """Say in a sentence which rows differ from the row that the table compares them with."""
-    compare = results.table.file.compare
-    comparisons = {row: c for row, c in results.comparisons.items() if c is not None}
-    if compare is None or not comparisons:
+    """Say in sentences which compared rows differ, over items and over seeds."""
+    compared = {contrast: value for contrast, value in results.comparisons.items() if value is not None}
+    if not compared:
         return ""
-    corrected = zip(comparisons.items(), holm([c.p for c in comparisons.values()]), strict=True)
-    against, rows = results.table.against, results.table.rows
-    candidates = len(rows) - (against in rows)
-    complete = len(comparisons) == candidates
-    number = "All other rows" if complete else f"{len(comparisons)} of {candidates} other rows"
-    verb = "is" if len(comparisons) == 1 < candidates else "are"
-    begin = f"{number} {verb} compared with {against!r} on {compare.on}: "
-    significant = [f"{row!r} {100 * c.mean:+.1f} ({p_value(p)})" for (row, c), p in corrected if p < 0.05]
-    method = "over items, training seeds as they are, corrected for the number of rows by Holm's method"
-    if not significant:
-        return f"{begin}no difference is told apart from chance ({method})."
-    return f"{begin}told apart from chance ({method}), in points: {'; '.join(significant)}."
+    sentences = [_compared(results, len(compared))]
+    one_pair = len({(contrast.against, contrast.on) for contrast in results.comparisons}) == 1
+    scopes: dict[Over, str] = {
+        "over_items": "Over items, with the training seeds as they are",
+        "over_seeds": "Over seeds",
+    }
+    for over, scope in scopes.items():
+        p_values = results.corrected_p(over)
+        told_apart = [
+            f"{repr(contrast.row) if one_pair else formats.contrast_name(contrast)} "
+            f"{100 * compared[contrast].mean:+.1f} ({p_value(p)})"
+            for contrast, p in p_values.items()
+            if p < 0.05
+        ]
+        if told_apart:
+            sentences.append(f"{scope}, told apart from chance, in points: {'; '.join(told_apart)}.")
+        elif p_values:
+            sentences.append(f"{scope}, no difference is told apart from chance.")
+    return " ".join([*sentences, "All p are corrected for the number of comparisons by Holm's method."])
+
+
+def _compared(results: Results, number: int) -> str:
+    """Say what is compared, and how many of the comparisons are complete: `number`."""
+    pairs = {(contrast.against, contrast.on) for contrast in results.comparisons}
+    if len(pairs) > 1:
+        planned = len(results.table.contrasts)
+        return f"Of {planned} planned comparisons {number} {'is' if number == 1 else 'are'} complete."
+    ((against, on),) = pairs
+    candidates = len(results.table.rows) - 1
+    rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"
+    return f"{rows} {'is' if number == 1 < candidates else 'are'} compared with {against!r} on {on}."
 
 
 def _section(results: Results, commands: Commands) -> PageSection:
     file = results.table.file
-    head, rows = formats.grid(results)
     anchor = re.sub(r"\W+", "-", results.table.path.stem)
     blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
-    blocks.append(Grid(head, rows, formats.legend(results)))
+    blocks.append(Grid(*formats.grid(results, separator="\n"), formats.legend(results)))
+    if comparisons := formats.comparison_grid(results):
+        blocks.append(Grid(*comparisons))
+    if choices := formats.chosen(results):
+        blocks.append(Text(choices, quiet=True))
     if plot := (_line_plot(results, file.plot) if file.plot else None) or _dot_plot(results):
         blocks.append(Pictures([plot]))
     if file.importance and (pictures := _importance(results)):
         blocks.append(Pictures(pictures))
     if curves := _training_curves(results):
         blocks.append(Pictures([curves]))
+    if file.make_data:
+        blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
     blocks += [Text("This command makes or completes the table:", quiet=True), Command(commands.all)]
     blocks += [_rows(results, commands), *_won_and_lost(results), *_run(results)]
     return PageSection(anchor, file.title, blocks)
@@ -129,37 +153,33 @@ def _costs(results: Results, cell: Cell) -> list[PlannedCost] | None:
 
 
 def _won_and_lost(results: Results) -> list[Block]:
-    """Show items that each row answered differently from the row it is compared with.
-
-    Both are shown with the first seed that they have in common.
-    """
-    compare, against = results.table.file.compare, results.table.against
-    if compare is None:
-        return []
-    reference = {cell.seed: cell for cell in results.table.cells if cell.row == against}
-    blocks: list[Block] = []
-    for row in results.table.rows:
-        cells = [cell for cell in results.table.cells if cell.row == row and cell.seed in reference]
-        if row == against or results.comparisons.get(row) is None or not cells:
+    """Show items that two compared rows answered differently, with the first seed that both have."""
+    blocks: dict[str, list[Block]] = {}
+    for contrast, value in results.comparisons.items():
+        reference = {cell.seed: cell for cell in results.table.cells if cell.row == contrast.against}
+        cells = [cell for cell in results.table.cells if cell.row == contrast.row and cell.seed in reference]
+        if value is None or not cells:
             continue
         pair = reference[cells[0].seed], cells[0]
-        first, second = (cell.columns[compare.on] for cell in pair)
+        first, second = (cell.columns[contrast.on] for cell in pair)
         baseline = results.artifacts.current(pair[0], first.step)
         candidate = results.artifacts.current(pair[1], second.step)
         if baseline is not None and candidate is not None:
             titled = (pair[0].row, answers(baseline, first)), (pair[1].row, answers(candidate, second))
+            title = f"{contrast.on}, seed {cells[0].seed}: "
             read = reading(first), reading(second)
-            blocks += won_and_lost(f"{compare.on}, seed {cells[0].seed}: ", *titled, read)
-    return [Details(f"Won and lost against {against}", blocks)] if blocks else []
+            blocks.setdefault(contrast.against, []).extend(won_and_lost(title, *titled, read))
+    return [Details(f"Won and lost against {against}", items) for against, items in blocks.items()]
 
 
 def _run(results: Results) -> list[Block]:
     """Show all sections of one run that has the steps of a column.
 
-    It is a run of the row that the others are compared with, if that has one.
+    It is a run of a row that others are compared with, if one of them has a run.
     """
     artifacts = results.artifacts
-    cells = sorted(results.table.cells, key=lambda cell: cell.row != results.table.against)
+    references = {contrast.against for contrast in results.table.contrasts}
+    cells = sorted(results.table.cells, key=lambda cell: cell.row not in references)
     columns = ((cell, column.steps) for cell in cells for column in cell.columns.values())
     complete = (cell for cell, steps in columns if all(artifacts.current(cell, step) for step in steps))
     cell = next(complete, None)
@@ -177,11 +197,13 @@ def _dot_plot(results: Results) -> Picture | None:
     """Plot accuracies by row; None while there is none."""
     file, rows = results.table.file, results.table.rows
     series: dict[str, dict[str, figures.Mark]] = {}
+    scopes: set[str] = set()
     for column in file.columns:
         values = {row: results.values.get((row, column)) for row in rows}
-        marks = {row: _mark(value) for row, value in values.items() if value and value.n and value.p is None}
-        if marks:
-            series[column] = marks
+        accuracies = {row: v for row, v in values.items() if v and v.n is not None and not v.difference}
+        if accuracies:
+            series[column] = {row: _mark(value) for row, value in accuracies.items()}
+            scopes |= set(map(_scope, accuracies.values()))
     if not series:
         return None
     published = {
@@ -190,12 +212,18 @@ def _dot_plot(results: Results) -> Picture | None:
     }
     svg = figures.svg(figures.dot_plot(rows, series, published))
     text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
-    return Picture(svg, text, "Accuracy with its 95 % interval over items.")
+    return Picture(svg, text, f"Accuracy with its 95 % interval over {' or '.join(sorted(scopes))}.")
+
+
+def _scope(value: Value) -> str:
+    """Say what the interval of `_mark` is over."""
+    return "items" if value.over_items else "seeds"
 
 
 def _mark(value: Value) -> figures.Mark:
-    assert value.low is not None and value.high is not None
-    return 100 * value.mean, 100 * value.low, 100 * value.high
+    interval = value.over_items or value.over_seeds
+    ends = (100 * interval.low, 100 * interval.high) if interval else (None, None)
+    return 100 * value.mean, *ends
 
 
 def _line_plot(results: Results, plot: Plot) -> Picture | None:
@@ -205,11 +233,13 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
     """
     series: dict[str, list[figures.Point]] = {}
     lines: dict[str, float] = {}
+    scopes: set[str] = set()
     for row in results.table.rows:
         x, y = results.values.get((row, plot.x)), results.values.get((row, plot.y))
         group, colon, _ = row.partition(": ")
         if y and y.n and colon and x:
             series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, _mark(y)))
+            scopes.add(_scope(y))
         elif y and y.n and not colon:
             lines[row] = 100 * y.mean
     published: dict[str, list[tuple[float, float]]] = {}
@@ -223,7 +253,8 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
         return None
     svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    return Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals over items.")
+    caption = f"{plot.y} over {plot.x}, with 95 % intervals over {' or '.join(sorted(scopes))}."
+    return Picture(svg, text, caption)
 
 
 def _training_curves(results: Results) -> Picture | None:
@@ -249,12 +280,15 @@ def _training_curves(results: Results) -> Picture | None:
 
 
 def _importance(results: Results) -> list[Picture]:
-    """Plot both systems' importance for each row, from its first seed that has the artifacts."""
-    pictures: dict[str, Picture] = {}
+    """Plot each row's importance, by system and cumulative, from its first seed that has the artifacts."""
+    pictures: dict[str, list[Picture]] = {}
     for cell in results.table.cells:
         if cell.row in pictures:
             continue
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
         if score and masks and (score.path / "importance.safetensors").is_file():
-            pictures[cell.row] = elements.importance_by_system(score, masks, cell.row)
-    return list(pictures.values())
+            pictures[cell.row] = [
+                elements.importance_by_system(score, masks, cell.row),
+                elements.cumulative_importance(score, cell.config.partition.theta, cell.row),
+            ]
+    return [picture for of_row in pictures.values() for picture in of_row]

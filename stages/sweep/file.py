@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.yaml import read_with_extends
@@ -23,8 +23,13 @@ SYSTEMS, FLEXIBLE = ("system1", "system2"), "flexible"
 """Qualifiers that may follow `TARGET@BENCHMARK.`, beside FIELD=VALUE."""
 
 
+SEED = "{seed}"
+"""Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
+
+
 class Compare(Section):
-    against: str = setting(..., "Row that all other rows are compared with.")
+    row: str | None = setting(None, "Row that is compared; none: all other rows.")
+    against: str = setting(..., "Row that it is compared with.")
     on: str = setting(..., "Column of accuracies.")
 
     @model_validator(mode="before")
@@ -38,6 +43,16 @@ class Compare(Section):
         )
 
 
+def _as_list(compare: Any) -> Any:
+    return [] if compare is None else [compare] if isinstance(compare, dict) else compare
+
+
+Comparisons = Annotated[
+    list[Compare],
+    BeforeValidator(_as_list, json_schema_input_type=Compare | list[Compare] | None),
+]
+
+
 class Plot(Section):
     """A row called `SERIES: …` is a point of its series; one without a colon is a horizontal line."""
 
@@ -48,7 +63,9 @@ class Plot(Section):
 class TableFile(Section):
     title: str = setting(..., "Title of the table.")
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
-    set: dict[str, Any] = setting({}, "Settings of every cell, by their dotted names.")
+    set: dict[str, Any] = setting(
+        {}, f"Settings of every cell, by their dotted names. {SEED} in a text, here or in a row, is the seed."
+    )
     rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting(
         {}, "Settings of each row, by their dotted names; `base` and `columns` override the table's."
     )
@@ -56,6 +73,11 @@ class TableFile(Section):
         {}, "Instead of rows: settings and their values; each combination is a row."
     )
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
+    make_data: str = setting(
+        "",
+        f"Command that writes the data of a seed, named with {SEED}. It is not run, but shown where data are "
+        "missing.",
+    )
     columns: dict[str, str] = setting(
         ...,
         "What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or "
@@ -67,12 +89,19 @@ class TableFile(Section):
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting(
         {}, "Published values, by row and column."
     )
-    compare: Compare | None = setting(None, "Test each row against one row, paired by item and seed.")
+    compare: Comparisons = setting(
+        [],
+        "Test each row against one row, paired by item and seed; or a list of planned comparisons. p-values "
+        "are corrected for their number.",
+    )
     plot: Plot | None = setting(None, "Plot one column over another.")
     importance: bool = setting(
         False, "Plot, for each row, the importance of its elements for System 1 against that for System 2."
     )
     notes: str = setting("", "Notes for the reader.")
+    chosen_on: str = setting(
+        "", "Settings that were chosen by results on items, and on which: a sentence under the table."
+    )
 
     @model_validator(mode="after")
     def _rows_or_grid(self) -> TableFile:
@@ -93,15 +122,19 @@ class TableFile(Section):
                 yield f"paper has values for {row!r}, which is not a row"
             for column in values.keys() - self.columns.keys():
                 yield f"paper has a value of {row!r} for {column!r}, which is not a column"
-        if self.compare and self.compare.against not in rows:
-            yield f"compare.against {self.compare.against!r} is not a row"
-        if self.compare and not _is_accuracy(self.columns.get(self.compare.on, "")):
-            yield f"compare.on {self.compare.on!r} is not a column of accuracies"
+        for compare in self.compare:
+            for name, compared in (("against", compare.against), ("row", compare.row)):
+                if compared is not None and compared not in rows:
+                    yield f"compare.{name} {compared!r} is not a row"
+            if compare.row == compare.against:
+                yield f"compare.row {compare.row!r} is compared with itself"
+            if not _is_accuracy(self.columns.get(compare.on, "")):
+                yield f"compare.on {compare.on!r} is not a column of accuracies"
         if self.plot and self.plot.x not in self.columns:
             yield f"plot.x {self.plot.x!r} is not a column"
         if self.plot and not _is_accuracy(self.columns.get(self.plot.y, "")):
             yield f"plot.y {self.plot.y!r} is not a column of accuracies"
-        accuracies = {self.compare and self.compare.on, self.plot and self.plot.y}
+        accuracies = {*(compare.on for compare in self.compare), self.plot and self.plot.y}
         for row, settings in rows.items():
             for name, text in _row_columns(settings).items():
                 if name in accuracies and isinstance(text, str) and not _is_accuracy(text):
@@ -110,7 +143,7 @@ class TableFile(Section):
     def select_columns(self, names: list[str]) -> TableFile:
         """Return a copy with these columns only.
 
-        If the compared column is not among them, rows are compared on the first accuracy that is, if any.
+        If no compared column is among them, rows are compared on the first accuracy that is, if any.
         """
         columns = {name: text for name, text in self.columns.items() if name in names}
         dropped = self.columns.keys() - columns.keys()
@@ -122,9 +155,9 @@ class TableFile(Section):
             for row, settings in self.rows.items()
         }
         accuracies = [name for name, text in columns.items() if _is_accuracy(text)]
-        compare = self.compare
-        if compare and compare.on not in columns:
-            compare = compare.model_copy(update={"on": accuracies[0]}) if accuracies else None
+        compare = [comparison for comparison in self.compare if comparison.on in columns]
+        if not compare and accuracies:
+            compare = [dropped.model_copy(update={"on": accuracies[0]}) for dropped in self.compare]
         plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
 
@@ -253,7 +286,7 @@ def _resolve_bases(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-def mistakes_error(path: Path, mistakes: list[str]) -> ConfigError:
+def mistakes_error(path: Path, mistakes: list[str], hint: str | None = None) -> ConfigError:
     """Combine all mistakes of a file into one error."""
     number = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]))
+    return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]), hint)

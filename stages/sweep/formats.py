@@ -5,55 +5,85 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 
 from stages import escaping
-from stages.evaluation.statistics import p_value
+from stages.evaluation.statistics import BOOTSTRAP_DRAWS, Interval, p_value
 from stages.sweep.file import FLEXIBLE, Column
-from stages.sweep.results import Results, Value
+from stages.sweep.results import Results
+from stages.sweep.table import Contrast
+from stages.sweep.values import Value
 
 
 def markdown(results: Results, command: str) -> str:
-    """Render a section: title, notes, table, legend and command.
+    """Render a section: title, notes, table, comparisons, legend and command.
 
     command: the command line that makes missing cells.
     """
     file = results.table.file
-    head, rows = grid(results)
     lines = [f"## {escaping.markdown(file.title)}", ""]
     for paragraph in re.split(r"\n\s*\n", file.notes.strip()):
         lines += [escaping.markdown(paragraph), ""] if paragraph else []
-    lines += [_markdown_line(list(map(escaping.markdown, head))), _markdown_line(["---"] * len(head))]
-    # Cells other than the name of the row are numbers, and words of our own.
-    lines += [_markdown_line([escaping.markdown(row), *cells]) for row, *cells in rows]
-    legend_text = escaping.markdown(legend(results))
-    return "\n".join([*lines, "", legend_text, "", escaping.markdown_code(command), ""])
+    for head, rows in filter(None, (grid(results), comparison_grid(results))):
+        lines += [_markdown_line(list(map(escaping.markdown, head))), _markdown_line(["---"] * len(head))]
+        # Cells other than names are numbers, and words of our own.
+        lines += [_markdown_line([escaping.markdown(row), *cells]) for row, *cells in rows]
+        lines.append("")
+    for text in filter(None, (legend(results), chosen(results))):
+        lines += [escaping.markdown(text), ""]
+    return "\n".join([*lines, escaping.markdown_code(command), ""])
 
 
-def grid(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the column heads and the rows of cells; the first cell of a row is its name."""
-    file, compared = results.table.file, results.comparisons  # empty if --only leaves out the reference row
-    head = ["", *file.columns]
-    if compared:
-        head.append(_comparison_head(results))
+Texts = tuple[list[str], list[list[str]]]
+"""Column heads, and rows of cells; the first cell of a row is its name."""
+
+
+def grid(results: Results, separator: str = "; ") -> Texts:
+    """Return the table of values. separator: between the intervals of a cell."""
+    columns = results.table.file.columns
+    rows = [[row, *(_cell(results, row, name, separator) for name in columns)] for row in results.table.rows]
+    return ["", *columns], rows
+
+
+def comparison_grid(results: Results) -> Texts | None:
+    """Return the table of comparisons, in percentage points; None if there are none.
+
+    It is empty if --only leaves out a row that others are compared with.
+    """
+    if not results.comparisons:
+        return None
+    compared = list(filter(None, results.comparisons.values()))
+    by_items, by_seeds = any(v.over_items for v in compared), any(v.over_seeds for v in compared)
+    resampled, several_seeds = any(v.bootstrap for v in compared), any(len(v.of_seeds) > 1 for v in compared)
+    head = ["comparison", "points"]
+    head += ["over items", "p", "by Holm"] if by_items else []
+    head += ["over seeds", "p", "by Holm"] if by_seeds else []
+    head += ["bootstrap"] * resampled + ["by seed"] * several_seeds
+    holm_of_items, holm_of_seeds = results.corrected_p("over_items"), results.corrected_p("over_seeds")
     rows = []
-    for row in results.table.rows:
-        cells = [_cell(results, row, name) for name in file.columns]
-        if compared:
-            cells.append(_comparison(results, row))
-        rows.append([row, *cells])
+    for contrast, value in results.comparisons.items():
+        name = contrast_name(contrast)
+        if value is None:
+            rows.append([name, "missing", *[""] * (len(head) - 2)])
+            continue
+        cells = [f"{100 * value.mean:+z.1f}"]
+        cells += _tested(value.over_items, holm_of_items.get(contrast)) if by_items else []
+        cells += _tested(value.over_seeds, holm_of_seeds.get(contrast)) if by_seeds else []
+        cells += [_ends(value.bootstrap, value)] * resampled
+        cells += [", ".join(f"{100 * mean:+z.1f}" for mean in value.of_seeds)] * several_seeds
+        rows.append([name, *cells])
     return head, rows
 
 
-def _comparison_head(results: Results) -> str:
-    compare = results.table.file.compare
-    return f"{compare.on}, less {results.table.against!r}" if compare else ""
+def contrast_name(contrast: Contrast) -> str:
+    return f"{contrast.on}: {contrast.row!r} less {contrast.against!r}"
 
 
 def _markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(results: Results, row: str, name: str) -> str:
+def _cell(results: Results, row: str, name: str, separator: str) -> str:
     if (row, name) not in results.values:
         return "–"
     value = results.values[row, name]
@@ -64,7 +94,8 @@ def _cell(results: Results, row: str, name: str) -> str:
     # n stands in the legend, unless it differs between cells.
     sizes = {v.n for v in results.values.values() if v is not None and v.n is not None}
     items = f", n {value.n}" if value.n is not None and len(sizes) > 1 else ""
-    return shown(value) + items + paper
+    first, *others = shown(value)
+    return separator.join([first + items + paper, *others])
 
 
 def _missing(results: Results, row: str, name: str) -> str:
@@ -74,52 +105,67 @@ def _missing(results: Results, row: str, name: str) -> str:
     return f"missing (seed {', '.join(map(str, seeds))})" if complete and seeds else "missing"
 
 
-def shown(value: Value) -> str:
-    """Format an accuracy as `27.1 [24.0, 30.4]` (%), a difference as `+2.0 [-1.0, +5.0], p = .2`."""
-    if value.low is None or value.high is None:
-        return f"{value.mean:.4g}"
-    if value.p is not None:
-        return _points(value.mean, value.low, value.high, value.p)
-    return accuracy(value.mean, value.low, value.high)
+def shown(value: Value) -> list[str]:
+    """Format an accuracy as `27.1 [24.0, 30.4]` (%), a difference as `+2.0 [-1.0, +5.0], p = .2`.
+
+    This interval is over items. Intervals over seeds and of the bootstrap follow, each with its name.
+    """
+    if value.n is None:
+        mean = f"{value.mean:.4g}"
+    else:
+        mean = f"{100 * value.mean:+z.1f}" if value.difference else f"{100 * value.mean:.1f}"
+    texts = [f"{mean} {_ends(value.over_items, value)}".strip() + _p(value.over_items)]
+    if value.over_seeds:
+        texts.append(
+            f"seeds {_ends(value.over_seeds, value)}{_p(value.over_seeds) if value.difference else ''}"
+        )
+    if value.bootstrap:
+        texts.append(f"bootstrap {_ends(value.bootstrap, value)}")
+    return texts
 
 
-def accuracy(mean: float, low: float, high: float) -> str:
-    """Format an accuracy and its interval, given in [0, 1], in percent."""
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _comparison(results: Results, row: str) -> str:
-    if row not in results.comparisons:
+def _ends(interval: Interval | None, value: Value) -> str:
+    """Format the ends of an interval of this value, or return an empty text."""
+    if interval is None:
         return ""
-    comparison = results.comparisons[row]
-    if comparison is None:
-        return "missing"
-    text = _points(comparison.mean, comparison.low, comparison.high, comparison.p)
-    if len(comparison.of_seeds) > 1:
-        text += f"; by seed {', '.join(f'{100 * mean:+z.1f}' for mean in comparison.of_seeds)}"
-    return text
+    if value.n is None:
+        return f"[{interval.low:.3g}, {interval.high:.3g}]"
+    sign = "+" if value.difference else ""
+    return f"[{100 * interval.low:{sign}z.1f}, {100 * interval.high:{sign}z.1f}]"
 
 
-def _points(mean: float, low: float, high: float, p: float) -> str:
-    """Format a difference in percentage points."""
-    return f"{100 * mean:+z.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value(p)}"
+def _p(interval: Interval | None) -> str:
+    return "" if interval is None or interval.p is None else f", {p_value(interval.p)}"
+
+
+def _tested(interval: Interval | None, corrected: float | None) -> list[str]:
+    """Format ends, p-value and corrected p-value of a difference, each in a cell."""
+    if interval is None:
+        return ["", "", ""]
+    p_values = (interval.p, corrected)
+    return [
+        f"[{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]",
+        *("" if p is None else p_value(p).removeprefix("p ").removeprefix("= ") for p in p_values),
+    ]
 
 
 def legend(results: Results) -> str:
     """Explain the numbers: seeds, items, intervals and tests, and the rows that are left out."""
     graded = [v for v in results.values.values() if v is not None and v.n is not None]
-    seeds = list(dict.fromkeys(cell.seed for cell in results.table.cells))
-    sentences = [f"Seeds {', '.join(map(str, seeds))}."]
+    compared = [value for value in results.comparisons.values() if value is not None]
+    cells = results.table.cells
+    seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    replicates = len({cell.config.data.path for cell in cells if cell.row == cells[0].row}) > 1
+    sentences = [f"Seeds {', '.join(map(str, seeds))}{', each with data of its own' if replicates else ''}."]
     if graded:
         items = sorted({v.n for v in graded if v.n is not None})
         span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
         sentences.append(
-            f"Accuracies are in %, over {span} items with strictly parsed answers, averaged over seeds; 95 % "
-            "intervals are over items, each averaged over seeds."
+            f"Accuracies are in %, over {span} items with strictly parsed answers, averaged over seeds."
         )
     flexible = {
         (cell.row, name)
-        for cell in results.table.cells
+        for cell in cells
         for name, column in cell.columns.items()
         if column.qualifier == FLEXIBLE
     }
@@ -127,15 +173,9 @@ def legend(results: Results) -> str:
         sentences.append(
             f"Parsed flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(flexible))}."
         )
-    if results.comparisons or any(value.p is not None for value in graded):
-        sentences.append(
-            "Differences are in percentage points, on the same items and seeds; p is from an exact "
-            "permutation test of their mean over items (McNemar's where each item is right or wrong), not "
-            "corrected for the number of rows. Intervals and p treat the training seeds as fixed; other "
-            "seeds may end elsewhere."
-        )
+    sentences += _intervals(graded + compared, bool(compared))
     if results.table.rebased_rows:
-        rows, base = results.table.rebased_rows, results.table.cells[0].base
+        rows, base = results.table.rebased_rows, cells[0].base
         sentences.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
     if results.table.duplicate_of:
         pairs = "; ".join(f"{row} (as {first})" for row, first in results.table.duplicate_of.items())
@@ -143,44 +183,92 @@ def legend(results: Results) -> str:
     return " ".join(sentences)
 
 
+def _intervals(values: list[Value], has_comparisons: bool) -> Iterator[str]:
+    """Explain the intervals and tests that these values have."""
+    if any(value.over_items for value in values):
+        yield (
+            "95 % intervals without a name are over items, each averaged over seeds: they say what other "
+            "items would show, with the training seeds as they are."
+        )
+    if any(value.over_seeds for value in values):
+        yield (
+            "Intervals over seeds are by Student's t over the means of the seeds: they say what other seeds "
+            "would show."
+        )
+    if any(value.bootstrap for value in values):
+        yield (
+            f"The bootstrap draws seeds and, of each, items {BOOTSTRAP_DRAWS:,} times with replacement; with "
+            "few seeds its interval is too narrow."
+        )
+    differences = [value for value in values if value.difference]
+    if differences:
+        yield "Differences are in percentage points, on the same items and seeds."
+    if any(value.over_items for value in differences):
+        yield (
+            "p over items is from an exact permutation test of their mean (McNemar's where each item is "
+            "right or wrong)."
+        )
+    if any(value.over_seeds for value in differences):
+        yield "p over seeds is from a paired t test."
+    if has_comparisons:
+        yield "By Holm: corrected for the number of comparisons by Holm's method."
+
+
+def chosen(results: Results) -> str:
+    """Say which settings were chosen on which items, or return an empty text."""
+    text = results.table.file.chosen_on.strip()
+    return f"Choices made on items: {text}" if text else ""
+
+
 def csv_text(results: Results) -> str:
     """Render one line per value and per comparison; accuracies, also published ones, are in [0, 1]."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper", "p"])
+    writer.writerow([
+        "row", "column", "mean", "low", "high", "items", "seeds", "of_seeds", "paper", "p", "seeds_low",
+        "seeds_high", "seeds_p", "bootstrap_low", "bootstrap_high",
+    ])  # fmt: skip
     for (row, name), value in results.values.items():
         published: float | str = results.table.file.paper.get(row, {}).get(name, "")
         if published != "" and Column.of(results.table.file.columns[name]).graded:
             published = round(float(published) / 100, 6)
-        if value is None:
-            writer.writerow([*map(escaping.csv_cell, (row, name)), "", "", "", "", "", "", published, ""])
-            continue
-        blank = ["" if x is None else x for x in (value.low, value.high, value.n)]
-        of_seeds = " ".join(f"{x:.6g}" for x in value.of_seeds)
-        p = "" if value.p is None else value.p
-        names = map(escaping.csv_cell, (row, name))
-        writer.writerow([*names, value.mean, *blank, len(value.of_seeds), of_seeds, published, p])
-    for row, comparison in results.comparisons.items():
-        if comparison is not None:
-            of_seeds = " ".join(f"{x:.6g}" for x in comparison.of_seeds)
-            numbers = comparison.mean, comparison.low, comparison.high, comparison.n, len(comparison.of_seeds)
-            names = map(escaping.csv_cell, (row, _comparison_head(results)))
-            writer.writerow([*names, *numbers, of_seeds, "", comparison.p])
+        writer.writerow([*map(escaping.csv_cell, (row, name)), *_csv_numbers(value, published)])
+    for contrast, value in results.comparisons.items():
+        if value is not None:
+            names = contrast.row, f"{contrast.on}, less {contrast.against!r}"
+            writer.writerow([*map(escaping.csv_cell, names), *_csv_numbers(value, "")])
     return out.getvalue()
 
 
+def _csv_numbers(value: Value | None, published: float | str) -> list[float | str]:
+    """Return the cells of a line after row and column; those of numbers that do not exist are empty."""
+    if value is None:
+        return [*[""] * 6, published, *[""] * 6]
+    of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
+    items, seeds, resampled = value.over_items, value.over_seeds, value.bootstrap
+    numbers = [
+        value.mean, items and items.low, items and items.high, value.n, len(value.of_seeds), of_seeds,
+        published, items and items.p, seeds and seeds.low, seeds and seeds.high, seeds and seeds.p,
+        resampled and resampled.low, resampled and resampled.high,
+    ]  # fmt: skip
+    return ["" if number is None else number for number in numbers]
+
+
 def latex(results: Results) -> str:
-    """Render a `tabular` with booktabs rules, with the legend in comments above it."""
-    head, rows = grid(results)
-    lines = [
-        f"% {escaping.one_line(legend(results))}",
-        r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
-        r"\toprule",
-        " & ".join(map(escaping.latex, head)) + r" \\",
-        r"\midrule",
-        *(" & ".join(map(escaping.latex, cells)) + r" \\" for cells in rows),
-    ]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    """Render a `tabular` with booktabs rules, and one of the comparisons; the legend is in comments above."""
+    lines = [f"% {escaping.one_line(text)}" for text in (legend(results), chosen(results)) if text]
+    for head, rows in filter(None, (grid(results), comparison_grid(results))):
+        lines += [
+            r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
+            r"\toprule",
+            " & ".join(map(escaping.latex, head)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(escaping.latex, cells)) + r" \\" for cells in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def command(arguments: list[str]) -> str:

@@ -1,51 +1,24 @@
-"""Values of a table's cells: means over seeds, 95 % intervals over items, and paired tests."""
+"""Values of a table's cells and comparisons, read from its artifacts."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
-from stages.evaluation.statistics import interval, paired_difference, paired_p
+from stages.evaluation.statistics import Interval, holm
 from stages.pipeline.state import state
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
-from stages.sweep.table import Cell, Table
+from stages.sweep.table import Cell, Contrast, Table
+from stages.sweep.values import ItemAccuracy, NothingToShow, Value, accuracy, difference, mean_of_numbers
 
-ItemAccuracy = dict[str, float]
-"""Item id → share of correct answers."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value of the printed table: accuracies and differences in [0, 1], other values as they are."""
-
-    mean: float
-    low: float | None
-    """95 % interval over items, each averaged over seeds; None for values of summaries."""
-    high: float | None
-    n: int | None
-    """Number of items; None for values of summaries."""
-    of_seeds: list[float]
-    p: float | None = None
-    """p-value of the paired test, if this is a difference."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Difference of a row from the row that it is compared with, on the same items and seeds."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    n: int
-    of_seeds: list[float]
+Over = Literal["over_items", "over_seeds"]
+"""What an interval of a `Value` is over."""
 
 
 class Artifacts:
@@ -70,8 +43,8 @@ class Results:
     table: Table
     values: dict[tuple[str, str], Value | None]
     """Row, column → value; None if one of its artifacts is missing, no entry if there is nothing to show."""
-    comparisons: dict[str, Comparison | None]
-    """Row → comparison, with None as in `values`; without the row that the rows are compared with."""
+    comparisons: dict[Contrast, Value | None]
+    """Contrast → difference of its two rows on the same items and seeds, with None as in `values`."""
     artifacts: Artifacts
     """Artifacts that the values were read from."""
     missing: dict[tuple[str, str], list[int]]
@@ -84,6 +57,15 @@ class Results:
         incomplete = any(len(missing) < seeds for missing in self.missing.values())
         return incomplete or any(value is not None for value in self.values.values())
 
+    def corrected_p(self, over: Over) -> dict[Contrast, float]:
+        """Map each comparison that has a p-value over items or seeds to that p-value, corrected by Holm."""
+        p_values = {}
+        for contrast, value in self.comparisons.items():
+            tested: Interval | None = getattr(value, over, None)
+            if tested is not None and tested.p is not None:
+                p_values[contrast] = tested.p
+        return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+
 
 def results(table: Table) -> Results:
     """Read all values and comparisons of a table from its artifacts."""
@@ -94,24 +76,19 @@ def results(table: Table) -> Results:
         cells = [cell for cell in table.cells if cell.row == row]
         for name in table.file.columns:
             if all(name in cell.columns for cell in cells):
-                with suppress(_NothingToShow):
+                with suppress(NothingToShow):
                     values[row, name] = reader.value(cells, name)
                 if (row, name) in values and values[row, name] is None:
                     missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
     comparisons = {}
-    if compare := table.file.compare:
-        references = [cell for cell in table.cells if cell.row == table.against]
-        for row in table.rows:
-            cells = [cell for cell in table.cells if cell.row == row]
-            comparable = all(compare.on in cell.columns for cell in references + cells)
-            if references and row != table.against and comparable:
-                with suppress(_NothingToShow):
-                    comparisons[row] = reader.comparison(references, cells, compare.on)
+    for contrast in table.contrasts:
+        references, cells = (
+            [cell for cell in table.cells if cell.row == row] for row in (contrast.against, contrast.row)
+        )
+        if all(contrast.on in cell.columns for cell in references + cells):
+            with suppress(NothingToShow):
+                comparisons[contrast] = reader.comparison(references, cells, contrast.on)
     return Results(table, values, comparisons, reader.artifacts, missing)
-
-
-class _NothingToShow(Exception):
-    """All artifacts exist, but lack the value or have no item in common."""
 
 
 class _Reader:
@@ -136,17 +113,11 @@ class _Reader:
         if None in artifacts:
             return None
         if not column.graded:
-            numbers = [_number(artifact, column) for artifact in unique.values()]
-            return Value(statistics.fmean(numbers), None, None, None, numbers)
+            return mean_of_numbers([_number(artifact, column) for artifact in unique.values()])
         if column.minus:
             return self._difference(cells, column, column.minus)
         by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
-        items = _mean_by_item(by_seed)
-        if not items:
-            raise _NothingToShow
-        low, high = interval(list(items.values()))
-        seed_means = [statistics.fmean(accuracy.values()) for accuracy in by_seed]
-        return Value(statistics.fmean(items.values()), low, high, len(items), seed_means)
+        return accuracy(by_seed, _have_own_items(cells, column))
 
     def _difference(self, cells: list[Cell], column: Column, minus: Column) -> Value | None:
         """Return `column` - `minus`, paired by seed and item; None if an artifact is missing."""
@@ -155,10 +126,9 @@ class _Reader:
         second = [self._item_accuracy(artifact, column) for _, artifact in pairs if artifact]
         if len(first) < len(cells) or len(second) < len(cells):
             return None
-        paired = _paired(first, second)
-        return Value(paired.mean, paired.low, paired.high, paired.n, paired.of_seeds, paired.p)
+        return difference(first, second, _have_own_items(cells, column))
 
-    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Comparison | None:
+    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value | None:
         """Compare two rows on a column, over the items and seeds that both have; None if one is missing."""
         first, second = [], []
         for reference in references:
@@ -170,7 +140,7 @@ class _Reader:
                         return None
                     first.append(self._item_accuracy(artifacts[0], columns[0]))
                     second.append(self._item_accuracy(artifacts[1], columns[1]))
-        return _paired(first, second)
+        return difference(first, second, _have_own_items(cells, cells[0].columns[name]))
 
     def _item_accuracy(self, artifact: Artifact, column: Column) -> ItemAccuracy:
         key = (str(artifact.path), column.qualifier)
@@ -202,38 +172,17 @@ def group_filter(group: str) -> Callable[[Sample], bool]:
     return lambda sample: str(sample.extra.get(name)) == value
 
 
-def _paired(first: list[ItemAccuracy], second: list[ItemAccuracy]) -> Comparison:
-    """Test `second` - `first`, both lists by seed, on the items that are graded in every seed of both.
-
-    Each item is averaged over seeds before the test, so n is the number of items. Raises _NothingToShow if
-    there is no such item.
-    """
-    first_means, second_means = _mean_by_item(first), _mean_by_item(second)
-    common = [item for item in second_means if item in first_means]
-    if not common:
-        raise _NothingToShow
-    pairs = [first_means[item] for item in common], [second_means[item] for item in common]
-    mean, low, high = paired_difference(*pairs)
-    of_seeds = [_mean_difference(a, b) for a, b in zip(first, second, strict=True)]
-    return Comparison(mean, low, high, paired_p(*pairs), len(common), of_seeds)
-
-
-def _mean_difference(first: ItemAccuracy, second: ItemAccuracy) -> float:
-    """Return the mean of `second` - `first` over the items of both."""
-    return statistics.fmean(second[item] - accuracy for item, accuracy in first.items() if item in second)
-
-
-def _mean_by_item(by_seed: list[ItemAccuracy]) -> ItemAccuracy:
-    """Average each item over seeds; only items that every seed has."""
-    common = [item for item in by_seed[0] if all(item in seed for seed in by_seed)] if by_seed else []
-    return {item: statistics.fmean(seed[item] for seed in by_seed) for item in common}
+def _have_own_items(cells: list[Cell], column: Column) -> bool:
+    """True if the seeds of a row are evaluated on different items."""
+    benchmarks = [cell.config.eval.benchmarks[column.step.partition("@")[2]] for cell in cells]
+    return len({(benchmark.path, benchmark.subset, benchmark.split) for benchmark in benchmarks}) > 1
 
 
 def _number(artifact: Artifact, column: Column) -> float:
-    """Return the number at the column's dotted path in the summary; _NothingToShow if there is none."""
+    """Return the number at the column's dotted path in the summary; NothingToShow if there is none."""
     value: Any = artifact.manifest["summary"]
     for key in column.qualifier.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
-        raise _NothingToShow
+        raise NothingToShow
     return float(value)

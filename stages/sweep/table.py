@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from stages.config import Config
-from stages.errors import ConfigError, LoraparError
+from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import MAX_CELLS, ROW_KEYS, Column, TableFile, check_size, mistakes_error, read
+from stages.sweep.file import MAX_CELLS, ROW_KEYS, SEED, Column, TableFile, check_size, mistakes_error, read
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A planned comparison: `row` less `against`, in column `on`."""
+
+    row: str
+    against: str
+    on: str
+
+
+@dataclass(frozen=True)
 class Table:
     path: Path
     file: TableFile
@@ -42,10 +51,15 @@ class Table:
     """Rows whose own config is replaced by the base of the command line."""
 
     @property
-    def against(self) -> str | None:
-        """The row that others are compared with; if it is left out as a duplicate, the row that it equals."""
-        compare = self.file.compare
-        return self.duplicate_of.get(compare.against, compare.against) if compare else None
+    def contrasts(self) -> list[Contrast]:
+        """The comparisons whose rows are here; a row that is left out as a duplicate is the row it equals."""
+        rows = self.rows
+        contrasts = [
+            Contrast(self.duplicate_of.get(row, row), self.duplicate_of.get(c.against, c.against), c.on)
+            for c in self.file.compare
+            for row in ([c.row] if c.row else rows)
+        ]
+        return [c for c in dict.fromkeys(contrasts) if {c.row, c.against} <= set(rows) and c.row != c.against]
 
     @property
     def rows(self) -> list[str]:
@@ -76,6 +90,7 @@ def table(
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
     check_size(path, len(rows), len(set(seeds or file.seeds)), max_cells)
     errors: dict[str, list[str]] = {}
+    hints: dict[str, None] = {}
     cells = []
     for seed in dict.fromkeys(seeds or file.seeds):
         for row in rows:
@@ -83,13 +98,15 @@ def table(
                 cells.append(_cell(path, file, row, seed, base, overrides or []))
             except LoraparError as error:
                 errors.setdefault(str(error), []).append(repr(row))
+                if isinstance(error, MissingInputError):
+                    hints[error.hint or file.make_data.replace(SEED, str(seed))] = None
     mistakes = [f"row {', '.join(dict.fromkeys(names))}: {error}" for error, names in errors.items()]
     mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
     duplicate_of = _duplicates(cells)
     if base is None and not columns:
         mistakes += [f"rows {first!r} and {row!r} are the same" for row, first in duplicate_of.items()]
     if mistakes:
-        raise mistakes_error(path, mistakes)
+        raise mistakes_error(path, mistakes, "; ".join(filter(None, hints)) or None)
     cells = [cell for cell in cells if cell.row not in duplicate_of]
     rebased = {cell.row: None for cell in cells if base is not None and "base" in settings[cell.row]}
     return Table(path, file, cells, duplicate_of, list(rebased))
@@ -110,7 +127,7 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, o
     """Plan one cell.
 
     Config file: `--base`, else the row's `base`, else the table's. Settings, of which later ones win: config
-    file, table's `set`, row (or combination of the grid), seed, `--set`.
+    file, table's `set`, row (or combination of the grid), seed, `--set`. The seed replaces SEED in them.
     """
     settings = file.settings()[row]
     config_path = base or Path(settings.get("base", file.base))
@@ -120,7 +137,8 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, o
     merged = {**file.set, **row_settings, "seed": seed}
     if sections := [name for name, value in merged.items() if isinstance(value, dict) and "." not in name]:
         raise ConfigError(f"{sections[0]} is a section: name its settings one by one, as {sections[0]}.NAME")
-    sets = (*(f"{name}={_yaml(value)}" for name, value in merged.items()), *overrides)
+    texts = (*(f"{name}={_yaml(value)}" for name, value in merged.items()), *overrides)
+    sets = tuple(text.replace(SEED, str(seed)) for text in texts)
     config = resolved(load(config_path, list(sets)))
     steps = plan_steps(config)
     columns = _columns(file, settings.get("columns", {}), config, steps, base is not None)

@@ -98,7 +98,10 @@ def test_editors_know_every_config() -> None:
         assert schema.resolve() == ROOT / f"docs/reference/{kind}.schema.json"
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if "compare" in content:  # YAML 1.1, which PyYAML reads, takes `on` for true; editors do not
-            content["compare"] = {"on" if key is True else key: v for key, v in content["compare"].items()}
+            listed = isinstance(content["compare"], list)
+            compared = content["compare"] if listed else [content["compare"]]
+            named = [{"on" if key is True else key: v for key, v in one.items()} for one in compared]
+            content["compare"] = named if listed else named[0]
         jsonschema.validate(json.loads(json.dumps(content)), schemas[kind])
 
 

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, permutation_test, ttest_1samp
+from scipy.stats import binomtest, permutation_test, ttest_1samp, ttest_rel
 
-from stages.evaluation.statistics import holm, interval, paired_difference, paired_p, pass_at, wilson
+from stages.evaluation.statistics import (
+    _bootstrap_means,
+    bootstrap,
+    holm,
+    interval,
+    over_replicates,
+    paired_difference,
+    paired_p,
+    pass_at,
+    wilson,
+)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=9), st.integers(6, 7))
@@ -72,6 +82,46 @@ def test_the_interval_of_a_difference_is_that_of_student_s_t():
     wanted = ttest_1samp(changes, 0).confidence_interval()
     found = paired_difference(before, after)
     assert found == pytest.approx((sum(changes) / 6, wanted.low, wanted.high))
+
+
+def test_the_interval_over_replicates_is_that_of_the_paired_t_test():
+    before, after = [0.51, 0.62, 0.48, 0.55], [0.56, 0.61, 0.58, 0.6]
+    test = ttest_rel(after, before)
+    interval_over = over_replicates([b - a for a, b in zip(before, after, strict=True)])
+    assert (interval_over.low, interval_over.high) == pytest.approx(tuple(test.confidence_interval()))
+    assert interval_over.p == pytest.approx(test.pvalue)
+
+
+@pytest.mark.parametrize("means", [[], [0.1], [0.1, 0.1, 0.4 - 0.3]])
+def test_replicates_without_variance_have_no_interval(means):
+    assert over_replicates(means) is None
+
+
+def test_the_bootstrap_draws_each_resample_as_often_as_counting_all_of_them_says():
+    """Replicates of 2 and of 3 items: all 2² choices of replicates, with all 2² or 3³ choices of items."""
+    replicates = [[0.0, 1.0], [0.0, 0.5, -1.0]]
+    item_means = [
+        [sum(items) / len(values) for items in product(values, repeat=len(values))] for values in replicates
+    ]
+    chances: dict[float, float] = {}
+    for pair in product(item_means, repeat=2):
+        for means in product(*pair):
+            mean = round(sum(means) / 2, 9)
+            chances[mean] = chances.get(mean, 0) + 1 / 4 / len(pair[0]) / len(pair[1])
+    assert len(chances) > 15 and sum(chances.values()) == pytest.approx(1)
+    draws = 200_000
+    resampled = np.round(_bootstrap_means(replicates, draws), 9)
+    assert set(np.unique(resampled)) <= set(chances)
+    for mean, chance in chances.items():
+        error = np.sqrt(chance * (1 - chance) / draws)
+        assert abs((resampled == mean).mean() - chance) < 5 * error, mean
+    ordered = sorted(chances)
+    quantiles = [
+        next(x for x in ordered if sum(chances[y] for y in ordered if y <= x) >= q) for q in (0.025, 0.975)
+    ]
+    interval_over = bootstrap(replicates)
+    assert [interval_over.low, interval_over.high] == pytest.approx(quantiles, abs=1e-9)
+    assert bootstrap(replicates) == interval_over and bootstrap([[1.0, 1.0]]).low == 1
 
 
 @pytest.mark.parametrize("correct", [0, 1, 3, 6])

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, make_steps, paths
 from matplotlib.figure import Figure
 
+from stages.evaluation.statistics import Interval
 from stages.lora.training.curves import points
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, elements, figures, provenance, run_page, table_page
@@ -28,8 +29,10 @@ from stages.report.page import (
     render,
 )
 from stages.store.artifacts import Artifact
-from stages.sweep.results import Comparison
-from stages.sweep.table import Table
+from stages.sweep.file import Compare
+from stages.sweep.results import Artifacts, Results
+from stages.sweep.table import Contrast, Table
+from stages.sweep.values import Value
 
 NARROWEST = 500
 """Pixels below which a headless browser makes no window."""
@@ -295,18 +298,29 @@ def test_modules_that_end_alike_are_shown_by_their_paths():
     assert elements._short_names(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
 
 
+def verdict(rows: str, p_values: dict[str, tuple[float, float | None]], same: dict | None = None) -> str:
+    """The verdict on rows of one letter, each a tenth above the row it is compared with.
+
+    p_values: row → p over items and over seeds. same: rows that are left out.
+    """
+    file = SimpleNamespace(title="T", compare=[Compare(against="A", on="RL")])
+    cells = [SimpleNamespace(row=row) for row in rows]
+    table = Table(Path("t"), file, cells, same or {}, [])
+    compared = {
+        Contrast(row, table.contrasts[0].against, "RL"): Value(
+            0.1, [0.1, 0.1], 100, True, Interval(0.05, 0.15, items), seeds and Interval(0.05, 0.15, seeds)
+        )
+        for row, (items, seeds) in p_values.items()
+    }
+    return table_page._verdict(Results(table, {}, compared, Artifacts(), {}))
+
+
 def test_the_verdict_says_how_many_rows_are_compared():
-    compared = {"B": Comparison(0.1, 0.05, 0.15, 0.001, 100, [0.1, 0.1])}
-    file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
-
-    def of(rows, same):
-        cells = [SimpleNamespace(row=row) for row in rows]
-        return SimpleNamespace(table=Table(Path("t"), file, cells, same, []), comparisons=compared)
-
-    assert table_page._verdict(of("AB", {})).startswith("All other rows are compared with 'A'")
-    assert table_page._verdict(of("ABC", {})).startswith("1 of 2 other rows is compared with 'A'")
-    other = of(["A1", "B"], {"A": "A1"})
-    assert table_page._verdict(other).startswith("All other rows are compared with 'A1'")
+    tested = {"B": (0.001, None)}
+    assert verdict("AB", tested).startswith("All other rows are compared with 'A' on RL.")
+    assert verdict("ABC", tested).startswith("1 of 2 other rows is compared with 'A'")
+    assert verdict("CB", tested, {"A": "C"}).startswith("All other rows are compared with 'C'")
+    assert "Over seeds" not in verdict("AB", tested)
 
 
 def test_the_verdict_counts_the_items_that_both_have():
@@ -404,21 +418,8 @@ def test_tokens_are_those_trained_on_or_written(tmp_path):
 
 
 def test_the_verdict_is_corrected_for_the_number_of_rows():
-    file = SimpleNamespace(title="T", compare=SimpleNamespace(against="A", on="RL"))
-    cells = [SimpleNamespace(row=row) for row in "ABC"]
-
-    def of(first: float, second: float) -> str:
-        compared = {
-            "B": Comparison(0.1, 0.05, 0.15, first, 100, [0.1]),
-            "C": Comparison(0.2, 0.1, 0.3, second, 100, [0.2]),
-        }
-        table = Table(Path("t"), file, cells, {}, [])
-        return table_page._verdict(SimpleNamespace(table=table, comparisons=compared))
-
-    assert "no difference is told apart from chance" in of(0.03, 0.04)  # Holm's: .06 and .06
-    assert "'B' +10.0 (p = .02); 'C' +20.0 (p = .04)" in of(0.01, 0.04)
-
-
-def test_the_curve_of_importance_begins_with_the_most_important():
-    x, y = elements._cumulative(torch.tensor([1.0, 4.0, 2.0, 3.0]))
-    assert (x, y) == (pytest.approx([0.25, 0.5, 0.75, 1]), pytest.approx([0.4, 0.7, 0.9, 1]))
+    neither = verdict("ABC", {"B": (0.03, 0.01), "C": (0.04, 0.2)})  # Holm's of items: .06 and .06
+    assert "Over items, with the training seeds as they are, no difference is told apart" in neither
+    assert "Over seeds, told apart from chance, in points: 'B' +10.0 (p = .02)." in neither
+    both = verdict("ABC", {"B": (0.01, None), "C": (0.04, None)})
+    assert "told apart from chance, in points: 'B' +10.0 (p = .02); 'C' +10.0 (p = .04)." in both

@@ -1,1 +1,844 @@
 """Tables of many runs: what is refused, what cells share, how a sweep goes on, and what a cell shows."""
+
+import csv
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, alive, make_steps, wait_for
+
+from stages.data.demo import write
+from stages.errors import ConfigError, MissingInputError
+from stages.evaluation.statistics import Interval, interval
+from stages.records import Sample, write_jsonl
+from stages.runtime import process_guard
+from stages.store.digests import sha256_file
+from stages.sweep import formats, graph, local
+from stages.sweep.file import Column, TableFile, read
+from stages.sweep.results import results
+from stages.sweep.table import Contrast, table
+
+FILE = """
+title: A small table
+base: {base}
+set: {{sft.max_steps: 1, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}}
+rows:
+  "θ .9": {{partition.theta: 0.9}}
+  "θ .5": {{partition.theta: 0.5}}
+  "β 0": {{partition.theta: 0.9, partition.beta: 0}}
+seeds: [1, 2]
+columns:
+  SFT: sft@demo
+  "SFT, System 2": sft@demo.system2
+  RL: rl@demo
+  gain: rl@demo - sft@demo
+  active: partition:sft.active_share
+paper: {{"θ .9": {{SFT: 27.6}}}}
+compare: {{against: "θ .9", on: SFT}}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tiny, demo_data, common_folder, tmp_path_factory) -> Path:
+    """A table on the smoke config."""
+    folder = tmp_path_factory.mktemp("table")
+    base = folder / "base.yaml"
+    base.write_text(
+        f"extends: {ROOT / 'configs/smoke.yaml'}\n"
+        f"runs_dir: {common_folder / 'table'}\n"
+        f"model: {{name: {tiny}}}\n"
+        "classify: {strategy: random}\n"
+        f"data: {{path: {demo_data / 'train.jsonl'}, limit: 48}}\n"
+        f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
+    )
+    path = folder / "small.yaml"
+    path.write_text(FILE.format(base="base.yaml"))
+    return path
+
+
+def changed(path: Path, *pairs: tuple[str, str]) -> Path:
+    text = path.read_text(encoding="utf-8")
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    other = path.with_name("changed.yaml")
+    other.write_text(text)
+    return other
+
+
+OF_THE_DEMO = {ROOT / f"configs/tables/{name}.yaml" for name in ("demo-long", "levers", "methods-demo")}
+OF_THE_PAPER = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - OF_THE_DEMO)
+ON_THE_DEMO = ROOT / "configs/tables/labels-demo.yaml"  # a base whose model and data are not in a fresh clone
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
+def test_the_tables_of_the_project_are_sound_on_a_small_base(path, small):
+    found = table(path, base=small.with_name("base.yaml"))
+    assert found.file.title and {cell.seed for cell in found.cells} == set(found.file.seeds)
+    assert all(cell.columns for cell in found.cells)
+    published = {(row, name) for row, part in found.file.paper.items() for name in part if row in found.rows}
+    assert published <= {(cell.row, name) for cell in found.cells for name in cell.columns}
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda p: p.stem)
+def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data):
+    data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
+    assert table(path, base=ROOT / "configs/demo-long.yaml", overrides=[f"model.name={tiny}", *data]).cells
+
+
+@pytest.mark.parametrize("path", [p for p in OF_THE_PAPER if p != ON_THE_DEMO], ids=lambda p: p.stem)
+def test_the_tables_of_the_project_are_sound_as_they_are(path):
+    found = table(path)
+    assert not found.duplicate_of and set(found.rows) == set(found.file.settings())
+    assert found.file.paper or path.stem == "controls"
+
+
+def test_rows_that_another_base_makes_the_same_are_left_out(small):
+    found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
+    assert found.rows == ["GSM8K"] and found.duplicate_of == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
+    said = formats.legend(results(found))
+    assert "the same as another row here: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
+    assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 2, 3]).cells] == [2, 3]
+    labels = table(ROOT / "configs/tables/labels.yaml", base=small.with_name("base.yaml"))
+    assert labels.rows == labels.rebased_rows and "replaces the configs that these rows" in formats.legend(
+        results(labels)
+    )
+    rows = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}')
+    path = changed(small, rows)
+    with pytest.raises(ConfigError, match="rows 'θ .9' and 'β 0' are the same"):
+        table(path)
+    assert table(path, base=small.with_name("base.yaml")).rows == ["θ .9", "θ .5"]
+    own = "{columns: {gain: rl@demo - sft@demo.system1}}"
+    assert "β 0" in table(changed(small, (rows[0], f'"β 0": {own}'))).rows  # it shows another difference
+
+
+def test_a_table_over_another(small, tmp_path):
+    """Rows, columns and published values merge; false takes a row away."""
+    path = tmp_path / "above.yaml"
+    path.write_text(
+        f"extends: {small}\ntitle: Above\nbase: {small.with_name('base.yaml')}\n"
+        'rows: {"θ .5": false, "θ .7": {partition.theta: 0.7}}\npaper: {"θ .7": {RL: 30}}\n'
+    )
+    found = table(path)
+    assert found.rows == ["θ .9", "β 0", "θ .7"] and found.file.title == "Above"
+    assert found.file.paper == {"θ .9": {"SFT": 27.6}, "θ .7": {"RL": 30}}
+    path.write_text(f"extends: {path}\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        read(path)
+
+
+def test_a_base_is_beside_the_file_that_names_it(small, tmp_path):
+    path = tmp_path / "above.yaml"
+    path.write_text(f"extends: {ROOT / 'configs/tables/importance.yaml'}\n")
+    bases = {cell.row: cell.base.resolve() for cell in table(path).cells}
+    assert bases["GSM8K"] == ROOT / "configs/paper/gsm8k-llama2-7b.yaml"
+    assert bases["Dolly"] == ROOT / "configs/paper/table4/mmlu-dolly.yaml"
+
+
+def test_rows_are_chosen_by_name_or_pattern(small):
+    assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
+    assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
+
+
+def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
+    one = table(small, columns=["SFT*", "active"], seeds=[1])
+    assert list(one.file.columns) == ["SFT", "SFT, System 2", "active"] and [
+        c.on for c in one.file.compare
+    ] == ["SFT"]
+    assert {node.stage for node in graph.build_graph(one.cells).values()} == {
+        "classify", "score", "partition", "sft", "eval",
+    }  # fmt: skip
+    assert one.duplicate_of == {"β 0": "θ .9"}  # β plays no part before RL
+    other = table(small, columns=["RL", "gain"], seeds=[1])
+    assert [c.on for c in other.file.compare] == ["RL"] and other.rows == ["θ .9", "θ .5", "β 0"]
+    none = table(small, columns=["active"], seeds=[1])
+    assert none.file.compare == [] and {n.stage for n in graph.build_graph(none.cells).values()} <= {
+        "classify", "score", "partition",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no column 'DPO'"):
+        table(small, columns=["DPO"])
+
+
+def test_a_column_chosen_alone_leaves_rows_their_own(small):
+    row = '"β 0": {partition.theta: 0.9, partition.beta: 0}'
+    own = (row, '"β 0": {columns: {RL: base@demo, gain: null}}')
+    found = table(changed(small, own), columns=["RL"], seeds=[1])
+    assert [cell.columns["RL"].step for cell in found.cells] == ["eval:rl@demo"] * 2 + ["eval:base@demo"]
+    mistaken = (row, '"β 0": {columns: {DPO: base@demo}}')
+    with pytest.raises(ConfigError, match="'DPO' is not a column"):
+        table(changed(small, mistaken), columns=["RL"])
+
+
+def test_all_mistakes_are_said_at_once(small):
+    path = changed(
+        small,
+        ("partition.theta: 0.5", "partition.thta: 0.5"),
+        ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}'),
+        ("  RL: rl@demo", "  RL: init@demo"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        table(path)
+    said = str(caught.value)
+    assert "row 'θ .5': unknown setting partition.thta (did you mean partition.theta?)" in said
+    assert "rows 'θ .9' and 'β 0' are the same" in said
+    assert "column 'RL': no row has init@demo; evaluations: base@demo, sft@demo, rl@demo" in said
+
+
+def test_what_does_not_go_together_is_said_at_once_too(small):
+    path = changed(
+        small,
+        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}, "θ .5": {SF: 1}}'),
+        ("on: SFT", "on: active"),
+        ("gain: rl@demo - sft@demo", "gain: rl@demo - rl.steps"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    said = str(caught.value)
+    assert (
+        "4 mistakes" in said and "'θ 9', which is not a row" in said and "'SF', which is not a column" in said
+    )
+    assert (
+        "compare.on 'active'" in said and "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK" in said
+    )
+
+
+def test_a_base_that_evaluates_nothing_of_the_chosen_rows_is_refused(small):
+    """Though a chosen row may lack columns that others have."""
+    with pytest.raises(ConfigError, match=re.escape("no row has sft@demo; evaluations: base@demo")):
+        table(small, only=["θ .5"], columns=["SFT"], overrides=["eval.targets=[base]"])
+
+
+def test_a_step_that_has_variants_is_named_with_one(small):
+    path = changed(small, ("active: partition:sft.active_share", "active: partition.active_share"))
+    told = "no row has partition.active_share; steps: classify:train, classify:demo, score, partition:sft, "
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        table(path)
+
+
+OF_HALF = '"θ .5": {partition.theta: 0.5}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seeds: [1, 2]", "seeds: [1, 2]\ngrid: {partition.theta: [1]}", "a table has rows or a grid"),
+        ('{"θ .9": {SFT: 27.6}}', '{"θ 9": {SFT: 27.6}}', "paper has values for 'θ 9', which is not a row"),
+        (
+            '{"θ .9": {SFT: 27.6}}',
+            '{"θ .9": {SF: 27.6}}',
+            "paper has a value of 'θ .9' for 'SF', which is not a column",
+        ),
+        ("on: SFT", "on: active", "compare.on 'active' is not a column of accuracies"),
+        ('against: "θ .9"', "against: none", "compare.against 'none' is not a row"),
+        ('against: "θ .9"', 'row: none, against: "θ .9"', "compare.row 'none' is not a row"),
+        ('against: "θ .9"', 'row: "θ .9", against: "θ .9"', "compare.row 'θ .9' is compared with itself"),
+        ("gain: rl@demo - sft@demo", "gain: rl@demo.sytem1 - sft@demo", "unknown group 'sytem1'"),
+        (
+            "active: partition:sft.active_share",
+            "active: partition",
+            "expected TARGET@BENCHMARK or STEP.VALUE",
+        ),
+        (
+            "rl@demo - sft@demo",
+            "rl@demo - sft@demo - base@demo",
+            "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
+        ),
+        (
+            "rl@demo - sft@demo",
+            "rl@demo - rl.steps",
+            "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
+        ),
+        (OF_HALF, '"θ .5": {base: 3}', "row 'θ .5': base must be a path, got 3"),
+        (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must map names to what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must map names to what they show, or"),
+        (OF_HALF, '"θ .5": {columns: {RL: rl@demo.sytem1}}', "unknown group 'sytem1'"),
+        (
+            OF_HALF,
+            '"θ .5": {columns: {SFT: rl@demo - sft@demo}}',
+            "its column 'SFT' is compared or plotted: it must be an accuracy",
+        ),
+        ("compare:", "plot: {x: active, y: Sft}\ncompare:", "plot.y 'Sft' is not a column of accuracies"),
+        ("compare:", "plot: {x: actve, y: SFT}\ncompare:", "plot.x 'actve' is not a column"),
+        ("title: A small table", "titel: A small table", "titel: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_file_is_refused(small, old, new, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read(changed(small, (old, new)))
+
+
+def test_a_missing_file_and_row_are_said(small, tmp_path):
+    with pytest.raises(MissingInputError, match="no table file"):
+        read(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="no row 'θ 7'"):
+        table(small, only=["θ 7"])
+    with pytest.raises(ConfigError, match="--set seed: a table has seeds of its own"):
+        table(small, overrides=["seed=5"])
+
+
+def test_a_grid_is_all_with_all(small):
+    rows = (
+        'rows:\n  "θ .9": {partition.theta: 0.9}\n  "θ .5": {partition.theta: 0.5}\n'
+        '  "β 0": {partition.theta: 0.9, partition.beta: 0}\n'
+    )
+    grid = "grid: {partition.alpha: [0, 1], partition.beta: [0.5]}\n"
+    path = changed(
+        small,
+        (rows, grid),
+        ('{"θ .9": {SFT: 27.6}}', "{}"),
+        ('against: "θ .9"', 'against: "alpha 0, beta 0.5"'),
+    )
+    assert table(path).rows == ["alpha 0, beta 0.5", "alpha 1, beta 0.5"]
+    with pytest.raises(ConfigError, match="grid: partition.beta has no values"):
+        table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
+
+
+def test_table_2_shares_what_it_can(small):
+    """Nine cells of one seed: three SFT and nine RL artifacts, one classify, one score."""
+    found = table(ROOT / "configs/tables/alpha-beta.yaml", base=small.with_name("base.yaml"), seeds=[3])
+    names = [node.step.name for node in graph.build_graph(found.cells).values()]
+    counts = {name: names.count(name) for name in ("classify:train", "score", "sft", "rl")}
+    assert counts == {"classify:train": 1, "score": 1, "sft": 3, "rl": 9}
+
+
+def test_columns():
+    assert Column.of("sft@demo.kind=one_step") == Column("eval:sft@demo", "kind=one_step")
+    assert Column.of("partition:sft.active_share") == Column("partition:sft", "active_share")
+    assert Column.of("rl@demo - sft@demo").steps == ["eval:rl@demo", "eval:sft@demo"]
+    assert Column.of("rl@demo").graded and not Column.of("rl.steps").graded
+
+
+@pytest.fixture(scope="module")
+def swept(small):
+    """The table, with all of its artifacts there."""
+    found = table(small)
+    for cell in found.cells:
+        make_steps(cell.config)
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tmp_path):
+    """SIGKILL of the sweep and its children at three moments, then to the end, then nothing is to do."""
+
+    def begun(runs: Path) -> subprocess.Popen:
+        part = ["--seeds", "1", "--only", "θ .9", "--only", "β 0"]
+        command = [sys.executable, "-m", "lorapar_cli", "sweep", str(small), *part]
+        command += ["--set", f"runs_dir={runs}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True, env=environment
+        )
+
+    def adapters(runs: Path) -> dict[str, str]:
+        files = runs.glob("*/*/*/adapter/adapter_model.safetensors")
+        return {str(p.relative_to(runs)): sha256_file(p) for p in files if "latest" not in str(p)}
+
+    whole = begun(tmp_path / "whole")
+    lines = whole.communicate()[1].splitlines()
+    made = [line for line in lines if line.startswith("done in")]
+    runs = [f"runs_dir={tmp_path / 'whole'}"]
+    nodes = graph.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], overrides=runs).cells)
+    assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
+    for number in (2, 3, 3):  # steps that are done before the kill
+        child = begun(tmp_path / "killed")
+        for line in child.stderr:
+            number -= line.startswith("done in")
+            if not number:
+                break
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    last = begun(tmp_path / "killed")
+    rest = [line for line in last.communicate()[1].splitlines() if line.startswith("done in")]
+    assert last.returncode == 0 and 0 < len(rest) < len(nodes)
+    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole") != {}
+    again = begun(tmp_path / "killed")
+    assert "nothing to do: every artifact is current" in again.communicate()[1]
+
+
+def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
+    """Not of the link to the latest one, nor of one that was made again."""
+    nodes = graph.build_graph(
+        table(small, only=["θ .9"], seeds=[1], overrides=[f"runs_dir={tmp_path}"]).cells
+    )
+    (root,) = {Path(place[0]) for place in nodes}
+    for folder, key, seconds in (("a", "a", 10), ("b", "b", 20), ("b.old-1", "b", 600)):
+        (root / "sft" / folder).mkdir(parents=True)
+        text = json.dumps({"stage": "sft", "key": key, "provenance": {"seconds": seconds}})
+        (root / "sft" / folder / "manifest.json").write_text(text)
+    (root / "sft/latest").symlink_to("b")
+    assert graph.measured(nodes) == {"sft": 15}
+
+
+def test_a_dry_run_starts_nothing(small, lorapar, monkeypatch):
+    monkeypatch.setattr(process_guard.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    runs = small.with_name("none")
+    done = lorapar("sweep", small, "--dry-run", "--seeds", "77", "--set", f"runs_dir={runs}")
+    assert done.code == 0 and "how long it takes is not known" in done.err
+
+
+def test_values_are_means_over_seeds_with_intervals_over_items(swept):
+    found = results(swept)
+    value = found.values["θ .9", "SFT"]
+    samples = []
+    for cell in swept.cells:
+        if cell.row == "θ .9":
+            step = cell.steps["eval:sft@demo"]
+            lines = (cell.config.root / "eval" / step.key / "samples.jsonl").read_text().splitlines()
+            samples.append({row["id"]: float(row["correct"]) for row in map(json.loads, lines)})
+    items = [statistics.fmean(part[name] for part in samples) for name in samples[0]]
+    assert (value.over_items.low, value.over_items.high) == interval(items)
+    assert value.n == len(items) == 16
+    assert value.mean == pytest.approx(statistics.fmean(items))
+    assert value.of_seeds == [statistics.fmean(part.values()) for part in samples]
+    gain, after = found.values["β 0", "gain"], found.values["β 0", "RL"]
+    assert gain.mean == pytest.approx(after.mean - found.values["β 0", "SFT"].mean)
+    assert len(gain.of_seeds) == 2 and 0 < gain.over_items.p <= 1 and gain.bootstrap is None
+    assert gain.over_items.low <= gain.mean <= gain.over_items.high
+    active = found.values["θ .5", "active"]
+    assert 0 < active.mean < found.values["θ .9", "active"].mean
+    assert active.over_items is None and active.n is None
+    of_half, of_beta = found.comparisons
+    assert (of_half, of_beta) == (Contrast("θ .5", "θ .9", "SFT"), Contrast("β 0", "θ .9", "SFT"))
+    equal = found.comparisons[of_beta]
+    assert equal.mean == 0 and equal.over_items.p == 1 and equal.over_seeds is None
+
+
+RIGHT = {  # row, seed, target → which of four items are answered correctly
+    ("θ .9", 1, "sft"): "1100",
+    ("θ .9", 2, "sft"): "1000",
+    ("θ .9", 1, "rl"): "1110",
+    ("θ .9", 2, "rl"): "1011",
+    ("θ .5", 1, "sft"): "0000",
+    ("θ .5", 2, "sft"): "0001",
+    ("θ .5", 1, "rl"): "0000",
+    ("θ .5", 2, "rl"): "0001",
+    ("β 0", 1, "sft"): "1100",
+    ("β 0", 2, "sft"): "1000",
+    ("β 0", 1, "rl"): "0000",
+    ("β 0", 2, "rl"): "0000",
+}
+
+
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch):
+    """Artifacts with the answers of RIGHT; RL's answer to b could not be graded in one cell."""
+
+    def artifact(reader, cell, column):
+        if not column.graded:
+            return SimpleNamespace(manifest={"key": column.step, "summary": {}})
+        target = column.step.removeprefix("eval:").partition("@")[0]
+        key = f"{cell.row}-{cell.seed}-{target}"
+        refused = key == "θ .9-2-rl"
+        rows = [
+            Sample(
+                name, 0, 2 if name == "c" else 1, "", "", None, None, None, right == "1", True,
+                "refused" if refused and name == "b" else "correct",
+            )
+            for name, right in zip("abcd", RIGHT[cell.row, cell.seed, target], strict=True)
+        ]  # fmt: skip
+        (tmp_path / key).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / key / "samples.jsonl", (asdict(row) for row in rows))
+        return SimpleNamespace(path=tmp_path / key, manifest={"key": key})
+
+    monkeypatch.setattr("stages.sweep.results._Reader._artifact", artifact)
+
+
+def test_numbers_by_hand(small, by_hand):
+    """Two seeds, four items, the third of System 2."""
+    found = results(table(small))
+    sft, rl, gain = (found.values["θ .9", name] for name in ("SFT", "RL", "gain"))
+    assert (sft.mean, sft.n, sft.of_seeds) == (3 / 8, 4, [0.5, 0.25])
+    assert (rl.mean, rl.n) == (pytest.approx((1 + 1 + 0.5) / 3), 3)  # of a, c, d
+    assert (gain.mean, gain.n) == (pytest.approx((0 + 1 + 0.5) / 3), 3)
+    assert gain.of_seeds == [0.25, pytest.approx(2 / 3)]
+    assert found.values["β 0", "gain"].mean == -3 / 8
+    assert found.values["θ .9", "SFT, System 2"].n == 1
+    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]  # against θ .9, items: -1, -1/2, 0, +1/2
+    assert (half.mean, half.n, half.of_seeds) == (-0.25, 4, [-0.5, 0])
+    # Their deviation is .645497, t of 3 degrees 3.18245; of eight choices of signs six lead as far.
+    assert astuple(half.over_items) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
+    # By seed -1/2 and 0, of which the standard error is 1/4; t of one degree is 12.7062, and p is 1/2.
+    assert astuple(half.over_seeds) == pytest.approx(
+        (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
+    )
+    assert found.comparisons[Contrast("β 0", "θ .9", "SFT")].mean == 0
+    assert ("θ .9", "active") not in found.values  # its summary has no such number
+    loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
+    assert loose.values[
+        "θ .9", "SFT"
+    ].mean == 1 and "Parsed flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
+    lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
+    head = lines["row", "column"]
+    of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
+    assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
+    assert float(of_gain["p"]) == gain.over_items.p and float(of_gain["seeds_p"]) == gain.over_seeds.p
+    compared = dict(zip(head, lines["θ .5", "SFT, less 'θ .9'"], strict=True))
+    assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.over_items.p
+    assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
+    assert r"SFT: '$\theta$ .5' less '$\theta$ .9'" in formats.latex(found)
+    assert formats.latex(found).startswith("% Seeds 1, 2.")
+    _, rows = formats.grid(found)
+    of = {row[0]: row for row in rows}
+    assert re.search(r"^37\.5 \[\S+ \S+\], n 4 \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
+    assert "], n 3; seeds [" in of["θ .9"][3]
+    head, (row, _) = formats.comparison_grid(found)
+    assert dict(zip(head[:5], row[:5], strict=True)) == {
+        "comparison": "SFT: 'θ .5' less 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
+        "p": ".75", "by Holm": "1",
+    }  # fmt: skip
+    assert row[5:] == ["[-342.7, +292.7]", ".5", ".5", "-50.0, +0.0"]  # the other has none over seeds
+    certain = replace(gain, over_items=Interval(0.1, 0.2, 1e-9))
+    found.values["θ .9", "gain"] = certain
+    assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
+
+
+@pytest.fixture
+def replicates(small, tmp_path) -> Path:
+    """The table with data of its own for each of two seeds."""
+    for seed in (1, 2):
+        write(tmp_path / f"data-{seed}", seed)
+    paths = (f"{name}: {tmp_path}/data-{{seed}}/{split}.jsonl" for name, split in (
+        ("data.path", "train"), ("eval.benchmarks.demo.path", "test")))  # fmt: skip
+    quoted = ", ".join(f'{name}: "{path}"' for name, path in (text.split(": ") for text in paths))
+    command = f'make_data: "lorapar demo-data {tmp_path}/data-{{seed}} --seed {{seed}}"\n'
+    return changed(small, ("set: {", f"set: {{{quoted}, "), ("seeds: [1, 2]\n", f"seeds: [1, 2]\n{command}"))
+
+
+def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
+    """Each seed has four items of its own, though their names are alike here."""
+    found = results(table(replicates))
+    sft, gain = found.values["θ .9", "SFT"], found.values["θ .9", "gain"]
+    assert (sft.mean, sft.n, sft.of_seeds, sft.over_items) == (3 / 8, 8, [0.5, 0.25], None)
+    assert astuple(sft.over_seeds) == (0, 1, None) and astuple(sft.bootstrap) == (0, 0.75, None)
+    assert gain.mean == pytest.approx((0.25 + 2 / 3) / 2) and gain.n == 7  # b of seed 2 was not graded
+    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
+    assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
+    assert astuple(half.over_seeds) == pytest.approx(
+        (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
+    )
+    # Of all resamples 1.0 % are below -3/4 and 4.6 % not above; 97.2 % are not above 1/4, the next is 3/8.
+    assert half.bootstrap.low == -0.75 and half.bootstrap.high in (0.25, 0.375)
+    said = formats.legend(found)
+    assert said.startswith("Seeds 1, 2, each with data of its own.") and "The bootstrap draws seeds" in said
+    assert "permutation" not in said
+    head, _ = formats.comparison_grid(found)
+    assert head == ["comparison", "points", "over seeds", "p", "by Holm", "bootstrap", "by seed"]
+    one = results(table(replicates, seeds=[1])).values["θ .9", "SFT"]
+    assert one.over_items is not None and one.over_seeds is None and one.bootstrap is None
+
+
+def test_missing_data_of_a_replicate_come_with_the_command_that_writes_them(replicates, lorapar, tmp_path):
+    done = lorapar("sweep", replicates, "--seeds", "1,7,8", "--dry-run")
+    assert done.code == 78 and f"no data file {tmp_path}/data-7/train.jsonl" in done.err
+    commands = (f"lorapar demo-data {tmp_path}/data-{seed} --seed {seed}" for seed in (7, 8))
+    assert f"hint: {'; '.join(commands)}\n" in done.err
+
+
+def test_planned_comparisons_are_those_that_are_named(small, by_hand):
+    planned = 'compare: [{row: "β 0", against: "θ .5", on: RL}, {against: "θ .9", on: SFT}]'
+    path = changed(small, ('compare: {against: "θ .9", on: SFT}', planned))
+    found = results(table(path))
+    first, second, third = (
+        Contrast("β 0", "θ .5", "RL"),
+        *(Contrast(r, "θ .9", "SFT") for r in ("θ .5", "β 0")),
+    )
+    assert list(found.comparisons) == [first, second, third]
+    assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
+    assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
+    # In these columns β 0 is the same as θ .9. Where no planned column is chosen, the first one is compared.
+    assert table(path, columns=["SFT"]).contrasts == [second]
+    assert table(path, columns=["SFT, System 2"]).contrasts == [
+        Contrast("θ .9", "θ .5", "SFT, System 2"), Contrast("θ .5", "θ .9", "SFT, System 2"),
+    ]  # fmt: skip
+
+
+def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
+    odd = {
+        "prompt.system": 'Think: 😀 "twice", #now',
+        "sft.learning_rate": 2e-5,
+        "data.limit": None,
+        "run": "null",
+    }
+    path = changed(small, ("rows:\n", f"rows:\n  odd: {json.dumps(odd, ensure_ascii=False)}\n"))
+    config = table(path, only=["odd"], seeds=[1]).cells[0].config
+    assert (config.prompt.system, config.sft.learning_rate) == (odd["prompt.system"], 2e-5)
+    assert (config.data.limit, config.run) == (None, "null")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{seed: 3}", "seed is set by the table's seeds"),
+        ("{sft: {lr: 1}}", "sft is a section: name its settings one by one, as sft.NAME"),
+        (
+            "{columns: {RL: init@demo}}",
+            "its own column 'RL' shows init@demo, which its config does not produce",
+        ),
+    ],
+)
+def test_a_row_that_means_something_else_is_refused(small, row, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        table(changed(small, ("rows:\n", f"rows:\n  odd: {row}\n")))
+
+
+def test_a_row_may_lack_a_column_and_be_made_alone(small):
+    row = "{eval.targets: [sft], columns: {active: null}}"
+    path = changed(small, ("rows:\n", f"rows:\n  short: {row}\n"))
+    (cell,) = table(path, only=["short"], seeds=[1]).cells
+    assert cell.columns.keys() == {"SFT", "SFT, System 2"}
+
+
+def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
+    swept, small, lorapar, tmp_path, monkeypatch
+):
+    done = lorapar("report", small, "--out", tmp_path / "out")
+    assert done.code == 0 and "15 of 15 values are available" in done.err
+    text = (tmp_path / "out/report.md").read_text()
+    assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| SFT: 'β 0' less")]
+    assert re.search(r"\| \+0\.0 \| \[-18\.8, \+18\.8\] \| 1 \| 1 \| \+0\.0, \+0\.0 \|$", row)
+    rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
+    assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
+    assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "A small table" in page and "(paper: 27.6)" in page
+    for title in ("What each row is, took, and is made by", "In full: θ .9, seed 1", "Won and lost against"):
+        assert f"<summary>{title}" in page
+    assert f"lorapar sweep {small} --only &#39;β 0&#39;" in page and "partition.beta: 0" in page
+    assert ">Settings and versions<" in page and ">Labels<" in page
+    assert re.search(r"SFT, seed 1: θ \.5 wins \d+ and loses \d+ of 16 items", page)
+    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
+    assert done.code == 66 and "nothing to report: no value of these tables is there yet" in done.err
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
+    assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
+    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8,2")
+    page = (tmp_path / "out/report.html").read_text()
+    # Shown in full is a cell of which a column is there.
+    (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
+    assert in_full == "θ .9, seed 2"
+
+
+class Child:
+    """A process that ends at once with the next of these exit codes for its stage."""
+
+    codes: dict[str, list[int]] = {}
+    started: list[list[str]] = []
+
+    def __init__(self, command, **_):
+        self.arguments = command[command.index("lorapar_cli") + 1 :]
+        self.stdin = SimpleNamespace(close=lambda: None)
+        self.started.append(self.arguments)
+
+    def poll(self):
+        codes = self.codes.get(self.arguments[0], [])
+        return codes.pop(0) if codes else 0
+
+    def terminate(self): ...
+    def wait(self): ...
+
+
+@pytest.fixture
+def children(monkeypatch, tmp_path):
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0)
+    monkeypatch.setattr(local, "is_current", lambda node, stores: True)
+    monkeypatch.setattr(local, "RETRY_AFTER_S", 0)
+    monkeypatch.setattr(process_guard.subprocess, "Popen", Child)
+    monkeypatch.setattr(local, "POLL_S", 0)
+    Child.codes, Child.started = {}, []
+    return Child
+
+
+def swept_by(children, small, tmp_path, places=(None,)):
+    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
+    said = []
+    return nodes, local.Sweep(nodes, list(places), tmp_path, said.append).run(), said
+
+
+def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
+    children.codes = {"rl": [65]}  # the first one
+    nodes, ended, said = swept_by(children, small, tmp_path)
+    failed = [outcome for outcome in ended if outcome.status == "failed"]
+    (one,) = failed
+    assert one.code == 65 and one.node.stage == "rl"
+    left_out = [outcome.node for outcome in ended if outcome.status == "left out"]
+    assert left_out and all(one.node.id in node.inputs for node in left_out)
+    assert len(ended) == sum(not node.current for node in nodes.values())
+    assert any(line.startswith("failed with exit code 65: rl") for line in said)
+
+
+def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
+    children.codes = {"score": [75] * 9}
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert {outcome.status for outcome in ended} == {"done"}
+    children.codes, children.started = {"score": [75] * 3 + [69, 75, 69]}, []
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert {outcome.status for outcome in ended} == {"done"}
+    children.codes, children.started = {"score": [69] * 9}, []
+    _, ended, _ = swept_by(children, small, tmp_path)
+    assert [o.code for o in ended if o.status == "failed"] == [69, 69]
+    assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.MAX_SERVER_FAILURES
+
+
+def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "is_current", lambda node, stores: node.stage != "sft")
+    _, ended, said = swept_by(children, small, tmp_path)
+    assert {o.node.stage for o in ended if o.status == "failed"} == {"sft"}
+    assert any(line.startswith("made another artifact") for line in said)
+
+
+def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorapar, monkeypatch):
+    """Somebody edited the base while a job was waiting."""
+    cell = table(small, only=["θ .5"], seeds=[1]).cells[0]
+    node = next(node for node in graph.build_graph([cell]).values() if node.stage == "score")
+    monkeypatch.setenv(graph.PLANNED, "0" * 12)
+    done = lorapar(*node.command)
+    assert done.code == 78 and "score is no longer what was planned" in done.err
+    monkeypatch.setenv(graph.PLANNED, node.step.key)
+    assert "no longer what was planned" not in lorapar(*node.command).err
+
+
+def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
+    """A real child, which would run for ten minutes; its guard ends it and what it has started."""
+    nodes = graph.build_graph(table(small, seeds=[9]).cells)
+    mark = tmp_path / "mark"
+    inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    command = [sys.executable, "-c", inner]
+    sweep = local.Sweep(
+        nodes,
+        [None],
+        tmp_path,
+        lambda _: None,
+        start=lambda _, env, log: process_guard.start(command, env, log),
+    )
+
+    sleep = time.sleep
+
+    def interrupted(seconds):
+        sleep(seconds)
+        if mark.exists() and mark.read_text():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(local.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run()
+    monkeypatch.undo()
+    assert wait_for(lambda: not alive(int(mark.read_text())))
+
+
+def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypatch):
+    running, most, seen = {}, 0, set()
+
+    class Slow(Child):
+        def __init__(self, command, env, **given):
+            super().__init__(command, **given)
+            nonlocal most
+            self.device, self.looks = env["CUDA_VISIBLE_DEVICES"], 0
+            assert self.device not in running
+            running[self.device] = self
+            seen.add(self.device)
+            most = max(most, len(running))
+
+        def poll(self):
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            del running[self.device]
+            return 0
+
+    monkeypatch.setattr(process_guard.subprocess, "Popen", Slow)
+    swept_by(children, small, tmp_path, ["0", "3"])
+    assert seen == {"0", "3"} and most == 2
+
+
+def test_two_sweeps_do_not_share_a_device(tmp_path, monkeypatch):
+    """Also where one has it together with another; a device is free when its step has ended."""
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    both, one = local.Lease("0,1"), local.Lease("1")
+    assert both.acquire() and not one.acquire() and local.Lease("2").acquire()
+    both.release()
+    assert one.acquire() and not both.acquire()
+    assert local.Lease("0").acquire()  # the lease that could not be had whole keeps nothing
+
+
+def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_path, monkeypatch):
+    other, looks = local.Lease("3"), []
+    assert other.acquire()
+
+    def look(sweep):
+        looks.append(len(sweep.running))
+        if len(looks) == 3:
+            assert not any(looks)
+            other.release()
+
+    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
+    said = []
+    ended = local.Sweep(nodes, ["3"], tmp_path, said.append, look).run()
+    assert sum("device 3 is in use by another sweep" in line for line in said) == 1
+    assert {outcome.status for outcome in ended} == {"done"} and max(looks) == 1
+    assert other.acquire()  # and is given back
+
+
+def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0.3)
+    other, had = local.Lease("3"), []
+
+    def look(sweep):
+        if sweep.done and not sweep.running and not had and other.acquire():
+            had.append(len(sweep.done))
+            other.release()
+
+    nodes = graph.build_graph(table(small, seeds=[5]).cells)
+    ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
+    assert had and had[0] < len(ended)
+
+
+def test_each_command_makes_its_step_alone(small):
+    for node in graph.build_graph(table(small).cells).values():
+        stage, _, *rest = node.command
+        assert stage == node.stage
+        if stage == "eval":
+            target, _, benchmark = node.step.variant.partition("@")
+            assert f"eval.targets=[{target}]" in rest and rest[-2:] == ["--benchmark", benchmark]
+            assert "eval.engine=transformers" in rest
+        elif node.step.variant:
+            assert rest[-2:] == ["--only", node.step.variant]
+
+
+def _write_grid(path: Path, size: int) -> Path:
+    names = ("partition.theta", "partition.alpha", "partition.beta")
+    content = {
+        "title": "x",
+        "base": str(ROOT / "configs/smoke.yaml"),
+        "grid": {name: [(i + 1) / size for i in range(size)] for name in names},
+        "columns": {"a": "sft@demo"},
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_a_grid_of_millions_is_refused_before_its_rows_are_made(tmp_path, smoke, monkeypatch):
+    path = _write_grid(tmp_path / "grid.yaml", 200)
+    monkeypatch.setattr(TableFile, "settings", lambda self: pytest.fail("made the rows"))
+    with pytest.raises(ConfigError) as caught:
+        table(path)
+    assert str(caught.value) == f"{path}: 8,000,000 rows are more than 1,000 cells"
+    assert "--max-cells 8000000" in caught.value.hint
+
+
+def test_as_many_cells_are_refused_when_they_come_of_seeds(tmp_path, smoke):
+    path = _write_grid(tmp_path / "grid.yaml", 5)
+    with pytest.raises(ConfigError) as caught:
+        table(path, seeds=list(range(99_000)))
+    assert str(caught.value) == f"{path}: 125 rows with 99,000 seeds are more than 1,000 cells"
