@@ -10,8 +10,13 @@ import torch
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
-from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, Split, strategies
+from stages.lora.importance.masks import (
+    Masks,
+    flatten_weights,
+    read_importance,
+    read_protected_importance,
+)
+from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, Split, needed_set, strategies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +27,8 @@ if TYPE_CHECKING:
 def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
-    Returns the size of each region and the active share. MeaninglessError if no element is active.
+    What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
+    region and the active share. MeaninglessError if no element is active.
     """
     score = job.inputs["score"].path
     by_name = json.loads((score / "shapes.json").read_text())
@@ -37,13 +43,12 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
     active = _active(split, job.variant, partition.rl_elements)
-    if not bool(active.any()):
-        hint = f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}"
-        if partition.strategy in BY_DENSITY:
-            hint = "raise partition.density"
-        if job.variant == "rl" and partition.rl_elements == "not_system1":
-            hint = "System 1 has all of them: lower partition.theta, or another partition.strategy"
-        raise MeaninglessError(f"no element is active in {job.variant}", hint)
+    protected = _protected(job, partition, len(active))
+    if not bool((active & ~protected).any()):
+        raise MeaninglessError(
+            f"no element is active in {job.variant}", _hint(job.variant, partition, bool(active.any()))
+        )
+    active &= ~protected
     Masks.from_flat(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
@@ -57,6 +62,7 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
         "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
         "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
+        **({"protected": int(protected.sum())} if partition.protect else {}),
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
@@ -69,6 +75,25 @@ def _active(split: Split, stage: str, rl_elements: str) -> Tensor:
     if rl_elements == "all":
         return split.active[stage] | True
     return (split.region == NONE) | (split.region == S2_ONLY)
+
+
+def _protected(job: StageContext, partition: PartitionSection, elements: int) -> Tensor:
+    """The elements that the protected rows need, as a bool mask; none without such rows."""
+    if job.protected is None or not partition.protect_theta:
+        return torch.zeros(elements, dtype=torch.bool)
+    scores = read_protected_importance(job.protected / "importance.safetensors")
+    return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
+
+
+def _hint(stage: str, partition: PartitionSection, protected: bool) -> str:
+    """What to change where no element is active. protected: all that the strategy chose are protected."""
+    if protected:
+        return "the protected rows need all that it would train: lower partition.protect_theta"
+    if stage == "rl" and partition.rl_elements == "not_system1":
+        return "System 1 has all of them: lower partition.theta, or another partition.strategy"
+    if partition.strategy in BY_DENSITY:
+        return "raise partition.density"
+    return f"raise partition.theta or partition.{'alpha' if stage == 'sft' else 'beta'}"
 
 
 def _exclusive_share(exclusive: int, shared: int) -> float:

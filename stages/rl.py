@@ -14,7 +14,7 @@ from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training import dry_run, loop
+from stages.lora.training import dry_run, loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.base import load_base
@@ -98,6 +98,7 @@ def run(
         if start.active is not None:
             start.restore(peft_model)
         trainer.add_callback(KlProbe(trainer, prompts.held_out, sampler, rl))
+    protected_kl.watch(trainer, start, context.protected, renderer, rl.kl_probe_steps)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     return {
         "prompts": prompts.slow,

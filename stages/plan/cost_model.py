@@ -20,6 +20,7 @@ from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
 from stages.errors import is_out_of_memory
 from stages.labelling.personas import held_out
+from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
 from stages.pipeline import launch
@@ -90,20 +91,22 @@ class CostModel:
         thread_s = examples * row_tokens * measured.token_s
         return self._cost(thread_s, memory, starts=SERVER_S if served and first else 0.0)
 
-    def _score(self, _: str) -> Cost:
+    def _score(self, variant: str) -> Cost:
         """Gradients of as many examples of either system, each by itself:
 
         seconds = min(2 · score.examples, rows) · row tokens · token_s
+
+        Protected rows are one such set, and taken to be as long as the others.
         """
-        score = self.config.score
-        if strategies.has_trait(self.config.partition.strategy, "unscored"):
+        score, protected = self.config.score, variant == PROTECTED
+        if strategies.has_trait(self.config.partition.strategy, "unscored") and not protected:
             return NOTHING
         rows = self.texts.trained_rows("score")
         measured = self.profiler.measure_training(rows[: score.batch_size], True, 0.0, False)
         lengths = [len(row.input_ids) for row in rows]
         activations = measured.mib_of(sum(lengths[: score.batch_size]))
         memory = self._memory(activations, adapted=True, launched=score.launch)
-        examples = min(2 * score.examples, len(self.texts.rows["train"]))
+        examples = score.examples if protected else min(2 * score.examples, len(self.texts.rows["train"]))
         return self._cost(examples * fmean(lengths) * measured.token_s, memory, score.launch)
 
     def _sft(self, _: str) -> Cost:
