@@ -20,6 +20,8 @@ from stages.runtime import process_guard
 from stages.store.artifacts import refuse_store
 
 if TYPE_CHECKING:
+    from stages.config import BenchmarkSection
+    from stages.init.config_writer import Protected
     from stages.init.data_profile import DataProfile
 
 
@@ -49,6 +51,15 @@ def command(
     tests: Annotated[
         list[str] | None, typer.Option("--test", metavar="FILE", help="Rows to evaluate on; repeatable.")
     ] = None,
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            "--protect",
+            metavar="FILE",
+            help="Rows whose skill is to stay. A part of them is held out to measure it, and of DATA, too, "
+            "unless there is a --test.",
+        ),
+    ] = None,
     example: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +72,7 @@ def command(
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
-        if data or model or labels or tests:
+        if data or model or labels or tests or protect:
             raise ConfigError(
                 f"--example {example} takes no rows and no model", "only --out may stand beside it"
             )
@@ -71,10 +82,13 @@ def command(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
             "or copy an example: lorapar init --example demo",
         )
-    _write_config(data, model, out or Path(Path(data).name.split(".")[0] + ".yaml"), labels, tests or [])
+    path = out or Path(Path(data).name.split(".")[0] + ".yaml")
+    _write_config(data, model, path, labels, tests or [], protect)
 
 
-def _write_config(data: str, model: str, path: Path, labels: str | None, tests: list[str]) -> None:
+def _write_config(
+    data: str, model: str, path: Path, labels: str | None, tests: list[str], protect: str | None
+) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
 
@@ -82,15 +96,21 @@ def _write_config(data: str, model: str, path: Path, labels: str | None, tests: 
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     refuse_store(path)
     local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
+    if protect:
+        local_file(DataSection(path=protect))
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
     _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
+    protected = None
+    if protect:
+        data, benchmarks, protected = _protection(data, protect, model, path.parent, benchmarks)
+    measured = [*benchmarks, *([protected.test] if protected and protected.test else [])]
     profile = survey(
-        ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), benchmarks
+        ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), measured
     )
-    settings = config_writer.choices(profile, model, data, benchmarks, labels)
-    undecided = config_writer.undecided(profile, benchmarks, labels)
+    settings = config_writer.choices(profile, model, data, benchmarks, labels, protected)
+    undecided = config_writer.undecided(profile, benchmarks, labels, protected)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
@@ -109,6 +129,23 @@ def _write_config(data: str, model: str, path: Path, labels: str | None, tests: 
         path.unlink()
         raise
     terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
+
+
+def _protection(
+    data: str, protect: str, model: str, folder: Path, benchmarks: list[BenchmarkSection]
+) -> tuple[str, list[BenchmarkSection], Protected]:
+    """Hold rows out: the rows to train on, the benchmarks, and the protected rows."""
+    from stages.init.config_writer import Protected
+    from stages.init.data_profile import survey
+    from stages.init.hold_out import hold_out
+
+    if not benchmarks:
+        new = hold_out(data, folder)
+        data, benchmarks = new.train, [new.test] if new.test else []
+    old = hold_out(protect, folder)
+    section = DataSection(path=old.train, empty="drop", duplicates="first")
+    profile = survey(ModelSection(name=model), section, [old.test] if old.test else [])
+    return data, benchmarks, Protected(old.train, profile, old.test)
 
 
 def _write_example(name: str, out: Path | None) -> None:

@@ -45,7 +45,7 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="NAME",
-        help="Only this variant; repeatable. classify: train or a benchmark. score: score or rl. "
+        help="Only this variant; repeatable. classify: train or a benchmark. score: score, protected or rl. "
         "partition: sft or rl. sft: sft or system2, its second round.",
     ),
 ]

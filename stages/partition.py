@@ -12,13 +12,19 @@ from stages.config import PartitionSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
-from stages.lora.importance.masks import Masks, flatten_weights, read_importance
+from stages.lora.importance.masks import (
+    Masks,
+    flatten_weights,
+    read_importance,
+    read_protected_importance,
+)
 from stages.lora.importance.strategies import (
     NONE,
     S1_ONLY,
     S2_ONLY,
     SHARED,
     Split,
+    needed_set,
     order_within,
     strategies,
     top_set,
@@ -33,7 +39,8 @@ if TYPE_CHECKING:
 def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
-    Returns the size of each region and the active share. MeaninglessError if no element is active.
+    What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
+    region and the active share. MeaninglessError if no element is active.
     """
     score = job.inputs["score"].path
     by_name = json.loads((score / "shapes.json").read_text())
@@ -51,15 +58,12 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
         active = split.active["sft"]
     else:
         active = _rl_active(split, scores, partition, seed, sizes)
-    if not bool(active.any()):
-        hint = f"raise partition.theta or partition.{'alpha' if job.variant == 'sft' else 'beta'}"
-        if partition.strategy in BY_DENSITY:
-            hint = "raise partition.density"
-        if job.variant == "rl" and partition.rl_density is not None:
-            hint = "raise partition.rl_density"
-        if job.variant == "rl" and partition.rl_elements == "not_system1":
-            hint = "System 1 has all of them: lower partition.theta, or another partition.strategy"
-        raise MeaninglessError(f"no element is active in {job.variant}", hint)
+    protected = _protected(job, partition, len(active))
+    if not bool((active & ~protected).any()):
+        raise MeaninglessError(
+            f"no element is active in {job.variant}", _hint(job.variant, partition, bool(active.any()))
+        )
+    active &= ~protected
     Masks.from_flat(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
@@ -73,6 +77,7 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
         "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
         "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
+        **({"protected": int(protected.sum())} if partition.protect else {}),
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
@@ -91,6 +96,27 @@ def _rl_active(
         size = Fraction(int(as_decimal_fraction(partition.rl_density) * len(active)))
         active = top_set(scores[2] + 0.0, size, "count")  # + 0.0: see `strategies.importance`
     return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
+
+
+def _protected(job: StageContext, partition: PartitionSection, elements: int) -> Tensor:
+    """The elements that the protected rows need, as a bool mask; none without such rows."""
+    if job.protected is None or not partition.protect_theta:
+        return torch.zeros(elements, dtype=torch.bool)
+    scores = read_protected_importance(job.protected / "importance.safetensors")
+    return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
+
+
+def _hint(stage: str, partition: PartitionSection, protected: bool) -> str:
+    """What to change where no element is active. protected: all that the strategy chose are protected."""
+    if protected:
+        return "the protected rows need all that it would train: lower partition.protect_theta"
+    if stage == "rl" and partition.rl_density is not None:
+        return "raise partition.rl_density"
+    if stage == "rl" and partition.rl_elements == "not_system1":
+        return "System 1 has all of them: lower partition.theta, or another partition.strategy"
+    if partition.strategy in BY_DENSITY:
+        return "raise partition.density"
+    return f"raise partition.theta or partition.{'alpha' if stage == 'sft' else 'beta'}"
 
 
 def _exclusive_share(exclusive: int, shared: int) -> float:

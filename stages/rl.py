@@ -9,7 +9,7 @@ from stages.config import BaselineSection, LoraSection, ModelSection, PromptSect
 from stages.errors import ConfigError
 from stages.lora.grpo import building
 from stages.lora.grpo.kl_probe import KlProbe
-from stages.lora.training import loop
+from stages.lora.training import loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
 from stages.lora.training.keep import KeepAdapters
@@ -53,6 +53,7 @@ def run(
         if start.active is not None:
             start.restore(peft_model)
         trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
+    protected_kl.watch(trainer, start, context.protected, grpo.renderer, rl.kl_probe_steps)
     kept = KeepAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
     trainer.add_callback(kept)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
@@ -62,7 +63,7 @@ def run(
         "prompts": prompts.slow,
         "replayed_prompts": prompts.replayed,
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
-        "prompt": grpo.prompt_digest,
+        "prompt": grpo.renderer.digest(),
         **({"sandbox": grpo.sandbox.name} if grpo.sandbox else {}),
         **_earned(loop.history(trainer), rl.prompts_per_step * rl.num_generations),
         **summary,

@@ -1,6 +1,7 @@
 """score: make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems.
 
-With `rl.rescore`, a second variant of the stage scores the elements of SFT's adapter.
+Variants of the stage score its elements for the rows of `partition.protect` and, with `rl.rescore`, the
+elements of SFT's adapter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,7 @@ from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
-from stages.records import read_labels
+from stages.records import Example, Labelled, read_labels, write_labels
 from stages.rewards import loading
 from stages.runtime import distributed, resources
 
@@ -46,11 +48,13 @@ def run(
     lora: LoraSection,
     score: ScoreSection,
     seed: int,
+    protect: str | None,
     rl: RlSection,
 ) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
-    The variant `rl` scores the adapter of SFT instead, and writes no `init/`. Importance is one float32 per
+    The variant `rl` scores the adapter of SFT instead, and writes no `init/`; `protected` scores the initial
+    one for the protected rows in `protect`, and writes those that are held out. Importance is one float32 per
     element of the trainable part of each LoRA weight, stored under `s1/` and `s2/`. Returns for each system
     the number of examples, their mean loss (in a pilot run: before the step on them) and the share of the
     formula's second-order term or, with a pilot run, its number of steps.
@@ -59,40 +63,67 @@ def run(
     if scorers.has_trait(scorer, "rollouts"):
         return _by_rollouts(job, model, prompt, lora, score, rl, seed)
     base = load_base(model, fsdp.load_device(score.launch))
-    tuned = job.adapter("sft")
-    peft_model = adapter.attach(base, lora, tuned) if tuned else adapter.initial(base, lora, seed)
+    start = job.adapter("sft", "score")
+    peft_model = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
     if distributed.is_main():
-        if not tuned:
+        if not start:
             adapter.save(peft_model, job.out / "init", model)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
-    if "classify" not in job.inputs:
+    protected = job.variant == examples.PROTECTED
+    if "classify" not in job.inputs and not protected:
         return summary
     fsdp.shard_base(peft_model, score.launch)
-    labels = read_labels(job.labels)
+    labels = [] if protected else read_labels(job.labels)
     if left_out := len(labels) - len(examples.with_response(labels)):
         summary["without_response"] = left_out
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
-    scores = {}
-    for system, chosen in examples.scored(labels, score, seed).items():
+    groups: dict[Any, list[Example]] = {}
+    if protected:
+        assert protect is not None
+        groups[examples.PROTECTED], held_out = examples.protected(protect, score, seed)
+        summary["held_out"] = _hold_out(held_out, renderer, data, job.out / "held_out.jsonl")
+    else:
+        groups |= examples.scored(labels, score, seed)
+    scores: dict[Any, dict[str, Tensor]] = {}
+    for group, chosen in groups.items():
+        title = "the protected rows" if protected else f"System {group}"
         rows, long = renderer.rows(chosen, data)
-        # The blocks that the other system left in torch's memory pool are too small for the longest rows.
-        resources.release_memory()
-        steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(scorer, "pilot") else 1
-        batches = [rows[step::steps] for step in range(steps)]
-        job.progress.start(f"score System {system}", sum(len(_local_rows(batch)) for batch in batches))
-
-        def sums_of(batch: list[Row]) -> Moments:
-            return _moments(peft_model, batch, score, renderer, job.progress)
-
-        scores[system], statistics = _importance(peft_model, batches, sums_of, lora, scorer)
-        check_importance(flatten_weights(scores[system]), system)
-        summary[f"system{system}"] = {"examples": len(rows), "too_long": long, **statistics}
+        scores[group], statistics = _score_rows(
+            peft_model, rows, title, scorer, score, lora, renderer, job.progress
+        )
+        name = str(group) if protected else f"system{group}"
+        summary[name] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
         write_importance(job.out / "importance.safetensors", scores)
     return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
+
+
+def _score_rows(
+    model: PeftModel,
+    rows: list[Row],
+    title: str,
+    scorer: str,
+    score: ScoreSection,
+    lora: LoraSection,
+    renderer: Renderer,
+    progress: Progress,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Score the elements on the rows of one group, and return statistics for the summary, too."""
+    # The blocks that another group left in torch's memory pool are too small for the longest rows.
+    resources.release_memory()
+    steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(scorer, "pilot") else 1
+    batches = [rows[step::steps] for step in range(steps)]
+    progress.start(f"score {title}", sum(len(_local_rows(batch)) for batch in batches))
+
+    def sums_of(batch: list[Row]) -> Moments:
+        return _moments(model, batch, score, renderer, progress)
+
+    scores, statistics = _importance(model, batches, sums_of, lora, scorer)
+    check_importance(flatten_weights(scores), title)
+    return scores, statistics
 
 
 def _by_rollouts(
@@ -123,11 +154,14 @@ def _by_rollouts(
     shutil.copyfile(previous / "shapes.json", job.out / "shapes.json")
     assert rl.rescore is not None
     system2 = _scores(adapter.lora_layers(grpo.model), sums, lora, scorers.pick(rl.rescore))
-    check_importance(flatten_weights(system2), 2)
-    importance = {1: read_importance(previous / "importance.safetensors")[1], 2: system2}
+    check_importance(flatten_weights(system2), "System 2")
+    importance: dict[int | str, dict[str, Tensor]] = {
+        1: read_importance(previous / "importance.safetensors")[1],
+        2: system2,
+    }
     write_importance(job.out / "importance.safetensors", importance)
     elements = sum(tensor.numel() for tensor in system2.values())
-    return {"elements": elements, "system2": statistics, "prompt": grpo.prompt_digest}
+    return {"elements": elements, "system2": statistics, "prompt": grpo.renderer.digest()}
 
 
 def _scores(
@@ -146,6 +180,14 @@ def _scores(
 def _score(formula: Callable[..., Tensor], name: str, lora: LoraSection, *tensors: Tensor) -> Tensor:
     """The formula applied to the trainable part of tensors of a weight's full shape."""
     return formula(*(adapter.trainable_part(name, tensor, lora).detach().float() for tensor in tensors))
+
+
+def _hold_out(held_out: list[Example], renderer: Renderer, data: DataSection, path: Path) -> int:
+    """Write the rows on which SFT and RL measure their drift, if they fit; returns their number."""
+    fitting = [row for row in held_out if len(renderer.row(row).input_ids) <= data.max_length]
+    if distributed.is_main():
+        write_labels(path, (Labelled(row, None, {}) for row in fitting))
+    return len(fitting)
 
 
 def _local_rows(rows: list[Row]) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.lora import examples
 from stages.lora.adapter import fsdp
-from stages.lora.training import dry_run, loop
+from stages.lora.training import dry_run, loop, protected_kl
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -90,6 +90,7 @@ def run(
     trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
+    protected_kl.watch(trainer, start, context.protected, renderer)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     left_out = len(labels) - len(examples.with_response(labels))
     without = {"without_response": left_out} if left_out else {}

@@ -291,3 +291,44 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
     section = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["classify"]
     assert section == {"strategy": "known", "labels_file": "labels.csv"}
     assert lorapar("classify", "c.yaml").code == 0
+
+
+def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
+    old = [{"question": f"{i} * 2?", "answer": f"#### {2 * i}"} for i in range(40)]
+    old.append({"question": "0 * 2?", "answer": "Zero.\n#### 0"})  # stays with the row of the same question
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    found, said = written(rows(100), "--protect", "old.jsonl")
+    assert found["data"]["path"] == "my rows-train.jsonl"
+    assert found["partition"] == {"protect": "old-train.jsonl"}
+    assert {name: part["path"] for name, part in found["eval"]["benchmarks"].items()} == {
+        "my-rows-test": "my rows-test.jsonl",
+        "protected": "old-test.jsonl",
+    }
+    parts = [
+        [json.loads(line) for line in (tmp_path / f"old-{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    ]
+    assert sorted(map(json.dumps, parts[0] + parts[1])) == sorted(map(json.dumps, old))
+    assert len({row["question"] for row in parts[1]}) == 8
+    assert not {row["question"] for row in parts[0]} & {row["question"] for row in parts[1]}
+    assert "how much is kept" in said and "which rows measure success" not in said
+    # The same files again: the same parts. Other files of their names stay.
+    Path("c.yaml").unlink()
+    written(rows(100), "--protect", "old.jsonl")
+    Path("c.yaml").unlink()
+    (tmp_path / "old-test.jsonl").write_text("mine", encoding="utf-8")
+    with pytest.raises(AssertionError, match="old-test.jsonl exists already"):
+        written(rows(100), "--protect", "old.jsonl")
+    assert (tmp_path / "old-test.jsonl").read_text() == "mine"
+
+
+def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, tmp_path):
+    old = [{"instruction": f"Say {i}.", "output": "Well, " + "so " * 60} for i in range(40)]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
+    found, said = written(rows(100), "--protect", "old.jsonl", "--test", "test.jsonl")
+    assert found["partition"] == {"protect": "old.jsonl"}
+    assert Path(found["data"]["path"]).name == "my rows.v1.jsonl"
+    assert list(found["eval"]["benchmarks"]) == ["test"] and "no answer in it can be verified" in said
+    assert found["data"]["max_length"] > 200 > found["rl"]["max_completion_length"]
+    assert not list(tmp_path.glob("*-train.jsonl"))

@@ -93,7 +93,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_importance_is_not_zero(self, info: ValidationInfo) -> "Config":
         registries = registries_from(info)
-        if not registries or registries["strategies"].has_trait(self.partition.strategy, "unscored"):
+        if not registries:
+            return self
+        unscored = registries["strategies"].has_trait(self.partition.strategy, "unscored")
+        if unscored and not self.partition.protect:
             return self
         if self.lora.init == "default" and registries["scorers"].has_trait(self.score.scorer, "product"):
             raise ValueError(
@@ -153,6 +156,8 @@ class Config(Section):
         if self.baseline is None:
             return self
         subject = f"baseline {self.baseline.method}"
+        if self.partition.protect:
+            raise ValueError(f"{subject} is trained whole; leave out partition.protect")
         if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
             raise ValueError(f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets")
         if self.eval.engine == "vllm" or self.rl.rollouts.engine != "transformers":

@@ -167,6 +167,20 @@ class PartitionSection(Section):
         gt=0,
         le=1,
     )
+    protect: str | None = setting(
+        None,
+        "Rows whose skill is to stay, a file in any format of data.path: no stage trains an element that "
+        "they need.",
+        in_cache_key=False,
+    )
+    protect_theta: float = setting(
+        0.9,
+        "Elements are protected, the most important ones first, until they have this share of the protected "
+        "rows' total importance; 0: none, and what the rows lose is only measured.",
+        in_cache_key=False,
+        ge=0,
+        le=1,
+    )
 
     @model_validator(mode="after")
     def _check_rl_density(self) -> "PartitionSection":

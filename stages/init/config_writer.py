@@ -41,8 +41,23 @@ class Choice:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Protected:
+    """The rows whose skill is to stay."""
+
+    path: str
+    profile: DataProfile
+    test: BenchmarkSection | None
+    """Benchmark of those that are held out; None if no answer can be verified."""
+
+
 def choices(
-    profile: DataProfile, model: str, data: str, tests: list[BenchmarkSection], labels: str | None = None
+    profile: DataProfile,
+    model: str,
+    data: str,
+    tests: list[BenchmarkSection],
+    labels: str | None = None,
+    protected: Protected | None = None,
 ) -> list[Choice]:
     """The settings that differ from the defaults for these rows.
 
@@ -56,7 +71,7 @@ def choices(
         )
     if profile.rows.repeated:
         chosen.append(Choice("data.duplicates", "first", f"{profile.rows.repeated} rows repeat one before"))
-    chosen += _lengths(profile)
+    chosen += _lengths([profile, *([protected.profile] if protected else [])])
     if profile.section.template == "plain":
         chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
     if profile.system2_rows is None and labels is None:
@@ -71,10 +86,16 @@ def choices(
         chosen.append(Choice("classify.labels_file", labels))
     elif profile.system2_rows is not None:
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
+    if protected:
+        chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    slow = _second_sft() if _unverifiable(profile) else rl
-    return [*chosen, *slow, *_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
+    chosen += _second_sft() if _unverifiable(profile) else rl
+    chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
+    if protected and protected.test:
+        longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
+        chosen += _eval([protected.test], longest, "protected")
+    return chosen
 
 
 def _unverifiable(profile: DataProfile) -> bool:
@@ -103,7 +124,12 @@ def _voters(profile: DataProfile, model: str) -> list[Choice]:
     return [Choice("classify.voters", voters, f"the model itself, by worked examples: {why}")]
 
 
-def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str | None = None) -> list[str]:
+def undecided(
+    profile: DataProfile,
+    tests: list[BenchmarkSection],
+    labels: str | None = None,
+    protected: Protected | None = None,
+) -> list[str]:
     """Questions that neither the rows nor a file of labels answer, for a person to decide."""
     questions = []
     unverifiable, total = profile.answers["none"], profile.answers.total()
@@ -138,6 +164,16 @@ def undecided(profile: DataProfile, tests: list[BenchmarkSection], labels: str |
         )
     if not tests:
         questions.append("which rows measure success: lorapar init … --test FILE")
+    if protected:
+        questions.append(
+            "how much is kept: partition.protect_theta 0.9 protects about 40 % of the elements, 0.5 about "
+            "7 %; with partition.strategy: all both stages train all the others"
+        )
+    if protected and not protected.test:
+        questions.append(
+            f"what {protected.path} loses: no answer in it can be verified, so the report shows how far its "
+            "answers drift (KL), and no accuracy"
+        )
     if profile.system2_rows is None and labels is None:
         questions.append(
             "who votes: the model itself is cheap and may be weak: three voters of 135 million parameters "
@@ -191,10 +227,11 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _lengths(profile: DataProfile) -> list[Choice]:
-    longest, why = _limit(profile.row, profile.positions)
+def _lengths(profiles: list[DataProfile]) -> list[Choice]:
+    """Of the rows to train on, and of protected ones if there are any."""
+    longest, why = max(_limit(profile.row, profile.positions) for profile in profiles)
     chosen = [Choice("data.max_length", longest, f"prompt and response: {why}")]
-    if longest < profile.row.longest:
+    if any(longest < profile.row.longest for profile in profiles):
         chosen.append(Choice("data.too_long", "drop", "the longer rows are left out of SFT and score"))
     return chosen
 
@@ -266,12 +303,13 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 
 
-def _eval(tests: list[BenchmarkSection], longest: int) -> list[Choice]:
+def _eval(tests: list[BenchmarkSection], longest: int, title: str = "") -> list[Choice]:
+    """One benchmark for each test file. longest: tokens of an answer. title: name in place of the file's."""
     chosen: list[Choice] = []
     names: set[str] = set()
     for test in tests:
         kind, path = test.kind, str(test.path)
-        word = _word(path).strip("-_")
+        word = title or _word(path).strip("-_")
         candidates = [word if word not in ("", "train") else kind]
         candidates += [f"{kind}-{number}" for number in range(1, len(tests) + 2)]
         names.add(unique := next(name for name in candidates if name not in names))
@@ -285,7 +323,8 @@ def _eval(tests: list[BenchmarkSection], longest: int) -> list[Choice]:
             chosen.append(Choice(f"{name}.shots", 0, "no rows for worked examples are named"))
         # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
         if "max_new_tokens" not in defaults or "revision" not in defaults:
-            chosen.append(Choice(f"{name}.max_new_tokens", longest, "as many as in RL"))
+            why = "a quarter more than their responses" if title else "as many as in RL"
+            chosen.append(Choice(f"{name}.max_new_tokens", longest, why))
     return chosen
 
 

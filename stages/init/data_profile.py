@@ -68,7 +68,7 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
     rows = read_rows(data)
     if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
-    kinds = Counter(_kind(example) for example in rows.examples)
+    kinds = Counter(answer_kind(example) for example in rows.examples)
     section = PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
@@ -136,7 +136,8 @@ def benchmark_of(path: str) -> BenchmarkSection:
     raise DataError(f"no benchmark can read the rows of {path}{lines}", "see: lorapar list benchmarks")
 
 
-def _kind(example: Example) -> str:
+def answer_kind(example: Example) -> str:
+    """The kind of a row's verifiable answer: number, letter, text, tests or none."""
     if {"test", "entry_point"} <= example.extra.keys():
         return "tests"
     if example.gold is None:

@@ -1,13 +1,19 @@
-"""The labelled examples that score and SFT read."""
+"""The examples that score and SFT read: labelled ones, and protected ones."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-from stages.config import ScoreSection, SftSection
+from stages.config import ScoreSection, SftSection, SourceSection
+from stages.data.rows import read
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
+
+PROTECTED = "protected"
+"""What names the rows of `partition.protect`: a variant of score, and a prefix in its file."""
+PROBE_ROWS = 24
+"""Most protected rows that are not scored, so that the drift of training is measured on them."""
 
 
 def with_response(labels: list[Labelled]) -> list[Labelled]:
@@ -23,6 +29,23 @@ def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, 
         number = min(score.examples, len(examples))
         samples[system] = random.Random(f"{seed} score {system}").sample(examples, number)
     return samples
+
+
+def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example], list[Example]]:
+    """Two random samples of the protected rows that have a response: those to score, and those held out.
+
+    Of few rows a quarter is held out. DataError if none has a response.
+    """
+    rows = read(SourceSection(path=path, empty="drop", duplicates="first"))
+    answered = [example for example in rows if example.response]
+    if not answered:
+        raise DataError(
+            f"none of {len(rows)} rows of partition.protect, {path}, has a response",
+            "importance is that of responses: name rows with the answers to keep",
+        )
+    random.Random(f"{seed} protected").shuffle(answered)
+    held_out = min(PROBE_ROWS, len(answered) // 4)
+    return answered[held_out:][: score.examples], answered[:held_out]
 
 
 def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:

@@ -22,7 +22,9 @@ OUTPUTS = {
         "init/": f"The adapter at the start. {_ADAPTER}",
         "shapes.json": "Name of each LoRA weight → `[rows, columns]` of its part that is scored and trained.",
         "importance.safetensors": f"`s1/NAME` and `s2/NAME`: float32 importance of each element, {_WEIGHTS}. "
-        "Only where a strategy reads it.",
+        "Only where a strategy reads it. The variant `protected` has `protected/NAME`.",
+        "held_out.jsonl": "Protected rows that were not scored, as in `labels.jsonl`. Only in the variant "
+        "`protected`.",
     },
     "partition": {
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "

@@ -4,11 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import KEPT, REGIONS, ROUTED, SECOND_SFT, TRAINED, UNTRAINED_TARGETS, Config
+from stages.config import (
+    KEPT,
+    REGIONS,
+    ROUTED,
+    SECOND_SFT,
+    TRAINED,
+    UNTRAINED_TARGETS,
+    Config,
+    SourceSection,
+)
 from stages.config.fields import cache_key_fields
 from stages.config.rl import OF_UPDATES
 from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
+from stages.lora.examples import PROTECTED
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import cache_key
@@ -79,6 +89,8 @@ def _classify_variants(config: Config) -> tuple[str, ...]:
 
 
 def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
+    if scored == PROTECTED:
+        return ("score",)
     if strategies.has_trait(config.partition.strategy, "unscored"):
         return ()
     if scored != "rl":
@@ -93,6 +105,8 @@ def _reads_rollouts(config: Config) -> bool:
 
 def _score_outside(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
     key = _model_key(config, scored, cache)
+    if scored == PROTECTED:
+        return {**key, "protected": cache_key.of_source(SourceSection(path=config.partition.protect), cache)}
     if scored != "rl":
         return key
     if not _reads_rollouts(config):
@@ -102,12 +116,29 @@ def _score_outside(config: Config, scored: str, cache: DigestCache) -> dict[str,
 
 
 def _score_variants(config: Config) -> tuple[str, ...]:
-    """Scores of the initial adapter, and with `rl.rescore` those of SFT's adapter."""
-    return () if config.data.path is None else ("", "rl") if config.rl.rescore else ("",)
+    """Scores of the initial adapter, also on protected rows, and with `rl.rescore` those of SFT's adapter."""
+    if config.data.path is None:
+        return ()
+    protected = (PROTECTED,) if config.partition.protect else ()
+    return ("", *protected, *(("rl",) if config.rl.rescore else ()))
+
+
+def _protected_step(config: Config) -> tuple[str, ...]:
+    """The scores of the protected rows, if there are any.
+
+    They stand before other scores, because the last artifact of a stage has its name in a context's inputs.
+    """
+    return (f"score:{PROTECTED}",) if config.partition.protect else ()
 
 
 def _partition_needs(config: Config, trained: str) -> tuple[str, ...]:
-    return ("score:rl",) if trained == "rl" and config.rl.rescore else ("score",)
+    scores = "score:rl" if trained == "rl" and config.rl.rescore else "score"
+    return (*_protected_step(config), scores)
+
+
+def _partition_outside(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
+    section = config.partition
+    return {"protect_theta": section.protect_theta} if section.protect else {}
 
 
 def _model_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
@@ -126,7 +157,7 @@ def _training_needs(stage: str, first_stage: str) -> Callable[[Config, str], tup
         elif stage == "rl" and config.sft.rounds == 2:
             start = SECOND_SFT
         if config.baseline is None:
-            return ("classify:train", f"partition:{masks}", start)
+            return ("classify:train", *_protected_step(config), f"partition:{masks}", start)
         return ("classify:train",) if start == "score" else ("classify:train", start)
 
     return needs
@@ -213,14 +244,14 @@ STAGES = {
             sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
             external_inputs=_score_outside,
             variants=_score_variants,
-            unkeyed_sections=("rl",),
+            unkeyed_sections=("rl", "partition.protect"),
             version=2,
         ),
         Stage(
             name="partition",
             needs=_partition_needs,
             sections=lambda config, trained: ("partition", "seed"),
-            external_inputs=lambda config, trained, cache: {},
+            external_inputs=_partition_outside,
             variants=lambda config: ("sft", "rl"),
             version=2,
         ),

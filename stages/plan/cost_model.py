@@ -20,6 +20,7 @@ from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
 from stages.errors import is_out_of_memory
 from stages.labelling.personas import held_out
+from stages.lora.examples import PROTECTED
 from stages.lora.grpo.gradients import BATCHES
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
@@ -97,19 +98,20 @@ class CostModel:
 
         seconds = min(2 · score.examples, rows) · row tokens · token_s
 
-        Or, where RL's elements are scored by its gradients, as many steps of RL as that takes.
+        Protected rows are one such set, and taken to be as long as the others. Where RL's elements are scored
+        by its gradients, as many steps of RL as that takes.
         """
-        score, again = self.config.score, self.config.rl.rescore
+        score, again, protected = self.config.score, self.config.rl.rescore, scored == PROTECTED
         if scored == "rl" and again is not None and scorers.has_trait(again, "rollouts"):
             return self._rl_steps(BATCHES, 1, score.launch)
-        if strategies.has_trait(self.config.partition.strategy, "unscored"):
+        if strategies.has_trait(self.config.partition.strategy, "unscored") and not protected:
             return NOTHING
         rows = self.texts.trained_rows("score")
         measured = self.profiler.measure_training(rows[: score.batch_size], True, 0.0, False)
         lengths = [len(row.input_ids) for row in rows]
         activations = measured.mib_of(sum(lengths[: score.batch_size]))
         memory = self._memory(activations, adapted=True, launched=score.launch)
-        examples = min(2 * score.examples, len(self.texts.rows["train"]))
+        examples = score.examples if protected else min(2 * score.examples, len(self.texts.rows["train"]))
         return self._cost(examples * fmean(lengths) * measured.token_s, memory, score.launch)
 
     def _sft(self, variant: str) -> Cost:

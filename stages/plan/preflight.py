@@ -78,6 +78,8 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             yield name, partial(base.check_machine, config.model)
         if name == "score":
             yield name, partial(_check_targets, config)
+        if step.variant == examples.PROTECTED:
+            yield name, partial(_check_protected, texts)
         if stage in ("sft", "rl"):
             training = getattr(config, stage)
             yield name, partial(loop.check_machine, training, training.launch.is_distributed)
@@ -114,6 +116,14 @@ def _check_rows(texts: Texts, step: Step, labels: list[Labelled]) -> None:
         chosen = [examples.trained_by_sft(labels, config.sft, config.seed, step.variant)]
     for some in chosen:
         _renderer(texts, stage, labels).rows(sampled(some, TRAINING_SAMPLE), config.data)
+
+
+def _check_protected(texts: Texts) -> None:
+    """Raise the error that scoring the protected rows would raise about their file, or a row too long."""
+    config = texts.config
+    assert config.partition.protect is not None
+    rows, _ = examples.protected(config.partition.protect, config.score, config.seed)
+    _renderer(texts, "score", []).rows(rows, config.data)
 
 
 def _check_prompts(texts: Texts, step: Step) -> None:

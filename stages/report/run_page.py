@@ -14,7 +14,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures, provenance, results_table, routing
+from stages.report import comparison, elements, figures, protection, provenance, results_table, routing
 from stages.report.page import (
     Block,
     Command,
@@ -66,6 +66,7 @@ def build(
     missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", _results(tables)),
+        PageSection("protection", "Gain and loss", protection.blocks(config, artifacts)),
         PageSection("routing", "Routing", routing.blocks(artifacts)),
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),

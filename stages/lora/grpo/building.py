@@ -62,7 +62,7 @@ class GrpoRun:
     prompts: RlPrompts
     sampler: RolloutSampler
     steps: int
-    prompt_digest: str
+    renderer: Renderer
     sandbox: Sandbox | None
     """The sandbox of rewards that run code, if there are any."""
 
@@ -102,7 +102,7 @@ def build(
     if rl.beta and _holds_to_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
-    return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer.digest(), box)
+    return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, box)
 
 
 def _model(

@@ -11,23 +11,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import ArtifactError
+from stages.lora.examples import PROTECTED
 
 REGION, ACTIVE = "region", "active"
 
 
-def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
-    """Write float32 tensors `s1/<name>` and `s2/<name>`, each in the shape of the weight's trainable part."""
+def write_importance(path: Path, scores: dict[int | str, dict[str, Tensor]]) -> None:
+    """Write float32 tensors, each in the shape of the weight's trainable part.
+
+    Their names are `s1/<name>` and `s2/<name>` for the systems, `protected/<name>` for protected rows.
+    """
     tensors = {}
-    for system, by_name in scores.items():
+    for rows, by_name in scores.items():
+        prefix = rows if rows == PROTECTED else f"s{rows}"
         for name, tensor in by_name.items():
-            tensors[f"s{system}/{name}"] = tensor.float().contiguous().cpu()
+            tensors[f"{prefix}/{name}"] = tensor.float().contiguous().cpu()
     save_file(tensors, path)
 
 
 def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
-    """Read what `write_importance` wrote: system → parameter name → float32 scores."""
+    """Read the scores of both systems: system → parameter name → float32 scores."""
     tensors = _load(path)
     return {system: _with_prefix(f"s{system}/", tensors) for system in (1, 2)}
+
+
+def read_protected_importance(path: Path) -> dict[str, Tensor]:
+    """Read the scores of the protected rows: parameter name → float32 scores."""
+    return _with_prefix(f"{PROTECTED}/", _load(path))
 
 
 @dataclass(frozen=True)

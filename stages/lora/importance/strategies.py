@@ -110,20 +110,38 @@ def _as_integers(bits: Tensor) -> tuple[Tensor, Tensor]:
     return significands, (exponents - 1).clamp(min=0)
 
 
-def check_importance(scores: Tensor, system: int) -> None:
-    """MeaninglessError unless a system's scores are finite, not negative and not all zero."""
+def check_importance(scores: Tensor, rows: int | str) -> None:
+    """MeaninglessError unless scores are finite, not negative and not all zero.
+
+    rows: what they are the scores of, a system or a title.
+    """
     import torch
 
+    title = rows if isinstance(rows, str) else f"System {rows}"
     non_finite = int((~torch.isfinite(scores)).sum())
     if non_finite:
-        raise MeaninglessError(f"importance of System {system} has {non_finite} non-finite values")
+        raise MeaninglessError(f"importance of {title} has {non_finite} non-finite values")
     if bool((scores < 0).any()):
-        raise MeaninglessError(f"importance of System {system} has negative values")
+        raise MeaninglessError(f"importance of {title} has negative values")
     if not bool(scores.any()):
         raise MeaninglessError(
-            f"importance of System {system} is zero for every element",
+            f"importance of {title} is zero for every element",
             "with B = 0 it is always zero: choose lora.init normal, pissa or olora",
         )
+
+
+def needed_set(scores: Tensor, theta: float, rows: int | str) -> Tensor:
+    """The smallest top set that reaches θ of the importance, as a bool mask; with θ = 1 every element.
+
+    rows: what the scores are of, for the errors of `check_importance`.
+    """
+    import torch
+
+    scores = scores + 0.0  # turns -0.0, whose bit pattern is that of a negative integer, into 0.0
+    check_importance(scores, rows)
+    if theta == 1:
+        return torch.ones(len(scores), dtype=torch.bool)
+    return top_set(scores, as_decimal_fraction(theta) * exact_total(scores), "sum")
 
 
 @strategies.add()
@@ -132,17 +150,7 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
 
     Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
     """
-    import torch
-
-    theta = as_decimal_fraction(section.theta)
-    sets = {}
-    for system, values in scores.items():
-        values = values + 0.0  # turns -0.0, whose bit pattern is that of a negative integer, into 0.0
-        check_importance(values, system)
-        if theta == 1:
-            sets[system] = torch.ones(len(values), dtype=torch.bool)
-        else:
-            sets[system] = top_set(values, theta * exact_total(values), "sum")
+    sets = {system: needed_set(values, section.theta, system) for system, values in scores.items()}
     return _split(sets, scores, section)
 
 
@@ -154,7 +162,7 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     """
     sets = {}
     for system, values in scores.items():
-        values = values + 0.0  # see `importance`
+        values = values + 0.0  # see `needed_set`
         check_importance(values, system)
         size = Fraction(int(as_decimal_fraction(section.density) * len(values)))
         sets[system] = top_set(values, size, "count")
@@ -171,7 +179,7 @@ def topk_within(scores: dict[int, Tensor], section: PartitionSection, seed: int,
 
     density, sets = as_decimal_fraction(section.density), {}
     for system, values in scores.items():
-        values = values + 0.0  # see `importance`
+        values = values + 0.0  # see `needed_set`
         check_importance(values, system)
         weights = values.split(sizes)
         sets[system] = torch.cat([top_set(w, Fraction(int(density * len(w))), "count") for w in weights])

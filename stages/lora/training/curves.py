@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 History = list[dict[str, float]]
 KL_FROM_START = "system1/kl_from_start"
 """Name in the history of the KL probe's values, in nats per token."""
+PROTECTED_KL = "protected/kl_from_start"
+"""Name in the history of the drift on protected rows, in nats per token."""
 SIGNAL, LENGTH, DRIFT = "groups without signal, %", "completion length, tokens", "KL from the start, System 1"
 OVERVIEW = {
     "reward": "reward",
@@ -82,6 +84,7 @@ def panels(history: History) -> dict[str, dict[str, str]]:
             **{label: f"{name}completions/mean_length" for label, name in systems.items()},
         },
         DRIFT: {"nats per token": KL_FROM_START},
+        "KL from the start, protected rows": {"nats per token": PROTECTED_KL},
         "gradient norm": {"norm": "grad_norm"},
     }
     existing = {

@@ -227,7 +227,13 @@ def train(
     counts = verify_frozen(start, folder) if initial is None else _count_moved(initial, folder)
     if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    return {"steps": trainer.state.global_step, **fsdp.local_share(model), **counts}
+    drift = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row][-1:]
+    return {
+        "steps": trainer.state.global_step,
+        **fsdp.local_share(model),
+        **counts,
+        **({"protected_kl": drift[0]} if drift else {}),
+    }
 
 
 def _refuse_untested(trainer: Any) -> None:

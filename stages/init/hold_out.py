@@ -1,0 +1,76 @@
+"""Splits a file of rows for `lorapar init --protect`: rows to train on, and rows to evaluate on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.config import BenchmarkSection, SourceSection
+from stages.data import formats
+from stages.data.formats import EmptyRowError
+from stages.data.rows import raw_rows, read_rows
+from stages.errors import DataError, OutputError
+from stages.init.data_profile import answer_kind, benchmark_of
+from stages.records import write_jsonl
+
+SHARE, MOST = 5, 300
+"""One question of so many is held out, and no more than so many questions in all."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The two parts of a file."""
+
+    train: str
+    """The file of the rows to train on: the original one if nothing is held out."""
+    test: BenchmarkSection | None
+    """Benchmark of the rows to evaluate on; None if no row has an answer that a benchmark can verify."""
+
+
+def hold_out(path: str, folder: Path) -> HeldOut:
+    """Write both parts into `folder`, as NAME-train.jsonl and NAME-test.jsonl.
+
+    The rows of one question stay together, and only questions of which each row has a verifiable answer are
+    held out. The same file is split in the same way. OutputError if another file has one of the two names.
+    """
+    source = SourceSection(path=path, empty="drop", duplicates="first")
+    read_rows(source)  # it raises an error for a bad row
+    rows = raw_rows(source)
+    kind = formats.detect(path, rows[0][1])
+    questions, unverifiable = {}, set()
+    for number, row in rows:
+        try:
+            example = formats.examples(kind, row)[-1]
+        except EmptyRowError:
+            continue
+        questions[number] = example.conversation
+        if answer_kind(example) == "none":
+            unverifiable.add(example.conversation)
+    verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
+    size = min(MOST, len(verifiable) // SHARE)
+    chosen = set(random.Random(0).sample(verifiable, size))
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for number, row in rows:
+        parts["test" if questions.get(number) in chosen else "train"].append(row)
+    if not chosen:
+        return HeldOut(path, None)
+    files = {name: folder / f"{Path(path).name.split('.')[0]}-{name}.jsonl" for name in parts}
+    for name, file in files.items():
+        _write(file, parts[name])
+    try:
+        return HeldOut(str(files["train"]), benchmark_of(str(files["test"])))
+    except DataError:  # such as functions with tests that are not in HumanEval's form
+        for file in files.values():
+            file.unlink()
+        return HeldOut(path, None)
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = file.with_name(f"{file.name}.new")
+    write_jsonl(temporary, rows)
+    if file.exists() and file.read_bytes() != temporary.read_bytes():
+        temporary.unlink()
+        raise OutputError(f"{file} exists already", "write elsewhere: --out FOLDER/rows.yaml")
+    temporary.replace(file)

@@ -1,0 +1,100 @@
+"""Drift: how far SFT or RL has moved on the rows of `partition.protect`, every few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from stages.lora.adapter import adapter
+from stages.lora.training.curves import PROTECTED_KL
+from stages.lora.training.resume import sparse_layers
+from stages.packing import losses
+from stages.packing.support import eval_mode
+from stages.prompts.renderer import IGNORED, Renderer, Row
+from stages.records import read_labels
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from stages.lora.training.loop import InitialAdapter
+
+ROWS_AT_ONCE = 4
+"""Rows of a forward pass: the probabilities of all their answer tokens exist at a time, of two models."""
+MEASUREMENTS = 10
+"""How often SFT is measured, about; RL has a setting."""
+
+
+def watch(
+    trainer: Any, start: InitialAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
+) -> None:
+    """Let the trainer log its drift on the held-out rows of `score:protected`, if there are any.
+
+    every: steps between two measurements; None: about MEASUREMENTS in all.
+    """
+    if artifact is None:
+        return
+    rows = [renderer.row(row.example) for row in read_labels(artifact / "held_out.jsonl")]
+    if rows:
+        trainer.add_callback(ProtectedKl(trainer, start, rows, every))
+
+
+class ProtectedKl(TrainerCallback):
+    """Logs KL(start ‖ policy) on answers that training does not read, where start is its initial adapter.
+
+    It is the mean over the answers' tokens of the divergence between the two distributions over the whole
+    vocabulary, after the same text: Σ_v p_v (log p_v − log q_v), with p of the start. Nothing is sampled.
+    """
+
+    def __init__(self, trainer: Any, start: InitialAdapter, rows: list[Row], every: int | None) -> None:
+        self.trainer, self.start, self.rows, self.every = trainer, start, rows, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.every or max(1, state.max_steps // MEASUREMENTS)
+        if state.global_step % every == 0 or state.global_step >= state.max_steps:
+            self.trainer._metrics["train"][PROTECTED_KL].append(self.divergence())
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """Mean KL(start ‖ policy) per answer token, in nats."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        assert self.start.folder is not None
+        initial, total, tokens = adapter.read(self.start.folder), 0.0, 0
+        with self.trainer.memory("while the drift was measured"), eval_mode(model):
+            for first in range(0, len(self.rows), ROWS_AT_ONCE):
+                batch = losses.collate(self.rows[first : first + ROWS_AT_ONCE], 0, self.trainer.args.device)
+                policy = _answer_log_probs(model, batch)
+                with _weights(model, initial):
+                    start = _answer_log_probs(model, batch)
+                total += float((start.exp() * (start - policy)).sum())
+                tokens += len(start)
+        return total / tokens
+
+
+def _answer_log_probs(model: nn.Module, batch: losses.Batch) -> Tensor:
+    """Log-probabilities of the whole vocabulary at each answer token, (answer tokens, vocabulary)."""
+    answered = batch.labels[:, 1:] != IGNORED  # a token is predicted from the one before it
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    return logits[answered].float().log_softmax(-1)
+
+
+@contextmanager
+def _weights(model: PeftModel, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Context in which the packed adapter has other values in its active elements."""
+    layers = sparse_layers(model)
+    policy = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    try:
+        _load(layers, weights)
+        yield
+    finally:
+        _load(layers, policy)
+
+
+def _load(layers: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    for name, layer in layers.items():
+        layer.load_state_dict({"weight": weights[name]})

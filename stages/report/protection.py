@@ -1,0 +1,69 @@
+"""What a run gained, and what it cost the protected rows: one small table on the page of a run."""
+
+from __future__ import annotations
+
+from stages.config import Config
+from stages.evaluation.metrics import accuracy_by_item, answers_by_item
+from stages.evaluation.statistics import paired_difference
+from stages.records import read_samples
+from stages.report.page import Block, Grid
+from stages.store.artifacts import Artifact
+
+TRAINED = ("sft", "rl")
+
+
+def blocks(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
+    """Build the table: the base's accuracy on each benchmark, the change after each stage, and the drift.
+
+    Empty without `partition.protect`, or if nothing is trained yet.
+    """
+    trained = [stage for stage in TRAINED if stage in artifacts]
+    if not config.partition.protect or not trained:
+        return []
+    accuracies = {name: _accuracies(name, artifacts) for name in config.eval.benchmarks}
+    rows = [
+        [name, *_base(by_target.get("base")), *(_change(by_target, stage) for stage in trained)]
+        for name, by_target in accuracies.items()
+        if by_target
+    ]
+    summaries = {stage: artifacts[stage].manifest["summary"] for stage in trained}
+    drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
+    if any(drift):
+        held_out = artifacts["score:protected"].manifest["summary"]["held_out"]
+        rows.append(["drift on held-out protected rows", str(held_out), "", *drift])
+    masks = [artifacts[f"partition:{stage}"].manifest["summary"] for stage in trained]
+    shares = ", ".join(
+        f"{stage} trains {100 * mask['active_share']:.1f} %"
+        for stage, mask in zip(trained, masks, strict=True)
+    )
+    caption = (
+        "Change of the accuracy against the base in points [95 % interval, paired over items]. Drift: KL "
+        "from the adapter that the stage starts with, in nats per token of the answers. Of the elements, "
+        f"{100 * masks[0]['protected'] / masks[0]['elements']:.1f} % are protected; {shares}."
+    )
+    return [Grid(["", "items", "base, %", *trained], rows, caption)]
+
+
+def _accuracies(benchmark: str, artifacts: dict[str, Artifact]) -> dict[str, dict[str, float]]:
+    """Return each item's share of right answers by target."""
+    return {
+        target: accuracy_by_item(answers_by_item(read_samples(artifact.path / "samples.jsonl")))
+        for target in ("base", *TRAINED)
+        if (artifact := artifacts.get(f"eval:{target}@{benchmark}"))
+    }
+
+
+def _base(base: dict[str, float] | None) -> list[str]:
+    """Return the number of items, and the accuracy in per cent."""
+    return [str(len(base)), f"{100 * sum(base.values()) / len(base):.1f}"] if base else ["", ""]
+
+
+def _change(by_target: dict[str, dict[str, float]], stage: str) -> str:
+    """Return the change against the base on the items that both answered, with its interval."""
+    base, trained = by_target.get("base", {}), by_target.get(stage, {})
+    items = [item for item in base if item in trained]
+    if not items:
+        return ""
+    points = paired_difference([base[item] for item in items], [trained[item] for item in items])
+    change, low, high = (100 * value for value in points)
+    return f"{change:+.1f} [{low:.1f}, {high:.1f}]"

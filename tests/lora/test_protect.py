@@ -1,0 +1,164 @@
+"""Rows whose skill is to stay: what they need is trained by no stage, and what they lose is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_step, make_steps
+
+from stages.errors import ConfigError, DataError, MeaninglessError, MissingInputError
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
+from stages.lora.importance.strategies import needed_set
+from stages.lora.training.curves import PROTECTED_KL
+from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
+from stages.packing import losses
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
+from stages.plan.preflight import problems
+from stages.prompts.renderer import IGNORED, Renderer
+from stages.records import read_labels
+from stages.report import protection
+
+QUICK = ["rl.max_steps=2", "sft.max_steps=3", "score.examples=4", "rl.kl_probe_steps=1"]
+
+
+@pytest.fixture(scope="session")
+def old(demo_data: Path, common_folder: Path) -> str:
+    """A setting that names 12 rows to protect."""
+    path = common_folder / "old.jsonl"
+    if not path.exists():
+        lines = (demo_data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[60:72]), encoding="utf-8")
+    return f"partition.protect={path}"
+
+
+def test_keys_change_with_the_rows_and_not_without_them(begun, old, tmp_path):
+    plain, no_rows, now = (
+        plan_steps(resolved(begun(*more))) for more in ((), ("partition.protect_theta=0.5",), (old,))
+    )
+    assert {name: step.key for name, step in plain.items()} == {n: step.key for n, step in no_rows.items()}
+    differ = [name for name in now if name not in plain or now[name].key != plain[name].key]
+    assert [name for name in differ if not name.startswith("eval")] == [
+        "score:protected", "partition:sft", "partition:rl", "sft", "rl",
+    ]  # fmt: skip
+    (tmp_path / "other.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8")
+    other = plan_steps(resolved(begun(f"partition.protect={tmp_path / 'other.jsonl'}")))
+    assert other["score:protected"].key != now["score:protected"].key
+    less = plan_steps(resolved(begun(old, "partition.protect_theta=0.5")))
+    assert less["score:protected"].key == now["score:protected"].key
+    assert less["partition:sft"].key != now["partition:sft"].key
+
+
+def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old):
+    config = begun(*QUICK, old, "partition.strategy=all")
+    made = {
+        name: artifact
+        for name, (artifact, _) in make_steps(config, "score", "partition", "sft", "rl").items()
+    }
+    scored = made["score:protected"]
+    assert scored.manifest["summary"]["protected"]["examples"] == 4
+    assert scored.manifest["summary"]["held_out"] == 3 and not (scored.path / "init").exists()
+    importance = read_protected_importance(scored.path / "importance.safetensors")
+    needed = needed_set(flatten_weights(importance), 0.9, "the protected rows")
+    start = flatten_weights(adapter.read(made["score"].adapter))
+    for stage in ("sft", "rl"):
+        end = flatten_weights(adapter.read(made[stage].adapter))
+        assert torch.equal(start[needed], end[needed])
+        active = Masks.load(made[f"partition:{stage}"].path / "masks.safetensors", stage).active
+        assert torch.equal(flatten_weights(active), ~needed)
+        summary = made[f"partition:{stage}"].manifest["summary"]
+        assert summary["protected"] == int(needed.sum()) == summary["elements"] - summary["active"]
+    assert (start != end)[~needed].float().mean() > 0.9
+
+
+def test_what_the_systems_have_is_protected_too(begun, old):
+    settings = [*QUICK, "partition.rl_elements=not_system1"]
+    for stage in ("sft", "rl"):
+        before, now = (
+            Masks.load(
+                make_steps(begun(*settings, *more), "score", "partition")[f"partition:{stage}"][0].path
+                / "masks.safetensors",
+                stage,
+            )
+            for more in ((), (old,))
+        )
+        active, left = flatten_weights(before.active), flatten_weights(now.active)
+        assert 0 < int(left.sum()) < int(active.sum()) and not bool((left & ~active).any())
+        assert torch.equal(flatten_weights(before.region), flatten_weights(now.region))
+
+
+def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
+    """With θ 0 masks and adapters are those of a run without protected rows, although drift is logged."""
+    measured = [old, "partition.protect_theta=0"]
+    stages = ("score", "partition", "sft", "rl")
+    plain = make_steps(begun(*QUICK), *stages)
+    made = make_steps(begun(*QUICK, *measured), *stages)
+    for stage in ("sft", "rl"):
+        [first, second] = (adapter.read(run[stage][0].adapter) for run in (plain, made))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        history = json.loads((made[stage][0].path / "history.json").read_text())
+        # So small a model may earn nothing in RL, and then it does not move.
+        assert all(row[PROTECTED_KL] > 0 or (stage == "rl" and row[PROTECTED_KL] == 0) for row in history)
+        assert made[stage][0].manifest["summary"]["protected_kl"] == history[-1][PROTECTED_KL]
+        assert "protected_kl" not in plain[stage][0].manifest["summary"]
+
+    config = begun()
+    rows = read_labels(made["score:protected"][0].path / "held_out.jsonl")
+    renderer = Renderer(load_tokenizer(config.model), config.prompt)
+    batch = losses.collate([renderer.row(row.example) for row in rows], 0, torch.device("cpu"))
+
+    def log_probs(stage: str) -> torch.Tensor:
+        model = adapter.attach(load_base(config.model), config.lora, made[stage][0].adapter).eval()
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        return logits[batch.labels[:, 1:] != IGNORED].double().log_softmax(-1)
+
+    start, sft, rl = (log_probs(stage) for stage in ("score", "sft", "rl"))
+    for before, after, stage in ((start, sft, "sft"), (sft, rl, "rl")):
+        divergence = float((before.exp() * (before - after)).sum(-1).mean())
+        assert made[stage][0].manifest["summary"]["protected_kl"] == pytest.approx(divergence, rel=0.05, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "1 + 1?", "gold": "2"}', "none of 1 rows of partition.protect, .* has a response"),
+        ('{"question": "1 + 1?"}', "cannot tell the format"),
+        ('{"question": "1 + 1?", "answer": "' + "long " * 200 + '"}', "longer than data.max_length"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_said_before_a_vote(smoke, tmp_path, text, message):
+    (tmp_path / "old.jsonl").write_text(text, encoding="utf-8")
+    config = resolved(smoke(f"partition.protect={tmp_path / 'old.jsonl'}"))
+    [problem] = problems(config, list(plan_steps(config).values()))
+    assert problem.stopped == ("score:protected",)
+    with pytest.raises(DataError, match=message):
+        raise problem.error
+
+
+def test_errors(smoke, begun, old, tmp_path):
+    with pytest.raises(MissingInputError, match="no data file .*gone.jsonl"):
+        plan_steps(resolved(smoke(f"partition.protect={tmp_path / 'gone.jsonl'}")))
+    with pytest.raises(ConfigError, match="baseline dora is trained whole; leave out partition.protect"):
+        smoke(old, "baseline.method=dora")
+    with pytest.raises(ConfigError, match="every importance is zero"):
+        smoke(old, "lora.init=default", "partition.strategy=all")
+    config = begun(*QUICK, old, "partition.protect_theta=1")
+    make_steps(config, "score")
+    with pytest.raises(MeaninglessError, match="no element is active in sft") as caught:
+        make_step(config, "partition:sft")
+    assert "lower partition.protect_theta" in str(caught.value.hint)
+
+
+def test_the_page_says_what_was_gained_and_lost(begun, old):
+    config = resolved(begun(*QUICK, old, "partition.strategy=all", "eval.targets=[base, sft, rl]"))
+    artifacts = {name: artifact for name, (artifact, _) in make_steps(config).items()}
+    [grid] = protection.blocks(config, artifacts)
+    assert grid.head == ["", "items", "base, %", "sft", "rl"]
+    assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]
+    assert grid.rows[0][3] == "+0.0 [-18.8, 18.8]"  # a random model answers nothing
+    assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
+    assert protection.blocks(resolved(begun(*QUICK)), artifacts) == []
