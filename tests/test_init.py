@@ -304,6 +304,7 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
         "my-rows-test": "my rows-test.jsonl",
         "protected": "old-test.jsonl",
     }
+    assert found["eval"]["benchmarks"]["protected"]["label"] is False
     parts = [
         [json.loads(line) for line in (tmp_path / f"old-{name}.jsonl").read_text().splitlines()]
         for name in ("train", "test")

@@ -95,6 +95,9 @@ def choices(
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
         chosen += _eval([protected.test], longest, "protected")
+        chosen.append(
+            Choice("eval.benchmarks.protected.label", False, "the systems are those of the new rows")
+        )
     return chosen
 
 

@@ -12,7 +12,7 @@ from stages.records import Example, Labelled, examples_of_system, labelled_examp
 
 PROTECTED = "protected"
 """What names the rows of `partition.protect`: a variant of score, and a prefix in its file."""
-PROBE_ROWS = 24
+PROBE_ROWS = 16
 """Most protected rows that are not scored, so that the drift of training is measured on them."""
 
 

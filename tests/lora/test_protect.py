@@ -100,8 +100,8 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
         [first, second] = (adapter.read(run[stage][0].adapter) for run in (plain, made))
         assert all(torch.equal(first[name], second[name]) for name in first)
         history = json.loads((made[stage][0].path / "history.json").read_text())
-        # So small a model may earn nothing in RL, and then it does not move.
-        assert all(row[PROTECTED_KL] > 0 or (stage == "rl" and row[PROTECTED_KL] == 0) for row in history)
+        # The first step of RL may earn nothing and move nothing; then rounding is left.
+        assert history[-1][PROTECTED_KL] > 1e-5 and all(row[PROTECTED_KL] > -1e-6 for row in history)
         assert made[stage][0].manifest["summary"]["protected_kl"] == history[-1][PROTECTED_KL]
         assert "protected_kl" not in plain[stage][0].manifest["summary"]
 
@@ -119,7 +119,8 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
     start, sft, rl = (log_probs(stage) for stage in ("score", "sft", "rl"))
     for before, after, stage in ((start, sft, "sft"), (sft, rl, "rl")):
         divergence = float((before.exp() * (before - after)).sum(-1).mean())
-        assert made[stage][0].manifest["summary"]["protected_kl"] == pytest.approx(divergence, rel=0.05, abs=1e-9)
+        measured = made[stage][0].manifest["summary"]["protected_kl"]
+        assert measured == pytest.approx(divergence, rel=0.05, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 4
 """Rows of a forward pass: the probabilities of all their answer tokens exist at a time, of two models."""
-MEASUREMENTS = 10
+MEASUREMENTS = 8
 """How often SFT is measured, about; RL has a setting."""
 
 
