@@ -15,7 +15,7 @@ from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
-from stages.runtime import libraries
+from stages.runtime import libraries, resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +79,13 @@ def without_weights(model: ModelSection) -> PreTrainedModel:
     config = load_config(model)
     with load_errors("model", model), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def weights_mib(model: ModelSection) -> float:
+    """Memory of the base's weights when they are not in 4 bits, from its config alone."""
+    dtype = resolve(model)
+    itemsize = torch.float32.itemsize if dtype == "auto" else getattr(torch, dtype).itemsize
+    return without_weights(model).num_parameters() * itemsize / resources.MIB
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
