@@ -43,8 +43,12 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
         _keep_freed_memory()
     options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     check_machine(model)
+    target = target or device()
     if model.load_in_4bit:
         options |= _four_bit(dtype)
+    elif target.type != "cpu":
+        # Without a map all weights are read into main memory first, by each of several processes.
+        options["device_map"] = {"": target}
     with load_errors("model", model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **options
@@ -55,7 +59,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
-        loaded = loaded.to(target or device())
+        loaded = loaded.to(target)
     for module in loaded.modules():
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
