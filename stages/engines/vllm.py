@@ -66,7 +66,8 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
             model = model.model_copy(update={"name": folder})
         command = _command(model, server, port, spec.vllm, modules)
         with _running(command, port, spec.devices, server, say, spec.model.name) as exit_error:
-            yield Client((_address(port),), next(iter(modules), model.name), "", server, exit_error)
+            name = next(iter(modules), model.name)
+            yield Client((_address(port),), name, "", server, exit_error, grows=True)
 
 
 def serves_modules(server: ServerSection) -> bool:
@@ -90,7 +91,8 @@ def open_modules(
     command = _command(model, server, port, {}, modules)
     with _running(command, port, None, server, say, model.name) as exit_error:
         yield {
-            name: Client((_address(port),), name, "", server, exit_error) for name in (model.name, *modules)
+            name: Client((_address(port),), name, "", server, exit_error, grows=True)
+            for name in (model.name, *modules)
         }
 
 
