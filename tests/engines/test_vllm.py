@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from conftest import ROOT, alive, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
@@ -109,6 +110,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the model runner V2 needs Triton, and so a GPU")
 @pytest.mark.parametrize("asked", [None, "0", "1"], ids=["default", "V1", "V2"])
 def test_votes_and_adapters_by_each_model_runner(tiny, tmp_path, monkeypatch, capsys, asked):
     """vLLM has two, and takes V2 on CUDA and V1 on a CPU: with either, choices are those of this process."""
