@@ -16,7 +16,7 @@ from stages.config import Config
 from stages.pipeline.stages import check_stage_name
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
-from stages.plan.estimate import Estimate, estimate, knobs
+from stages.plan.estimate import Estimate, estimate, remedy
 from stages.runtime import libraries, resources
 from stages.store import estimates
 from stages.store.artifacts import Store
@@ -75,7 +75,7 @@ def command(
     else:
         nothing_to_do()
     for name in predicted.too_large:
-        print(f"{name} does not fit: lower {knobs(name, settings)}")
+        print(f"{name} does not fit: {remedy(name, settings, predicted)}")
     if pending and not brief:
         say(f"next: lorapar run {typed(config, set_)}")
 

@@ -44,7 +44,7 @@ def test_paper_configs_pin_every_value(path):
         assert not unpinned, f"{section}: {unpinned}"
 
 
-PRESETS = sorted((ROOT / "configs/paper").rglob("*.yaml"))
+PRESETS = sorted(path for name in ("paper", "gpu") for path in (ROOT / "configs" / name).rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)

@@ -106,6 +106,27 @@ def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(mon
     )
 
 
+def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, tiny, tmp_path):
+    """`hf_overrides` of the config stay, and stretch the context length only where a person has set them."""
+
+    def overrides(name, vllm_settings=None):
+        command = vllm._command(ModelSection(name=str(name)), ServerSection(), 1, vllm_settings or {})
+        return (
+            json.loads(command[command.index("--hf-overrides") + 1]) if "--hf-overrides" in command else None
+        )
+
+    assert overrides(tiny) is None
+    monkeypatch.setattr(vllm, "_have_gpu", lambda: True)
+    assert overrides(tiny) == {"head_dtype": "float32"}
+    own = {"head_dtype": "model", "rope_theta": 5}
+    assert overrides(tiny, {"hf_overrides": own}) == own
+    assert overrides(tiny, {"hf_overrides": {"rope_theta": 5}}) == {"head_dtype": "float32", "rope_theta": 5}
+    config = json.loads((tiny / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    assert overrides(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("more", "asked"),
     [

@@ -11,8 +11,10 @@ from conftest import ROOT, make_steps
 
 from lorapar_cli import plan as plan_command
 from stages.config import LaunchSection
+from stages.errors import ConfigError
 from stages.labelling import personas
 from stages.lora.adapter import adapter
+from stages.models import base
 from stages.models.base import load_base
 from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
@@ -202,7 +204,8 @@ def model(smoke):
             supports_packing=lambda _: True,
             kv_cache_mib=lambda rows, length: rows * length / 1024,
             room=10**6, loading_s=0.0, libraries_mib=500.0, weights_mib=100.0, speedup=1.0,
-            layers_mib=60.0, copy_mib=100.0, adapter_elements=2**20,
+            layers_mib=60.0, copy_mib=100.0, colocated_mib=lambda *_: 7000.0,
+            adapter_elements=2**20, on_gpu=False,
         )  # fmt: skip
         vars(made).update(more)
         return CostModel(config, Texts(config), made), plan_steps(config)
@@ -282,6 +285,78 @@ def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model
     assert baseline["rl"] == baseline["sft"] == UNKNOWN
 
 
+def test_on_a_gpu_each_batch_of_rollouts_runs_to_its_longest(model):
+    """There TRL samples: each completion reads its prompt, and no slot is filled again."""
+    own, made = costs(model("rl.beta=0"))["rl"], model("rl.beta=0", on_gpu=True)
+    found, texts = costs(made)["rl"], made[0].texts
+    prompt, answer, longest = texts.rl_prompts.mean, texts.responses.within(12), min(12, texts.responses.p99)
+    more = 16 * (prompt + longest * 2) - (4 * prompt + 16 * answer * 1.25 * 2)
+    assert found.seconds - own.seconds == pytest.approx(2 * more)
+    assert own.memory.weights - found.memory.weights == 100  # no merged copy
+
+
+def test_with_dropout_rl_is_measured_without_packing(model):
+    seen = []
+
+    def measure_training(rows, packed, dropout, checkpointing):
+        seen.append((packed, dropout))
+        return Measurement(10, 10.0, 20.0)
+
+    made = model("rl.lora_dropout=0.1", measure_training=measure_training)
+    made[0].cost(made[1]["rl"])
+    assert seen == [(False, 0.1)]
+
+
+def test_without_packing_not_all_logits_are_kept(smoke):
+    """TRL applies the head in parts, and on a 7B model all logits of a batch are gigabytes."""
+
+    def fail(*_):
+        raise AssertionError
+
+    config = resolved(smoke(*SETS))
+    texts = Texts(config)
+    measured = Profiler(config, texts.tokenizer, 1)
+    measured.base.get_output_embeddings().register_forward_hook(fail)
+    assert measured.measure_training(texts.trained_rows("sft")[:2], False, 0.0, False).seconds > 0
+
+
+def test_a_vllm_that_sleeps_does_not_stand_beside_training(model, caplog):
+    def memory(*sets: str, **more) -> MemoryEstimate:
+        return costs(model("rl.rollouts.engine=vllm_colocate", *sets, **more))["rl"].memory
+
+    share, sleeps = "rl.rollouts.gpu_memory_utilization=0.3", "rl.rollouts.enable_sleep_mode=true"
+    awake = memory(share)
+    assert awake.cache == pytest.approx(300_000) and awake.activations > 0
+    assert memory(share, sleeps) == MemoryEstimate(
+        awake.weights, awake.optimizer, 0.0, awake.cache, awake.libraries
+    )
+    assert memory(share, sleeps, room=100) == MemoryEstimate(
+        awake.weights, awake.optimizer, awake.activations, 0.0, awake.libraries
+    )
+    assert memory(on_gpu=True).cache == 7000
+
+    def does_not_fit(*_):
+        raise ConfigError("its weights twice", "transformers")
+
+    assert memory(on_gpu=True, colocated_mib=does_not_fit).total > 10**6
+    assert "its weights twice; choose transformers" in caplog.text
+
+
+def test_weights_that_do_not_fit_are_told_and_not_loaded(asked, monkeypatch):
+    def fail(*_):
+        raise AssertionError
+
+    config = asked()[1]
+    parameters = load_base(config.model).parameters()
+    assert base.weights_mib(config.model) == sum(p.nbytes for p in parameters) / resources.MIB
+    monkeypatch.setattr(profiler, "load_base", fail)
+    monkeypatch.setattr(base, "weights_mib", lambda _: 10**9)
+    out = asked()[0].out
+    for step in ("score", "sft", "rl", "eval:sft@demo"):
+        assert f"\n{step} does not fit: set model.load_in_4bit, or choose a smaller model\n" in out
+    assert "partition:sft does not fit" not in out
+
+
 def test_memory_that_runs_out_is_a_step_that_does_not_fit(model):
     def full(*_):
         raise MemoryError
@@ -347,7 +422,7 @@ def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, 
 def rested(monkeypatch):
     """A profiler that began at second 0, without a model; `now` has what the system says since."""
     made = object.__new__(Profiler)
-    made._start, made._on_gpu, made._training = (0.0, 0.0, 1000.0), False, {}
+    made._start, made.on_gpu, made._training = (0.0, 0.0, 1000.0), False, {}
     made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
     monkeypatch.setattr(resources, "busy_seconds", lambda: made.now["worked"])
     monkeypatch.setattr(resources, "reset_peak", lambda: None)
@@ -381,7 +456,7 @@ def test_threads_gain_on_a_cpu(smoke):
 def test_a_batch_has_enough_tokens(rested, each, most, on_gpu, tried, monkeypatch):
     """Of 50 tokens a row. What others do on the machine takes wall time, and does not count on a CPU."""
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    rested._on_gpu, sizes = on_gpu, []
+    rested.on_gpu, sizes = on_gpu, []
 
     def backward(ids, labels, sharing):
         sizes.append(len(ids))

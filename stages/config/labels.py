@@ -131,8 +131,13 @@ class Voter(Section):
 
 
 class ServerSection(Section):
-    concurrency: int = setting(
-        64, "Largest number of requests in flight.", in_cache_key=False, gt=0, le=10_000
+    concurrency: int | None = setting(
+        None,
+        "Largest number of requests in flight; none: 64, and for a vLLM server that lorapar starts up to "
+        "512, as long as answers take less than a twentieth of timeout_s.",
+        in_cache_key=False,
+        gt=0,
+        le=10_000,
     )
     timeout_s: float = setting(
         600,

@@ -25,8 +25,13 @@ class RolloutsSection(Section):
         "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
     )
     base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
-    gpu_memory_utilization: float = setting(
-        0.3, "Share of each GPU's memory for a colocated vLLM.", in_cache_key=False, gt=0, lt=1
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of "
+        "a step's completions take, at most half of what is free beside the weights.",
+        in_cache_key=False,
+        gt=0,
+        lt=1,
     )
     tensor_parallel_size: int = setting(
         1, "Number of GPUs that share one colocated vLLM.", in_cache_key=False, gt=0

@@ -40,6 +40,13 @@ API_KEY_ENV = "VLLM_API_KEY"
 It needs none, because it listens on this machine only.
 """
 
+FLOAT32_HEAD = {"head_dtype": "float32"}
+"""Has vLLM compute logits in float32: in bfloat16, 96 votes of one model had 6 values.
+
+CUDA adds up products of 16-bit numbers in float32 without a copy of the head; a CPU would need one. vLLM
+refuses it for a quantized head, which a quantized checkpoint may have.
+"""
+
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Environment of vLLM on CPU.
 
@@ -66,7 +73,8 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
             model = model.model_copy(update={"name": folder})
         command = _command(model, server, port, spec.vllm, modules)
         with _running(command, port, spec.devices, server, say, spec.model.name) as exit_error:
-            yield Client((_address(port),), next(iter(modules), model.name), "", server, exit_error)
+            name = next(iter(modules), model.name)
+            yield Client((_address(port),), name, "", server, exit_error, grows=True)
 
 
 def serves_modules(server: ServerSection) -> bool:
@@ -90,7 +98,8 @@ def open_modules(
     command = _command(model, server, port, {}, modules)
     with _running(command, port, None, server, say, model.name) as exit_error:
         yield {
-            name: Client((_address(port),), name, "", server, exit_error) for name in (model.name, *modules)
+            name: Client((_address(port),), name, "", server, exit_error, grows=True)
+            for name in (model.name, *modules)
         }
 
 
@@ -215,10 +224,15 @@ def _command(
         arguments["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and turns float32 into bfloat16 on a GPU. Weights of
     # fewer than 16 bits have kernels for some types only, and vLLM knows which.
-    if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
+    quantized = is_quantized(model)
+    if not _have_gpu() or model.dtype != "auto" or not quantized:
         arguments["dtype"] = resolve(model)
         warn_if_slow(arguments["dtype"])
-    command += flags({**arguments, **server.vllm, **extra})
+    arguments |= {**server.vllm, **extra}
+    overrides = arguments.get("hf_overrides", {})
+    if _have_gpu() and not quantized and isinstance(overrides, dict):
+        arguments["hf_overrides"] = FLOAT32_HEAD | overrides
+    command += flags(arguments)
     if modules:
         command += lora_flags(modules)
     return command if _have_gpu() else [*command, "--enforce-eager"]

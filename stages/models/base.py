@@ -15,7 +15,7 @@ from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
-from stages.runtime import libraries
+from stages.runtime import libraries, resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +43,12 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
         _keep_freed_memory()
     options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     check_machine(model)
+    target = target or device()
     if model.load_in_4bit:
         options |= _four_bit(dtype)
+    elif target.type != "cpu":
+        # Without a map all weights are read into main memory first, by each of several processes.
+        options["device_map"] = {"": target}
     with load_errors("model", model):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **options
@@ -55,7 +59,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
         head.register_forward_pre_hook(_contiguous)
     if not model.load_in_4bit:
-        loaded = loaded.to(target or device())
+        loaded = loaded.to(target)
     for module in loaded.modules():
         # On CPU bitsandbytes would repack the weights at their first use in eval mode and round their scales.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -79,6 +83,13 @@ def without_weights(model: ModelSection) -> PreTrainedModel:
     config = load_config(model)
     with load_errors("model", model), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def weights_mib(model: ModelSection) -> float:
+    """Memory of the base's weights when they are not in 4 bits, from its config alone."""
+    dtype = resolve(model)
+    itemsize = torch.float32.itemsize if dtype == "auto" else getattr(torch, dtype).itemsize
+    return without_weights(model).num_parameters() * itemsize / resources.MIB
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

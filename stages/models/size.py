@@ -1,4 +1,4 @@
-"""Number of a model's parameters, from its config alone."""
+"""Sizes of a model from its config alone: its parameters, and the keys and values of a token."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def parameters(model: ModelSection) -> int | None:
         return None
     inner = _number(config, ("intermediate_size",)) or 4 * width
     return vocabulary * width + layers * (4 * width**2 + 3 * width * inner)
+
+
+def kv_cache_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one token.
+
+    config: transformers' config of a text model. itemsize: bytes of a number.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * itemsize)
 
 
 def _number(config: dict[str, Any], names: tuple[str, ...]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from stages.config import ROUTED, UNTRAINED_TARGETS, Config, LaunchSection
 from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
-from stages.errors import is_out_of_memory
+from stages.errors import ConfigError, is_out_of_memory
 from stages.labelling.personas import held_out
 from stages.lora.examples import PROTECTED
+from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.gradients import BATCHES
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
@@ -160,7 +162,8 @@ class CostModel:
     def _rl_steps(self, steps: int, iterations: int, launched: LaunchSection) -> Cost:
         """The cost of so many steps, see `_rl`. iterations: steps for each batch of completions."""
         rl, profiler = self.config.rl, self.profiler
-        rows, packed = self.texts.trained_rows("rl"), rl.prefix_sharing == "auto"
+        rows = self.texts.trained_rows("rl")
+        packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trl.may_share` says
         batch = rows[: rl.per_device_train_batch_size]
         measured = profiler.measure_training(batch, packed, rl.lora_dropout, rl.gradient_checkpointing)
         supported = profiler.supports_packing(rows[0].input_ids)
@@ -168,12 +171,18 @@ class CostModel:
         completions = rl.prompts_per_step * rl.num_generations
         prompt = self.texts.rl_prompts.within(rl.max_prompt_length)
         response = self.texts.responses.within(rl.max_completion_length)
-        shared = rl.num_generations if supported and packed and not rl.lora_dropout else 1
+        shared = rl.num_generations if supported and packed else 1
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
         passes = 1 + (bool(rl.beta) + (iterations > 1 or corrected)) / 3
         learning_s = completions * (prompt / shared + response) * passes * measured.token_s
-        read_tokens = prompt / rl.num_generations if supported else prompt
-        generation_s = self._generation_s(completions, read_tokens, response)
+        if rl.rollouts.engine == "transformers" and not self._has_merged_copy:
+            # TRL's batches have a prompt for each completion, and run until their longest one ends. The
+            # median of the longest of 64 is the 99 % quantile of all.
+            longest = min(self.texts.responses.p99, rl.max_completion_length)
+            generation_s = self._generation_s(completions, prompt, longest, free_share=0.0)
+        else:
+            read_tokens = prompt / rl.num_generations if supported else prompt
+            generation_s = self._generation_s(completions, read_tokens, response)
         thread_s = steps * (learning_s + generation_s / iterations)
         return self._cost(thread_s, self._rl_memory(measured, shared), launched)
 
@@ -183,19 +192,45 @@ class CostModel:
         prompt = min(self.texts.rl_prompts.longest, rl.max_prompt_length)
         batch_tokens = rl.per_device_train_batch_size * (prompt / shared + rl.max_completion_length)
         activations = measured.mib_of(batch_tokens)
-        if rl.rollouts.engine != "transformers":
-            colocated = rl.rollouts.engine == "vllm_colocate"
-            cache = rl.rollouts.gpu_memory_utilization * profiler.room if colocated else 0.0
-            return self._memory(activations, trained=True, launched=rl.launch, cache=cache)
-        # A merged copy samples, and stays in training; of a base in 4 bits or in parts there is none.
-        merged = launch.gpu_split(rl.launch)[1] == 1 and not self.config.model.load_in_4bit
-        copy = profiler.copy_mib if merged else 0.0
+        if rl.rollouts.engine == "vllm_colocate":
+            return self._memory_with_vllm(activations)
+        if rl.rollouts.engine == "vllm_server":
+            return self._memory(activations, trained=True, launched=rl.launch)
+        copy = profiler.weights_mib if self._has_merged_copy else 0.0
         training = self._memory(activations, trained=True, launched=rl.launch, copy=copy)
         slots = min(rl.prompts_per_step * rl.num_generations, SLOTS)
         cache = profiler.kv_cache_mib(slots, prompt + rl.max_completion_length)
         decoding = self.generation[1].mib_of(slots)  # by whole layers, even where training divides them
         sampling = self._memory(decoding, trained=True, copy=copy, cache=cache)
         return max(training, sampling, key=lambda memory: memory.total)
+
+    def _memory_with_vllm(self, activations: float) -> MemoryEstimate:
+        """With vLLM on the same GPU, which may sleep while training passes are computed."""
+        rl, profiler = self.config.rl, self.profiler
+        alone = self._memory(0.0, trained=True, launched=rl.launch)
+        training = replace(alone, activations=activations)
+        share = rl.rollouts.gpu_memory_utilization
+        if share is None and not profiler.on_gpu:
+            share = vllm_rollouts.CPU_SHARE
+        try:
+            cache = share * profiler.room if share else profiler.colocated_mib(
+                rl, profiler.room - alone.total, launch.gpu_split(rl.launch)[0]
+            )  # fmt: skip
+        except ConfigError as error:
+            log.warning("%s; choose %s", error, error.hint)
+            cache = profiler.room + 1.0
+        if rl.rollouts.enable_sleep_mode:
+            return max(training, replace(alone, cache=cache), key=lambda memory: memory.total)
+        return replace(training, cache=cache)
+
+    @property
+    def _has_merged_copy(self) -> bool:
+        """Whether rollouts are sampled from a merged copy, which stays in training.
+
+        Of a base on a GPU, in 4 bits or in parts there is none, and TRL samples.
+        """
+        whole = launch.gpu_split(self.config.rl.launch)[1] == 1
+        return whole and not self.profiler.on_gpu and not self.config.model.load_in_4bit
 
     def _eval(self, variant: str) -> Cost:
         """An answer to each item, see `_generation_s`; the check of the first answers takes little time.
@@ -229,13 +264,15 @@ class CostModel:
         """Prefill and decoding, see `Profiler.measure_generation`."""
         return self.profiler.measure_generation(self.texts.typical_prompt)
 
-    def _generation_s(self, answers: int, read_tokens: float, response: float) -> float:
+    def _generation_s(
+        self, answers: int, read_tokens: float, response: float, free_share: float = FREE_SHARE
+    ) -> float:
         """answers · (read_tokens · prefill token_s + response · (1 + FREE) · decode token_s)
 
         Slots of answers that have ended are computed, too, until a share of FREE has ended.
         """
         prefill, decode = self.generation
-        return answers * (read_tokens * prefill.token_s + response * (1 + FREE_SHARE) * decode.token_s)
+        return answers * (read_tokens * prefill.token_s + response * (1 + free_share) * decode.token_s)
 
     def _cost(
         self, thread_s: float, memory: MemoryEstimate | None, launched: LaunchSection | None = None,

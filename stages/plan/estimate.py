@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from stages.config import Config
 from stages.errors import is_out_of_memory
+from stages.pipeline import launch
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Span
-from stages.runtime import libraries
+from stages.runtime import libraries, resources
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,14 @@ class Estimate:
         return [name for name, cost in self.costs.items() if room and cost.mib and cost.mib > room]
 
 
+def remedy(step: str, config: Config, predicted: Estimate) -> str:
+    """Say how a step that does not fit could."""
+    memory = predicted.costs[step].memory
+    if memory and predicted.room and memory.weights > predicted.room:
+        return "set model.load_in_4bit, or choose a smaller model"
+    return f"lower {knobs(step, config)}"
+
+
 def knobs(step: str, config: Config) -> str:
     """The settings to lower so that a step fits."""
     stage = step.partition(":")[0]
@@ -87,9 +96,18 @@ def knobs(step: str, config: Config) -> str:
     return (COLOCATED if colocated else "") + KNOBS[stage]
 
 
+def _holds_base(step: Step, config: Config) -> bool:
+    """Whether a process of this step holds all weights of the base, and not a server or several processes."""
+    stage = step.stage.name
+    if stage == "eval":
+        return config.eval.engine == "transformers"
+    return stage in ("score", "sft", "rl") and launch.gpu_split(getattr(config, stage).launch)[1] == 1
+
+
 def estimate(config: Config, steps: list[Step]) -> Estimate:
     """Predict the cost of these steps from some seconds of measuring the model."""
     with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+        from stages.models.base import weights_mib
         from stages.plan.cost_model import CostModel
         from stages.plan.profiler import Profiler, one_thread
         from stages.plan.prompt_lengths import Texts, spans
@@ -99,6 +117,12 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
     if not any(texts.rows[name] for name in ("train", *config.eval.benchmarks)):
         return Estimate(unknown, [])
     lengths = list(spans(texts, steps))
+    room = resources.total_memory()
+    # Loading what cannot fit would end this process on a CPU, where memory is promised before it is there.
+    if not config.model.load_in_4bit and (weights := weights_mib(config.model)) > room:
+        too_large = Cost(memory=MemoryEstimate(weights=weights))
+        costs = {step.name: too_large if _holds_base(step, config) else Cost() for step in steps}
+        return Estimate(costs, lengths, room)
     with one_thread() as threads:
         try:
             profiler = Profiler(config, texts.tokenizer, threads)

@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import Config
+from stages.config import Config, RlSection
 from stages.engines import ChoiceRequest, Sampling
 from stages.engines.continuous_batching import SLOTS, generate
 from stages.engines.in_process import InProcess
 from stages.lora.adapter import adapter
+from stages.lora.grpo import vllm_rollouts
 from stages.models.base import decoder_layers, load_base
+from stages.models.size import kv_cache_bytes
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
+from stages.packing.logprobs import selected_logprobs
 from stages.packing.trl import suffix_only
 from stages.prompts.renderer import Row
 from stages.runtime import resources
@@ -80,8 +83,8 @@ class Profiler:
     """The base model of a config with an adapter, on this process's device; for use in `one_thread`."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
-        self._on_gpu = torch.cuda.is_available()
-        self.speedup = 1.0 if self._on_gpu else threads**GAIN
+        self.on_gpu = torch.cuda.is_available()
+        self.speedup = 1.0 if self.on_gpu else threads**GAIN
         self._start = time.perf_counter(), time.process_time(), resources.busy_seconds()
         resources.reset_peak()
         self.config, self.tokenizer = config, tokenizer
@@ -91,7 +94,7 @@ class Profiler:
         self.room = resources.total_memory()
         weights = {p.data_ptr(): p.nbytes for p in self.base.parameters()}  # tied weights count once
         self.weights_mib = sum(weights.values()) / resources.MIB
-        self.copy_mib = 0.0 if self._on_gpu else self.weights_mib  # on a GPU no stage holds a second copy
+        self.copy_mib = 0.0 if self.on_gpu else self.weights_mib  # on a GPU no stage holds a second copy
         self.libraries_mib = max(0.0, resources.peak_device_memory() - self.weights_mib)
         layers = [p.nbytes for layer in decoder_layers(self.base) for p in layer.parameters()]
         self.layers_mib = sum(layers) / resources.MIB
@@ -134,7 +137,11 @@ class Profiler:
             else:
                 width = max(map(len, ids))  # shorter rows are repeated where a batch has padding
                 padded = torch.tensor([(row * width)[:width] for row in ids], device=self.base.device)
-                model(input_ids=padded, labels=padded).loss.backward()
+                # As TRL does, the head is applied in parts, and not all logits are kept.
+                states = self.base.base_model(input_ids=padded, use_cache=False).last_hidden_state
+                hidden, targets = states[:, :-1].flatten(0, 1), padded[:, 1:].flatten()
+                head = self.base.get_output_embeddings()
+                selected_logprobs(hidden, head, targets).log_probs.sum().backward()
             model.zero_grad()
 
         model.train()
@@ -164,7 +171,7 @@ class Profiler:
 
     def _generate(self, prompts: list[list[int]], tokens: int) -> None:
         """Rollouts use a merged copy on a CPU, which is as fast as the base, and else the adapter."""
-        adapted = self._on_gpu or self.config.model.load_in_4bit
+        adapted = self.on_gpu or self.config.model.load_in_4bit
         model = self.adapted if adapted else self.base
         off = nullcontext() if adapted or "adapted" not in vars(self) else self.adapted.disable_adapter()
         with off:
@@ -188,11 +195,14 @@ class Profiler:
         return sum(layer.weight.numel() for layer in adapter.lora_layers(self.adapted).values())
 
     def kv_cache_mib(self, rows: int, length: int) -> float:
-        config = self.base.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * config.num_hidden_layers * heads * width  # keys and values of a token
-        return float(rows * length * numbers * self.base.dtype.itemsize / resources.MIB)
+        token = kv_cache_bytes(self.base.config.get_text_config(), self.base.dtype.itemsize)
+        return rows * length * token / resources.MIB
+
+    def colocated_mib(self, rl: RlSection, free_mib: float, processes: int) -> float:
+        """Memory of a vLLM on the trainer's GPU; ConfigError if it does not fit into what is free."""
+        token = kv_cache_bytes(self.base.config.get_text_config(), vllm_rollouts.ITEMSIZE)
+        free, parameters = int(free_mib * resources.MIB), self.base.num_parameters()
+        return vllm_rollouts.colocated_bytes(rl, parameters, token, free, processes) / resources.MIB
 
     def busy_cores(self) -> float | None:
         """Usable cores that other work has kept busy since the start; None if unknown or below BUSY_CORES.
@@ -209,7 +219,7 @@ class Profiler:
     def _few(self, texts: Sequence[list[int]], sharing: bool) -> tuple[int, int]:
         """The number of texts to measure, of FEW_TOKENS together (on a GPU all texts), and their tokens."""
         number = tokens = 0
-        while number < len(texts) and (self._on_gpu or tokens < FEW_TOKENS):
+        while number < len(texts) and (self.on_gpu or tokens < FEW_TOKENS):
             number += 1
             tokens = round(number * per_text(texts[:number], number if sharing else 1))
         return number, tokens
@@ -221,7 +231,7 @@ class Profiler:
             resources.reset_peak()
             in_use, begin = resources.peak_device_memory(), self._clock()
             work()
-            if self._on_gpu:
+            if self.on_gpu:
                 torch.cuda.synchronize()
             seconds, mib = self._clock() - begin, resources.peak_device_memory() - in_use
             if seconds >= ENOUGH_S:
@@ -230,7 +240,7 @@ class Profiler:
 
     def _clock(self) -> float:
         """Seconds; on a CPU of this thread alone, in which other work on the machine does not count."""
-        return time.perf_counter() if self._on_gpu else time.thread_time()
+        return time.perf_counter() if self.on_gpu else time.thread_time()
 
 
 def per_text(texts: Sequence[list[int]], size: int) -> float:

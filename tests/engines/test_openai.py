@@ -367,6 +367,40 @@ def test_no_more_is_asked_than_a_kill_may_lose():
     assert len(seen) == 40 and max(seen) <= QUICK.concurrency + 1
 
 
+@pytest.mark.parametrize(
+    ("grows", "settings", "seconds", "most"),
+    [
+        (True, {}, 0.001, transport.MOST_REQUESTS),
+        (True, {}, 0.2, transport.REQUESTS),  # more than a twentieth of its 2 seconds
+        (True, {"concurrency": 4}, 0.001, 4),
+        (False, {}, 0.001, transport.REQUESTS),
+    ],
+)
+def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, settings, seconds, most):
+    now = [0, 0]
+
+    async def ask(session, item):
+        now[0] += 1
+        now[1] = max(now)
+        await asyncio.sleep(seconds if item < 1200 else 0.02)  # at last, all that are there at once
+        now[0] -= 1
+        return item
+
+    number = 2400 if seconds < 0.1 else 200
+    server = ServerSection(timeout_s=2, **settings)
+    sender = transport.Transport(("http://127.0.0.1:1",), "", server, grows=grows)
+    answers = dict(sender.each(range(number), ask))
+    assert answers == {i: i for i in range(number)} and now[1] == most
+
+
+def test_a_server_that_fails_is_not_asked_more_at_a_time():
+    sender = transport.Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
+    session = transport.Session(sender, None)
+    assert session.may_grow(1.0) and not session.may_grow(31.0)
+    sender.counts.retried += 1
+    assert not session.may_grow(1.0)
+
+
 def test_unlike_servers_of_one_model_are_noticed():
     with serve(Mock(constrains=False)) as one, serve(Mock(weights="other", constrains=False)) as two:
         with pytest.raises(ConfigError, match="serves another judge"):

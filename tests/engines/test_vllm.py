@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import torch
 from conftest import ROOT, alive, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
@@ -27,10 +29,16 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 BALLOTS = [
     ChoiceRequest("Question: 2 + 2?\nSteps:", (" one", " many")),
     ChoiceRequest([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
 ]
+
+
+def runner(log: str) -> str:
+    """The model runner that a log of vLLM tells of."""
+    return "V2" if "Using V2 Model Runner" in log else "V1"
 
 
 def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
@@ -99,6 +107,36 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
     for i in range(6):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
         assert chosen["vllm"][i] != pytest.approx(chosen["base"][i], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the model runner V2 needs Triton, and so a GPU")
+@pytest.mark.parametrize("asked", [None, "0", "1"], ids=["default", "V1", "V2"])
+def test_votes_and_adapters_by_each_model_runner(tiny, tmp_path, monkeypatch, capsys, asked):
+    """vLLM has two, and takes V2 on CUDA and V1 on a CPU: with either, choices are those of this process."""
+    from stages.engines import vllm
+    from stages.lora.adapter import adapter
+
+    monkeypatch.delenv(RUNNER, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(RUNNER, asked)
+    model = ModelSection(name=str(tiny), dtype="float32")
+    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
+    said, given = [], {}
+    with vllm.open_modules(model, {"adapted": tmp_path}, ServerSection(), said.append) as clients:
+        for name, client in clients.items():
+            given[name] = {i: choice.probabilities[1] for i, choice in client.choose(BALLOTS)}
+        log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
+    ran = runner(log)
+    with capsys.disabled():
+        print(f"\n  votes and adapters by vLLM's model runner {ran}", end="")
+    assert asked is None or ran == ("V2" if asked == "1" else "V1")
+    for name, folder in ((model.name, None), ("adapted", tmp_path)):
+        with EngineCache() as pool:
+            engine = pool.get(EngineSpec("transformers", model, folder), ServerSection(), print)
+            here = {i: choice.probabilities[1] for i, choice in engine.choose(BALLOTS)}
+        assert given[name] == pytest.approx(here, abs=1e-3)
+    assert given["adapted"] != pytest.approx(given[model.name], abs=1e-3)
 
 
 def test_a_killed_parent_leaves_no_server(tiny):

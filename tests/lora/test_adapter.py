@@ -138,3 +138,38 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
 def test_no_model(tmp_path):
     with pytest.raises(MissingInputError, match="cannot load model"):
         load_base(ModelSection(name=str(tmp_path)))
+
+
+def test_layers_that_read_one_input_keep_one_cast_of_it(tiny):
+    """Of a layer in 16 bits: one of q, k, v, one of gate and up, one of down. The results are PEFT's."""
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraSection(r=4, std=0.3, target_modules=names)
+    ids = torch.arange(3, 40).view(1, -1)
+    logits, gradients, kept = {}, {}, {}
+    for how in ("shared", "PEFT's"):
+        model = adapter.initial(base(tiny, "bfloat16"), lora, 0).train()
+        if how != "shared":
+            for module in model.modules():
+                vars(module).pop("_cast_input_dtype", None)
+        layers = adapter.lora_layers(model)
+        inputs = {layer.in_features for name, layer in layers.items() if "lora_A" in name}
+        casts = set()
+
+        def keep(tensor, casts=casts, inputs=inputs):
+            width = tensor.shape[-1] if tensor.dim() else 0
+            if tensor.dtype == torch.float32 and width in inputs and tensor.numel() == ids.numel() * width:
+                casts.add(tensor.data_ptr())
+            return tensor
+
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits[how] = model(input_ids=ids).logits
+            kept[how] = len(casts)
+        logits[how].float().square().sum().backward()
+        gradients[how] = torch.cat([layer.weight.grad.flatten() for layer in layers.values()])
+    number = model.config.num_hidden_layers
+    assert kept["PEFT's"] - kept["shared"] == 3 * number
+    assert torch.equal(logits["shared"], logits["PEFT's"])
+    difference = gradients["shared"] - gradients["PEFT's"]  # sums are rounded once, not three times
+    assert difference.norm() < 0.01 * gradients["shared"].norm()

@@ -9,6 +9,7 @@ import re
 
 import pytest
 from accelerate import Accelerator
+from peft.tuners.lora.layer import Linear
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer, SFTTrainer
@@ -48,6 +49,7 @@ METHODS = {
         "_calculate_rewards": "inputs prompts completions completion_ids_list",
     },
     VLLMGeneration: {"_iter_named_params": ""},
+    Linear: {"_cast_input_dtype": "x dtype"},
     nn.Linear: {
         "_apply": "fn recurse",
         "_save_to_state_dict": "destination prefix keep_vars",

@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from trl.generation import vllm_generation
 
 from stages.config import ModelSection
-from stages.config.rl import RolloutsSection
+from stages.config.rl import RlSection, RolloutsSection
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora.adapter import adapter, merge, sparse_linear
 from stages.lora.grpo import vllm_rollouts
@@ -265,14 +265,93 @@ def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve m --weight-transfer-config" in caught.value.hint
 
 
+GIB = 2**30
+# Parameters, and bytes of a token's keys and values: 2 · layers · key heads · 128 · 2 bytes.
+LLAMA2_7B, QWEN25_7B = (6_738_415_616, 2 * 32 * 32 * 128 * 2), (7_615_616_512, 2 * 28 * 4 * 128 * 2)
+PAPER = RlSection(rollouts=RolloutsSection(engine="vllm_colocate"))  # 256 completions of 128 + 256 tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "settings", "weights", "cache"),
+    [
+        # 256 · 384 · 56 KiB are 5.25 GiB, less than half of what is free.
+        (QWEN25_7B, 48, {}, 14.18, 5.25),
+        (QWEN25_7B, 80, {}, 14.18, 5.25),
+        # 256 · 2,560 · 56 KiB would be 35 GiB; half of 80 - 2 · 14.185 - 3 is 24.31.
+        (QWEN25_7B, 80, {"max_prompt_length": 512, "max_completion_length": 2048}, 14.18, 24.31),
+        # 256 · 384 · 512 KiB would be 48 GiB; half of 48 - 2 · 12.551 - 3 is 9.95, nine tenths are 17.91.
+        (LLAMA2_7B, 48, {}, 12.55, 9.95),
+        (LLAMA2_7B, 48, {"enable_sleep_mode": True}, 12.55, 17.91),
+        # Two GPUs that share a vLLM hold half of its weights each: half of 24 - 12.551 - 6.276 - 3 is 1.09.
+        (LLAMA2_7B, 24, {"tensor_parallel_size": 2}, 6.28, 1.09),
+    ],
+)
+def test_a_colocated_engine_takes_its_weights_and_what_completions_need(
+    model, card, settings, weights, cache
+):
+    rollouts = {name: settings[name] for name in settings.keys() & RolloutsSection.model_fields.keys()}
+    rl = PAPER.model_copy(
+        update={**settings, "rollouts": RolloutsSection(engine="vllm_colocate", **rollouts)}
+    )
+    processes = rl.rollouts.tensor_parallel_size
+    free = card * GIB - 2 * model[0]
+    found = vllm_rollouts.colocated_bytes(rl, *model, free, processes)
+    assert found / GIB == pytest.approx(weights + 3 + cache, abs=0.02)
+
+
+def test_an_engine_that_does_not_fit_beside_the_base_is_refused():
+    """LLaMA-2-7B on 24 GiB: its 12.6 GiB twice."""
+    with pytest.raises(ConfigError, match=r"11\.4 GiB of the GPU are free, and vLLM needs 12\.6") as caught:
+        vllm_rollouts.colocated_bytes(PAPER, *LLAMA2_7B, 24 * GIB - 2 * LLAMA2_7B[0], 1)
+    assert "rl.rollouts.engine=transformers" in caught.value.hint
+    assert "rl.rollouts.tensor_parallel_size" in caught.value.hint
+
+
+def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
+    layers = SimpleNamespace(
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584
+    )
+    base = SimpleNamespace(
+        num_parameters=lambda: QWEN25_7B[0], config=SimpleNamespace(get_text_config=lambda: layers)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (33 * GIB, 48 * GIB))
+    made = vllm_rollouts.with_memory_share(PAPER, base).rollouts
+    assert vllm_rollouts.arguments(made, 384, [])["vllm_gpu_memory_utilization"] == pytest.approx(
+        (14.185 + 3 + 5.25) / 48, abs=0.001
+    )
+    given = PAPER.model_copy(
+        update={"rollouts": PAPER.rollouts.model_copy(update={"gpu_memory_utilization": 0.2})}
+    )
+    assert vllm_rollouts.with_memory_share(given, base) is given
+    own = RlSection()
+    assert vllm_rollouts.with_memory_share(own, base) is own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vllm_rollouts.with_memory_share(PAPER, base).rollouts.gpu_memory_utilization == 0.3
+
+
 def test_an_address_goes_with_a_server():
     with pytest.raises(ValueError, match="base_url goes with engine vllm_server"):
         RolloutsSection(engine="vllm_server")
 
 
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))
+
+
 @pytest.mark.vllm
-def test_the_real_engine_answers_like_the_trained_model(begun):
-    """vLLM in the trainer's process on CPU: its probabilities after each sync are the trainer's."""
+@pytest.mark.parametrize(
+    "runner",
+    [None, *(pytest.param(name, marks=NEEDS_GPU) for name in "01")],
+    ids=["default", "V1", "V2"],
+)
+def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, capsys, runner):
+    """vLLM in the trainer's process: its probabilities after each sync are the trainer's.
+
+    runner: which of vLLM's model runners, V2 by default on CUDA and V1 on a CPU.
+    """
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if runner is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     config = begun("rl.rollouts.engine=vllm_colocate", "rl.max_steps=3")
     make_step(config, "sft")
     arguments = [
@@ -285,8 +364,12 @@ def test_the_real_engine_answers_like_the_trained_model(begun):
         )
         for part in ("--set", text)
     ]
-    command = [sys.executable, "-m", "lorapar_cli", "rl", str(ROOT / "configs/smoke.yaml"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "lorapar_cli", "rl", "--force", str(ROOT / "configs/smoke.yaml")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    ran = "Using V2 Model Runner" in done.stdout + done.stderr
+    with capsys.disabled():
+        print(f"\n  weights to vLLM's model runner {'V2' if ran else 'V1'}", end="")
+    assert runner is None or ran == (runner == "1")
     steps = json.loads((config.root / "rl/latest/history.json").read_text())
     assert len(steps) == 3 and all(row["sampling/sampling_logp_difference/max"] < 0.05 for row in steps)

@@ -74,8 +74,10 @@ class Client:
         key: str,
         server: ServerSection,
         exit_error: Callable[[], ServerError | None] = lambda: None,
+        grows: bool = False,
     ) -> None:
-        self.transport = Transport(urls, key, server, exit_error)
+        """exit_error, grows: see `Transport`."""
+        self.transport = Transport(urls, key, server, exit_error, grows)
         self._tokens_needed: dict[tuple[str, ...], int] = {}
         """For the words of a request: the tokens until they differ, learned from earlier replies."""
         self._can_constrain: dict[str, bool] = {}

@@ -15,7 +15,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -26,6 +26,7 @@ import tenacity
 
 from stages.config import ServerSection
 from stages.engines import Failure
+from stages.engines.openai import event_loop
 from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, retry_after_seconds
 from stages.engines.openai.schema import parse_json
 from stages.errors import AnswerError, ConfigError, ServerError
@@ -37,11 +38,21 @@ ALIVE_TIMEOUT_S = 5
 """Time that a server has to list its models when all tries of a request have failed."""
 SKIP_S = 15
 """Time for which a server that failed gets no requests if there are others."""
+REQUESTS, MOST_REQUESTS = 64, 512
+"""Requests in flight at first, and at most, if `server.concurrency` does not say.
+
+A large GPU takes several hundred at a time. Each has a connection, and many systems allow a process 1,024.
+"""
+QUICK = 0.05
+"""Share of `server.timeout_s` in which a server answers that is sent more requests at a time.
+
+One that has as many as it can work on lets others wait, so that with each request more all take longer.
+"""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Outcome = tuple[int, Any, asyncio.Event]
 """What a worker puts into the queue: index and result of an item, and the event by which it may go on.
 
-The result is an answer, a Failure, or an exception to raise. Index -1: the worker has no more items.
+The result is an answer, a Failure, or an exception to raise. Index -1: no worker has an item left.
 """
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,7 +80,9 @@ class Transport:
         key: str,
         server: ServerSection,
         exit_error: Callable[[], ServerError | None] = lambda: None,
+        grows: bool = False,
     ) -> None:
+        """grows: without `server.concurrency`, send more requests at a time as long as answers are quick."""
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.exit_error = exit_error
         """For a server that this process started: the error if it has ended, else None."""
@@ -77,6 +90,8 @@ class Transport:
         self.server = server
         self.retry_after = 0.0
         """Time (of `time.monotonic`) before which no server gets a request, after a Retry-After."""
+        self.most = server.concurrency or (MOST_REQUESTS if grows else REQUESTS)
+        """Most requests in flight."""
         self._key = key
         self._turn = count()
         self._skipped_until: dict[str, float] = {}
@@ -87,18 +102,17 @@ class Transport:
     ) -> Iterator[tuple[int, R | Failure]]:
         """Yield each item's index and answer as soon as it arrives.
 
-        At most `server.concurrency` items are in progress at a time: in a request, or answered and not yet
-        dealt with. The caller has dealt with an item when it asks for the next one, so a kill loses no more
-        answers than that.
+        At most `most` items are in progress at a time: in a request, or answered and not yet dealt with. The
+        caller has dealt with an item when it asks for the next one, so a kill loses no more answers than that.
         ServerError if the servers are dead, ConfigError if they refuse what every item asks for.
 
         The order of steps:
-        1. A thread runs an event loop with `server.concurrency` workers (`_work`), which take the next item
-           from the shared iterator `items` (so that it is read in that thread) and ask for it.
+        1. A thread runs an event loop with workers (`_work`), which take the next item from the shared
+           iterator `items` (so that it is read in that thread) and ask for it. Quick answers start more.
         2. A worker puts the outcome into the queue and waits for the outcome's event.
         3. This generator, in the caller's thread, takes the outcome from the queue and yields it.
         4. When the caller comes back, it sets the event, and the worker takes its next item.
-        5. Each worker that finds no more items says so, and the last one ends the generator.
+        5. The last of the workers to find no more items says so, and that ends the generator.
         6. In every case, also on an error or a signal, running requests are cancelled and the thread joined.
         """
         http = self._client()
@@ -107,26 +121,25 @@ class Transport:
         numbered = iter(enumerate(items))
         loop = asyncio.new_event_loop()
         # A thread of its own: a signal's exception rises in the caller's thread, and would be lost in a task.
-        thread = threading.Thread(target=_run, args=(loop,), name="requests", daemon=True)
-        workers = self.server.concurrency
+        thread = threading.Thread(target=event_loop.run, args=(loop,), name="requests", daemon=True)
+        session.workers = min(self.server.concurrency or REQUESTS, self.most)
         try:
             thread.start()
-            for _ in range(workers):
+            for _ in range(session.workers):
                 asyncio.run_coroutine_threadsafe(_work(session, numbered, ask, outcomes), loop)
-            while workers:
+            while True:
                 i, answer, dealt_with = self._next(outcomes)
                 if isinstance(answer, Exception):
                     raise answer
                 if i < 0:
-                    workers -= 1
-                    continue
+                    break
                 yield i, answer
                 loop.call_soon_threadsafe(dealt_with.set)  # an asyncio.Event is set in its loop's thread only
         finally:
             try:
-                _stop(loop, thread, session.http)
+                event_loop.stop(loop, thread, session.http)
             except BaseException:  # a signal's exception interrupted it
-                _stop(loop, thread, session.http)
+                event_loop.stop(loop, thread, session.http)
                 raise
 
     def call(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
@@ -151,7 +164,7 @@ class Transport:
 
     def _client(self) -> httpx.AsyncClient:
         # One connection per request: on one kept alive, a reply sent twice would answer the next request.
-        limits = httpx.Limits(max_connections=self.server.concurrency, max_keepalive_connections=0)
+        limits = httpx.Limits(max_connections=self.most, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         proxy = uses_proxy(*self.urls)
         try:
@@ -175,35 +188,6 @@ class Transport:
             ) from None
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run the loop until it is stopped, and close it."""
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient) -> None:
-    """Cancel what the loop runs, stop it, and wait for its thread. A second call does no harm."""
-
-    def begin() -> None:
-        loop.create_task(_cancel_all(http)).add_done_callback(lambda _: loop.stop())
-
-    with suppress(RuntimeError):  # the loop is closed already
-        loop.call_soon_threadsafe(begin)
-    if thread.is_alive():
-        thread.join()
-
-
-async def _cancel_all(http: httpx.AsyncClient) -> None:
-    """Cancel the workers, wait for their ends, then close their connections."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await http.aclose()
-
-
 async def _pause(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
@@ -220,15 +204,21 @@ async def _work(
     try:
         for i, item in numbered:
             dealt_with.clear()
+            asked = time.monotonic()
             try:
                 outcomes.put((i, await ask(session, item), dealt_with))
             except ItemFailed as failed:
                 outcomes.put((i, failed.failure, dealt_with))
+            else:
+                if session.may_grow(time.monotonic() - asked):
+                    session.start(_work(session, numbered, ask, outcomes))
             await dealt_with.wait()
     except Exception as error:  # raised in the caller's thread, which reads the queue
         outcomes.put((0, error, dealt_with))
     else:
-        outcomes.put((-1, None, dealt_with))
+        session.workers -= 1
+        if not session.workers:
+            outcomes.put((-1, None, dealt_with))
 
 
 class Session:
@@ -236,6 +226,18 @@ class Session:
 
     def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
         self.transport, self.http = transport, http
+        self.workers = 0
+        self._started: set[asyncio.Task[None]] = set()
+
+    def may_grow(self, seconds: float) -> bool:
+        """Whether one more worker may start after an answer that took so long."""
+        transport = self.transport
+        is_quick = seconds < QUICK * transport.server.timeout_s and not transport.counts.retried
+        return is_quick and self.workers < transport.most
+
+    def start(self, worker: Coroutine[Any, Any, None]) -> None:
+        self.workers += 1
+        self._started.add(asyncio.get_running_loop().create_task(worker))  # the loop itself may forget it
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         """Send a request, and return the JSON of its reply as parsed by `read`.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError
+from stages.lora.adapter.shared_cast import share_casts
 from stages.models.base import with_adapter
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     lora = with_targets(base, lora)
     peft_values = None if lora.init == "normal" else _peft_initial_values(base, lora, seed)
     model = with_adapter(base, _lora_config(lora, 0.0, lora.compensated, False))
+    share_casts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Sorted by name, so that the random values do not depend on the order of the modules.
@@ -156,6 +158,7 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
     """Put the adapter in `folder` on `base`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
     model = with_adapter(base, _lora_config(lora, dropout, lora.compensated, False))
+    share_casts(model)
     stored, layers = read(folder), lora_layers(model)
     # PEFT would skip names that the model lacks and leave layers that the file lacks at their initial values.
     if stored.keys() != layers.keys():

@@ -94,6 +94,7 @@ def build(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
     sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
+    rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
     rewards = _checked(functions, rl, box, prompts.encoded)
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from stages.config import BaselineSection, ModelSection
-from stages.config.rl import RolloutsSection
+from stages.config.rl import RlSection, RolloutsSection
 from stages.engines.openai.transport import uses_proxy
 from stages.engines.vllm import ON_CPU, flags
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.lora.adapter import merge
-from stages.runtime import distributed
+from stages.models.size import kv_cache_bytes
+from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +32,23 @@ TAKES_WEIGHTS = {
     "max_logprobs": -1,
 }
 """vLLM's arguments for a server whose weights the trainer replaces."""
+GIB = 2**30
+ITEMSIZE = 2
+"""Bytes of a number in a colocated vLLM, which also turns a checkpoint of 32 bits into 16."""
+ALLOWANCE = 3 * GIB
+"""Bytes that a colocated vLLM takes beside weights and cache, by arithmetic.
+
+TRL lets it compute 4,096 tokens at a time, for which an MLP of Qwen2.5-7B's width needs .5 GiB. Its sampler
+holds about four float32 matrices of 256 completions × vocabulary, .6 GiB. The rest is for CUDA graphs,
+libraries and fragments.
+"""
+TAKEN, TAKEN_BY_SLEEPER = 0.5, 0.9
+"""Largest share of what is free beside the weights that keys and values take: training needs the rest.
+
+One that sleeps in optimizer steps leaves it only what stays meanwhile: optimizer state and fragments.
+"""
+CPU_SHARE = 0.3
+"""On a CPU vLLM asks for a share, and takes what ON_CPU says."""
 
 
 def prepare(rollouts: RolloutsSection, model: str) -> None:
@@ -133,6 +151,51 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_importance_sampling_clip_max": rollouts.correction_max,
         "generation_kwargs": {"stop_token_ids": stops},
     }
+
+
+def with_memory_share(rl: RlSection, base: PreTrainedModel) -> RlSection:
+    """`rl` with the share of memory that a colocated vLLM takes, if it is not set.
+
+    base: the trainer's, as it is on this process's GPU. ConfigError if vLLM does not fit beside it.
+    """
+    rollouts = rl.rollouts
+    if rollouts.engine != "vllm_colocate" or rollouts.gpu_memory_utilization is not None:
+        return rl
+    share = CPU_SHARE
+    if torch.cuda.is_available():
+        resources.release_memory()
+        free, total = torch.cuda.mem_get_info()
+        processes = distributed.world_size()
+        token = kv_cache_bytes(base.config.get_text_config(), ITEMSIZE)
+        share = colocated_bytes(rl, base.num_parameters(), token, free, processes) / total
+    return rl.model_copy(update={"rollouts": rollouts.model_copy(update={"gpu_memory_utilization": share})})
+
+
+def colocated_bytes(rl: RlSection, parameters: int, token: int, free: int, processes: int) -> int:
+    """Bytes of a GPU for a colocated vLLM: its weights, ALLOWANCE, keys and values of a step's completions.
+
+    weights + ALLOWANCE + min(completions · tokens · token, share · (free - weights - ALLOWANCE))
+
+    Where not all keys and values fit, vLLM computes some completions later. parameters: of the base. token:
+    bytes of a token's keys and values. free: bytes beside the trainer's base. processes: of the trainer.
+    ConfigError if not even the keys and values of one completion fit.
+    """
+    rollouts = rl.rollouts
+    weights = parameters * ITEMSIZE // rollouts.tensor_parallel_size
+    completion = (rl.max_prompt_length + rl.max_completion_length) * token
+    # Processes that share a vLLM share its completions, too: as many for each GPU as without.
+    wanted = rl.prompts_per_step * rl.num_generations * completion // processes
+    taken = TAKEN_BY_SLEEPER if rollouts.enable_sleep_mode else TAKEN
+    cache = min(wanted, int(taken * (free - weights - ALLOWANCE)))
+    if cache < completion // rollouts.tensor_parallel_size:
+        raise ConfigError(
+            f"rl.rollouts.engine vllm_colocate: beside the trainer's base {free / GIB:.1f} GiB of the GPU "
+            f"are free, and vLLM needs {weights / GIB:.1f} for weights of its own, {ALLOWANCE / GIB:.0f} to "
+            "compute, and room for keys and values",
+            "rl.rollouts.engine=transformers; with several GPUs rl.rollouts.tensor_parallel_size, or "
+            "rl.rollouts.engine=vllm_server",
+        )
+    return weights + ALLOWANCE + cache
 
 
 def copy_of(
