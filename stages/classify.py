@@ -16,7 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.config import BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection, Voter
+from stages.config import (
+    UNVOTED,
+    BenchmarkSection,
+    ClassifySection,
+    DataSection,
+    ModelSection,
+    ServerSection,
+    Voter,
+)
 from stages.data.rows import read
 from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
@@ -61,7 +69,7 @@ def run(
     brings_labels = benchmark is not None and benchmark.brings_labels
     if brings_labels:
         classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
-    if classify.strategy != "vote":
+    if classify.strategy in UNVOTED:
         # Training rows need labels; items of a benchmark only if it was said to bring them.
         required = benchmark is None or brings_labels
         rows = _swap_labels(_label_without_voters(examples, classify, required), classify)
@@ -85,6 +93,8 @@ def run(
             probabilities, calibration.threshold, voter_log.voter.weight
         )
     rows, with_thresholds, system2_ids = aggregate(examples, voter_results, classify)
+    if classify.strategy == "shuffled":
+        rows = _shuffle_labels(rows, classify.seed)
     rows = _swap_labels(rows, classify)
     write_labels(job.out / "labels.jsonl", rows)
     path, say = job.out / "report.json", job.progress.say
@@ -100,6 +110,14 @@ def _label_without_voters(
         return with_known_labels(examples, classify.known, file, required)
     generator, share = random.Random(classify.seed), classify.system2_share or 0.5
     return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
+
+
+def _shuffle_labels(rows: list[Labelled], seed: int) -> list[Labelled]:
+    """Permute the labels over the rows that have one; undecided rows stay undecided."""
+    systems = [row.system for row in rows if row.system]
+    random.Random(seed).shuffle(systems)
+    shuffled = iter(systems)
+    return [replace(row, system=next(shuffled)) if row.system else row for row in rows]
 
 
 def _swap_labels(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:

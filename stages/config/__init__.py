@@ -16,6 +16,7 @@ from stages.config.evaluation import TRAINED as TRAINED
 from stages.config.evaluation import UNTRAINED_TARGETS as UNTRAINED_TARGETS
 from stages.config.evaluation import BenchmarkSection, EvalSection, SandboxSection
 from stages.config.fields import Section, registries_from, setting
+from stages.config.labels import UNVOTED as UNVOTED
 from stages.config.labels import ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection

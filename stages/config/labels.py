@@ -197,10 +197,11 @@ UNVOTED = ("known", "random")
 
 
 class ClassifySection(Section):
-    strategy: Literal["vote", "known", "random"] = setting(
+    strategy: Literal["vote", "shuffled", "known", "random"] = setting(
         "vote",
-        "Where labels come from. vote: the voters; known: the rows or labels_file; random: a random draw, "
-        "as a control.",
+        "Where labels come from. vote: the voters; known: the rows or labels_file. Two are controls. "
+        "shuffled: the voters' labels, dealt out to other rows, so that System 2 keeps its share; "
+        "random: a random draw.",
     )
     labels_file: str | None = setting(
         None,
@@ -280,10 +281,12 @@ class ClassifySection(Section):
         ge=0,
         le=1,
     )
-    seed: int = setting(0, "Seed of strategy random and of sampled votes.", ignored_by="known", advanced=True)
+    seed: int = setting(
+        0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known", advanced=True
+    )
 
     @model_validator(mode="after")
     def _check_labels_file(self) -> "ClassifySection":
-        if self.labels_file and self.strategy == "vote":
+        if self.labels_file and self.strategy not in UNVOTED:
             raise ValueError("labels_file is read by strategy known: set it, or leave labels_file out")
         return self

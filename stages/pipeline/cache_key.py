@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.config import BenchmarkSection, Config, ModelSection, SourceSection, Voter
+from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, SourceSection, Voter
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
@@ -33,7 +33,7 @@ def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
     Of labels that no voter gives, the file that they are read from.
     """
     section = config.classify
-    if section.strategy != "vote":
+    if section.strategy in UNVOTED:
         file = section.labels_file if section.strategy == "known" else None
         if file and not Path(file).is_file():
             raise MissingInputError(f"no file {file} of labels", "see classify.labels_file")

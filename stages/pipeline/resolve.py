@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.config import Config, ModelSection, Voter, yaml
+from stages.config import UNVOTED, Config, ModelSection, Voter, yaml
 from stages.engines import engines
 from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
@@ -75,7 +75,7 @@ def resolved(config: Config) -> Config:
         return "vllm" if serve else "transformers"
 
     voters = config.classify.voters
-    if config.classify.strategy == "vote":
+    if config.classify.strategy not in UNVOTED:
         engines = [choose(v.engine, vote_engine(v) if v.engine == "auto" else "") for v in voters]
         voters = [v.model_copy(update={"engine": e}) for v, e in zip(voters, engines, strict=True)]
     served = has_vllm and has_gpu and config.served_by_vllm

@@ -16,7 +16,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from stages.config import ROUTED, UNTRAINED_TARGETS, Config, LaunchSection
+from stages.config import ROUTED, UNTRAINED_TARGETS, UNVOTED, Config, LaunchSection
 from stages.engines.continuous_batching import FREE_SHARE, SLOTS
 from stages.engines.in_process import batch_sizes
 from stages.errors import ConfigError, is_out_of_memory
@@ -74,7 +74,7 @@ class CostModel:
         seconds = (rows + held-out examples) · Σ_voters samples · prompt tokens · token_s
         """
         config, rows, voters = self.config, self.texts.rows[variant], self.config.classify.voters
-        if config.labelling_strategy(variant) != "vote" or not rows:
+        if config.labelling_strategy(variant) in UNVOTED or not rows:
             return NOTHING
         if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
             return UNKNOWN  # other models vote (the base itself in 16 bits), or think at unknown length

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stages.config import BenchmarkSection, Config, Voter
+from stages.config import UNVOTED, BenchmarkSection, Config, Voter
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
@@ -138,7 +138,7 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
     config, rows = texts.config, texts.rows
     data, rl, stages = config.data, config.rl, {step.stage.name for step in steps}
     for name in (step.variant for step in steps if step.stage.name == "classify"):
-        if config.labelling_strategy(name) != "vote" or not rows[name]:
+        if config.labelling_strategy(name) in UNVOTED or not rows[name]:
             continue
         for voter, ballots in zip(config.classify.voters, texts.ballots(name), strict=True):
             if ballots:

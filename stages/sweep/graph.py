@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.config import ROUTED
+from stages.config import ROUTED, UNVOTED
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
@@ -71,7 +71,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
     # Engines are resolved here, because `auto` may give another one where the step runs: a node has a GPU,
     # the login node that plans the sweep has none.
     engines = [f"eval.engine={cell.config.eval.engine}"]
-    if cell.config.classify.strategy == "vote":
+    if cell.config.classify.strategy not in UNVOTED:
         voters = [v.model_dump(mode="json", exclude_unset=True) for v in cell.config.classify.voters]
         engines.append(f"classify.voters={json.dumps(voters)}")
     sets = [argument for text in (*cell.overrides, *engines) for argument in ("--set", text)]

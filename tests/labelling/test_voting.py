@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from conftest import make_steps
+from conftest import labels_of, make_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +22,8 @@ from stages.labelling.personas import (
     shots,
 )
 from stages.labelling.report import _known_label_warnings, _refuse_weak_voters
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
 from stages.records import Example
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -369,3 +371,17 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
     monkeypatch.setattr("stages.engines.in_process.InProcess.choose", None)  # nothing is asked again
     for settings in (["classify.accept_weak=true"], ["classify.min_auc=0"]):
         make_steps(own("classify.accept_weak=false", *settings), "classify:train", force=True)
+
+
+def test_shuffled_labels_are_those_of_the_votes_on_other_rows(own, monkeypatch):
+    unanimous = "classify.rule=unanimous"
+    monkeypatch.setattr("stages.engines.in_process.InProcess.choose", None)  # no question is asked again
+    voted, shuffled = own(unanimous), own(unanimous, "classify.strategy=shuffled")
+    for config in (voted, shuffled):
+        make_steps(config, "classify:train")
+    one, two = ([row.system for row in labels_of(config)] for config in (voted, shuffled))
+    assert one != two and {1, 2, None} == set(one)
+    assert [one.count(system) for system in (1, 2)] == [two.count(system) for system in (1, 2)]
+    assert [system is None for system in one] == [system is None for system in two]
+    other = own(unanimous, "classify.strategy=shuffled", "classify.seed=1")
+    assert plan_steps(resolved(other))["score"].key != plan_steps(resolved(shuffled))["score"].key
