@@ -25,6 +25,7 @@ from stages.prompts.renderer import Renderer
 from stages.records import read_labels
 from stages.rewards import loading
 from stages.runtime import libraries
+from stages.runtime.batch_size import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def run(
     sampling = Sampling(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
-    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
+    size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
+    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
     arguments = _arguments(rl, steps, seed, context.checkpoints, renderer.stop_ids)
     rewards = _checked(functions, rl, box, prompts.encoded)
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)

@@ -9,11 +9,12 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.config import DataSection, LaunchSection, LoraSection, ModelSection, PromptSection, ScoreSection
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
@@ -25,6 +26,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
 from stages.runtime import distributed, resources
+from stages.runtime.batch_size import BatchSize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,6 +71,7 @@ def run(
     if left_out := len(labels) - len(examples.with_response(labels)):
         summary["without_response"] = left_out
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
+    size = _batch_size(score)
     scores = {}
     for system, chosen in examples.scored(labels, score, seed).items():
         rows, long = renderer.rows(chosen, data)
@@ -79,7 +82,7 @@ def run(
         job.progress.start(f"score System {system}", sum(len(_local_rows(batch)) for batch in batches))
 
         def sums_of(batch: list[Row]) -> Moments:
-            return _moments(peft_model, batch, score, renderer, job.progress)
+            return _moments(peft_model, batch, size, score.launch, renderer, job.progress)
 
         scores[system], statistics = _importance(peft_model, batches, sums_of, lora, score.scorer)
         check_importance(flatten_weights(scores[system]), system)
@@ -94,8 +97,22 @@ def _local_rows(rows: list[Row]) -> list[Row]:
     return rows[distributed.rank() :: distributed.world_size()]
 
 
+def _batch_size(score: ScoreSection) -> BatchSize:
+    """Examples of a forward pass; processes that share one base compute alike, and none goes its own way."""
+    if fsdp.is_sharded(score.launch):
+        return BatchSize("score.batch_size", score.batch_size, "lower score.batch_size", score.batch_size)
+    return BatchSize(
+        "score.batch_size", score.batch_size, "shorten the rows by data.max_length, or set model.load_in_4bit"
+    )
+
+
 def _moments(
-    model: PeftModel, rows: list[Row], score: ScoreSection, renderer: Renderer, progress: Progress
+    model: PeftModel,
+    rows: list[Row],
+    size: BatchSize,
+    launch: LaunchSection,
+    renderer: Renderer,
+    progress: Progress,
 ) -> Moments:
     """Compute the sums over these rows, split over all processes; each process returns the totals.
 
@@ -104,16 +121,15 @@ def _moments(
     larger blocks than are free, a fifth more memory in all on a CPU.
     """
     local = sorted(_local_rows(rows), key=lambda row: -len(row.input_ids))
-    batches = [local[i : i + score.batch_size] for i in range(0, len(local), score.batch_size)]
     model.requires_grad_(False)
     model.eval()
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
-    sums = moments(model, layers, batches, progress.advance, pad)
-    if fsdp.is_sharded(score.launch):
+    sums = moments(model, layers, local, size, progress.advance, pad)
+    if fsdp.is_sharded(launch):
         # Each pass through a sharded base needs all processes. The first has the most rows; processes with
         # fewer batches make up for it with passes over some row, whose results are discarded.
-        most = math.ceil(len(rows[:: distributed.world_size()]) / score.batch_size)
-        moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
+        own, most = (math.ceil(n / size.now) for n in (len(local), len(rows[:: distributed.world_size()])))
+        moments(model, layers, rows[:1] * (most - own), replace(size, now=1), lambda _: None, pad)
     _all_reduce(sums)
     return sums
 
