@@ -4,7 +4,6 @@ rl.py says what is measured, and how completions are ended.
 """
 
 import argparse
-import copy
 import gc
 import json
 import random
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure import now
+from measure import now, twin
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -32,6 +31,7 @@ from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
+from stages.runtime.batch_size import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
@@ -226,15 +226,13 @@ class Bench:
         """As `stages.rl.run` makes it, from random masks."""
         merged = vllm_rollouts.copy_of(base, section.rollouts, self.section, None)
         model = adapter.initial(base, LoraSection(), seed=0)
-        if merged is None:
-            ends.on_theirs(model)
-        else:
-            ends.on_ours()
+        ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.with_checks("odd", odd)]
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
-        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling)
+        size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
+        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
         trainer = building.build_trainer(section, pool, writer, rewards, arguments)
         pack(model, random_masks(model, self.given.share))
         return trainer
@@ -242,7 +240,7 @@ class Bench:
     def pairs(self, shape: Shape) -> tuple[list[Batch], dict[str, list[dict[str, float]]]]:
         """The batches that count, and for each side the seconds of its steps on them."""
         batches = self.batches(shape, self.given.pairs + 1)
-        sides = {name: self.side(name, copy.deepcopy(self.base), shape, batches) for name in SIDES}
+        sides = {name: self.side(name, twin(self.base), shape, batches) for name in SIDES}
         seconds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
         for number, batch in enumerate(batches):
             for name in random.sample(SIDES, len(SIDES)):

@@ -33,7 +33,7 @@ def main() -> None:
         config = resolved(load(Path(given.config), settings))
         store, together = Store(config.root), [0.0, 0.0]
         print("step", "seconds", "planned", "ratio", "MiB", "planned", "ratio", sep="\t")
-        for name, step in ancestors(plan_steps(config), None).items():
+        for name, step in ancestors(config, plan_steps(config), None).items():
             manifest = json.loads((store.folder(step.stage.name, step.key) / "manifest.json").read_bytes())
             took, told = actual_and_planned(manifest["provenance"])
             if took.seconds is not None and told.seconds is not None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from stages.runtime import resources
+from stages.runtime import gpu, resources
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def _device() -> Finding:
         return Finding(
             "device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB"
         )
+    if reason := gpu.unusable_reason():
+        return Finding("device", f"torch cannot use the NVIDIA GPU: {reason}; {gpu.MEND}", False)
     return Finding(
         "device", f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )

@@ -10,6 +10,7 @@ from stages import escaping
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
+from stages.runtime import gpu
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; lorapar init writes one.")]
 Overrides = Annotated[
@@ -72,6 +73,8 @@ def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, 
     global typed_config
     typed_config = typed(path, overrides)
     config = resolved(load(path, overrides))
+    if config.model.device == "cpu":
+        gpu.hide()
     return config, plan_steps(config)
 
 

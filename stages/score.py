@@ -11,12 +11,21 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
+from stages.config import (
+    DataSection,
+    LaunchSection,
+    LoraSection,
+    ModelSection,
+    PromptSection,
+    RlSection,
+    ScoreSection,
+)
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance import pilot
@@ -29,6 +38,7 @@ from stages.prompts.renderer import Renderer, Row
 from stages.records import Example, Labelled, read_labels, write_labels
 from stages.rewards import loading
 from stages.runtime import distributed, resources
+from stages.runtime.batch_size import BatchSize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,12 +97,13 @@ def run(
         summary["held_out"] = _hold_out(held_out, renderer, data, job.out / "held_out.jsonl")
     else:
         groups |= examples.scored(labels, score, seed)
+    size = _batch_size(score)
     scores: dict[Any, dict[str, Tensor]] = {}
     for group, chosen in groups.items():
         title = "the protected rows" if protected else f"System {group}"
         rows, long = renderer.rows(chosen, data)
         scores[group], statistics = _score_rows(
-            peft_model, rows, title, scorer, score, lora, renderer, job.progress
+            peft_model, rows, title, scorer, size, score.launch, lora, renderer, job.progress
         )
         name = str(group) if protected else f"system{group}"
         summary[name] = {"examples": len(rows), "too_long": long, **statistics}
@@ -106,7 +117,8 @@ def _score_rows(
     rows: list[Row],
     title: str,
     scorer: str,
-    score: ScoreSection,
+    size: BatchSize,
+    launch: LaunchSection,
     lora: LoraSection,
     renderer: Renderer,
     progress: Progress,
@@ -119,7 +131,7 @@ def _score_rows(
     progress.start(f"score {title}", sum(len(_local_rows(batch)) for batch in batches))
 
     def sums_of(batch: list[Row]) -> Moments:
-        return _moments(model, batch, score, renderer, progress)
+        return _moments(model, batch, size, launch, renderer, progress)
 
     scores, statistics = _importance(model, batches, sums_of, lora, scorer)
     check_importance(flatten_weights(scores), title)
@@ -195,8 +207,22 @@ def _local_rows(rows: list[Row]) -> list[Row]:
     return rows[distributed.rank() :: distributed.world_size()]
 
 
+def _batch_size(score: ScoreSection) -> BatchSize:
+    """Examples of a forward pass; processes that share one base compute alike, and none goes its own way."""
+    if fsdp.is_sharded(score.launch):
+        return BatchSize("score.batch_size", score.batch_size, "lower score.batch_size", score.batch_size)
+    return BatchSize(
+        "score.batch_size", score.batch_size, "shorten the rows by data.max_length, or set model.load_in_4bit"
+    )
+
+
 def _moments(
-    model: PeftModel, rows: list[Row], score: ScoreSection, renderer: Renderer, progress: Progress
+    model: PeftModel,
+    rows: list[Row],
+    size: BatchSize,
+    launch: LaunchSection,
+    renderer: Renderer,
+    progress: Progress,
 ) -> Moments:
     """Compute the sums over these rows, split over all processes; each process returns the totals.
 
@@ -205,16 +231,15 @@ def _moments(
     larger blocks than are free, a fifth more memory in all on a CPU.
     """
     local = sorted(_local_rows(rows), key=lambda row: -len(row.input_ids))
-    batches = [local[i : i + score.batch_size] for i in range(0, len(local), score.batch_size)]
     model.requires_grad_(False)
     model.eval()
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
-    sums = moments(model, layers, batches, progress.advance, pad)
-    if fsdp.is_sharded(score.launch):
+    sums = moments(model, layers, local, size, progress.advance, pad)
+    if fsdp.is_sharded(launch):
         # Each pass through a sharded base needs all processes. The first has the most rows; processes with
         # fewer batches make up for it with passes over some row, whose results are discarded.
-        most = math.ceil(len(rows[:: distributed.world_size()]) / score.batch_size)
-        moments(model, layers, [rows[:1]] * (most - len(batches)), lambda _: None, pad)
+        own, most = (math.ceil(n / size.now) for n in (len(local), len(rows[:: distributed.world_size()])))
+        moments(model, layers, rows[:1] * (most - own), replace(size, now=1), lambda _: None, pad)
     _all_reduce(sums)
     return sums
 

@@ -24,11 +24,12 @@ def engine(smoke, tmp_path, monkeypatch):
     (tmp_path / "large").mkdir()
     (tmp_path / "large/config.json").write_text(json.dumps(LARGE))
 
-    def of(voter: str, gpu: bool = False, vllm: bool = True) -> str:
+    def of(voter: str, gpu: bool = False, vllm: bool = True, device: str = "auto") -> str:
         monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: object() if vllm else None)
-        monkeypatch.setattr(resolve, "DEVICE_FILE", tmp_path if gpu else tmp_path / "none")
+        monkeypatch.setattr("stages.runtime.gpu.DEVICE_FILE", tmp_path if gpu else tmp_path / "none")
         config = smoke(
-            f"classify.voters=[{{persona: steps, {voter.replace('LARGE', str(tmp_path / 'large'))}}}]"
+            f"classify.voters=[{{persona: steps, {voter.replace('LARGE', str(tmp_path / 'large'))}}}]",
+            f"model.device={device}",
         )
         return resolve.resolved(config).classify.voters[0].engine
 
@@ -52,6 +53,7 @@ def test_on_a_cpu_small_models_vote_in_process(engine, voter, expected):
 def test_on_a_gpu_all_are_served_and_without_vllm_none(engine):
     assert engine("engine: auto", gpu=True) == "vllm"
     assert engine("model: LARGE", vllm=False) == "transformers"
+    assert engine("engine: auto", gpu=True, device="cpu") == "transformers"
 
 
 def test_parameters_are_told_from_the_config_alone(tmp_path, tiny):

@@ -105,7 +105,7 @@ class Voter(Section):
     def voting_model(self, model: ModelSection) -> ModelSection:
         """Return the model that votes: the voter's own, or else the base `model` without load_in_4bit."""
         if self.model:
-            return ModelSection(name=self.model, revision=self.revision)
+            return ModelSection(name=self.model, revision=self.revision, device=model.device)
         return model.model_copy(update={"load_in_4bit": False})
 
     @model_validator(mode="after")

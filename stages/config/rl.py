@@ -24,6 +24,12 @@ class RolloutsSection(Section):
         "What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the "
         "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
     )
+    batch_size: int = setting(
+        64,
+        "Completions that engine transformers samples at a time; halved if memory runs out.",
+        in_cache_key=False,
+        gt=0,
+    )
     base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
     gpu_memory_utilization: float | None = setting(
         None,

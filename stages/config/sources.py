@@ -26,6 +26,13 @@ class ModelSection(Section):
     load_in_4bit: bool = setting(
         False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
     )
+    device: Literal["auto", "cpu"] = setting(
+        "auto",
+        "auto: the GPU, or without one the CPU; a run ends before its first vote if torch cannot use the GPU "
+        "that is there. cpu: every command hides all GPUs.",
+        in_cache_key=False,
+        advanced=True,
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto",
         "Attention implementation of transformers; auto: its default. On CPU eager is faster for short rows.",

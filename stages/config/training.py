@@ -103,7 +103,9 @@ class ScoreSection(Section):
         "taylor2", "Importance formula, one of `lorapar list scorers`.", ignored_by="score:rl"
     )
     examples: int = setting(100, "Number of examples of each system.", gt=0)
-    batch_size: int = setting(8, "Examples per forward pass.", in_cache_key=False, gt=0)
+    batch_size: int = setting(
+        8, "Examples per forward pass; halved if memory runs out.", in_cache_key=False, gt=0
+    )
     launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
     prompt: PromptSection | None = setting(
         None, "Prompt settings of this stage, used instead of the section `prompt`.", advanced=True

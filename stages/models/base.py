@@ -15,7 +15,7 @@ from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
-from stages.runtime import libraries, resources
+from stages.runtime import gpu, libraries, resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,12 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
 
 
 def check_machine(model: ModelSection) -> None:
-    """Raise ConfigError if the base is to be loaded in 4 bits and bitsandbytes is not installed."""
+    """Raise ConfigError if torch cannot use the GPU, or the base is in 4 bits and bitsandbytes not here."""
+    if model.device == "auto" and (reason := gpu.unusable_reason()):
+        raise ConfigError(
+            f"torch cannot use the NVIDIA GPU of this machine: {reason}",
+            f"{gpu.MEND}; or go on without it: --set model.device=cpu",
+        )
     if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
 

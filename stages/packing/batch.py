@@ -7,8 +7,7 @@ back: each sees the prefix that it shares and itself, at the positions that it w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
@@ -17,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.prompts.renderer import IGNORED
+
+ALIGNMENT = 8
+"""Rows of a mask begin at multiples of this many numbers; CUDA's attention would pad a copy of others."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class PackedBatch:
     suffixes: RaggedIndex
     prefix_of: Tensor
     """(suffixes,): the group, and so the row in `prefixes`, of each suffix."""
+    _masks: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
@@ -117,17 +120,28 @@ class PackedBatch:
         """(targets,): positions in the row of the tokens that have a target."""
         return (self.targets[0] != IGNORED).nonzero()[:, 0]
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """(suffixes, 1, longest suffix, longest prefix + longest suffix): keys that a suffix's token may see.
+    def mask(self, dtype: torch.dtype, group: int) -> Tensor:
+        """Mask to add to the products of query and key: 0 for keys that a suffix's token may see, else −∞.
 
-        A token sees its whole prefix, and of its suffix itself and the tokens before it.
+        A token sees its whole prefix, and of its suffix itself and the tokens before it. The mask has the
+        shape (suffixes, 1, group · longest suffix, longest prefix + longest suffix): `group` heads, one below
+        the other. If all prefixes have one length, all suffixes see alike, and 1 stands for `suffixes`.
+
+        All layers get the same tensor, because the backward pass keeps what each of them was given. A boolean
+        mask would be made into an additive one, and so kept, by each.
         """
-        assert self.prefixes is not None
-        number, longest = self.suffixes.index.shape
-        prefix_keys = self.prefixes.is_token[self.prefix_of][:, None].expand(-1, longest, -1)
-        suffix_keys = torch.ones(longest, longest, dtype=torch.bool, device=prefix_keys.device).tril()
-        return torch.cat([prefix_keys, suffix_keys.expand(number, -1, -1)], -1)[:, None]
+        if (dtype, group) not in self._masks:
+            assert self.prefixes is not None
+            is_prefix = self.prefixes.is_token  # (prefixes, longest prefix)
+            is_prefix = is_prefix[self.prefix_of] if self.prefixes.has_padding else is_prefix[:1]
+            longest, first = self.suffixes.index.shape[1], is_prefix.shape[1]
+            keys = first + longest
+            shape = (len(is_prefix), group, longest, -(-keys // ALIGNMENT) * ALIGNMENT)
+            mask = torch.zeros(shape, dtype=dtype, device=is_prefix.device)
+            mask[..., :first].masked_fill_(~is_prefix[:, None, None], -torch.inf)
+            mask[..., first:keys] = torch.full_like(mask[0, 0, :, first:keys], -torch.inf).triu(1)
+            self._masks[dtype, group] = mask.flatten(1, 2)[:, None, :, :keys]
+        return self._masks[dtype, group]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
         """Compute attention (see `AttentionLayout`): prefixes by themselves, then suffixes after them."""
@@ -142,7 +156,8 @@ class PackedBatch:
             for of_prefix, of_suffix in ((prefix_k, k), (prefix_v, v))
         )  # (suffixes, key heads, longest prefix + longest suffix, width)
         prefix_output = self.prefixes.flatten(_causal(prefix_q, prefix_k, prefix_v, args))
-        suffix_output = self.suffixes.flatten(_masked(q, k, v, self.mask, args))
+        mask = self.mask(q.dtype, q.shape[1] // k.shape[1])
+        suffix_output = self.suffixes.flatten(_masked(q, k, v, mask, args))
         return torch.cat([prefix_output, suffix_output])[None]  # in the order of the row
 
 
@@ -159,6 +174,11 @@ class RaggedIndex:
     """(sequences, longest): True for tokens, False for padding."""
     cells: Tensor
     """(tokens,): cell of each token, in the order of the row, in the flattened rectangle."""
+
+    @property
+    def has_padding(self) -> bool:
+        """True unless all sequences have one length."""
+        return self.cells.numel() < self.index.numel()
 
     @classmethod
     def of(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
@@ -204,7 +224,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: Atten
     """Attention under `mask`, in which heads that share a key head are stacked along the token axis.
 
     So no key has to be repeated for each of its heads. query: (sequences, heads, tokens, width); mask:
-    (sequences, 1, tokens, keys).
+    (sequences or 1, 1, heads of a key · tokens, keys).
     """
     sequences, heads, tokens, width = query.shape
     key_heads = key.shape[1]
@@ -213,7 +233,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: Atten
         query.reshape(sequences, key_heads, group * tokens, width),
         key,
         value,
-        attn_mask=mask.repeat(1, 1, group, 1),  # (sequences, 1, group · tokens, keys)
+        attn_mask=mask,
         scale=args.scale,
         dropout_p=args.dropout,
     )

@@ -15,9 +15,8 @@ from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.models.size import parameters
 from stages.rewards import loading
+from stages.runtime import gpu
 
-DEVICE_FILE = Path("/dev/nvidiactl")
-"""The driver's file, which tells of a GPU; torch would have to be loaded for every command."""
 IN_PROCESS = 1e9
 """Most parameters of a voter that `engine: auto` runs in this process on a CPU.
 
@@ -65,7 +64,7 @@ def resolved(config: Config) -> Config:
             )
         return auto if engine == "auto" else engine
 
-    has_gpu = DEVICE_FILE.exists()
+    has_gpu = gpu.DEVICE_FILE.exists() and config.model.device == "auto"
 
     def vote_engine(voter: Voter) -> str:
         if voter.base_url:

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from stages.config import ROUTED, UNTRAINED_TARGETS, UNVOTED, Config, LaunchSection
-from stages.engines.continuous_batching import FREE_SHARE, SLOTS
+from stages.engines.continuous_batching import FREE_SHARE
 from stages.engines.in_process import batch_sizes
 from stages.errors import ConfigError, is_out_of_memory
 from stages.labelling.personas import held_out
@@ -198,7 +198,7 @@ class CostModel:
             return self._memory(activations, trained=True, launched=rl.launch)
         copy = profiler.weights_mib if self._has_merged_copy else 0.0
         training = self._memory(activations, trained=True, launched=rl.launch, copy=copy)
-        slots = min(rl.prompts_per_step * rl.num_generations, SLOTS)
+        slots = min(rl.prompts_per_step * rl.num_generations, rl.rollouts.batch_size)
         cache = profiler.kv_cache_mib(slots, prompt + rl.max_completion_length)
         decoding = self.generation[1].mib_of(slots)  # by whole layers, even where training divides them
         sampling = self._memory(decoding, trained=True, copy=copy, cache=cache)

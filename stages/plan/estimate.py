@@ -18,7 +18,8 @@ KNOBS = {
     "classify": "server.batch_size, or choose a smaller model",
     "score": "score.batch_size",
     "sft": "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
-    "rl": "rl.per_device_train_batch_size, or rl.max_completion_length, or set rl.gradient_checkpointing",
+    "rl": "rl.per_device_train_batch_size, rl.rollouts.batch_size, or rl.max_completion_length, "
+    "or set rl.gradient_checkpointing",
     "eval": "server.batch_size",
 }
 """The settings that lower the memory of a stage."""

@@ -13,6 +13,7 @@ from stages.lora.importance.scorers import moments, scorers
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.losses import answer_losses, collate
 from stages.prompts.renderer import Renderer
+from stages.runtime.batch_size import BatchSize
 
 LR = pilot.LR
 BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
@@ -45,7 +46,7 @@ def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, 
     before = {name: layer.weight.clone() for name, layer in layers.items()}
 
     def gradients(batch):
-        return moments(model, layers, [batch], lambda _: None, 0)
+        return moments(model, layers, batch, BatchSize("score.batch_size", 4, ""), lambda _: None, 0)
 
     after, loss = pilot.run(layers, lora, BATCHES, gradients)
     assert loss == pytest.approx(7 * 5.5, rel=0.1)  # a random model, 256 tokens

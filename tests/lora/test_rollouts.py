@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import httpx
@@ -17,13 +16,13 @@ from trl.generation import vllm_generation
 
 from stages.config import ModelSection
 from stages.config.rl import RlSection, RolloutsSection
-from stages.errors import ConfigError, LoraparError, ServerError
-from stages.lora.adapter import adapter, merge, sparse_linear
+from stages.errors import ConfigError, LoraparError, OutOfMemoryError, ServerError
+from stages.lora.adapter import adapter, merge
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.ratios import BEYOND, RAW
-from stages.lora.grpo.trainer import GrpoTrainer
-from stages.models.base import load_base
-from stages.packing import support
+from stages.models.base import device, load_base
+from stages.pipeline.steps import plan_steps
+from stages.store.digests import sha256_file
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
 MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
@@ -167,24 +166,45 @@ def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
     assert not vars(trainer.vllm_generation)
 
 
-@pytest.mark.parametrize(("vllm", "sizes"), [(False, [64, 64, 2]), (True, [130])])
-def test_trl_writes_a_step_in_parts(monkeypatch, vllm, sizes):
-    """All at once, the keys and values of 256 completions of a 7B model are 48 GiB."""
-    seen = []
+def test_without_memory_completions_are_sampled_in_smaller_batches(own, monkeypatch, caplog):
+    """What had ended is kept, and all are those of a machine with more memory; also without a merged copy."""
+    from stages.lora.grpo import sampler
 
-    def theirs(self, prompts, images):
-        seen.append(len(prompts))
-        return [[ids[0], 7] for ids in prompts], None
+    config = own("rl.start_from=init", "rl.max_steps=2", "rl.rollouts.batch_size=16")
+    monkeypatch.setattr(vllm_rollouts, "copy_of", lambda *_: None)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", None)
+    wanted = make_step(config, "rl", force=True)
+    usual, sizes = sampler.generate, []
 
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", theirs)
-    monkeypatch.setattr(sparse_linear, "frozen_weights", lambda _: nullcontext())
-    monkeypatch.setattr(support, "eval_mode", lambda _: nullcontext())
-    trainer = object.__new__(GrpoTrainer)
-    trainer.args = SimpleNamespace(use_vllm=vllm)
-    trainer.sampler = SimpleNamespace(copy=None, adapted=None)
-    made, logprobs = trainer._generate_single_turn([[n] for n in range(130)], None)
-    assert made == [[n, 7] for n in range(130)] and logprobs is None and seen == sizes
-    assert trainer._generate_single_turn([], None) == ([], None)  # a process with nothing to draw again
+    def full(model, tokenizer, prompts, sampling, stops, seeds, slots):
+        sizes.append((len(prompts), slots))
+        for number, completion in enumerate(usual(model, tokenizer, prompts, sampling, stops, seeds, slots)):
+            if number == 3 and slots > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
+            yield completion
+
+    monkeypatch.setattr(sampler, "generate", full)
+    made = make_step(config, "rl", force=True)
+    assert sizes[:3] == [(16, 16), (13, 8), (10, 4)] and {slots for _, slots in sizes[3:]} == {4}
+    if device().type == "cpu":  # a GPU rounds batches of other sizes otherwise
+        digests = {sha256_file(one.path / "adapter" / adapter.ADAPTER) for one in (made, wanted)}
+        assert len(digests) == 1
+    assert "out of memory with rl.rollouts.batch_size 16: going on with 8" in caplog.messages
+
+
+def test_one_completion_without_memory_names_the_setting(own, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("stages.lora.grpo.sampler.generate", full)
+    with pytest.raises(OutOfMemoryError, match=r"out of memory with rl\.rollouts\.batch_size 1") as caught:
+        make_step(own("rl.start_from=init", "rl.kl_probe_prompts=0"), "rl", force=True)
+    assert caught.value.hint == "lower rl.max_completion_length"
+
+
+def test_how_many_are_sampled_at_a_time_is_no_part_of_the_key(own):
+    keys = {plan_steps(own(f"rl.rollouts.batch_size={n}"))["rl"].key for n in (4, 64)}
+    assert len(keys) == 1
 
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):

@@ -11,14 +11,15 @@ from conftest import make_steps
 from safetensors.torch import load_file
 
 from stages import score
-from stages.config import LoraSection, ModelSection
-from stages.errors import MeaninglessError
+from stages.config import LoraSection, ModelSection, ScoreSection
+from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
 from stages.packing.losses import answer_losses, collate, pack_rows, packed_answer_losses
 from stages.prompts.renderer import IGNORED, Row
+from stages.runtime.batch_size import BatchSize
 
 
 def rows(count: int = 7) -> list[Row]:
@@ -29,6 +30,10 @@ def rows(count: int = 7) -> list[Row]:
         ids = torch.randint(3, 250, (prompt + answer,), generator=generator).tolist()
         made.append(Row(str(i), ids, [IGNORED] * prompt + ids[prompt:]))
     return made
+
+
+def size(now: int) -> BatchSize:
+    return BatchSize("score.batch_size", now, "shorten the rows")
 
 
 def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
@@ -66,8 +71,7 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
     counted: list[int] = []
-    batches = [rows()[:4], rows()[4:]]
-    sums = moments(model, adapter.lora_layers(model), batches, counted.append, 0)
+    sums = moments(model, adapter.lora_layers(model), rows(), size(4), counted.append, 0)
     assert counted == [4, 3] and sums.examples == 7
     for got, want in ((sums.gradient, wanted[0]), (sums.square, wanted[1])):
         for name in want:
@@ -86,6 +90,59 @@ def test_loss_is_the_mean_over_answer_tokens(tiny):
     torch.testing.assert_close(packed_answer_losses(model, row), single)
 
 
+class Full:
+    """Runs out of memory in the backward pass of more than `room` examples, when part of it is done."""
+
+    def __init__(self, model, room: int) -> None:
+        self.room, self.tried = room, []
+        model.base_model.model.model.layers[0].register_forward_hook(self.watch)
+
+    def watch(self, module, inputs, output) -> None:
+        self.tried.append(len(inputs[0]))
+        if len(inputs[0]) > self.room:
+            output.register_hook(self.fail)
+
+    def fail(self, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypatch, caplog):
+    """Layers above the first have added their gradients when memory runs out."""
+    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
+    model = adapted(tiny, LoraSection(r=3), torch.float64)
+    model.requires_grad_(False)
+    wanted = moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+    full, counted, halved = Full(model, 2), [], size(16)
+    sums = moments(model, adapter.lora_layers(model), rows(), halved, counted.append, 0)
+    assert full.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and sum(counted) == 7 and halved.now == 1
+    assert caplog.messages == [
+        "out of memory with score.batch_size 7: going on with 3",
+        "out of memory with score.batch_size 3: going on with 1",
+    ]
+    for name, value in wanted.square.items():
+        torch.testing.assert_close(sums.square[name], value)
+        torch.testing.assert_close(sums.gradient[name], wanted.gradient[name])
+
+
+def test_one_example_without_memory_says_what_helps(tiny, monkeypatch):
+    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
+    model = adapted(tiny, LoraSection(r=3), torch.float64)
+    model.requires_grad_(False)
+    Full(model, 0)
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory with score\.batch_size 1$") as caught:
+        moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+    assert caught.value.hint == "shorten the rows" and caught.value.exit_code == 74
+
+
+def test_processes_that_share_a_base_keep_their_batch(monkeypatch):
+    """Each pass needs all of them: one that halved its own would wait for ever."""
+    monkeypatch.setattr(score.fsdp, "is_sharded", lambda _: True)
+    shared = score._batch_size(ScoreSection(batch_size=8))
+    with pytest.raises(OutOfMemoryError, match="out of memory with score.batch_size 8") as caught:
+        shared.halve(torch.OutOfMemoryError(), 8)
+    assert caught.value.hint == "lower score.batch_size"
+
+
 def test_formulas():
     value, gradient, fisher = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([1.0, 4.0])
     assert scorers.pick("taylor2")(value, gradient, fisher).tolist() == [abs(1.0 - 2.0), abs(-3.0 - 2.0)]
@@ -100,7 +157,7 @@ def test_a_loss_that_is_not_finite_names_the_example(tiny):
     model.requires_grad_(False)
     next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
     with pytest.raises(MeaninglessError, match="loss is not finite for 0, 1"):
-        moments(model, adapter.lora_layers(model), [rows()[:2]], lambda n: None, 0)
+        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 
 def test_a_module_that_runs_twice_is_refused(tiny):
@@ -109,7 +166,7 @@ def test_a_module_that_runs_twice_is_refused(tiny):
     layers = model.base_model.model.model.layers
     layers[1] = layers[0]
     with pytest.raises(MeaninglessError, match="runs 2 times in a forward pass"):
-        moments(model, adapter.lora_layers(model), [rows()[:2]], lambda n: None, 0)
+        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 
 def test_the_stage_scores_by_means_over_examples(tiny):

@@ -22,6 +22,7 @@ from stages.prompts.renderer import Renderer
 from stages.records import Labelled
 from stages.rewards import loading
 from stages.runtime import libraries
+from stages.runtime.batch_size import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def build(
     sampling = Sampling(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
-    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling)
+    size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
+    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
     rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
     rewards = _checked(functions, rl, box, prompts.encoded)

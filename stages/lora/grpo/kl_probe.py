@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from stages.lora.adapter import fsdp
 from stages.lora.training.curves import KL_FROM_START
 from stages.packing.support import eval_mode
 
@@ -33,8 +34,9 @@ class KlProbe(TrainerCallback):
         rl: RlSection,
     ) -> None:
         self.trainer, self.every, self.batch = trainer, rl.kl_probe_steps, rl.per_device_train_batch_size
-        with trainer.memory("while the drift was prepared"), eval_mode(writer.adapted):
-            answers = writer.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
+        with trainer.memory("while the drift was prepared"):
+            with fsdp.unsharded(writer.adapted):
+                answers = writer.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)
             self.start = self._log_probs()
 

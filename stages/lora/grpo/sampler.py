@@ -1,4 +1,7 @@
-"""The in-process sampler of rollouts: from a merged copy of the model in training where there is one."""
+"""The in-process sampler of rollouts: from a merged copy of the model in training where there is one.
+
+Each completion is drawn by a seed of its own, so it does not depend on how many are sampled at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.engines.continuous_batching import generate
-from stages.lora.adapter import fsdp, sparse_linear
+from stages.lora.adapter import sparse_linear
+from stages.packing.support import eval_mode
+from stages.runtime import resources
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
     from stages.engines import Sampling
     from stages.lora.adapter.merge import MergedCopy
+    from stages.runtime.batch_size import BatchSize
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,30 @@ class RolloutSampler:
     """None: through the adapter's own layers, which is slower on a CPU."""
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
+    size: BatchSize
+    """How many completions are sampled at a time."""
 
     def sample(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
-        """The token ids of one completion for each prompt; the same seed gives the same ones."""
+        """The token ids of one completion for each prompt; the same seed gives the same ones.
+
+        A base that is divided among processes must be whole. If memory runs out, what is not yet sampled is
+        sampled in smaller batches, now and from now on.
+        """
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]
-        with fsdp.unsharded(self.adapted), sparse_linear.frozen_weights(self.adapted):
+        ids: dict[int, list[int]] = {}
+        with eval_mode(self.adapted), sparse_linear.frozen_weights(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
-            completions = dict(generate(model, self.tokenizer, prompts, self.sampling, (), seeds))
-        return [completions[i].ids for i in range(len(prompts))]
+            while left := [i for i in range(len(prompts)) if i not in ids]:
+                texts, own = [prompts[i] for i in left], [seeds[i] for i in left]
+                slots = min(self.size.now, len(left))
+                try:
+                    for i, completion in generate(
+                        model, self.tokenizer, texts, self.sampling, (), own, slots
+                    ):
+                        ids[left[i]] = completion.ids
+                    continue
+                except (MemoryError, RuntimeError) as error:
+                    self.size.halve(error, slots)
+                resources.release_memory()
+        return [ids[i] for i in range(len(prompts))]

@@ -13,8 +13,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from stages.engines.continuous_batching import SLOTS
-from stages.lora.adapter import fsdp, sparse_linear
+from stages.lora.adapter import fsdp
 from stages.lora.grpo.dynamic_sampling import Completions, replace_zero_signal_groups
 from stages.lora.grpo.ratios import raw_ratio_metrics
 from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, summed
@@ -123,24 +122,12 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
         return list(ids), list(logprobs or [None] * len(ids))
 
     def _complete(self, prompt_ids: Any, attempt: int, *args: Any, **kwargs: Any) -> Any:
-        """Token ids of completions and their log-probabilities, or None: by `sampler`, or by TRL.
-
-        A sampler without a copy leaves completions to TRL: by vLLM, or by generating through the adapter, of
-        which nothing drops out then.
-        """
-        if self.sampler.copy is not None:
-            suffix = f" {attempt}" if attempt else ""
-            seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{suffix}"
-            return self.sampler.sample(prompt_ids, seed), None
-        generate = super()._generate_single_turn
-        adapted = self.sampler.adapted
-        with sparse_linear.frozen_weights(adapted), support.eval_mode(adapted):
-            if self.args.use_vllm or len(prompt_ids) <= SLOTS:  # vLLM has a scheduler of its own
-                return generate(prompt_ids, *args, **kwargs)
-            # TRL would have all samples of a step in memory at once.
-            starts = range(0, len(prompt_ids), SLOTS)
-            outputs = [generate(prompt_ids[start : start + SLOTS], *args, **kwargs) for start in starts]
-        return [ids for completions, *_ in outputs for ids in completions], *outputs[0][1:]
+        """Token ids of completions and their log-probabilities: by vLLM, or without these by `sampler`."""
+        if self.args.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        suffix = f" {attempt}" if attempt else ""
+        seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{suffix}"
+        return self.sampler.sample(prompt_ids, seed), None
 
     def _calculate_rewards(
         self,

@@ -9,13 +9,14 @@ and each g is that of the example alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import MeaninglessError
 from stages.registry import Registry
+from stages.runtime import resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from stages.packing.batch import PackedBatch
     from stages.prompts.renderer import Row
+    from stages.runtime.batch_size import BatchSize
 
 scorers: Registry = Registry("scorer")
 """Formulas score(φ, g, F) of elements φ, with the means over examples g of the gradient and F of its square.
@@ -47,6 +49,29 @@ class Moments:
     examples: int
     loss: float
     """Sum of the examples' mean answer-token losses."""
+
+    @classmethod
+    def zero(cls, weights: dict[str, nn.Module]) -> Moments:
+        """The sums over no example, of LoRA layers by parameter name."""
+        import torch
+
+        def zeros() -> dict[str, Tensor]:
+            return {
+                name: torch.zeros_like(
+                    module.weight, dtype=torch.promote_types(module.weight.dtype, torch.float32)
+                )
+                for name, module in weights.items()
+            }
+
+        return cls(zeros(), zeros(), 0, 0.0)
+
+    def add(self, other: Moments) -> None:
+        """Add the sums over other examples."""
+        for own, others in ((self.gradient, other.gradient), (self.square, other.square)):
+            for name, value in others.items():
+                own[name] += value
+        self.examples += other.examples
+        self.loss += other.loss
 
 
 @scorers.add("product")
@@ -157,11 +182,12 @@ def _accumulate_gradients(
 def moments(
     model: PreTrainedModel,
     weights: dict[str, nn.Module],
-    batches: Iterable[list[Row]],
+    rows: list[Row],
+    size: BatchSize,
     advance: Callable[[int], None],
     pad: int,
 ) -> Moments:
-    """Compute Σ g and Σ g² over the examples of all batches.
+    """Compute Σ g and Σ g² over the examples, in batches as large as memory allows.
 
     weights: LoRA layers by parameter name. The model must be in eval mode (no dropout) and without gradient
     checkpointing, and none of its parameters may require a gradient: the graph starts at the embedded input
@@ -169,31 +195,41 @@ def moments(
     advance: called with the number of examples after each batch. pad: token that fills padded batches.
     MeaninglessError if a loss is not finite.
     """
+    sums = Moments.zero(weights)
+    while sums.examples < len(rows):
+        batch = rows[sums.examples : sums.examples + size.now]
+        try:
+            sums.add(_batch_moments(model, weights, batch, pad))
+            advance(len(batch))
+            continue
+        except (MemoryError, RuntimeError) as error:
+            size.halve(error, len(batch))
+        resources.release_memory()
+    return sums
+
+
+def _batch_moments(
+    model: PreTrainedModel, weights: dict[str, nn.Module], rows: list[Row], pad: int
+) -> Moments:
+    """Compute the sums over one batch, see `moments`."""
     import torch
 
     from stages.packing import losses
 
     device = next(model.parameters()).device
-    zeros = {}
-    for name, module in weights.items():
-        wide = torch.promote_types(module.weight.dtype, torch.float32)
-        zeros[name] = torch.zeros_like(module.weight, dtype=wide)
-    sums = Moments(zeros, {n: z.clone() for n, z in zeros.items()}, 0, 0.0)
-    for rows in batches:
-        packed = losses.pack_rows(model, rows, device)
-        with _accumulate_gradients(model, weights, sums, packed):
-            if packed is None:
-                example_losses = losses.answer_losses(model, losses.collate(rows, pad, device))
-            else:
-                example_losses = losses.packed_answer_losses(model, packed)
-            finite = torch.isfinite(example_losses)  # (examples,)
-            if not bool(finite.all()):
-                bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-                raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
-            # Summed, not averaged: a mean would scale each example's gradient by the size of its batch.
-            example_losses.sum().backward()
-        sums.examples += len(rows)
-        sums.loss += float(example_losses.detach().sum())
-        del example_losses  # its graph keeps every layer's activations alive, also during the next batch
-        advance(len(rows))
+    sums = Moments.zero(weights)
+    packed = losses.pack_rows(model, rows, device)
+    with _accumulate_gradients(model, weights, sums, packed):
+        if packed is None:
+            example_losses = losses.answer_losses(model, losses.collate(rows, pad, device))
+        else:
+            example_losses = losses.packed_answer_losses(model, packed)
+        finite = torch.isfinite(example_losses)  # (examples,)
+        if not bool(finite.all()):
+            bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+            raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
+        # Summed, not averaged: a mean would scale each example's gradient by the size of its batch.
+        example_losses.sum().backward()
+    sums.examples = len(rows)
+    sums.loss = float(example_losses.detach().sum())
     return sums

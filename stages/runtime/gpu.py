@@ -1,0 +1,35 @@
+"""Says whether this machine has an NVIDIA GPU, and why torch cannot use it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stages.errors import first_line
+
+DEVICE_FILE = Path("/dev/nvidiactl")
+"""The driver's file, which tells of a GPU; torch would have to be loaded for every command."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+MEND = "update its driver, or install a torch that it can run"
+
+
+def hide() -> None:
+    """Hide all GPUs from this process, if it has not used one yet, and from those that it starts."""
+    os.environ[VISIBLE] = ""
+
+
+def unusable_reason() -> str | None:
+    """Reason why torch cannot use the GPU; None if it can, or if there is none or it is hidden."""
+    if not DEVICE_FILE.exists() or os.environ.get(VISIBLE) in ("", "-1"):
+        return None
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # its first sentence names driver and version
+        return first_line(error).partition(". ")[0]
+    return "torch sees none"
