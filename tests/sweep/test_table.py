@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -76,6 +77,8 @@ def changed(path: Path, *pairs: tuple[str, str]) -> Path:
 
 
 OF_THE_DEMO = {ROOT / f"configs/tables/{name}.yaml" for name in ("demo-long", "levers", "methods-demo")}
+REPLICATED = {ROOT / f"configs/tables/{name}.yaml" for name in ("rl-elements", "sft-elements")}
+OF_THE_DEMO |= REPLICATED
 OF_THE_PAPER = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - OF_THE_DEMO)
 ON_THE_DEMO = ROOT / "configs/tables/labels-demo.yaml"  # a base whose model and data are not in a fresh clone
 
@@ -100,6 +103,25 @@ def test_the_tables_of_the_project_are_sound_as_they_are(path):
     found = table(path)
     assert not found.duplicate_of and set(found.rows) == set(found.file.settings())
     assert found.file.paper or path.stem == "controls"
+
+
+@pytest.mark.parametrize("path", sorted(REPLICATED), ids=lambda p: p.stem)
+def test_tables_whose_seeds_have_data_of_their_own(path, tiny, demo_data, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError) as caught:
+        table(path, overrides=[f"model.name={tiny}"])
+    assert "lorapar demo-data data/long-11 --long --seed 11" in caught.value.hint
+    monkeypatch.chdir(tmp_path)
+    for folder in ("long-11", "gold-11"):
+        shutil.copytree(demo_data, tmp_path / "data" / folder)
+        shutil.copy(demo_data / "test.jsonl", tmp_path / "data" / folder / "final.jsonl")
+    planned = table(path, overrides=[f"model.name={tiny}"], seeds=[11])
+    assert not planned.duplicate_of and set(planned.rows) == set(planned.file.settings())
+    assert {cell.config.data.path for cell in planned.cells} <= {
+        "data/long-11/train.jsonl",
+        "data/gold-11/train.jsonl",
+    }
+    compared = {name for entry in planned.file.compare for name in (entry.row, entry.against)}
+    assert compared <= set(planned.rows)
 
 
 def test_rows_that_another_base_makes_the_same_are_left_out(small):
