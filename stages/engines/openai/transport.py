@@ -102,8 +102,8 @@ class Transport:
     ) -> Iterator[tuple[int, R | Failure]]:
         """Yield each item's index and answer as soon as it arrives.
 
-        At most `most` items are in progress at a time: in a request, or answered and not yet dealt with. The
-        caller has dealt with an item when it asks for the next one, so a kill loses no more answers than that.
+        At most `most` items are in progress at a time: in a request, or answered and not yet dealt with. An
+        item is dealt with when the caller asks for the next one, so a kill loses no more answers than that.
         ServerError if the servers are dead, ConfigError if they refuse what every item asks for.
 
         The order of steps:
