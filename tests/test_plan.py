@@ -285,16 +285,6 @@ def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model
     assert baseline["rl"] == baseline["sft"] == UNKNOWN
 
 
-def test_on_a_gpu_each_batch_of_rollouts_runs_to_its_longest(model):
-    """There TRL samples: each completion reads its prompt, and no slot is filled again."""
-    own, made = costs(model("rl.beta=0"))["rl"], model("rl.beta=0", on_gpu=True)
-    found, texts = costs(made)["rl"], made[0].texts
-    prompt, answer, longest = texts.rl_prompts.mean, texts.responses.within(12), min(12, texts.responses.p99)
-    more = 16 * (prompt + longest * 2) - (4 * prompt + 16 * answer * 1.25 * 2)
-    assert found.seconds - own.seconds == pytest.approx(2 * more)
-    assert own.memory.weights - found.memory.weights == 100  # no merged copy
-
-
 def test_with_dropout_rl_is_measured_without_packing(model):
     seen = []
 

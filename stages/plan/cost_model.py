@@ -175,14 +175,8 @@ class CostModel:
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
         passes = 1 + (bool(rl.beta) + (iterations > 1 or corrected)) / 3
         learning_s = completions * (prompt / shared + response) * passes * measured.token_s
-        if rl.rollouts.engine == "transformers" and not self._has_merged_copy:
-            # TRL's batches have a prompt for each completion, and run until their longest one ends. The
-            # median of the longest of 64 is the 99 % quantile of all.
-            longest = min(self.texts.responses.p99, rl.max_completion_length)
-            generation_s = self._generation_s(completions, prompt, longest, free_share=0.0)
-        else:
-            read_tokens = prompt / rl.num_generations if supported else prompt
-            generation_s = self._generation_s(completions, read_tokens, response)
+        read_tokens = prompt / rl.num_generations if supported else prompt
+        generation_s = self._generation_s(completions, read_tokens, response)
         thread_s = steps * (learning_s + generation_s / iterations)
         return self._cost(thread_s, self._rl_memory(measured, shared), launched)
 
@@ -196,7 +190,9 @@ class CostModel:
             return self._memory_with_vllm(activations)
         if rl.rollouts.engine == "vllm_server":
             return self._memory(activations, trained=True, launched=rl.launch)
-        copy = profiler.weights_mib if self._has_merged_copy else 0.0
+        # A merged copy samples, and stays in training; of a base in 4 bits or in parts there is none.
+        merged = launch.gpu_split(rl.launch)[1] == 1 and not self.config.model.load_in_4bit
+        copy = profiler.copy_mib if merged else 0.0
         training = self._memory(activations, trained=True, launched=rl.launch, copy=copy)
         slots = min(rl.prompts_per_step * rl.num_generations, rl.rollouts.batch_size)
         cache = profiler.kv_cache_mib(slots, prompt + rl.max_completion_length)
@@ -222,15 +218,6 @@ class CostModel:
         if rl.rollouts.enable_sleep_mode:
             return max(training, replace(alone, cache=cache), key=lambda memory: memory.total)
         return replace(training, cache=cache)
-
-    @property
-    def _has_merged_copy(self) -> bool:
-        """Whether rollouts are sampled from a merged copy, which stays in training.
-
-        Of a base on a GPU, in 4 bits or in parts there is none, and TRL samples.
-        """
-        whole = launch.gpu_split(self.config.rl.launch)[1] == 1
-        return whole and not self.profiler.on_gpu and not self.config.model.load_in_4bit
 
     def _eval(self, variant: str) -> Cost:
         """An answer to each item, see `_generation_s`; the check of the first answers takes little time.
@@ -264,15 +251,13 @@ class CostModel:
         """Prefill and decoding, see `Profiler.measure_generation`."""
         return self.profiler.measure_generation(self.texts.typical_prompt)
 
-    def _generation_s(
-        self, answers: int, read_tokens: float, response: float, free_share: float = FREE_SHARE
-    ) -> float:
+    def _generation_s(self, answers: int, read_tokens: float, response: float) -> float:
         """answers · (read_tokens · prefill token_s + response · (1 + FREE) · decode token_s)
 
         Slots of answers that have ended are computed, too, until a share of FREE has ended.
         """
         prefill, decode = self.generation
-        return answers * (read_tokens * prefill.token_s + response * (1 + free_share) * decode.token_s)
+        return answers * (read_tokens * prefill.token_s + response * (1 + FREE_SHARE) * decode.token_s)
 
     def _cost(
         self, thread_s: float, memory: MemoryEstimate | None, launched: LaunchSection | None = None,
