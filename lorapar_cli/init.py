@@ -20,8 +20,6 @@ from stages.runtime import process_guard
 from stages.store.artifacts import refuse_store
 
 if TYPE_CHECKING:
-    from stages.config import BenchmarkSection
-    from stages.init.config_writer import Protected
     from stages.init.data_profile import DataProfile
 
 
@@ -91,6 +89,7 @@ def _write_config(
 ) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
+    from stages.init.hold_out import hold_out
 
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
@@ -102,13 +101,19 @@ def _write_config(
         raise MissingInputError(f"--labels {labels}: no such file")
     _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
+    if protect and not benchmarks:
+        new = hold_out(data, path.parent)
+        data, benchmarks = new.train, [new.test] if new.test else []
+    old = hold_out(protect, path.parent) if protect else None
+    measured = [*benchmarks, *([old.test] if old and old.test else [])]
+    base = ModelSection(name=model)
+    profile = survey(base, DataSection(path=data, empty="drop", duplicates="first"), measured)
     protected = None
-    if protect:
-        data, benchmarks, protected = _protection(data, protect, model, path.parent, benchmarks)
-    measured = [*benchmarks, *([protected.test] if protected and protected.test else [])]
-    profile = survey(
-        ModelSection(name=model), DataSection(path=data, empty="drop", duplicates="first"), measured
-    )
+    if old:
+        section = DataSection(path=old.train, empty="drop", duplicates="first")
+        protected = config_writer.Protected(
+            old.train, survey(base, section, measured, profile.section), old.test
+        )
     settings = config_writer.choices(profile, model, data, benchmarks, labels, protected)
     undecided = config_writer.undecided(profile, benchmarks, labels, protected)
     _print_profile(profile)
@@ -129,23 +134,6 @@ def _write_config(
         path.unlink()
         raise
     terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
-
-
-def _protection(
-    data: str, protect: str, model: str, folder: Path, benchmarks: list[BenchmarkSection]
-) -> tuple[str, list[BenchmarkSection], Protected]:
-    """Hold rows out: the rows to train on, the benchmarks, and the protected rows."""
-    from stages.init.config_writer import Protected
-    from stages.init.data_profile import survey
-    from stages.init.hold_out import hold_out
-
-    if not benchmarks:
-        new = hold_out(data, folder)
-        data, benchmarks = new.train, [new.test] if new.test else []
-    old = hold_out(protect, folder)
-    section = DataSection(path=old.train, empty="drop", duplicates="first")
-    profile = survey(ModelSection(name=model), section, [old.test] if old.test else [])
-    return data, benchmarks, Protected(old.train, profile, old.test)
 
 
 def _write_example(name: str, out: Path | None) -> None:

@@ -323,7 +323,7 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
     assert (tmp_path / "old-test.jsonl").read_text() == "mine"
 
 
-def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, tmp_path):
+def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, lorapar, tmp_path):
     old = [{"instruction": f"Say {i}.", "output": "Well, " + "so " * 60} for i in range(40)]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
     (tmp_path / "test.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
@@ -332,4 +332,6 @@ def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, 
     assert Path(found["data"]["path"]).name == "my rows.v1.jsonl"
     assert list(found["eval"]["benchmarks"]) == ["test"] and "no answer in it can be verified" in said
     assert found["data"]["max_length"] > 200 > found["rl"]["max_completion_length"]
+    # The protected rows are rendered as the run renders them, with the system message of the new rows.
+    assert lorapar("plan", "c.yaml", "--check").code == 0
     assert not list(tmp_path.glob("*-train.jsonl"))

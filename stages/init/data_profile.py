@@ -58,18 +58,23 @@ class DataProfile:
     """Names of the linear modules that the base model has, without its head."""
 
 
-def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]) -> DataProfile:
+def survey(
+    model: ModelSection,
+    data: DataSection,
+    tests: list[BenchmarkSection],
+    section: PromptSection | None = None,
+) -> DataProfile:
     """Profile all rows, rendered for the model; no weights are loaded.
 
     tests: the benchmarks of the test rows. If they or the rows have answers to verify, the prompt asks for
-    one.
+    one. section: prompt settings that other rows have decided.
     """
     tokenizer = load_tokenizer(model)
     rows = read_rows(data)
     if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
     kinds = Counter(answer_kind(example) for example in rows.examples)
-    section = PromptSection(
+    section = section or PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )

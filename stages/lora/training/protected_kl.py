@@ -79,8 +79,12 @@ class ProtectedKl(TrainerCallback):
 def _answer_log_probs(model: nn.Module, batch: losses.Batch) -> Tensor:
     """Log-probabilities of the whole vocabulary at each answer token, (answer tokens, vocabulary)."""
     answered = batch.labels[:, 1:] != IGNORED  # a token is predicted from the one before it
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
-    return logits[answered].float().log_softmax(-1)
+    first = int(answered.any(0).nonzero()[0])  # logits further left, of prompts, are not computed
+    keep = batch.input_ids.shape[1] - first
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
+    ).logits[:, :-1]
+    return logits[answered[:, first:]].float().log_softmax(-1)
 
 
 @contextmanager
