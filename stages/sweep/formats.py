@@ -41,8 +41,19 @@ Texts = tuple[list[str], list[list[str]]]
 def grid(results: Results, separator: str = "; ") -> Texts:
     """Return the table of values. separator: between the intervals of a cell."""
     columns = results.table.file.columns
-    rows = [[row, *(_cell(results, row, name, separator) for name in columns)] for row in results.table.rows]
-    return ["", *columns], rows
+    # Numbers of items stand in the legend. If they differ, they stand in the heads, or else in the cells.
+    sizes = {
+        name: {v.n for (_, n), v in results.values.items() if n == name and v and v.n} for name in columns
+    }
+    differ = len(set().union(*sizes.values())) > 1
+    in_head = {name for name in columns if differ and len(sizes[name]) == 1}
+    in_cells = {name for name in columns if len(sizes[name]) > 1}
+    head = [f"{name}, n {min(sizes[name])}" if name in in_head else name for name in columns]
+    rows = [
+        [row, *(_cell(results, row, name, name in in_cells, separator) for name in columns)]
+        for row in results.table.rows
+    ]
+    return ["", *head], rows
 
 
 def comparison_grid(results: Results) -> Texts | None:
@@ -83,7 +94,7 @@ def _markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(results: Results, row: str, name: str, separator: str) -> str:
+def _cell(results: Results, row: str, name: str, with_n: bool, separator: str) -> str:
     if (row, name) not in results.values:
         return "–"
     value = results.values[row, name]
@@ -91,9 +102,7 @@ def _cell(results: Results, row: str, name: str, separator: str) -> str:
     paper = "" if published is None else f" (paper: {published:g})"
     if value is None:
         return _missing(results, row, name) + paper
-    # n stands in the legend, unless it differs between cells.
-    sizes = {v.n for v in results.values.values() if v is not None and v.n is not None}
-    items = f", n {value.n}" if value.n is not None and len(sizes) > 1 else ""
+    items = f", n {value.n}" if with_n and value.n is not None else ""
     first, *others = shown(value)
     return separator.join([first + items + paper, *others])
 
@@ -160,8 +169,10 @@ def legend(results: Results) -> str:
     if graded:
         items = sorted({v.n for v in graded if v.n is not None})
         span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+        together = " of all seeds together" if any(value.bootstrap for value in graded) else ""
         sentences.append(
-            f"Accuracies are in %, over {span} items with strictly parsed answers, averaged over seeds."
+            f"Accuracies are in %, over {span} items{together} with strictly parsed answers, averaged over "
+            "seeds."
         )
     flexible = {
         (cell.row, name)
