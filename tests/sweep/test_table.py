@@ -20,6 +20,7 @@ from stages.data.demo import write
 from stages.errors import ConfigError, MissingInputError
 from stages.evaluation.statistics import Interval, interval
 from stages.records import Sample, write_jsonl
+from stages.report import table_page
 from stages.runtime import process_guard
 from stages.store.digests import sha256_file
 from stages.sweep import formats, graph, local
@@ -627,6 +628,14 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     # Shown in full is a cell of which a column is there.
     (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
     assert in_full == "θ .9, seed 2"
+
+
+def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
+    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")
+    captions = [picture.caption for picture in table_page._importance(results(swept))]
+    assert len(captions) == 6 and captions[2].startswith("θ .5: ") and "Jaccard index" in captions[2]
+    assert captions[3].startswith("θ .5: cumulative importance; 50 % of it is reached by about ")
+    assert re.search(r"\d+ % of the elements for independent Gaussians\.", captions[3])
 
 
 class Child:
