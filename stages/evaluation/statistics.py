@@ -145,15 +145,18 @@ def over_replicates(means: Sequence[float]) -> Interval | None:
     return Interval(float(low), float(high), float(test.pvalue))
 
 
-def bootstrap(replicates: Sequence[Sequence[float]], draws: int = BOOTSTRAP_DRAWS) -> Interval:
+def bootstrap(replicates: Sequence[Sequence[float]], draws: int = BOOTSTRAP_DRAWS) -> Interval | None:
     """95 % percentile interval of the mean over replicates, each of which has items of its own.
 
     replicates: for each replicate the values of its items, such as paired differences. Every draw takes as
     many replicates as there are, with replacement, and of each of them as many items as it has, with
-    replacement. All replicates weigh alike. The same values give the same interval.
+    replacement. All replicates weigh alike. The same values give the same interval. None if all values are
+    equal, because there is no variance to estimate.
     """
     import numpy as np
 
+    if len({round(value, DECIMALS) for values in replicates for value in values}) < 2:
+        return None
     low, high = np.quantile(_bootstrap_means(replicates, draws), [0.025, 0.975])
     return Interval(float(low), float(high))
 

@@ -74,7 +74,9 @@ def _verdict(results: Results) -> str:
             sentences.append(f"{scope}, told apart from chance, in points: {'; '.join(told_apart)}.")
         elif p_values:
             sentences.append(f"{scope}, no difference is told apart from chance.")
-    return " ".join([*sentences, "All p are corrected for the number of comparisons by Holm's method."])
+    if len(sentences) > 1:
+        sentences.append("All p are corrected for the number of comparisons by Holm's method.")
+    return " ".join(sentences)
 
 
 def _compared(results: Results, number: int) -> str:
@@ -82,7 +84,8 @@ def _compared(results: Results, number: int) -> str:
     pairs = {(contrast.against, contrast.on) for contrast in results.comparisons}
     if len(pairs) > 1:
         planned = len(results.table.contrasts)
-        return f"Of {planned} planned comparisons {number} {'is' if number == 1 else 'are'} complete."
+        begin = f"All {planned}" if number == planned else f"{number} of {planned}"
+        return f"{begin} planned comparisons {'is' if number == 1 else 'are'} complete."
     ((against, on),) = pairs
     candidates = len(results.table.rows) - 1
     rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"

@@ -96,7 +96,9 @@ class TableFile(Section):
     )
     plot: Plot | None = setting(None, "Plot one column over another.")
     importance: bool = setting(
-        False, "Plot, for each row, the importance of its elements for System 1 against that for System 2."
+        False,
+        "Plot, for each row, the importance of its elements for System 1 against that for System 2, and how "
+        "few elements hold most of it, beside independent Gaussians.",
     )
     notes: str = setting("", "Notes for the reader.")
     chosen_on: str = setting(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from stages import escaping
 from stages.evaluation.statistics import BOOTSTRAP_DRAWS, Interval, p_value
 from stages.sweep.file import FLEXIBLE, Column
-from stages.sweep.results import Results
+from stages.sweep.results import OVER, Results
 from stages.sweep.table import Contrast
 from stages.sweep.values import Value
 
@@ -41,37 +41,51 @@ Texts = tuple[list[str], list[list[str]]]
 def grid(results: Results, separator: str = "; ") -> Texts:
     """Return the table of values. separator: between the intervals of a cell."""
     columns = results.table.file.columns
-    rows = [[row, *(_cell(results, row, name, separator) for name in columns)] for row in results.table.rows]
-    return ["", *columns], rows
+    # Numbers of items stand in the legend. If they differ, they stand in the heads, or else in the cells.
+    sizes = {
+        name: {v.n for (_, n), v in results.values.items() if n == name and v and v.n} for name in columns
+    }
+    differ = len(set().union(*sizes.values())) > 1
+    in_head = {name for name in columns if differ and len(sizes[name]) == 1}
+    in_cells = {name for name in columns if len(sizes[name]) > 1}
+    head = [f"{name}, n {min(sizes[name])}" if name in in_head else name for name in columns]
+    rows = [
+        [row, *(_cell(results, row, name, name in in_cells, separator) for name in columns)]
+        for row in results.table.rows
+    ]
+    return ["", *head], rows
 
 
 def comparison_grid(results: Results) -> Texts | None:
-    """Return the table of comparisons, in percentage points; None if there are none.
+    """Return the table of comparisons, in percentage points, with the intervals that any of them has.
 
-    It is empty if --only leaves out a row that others are compared with.
+    None if nothing is compared, also because --only leaves out the row that others are compared with.
     """
     if not results.comparisons:
         return None
     compared = list(filter(None, results.comparisons.values()))
-    by_items, by_seeds = any(v.over_items for v in compared), any(v.over_seeds for v in compared)
-    resampled, several_seeds = any(v.bootstrap for v in compared), any(len(v.of_seeds) > 1 for v in compared)
+    scopes = [over for over in OVER if any(getattr(value, over) for value in compared)]
+    corrected = {over: results.corrected_p(over) for over in scopes}
+    resampled = any(value.bootstrap for value in compared)
+    several_seeds = any(len(value.of_seeds) > 1 for value in compared)
     head = ["comparison", "points"]
-    head += ["over items", "p", "by Holm"] if by_items else []
-    head += ["over seeds", "p", "by Holm"] if by_seeds else []
-    head += ["bootstrap"] * resampled + ["by seed"] * several_seeds
-    holm_of_items, holm_of_seeds = results.corrected_p("over_items"), results.corrected_p("over_seeds")
+    for over in scopes:
+        head += [over.replace("_", " "), "p", "by Holm"]
+    head += ["bootstrap"] if resampled else []
+    head += ["by seed"] if several_seeds else []
     rows = []
     for contrast, value in results.comparisons.items():
-        name = contrast_name(contrast)
         if value is None:
-            rows.append([name, "missing", *[""] * (len(head) - 2)])
+            rows.append([contrast_name(contrast), "missing", *[""] * (len(head) - 2)])
             continue
         cells = [f"{100 * value.mean:+z.1f}"]
-        cells += _tested(value.over_items, holm_of_items.get(contrast)) if by_items else []
-        cells += _tested(value.over_seeds, holm_of_seeds.get(contrast)) if by_seeds else []
-        cells += [_ends(value.bootstrap, value)] * resampled
-        cells += [", ".join(f"{100 * mean:+z.1f}" for mean in value.of_seeds)] * several_seeds
-        rows.append([name, *cells])
+        for over in scopes:
+            interval: Interval | None = getattr(value, over)
+            p = interval.p if interval else None
+            cells += [_ends(interval, value), _bare_p(p), _bare_p(corrected[over].get(contrast))]
+        cells += [_ends(value.bootstrap, value)] if resampled else []
+        cells += [", ".join(f"{100 * mean:+z.1f}" for mean in value.of_seeds)] if several_seeds else []
+        rows.append([contrast_name(contrast), *cells])
     return head, rows
 
 
@@ -83,7 +97,7 @@ def _markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(results: Results, row: str, name: str, separator: str) -> str:
+def _cell(results: Results, row: str, name: str, with_n: bool, separator: str) -> str:
     if (row, name) not in results.values:
         return "–"
     value = results.values[row, name]
@@ -91,9 +105,7 @@ def _cell(results: Results, row: str, name: str, separator: str) -> str:
     paper = "" if published is None else f" (paper: {published:g})"
     if value is None:
         return _missing(results, row, name) + paper
-    # n stands in the legend, unless it differs between cells.
-    sizes = {v.n for v in results.values.values() if v is not None and v.n is not None}
-    items = f", n {value.n}" if value.n is not None and len(sizes) > 1 else ""
+    items = f", n {value.n}" if with_n and value.n is not None else ""
     first, *others = shown(value)
     return separator.join([first + items + paper, *others])
 
@@ -116,9 +128,7 @@ def shown(value: Value) -> list[str]:
         mean = f"{100 * value.mean:+z.1f}" if value.difference else f"{100 * value.mean:.1f}"
     texts = [f"{mean} {_ends(value.over_items, value)}".strip() + _p(value.over_items)]
     if value.over_seeds:
-        texts.append(
-            f"seeds {_ends(value.over_seeds, value)}{_p(value.over_seeds) if value.difference else ''}"
-        )
+        texts.append(f"seeds {_ends(value.over_seeds, value)}{_p(value.over_seeds)}")
     if value.bootstrap:
         texts.append(f"bootstrap {_ends(value.bootstrap, value)}")
     return texts
@@ -138,15 +148,9 @@ def _p(interval: Interval | None) -> str:
     return "" if interval is None or interval.p is None else f", {p_value(interval.p)}"
 
 
-def _tested(interval: Interval | None, corrected: float | None) -> list[str]:
-    """Format ends, p-value and corrected p-value of a difference, each in a cell."""
-    if interval is None:
-        return ["", "", ""]
-    p_values = (interval.p, corrected)
-    return [
-        f"[{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]",
-        *("" if p is None else p_value(p).removeprefix("p ").removeprefix("= ") for p in p_values),
-    ]
+def _bare_p(p: float | None) -> str:
+    """Format a p-value for a column of its own: `.034` or `< .001`."""
+    return "" if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
 
 
 def legend(results: Results) -> str:
@@ -160,8 +164,10 @@ def legend(results: Results) -> str:
     if graded:
         items = sorted({v.n for v in graded if v.n is not None})
         span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+        together = " of all seeds together" if any(value.over_items is None for value in graded) else ""
         sentences.append(
-            f"Accuracies are in %, over {span} items with strictly parsed answers, averaged over seeds."
+            f"Accuracies are in %, over {span} items{together} with strictly parsed answers, averaged over "
+            "seeds."
         )
     flexible = {
         (cell.row, name)
@@ -173,7 +179,9 @@ def legend(results: Results) -> str:
         sentences.append(
             f"Parsed flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(flexible))}."
         )
-    sentences += _intervals(graded + compared, bool(compared))
+    sentences += _intervals(graded + compared)
+    if any(map(results.corrected_p, OVER)):
+        sentences.append("By Holm: corrected for the number of comparisons by Holm's method.")
     if results.table.rebased_rows:
         rows, base = results.table.rebased_rows, cells[0].base
         sentences.append(f"{base} replaces the configs that these rows name: {'; '.join(rows)}.")
@@ -183,7 +191,7 @@ def legend(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _intervals(values: list[Value], has_comparisons: bool) -> Iterator[str]:
+def _intervals(values: list[Value]) -> Iterator[str]:
     """Explain the intervals and tests that these values have."""
     if any(value.over_items for value in values):
         yield (
@@ -210,8 +218,6 @@ def _intervals(values: list[Value], has_comparisons: bool) -> Iterator[str]:
         )
     if any(value.over_seeds for value in differences):
         yield "p over seeds is from a paired t test."
-    if has_comparisons:
-        yield "By Holm: corrected for the number of comparisons by Holm's method."
 
 
 def chosen(results: Results) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import Interval, holm
@@ -18,7 +18,8 @@ from stages.sweep.table import Cell, Contrast, Table
 from stages.sweep.values import ItemAccuracy, NothingToShow, Value, accuracy, difference, mean_of_numbers
 
 Over = Literal["over_items", "over_seeds"]
-"""What an interval of a `Value` is over."""
+OVER: tuple[Over, ...] = get_args(Over)
+"""Intervals of a `Value` that have a p-value if it is a difference."""
 
 
 class Artifacts:
@@ -61,9 +62,9 @@ class Results:
         """Map each comparison that has a p-value over items or seeds to that p-value, corrected by Holm."""
         p_values = {}
         for contrast, value in self.comparisons.items():
-            tested: Interval | None = getattr(value, over, None)
-            if tested is not None and tested.p is not None:
-                p_values[contrast] = tested.p
+            interval: Interval | None = getattr(value, over, None)
+            if interval is not None and interval.p is not None:
+                p_values[contrast] = interval.p
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 

@@ -33,7 +33,7 @@ class Value:
     over_seeds: Interval | None = None
     """By Student's t over the means of the seeds; None for one seed, or if all means are equal."""
     bootstrap: Interval | None = None
-    """Over seeds and the items of each; only if each seed has items of its own."""
+    """Over seeds and the items of each; only if each seed has items of its own, and not all are alike."""
 
 
 class NothingToShow(Exception):

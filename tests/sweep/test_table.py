@@ -21,6 +21,7 @@ from stages.data.demo import write
 from stages.errors import ConfigError, MissingInputError
 from stages.evaluation.statistics import Interval, interval
 from stages.records import Sample, write_jsonl
+from stages.report import table_page
 from stages.runtime import process_guard
 from stages.store.digests import sha256_file
 from stages.sweep import formats, graph, local
@@ -509,10 +510,10 @@ def test_numbers_by_hand(small, by_hand):
     assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
     assert r"SFT: '$\theta$ .5' less '$\theta$ .9'" in formats.latex(found)
     assert formats.latex(found).startswith("% Seeds 1, 2.")
-    _, rows = formats.grid(found)
+    head, rows = formats.grid(found)
+    assert head[1:4] == ["SFT, n 4", "SFT, System 2, n 1", "RL"] and ", n 3; seeds [" in rows[0][3]
     of = {row[0]: row for row in rows}
-    assert re.search(r"^37\.5 \[\S+ \S+\], n 4 \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
-    assert "], n 3; seeds [" in of["θ .9"][3]
+    assert re.search(r"^37\.5 \[\S+ \S+\] \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
     head, (row, _) = formats.comparison_grid(found)
     assert dict(zip(head[:5], row[:5], strict=True)) == {
         "comparison": "SFT: 'θ .5' less 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
@@ -649,6 +650,14 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     # Shown in full is a cell of which a column is there.
     (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
     assert in_full == "θ .9, seed 2"
+
+
+def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
+    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")
+    captions = [picture.caption for picture in table_page._importance(results(swept))]
+    assert len(captions) == 6 and captions[2].startswith("θ .5: ") and "Jaccard index" in captions[2]
+    assert captions[3].startswith("θ .5: cumulative importance; 50 % of it is reached by about ")
+    assert re.search(r"\d+ % of the elements for independent Gaussians\.", captions[3])
 
 
 class Child:
