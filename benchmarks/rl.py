@@ -5,7 +5,7 @@
 
 Theirs: an untouched `trl.GRPOTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the
 trainer of `lorapar rl`, with `--share` of the elements packed (random masks), shared prompts, and on CPU a
-merged copy to sample from. Both stand on copies of one base model as lorapar loads it, so that what its
+merged copy to sample from. Both stand on the weights of one base model as lorapar loads it, so that what its
 loading saves on CPU is saved for TRL, too. They have the same LoRA, the same GRPOConfig (no gradient
 checkpointing, no KL term) and the same trivial reward: whether the length of a completion is odd.
 
@@ -84,6 +84,8 @@ def report(bench: Bench, shape: Shape) -> None:
     ]
     print("rollouts: TRL {:.0f} tokens/s, lorapar {:.0f} tokens/s".format(*speeds))
     if bench.given.memory:
+        del bench.base  # each process has its own
+        resources.release_memory()
         theirs, ours = (peak(__file__, name) for name in SIDES)
         print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")
 

@@ -3,8 +3,8 @@
     python benchmarks/sft.py MODEL ROWS [--batch 16] [--micro-batch 8] [--pairs 10] [--share 0.4]
 
 Theirs: an untouched `trl.SFTTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the mixin
-of `lorapar sft`, with `--share` of the elements packed (random masks). Both stand on copies of one base
-model, and both train on rows as `lorapar sft` renders them from ROWS.
+of `lorapar sft`, with `--share` of the elements packed (random masks). Both stand on the weights of
+one base model, which is frozen, and both train on rows as `lorapar sft` renders them from ROWS.
 
 A step is what `Trainer.train` does from the begin to the end of an epoch of one step: data, all micro
 batches, clipping, AdamW, logging. In each pair both do one step on the same rows, in an order drawn at
@@ -13,7 +13,6 @@ pairs, with a bootstrap interval. The peak is that of a process, or of the devic
 """
 
 import argparse
-import copy
 import os
 import random
 import statistics
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from grpo import random_masks
-from measure import interval, now, peak
+from measure import interval, now, peak, twin
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
@@ -129,7 +128,7 @@ def main() -> None:
                 side.step(batch)
             print(resources.peak_device_memory())
             return
-        sides = {name: Side(name, copy.deepcopy(base), renderer, given, folder) for name in SIDES}
+        sides = {name: Side(name, twin(base), renderer, given, folder) for name in SIDES}
         seconds: dict[str, list[float]] = {name: [] for name in SIDES}
         for number, batch in enumerate(batches):
             for name in random.sample(SIDES, len(SIDES)):

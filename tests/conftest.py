@@ -295,6 +295,16 @@ def own(tiny: Path, demo_data: Path, labelled: Path, tmp_path: Path) -> Small:
     return Small(tiny, demo_data, tmp_path / "own")
 
 
+def start_method() -> str:
+    """How a test starts a process that computes: a fork is quick, but no GPU survives it.
+
+    LORAPAR_START_METHOD=spawn has what needs a GPU otherwise: children without this process's patches.
+    """
+    import torch
+
+    return os.environ.get("LORAPAR_START_METHOD") or ("spawn" if torch.cuda.is_available() else "fork")
+
+
 @dataclass
 class Done:
     code: int

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_step
+from conftest import make_step, start_method
 
 from stages.lora.adapter import adapter, baselines
+from stages.lora.training import curves
 from stages.lora.training.health import ProgressCallback
 from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file
 
 STEPS = 6
+WHOLE = "undisturbed"
 # 16 rows and 8 a step: two steps an epoch and more; accumulation 2, dropout, weight decay; half is warm-up.
 SFT = [
     "sft.max_steps=6", "sft.num_train_epochs=9", "sft.lora_dropout=0.05",
@@ -50,26 +52,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def in_a_child(config, stage: str, kill_at: int | None) -> int:
-    """Run the stage in another process, killed at the end of optimizer step `kill_at`; its exit code."""
-    how = "spawn" if torch.cuda.is_available() else "fork"  # a fork is quick, and no GPU survives it
-    child = multiprocessing.get_context(how).Process(target=_make, args=(config, stage, kill_at))
+def in_a_child(config, stage: str, *runs: tuple[int | None, Path | None]) -> int:
+    """Make the stage once for each of `runs` in another process; its exit code. For `runs` see `_make`."""
+    child = multiprocessing.get_context(start_method()).Process(target=_make, args=(config, stage, runs))
     child.start()
     child.join()
     return child.exitcode
 
 
-def _make(config, stage: str, kill_at: int | None) -> None:
-    usual = ProgressCallback.on_step_end
+def _make(config, stage: str, runs: tuple[tuple[int | None, Path | None], ...]) -> None:
+    """Make the stage again and again, and what it starts from.
 
-    def on_step_end(self, args, state, control, **rest):
-        if state.global_step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return usual(self, args, state, control, **rest)
-
-    ProgressCallback.on_step_end = on_step_end
+    runs: the optimizer step at whose end this process is killed, and the folder to which the run is moved if
+    it is not. A run of the folder WHOLE keeps all of its checkpoints.
+    """
+    usual, clear, limit = ProgressCallback.on_step_end, Checkpoints.clear, checkpoints.SAVE_TOTAL_LIMIT
     torch.set_num_threads(1)
-    make_step(config, stage)
+    curves.draw = lambda history, path: path.write_bytes(b"")
+    if stage == "rl" and config.rl.start_from == "sft":
+        make_step(config, "sft")
+    for kill_at, folder in runs:
+
+        def on_step_end(self, args, state, control, *, at=kill_at, **rest):
+            if state.global_step == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return usual(self, args, state, control, **rest)
+
+        keeps = folder is not None and folder.name == WHOLE
+        ProgressCallback.on_step_end = on_step_end
+        Checkpoints.clear = (lambda self: None) if keeps else clear
+        checkpoints.SAVE_TOTAL_LIMIT = 99 if keeps else limit
+        make_step(config, stage)
+        (config.root / stage).rename(folder)
 
 
 def untimed(folder: Path) -> list[dict]:
@@ -80,38 +94,35 @@ def untimed(folder: Path) -> list[dict]:
     ]
 
 
-def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = adapter.ADAPTER) -> str:
-    """Undisturbed once, then killed at each of the steps and run again.
+def killed_at(config, stage: str, steps: list[int], aside: Path, file: str = adapter.ADAPTER) -> str:
+    """Undisturbed once, then killed at each of the steps and run again, in one process more than steps.
 
-    Asserts equal bytes of `file` and equal losses.
+    A process that has made what it should begins the next run, which is killed. Asserts equal bytes of `file`
+    and equal losses. aside: folder for the runs.
     """
     home = config.root / stage
     shutil.rmtree(home, ignore_errors=True)
-    if stage == "rl" and config.rl.start_from == "sft":
-        assert in_a_child(config, "sft", None) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "SAVE_TOTAL_LIMIT", 99)
-        patch.setattr(checkpoints.Checkpoints, "clear", lambda self: None)
-        assert in_a_child(config, stage, None) == 0
-    artifact = (home / "latest").resolve()
+    whole = aside / WHOLE
+    assert in_a_child(config, stage, (None, whole), (steps[0], None)) == -signal.SIGKILL
+    artifact = (whole / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
     if stage == "rl" and config.rl.dynamic_sampling:
         assert sum(step["resampled/groups"] for step in history) > 0
-    passed = {sha256_file(path) for path in home.glob(f"checkpoints/*/checkpoint-*/{file}")}
-    assert len(passed | {wanted}) == len(list(home.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, (
+    passed = {sha256_file(path) for path in whole.glob(f"checkpoints/*/checkpoint-*/{file}")}
+    assert len(passed | {wanted}) == len(list(whole.glob("checkpoints/*/checkpoint-*"))) + 1 > 2, (
         "training moved nothing"
     )
     same = 0
-    for step in steps:
-        shutil.rmtree(home)
-        assert in_a_child(config, stage, step) == -signal.SIGKILL
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
         kept = sorted(path.name for path in home.glob("checkpoints/*/checkpoint-*"))
-        assert len(kept) <= 2, kept
-        assert in_a_child(config, stage, None) == 0
-        again = (home / "latest").resolve()
-        assert untimed(again) == history
-        assert not list(home.glob("checkpoints/*/*"))
-        same += sha256_file(again / "adapter" / file) == wanted
+        assert 0 < len(kept) <= 2, kept
+        again = aside / f"killed at {step}"
+        ended = in_a_child(config, stage, (None, again), *([(following, None)] if following else []))
+        assert ended == (-signal.SIGKILL if following else 0)
+        artifact = (again / "latest").resolve()
+        assert untimed(artifact) == history
+        assert not list(again.glob("checkpoints/*/*"))
+        same += sha256_file(artifact / "adapter" / file) == wanted
     assert same == len(steps)
     return f"{stage}: killed at {len(steps)} steps, {same} byte-identical"
 
@@ -121,16 +132,16 @@ def killed_at(config, stage: str, steps: list[int], monkeypatch, file: str = ada
     [("sft", SFT), ("sft", [*SFT, "sft.padding_free=off"]), ("rl", RL), ("rl", SHARED), ("rl", MIXED)],
     ids=["sft", "sft padded", "rl", "rl with shared prompts", "rl of both systems"],
 )
-def test_a_kill_in_mid_epoch_changes_no_byte(own, stage, settings, monkeypatch):
-    killed_at(own(*SFT, *settings), stage, [3], monkeypatch)
+def test_a_kill_in_mid_epoch_changes_no_byte(own, stage, settings, tmp_path):
+    killed_at(own(*SFT, *settings), stage, [3], tmp_path)
 
 
 @pytest.mark.parametrize(
     "method", ["p_tuning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ia3", "dora"))]
 )
-def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
+def test_a_baseline_goes_on_as_exactly(own, method, tmp_path):
     config = own(*SFT, f"baseline.method={method}", "baseline.encoder_hidden=16", "eval.targets=[sft]")
-    killed_at(config, "sft", [3], monkeypatch, baselines.STATE)
+    killed_at(config, "sft", [3], tmp_path, baselines.STATE)
 
 
 @pytest.mark.slow
@@ -159,9 +170,9 @@ def test_a_baseline_goes_on_as_exactly(own, method, monkeypatch):
         "rl without",
     ],
 )
-def test_a_kill_at_every_step_changes_no_byte(own, stage, settings, monkeypatch, capsys):
+def test_a_kill_at_every_step_changes_no_byte(own, stage, settings, tmp_path, capsys):
     steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [4, 6]
-    said = killed_at(own(*SFT, *settings), stage, steps, monkeypatch)
+    said = killed_at(own(*SFT, *settings), stage, steps, tmp_path)
     with capsys.disabled():
         print(f"\n  {said}", end="")
 

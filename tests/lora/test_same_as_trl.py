@@ -77,7 +77,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
     plain = {
-        n.replace(".default.weight", ".weight"): p.detach()
+        n.replace(".default.weight", ".weight"): p.detach().cpu()  # as those of files
         for n, p in model.named_parameters()
         if ".default." in n
     }

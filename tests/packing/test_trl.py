@@ -8,6 +8,7 @@ import torch
 from conftest import make_step, trainer_of
 from datasets import Dataset
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig
 from trl.trainer import grpo_trainer
@@ -71,6 +72,18 @@ def batch() -> dict[str, Tensor]:
     }
 
 
+def noisy(values: Tensor) -> Tensor:
+    """With the same noise on every device: generators of a GPU draw other numbers."""
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
+    return values + 0.3 * noise.to(values.device)
+
+
+def test_noise_goes_to_the_device_of_the_values():
+    """As `gpu-check` needs it; a fake GPU knows shapes and devices alone."""
+    with FakeTensorMode():
+        assert noisy(torch.zeros(8, 8, device="cuda")).device.type == "cuda"
+
+
 def log_probs(trainer, model, inputs: dict[str, Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
     """Those of the trainer and its entropies, zero behind the end of each completion."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -123,8 +136,7 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
         inputs = batch()
         with torch.no_grad():
             if iterations == 2:
-                noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
-                inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
+                inputs["old_per_token_logps"] = noisy(log_probs(trainer, model, inputs)[0])
             if reference:
                 with use_adapter(model, None if reference == "base" else "ref"):
                     inputs["ref_per_token_logps"] = log_probs(trainer, model, inputs)[0]
@@ -158,9 +170,8 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
         trl, "prefix_groups", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
     )
     if iterations == 2:
-        noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
-            inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
+            inputs["old_per_token_logps"] = noisy(log_probs(trainer, model, inputs)[0])
     computed.clear()
     for sharing in (True, False):
         monkeypatch.setattr(trainer, "prefix_sharing", sharing)
@@ -364,9 +375,13 @@ ROWS["a gap in the labels"] = [
 ]
 
 
+def collated(trainer, rows) -> dict[str, Tensor]:
+    return {name: value.to(device()) for name, value in trainer.data_collator(rows).items()}
+
+
 def sft_step(trainer, model, rows, number: int | None = None):
     trainer._total_train_tokens = 0
-    inputs = trainer.data_collator(rows)
+    inputs = collated(trainer, rows)
     return trained(trainer, model, lambda: trainer.compute_loss(model, inputs, num_items_in_batch=number))
 
 
@@ -434,7 +449,13 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
 
     trainer = SftTrainer(
         model=model,
-        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=device().type == "cpu",
+            bf16=False,
+            report_to="none",
+            max_length=None,
+        ),
         train_dataset=Dataset.from_list(ROWS["a shared beginning"]),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         run_info=RunInfo(lambda _: [], ""),
@@ -442,7 +463,7 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
     )
     accept_packed(model)
     model.train()
-    inputs = trainer.data_collator(ROWS["a shared beginning"])
+    inputs = collated(trainer, ROWS["a shared beginning"])
     with_router = trainer.compute_loss(model, inputs)
     (aux,) = trainer._metrics["train"]["aux_loss"]
     assert aux > 0
@@ -466,6 +487,7 @@ def test_the_model_s_own_call_is_untouched(sft):
     """A row is asked for by its argument; else the forward pass is the one that TRL gave it."""
     _, model = sft
     ids = torch.tensor([[5, 6, 7, 8]], device=device())
+    assert support.supports_packing(model, [5, 6, 7, 8])
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         row = PackedBatch.of([PrefixGroup([5], [Suffix([6, 7], [7, 8])])], ids.device)
