@@ -107,7 +107,7 @@ def _protected(job: StageContext, partition: PartitionSection, elements: int) ->
 
 
 def _hint(stage: str, partition: PartitionSection, protected: bool) -> str:
-    """What to change where no element is active. protected: all that the strategy chose are protected."""
+    """The setting to change where no element is active. protected: all that were chosen are protected."""
     if protected:
         return "the protected rows need all that it would train: lower partition.protect_theta"
     if stage == "rl" and partition.rl_density is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Small, make_steps, once, processes, wait_for
-from trl import GRPOTrainer
 
 from stages.engines import Completion
 from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
@@ -319,6 +318,9 @@ def test_force_asks_again(copied, monkeypatch):
 def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     """The journal holds another model's answers, as a server that passes over the adapter would give them."""
     config = copied("eval.parity_items=4", "lora.std=0.5")
+    monkeypatch.setattr(
+        "stages.evaluation.parity.TOLERANCE", 0.1
+    )  # logits of random weights lie close together
     make_steps(config, "score")
     monkeypatch.setattr(
         "stages.engines.in_process.load_merged",
@@ -348,23 +350,6 @@ def test_kl_references_and_inits(copied, init, reference):
     assert "kl" in history[0]
     # At the first step the policy is the SFT adapter: no distance from itself, some from the base.
     assert (abs(history[0]["kl"]) < 1e-6) is (reference == "sft")
-
-
-@pytest.mark.parametrize("again", [0, 1])
-def test_rollouts_by_trl_itself(copied, monkeypatch, again):
-    """What a GPU would run: completions through the packed LoRA layers instead of a merged copy."""
-    calls, usual = [], GRPOTrainer._generate_single_turn
-    monkeypatch.setattr("stages.lora.grpo.vllm_rollouts.copy_of", lambda *_: None)
-    monkeypatch.setattr(
-        GRPOTrainer, "_generate_single_turn", lambda *given: calls.append(len(given[1])) or usual(*given)
-    )
-    summary = make_steps(copied("rl.max_steps=1", f"rl.dynamic_sampling={again}"), "rl")["rl"][0].manifest[
-        "summary"
-    ]
-    assert calls == ([16, 16] if again else [16])  # no completion of the tiny model is correct
-    assert (
-        summary["steps"] == 1 and summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
-    )
 
 
 def test_strategy_all_needs_no_scores(copied):

@@ -231,7 +231,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _lengths(profiles: list[DataProfile]) -> list[Choice]:
-    """Of the rows to train on, and of protected ones if there are any."""
+    """Lengths of the rows to train on, and of protected ones if there are any."""
     longest, why = max(_limit(profile.row, profile.positions) for profile in profiles)
     chosen = [Choice("data.max_length", longest, f"prompt and response: {why}")]
     if any(longest < profile.row.longest for profile in profiles):

@@ -76,7 +76,7 @@ def run_step(
 def upcoming(
     config: Config, steps: list[Step], progress: Progress, engines: EngineCache
 ) -> list[tuple[StageContext, dict[str, Any]]]:
-    """What the stage function will be called with for each step that is not current and whose inputs are."""
+    """The arguments of the stage function for each step that is not current and whose inputs are."""
     store = Store(config.root)
     calls = []
     for step in steps:

@@ -1,4 +1,4 @@
-"""What a run gained, and what it cost the protected rows: one small table on the page of a run."""
+"""Gain and loss of a run, on the new rows and on the protected ones: one small table on its page."""
 
 from __future__ import annotations
 
