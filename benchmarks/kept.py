@@ -2,30 +2,53 @@
 
     python benchmarks/kept.py [--completions 8] [--length 512] [--prompt 128] [--layers 2] [--dtype bfloat16]
 
-One row of completions with one prompt, through layers of Qwen2.5-7B's width with random weights and LoRA of
-rank 8. Each tensor that autograd saves is counted, once per storage, and dropped, so that the script needs
-memory for the weights and for one layer's pass. Weights and head are not counted.
+One row of completions with one prompt, through layers of Qwen2.5-7B's width with LoRA of rank 8. Tensors are
+torch's fake ones: they have shapes and no numbers, so this takes seconds and no memory. Each tensor that
+autograd saves counts once per storage; weights and the head do not count.
 """
 
 import argparse
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from stages.config import LoraSection
-from stages.lora.adapter import adapter
 from stages.packing.batch import PackedBatch
-from stages.packing.support import packed_hidden_states, supports_packing
+from stages.packing.support import MARK, packed_hidden_states
 from stages.packing.trl import prefix_groups
 
 QWEN = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
 WORDS = 256
 
 
-def kept_bytes(model: torch.nn.Module, row: PackedBatch) -> tuple[int, int]:
+def adapted(layers: int, dtype: torch.dtype) -> Any:
+    """The model without numbers; its pages are never written, so they take no memory."""
+    config = Qwen2Config(**QWEN, num_hidden_layers=layers, vocab_size=WORDS, dtype=dtype)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(base, LoraConfig(r=8, target_modules=LoraSection().target_modules))
+    base.set_attn_implementation(MARK + "sdpa")
+    return model.to_empty(device="cpu").train()
+
+
+def fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Put fake tensors in place of all weights and buffers."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                fake_weight = mode.from_tensor(weight.detach())
+                module._parameters[name] = nn.Parameter(fake_weight, requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+
+
+def kept_bytes(model: nn.Module, row: PackedBatch) -> tuple[int, int]:
     """Bytes that autograd keeps of a pass of `row`: all but weights, and of these masks."""
     assert row.prefixes is not None
     weights = {StorageWeakRef(weight.untyped_storage()) for weight in model.parameters()}
@@ -54,19 +77,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
-    config = Qwen2Config(
-        **QWEN, num_hidden_layers=given.layers, vocab_size=WORDS, dtype=getattr(torch, given.dtype)
-    )
-    model = adapter.initial(AutoModelForCausalLM.from_config(config), LoraSection(), 0).train()
-    assert supports_packing(model, [5, 6, 7, 8])
     prompts = [[5] * given.prompt] * given.completions
-    row = PackedBatch.of(
-        prefix_groups(prompts, [[6] * given.length] * given.completions), torch.device("cpu")
-    )
+    completions = [[6] * given.length] * given.completions
+    row = PackedBatch.of(prefix_groups(prompts, completions), torch.device("cpu"))
+    model = adapted(given.layers, getattr(torch, given.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake(model, mode)
+        every, masks = kept_bytes(model, row)
     tokens = row.input_ids.shape[1]
-    every, masks = (number / tokens / given.layers for number in kept_bytes(model, row))
     print(f"{given.completions} × {given.length} tokens behind a prompt of {given.prompt}: {tokens} tokens")
-    print(f"kept per token and layer: {every / 2**10:.1f} KiB, of it masks {masks / 2**10:.1f} KiB")
+    for name, number in (("kept", every), ("of it masks", masks)):
+        each = number / tokens / given.layers / 2**10
+        print(
+            f"{name}: {each:.2f} KiB per token and layer, {number / 2**30:.3f} GiB in {given.layers} layers"
+        )
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     config = copied("eval.parity_items=4", "lora.std=0.5")
     monkeypatch.setattr(
         "stages.evaluation.parity.TOLERANCE", 0.1
-    )  # logits of random weights lie close together
+    )  # random weights give close logits
     make_steps(config, "score")
     monkeypatch.setattr(
         "stages.engines.in_process.load_merged",
