@@ -88,6 +88,7 @@ def build(
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
+    # An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step.
     steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
     peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
     box = sandboxes.from_settings(sandbox, say) if sandbox else None

@@ -30,6 +30,8 @@ SHOWN = ("reward", "frac_reward_zero_std")
 
 def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
     """The settings of RL for BATCHES steps that leave every element where it is, in processes of `launch`."""
+    # AdamW multiplies each step by the rate: without weight decay, a rate of 0 leaves every bit as it is.
+    # More than one pass over a batch would sum the same gradient twice.
     still = {"learning_rate": 0.0, "weight_decay": 0.0, "loraplus_lr_ratio": None, "num_iterations": 1}
     length = {"max_steps": BATCHES, "num_train_epochs": BATCHES}
     return rl.model_copy(update={**still, **length, "report_to": [], "launch": launch})
@@ -46,10 +48,12 @@ def measure(
     """
     trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
     start.restore(grpo.model)
+    # Nothing is packed: every element of the adapter gets a gradient, so that any may be chosen.
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     zeros = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     sums = Moments(zeros, {name: zero.clone() for name, zero in zeros.items()}, 0, 0.0)
+    # A checkpoint would hold nothing but SFT's adapter, and the sums are not in it.
     trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
     title = f"score System 2 by RL's gradients, {grpo.prompts.slow} prompts"
@@ -73,8 +77,10 @@ class _GradientSums(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for name, layer in self.layers.items():
-            if layer.weight.grad is not None:  # without an advantage there is none
+            # Of a batch without any advantage there is no gradient, or zeros; either lowers the mean.
+            if layer.weight.grad is not None:
                 gradient = layer.weight.grad.detach().float()
                 self.sums.gradient[name] += gradient
+                # The square of a whole batch's gradient: its noise is that of a step of RL.
                 self.sums.square[name] += gradient.square()
         self.sums.examples += 1

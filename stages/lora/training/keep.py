@@ -25,11 +25,13 @@ class KeepAdapters(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in self.steps and distributed.is_main():
+            # What a killed run left half written is written again, when the resumed one comes to the step.
             folder = self.folder / str(state.global_step)
             shutil.rmtree(folder, ignore_errors=True)
             adapter.save(self.model, folder, self.base)
 
     def copy(self, out: Path) -> None:
         """Copy what was kept into the artifact."""
+        # Not written there at once: the folder of an artifact is emptied when a killed run begins again.
         if self.folder.exists():
             shutil.copytree(self.folder, out)
