@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 2
 """Rows of a forward pass: the probabilities of all their answer tokens exist at a time, of two models."""
 MEASUREMENTS = 8
-"""How often SFT is measured, about; RL has a setting."""
+"""Measurements in a run of SFT, about; RL has a setting."""
 
 
 def watch(
