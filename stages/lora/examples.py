@@ -11,7 +11,7 @@ from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
 
 PROTECTED = "protected"
-"""What names the rows of `partition.protect`: a variant of score, and a prefix in its file."""
+"""Name of the rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
 PROBE_ROWS = 16
 """Most protected rows that are not scored, so that the drift of training is measured on them."""
 
