@@ -20,7 +20,7 @@ from stages.packing.support import has_active_dropout
 from stages.packing.trl import accept_packed
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
-from stages.runtime import distributed, resources
+from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -65,9 +65,7 @@ def run(
     masks = "rl" if context.variant else "sft"
     start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    if context.variant:
-        gc.collect()  # the first round's model is in reference cycles, and this one needs its memory
-        resources.release_memory()
+    gc.collect()  # the first round's model is in reference cycles, and the second needs its memory
     base = load_base(model, fsdp.load_device(sft.launch))
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
     fsdp.shard_base(peft_model, sft.launch)

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from stages.config import Config
+from stages.config import TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import paired_difference
 from stages.records import read_samples
 from stages.report.page import Block, Grid
 from stages.store.artifacts import Artifact
 
-TRAINED = ("sft", "rl")
-
 
 def blocks(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
-    """Build the table: the base's accuracy on each benchmark, the change after each stage, and the drift.
+    """Build the table: the base's accuracy on each benchmark, the change after each step, and the drift.
 
     Empty without `partition.protect`, or if nothing is trained yet.
     """
-    trained = [stage for stage in TRAINED if stage in artifacts]
+    trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
     if not config.partition.protect or not trained:
         return []
     accuracies = {name: _accuracies(name, artifacts) for name in config.eval.benchmarks}
     rows = [
-        [name, *_base(by_target.get("base")), *(_change(by_target, stage) for stage in trained)]
+        [name, *_base(by_target.get("base")), *(_change(by_target, target) for target in trained)]
         for name, by_target in accuracies.items()
         if by_target
     ]
-    summaries = {stage: artifacts[stage].manifest["summary"] for stage in trained}
+    summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
     drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
     if any(drift):
         held_out = artifacts["score:protected"].manifest["summary"]["held_out"]
         rows.append(["drift on held-out protected rows", str(held_out), "", *drift])
-    masks = [artifacts[f"partition:{stage}"].manifest["summary"] for stage in trained]
-    shares = ", ".join(
-        f"{stage} trains {100 * mask['active_share']:.1f} %"
-        for stage, mask in zip(trained, masks, strict=True)
-    )
+    shares = ", ".join(f"{target} trains {100 * s['active_share']:.1f} %" for target, s in summaries.items())
+    masks = next(a for name, a in artifacts.items() if name.startswith("partition:")).manifest["summary"]
     caption = (
         "Change of the accuracy against the base in points [95 % interval, paired over items]. Drift: KL "
         "from the adapter that the stage starts with, in nats per token of the answers. Of the elements, "
-        f"{100 * masks[0]['protected'] / masks[0]['elements']:.1f} % are protected; {shares}."
+        f"{100 * masks['protected'] / masks['elements']:.1f} % are protected; {shares}."
     )
     return [Grid(["", "items", "base, %", *trained], rows, caption)]
 

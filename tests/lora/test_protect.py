@@ -155,10 +155,11 @@ def test_errors(smoke, begun, old, tmp_path):
 
 
 def test_the_page_says_what_was_gained_and_lost(begun, old):
-    config = resolved(begun(*QUICK, old, "partition.strategy=all", "eval.targets=[base, sft, rl]"))
+    both = ("sft.rounds=2", "eval.targets=[base, sft, sft2, rl]")
+    config = resolved(begun(*QUICK, old, "partition.strategy=all", *both))
     artifacts = {name: artifact for name, (artifact, _) in make_steps(config).items()}
     [grid] = protection.blocks(config, artifacts)
-    assert grid.head == ["", "items", "base, %", "sft", "rl"]
+    assert grid.head == ["", "items", "base, %", "sft", "sft2", "rl"]
     assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]
     assert grid.rows[0][3] == "+0.0 [-18.8, 18.8]"  # a random model answers nothing
     assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
