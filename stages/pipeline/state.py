@@ -7,6 +7,9 @@ from stages.errors import ArtifactError, MissingInputError
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Artifact, Store
 
+NOT_THERE = "not there"
+"""Value of a setting that an earlier lorapar did not have, or a later one has no more."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -57,9 +60,11 @@ def _difference(store: Store, step: Step) -> str | None:
     if last is None:
         return None
     old, new = _flat(last.manifest["identity"]), _flat(step.identity)
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    # A setting of a later lorapar, even one whose value is None, differs from one that was not there.
+    values = {name: (old.get(name, NOT_THERE), new.get(name, NOT_THERE)) for name in {**old, **new}}
+    changed = [name for name, (before, now) in values.items() if before != now]
     if settings := [name for name in changed if name.startswith("config.")]:
-        return ", ".join(f"{n.removeprefix('config.')} was {old.get(n)}, now {new.get(n)}" for n in settings)
+        return ", ".join("{} was {}, now {}".format(n.removeprefix("config."), *values[n]) for n in settings)
     if outside := [name.removeprefix("outside.") for name in changed if name.startswith("outside.")]:
         return f"{', '.join(outside)} changed"
     return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"
