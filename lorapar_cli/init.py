@@ -89,7 +89,7 @@ def _write_config(
 ) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
-    from stages.init.hold_out import hold_out
+    from stages.init.hold_out import hold_out, stem
 
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
@@ -101,10 +101,11 @@ def _write_config(
         raise MissingInputError(f"--labels {labels}: no such file")
     _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
+    title = "protected" if protect and stem(protect) == stem(data) else ""  # else the files would be one
     if protect and not benchmarks:
         new = hold_out(data, path.parent)
         data, benchmarks = new.train, [new.test] if new.test else []
-    old = hold_out(protect, path.parent) if protect else None
+    old = hold_out(protect, path.parent, title) if protect else None
     measured = [*benchmarks, *([old.test] if old and old.test else [])]
     base = ModelSection(name=model)
     profile = survey(base, DataSection(path=data, empty="drop", duplicates="first"), measured)

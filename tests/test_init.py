@@ -323,6 +323,19 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
     assert (tmp_path / "old-test.jsonl").read_text() == "mine"
 
 
+def test_files_and_benchmarks_of_one_name_stay_apart(written, tmp_path):
+    (tmp_path / "old").mkdir()
+    old = "".join(json.dumps({"question": f"{i} * 2?", "answer": f"#### {2 * i}"}) + "\n" for i in range(40))
+    (tmp_path / "old/my rows.jsonl").write_text(old, encoding="utf-8")
+    found, _ = written(rows(100), "--protect", "old/my rows.jsonl")
+    assert found["partition"] == {"protect": "protected-train.jsonl"}
+    Path("c.yaml").unlink()
+    (tmp_path / "protected.jsonl").write_text(old, encoding="utf-8")
+    found, _ = written(rows(100), "--protect", "old/my rows.jsonl", "--test", "protected.jsonl")
+    paths = {name: part["path"] for name, part in found["eval"]["benchmarks"].items()}
+    assert len(paths) == 2 and paths["protected"] == "protected.jsonl"
+
+
 def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, lorapar, tmp_path):
     old = [{"instruction": f"Say {i}.", "output": "Well, " + "so " * 60} for i in range(40)]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")

@@ -226,6 +226,12 @@ class RlSection(TrainSection):
         return self
 
     @model_validator(mode="after")
+    def _check_keep_steps(self) -> "RlSection":
+        if self.max_steps and self.keep_steps and max(self.keep_steps) > self.max_steps:
+            raise ValueError(f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}")
+        return self
+
+    @model_validator(mode="after")
     def _check_ratios(self) -> "RlSection":
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             raise ValueError(

@@ -114,6 +114,8 @@ class ScoreSection(Section):
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
 """Strategies whose number of elements follows from `density`."""
+BY_SCORE = ("importance", "topk", "topk_within")
+"""Strategies that give a system the elements with its highest scores."""
 BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
 """Strategies whose number of elements follows from `theta`."""
 
@@ -192,8 +194,20 @@ class PartitionSection(Section):
             raise ValueError(
                 f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others"
             )
-        if self.strategy in ("all", "random_half"):
-            raise ValueError(f"rl_density takes the highest scores, and strategy {self.strategy} reads none")
+        if self.strategy not in BY_SCORE:
+            raise ValueError(
+                f"rl_density takes System 2's highest scores, and strategy {self.strategy} does not; choose "
+                f"{', '.join(BY_SCORE)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_protected_control(self) -> "PartitionSection":
+        # Elements that are important for one kind of rows often are for another. A random control would lose
+        # far fewer of its elements to the protected ones, and train more than what it is compared with.
+        control = self.strategy if self.strategy in ("random", "random_within") else self.rl_elements
+        if self.protect and self.protect_theta and control in ("random", "random_within"):
+            raise ValueError(f"{control} is a control of equal size, which protect would make larger")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ def choices(
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
-        chosen += _eval([protected.test], longest, "protected")
-        chosen.append(
-            Choice("eval.benchmarks.protected.label", False, "the systems are those of the new rows")
-        )
+        names = {choice.name.split(".")[2] for choice in chosen if choice.name.startswith("eval.benchmarks.")}
+        own = _eval([protected.test], longest, "protected", names)
+        label = f"{own[0].name.rpartition('.')[0]}.label"
+        chosen += [*own, Choice(label, False, "the systems are those of the new rows")]
     return chosen
 
 
@@ -306,15 +306,20 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 
 
-def _eval(tests: list[BenchmarkSection], longest: int, title: str = "") -> list[Choice]:
-    """One benchmark for each test file. longest: tokens of an answer. title: name in place of the file's."""
+def _eval(
+    tests: list[BenchmarkSection], longest: int, title: str = "", taken: Collection[str] = ()
+) -> list[Choice]:
+    """One benchmark for each test file. longest: tokens of an answer. title: name in place of the file's.
+
+    taken: names that other benchmarks have.
+    """
     chosen: list[Choice] = []
-    names: set[str] = set()
+    names = set(taken)
     for test in tests:
         kind, path = test.kind, str(test.path)
         word = title or _word(path).strip("-_")
         candidates = [word if word not in ("", "train") else kind]
-        candidates += [f"{kind}-{number}" for number in range(1, len(tests) + 2)]
+        candidates += [f"{kind}-{number}" for number in range(1, len(tests) + len(names) + 2)]
         names.add(unique := next(name for name in candidates if name not in names))
         name = f"eval.benchmarks.{unique}"
         chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]

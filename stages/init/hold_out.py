@@ -29,9 +29,10 @@ class HeldOut:
     """Benchmark of the rows to evaluate on; None if no row has an answer that a benchmark can verify."""
 
 
-def hold_out(path: str, folder: Path) -> HeldOut:
+def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     """Write both parts into `folder`, as NAME-train.jsonl and NAME-test.jsonl.
 
+    NAME is `title`, or else that of the file.
     The rows of one question stay together, and only questions of which each row has a verifiable answer are
     held out. The same file is split in the same way. OutputError if another file has one of the two names.
     """
@@ -56,7 +57,7 @@ def hold_out(path: str, folder: Path) -> HeldOut:
         parts["test" if questions.get(number) in chosen else "train"].append(row)
     if not chosen:
         return HeldOut(path, None)
-    files = {name: folder / f"{Path(path).name.split('.')[0]}-{name}.jsonl" for name in parts}
+    files = {name: folder / f"{title or stem(path)}-{name}.jsonl" for name in parts}
     for name, file in files.items():
         _write(file, parts[name])
     try:
@@ -65,6 +66,11 @@ def hold_out(path: str, folder: Path) -> HeldOut:
         for file in files.values():
             file.unlink()
         return HeldOut(path, None)
+
+
+def stem(path: str) -> str:
+    """The name of a file without its extensions."""
+    return Path(path).name.split(".")[0]
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -95,10 +95,10 @@ def _score_needs(config: Config, scored: str) -> tuple[str, ...]:
         return ()
     if scored != "rl":
         return ("classify:train",)
-    return ("classify:train", "sft", *(["score"] if _reads_rollouts(config) else []))
+    return ("classify:train", "sft", *(["score"] if rescored_by_rollouts(config) else []))
 
 
-def _reads_rollouts(config: Config) -> bool:
+def rescored_by_rollouts(config: Config) -> bool:
     """Whether RL's elements are scored by gradients of RL."""
     return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
 
@@ -109,9 +109,11 @@ def _score_outside(config: Config, scored: str, cache: DigestCache) -> dict[str,
         return {**key, "protected": cache_key.of_source(SourceSection(path=config.partition.protect), cache)}
     if scored != "rl":
         return key
-    if not _reads_rollouts(config):
+    if not rescored_by_rollouts(config):
         return {**key, "scorer": config.rl.rescore}
     rl = {name: value for name, value in cache_key_fields(config.rl).items() if name not in OF_UPDATES}
+    if loading.any_needs_sandbox(config.rl.rewards, config.rl.rewards_file):
+        rl["sandbox"] = cache_key_fields(config.rl.sandbox)
     return {**_rewards_outside(config, scored, cache), "scorer": config.rl.rescore, "rl": rl}
 
 

@@ -24,10 +24,10 @@ from stages.labelling.personas import held_out
 from stages.lora.examples import PROTECTED
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.gradients import BATCHES
-from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
 from stages.pipeline import launch
+from stages.pipeline.stages import rescored_by_rollouts
 from stages.pipeline.steps import Step
 from stages.plan.estimate import Cost, MemoryEstimate
 from stages.plan.profiler import Measurement, Profiler, per_text
@@ -103,8 +103,8 @@ class CostModel:
         Protected rows are one such set, and taken to be as long as the others. Where RL's elements are scored
         by its gradients, as many steps of RL as that takes.
         """
-        score, again, protected = self.config.score, self.config.rl.rescore, scored == PROTECTED
-        if scored == "rl" and again is not None and scorers.has_trait(again, "rollouts"):
+        score, protected = self.config.score, scored == PROTECTED
+        if scored == "rl" and rescored_by_rollouts(self.config):
             return self._rl_steps(BATCHES, 1, score.launch)
         if strategies.has_trait(self.config.partition.strategy, "unscored") and not protected:
             return NOTHING

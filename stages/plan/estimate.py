@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stages.config import Config
 from stages.errors import is_out_of_memory
 from stages.pipeline import launch
+from stages.pipeline.stages import rescored_by_rollouts
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Span
 from stages.runtime import libraries, resources
@@ -93,6 +94,8 @@ def remedy(step: str, config: Config, predicted: Estimate) -> str:
 def knobs(step: str, config: Config) -> str:
     """The settings to lower so that a step fits."""
     stage = step.partition(":")[0]
+    if step == "score:rl" and rescored_by_rollouts(config):
+        stage = "rl"
     colocated = stage == "rl" and config.rl.rollouts.engine == "vllm_colocate"
     return (COLOCATED if colocated else "") + KNOBS[stage]
 

@@ -21,7 +21,7 @@ from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts, row_fields
 from stages.lora.training import loop
 from stages.models import base
-from stages.pipeline.stages import section
+from stages.pipeline.stages import rescored_by_rollouts, section
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.plan.lengths import sampled
@@ -78,8 +78,11 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             yield name, partial(base.check_machine, config.model)
         if name == "score":
             yield name, partial(_check_targets, config)
-        if step.variant == examples.PROTECTED:
+        if name == f"score:{examples.PROTECTED}":
             yield name, partial(_check_protected, texts)
+        if name == "score:rl" and rescored_by_rollouts(config):
+            launched = config.score.launch.is_distributed
+            yield name, partial(loop.check_machine, config.rl, launched)
         if stage in ("sft", "rl"):
             training = getattr(config, stage)
             yield name, partial(loop.check_machine, training, training.launch.is_distributed)

@@ -99,7 +99,8 @@ def table(
             except LoraparError as error:
                 errors.setdefault(str(error), []).append(repr(row))
                 if isinstance(error, MissingInputError):
-                    hints[error.hint or file.make_data.replace(SEED, str(seed))] = None
+                    makes = "no data file" in str(error)
+                    hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
     mistakes = [f"row {', '.join(dict.fromkeys(names))}: {error}" for error, names in errors.items()]
     mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
     duplicate_of = _duplicates(cells)
@@ -199,15 +200,18 @@ def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
 
 
 def _duplicates(cells: list[Cell]) -> dict[str, str]:
-    """Map each row that shows the same artifacts as an earlier row to that row."""
-    first_rows: dict[str, str] = {}
-    duplicate_of = {}
+    """Map each row that shows the same artifacts as one earlier row, with every seed, to that row."""
+    shown: dict[str, dict[int, str]] = {}
     for cell in cells:
         artifacts = tuple(
             (name, cell.config.root, [(cell.steps[term.step].key, term.qualifier) for term in column.terms])
             for name, column in cell.columns.items()
         )
-        first = first_rows.setdefault(f"{cell.seed} {artifacts}", cell.row)
-        if first != cell.row:
-            duplicate_of[cell.row] = first
+        shown.setdefault(cell.row, {})[cell.seed] = str(artifacts)
+    first_rows: dict[str, str] = {}
+    duplicate_of = {}
+    for row, by_seed in shown.items():
+        first = first_rows.setdefault(str(sorted(by_seed.items())), row)
+        if first != row:
+            duplicate_of[row] = first
     return duplicate_of

@@ -11,6 +11,8 @@ from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.scorers import scorers
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
+from stages.plan.estimate import knobs
+from stages.plan.preflight import problems
 
 SCORED = ("rl.rescore=grpo_sign", "score.examples=4", "sft.learning_rate=0.1")
 
@@ -68,6 +70,22 @@ def test_rates_of_rl_do_not_make_its_scores_stale(begun):
 
     assert key() == key("rl.learning_rate=0.5", "rl.max_steps=7", "rl.num_iterations=2")
     assert len({key(), key("rl.temperature=0.5"), key("rl.rescore=taylor2")}) == 3
+
+
+def test_the_sandbox_of_rewards_is_in_the_key_of_its_scores(begun):
+    def key(name: str, *settings: str) -> str:
+        return plan_steps(resolved(begun(*SCORED, "rl.rewards={code_tests: 1}", *settings)))[name].key
+
+    for name in ("score:rl", "rl"):
+        assert key(name) != key(name, "rl.sandbox.seconds=1")
+
+
+def test_what_stops_it_is_found_before_the_first_vote(begun, monkeypatch):
+    config = resolved(begun(*SCORED, "rl.launch.backend=ddp", "sft.launch.backend=ddp"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    steps = [step for name, step in plan_steps(config).items() if name == "score:rl"]
+    assert [str(one) for one in problems(config, steps) if "2 GPUs are visible to one process" in str(one)]
+    assert knobs("score:rl", config).startswith("rl.per_device_train_batch_size")
 
 
 def test_score_itself_has_no_completions(smoke):

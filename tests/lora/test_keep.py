@@ -38,5 +38,7 @@ def test_only_runs_that_keep_a_step_have_another_key(begun):
 def test_a_step_that_is_not_kept_is_no_target(begun, smoke):
     with pytest.raises(ConfigError, match=r"target rl-2: RL keeps that adapter only if rl.keep_steps names"):
         smoke("rl.keep_steps=[1]", "eval.targets=[rl-2]")
-    with pytest.raises(ConfigError, match="4 is more than the 3 steps of RL"):
-        make_steps(begun(*THREE, "rl.keep_steps=[4]"), "score", "partition", "sft", "rl")
+    with pytest.raises(ConfigError, match="keep_steps: 4 is more than max_steps 3"):
+        smoke(*THREE, "rl.keep_steps=[4]")
+    with pytest.raises(ConfigError, match="9 is more than the . steps of RL"):
+        make_steps(begun("rl.max_steps=null", "rl.keep_steps=[9]"), "score", "partition", "sft", "rl")

@@ -164,3 +164,17 @@ def test_the_page_says_what_was_gained_and_lost(begun, old):
     assert grid.rows[0][3] == "+0.0 [-18.8, 18.8]"  # a random model answers nothing
     assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
     assert protection.blocks(resolved(begun(*QUICK)), artifacts) == []
+
+
+def test_controls_of_equal_size_and_protection_do_not_mix(begun, old):
+    for setting in ("partition.strategy=random", "partition.rl_elements=random_within"):
+        with pytest.raises(ConfigError, match="is a control of equal size, which protect would make larger"):
+            begun(old, setting)
+        begun(old, setting, "partition.protect_theta=0")
+
+
+def test_a_benchmark_may_be_called_protected(begun, demo_data):
+    path = demo_data / "test.jsonl"
+    config = resolved(begun(f"eval.benchmarks.protected={{kind: demo, path: {path}}}"))
+    step = plan_steps(config)["classify:protected"]
+    assert not problems(config, [step])

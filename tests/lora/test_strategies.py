@@ -262,7 +262,11 @@ def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_o
 
 
 def test_a_share_for_rl_goes_with_system_2_s_elements(smoke):
-    for setting in ("partition.rl_elements=all", "partition.strategy=random_half"):
+    for setting in (
+        "partition.rl_elements=all",
+        "partition.strategy=random_half",
+        "partition.strategy=swapped",
+    ):
         with pytest.raises(ConfigError, match="rl_density takes"):
             smoke("partition.rl_density=0.1", setting)
 

@@ -144,6 +144,20 @@ def test_rows_that_another_base_makes_the_same_are_left_out(small):
     assert "β 0" in table(changed(small, (rows[0], f'"β 0": {own}'))).rows  # it shows another difference
 
 
+def test_rows_that_are_the_same_with_one_seed_alone_both_stay(small, demo_data, tmp_path):
+    for seed in (1, 2):
+        rows = (demo_data / "train.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"rows-{seed}.jsonl").write_text("".join(rows[seed:]))
+    first, own = (f"data.path: '{tmp_path}/rows-{part}.jsonl'" for part in ("1", "{seed}"))
+    both = changed(
+        small,
+        ('"β 0": {partition.theta: 0.9, partition.beta: 0}', f'"first": {{{first}}}\n  "own": {{{own}}}'),
+    )
+    assert {"first", "own"} <= set(table(both).rows)
+    with pytest.raises(ConfigError, match="rows 'first' and 'own' are the same"):
+        table(both, seeds=[1])
+
+
 def test_a_table_over_another(small, tmp_path):
     """Rows, columns and published values merge; false takes a row away."""
     path = tmp_path / "above.yaml"

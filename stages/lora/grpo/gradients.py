@@ -47,6 +47,7 @@ def measure(
     MeaninglessError if no completion had an advantage.
     """
     trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
+    loop.refuse_untested(trainer)
     start.restore(grpo.model)
     # Nothing is packed: every element of the adapter gets a gradient, so that any may be chosen.
     for layer in layers.values():

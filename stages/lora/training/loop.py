@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
+"""Environment variable from which transformers takes TensorBoard's folder."""
 PINNED: dict[str, Any] = {
     "lr_scheduler_kwargs": None,
     "optim_args": None,
@@ -134,7 +136,9 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
     if "tensorboard" in section.report_to:
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
         folder = run / "tensorboard" / f"{stage}-{checkpoints.name}"
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
+        given = os.environ.get(LOGGING_DIR)
+        if given is None or Path(given).parent == folder.parent:  # of an earlier stage of this process
+            os.environ[LOGGING_DIR] = str(folder)
     return list(section.report_to) or "none"
 
 
@@ -190,7 +194,7 @@ def train(
     written and the one in `start`. It is 0; any other value breaks a promise of the code and is an
     AssertionError.
     """
-    _refuse_untested(trainer)
+    refuse_untested(trainer)
     initial = None
     if start.active is not None:
         start.restore(model)
@@ -236,7 +240,7 @@ def train(
     }
 
 
-def _refuse_untested(trainer: Any) -> None:
+def refuse_untested(trainer: Any) -> None:
     """Reject accelerate settings (FSDP, DeepSpeed, mixed precision) that would silently corrupt training."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
