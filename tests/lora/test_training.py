@@ -140,9 +140,9 @@ def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
 def test_what_an_accelerate_file_may_not_ask_for(asked, said):
     plain = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False}
     trainer = SimpleNamespace(**plain | {"accelerator": SimpleNamespace(mixed_precision="no")})
-    loop._refuse_untested(trainer)
+    loop.refuse_untested(trainer)
     with pytest.raises(ConfigError, match=said):
-        loop._refuse_untested(SimpleNamespace(**vars(trainer) | asked))
+        loop.refuse_untested(SimpleNamespace(**vars(trainer) | asked))
 
 
 def test_the_reversed_order(begun):
