@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.config import TRAINED, Config
+from stages.errors import ArtifactError
 from stages.store.artifacts import Artifact
 
 
@@ -44,7 +45,13 @@ def views_of(config: Config) -> dict[str, View]:
 
 
 def view_of(artifact: Artifact) -> View:
-    """Return the mode that the artifact's step trains."""
+    """Return the mode that the artifact's step trains.
+
+    Raises ArtifactError if the manifest names a step that trains no mode, as one that was edited may.
+    """
     stage, variant = artifact.manifest["stage"], artifact.manifest["identity"]["variant"]
     step = f"{stage}:{variant}" if variant else stage
-    return next(view for view in VIEWS if view.step == step)
+    for view in VIEWS:
+        if view.step == step:
+            return view
+    raise ArtifactError(f"{artifact.path} says it is of {step}, which trains no adapter")
