@@ -9,6 +9,7 @@ too.
 """
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def plain(model: Any, tokenizer: Any, ballots: list[ChoiceRequest], batch: int) 
     for at in range(0, len(ballots), batch):
         part = ballots[at : at + batch]
         texts = [b.text if isinstance(b.text, str) else chat(tokenizer, b.text) for b in part]
-        given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         made = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         replies = tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [parse_word(reply, b.words) for reply, b in zip(replies, part, strict=True)]
@@ -56,6 +57,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
     given = parser.parse_args()
 
+    if "vllm" in given.engines and importlib.util.find_spec("vllm") is None:
+        print("vLLM skipped: no vllm")
+        given.engines.remove("vllm")
     model = ModelSection(name=given.model, attention=given.attention)
     brief = PersonaContext(Path(given.model).name, False, shots=shots(SHOTS, 16))
     rows = read_jsonl(given.questions)[: given.rows]

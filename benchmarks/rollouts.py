@@ -1,15 +1,22 @@
-"""How fast completions are sampled in the trainer's process: vLLM against a merged copy.
+"""How fast completions are sampled in the trainer's process: lorapar's sampler, TRL's way, and vLLM.
 
-    python benchmarks/rollouts.py MODEL [--prompts 4] [--group 8] [--tokens 64] [--rounds 5]
+    python benchmarks/rollouts.py MODEL [--prompts 8] [--group 8] [--tokens 128] [--rounds 5]
 
-Each round samples by both, in turns, from the same prompts, vLLM with its weights renewed; tokens per second,
-and the median of the paired ratios.
+Each round samples by each, in an order drawn at random, from the same prompts and with renewed weights: ours
+from a merged copy, TRL's by `generate` of the model with its adapter, all rows at once. Tokens per second,
+and the median of the paired ratios. Without vLLM its column is left out, and this says so.
 """
 
 import argparse
+import importlib.util
 import random
 import statistics
-import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import now
+from transformers import AutoTokenizer
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RolloutsSection
@@ -19,27 +26,15 @@ from stages.lora.adapter import adapter, merge
 from stages.lora.grpo import vllm_rollouts
 from stages.models.base import load_base
 
+Sampler = Callable[[list[list[int]]], int]
+"""Samples a completion of each prompt (token ids); returns the tokens of all."""
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
 
-    vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
+def by_vllm(model: Any, tokenizer: Any, given: argparse.Namespace) -> Sampler:
     from accelerate import Accelerator
-    from transformers import AutoTokenizer
     from trl.generation.vllm_generation import VLLMGeneration
 
-    base = load_base(ModelSection(name=given.model, dtype="bfloat16"))
-    copy = merge.MergedCopy(base)
-    model = adapter.initial(base, LoraSection(), seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    sampling = Sampling(given.tokens, (tokenizer.eos_token_id,), 1.0, 1.0)
-    begun = time.perf_counter()
+    begun = now()
     engine = VLLMGeneration(
         model,
         Accelerator(),
@@ -50,34 +45,83 @@ def main() -> None:
         gpu_memory_utilization=0.3,
     )
     engine._iter_named_params = lambda: merge.merged_parameters(model)
-    print(f"vLLM ready after {time.perf_counter() - begun:.0f} s")
+    print(f"vLLM ready after {now() - begun:.0f} s")
 
-    def by_vllm(prompts: list[list[int]]) -> int:
+    def sample(prompts: list[list[int]]) -> int:
         engine.sync_weights()
         return sum(len(ids) for ids in engine.generate(prompts, None, given.group)[1])
 
-    def by_copy(prompts: list[list[int]]) -> int:
-        copy.refresh(model)
-        made = generate(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
-        return sum(len(answer.ids) for _, answer in made)
+    return sample
 
-    rates: dict[str, list[float]] = {"vllm": [], "copy": []}
+
+def by_ours(copy: merge.MergedCopy, model: Any, tokenizer: Any, tokens: int) -> Sampler:
+    sampling = Sampling(tokens, (tokenizer.eos_token_id,), 1.0, 1.0)
+
+    def sample(prompts: list[list[int]]) -> int:
+        copy.refresh(model)
+        answers = generate(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
+        return sum(len(answer.ids) for _, answer in answers)
+
+    return sample
+
+
+def by_trl(model: Any, tokenizer: Any, tokens: int) -> Sampler:
+    @torch.no_grad()
+    def sample(prompts: list[list[int]]) -> int:
+        rows = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
+        sampled = model.generate(**rows, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0)
+        written = sampled[:, rows["input_ids"].shape[1] :]
+        ends = (written == tokenizer.eos_token_id).int()
+        return int((ends.cumsum(1) - ends == 0).sum())  # up to the first stop token, and with it
+
+    return sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if has_vllm:
+        vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
+    base = load_base(ModelSection(name=given.model, dtype="bfloat16"))
+    copy = merge.MergedCopy(base)
+    model = adapter.initial(base, LoraSection(), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    samplers = {
+        "lorapar": by_ours(copy, model, tokenizer, given.tokens),
+        "TRL": by_trl(model, tokenizer, given.tokens),
+    }
+    if has_vllm:
+        samplers["vLLM"] = by_vllm(model, tokenizer, given)
+    else:
+        print("vLLM skipped: no vllm")
+
+    rates: dict[str, list[float]] = {name: [] for name in samplers}
     for number in range(given.rounds + 1):
         texts = [
             f"Tom has {number + i} apples and buys {3 * i + 2} more. How many has he now?\n"
             for i in range(given.prompts)
         ]
         prompts = [ids for ids in tokenizer(texts)["input_ids"] for _ in range(given.group)]
-        for name, way in random.sample([("vllm", by_vllm), ("copy", by_copy)], 2):
-            begun = time.perf_counter()
-            tokens = way(prompts)
+        for name in random.sample(list(samplers), len(samplers)):
+            begun = now()
+            tokens = samplers[name](prompts)
             if number:  # the first round warms up
-                rates[name].append(tokens / (time.perf_counter() - begun))
-    ratios = [a / b for a, b in zip(rates["vllm"], rates["copy"], strict=True)]
+                rates[name].append(tokens / (now() - begun))
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.0f} tokens/s, {min(values):.0f} to {max(values):.0f}")
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
-    print(f"vllm / copy: {statistics.median(ratios):.2f}, {spread}")
+        if name != "lorapar":
+            ratios = [theirs / ours for theirs, ours in zip(values, rates["lorapar"], strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
+            print(f"{name} / lorapar: {statistics.median(ratios):.2f}, {spread}")
 
 
 if __name__ == "__main__":

@@ -58,9 +58,8 @@ def _device() -> Finding:
 
     if torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return Finding(
-            "device", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB"
-        )
+        cards = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, {size:.0f} GiB"
+        return Finding("device", f"{cards}, driver {gpu.driver_version()}, CUDA {torch.version.cuda}")
     if reason := gpu.unusable_reason():
         return Finding("device", f"torch cannot use the NVIDIA GPU: {reason}; {gpu.MEND}", False)
     return Finding(

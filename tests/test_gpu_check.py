@@ -1,6 +1,11 @@
-"""`make gpu-check` on a machine without a GPU: what it lets its parts see, and what its benchmarks hold."""
+"""`make gpu-check` without a GPU: what its parts see, lack and say, and what its benchmarks hold."""
 
 import importlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +32,61 @@ def test_a_part_of_one_device_gets_the_first_that_was_given(script, monkeypatch,
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    parts = {part.name.partition(",")[0]: gpu.seen_by(part) for part in gpu.parts(small=True)}
+    parts = {part.group: gpu.seen_by(part) for part in gpu.parts(small=False)}
     alone = {"CUDA_VISIBLE_DEVICES": seen}
     assert parts == dict.fromkeys(gpu.NAMES, alone) | {"server": {}, "processes": {}}
+
+
+def test_a_row_says_what_it_lacks_what_it_found_and_how_it_failed(script, tmp_path):
+    gpu = script("gpu")
+
+    def row(code, **more):
+        part = gpu.Part("part", lambda model, _: ["-c", code, model], r"^.*tokens/s", 1, **more)
+        one = gpu.line(part, Path("a/model"), tmp_path, time.monotonic() + 60)
+        return one["code"], one["findings"]
+
+    assert row("import sys; print(sys.argv[1]); print('7 tokens/s, or so')") == (0, ["7 tokens/s"])
+    assert row("print('7 tokens/s'); raise SystemExit('broken')") == (
+        1,
+        ["7 tokens/s", "7 tokens/s", "broken"],
+    )
+    assert row("raise SystemExit('broken')", needs=["json", "no_such"]) == (0, ["skipped: no no_such"])
+    assert row("raise SystemExit('broken')", gpus=99)[1] == [
+        f"skipped: {torch.cuda.device_count()} GPUs of 99"
+    ]
+
+
+def test_the_first_five_parts_take_ten_minutes_at_most(script):
+    parts = script("gpu").parts(small=False)[:5]
+    assert [part.name for part in parts] == ["doctor", "frozen", "llama2-7b", "qwen2.5-7b", "attention"]
+    assert sum(part.minutes for part in parts) <= 10
+
+
+@pytest.mark.parametrize(
+    ("mib", "fits"), [(23_000, "a card of 24 GB"), (24_000, "a card of 48 GB"), (90_000, "no card of 80 GB")]
+)
+def test_which_card_has_the_memory(script, mib, fits):
+    assert script("shapes").card(mib) == fits
+
+
+def test_the_shapes_are_those_of_the_models(script):
+    """Numbers of weights that a token is multiplied with: 6.74 and 7.62 billion less embeddings."""
+    shapes = script("shapes")
+    assert shapes.layer_weights("llama2-7b") == pytest.approx(6.607e9, rel=1e-3)
+    assert shapes.layer_weights("qwen2.5-7b") == pytest.approx(7.070e9, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_every_stage_at_the_papers_shapes(script):
+    """In miniature: each has a line with its time, its memory beside plan's, and no drift."""
+    script_file = ROOT / "benchmarks/shapes.py"
+    done = subprocess.run([sys.executable, script_file, "tiny"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
+    assert {"score", "sft", "rl", "tiny"} <= lines.keys() and script("shapes").FITS in lines["tiny"]
+    for stage in ("sft", "rl"):
+        planned, drift = re.search(r"([\d,]+) planned; frozen_drift (\S+)", lines[stage]).groups()
+        assert int(planned.replace(",", "")) > 100 and float(drift) == 0
 
 
 def test_both_sides_of_a_benchmark_stand_on_one_base(script, tiny):

@@ -9,6 +9,7 @@ from stages.errors import first_line
 
 DEVICE_FILE = Path("/dev/nvidiactl")
 """The driver's file, which tells of a GPU; torch would have to be loaded for every command."""
+DRIVER_VERSION_FILE = Path("/sys/module/nvidia/version")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 MEND = "update its driver, or install a torch that it can run"
 
@@ -16,6 +17,14 @@ MEND = "update its driver, or install a torch that it can run"
 def hide() -> None:
     """Hide all GPUs from this process, if it has not used one yet, and from those that it starts."""
     os.environ[VISIBLE] = ""
+
+
+def driver_version() -> str:
+    """Version of the loaded NVIDIA driver; `of unknown version` if the system does not tell."""
+    try:
+        return DRIVER_VERSION_FILE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "of unknown version"
 
 
 def unusable_reason() -> str | None:

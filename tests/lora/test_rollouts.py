@@ -360,14 +360,17 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    "runner",
-    [None, *(pytest.param(name, marks=NEEDS_GPU) for name in "01")],
-    ids=["default", "V1", "V2"],
+    ("runner", "sleeps"),
+    [
+        (None, False),
+        *(pytest.param(runner, sleeps, marks=NEEDS_GPU) for runner in "01" for sleeps in (False, True)),
+    ],
+    ids=["default", "V1", "V1-asleep", "V2", "V2-asleep"],
 )
-def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, capsys, runner):
+def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, capsys, runner, sleeps):
     """vLLM in the trainer's process: its probabilities after each sync are the trainer's.
 
-    runner: which of vLLM's model runners, V2 by default on CUDA and V1 on a CPU.
+    runner: which of vLLM's model runners, V2 by default on CUDA and V1 on a CPU. sleeps: in optimizer steps.
     """
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     if runner is not None:
@@ -379,6 +382,7 @@ def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, caps
         for text in (
             *begun.home,
             "rl.rollouts.engine=vllm_colocate",
+            f"rl.rollouts.enable_sleep_mode={sleeps}".lower(),
             "rl.max_steps=3",
             "rl.learning_rate=0.05",
         )
@@ -388,8 +392,10 @@ def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, caps
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     ran = "Using V2 Model Runner" in done.stdout + done.stderr
-    with capsys.disabled():
-        print(f"\n  weights to vLLM's model runner {'V2' if ran else 'V1'}", end="")
     assert runner is None or ran == (runner == "1")
     steps = json.loads((config.root / "rl/latest/history.json").read_text())
-    assert len(steps) == 3 and all(row["sampling/sampling_logp_difference/max"] < 0.05 for row in steps)
+    differences = [row["sampling/sampling_logp_difference/max"] for row in steps]
+    with capsys.disabled():
+        engine = f"vLLM's model runner {'V2' if ran else 'V1'}{', which sleeps' if sleeps else ''}"
+        print(f"\n  {engine}: log-probabilities differ by {max(differences):.4f} at most", end="")
+    assert len(steps) == 3 and max(differences) < 0.05

@@ -1,0 +1,268 @@
+"""What score, SFT and RL take at the paper's shapes: time, share of the device, memory beside `plan`'s.
+
+    python benchmarks/shapes.py llama2-7b|qwen2.5-7b|0.5b|tiny [--steps 3]
+
+Every stage is the command itself (`lorapar score`, `sft`, `rl`), by the paper's settings: prompts of 128
+tokens, answers of 256, 8 completions to a prompt. The model has that architecture and random weights, which
+each command makes on the device: a config and a tokenizer of bytes are all that is written. A reward draws
+lots, so that no group is skipped. Attention may use torch's flash and memory-efficient kernels only: on a
+GPU its math kernel, which keeps every score, is an error here.
+
+A time is the mean of all steps but the first, which warms up; of score it is that of all batches. "Of a
+product": the arithmetic of a step (4 FLOP per weight and token where a frozen weight is passed forward and
+backward, 2 where it only reads or writes a token) in that time, as a share of what this device does in
+one large matrix product in the model's type. Memory is the device's, as torch allocated and reserved it.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from measure import now, timed
+
+from stages.config.yaml import read_with_extends
+from stages.models import base
+from stages.models.bundled import fetch
+from stages.pipeline.resolve import load, resolved
+from stages.runtime import resources
+from stages.store import estimates
+
+ROOT = Path(__file__).parent.parent
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000},
+    "qwen2.5-7b": QWEN | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064},
+    "0.5b": QWEN | {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+        "tie_word_embeddings": True},
+    "tiny": LLAMA | {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512},
+}  # fmt: skip
+TOKENS = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""Those of the tokenizer of `lorapar fetch tiny-random`."""
+PROMPT, ANSWER = 128, 256
+PROMPTS, GROUP = 8, 8
+"""Prompts of a step of RL, and completions of each."""
+CARDS = (24, 48, 80)
+LARGE_CARD = 40 * 1024
+"""MiB; with less a micro batch has one completion in RL, and two rows in score."""
+REWARD = """import random
+def lots(completions, **_): return [random.random() for _ in completions]
+"""
+FITS = "at the paper's shapes it trains on"
+RESULT = "measured: "
+"""Begins the line in which a command tells what it took."""
+
+
+def model_folder(shape: str, scratch: Path) -> Path:
+    """Write the model's config and a tokenizer of bytes into a folder, and no weights."""
+    from transformers import AutoTokenizer
+
+    folder = scratch / shape
+    tokenizer = AutoTokenizer.from_pretrained(str(fetch("tiny-random", scratch)[0]))
+    tokenizer.save_pretrained(str(folder))
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | TOKENS), encoding="utf-8")
+    return folder
+
+
+def random_model(folder: str, dtype: Any, on: torch.device, attention: str | None) -> Any:
+    """Make the model of a folder on the device `on`, with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    options = {"attn_implementation": attention} if attention else {}
+    with torch.device(on):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model.name_or_path = folder
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model.eval()
+
+
+def config_file(shape: str, steps: int, model: Path, scratch: Path) -> Path:
+    """Write the paper's settings for this shape, with rows and a reward that need no download."""
+    draw = random.Random(0)
+    rows, rows_of_a_step = scratch / "rows.jsonl", 32
+    with rows.open("w", encoding="utf-8") as file:
+        for number in range(rows_of_a_step * steps):
+            texts = ["".join(draw.choices("abcdefgh ", k=n)) for n in (PROMPT, ANSWER)]
+            for system in (1, 2):
+                question, answer = (f"{number} {system} {text}" for text in texts)
+                row = {"question": question, "answer": f"{answer}\n#### {number}", "system": system}
+                file.write(json.dumps(row) + "\n")
+    (scratch / "reward.py").write_text(REWARD, encoding="utf-8")
+    preset = ROOT / f"configs/paper/gsm8k-{shape if shape == 'qwen2.5-7b' else 'llama2-7b'}.yaml"
+    settings = read_with_extends(preset)
+    settings |= {"run": shape, "runs_dir": str(scratch / "runs")}
+    settings["model"] |= {"name": str(model), "revision": "main"}
+    settings["model"] |= {"dtype": "float32"} if shape == "tiny" else {}
+    settings["data"] |= {"path": str(rows), "subset": None, "revision": "main"}
+    settings["classify"] = {"strategy": "known", "known": "system"}
+    settings["sft"] |= {"max_steps": steps}
+    settings["rl"] |= {"max_steps": steps, "prompts_per_step": PROMPTS}
+    settings["rl"] |= {"rewards": {"lots": 1.0}, "rewards_file": str(scratch / "reward.py")}
+    if torch.cuda.is_available() and resources.total_memory() < LARGE_CARD:
+        settings["score"] |= {"batch_size": 2}
+        settings["rl"] |= {"per_device_train_batch_size": 1}
+    benchmark = {"kind": "gsm8k", "path": str(rows), "label": False}
+    settings["eval"] = {"targets": ["base"], "benchmarks": {"rows": benchmark}}
+    config = scratch / f"{shape}.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return config
+
+
+def command(arguments: list[str]) -> None:
+    """Run a command of lorapar in this process on random weights, and print what it took."""
+    import transformers
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from lorapar_cli.app import main
+    from stages import score
+    from stages.lora.importance.scorers import moments
+
+    def made(name: str, *, dtype: Any, attn_implementation: str | None = None, **options: Any) -> Any:
+        target = options.get("device_map", {}).get("", torch.device("cpu"))
+        return random_model(name, getattr(torch, dtype), target, attn_implementation), {"missing_keys": set()}
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(now() - self.begun)
+
+    tokens = 0
+
+    def timed_moments(*given: Any) -> Any:
+        nonlocal tokens
+        tokens += sum(len(row.input_ids) for row in given[2])
+        begun = now()
+        sums = moments(*given)
+        seconds.append(now() - begun)
+        return sums
+
+    AutoModelForCausalLM.from_pretrained = made
+    transformers.trainer.DEFAULT_CALLBACKS.append(Clock)  # type: ignore[attr-defined]
+    score.moments = timed_moments  # type: ignore[assignment, attr-defined]
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_math_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    sys.argv = ["lorapar", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    memory = [resources.peak_device_memory()] * 2
+    if torch.cuda.is_available():
+        memory = [torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20]
+    print(RESULT + json.dumps({"seconds": seconds, "tokens": tokens, "memory": memory}))
+
+
+def product_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP per second of one large matrix product, the fastest of five."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    flops = 2 * size**3 / min(timed(torch.matmul, left, right) for _ in range(5))
+    del left, right
+    resources.release_memory()
+    return flops
+
+
+def layer_weights(shape: str) -> float:
+    """Weights that a token is multiplied with: those of all layers, and the head."""
+    of = SHAPES[shape]
+    width, inner = of["hidden_size"], of["intermediate_size"]
+    keys = width * of["num_key_value_heads"] // of["num_attention_heads"]
+    layer = 2 * width * (width + keys) + 3 * width * inner
+    return float(of["num_hidden_layers"] * layer + width * of["vocab_size"])
+
+
+def work(
+    stage: str, shape: str, result: dict[str, Any], history: list[dict[str, Any]]
+) -> tuple[float, float, float]:
+    """Seconds, tokens and FLOP of what was measured: all of score, or of a mean step of a training."""
+    weights = layer_weights(shape)
+    if stage == "score":
+        return sum(result["seconds"]), result["tokens"], 4 * weights * result["tokens"]
+    seconds = fmean(result["seconds"][1:])
+    if stage == "sft":
+        tokens = (history[-1]["num_tokens"] - history[0]["num_tokens"]) / (len(history) - 1)
+        return seconds, tokens, 4 * weights * tokens
+    written = fmean(row["completions/mean_length"] for row in history[1:]) * PROMPTS * GROUP
+    # Rollouts read each prompt and write each completion; then a forward and a backward pass of the same.
+    return seconds, written, (2 + 4) * weights * (PROMPTS * PROMPT + written)
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Run a command in a process of its own and return what it took."""
+    child = [sys.executable, __file__, "--command", *arguments]
+    done = subprocess.run(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines or not lines[-1].startswith(RESULT):
+        raise RuntimeError("\n".join([f"lorapar {arguments[0]} ended with {done.returncode}", *lines[-15:]]))
+    return json.loads(lines[-1].removeprefix(RESULT))  # type: ignore[no-any-return]
+
+
+def card(mib: float) -> str:
+    """The smallest usual card that has this memory, with half a GiB of torch's and CUDA's own beside it."""
+    fitting = [gb for gb in CARDS if mib + 512 <= gb * 1000]
+    return f"a card of {fitting[0]} GB" if fitting else "no card of 80 GB"
+
+
+def report(shape: str, steps: int, scratch: Path) -> None:
+    """Run the stages and print a line for each."""
+    file = str(config_file(shape, steps, model_folder(shape, scratch), scratch))
+    config = resolved(load(Path(file), []))
+    run(["plan", file, "--to", "rl"])
+    device = base.device()
+    speed = product_flops(getattr(torch, config.model.dtype), device)
+    print(f"{shape}, {config.model.dtype}, device {device}, one product: {speed / 1e12:.3g} TFLOP/s")
+    peaks = []
+    for stage in ("classify", "score", "partition", "sft", "rl"):
+        result = run([stage, file])
+        if stage not in ("score", "sft", "rl"):
+            continue
+        folder = Path(config.runs_dir) / config.run / stage / "latest"
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        history = [] if stage == "score" else json.loads((folder / "history.json").read_bytes())
+        seconds, tokens, flop = work(stage, shape, result, history)
+        _, planned = estimates.actual_and_planned(manifest["provenance"])
+        allocated, reserved = result["memory"]
+        peaks.append(reserved)
+        span = "in all" if stage == "score" else "a step"
+        drift = manifest["summary"].get("frozen_drift", "-")
+        print(
+            f"{stage}: {seconds:.3g} s {span}, {tokens / seconds:,.0f} tokens/s, "
+            f"{flop / seconds / speed:.0%} of a product; {allocated:,} MiB allocated, "
+            f"{reserved:,} reserved, {planned.mib or 0:,.0f} planned; frozen_drift {drift}"
+        )
+    print(f"{shape}: {FITS} {card(max(peaks))} ({max(peaks) / 1024:.1f} GiB at the peak)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--steps", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        report(given.shape, given.steps, Path(scratch))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--command"]:
+        command(sys.argv[2:])
+    else:
+        main()
