@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time: 64 MB in float32. Larger chunks were not faster, smaller ones were slower."""
+"""Logits that exist at a time on a CPU, 64 MB in float32: more were not faster, fewer were slower."""
+GPU_SHARE, LOGIT_BYTES = 1 / 40, 12
+"""Share of a GPU's memory for a chunk, and bytes of a logit: twice in float32, twice in the model's type."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ def selected_logprobs(
     return TokenLogprobs(*_SelectedLogprobs.apply(hidden, head.weight, head.bias, targets, temperature))
 
 
+def chunk_logits(device: torch.device) -> int:
+    """Number of logits that exist at a time on this device.
+
+    Each chunk reads the whole head from memory. With n tokens that is n FLOP for each byte in 16 bits, and a
+    GPU needs hundreds to be busy: 2²⁴ logits of Qwen2.5's 152,064 tokens would be 110.
+    """
+    if device.type != "cuda":
+        return CHUNK_LOGITS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_LOGITS, int(memory * GPU_SHARE / LOGIT_BYTES))
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     """log p(y) of a target y, with its gradient computed in the forward pass, one chunk of tokens at a time.
 
@@ -58,7 +72,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         log_probs, entropy = (torch.empty(count, dtype=wide, device=hidden.device) for _ in range(2))
         is_top1 = torch.empty(count, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_LOGITS // weight.shape[0])
+        size = max(1, chunk_logits(hidden.device) // weight.shape[0])
         for start in range(0, count, size):
             chunk = slice(start, start + size)
             # (chunk, vocabulary): z

@@ -1,5 +1,7 @@
 """The head's log-probabilities in parts, against the whole distribution."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -89,3 +91,12 @@ def test_no_token_has_no_value():
     assert found.log_probs.shape == found.entropy.shape == found.is_top1.shape == (0,)
     found.log_probs.sum().backward()
     assert not hidden.grad.any()
+
+
+def test_a_chunk_grows_with_the_memory_of_a_gpu(monkeypatch):
+    """Tokens of Qwen2.5's vocabulary at a time on cards of 24 and 80 GiB."""
+    for gib, tokens in ((1, 110), (24, 353), (80, 1176)):
+        properties = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=properties: card)
+        assert logprobs.chunk_logits(torch.device("cuda", 0)) // 152_064 == tokens
+    assert logprobs.chunk_logits(torch.device("cpu")) == logprobs.CHUNK_LOGITS
