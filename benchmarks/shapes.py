@@ -243,11 +243,12 @@ def report(shape: str, steps: int, scratch: Path) -> None:
         allocated, reserved = result["memory"]
         peaks.append(reserved)
         span = "in all" if stage == "score" else "a step"
-        drift = manifest["summary"].get("frozen_drift", "-")
+        drift = manifest["summary"].get("frozen_drift")
         print(
             f"{stage}: {seconds:.3g} s {span}, {tokens / seconds:,.0f} tokens/s, "
             f"{flop / seconds / speed:.0%} of a product; {allocated:,} MiB allocated, "
-            f"{reserved:,} reserved, {planned.mib or 0:,.0f} planned; frozen_drift {drift}"
+            f"{reserved:,} reserved, {planned.mib or 0:,.0f} planned"
+            + ("" if drift is None else f"; frozen_drift {drift}")
         )
     print(f"{shape}: {FITS} {card(max(peaks))} ({max(peaks) / 1024:.1f} GiB at the peak)")
 
