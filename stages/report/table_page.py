@@ -65,7 +65,7 @@ def _verdict(results: Results) -> str:
     for over, scope in scopes.items():
         p_values = results.corrected_p(over)
         told_apart = [
-            f"{repr(contrast.row) if one_pair else formats.contrast_name(contrast)} "
+            f"{formats.rows_name(contrast.rows) if one_pair else formats.contrast_name(contrast)} "
             f"{100 * compared[contrast].mean:+.1f} ({p_value(p)})"
             for contrast, p in p_values.items()
             if p < 0.05
@@ -89,7 +89,8 @@ def _compared(results: Results, number: int) -> str:
     ((against, on),) = pairs
     candidates = len(results.table.rows) - 1
     rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"
-    return f"{rows} {'is' if number == 1 < candidates else 'are'} compared with {against!r} on {on}."
+    verb = "is" if number == 1 < candidates else "are"
+    return f"{rows} {verb} compared with {formats.rows_name(against)} on {on}."
 
 
 def _section(results: Results, commands: Commands) -> PageSection:
@@ -159,8 +160,9 @@ def _won_and_lost(results: Results) -> list[Block]:
     """Show items that two compared rows answered differently, with the first seed that both have."""
     blocks: dict[str, list[Block]] = {}
     for contrast, value in results.comparisons.items():
-        reference = {cell.seed: cell for cell in results.table.cells if cell.row == contrast.against}
-        cells = [cell for cell in results.table.cells if cell.row == contrast.row and cell.seed in reference]
+        reference = {cell.seed: cell for cell in results.table.cells if (cell.row,) == contrast.against}
+        candidates = (cell for cell in results.table.cells if (cell.row,) == contrast.rows)
+        cells = [cell for cell in candidates if cell.seed in reference]
         if value is None or not cells:
             continue
         pair = reference[cells[0].seed], cells[0]
@@ -171,7 +173,7 @@ def _won_and_lost(results: Results) -> list[Block]:
             titled = (pair[0].row, answers(baseline, first)), (pair[1].row, answers(candidate, second))
             title = f"{contrast.on}, seed {cells[0].seed}: "
             read = reading(first), reading(second)
-            blocks.setdefault(contrast.against, []).extend(won_and_lost(title, *titled, read))
+            blocks.setdefault(pair[0].row, []).extend(won_and_lost(title, *titled, read))
     return [Details(f"Won and lost against {against}", items) for against, items in blocks.items()]
 
 
@@ -181,7 +183,7 @@ def _run(results: Results) -> list[Block]:
     It is a run of a row that others are compared with, if one of them has a run.
     """
     artifacts = results.artifacts
-    references = {contrast.against for contrast in results.table.contrasts}
+    references = {row for contrast in results.table.contrasts for row in contrast.against}
     cells = sorted(results.table.cells, key=lambda cell: cell.row not in references)
     columns = ((cell, column.steps) for cell in cells for column in cell.columns.values())
     complete = (cell for cell, steps in columns if all(artifacts.current(cell, step) for step in steps))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.yaml import read_with_extends
@@ -27,9 +27,19 @@ SEED = "{seed}"
 """Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
 
 
+def _as_rows(rows: Any) -> Any:
+    return [rows] if isinstance(rows, str) else rows
+
+
+Rows = Annotated[
+    list[str], Field(min_length=1), BeforeValidator(_as_rows, json_schema_input_type=str | list[str])
+]
+"""One row, or several whose accuracies are averaged item by item."""
+
+
 class Compare(Section):
-    row: str | None = setting(None, "Row that is compared; none: all other rows.")
-    against: str = setting(..., "Row that it is compared with.")
+    row: Rows | None = setting(None, "Row that is compared, or a list: their mean. None: each of all others.")
+    against: Rows = setting(..., "Row that it is compared with, or a list: their mean.")
     on: str = setting(..., "Column of accuracies.")
 
     @model_validator(mode="before")
@@ -125,11 +135,10 @@ class TableFile(Section):
             for column in values.keys() - self.columns.keys():
                 yield f"paper has a value of {row!r} for {column!r}, which is not a column"
         for compare in self.compare:
-            for name, compared in (("against", compare.against), ("row", compare.row)):
-                if compared is not None and compared not in rows:
-                    yield f"compare.{name} {compared!r} is not a row"
+            for name, compared in (("against", compare.against), ("row", compare.row or [])):
+                yield from (f"compare.{name} {row!r} is not a row" for row in compared if row not in rows)
             if compare.row == compare.against:
-                yield f"compare.row {compare.row!r} is compared with itself"
+                yield f"compare.row {', '.join(compare.row)!r} is compared with itself"
             if not _is_accuracy(self.columns.get(compare.on, "")):
                 yield f"compare.on {compare.on!r} is not a column of accuracies"
         if self.plot and self.plot.x not in self.columns:

@@ -90,7 +90,12 @@ def comparison_grid(results: Results) -> Texts | None:
 
 
 def contrast_name(contrast: Contrast) -> str:
-    return f"{contrast.on}: {contrast.row!r} less {contrast.against!r}"
+    return f"{contrast.on}: {rows_name(contrast.rows)} less {rows_name(contrast.against)}"
+
+
+def rows_name(rows: tuple[str, ...]) -> str:
+    """Quote a row, or name the mean of several."""
+    return repr(rows[0]) if len(rows) == 1 else f"the mean of {', '.join(map(repr, rows))}"
 
 
 def _markdown_line(cells: list[str]) -> str:
@@ -241,7 +246,8 @@ def csv_text(results: Results) -> str:
         writer.writerow([*map(escaping.csv_cell, (row, name)), *_csv_numbers(value, published)])
     for contrast, value in results.comparisons.items():
         if value is not None:
-            names = contrast.row, f"{contrast.on}, less {contrast.against!r}"
+            row = contrast.rows[0] if len(contrast.rows) == 1 else rows_name(contrast.rows)
+            names = row, f"{contrast.on}, less {rows_name(contrast.against)}"
             writer.writerow([*map(escaping.csv_cell, names), *_csv_numbers(value, "")])
     return out.getvalue()
 

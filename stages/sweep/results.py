@@ -15,7 +15,15 @@ from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
 from stages.sweep.table import Cell, Contrast, Table
-from stages.sweep.values import ItemAccuracy, NothingToShow, Value, accuracy, difference, mean_of_numbers
+from stages.sweep.values import (
+    ItemAccuracy,
+    NothingToShow,
+    Value,
+    accuracy,
+    difference,
+    mean_by_item,
+    mean_of_numbers,
+)
 
 Over = Literal["over_items", "over_seeds"]
 OVER: tuple[Over, ...] = get_args(Over)
@@ -45,7 +53,7 @@ class Results:
     values: dict[tuple[str, str], Value | None]
     """Row, column → value; None if one of its artifacts is missing, no entry if there is nothing to show."""
     comparisons: dict[Contrast, Value | None]
-    """Contrast → difference of its two rows on the same items and seeds, with None as in `values`."""
+    """Contrast → difference of its rows on the same items and seeds, with None as in `values`."""
     artifacts: Artifacts
     """Artifacts that the values were read from."""
     missing: dict[tuple[str, str], list[int]]
@@ -84,7 +92,7 @@ def results(table: Table) -> Results:
     comparisons = {}
     for contrast in table.contrasts:
         references, cells = (
-            [cell for cell in table.cells if cell.row == row] for row in (contrast.against, contrast.row)
+            [cell for cell in table.cells if cell.row in rows] for rows in (contrast.against, contrast.rows)
         )
         if all(contrast.on in cell.columns for cell in references + cells):
             with suppress(NothingToShow):
@@ -130,18 +138,30 @@ class _Reader:
         return difference(first, second, _have_own_items(cells, column))
 
     def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value | None:
-        """Compare two rows on a column, over the items and seeds that both have; None if one is missing."""
+        """Compare rows on a column, over the items and seeds that all have; None if an artifact is missing.
+
+        Of several rows on one side each item has the mean of its accuracies.
+        """
         first, second = [], []
-        for reference in references:
-            for cell in cells:
-                if reference.seed == cell.seed:
-                    columns = reference.columns[name], cell.columns[name]
-                    artifacts = self._artifact(reference, columns[0]), self._artifact(cell, columns[1])
-                    if artifacts[0] is None or artifacts[1] is None:
-                        return None
-                    first.append(self._item_accuracy(artifacts[0], columns[0]))
-                    second.append(self._item_accuracy(artifacts[1], columns[1]))
+        for seed in dict.fromkeys(cell.seed for cell in references):
+            sides = [[cell for cell in side if cell.seed == seed] for side in (references, cells)]
+            means = [self._mean_accuracy(side, name) for side in sides if side]
+            if None in means:
+                return None
+            if len(means) == 2:
+                first.append(means[0] or {})
+                second.append(means[1] or {})
         return difference(first, second, _have_own_items(cells, cells[0].columns[name]))
+
+    def _mean_accuracy(self, cells: list[Cell], name: str) -> ItemAccuracy | None:
+        """Average each item over cells of one seed; None if an artifact is missing."""
+        shares = []
+        for cell in cells:
+            artifact = self._artifact(cell, cell.columns[name])
+            if artifact is None:
+                return None
+            shares.append(self._item_accuracy(artifact, cell.columns[name]))
+        return mean_by_item(shares)
 
     def _item_accuracy(self, artifact: Artifact, column: Column) -> ItemAccuracy:
         key = (str(artifact.path), column.qualifier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,10 +34,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A planned comparison: `row` less `against`, in column `on`."""
+    """A planned comparison in column `on`: the mean of some rows less that of others, mostly one of each."""
 
-    row: str
-    against: str
+    rows: tuple[str, ...]
+    against: tuple[str, ...]
     on: str
 
 
@@ -53,13 +54,20 @@ class Table:
     @property
     def contrasts(self) -> list[Contrast]:
         """The comparisons whose rows are here; a row that is left out as a duplicate is the row it equals."""
-        rows = self.rows
+
+        def shown(rows: Iterable[str]) -> tuple[str, ...]:
+            return tuple(self.duplicate_of.get(row, row) for row in rows)
+
         contrasts = [
-            Contrast(self.duplicate_of.get(row, row), self.duplicate_of.get(c.against, c.against), c.on)
-            for c in self.file.compare
-            for row in ([c.row] if c.row else rows)
+            Contrast(shown(rows), shown(compare.against), compare.on)
+            for compare in self.file.compare
+            for rows in ([compare.row] if compare.row else [[row] for row in self.rows])
         ]
-        return [c for c in dict.fromkeys(contrasts) if {c.row, c.against} <= set(rows) and c.row != c.against]
+        return [
+            contrast
+            for contrast in dict.fromkeys(contrasts)
+            if {*contrast.rows, *contrast.against} <= set(self.rows) and contrast.rows != contrast.against
+        ]
 
     @property
     def rows(self) -> list[str]:

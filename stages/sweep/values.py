@@ -52,7 +52,7 @@ def accuracy(by_seed: list[ItemAccuracy], own_items: bool) -> Value:
     if own_items:
         value = _over_replicates(by_seed)
         return replace(value, over_seeds=_within_bounds(value.over_seeds))
-    items = _mean_by_item(by_seed)
+    items = mean_by_item(by_seed)
     if not items:
         raise NothingToShow
     of_seeds = [statistics.fmean(shares.values()) for shares in by_seed]
@@ -98,7 +98,7 @@ def difference(first: list[ItemAccuracy], second: list[ItemAccuracy], own_items:
             for a, b in zip(first, second, strict=True)
         ]
         return replace(_over_replicates(differences), difference=True)
-    first_means, second_means = _mean_by_item(first), _mean_by_item(second)
+    first_means, second_means = mean_by_item(first), mean_by_item(second)
     common = [item for item in second_means if item in first_means]
     if not common:
         raise NothingToShow
@@ -120,7 +120,9 @@ def _mean_difference(first: ItemAccuracy, second: ItemAccuracy) -> float:
     return statistics.fmean(second[item] - share for item, share in first.items() if item in second)
 
 
-def _mean_by_item(by_seed: list[ItemAccuracy]) -> ItemAccuracy:
-    """Average each item over seeds; only items that every seed has."""
-    common = [item for item in by_seed[0] if all(item in seed for seed in by_seed)] if by_seed else []
-    return {item: statistics.fmean(seed[item] for seed in by_seed) for item in common}
+def mean_by_item(accuracies: list[ItemAccuracy]) -> ItemAccuracy:
+    """Average each item over seeds, or over rows; only items that all of them have."""
+    if not accuracies:
+        return {}
+    common = [item for item in accuracies[0] if all(item in each for each in accuracies)]
+    return {item: statistics.fmean(each[item] for each in accuracies) for item in common}

@@ -307,7 +307,7 @@ def verdict(rows: str, p_values: dict[str, tuple[float, float | None]], same: di
     cells = [SimpleNamespace(row=row) for row in rows]
     table = Table(Path("t"), file, cells, same or {}, [])
     compared = {
-        Contrast(row, table.contrasts[0].against, "RL"): Value(
+        Contrast((row,), table.contrasts[0].against, "RL"): Value(
             0.1, [0.1, 0.1], 100, True, Interval(0.05, 0.15, items), seeds and Interval(0.05, 0.15, seeds)
         )
         for row, (items, seeds) in p_values.items()

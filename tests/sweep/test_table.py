@@ -121,7 +121,7 @@ def test_tables_whose_seeds_have_data_of_their_own(path, tiny, demo_data, tmp_pa
         "data/long-11/train.jsonl",
         "data/gold-11/train.jsonl",
     }
-    compared = {name for entry in planned.file.compare for name in (entry.row, entry.against)}
+    compared = {name for entry in planned.file.compare for name in (*entry.row, *entry.against)}
     assert compared <= set(planned.rows)
 
 
@@ -445,7 +445,7 @@ def test_values_are_means_over_seeds_with_intervals_over_items(swept):
     assert 0 < active.mean < found.values["θ .9", "active"].mean
     assert active.over_items is None and active.n is None
     of_half, of_beta = found.comparisons
-    assert (of_half, of_beta) == (Contrast("θ .5", "θ .9", "SFT"), Contrast("β 0", "θ .9", "SFT"))
+    assert (of_half, of_beta) == (Contrast(("θ .5",), ("θ .9",), "SFT"), Contrast(("β 0",), ("θ .9",), "SFT"))
     equal = found.comparisons[of_beta]
     assert equal.mean == 0 and equal.over_items.p == 1 and equal.over_seeds is None
 
@@ -500,7 +500,7 @@ def test_numbers_by_hand(small, by_hand):
     assert gain.of_seeds == [0.25, pytest.approx(2 / 3)]
     assert found.values["β 0", "gain"].mean == -3 / 8
     assert found.values["θ .9", "SFT, System 2"].n == 1
-    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]  # against θ .9, items: -1, -1/2, 0, +1/2
+    half = found.comparisons[Contrast(("θ .5",), ("θ .9",), "SFT")]  # against θ .9, items: -1, -1/2, 0, +1/2
     assert (half.mean, half.n, half.of_seeds) == (-0.25, 4, [-0.5, 0])
     # Their deviation is .645497, t of 3 degrees 3.18245; of eight choices of signs six lead as far.
     assert astuple(half.over_items) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
@@ -508,7 +508,7 @@ def test_numbers_by_hand(small, by_hand):
     assert astuple(half.over_seeds) == pytest.approx(
         (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
     )
-    assert found.comparisons[Contrast("β 0", "θ .9", "SFT")].mean == 0
+    assert found.comparisons[Contrast(("β 0",), ("θ .9",), "SFT")].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
     loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
     assert loose.values[
@@ -558,7 +558,7 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     assert (sft.mean, sft.n, sft.of_seeds, sft.over_items) == (3 / 8, 8, [0.5, 0.25], None)
     assert astuple(sft.over_seeds) == (0, 1, None) and astuple(sft.bootstrap) == (0, 0.75, None)
     assert gain.mean == pytest.approx((0.25 + 2 / 3) / 2) and gain.n == 7  # b of seed 2 was not graded
-    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
+    half = found.comparisons[Contrast(("θ .5",), ("θ .9",), "SFT")]
     assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
     assert astuple(half.over_seeds) == pytest.approx(
         (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5), abs=1e-4
@@ -586,8 +586,8 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     path = changed(small, ('compare: {against: "θ .9", on: SFT}', planned))
     found = results(table(path))
     first, second, third = (
-        Contrast("β 0", "θ .5", "RL"),
-        *(Contrast(r, "θ .9", "SFT") for r in ("θ .5", "β 0")),
+        Contrast(("β 0",), ("θ .5",), "RL"),
+        *(Contrast((row,), ("θ .9",), "SFT") for row in ("θ .5", "β 0")),
     )
     assert list(found.comparisons) == [first, second, third]
     assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
@@ -595,8 +595,20 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     # In these columns β 0 is the same as θ .9. Where no planned column is chosen, the first one is compared.
     assert table(path, columns=["SFT"]).contrasts == [second]
     assert table(path, columns=["SFT, System 2"]).contrasts == [
-        Contrast("θ .9", "θ .5", "SFT, System 2"), Contrast("θ .5", "θ .9", "SFT, System 2"),
+        Contrast(("θ .9",), ("θ .5",), "SFT, System 2"), Contrast(("θ .5",), ("θ .9",), "SFT, System 2"),
     ]  # fmt: skip
+
+
+def test_the_mean_of_rows_is_compared_item_by_item(small, by_hand):
+    planned = 'compare: {row: ["θ .5", "β 0"], against: ["θ .9"], on: SFT}'
+    found = results(table(changed(small, ('compare: {against: "θ .9", on: SFT}', planned))))
+    ((contrast, value),) = found.comparisons.items()
+    assert contrast == Contrast(("θ .5", "β 0"), ("θ .9",), "SFT")
+    # Of θ .5 items: -1, -1/2, 0, +1/2; β 0 has the adapter of θ .9.
+    assert (value.mean, value.n) == (-0.125, 4)
+    assert value.over_seeds.low < -0.125 < value.over_seeds.high
+    _, rows = formats.comparison_grid(found)
+    assert rows[0][0] == "SFT: the mean of 'θ .5', 'β 0' less 'θ .9'"
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
