@@ -32,7 +32,6 @@ from stages.lora.importance import pilot
 from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
-from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer, Row
 from stages.records import Example, Labelled, read_labels, write_labels
@@ -72,7 +71,7 @@ def run(
     scorer = rl.rescore if job.variant == "rl" and rl.rescore else score.scorer
     if scorers.has_trait(scorer, "rollouts"):
         return _by_rollouts(job, model, prompt, lora, score, rl, seed)
-    base = load_base(model, fsdp.load_device(score.launch))
+    base = fsdp.load(model, score.launch)
     start = job.adapter("sft", "score")
     peft_model = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
@@ -81,11 +80,11 @@ def run(
         if not start:
             adapter.save(peft_model, job.out / "init", model)
         (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    fsdp.shard_base(peft_model, model, score.launch)
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
     protected = job.variant == examples.PROTECTED
     if "classify" not in job.inputs and not protected:
         return summary
-    fsdp.shard_base(peft_model, score.launch)
     labels = [] if protected else read_labels(job.labels)
     if left_out := len(labels) - len(examples.with_response(labels)):
         summary["without_response"] = left_out

@@ -14,7 +14,6 @@ from stages.lora import examples
 from stages.lora.adapter import fsdp
 from stages.lora.training import dry_run, loop, protected_kl
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
-from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.support import has_active_dropout
 from stages.packing.trl import accept_packed
@@ -66,9 +65,9 @@ def run(
     start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     gc.collect()  # the first round's model is in reference cycles, and the second needs its memory
-    base = load_base(model, fsdp.load_device(sft.launch))
+    base = fsdp.load(model, sft.launch)
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
-    fsdp.shard_base(peft_model, sft.launch)
+    fsdp.shard_base(peft_model, model, sft.launch)
     names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
     knobs = (
         f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "

@@ -59,6 +59,15 @@ def _auto(name: str, revision: str) -> str:
     return "bfloat16" if stored == "bfloat16" and native_bfloat16() else "float32"
 
 
+def is_converted(model: ModelSection) -> bool:
+    """True if loading converts the weights from the checkpoint's dtype, or the checkpoint does not say it.
+
+    Each process then has a copy of them in main memory. Otherwise their files are mapped, and processes share
+    what is read of them.
+    """
+    return str(load_config(model).dtype).removeprefix("torch.") != resolve(model)
+
+
 def is_quantized(model: ModelSection) -> bool:
     """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
     try:

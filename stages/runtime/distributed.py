@@ -37,6 +37,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def connect() -> None:
+    """Join the other processes, as the first collective does otherwise."""
+    _state()
+
+
 def barrier() -> None:
     """Wait until every process has reached this point."""
     if world_size() > 1:

@@ -2,15 +2,18 @@
 
 import os
 import sys
+import weakref
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from stages.config import LaunchSection, LoraSection, ModelSection
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.adapter.merge import merged_parameters
-from stages.models.base import load_base
+from stages.models.base import decoder_layers, load_base
 from stages.runtime import distributed
 
 FSDP2 = LaunchSection(backend="fsdp2")
@@ -18,14 +21,41 @@ EXACT = {"rtol": 0.0, "atol": 0.0} if fsdp.device().type == "cpu" else {"rtol": 
 """A GPU rounds in another order than the CPU with the whole model."""
 
 
-def adapted(model: ModelSection):
-    return adapter.initial(load_base(model, torch.device("cpu")), LoraSection(r=4), seed=0)
+def adapted(base):
+    return adapter.initial(base, LoraSection(r=4), seed=0)
 
 
-def main(folder: str) -> None:
+def watch(log: Path) -> None:
+    """Write a line into the log when this process has read a base, and when none of its layers is whole."""
+    read, alive = AutoModelForCausalLM.from_pretrained, set()
+
+    def write(what: str) -> None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{distributed.rank()} {what}\n")
+
+    def free(weight: int) -> None:
+        alive.remove(weight)
+        if not alive:
+            write("shares")
+
+    def watched(*args, **kwargs):
+        base, report = read(*args, **kwargs)
+        for layer in decoder_layers(base):
+            for weight in layer.parameters():
+                alive.add(id(weight))
+                weakref.finalize(weight, free, id(weight))
+        write("reads")
+        return base, report
+
+    AutoModelForCausalLM.from_pretrained = watched
+
+
+def main(folder: str, log: Path) -> None:
     model = ModelSection(name=folder, dtype="float32")
-    one, two = adapted(model), adapted(model)
-    fsdp.shard_base(two, FSDP2)
+    one = adapted(load_base(model, torch.device("cpu")))
+    watch(log)
+    two = adapted(fsdp.load(model, FSDP2))
+    fsdp.shard_base(two, model, FSDP2)
     held = {name: weight for name, weight in two.named_parameters() if isinstance(weight, DTensor)}
     layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
     assert held.keys() == layers and layers, held.keys() ^ layers
@@ -54,4 +84,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,7 @@
 """A base divided among two processes (FSDP2) trains what whole copies of it would have trained."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, make_step
 from safetensors.torch import load_file
-from test_frozen import files, made_by, pair, settings
+from test_frozen import command, files, made_by, pair, settings
+from transformers import AutoModelForCausalLM
 
 from stages.lora.importance.masks import read_importance
 from stages.pipeline.resolve import resolved
@@ -39,15 +41,35 @@ def held(config, stage: str) -> float | None:
     return store.load(store.folder(stage, step.key)).manifest["summary"].get("base_held")
 
 
-def test_a_divided_base_holds_its_part_and_answers_as_the_whole(own):
+@pytest.fixture
+def half(tiny, tmp_path):
+    """A checkpoint in float16, in which nothing is trained: loading it copies its weights."""
+    folder = shutil.copytree(tiny, tmp_path / "float16")
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float16).save_pretrained(folder)
+    return folder
+
+
+def test_a_divided_base_holds_its_part_and_answers_as_the_whole(half, tmp_path):
+    """And the processes copy the whole one after the other."""
+    log = tmp_path / "log"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(ROOT / "tests/lora/divided.py"), own().model.name],
+        [*launcher, str(ROOT / "tests/lora/divided.py"), str(half), str(log)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == ["0 reads", "0 shares", "1 reads", "1 shares"]
+
+
+def test_processes_that_wait_for_their_turn_end_with_the_one_that_failed(own, half):
+    changes = [f"model.name={half}", "classify.strategy=random"]
+    make_step(own(*changes), "classify:train")
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = command(own.home, changes, "score", 2, "fsdp2")
+    assert done.returncode == 65 and f"error: cannot load model {half}: Safetensor" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(ow
         engines.append(Engine(bases[1]))
         setattr(generation, "llm" if generation.mode == "colocate" else "vllm_client", engines[0])
 
-    monkeypatch.setattr("stages.lora.grpo.building.load_base", watched)
+    monkeypatch.setattr("stages.lora.adapter.fsdp.load_base", watched)
     monkeypatch.setattr(vllm_rollouts, "prepare", lambda *_: None)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)

@@ -312,14 +312,15 @@ def test_the_cold_start_is_a_share_of_the_system_1_rows():
 
 
 def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
-    model = adapter.initial(load_base(begun().model), begun().lora, 0)
+    section = begun().model
+    model = adapter.initial(load_base(section), begun().lora, 0)
     monkeypatch.setattr("stages.runtime.distributed.world_size", lambda: 2)
     model.get_base_model().config.router_aux_loss_coef = 0.1
     with pytest.raises(ConfigError, match="is a mixture of experts, which fsdp2 does not divide"):
-        fsdp.shard_base(model, LaunchSection(backend="fsdp2"))
+        fsdp.shard_base(model, section, LaunchSection(backend="fsdp2"))
     monkeypatch.setattr("stages.lora.adapter.fsdp.decoder_layers", lambda _: [])
     with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
-        fsdp.shard_base(model, LaunchSection(backend="fsdp2"))
+        fsdp.shard_base(model, section, LaunchSection(backend="fsdp2"))
     with pytest.raises(
         ConfigError, match="dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2"
     ):

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages.config import LaunchSection
+from stages.config import LaunchSection, ModelSection
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter
-from stages.models.base import decoder_layers, device
-from stages.runtime import distributed
+from stages.models import dtype
+from stages.models.base import decoder_layers, device, load_base
+from stages.runtime import distributed, resources
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def is_sharded(launch: LaunchSection) -> bool:
@@ -29,18 +31,40 @@ def is_sharded(launch: LaunchSection) -> bool:
     return launch.shards_base and distributed.world_size() > 1
 
 
-def load_device(launch: LaunchSection) -> torch.device:
-    """Device on which the base is loaded: the CPU if it is sharded later, as it may not fit on one GPU."""
-    return torch.device("cpu") if is_sharded(launch) else device()
+def load(model: ModelSection, launch: LaunchSection) -> PreTrainedModel:
+    """Load the base; if `shard_base` is to shard it, then on the CPU, as one GPU may not have room for it.
+
+    If each process copies the weights, it waits until the one before has sharded its copy: main memory holds
+    one copy at a time.
+    """
+    if not is_sharded(launch):
+        return load_base(model)
+    if dtype.is_converted(model):
+        for _ in range(distributed.rank()):
+            distributed.barrier()  # ends the turn of one process
+    return load_base(model, torch.device("cpu"))
 
 
-def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
-    """Shard the base over the processes, if `launch` asks for it.
+def shard_base(adapted: PeftModel, model: ModelSection, launch: LaunchSection) -> None:
+    """Shard the base, which `load` has loaded, over the processes, if `launch` asks for it.
 
     Call it before the trainer is built. ConfigError if the model cannot be sharded.
     """
     if not is_sharded(launch):
         return
+    _shard_layers(adapted)
+    if dtype.is_converted(model):
+        resources.release_memory()
+        for _ in range(distributed.rank() + 1, distributed.world_size()):
+            distributed.barrier()
+    # Keeps accelerate from wrapping the model in DDP, which refuses DTensors. `average_gradients` stands in.
+    adapted._is_accelerate_prepared = True
+    with torch.no_grad():  # FSDP initialises lazily, in the first pass
+        adapted.get_base_model()(input_ids=torch.tensor([[0, 1]], device=device()))
+
+
+def _shard_layers(adapted: PeftModel) -> None:
+    """Keep only this process's shards of the decoder layers; no collectives, as the others may be waiting."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -54,7 +78,7 @@ def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
         raise ConfigError(
             f"{type(base).__name__} is a mixture of experts, which fsdp2 does not divide", "use ddp"
         )
-    distributed.barrier()
+    distributed.connect()
     mesh = init_device_mesh(device().type, (distributed.world_size(),))
     # Ids, not references: fully_shard replaces these weights, and a reference would keep the full ones alive.
     sharded_ids = {id(weight) for layer in layers for weight in _base_parameters(layer)}
@@ -63,10 +87,6 @@ def shard_base(adapted: PeftModel, launch: LaunchSection) -> None:
     for module in (*layers, stack):
         fully_shard(module, mesh=mesh, ignored_params=replicated)
     adapted.to(device())
-    # Keeps accelerate from wrapping the model in DDP, which refuses DTensors. `average_gradients` stands in.
-    adapted._is_accelerate_prepared = True
-    with torch.no_grad():
-        base(input_ids=torch.tensor([[0, 1]], device=device()))  # FSDP initialises lazily, in the first pass
 
 
 def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:

@@ -15,7 +15,6 @@ from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.training import dry_run, loop
 from stages.lora.training.health import RunInfo, row_ids
-from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trl
 from stages.prompts.renderer import Renderer
@@ -122,13 +121,13 @@ def _model(
     from transformers import GenerationConfig
 
     vllm_rollouts.prepare(rl.rollouts, model.name)
-    base = load_base(model, fsdp.load_device(rl.launch))
+    base = fsdp.load(model, rl.launch)
     # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
     base.generation_config = GenerationConfig(eos_token_id=stop_ids)
     vllm_rollouts.name_revision(base, rl.rollouts, model)
     copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
     peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
-    fsdp.shard_base(peft_model, rl.launch)
+    fsdp.shard_base(peft_model, model, rl.launch)
     return peft_model, copy
 
 
