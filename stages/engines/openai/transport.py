@@ -12,7 +12,9 @@ it; and it does not check the types in a reply.
 from __future__ import annotations
 
 import asyncio
+import functools
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -61,6 +63,12 @@ R = TypeVar("R")
 def uses_proxy(*urls: str) -> bool:
     """True if requests may go through the environment's proxy: not if all servers are on this machine."""
     return not all(httpx.URL(url).host in LOOPBACK for url in urls)
+
+
+@functools.cache
+def _certificates(trust_env: bool) -> ssl.SSLContext:
+    """The certificates that servers are checked by; to read them takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 @dataclass
@@ -169,7 +177,11 @@ class Transport:
         proxy = uses_proxy(*self.urls)
         try:
             return httpx.AsyncClient(
-                headers=headers, timeout=self.server.timeout_s, limits=limits, trust_env=proxy
+                headers=headers,
+                timeout=self.server.timeout_s,
+                limits=limits,
+                trust_env=proxy,
+                verify=_certificates(proxy),
             )
         except (ValueError, ImportError) as error:
             raise ConfigError(
