@@ -62,7 +62,7 @@ def run(
 
     Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So neither
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
-    `job.again` replaces earlier answers.
+    `job.force` replaces earlier answers.
     """
     if classify is not None:
         return _route(job, model, classify, eval, benchmark, server)
