@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Silent, make_steps
 from mock_server import Mock, serve
 
-from stages.engines.openai import transport
+from stages.engines.openai import session
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels
@@ -61,7 +61,7 @@ def brief_pauses(monkeypatch):
     import asyncio
 
     real = asyncio.sleep
-    monkeypatch.setattr(transport, "_pause", lambda seconds: real(min(seconds, 0.05)))
+    monkeypatch.setattr(session, "_pause", lambda seconds: real(min(seconds, 0.05)))
 
 
 def classify(config, progress=None, force=False):
