@@ -90,6 +90,7 @@ def _write_config(
     from stages.init import config_writer
     from stages.init.data_profile import benchmark_of, survey
     from stages.init.hold_out import hold_out, stem
+    from stages.init.open_questions import open_questions
 
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
@@ -116,19 +117,19 @@ def _write_config(
             old.train, survey(base, section, measured, profile.section), old.test
         )
     settings = config_writer.choices(profile, model, data, benchmarks, labels, protected)
-    undecided = config_writer.undecided(profile, benchmarks, labels, protected)
+    questions = open_questions(profile, benchmarks, labels, protected)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
         terminal.write(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
     print("\nwhat the rows do not say:")
-    for line in undecided:
-        print(f"  {line}")
+    for question in questions:
+        print(f"  {question}")
     head = [
         f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
-    path.write_text(config_writer.document(settings, head, undecided), encoding="utf-8")
+    path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
     try:
         plan_steps(resolved(load(path, [])))
     except LoraparError:

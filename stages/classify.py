@@ -43,7 +43,7 @@ from stages.labelling.personas import (
     personas,
 )
 from stages.labelling.votes import VoterLog
-from stages.models.dtype import resolve
+from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext
 from stages.records import Example, Labelled, write_labels
 from stages.runtime.background import in_background
@@ -143,9 +143,9 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContex
                 f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )
         context = persona_context(voter, model.title, classify.show_answer)
-        # A model's data type changes its votes. It is known for models that run here, not for remote servers.
+        # A model's precision changes its votes. It is known for models that run here, not for remote servers.
         if not voter.urls:
-            identity = f"{identity} {resolve(voter_model)}"
+            identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
         voter_log = VoterLog(
             voter, name, voter_model.title, identity, context, classify.seed, job.journals / "votes"
         )

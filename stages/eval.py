@@ -35,6 +35,7 @@ from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
 from stages.evaluation.samples import grade_all
 from stages.labelling.router import Router
+from stages.models.dtype import answer_dtype
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, read_labels, read_samples, write_jsonl
@@ -61,7 +62,7 @@ def run(
 
     Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So neither
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
-    `job.again` replaces earlier answers.
+    `job.force` replaces earlier answers.
     """
     if classify is not None:
         return _route(job, model, classify, eval, benchmark, server)
@@ -84,7 +85,7 @@ def _route(
         for mode, target in eval.modes.items()
     }
     labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
-    identity = f"{job.outside['model']} {job.dtype} {job.outside.get('server')}"
+    identity = f"{job.outside['model']} {answer_dtype(model, eval.engine)} {job.outside.get('server')}"
     router = Router(classify, model, eval.engine, identity, labels, job.journals)
     examples = module.load(benchmark)
     router.set_questions(examples)
@@ -205,9 +206,10 @@ def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
 
 def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
     """Everything that determines the answers, apart from the prompts and the sampling."""
+    dtype = answer_dtype(spec.model, spec.engine)
     return {
         "model": job.outside["model"],
-        "dtype": f"nf4 {job.dtype}" if spec.model.load_in_4bit else job.dtype,
+        "dtype": f"nf4 {dtype}" if spec.model.load_in_4bit else dtype,
         "adapter": _adapter_digest(spec.adapter),
         "engine": spec.engine,
         "server": job.outside.get("server"),

@@ -15,7 +15,7 @@ from stages.engines import ChoiceResult, Engine
 from stages.engines.gateway import Gateway
 from stages.errors import ConfigError, ServerError
 from stages.labelling.router import Router
-from stages.models.dtype import resolve
+from stages.models.dtype import answer_dtype
 from stages.progress import Progress
 from stages.records import Example, read_labels
 from stages.report.views import views_of
@@ -59,7 +59,7 @@ def open_gateway(
 
     _check(config)
     labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
-    identity = f"{identity} {resolve(config.model)}"
+    identity = f"{identity} {answer_dtype(config.model, 'vllm')}"
     router = Router(config.classify, config.model, "vllm", identity, labels, Path(config.runs_dir))
     router.set_questions([])
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:

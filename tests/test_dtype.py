@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from stages.config import ModelSection, ServerSection
-from stages.engines import vllm
+from stages.classify import _voter_logs
+from stages.config import ClassifySection, ModelSection, ServerSection, Voter
+from stages.engines import EngineSpec, vllm
+from stages.eval import _identity
+from stages.labelling.votes import VoterLog
 from stages.models import dtype
 from stages.models.base import load_base
 
@@ -116,7 +120,7 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
         )
 
     assert overrides(tiny) is None
-    monkeypatch.setattr(vllm, "_have_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert overrides(tiny) == {"head_dtype": "float32"}
     own = {"head_dtype": "model", "rope_theta": 5}
     assert overrides(tiny, {"hf_overrides": own}) == own
@@ -125,6 +129,33 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
     quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(quantized))
     assert overrides(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "gpu", "precision"),
+    [
+        ("vllm", "bfloat16", True, "bfloat16, head float32"),
+        ("vllm", "bfloat16", False, "bfloat16"),
+        ("vllm", "float32", True, "float32"),
+        ("transformers", "bfloat16", True, "bfloat16"),
+    ],
+)
+def test_journals_tell_answers_of_a_float32_head_from_others(
+    monkeypatch, tiny, tmp_path, engine, weights, gpu, precision
+):
+    """Where the head has the type of the weights, keys are what they were before vLLM's had another."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    model = ModelSection(name=str(tiny), dtype=weights)
+    assert dtype.answer_dtype(model, engine) == precision
+    job = SimpleNamespace(outside={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
+    assert _identity(job, EngineSpec(engine, model))["dtype"] == precision
+    section = ClassifySection(voters=[Voter(engine=engine)])
+    [log] = _voter_logs(model, section, job)
+    expected = VoterLog(
+        section.voters[0], log.title, model.title, f"digest {precision}", log.context, section.seed,
+        tmp_path / "votes",
+    )  # fmt: skip
+    assert log.same_journal(expected)
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,18 @@ import pytest
 from conftest import ROOT, Silent, make_steps
 from mock_server import Mock, serve
 
-from stages.engines.openai import transport
+from stages.engines.openai import session
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels
 
-ROWS = 120
+ROWS = 60
 QUICK = {"concurrency": 8, "timeout_s": 1, "stall_s": 4}
 
 
 @pytest.fixture
 def config(tiny, tmp_path):
-    """A function from the mock's URL (or several) to a config with one remote voter and 120 rows."""
+    """A function from the mock's URL (or several) to a config with one remote voter and ROWS rows."""
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -61,7 +61,7 @@ def brief_pauses(monkeypatch):
     import asyncio
 
     real = asyncio.sleep
-    monkeypatch.setattr(transport, "_pause", lambda seconds: real(min(seconds, 0.05)))
+    monkeypatch.setattr(session, "_pause", lambda seconds: real(min(seconds, 0.05)))
 
 
 def classify(config, progress=None, force=False):
@@ -134,7 +134,7 @@ def test_one_question_that_always_fails_stops_no_other(config):
 
     with serve(Mock(always)) as mock:
         with pytest.raises(
-            AnswerError, match=r"could not answer 1 of 152 questions; first \w+: server_error: 500 boom"
+            AnswerError, match=r"could not answer 1 of 92 questions; first \w+: server_error: 500 boom"
         ):
             classify(config(mock.url, max_failed=0.0))
         before = len(mock.log)
@@ -153,7 +153,7 @@ def test_many_bad_answers_end_it_early(config):
 
     with (
         serve(Mock(broken)) as mock,
-        pytest.raises(AnswerError, match="could not answer 1[1-9] of 152 questions"),
+        pytest.raises(AnswerError, match="could not answer 1[1-9] of 92 questions"),
     ):
         classify(config(mock.url))
     assert len(votes_in(config(mock.url))) > 10
@@ -164,7 +164,7 @@ def test_many_bad_answers_end_it_early(config):
     [
         (
             "I would rather not say.",
-            "16 of 152 answers are none of its words|2[0-9] of 152 answers are none of its words",
+            "16 of 92 answers are none of its words|2[0-9] of 92 answers are none of its words",
         )
     ],
 )
@@ -259,7 +259,7 @@ def test_voters_at_several_servers_run_side_by_side(config):
             classify(settings_with(config(one.url), [{**voter, "model": "judge"} for voter in voters]))
     votes = read_labels(artifact.path / "labels.jsonl")[0].votes
     # A request may be sent again where the machine is slow.
-    assert list(votes) == ["a", "b"] and len(set(one.log)) == len(set(two.log)) > 120
+    assert list(votes) == ["a", "b"] and len(set(one.log)) == len(set(two.log)) > ROWS
     middle = {name: sorted(times)[len(times) // 2] for name, times in at.items()}
     assert middle["a"] < max(at["b"]) and middle["b"] < max(
         at["a"]

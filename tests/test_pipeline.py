@@ -194,7 +194,7 @@ def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage)
     steps = ("classify:demo", "eval:base@demo")
     found = []
     for run, dtype in (("one", "float32"), ("two", "bfloat16")):
-        for place in ("classify", "models.base", "models.dtype"):
+        for place in ("models.base", "models.dtype"):
             monkeypatch.setattr(f"stages.{place}.resolve", lambda model, dtype=dtype: dtype)
         config = smoke(*small, "model.dtype=auto", f"run={run}")
         made = make_steps(config, *steps)

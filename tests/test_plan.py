@@ -391,6 +391,13 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     assert divided["sft"].seconds == pytest.approx(whole["sft"].seconds / 2)
     # Without the merged copy. Sampling has whole layers, but takes less than the training passes here.
     assert whole["rl"].memory.weights - divided["rl"].memory.weights == 100 + 30
+    # Scoring by RL's gradients is a step of `score`, and starts as such.
+    scored = [
+        costs(model("rl.rescore=grpo_sign", f"{stage}.launch={{backend: fsdp2, processes: 2}}"))["score:rl"]
+        for stage in ("rl", "score")
+    ]
+    assert scored[0].seconds == pytest.approx(2 * scored[1].seconds)
+    assert [cost.memory.weights for cost in scored] == [100 + 4 + 100, 100 + 4 - 30]
 
 
 @pytest.mark.parametrize(

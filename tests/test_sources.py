@@ -122,7 +122,7 @@ def test_a_voter_is_the_commit_that_it_names(smoke, monkeypatch):
     def seen(pool, served, *_):
         raise ConfigError(f"{served.model.name} at {served.model.revision}")
 
-    monkeypatch.setattr("stages.classify.resolve", lambda model: "float32")
+    monkeypatch.setattr("stages.models.dtype.resolve", lambda model: "float32")
     monkeypatch.setattr(EngineCache, "get", seen)
     with pytest.raises(ConfigError, match=f"org/judge at {commit}"):
         make_step(config, "classify:train")

@@ -1,6 +1,8 @@
 """Reads a Config from YAML and `--set section.key=value` overrides, and prints all settings as YAML."""
 
+import copy
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -121,13 +123,19 @@ def read_yaml(path: Path, where: str) -> Any:
 def _parsed(text: str, where: str) -> Any:
     """Parse YAML text; ConfigError, which calls it `where`, if it is invalid, too large or too deep."""
     try:
-        value = yaml.load(text, _Loader)
-        _count_values(value, {}, 0)
+        return copy.deepcopy(_tree(text))
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply") from None
     # LookupError, AttributeError and TypeError: PyYAML on tags with the wrong kind of value (`!!bool maybe`)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _tree(text: str) -> Any:
+    """The values in YAML text, not to be changed; the cells of a table read one base and few values."""
+    value = yaml.load(text, _Loader)
+    _count_values(value, {}, 0)
     return value
 
 

@@ -73,7 +73,8 @@ def generate(
         return
     for indices in _batches(model, prompts, slots):
         batch = [prompts[i] for i in indices]
-        yield from zip(indices, _generate_padded(model, stop, batch, seeds[indices[0]]), strict=True)
+        completions = _generate_padded(model, stop, batch, [seeds[i] for i in indices])
+        yield from zip(indices, completions, strict=True)
 
 
 @dataclass
@@ -120,7 +121,10 @@ class _Batcher:
             # Prefill several prompts at a time: that computes their common prefix once.
             if waiting and (not active or len(free) >= FREE_SHARE * self.slots):
                 items = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                computed = [_Slot(i, free.pop(), len(prompts[i]), self._uniforms(seeds[i])) for i in items]
+                computed = [
+                    _Slot(i, free.pop(), len(prompts[i]), _uniforms(self.stop.sampling, seeds[i]))
+                    for i in items
+                ]
                 logits = self._prefill([prompts[i] for i in items], [slot.row for slot in computed])
                 active += computed
             else:
@@ -138,15 +142,6 @@ class _Batcher:
             # Attention computes every row of the cache. Once no prompt waits, free rows are never used again.
             if not waiting and active and len(active) <= (1 - FREE_SHARE) * self.cache.rows:
                 self._compact(active)
-
-    def _uniforms(self, seed: int) -> list[float]:
-        """Draw a number in [0, 1) for each token in advance, so that no completion depends on the others."""
-        if not self.stop.sampling.temperature:
-            return []
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(
-            self.stop.sampling.max_new_tokens, generator=generator, dtype=torch.float64
-        ).tolist()  # type: ignore[no-any-return]
 
     def _prefill(self, prompts: list[list[int]], rows: list[int]) -> Tensor:
         """Compute each distinct prompt once, and cache keys and values of the i-th prompt in row `rows[i]`.
@@ -194,6 +189,14 @@ class _Batcher:
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
+
+
+def _uniforms(sampling: Sampling, seed: int) -> list[float]:
+    """Draw a number in [0, 1) for each token in advance, so that no completion depends on the others."""
+    if not sampling.temperature:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
 
 
 def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
@@ -244,20 +247,18 @@ def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 @torch.no_grad()
 def _generate_padded(
-    model: Any, stop: StopConditions, prompts: list[list[int]], seed: int
+    model: Any, stop: StopConditions, prompts: list[list[int]], seeds: list[int]
 ) -> list[Completion]:
-    """Generate with transformers' `generate`, padded on the left; the whole batch has one seed."""
+    """Generate with transformers' `generate`, padded on the left."""
     sampling, pad = stop.sampling, stop.tokenizer.pad_token_id
     ids, mask = padded(prompts, pad, model.device)
     width = ids.shape[1]
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
-        warpers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        options = {"do_sample": True, **warpers}
+        options["logits_processor"] = [_Draws(sampling, seeds, width)]
     if stop.texts:
         options["stopping_criteria"] = [_StopTextCriterion(stop, width)]
-    with torch.random.fork_rng(), _without_generation_config(model):
-        torch.manual_seed(seed)
+    with _without_generation_config(model):
         rows = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -283,6 +284,19 @@ def _without_generation_config(model: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = saved
+
+
+class _Draws:
+    """Draws the next token of each row, and leaves `generate` no other: its own draws depend on the batch."""
+
+    def __init__(self, sampling: Sampling, seeds: list[int], prompt_length: int) -> None:
+        self.sampling, self.prompt_length = sampling, prompt_length
+        self.uniforms = torch.tensor([_uniforms(sampling, seed) for seed in seeds])  # (rows, new tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
+        tokens = sample_tokens(scores, self.sampling, draws)  # (rows,)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 class _StopTextCriterion:

@@ -24,7 +24,7 @@ from stages.engines.openai.client import Client
 from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
-from stages.models.dtype import is_quantized, resolve, warn_if_slow
+from stages.models.dtype import has_float32_head, is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import load_config, max_positions
 from stages.runtime import resources
 from stages.runtime.process_guard import guarded_command
@@ -41,11 +41,7 @@ It needs none, because it listens on this machine only.
 """
 
 FLOAT32_HEAD = {"head_dtype": "float32"}
-"""Has vLLM compute logits in float32: in bfloat16, 96 votes of one model had 6 values.
-
-CUDA adds up products of 16-bit numbers in float32 without a copy of the head; a CPU would need one. vLLM
-refuses it for a quantized head, which a quantized checkpoint may have.
-"""
+"""Has vLLM compute logits in float32, see `has_float32_head`."""
 
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Environment of vLLM on CPU.
@@ -224,13 +220,12 @@ def _command(
         arguments["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and turns float32 into bfloat16 on a GPU. Weights of
     # fewer than 16 bits have kernels for some types only, and vLLM knows which.
-    quantized = is_quantized(model)
-    if not _have_gpu() or model.dtype != "auto" or not quantized:
+    if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
         arguments["dtype"] = resolve(model)
         warn_if_slow(arguments["dtype"])
     arguments |= {**server.vllm, **extra}
     overrides = arguments.get("hf_overrides", {})
-    if _have_gpu() and not quantized and isinstance(overrides, dict):
+    if has_float32_head(model) and isinstance(overrides, dict):
         arguments["hf_overrides"] = FLOAT32_HEAD | overrides
     command += flags(arguments)
     if modules:

@@ -16,7 +16,6 @@ from stages.evaluation.benchmarks import benchmarks
 from stages.init.data_profile import DataProfile
 from stages.models.size import parameters
 from stages.plan.lengths import Lengths
-from stages.runtime import resources
 
 FAR = 2
 """The longest row sets a limit, unless it is more than this many times as long as 99 % of the rows."""
@@ -90,7 +89,7 @@ def choices(
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    chosen += _second_sft() if _unverifiable(profile) else rl
+    chosen += _second_sft() if profile.unverifiable else rl
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
@@ -99,11 +98,6 @@ def choices(
         label = f"{own[0].name.rpartition('.')[0]}.label"
         chosen += [*own, Choice(label, False, "the systems are those of the new rows")]
     return chosen
-
-
-def _unverifiable(profile: DataProfile) -> bool:
-    """Whether no row has an answer that RL could verify."""
-    return profile.answers["none"] == profile.answers.total()
 
 
 def _second_sft() -> list[Choice]:
@@ -125,78 +119,6 @@ def _voters(profile: DataProfile, model: str) -> list[Choice]:
         return []
     voters = [{"persona": "steps"}, {"persona": "effort"}]
     return [Choice("classify.voters", voters, f"the model itself, by worked examples: {why}")]
-
-
-def undecided(
-    profile: DataProfile,
-    tests: list[BenchmarkSection],
-    labels: str | None = None,
-    protected: Protected | None = None,
-) -> list[str]:
-    """Questions that neither the rows nor a file of labels answer, for a person to decide."""
-    questions = []
-    unverifiable, total = profile.answers["none"], profile.answers.total()
-    if 0 < unverifiable < total:
-        questions.append(
-            f"{unverifiable} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
-            "one on each: give them a field gold, leave them out, or keep the reward text_overlap"
-        )
-    elif unverifiable:
-        questions.append(
-            "no row has a verifiable answer, so there is no RL. With a reward of your own there can be, or "
-            "with the weak text_overlap: rl.rewards, eval.targets: [base, sft, rl] and sft.rounds: 1"
-        )
-    if profile.refuses_system:
-        questions.append(
-            "how the model is told to end in `#### answer`: its chat template takes no system message, and "
-            "SFT alone teaches it"
-        )
-    if profile.unanswered:
-        questions.append(
-            f"what is imitated: {profile.unanswered} of {total} rows have no response, so they are voted on "
-            "and rewarded, and score and SFT leave them out; both need some rows of each system with one"
-        )
-    if profile.system2_rows == 0:
-        questions.append("what System 2 learns from: no row is labelled System 2")
-    if profile.system2_rows == len(profile.rows.examples):
-        questions.append("what SFT trains on, and the importance of System 1: no row is labelled System 1")
-    if profile.ignores_system:
-        questions.append(
-            f"what becomes of the field system of {profile.ignores_system} rows: it is kept beside them and "
-            "no model is told it; rows of format messages have a system message of their own"
-        )
-    if not tests:
-        questions.append("which rows measure success: lorapar init … --test FILE")
-    if protected:
-        questions.append(
-            "how much is kept: partition.protect_theta 0.9 protects about 40 % of the elements, 0.5 about "
-            "7 %; with partition.strategy: all both stages train all the others"
-        )
-    if protected and not protected.test:
-        questions.append(
-            f"what {protected.path} loses: no answer in it can be verified, so the report shows how far its "
-            "answers drift (KL), and no accuracy"
-        )
-    if profile.system2_rows is None and labels is None:
-        questions.append(
-            "who votes: the model itself is cheap and may be weak: three voters of 135 million parameters "
-            "were right on 74 % of questions, and on 36 % where length told nothing. A larger one is better, "
-            f"classify.voters: [{{model: NAME}}]; {_room()}. Or bring labels: --labels FILE"
-        )
-    if not _unverifiable(profile):
-        questions.append(
-            "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
-            "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "
-            "start"
-        )
-    questions.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
-    return questions
-
-
-def _room() -> str:
-    """Say how large a voter this machine holds in 16 bits, with a fifth of its memory to spare."""
-    mib = resources.total_memory()
-    return f"the {mib / 1024:.0f} GiB here hold one of {0.8 * mib * 2**20 / 2 / 1e9:.0f} billion parameters"
 
 
 def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:

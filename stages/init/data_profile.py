@@ -57,6 +57,11 @@ class DataProfile:
     linear: set[str]
     """Names of the linear modules that the base model has, without its head."""
 
+    @property
+    def unverifiable(self) -> bool:
+        """Whether no row has an answer that RL could verify."""
+        return self.answers["none"] == self.answers.total()
+
 
 def survey(
     model: ModelSection,

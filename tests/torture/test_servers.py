@@ -12,7 +12,7 @@ from conftest import make_steps
 from mock_server import Mock, serve
 from tally import FULL
 
-from stages.engines.openai import transport
+from stages.engines.openai import session
 from stages.errors import LoraparError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels
@@ -57,7 +57,7 @@ def fault(rng: random.Random) -> tuple[str, object]:
 
 def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
     real = asyncio.sleep
-    monkeypatch.setattr(transport, "_pause", lambda seconds: real(min(seconds, 0.01)))
+    monkeypatch.setattr(session, "_pause", lambda seconds: real(min(seconds, 0.01)))
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "config.yaml").write_text("run: servers\n", encoding="utf-8")

@@ -33,12 +33,16 @@ from stages.engines.openai.quirks import Quirks
 from stages.engines.openai.requests import (
     MAX_WORD_TOKENS,
     REPLY_TOKENS,
+    choice_body,
+    constrained_body,
+    generate_body,
     is_chat,
     max_reply_tokens,
     most_prompt_tokens,
 )
 from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, parse_count, parse_models
-from stages.engines.openai.transport import Session, Transport
+from stages.engines.openai.session import Session
+from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 
 TOP_LOGPROBS = 20
@@ -111,7 +115,9 @@ class Client:
             return Completion(choice.ids, choice.finish_reason == "stop")
 
         async def ask(session: Session, request: GenerateRequest) -> Any:
-            return await session.send("POST", "completions", self._generate_body(request, sampling), read)
+            return await session.send(
+                "POST", "completions", generate_body(self.model, request, sampling), read
+            )
 
         for i, completion in self.transport.each(requests, ask):
             if isinstance(completion, Failure):
@@ -228,7 +234,7 @@ class Client:
         # the words agree in all of them; later requests with the same words start at the number it learned.
         while True:
             tokens = self._tokens_needed.get(request.words, 1)
-            path, body = self._constrained_body(request, request.words, tokens)
+            path, body = constrained_body(self.model, request, request.words, tokens)
             read = partial(self._probabilities, request.words, tokens)
             if probabilities := await self._post(session, path, body, read):
                 mass = await self._mass(session, request) if request.measure_mass else -1.0
@@ -245,12 +251,7 @@ class Client:
 
         Only the TOP_LOGPROBS likeliest tokens count. -1 if the server does not give them.
         """
-        path, body = self._body(request, 1)
-        body |= (
-            {"logprobs": TOP_LOGPROBS}
-            if path == "completions"
-            else {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        )
+        path, body = choice_body(self.model, request, 1, TOP_LOGPROBS)
         body["temperature"] = 0  # the sampled token is not used
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
@@ -266,7 +267,7 @@ class Client:
 
         It takes two failures to conclude that the server cannot, because all votes are then read as text.
         """
-        path, body = self._constrained_body(request, UNLIKELY, 1)
+        path, body = constrained_body(self.model, request, UNLIKELY, 1)
         if path not in self._can_constrain:
             obeys = await self._obeys(session, path, body) or await self._obeys(session, path, body)
             # Requests run at the same time: another one's success counts, too.
@@ -286,23 +287,9 @@ class Client:
                 raise
             return False
 
-    def _constrained_body(
-        self, request: ChoiceRequest, words: tuple[str, ...], tokens: int
-    ) -> tuple[str, dict[str, Any]]:
-        path, body = self._body(request, tokens)
-        logprobs = {"logprobs": 5} if path == "completions" else {"logprobs": True, "top_logprobs": 5}
-        return path, {**body, **logprobs, "temperature": 0, "structured_outputs": {"choice": list(words)}}
-
-    def _body(self, request: ChoiceRequest, tokens: int) -> tuple[str, dict[str, Any]]:
-        """Return the path and the parameters that all requests for a choice have."""
-        body = {"model": self.model, "max_tokens": tokens}
-        if is_chat(request):
-            return "chat/completions", {**body, "messages": request.text}
-        return "completions", {**body, "prompt": request.text}
-
     async def _choose_by_text(self, session: Session, request: ChoiceRequest) -> ChoiceResult:
         """Read the choice in the text of a reply, after the thinking if there is any."""
-        path, body = self._body(request, request.max_thinking_tokens + REPLY_TOKENS)
+        path, body = choice_body(self.model, request, request.max_thinking_tokens + REPLY_TOKENS)
         body |= {
             "temperature": request.temperature,
             **({"seed": request.seed} if request.temperature else {}),
@@ -330,18 +317,3 @@ class Client:
                 count = 0  # a server that cannot count gets the request all the same
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
-
-    def _generate_body(self, request: GenerateRequest, sampling: Sampling) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "prompt": request.ids,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,  # without it vLLM takes the one in generation_config
-            "seed": request.seed,
-            "stop": list(request.stop) or None,
-            "stop_token_ids": list(sampling.stop_ids),
-            "return_token_ids": True,
-            "add_special_tokens": False,
-        }

@@ -1,10 +1,14 @@
-"""Sizes and kinds of choice requests, known before they are sent."""
+"""The bodies of requests, and the sizes of choice requests, known before they are sent."""
 
-from stages.engines import ChoiceRequest
+from typing import Any
+
+from stages.engines import ChoiceRequest, GenerateRequest, Sampling
 
 MAX_WORD_TOKENS = 8
 REPLY_TOKENS = 16
 """Room for a word and for what a model writes around it."""
+ALTERNATIVES = 5
+"""Likeliest tokens whose log-probabilities come with a choice among words."""
 MESSAGE_BYTES = 64
 """Upper bound of what a chat template puts around a message."""
 
@@ -28,3 +32,43 @@ def most_prompt_tokens(request: ChoiceRequest) -> int:
         MESSAGE_BYTES + len(item["content"].encode()) if isinstance(item, dict) else 1
         for item in request.text
     )
+
+
+def choice_body(
+    model: str, request: ChoiceRequest, tokens: int, alternatives: int = 0
+) -> tuple[str, dict[str, Any]]:
+    """Return the path and the body of a request for a choice, with so many tokens of reply at the most.
+
+    alternatives: likeliest tokens whose log-probabilities the reply is to have; 0 for none.
+    """
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens}
+    if is_chat(request):
+        logprobs = {"logprobs": True, "top_logprobs": alternatives} if alternatives else {}
+        return "chat/completions", {**body, **logprobs, "messages": request.text}
+    logprobs = {"logprobs": alternatives} if alternatives else {}
+    return "completions", {**body, **logprobs, "prompt": request.text}
+
+
+def constrained_body(
+    model: str, request: ChoiceRequest, words: tuple[str, ...], tokens: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the same for a choice among the words alone."""
+    path, body = choice_body(model, request, tokens, ALTERNATIVES)
+    return path, {**body, "temperature": 0, "structured_outputs": {"choice": list(words)}}
+
+
+def generate_body(model: str, request: GenerateRequest, sampling: Sampling) -> dict[str, Any]:
+    """Return the body of a request for a completion of token ids."""
+    return {
+        "model": model,
+        "prompt": request.ids,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,  # without it vLLM takes the one in generation_config
+        "seed": request.seed,
+        "stop": list(request.stop) or None,
+        "stop_token_ids": list(sampling.stop_ids),
+        "return_token_ids": True,
+        "add_special_tokens": False,
+    }

@@ -212,10 +212,11 @@ def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
     config.base_model_name_or_path = base.name
     config.revision = base.pinned_revision
     write(model, folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template has nothing but placeholders
 
 
 def write(model: PeftModel, folder: Path) -> None:
     """Write the `default` adapter's files into `folder`; its PEFT config already names the base model."""
+    # No card: PEFT's template has nothing but placeholders, and takes longer than a small adapter.
+    model.create_or_update_model_card = lambda _: None  # type: ignore[method-assign]
     # No embeddings: PEFT would ask the hub whether the base's vocabulary is that of its main revision.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)

@@ -1,7 +1,6 @@
 """The in-process sampler of rollouts: from a merged copy of the model in training where there is one.
 
-Each completion is drawn by a seed of its own, so it does not depend on how many are sampled at a time; only
-where a model does not support packing a padded batch shares a seed.
+Each completion is drawn by a seed of its own, so it does not depend on how many are sampled at a time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""HTTP requests to the servers of one model, each with retries and a deadline.
+
+It tells a bad request from a dead server. If a request fails all its tries, the fault is the item's if other
+requests were answered meanwhile or if the server still lists its models; else the server is dead.
+
+The package `openai` has a client too, which loses three of these promises (tried with 3.57): its time limit
+is for each read, so a reply that drips in never ends it; `Retry-After` holds back only the request that got
+it; and it does not check the types in a reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import tenacity
+
+from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, retry_after_seconds
+from stages.engines.openai.schema import parse_json
+from stages.errors import ServerError
+
+if TYPE_CHECKING:
+    from stages.engines.openai.transport import Transport
+
+TRIES = 6
+MAX_RETRY_AFTER_S = 60
+"""Longest wait that a server may ask for by Retry-After."""
+ALIVE_TIMEOUT_S = 5
+"""Time that a server has to list its models when all tries of a request have failed."""
+QUICK = 0.05
+"""Share of `server.timeout_s` in which a server answers that is sent more requests at a time.
+
+One that has as many as it can work on lets others wait, so that with each request more all take longer.
+"""
+T = TypeVar("T")
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+class Session:
+    """Requests of one `Transport.each`, all on one event loop."""
+
+    def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
+        self.transport, self.http = transport, http
+        self.workers = 0
+        self._started: set[asyncio.Task[None]] = set()
+
+    def may_grow(self, seconds: float) -> bool:
+        """Whether one more worker may start after an answer that took so long."""
+        transport = self.transport
+        is_quick = seconds < QUICK * transport.server.timeout_s and not transport.counts.retried
+        return is_quick and self.workers < transport.most
+
+    def start(self, worker: Coroutine[Any, Any, None]) -> None:
+        self.workers += 1
+        self._started.add(asyncio.get_running_loop().create_task(worker))  # the loop itself may forget it
+
+    async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+        """Send a request, and return the JSON of its reply as parsed by `read`.
+
+        Sent again after a temporary failure, and if `read` raises ValueError, TRIES times in all. Then
+        ServerError if the server is dead, else ItemFailed.
+        """
+        transport = self.transport
+        answered = transport.counts.answered
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
+            retry=tenacity.retry_if_exception_type(RetryableError),
+            before_sleep=self._count_retry,
+            sleep=_pause,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._send_once, method, path, body, read)
+        except RetryableError as error:
+            # Answers to other requests meanwhile show that the server lives. Without any, a server that does
+            # not reply at all is dead; one that replies with errors is asked for its list of models.
+            others_answered = transport.counts.answered > answered
+            if not others_answered and (error.reason in ("timeout", "transport") or not await self._alive()):
+                raise ServerError(
+                    f"{transport.urls[0]}/{path} does not answer: {error}",
+                    "run the same command again; the answers so far are kept",
+                ) from None
+            raise ItemFailed(error.reason, str(error), error.busy) from None
+
+    async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Send a request that a server need not understand, once; None if there is no readable reply."""
+        try:
+            async with asyncio.timeout(self.transport.server.timeout_s):
+                response = await self.http.post(url, json=body)
+            reply = parse_json(response.content)
+        except (httpx.HTTPError, ValueError, RecursionError, TimeoutError):
+            return None
+        return reply if response.status_code < 400 and isinstance(reply, dict) else None
+
+    def _count_retry(self, _: object) -> None:
+        self.transport.counts.retried += 1
+
+    async def _alive(self) -> bool:
+        """True if any of the servers lists its models."""
+        for url in self.transport.urls:
+            with suppress(httpx.HTTPError, TimeoutError):
+                async with asyncio.timeout(ALIVE_TIMEOUT_S):
+                    if (await self.http.get(f"{url}/models")).status_code < 400:
+                        return True
+        return False
+
+    async def _send_once(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+        """Send a request to the next server, and parse the reply; RetryableError if another try may help."""
+        transport = self.transport
+        while (seconds := transport.retry_after - time.monotonic()) > 0:
+            await _pause(seconds)  # in a loop, because another request's reply may prolong it meanwhile
+        base = transport.pick()
+        url = f"{base}/{path}"
+        try:
+            # httpx limits each read and write, which a server that sends byte by byte never exceeds.
+            async with asyncio.timeout(transport.server.timeout_s):
+                response = await self.http.request(method, url, json=body)
+        except (TimeoutError, httpx.TimeoutException):
+            transport.skip(base)
+            detail = f"no answer in {transport.server.timeout_s:g} s"
+            raise RetryableError("timeout", detail, busy=True) from None
+        except httpx.HTTPError as error:
+            transport.skip(base)
+            if exit_error := transport.exit_error():
+                raise exit_error from None
+            raise RetryableError("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
+        if response.status_code >= 400:
+            self._raise_for_status(url, response)
+        try:
+            answer = read(parse_json(response.content))
+        except (ValueError, RecursionError) as error:
+            beginning = " ".join(response.text[:120].split())
+            detail = f"no readable answer: {type(error).__name__} {error}: {beginning}"
+            raise RetryableError("unreadable", detail) from None
+        transport.counts.answered += 1
+        return answer
+
+    def _raise_for_status(self, url: str, response: httpx.Response) -> None:
+        """Raise the error that a status of 400 or above stands for."""
+        transport, code = self.transport, response.status_code
+        text = f"{code} {' '.join(response.text[:200].split())}"
+        if code in (408, 425, 429) or code >= 500:
+            wait = min(retry_after_seconds(response.headers.get("retry-after", "")), MAX_RETRY_AFTER_S)
+            transport.retry_after = max(transport.retry_after, time.monotonic() + wait)
+            raise RetryableError("server_error", text, busy=code not in (500, 501))
+        signs = ("context length", "too long", "max_model_len")
+        if code in (400, 413, 422) and any(words in text.lower() for words in signs):
+            raise ItemFailed("too_long", text)
+        # A server that has answered before refuses this item only; its list of models is one of the answers.
+        if code in (400, 413, 422) and transport.counts.answered > 1:
+            raise ItemFailed("refused", text)
+        raise RequestRefused(code, f"{url} refused: {text}")

@@ -1,0 +1,97 @@
+"""The questions that rows leave open, for a person to decide; `lorapar init` prints and writes them."""
+
+from __future__ import annotations
+
+from stages.config import BenchmarkSection
+from stages.init.config_writer import Protected
+from stages.init.data_profile import DataProfile
+from stages.runtime import resources
+
+
+def open_questions(
+    profile: DataProfile,
+    tests: list[BenchmarkSection],
+    labels: str | None = None,
+    protected: Protected | None = None,
+) -> list[str]:
+    """Questions that neither the rows nor a file of labels answer. For the arguments see `choices`."""
+    return [*_about_rows(profile), *_about_success(tests, protected), *_about_learning(profile, labels)]
+
+
+def _about_rows(profile: DataProfile) -> list[str]:
+    """Questions about rows that lack something, or have what no stage reads."""
+    questions = []
+    unverifiable, total = profile.answers["none"], profile.answers.total()
+    if profile.unverifiable:
+        questions.append(
+            "no row has a verifiable answer, so there is no RL. With a reward of your own there can be, or "
+            "with the weak text_overlap: rl.rewards, eval.targets: [base, sft, rl] and sft.rounds: 1"
+        )
+    elif unverifiable:
+        questions.append(
+            f"{unverifiable} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
+            "one on each: give them a field gold, leave them out, or keep the reward text_overlap"
+        )
+    if profile.refuses_system:
+        questions.append(
+            "how the model is told to end in `#### answer`: its chat template takes no system message, and "
+            "SFT alone teaches it"
+        )
+    if profile.unanswered:
+        questions.append(
+            f"what is imitated: {profile.unanswered} of {total} rows have no response, so they are voted on "
+            "and rewarded, and score and SFT leave them out; both need some rows of each system with one"
+        )
+    if profile.system2_rows == 0:
+        questions.append("what System 2 learns from: no row is labelled System 2")
+    if profile.system2_rows == len(profile.rows.examples):
+        questions.append("what SFT trains on, and the importance of System 1: no row is labelled System 1")
+    if profile.ignores_system:
+        questions.append(
+            f"what becomes of the field system of {profile.ignores_system} rows: it is kept beside them and "
+            "no model is told it; rows of format messages have a system message of their own"
+        )
+    return questions
+
+
+def _about_success(tests: list[BenchmarkSection], protected: Protected | None) -> list[str]:
+    """Questions about what is measured, and what is kept."""
+    questions = []
+    if not tests:
+        questions.append("which rows measure success: lorapar init … --test FILE")
+    if protected:
+        questions.append(
+            "how much is kept: partition.protect_theta 0.9 protects about 40 % of the elements, 0.5 about "
+            "7 %; with partition.strategy: all both stages train all the others"
+        )
+    if protected and not protected.test:
+        questions.append(
+            f"what {protected.path} loses: no answer in it can be verified, so the report shows how far its "
+            "answers drift (KL), and no accuracy"
+        )
+    return questions
+
+
+def _about_learning(profile: DataProfile, labels: str | None) -> list[str]:
+    """Questions about who labels the rows, and how training goes."""
+    questions = []
+    if profile.system2_rows is None and labels is None:
+        questions.append(
+            "who votes: the model itself is cheap and may be weak: three voters of 135 million parameters "
+            "were right on 74 % of questions, and on 36 % where length told nothing. A larger one is better, "
+            f"classify.voters: [{{model: NAME}}]; {_room()}. Or bring labels: --labels FILE"
+        )
+    if not profile.unverifiable:
+        questions.append(
+            "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
+            "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "
+            "start"
+        )
+    questions.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
+    return questions
+
+
+def _room() -> str:
+    """Say how large a voter this machine holds in 16 bits, with a fifth of its memory to spare."""
+    mib = resources.total_memory()
+    return f"the {mib / 1024:.0f} GiB here hold one of {0.8 * mib * 2**20 / 2 / 1e9:.0f} billion parameters"
