@@ -56,6 +56,8 @@ NAMES = (
 )  # fmt: skip
 ROWS = "data/demo/train.jsonl"
 PASSED = r"^.*\d+ passed.*"
+TESTING = ("pytest", "hypothesis", "psutil")
+"""Packages without which no test runs."""
 FROZEN = r"(?:frozen_drift|base_held): [\d.]+"
 
 
@@ -117,7 +119,7 @@ def at_shapes(small: bool) -> list[Part]:
     shapes = ["tiny"] if small else ["llama2-7b", "qwen2.5-7b"]
     return [
         Part("doctor", lambda m, s: ["-m", "lorapar_cli", "doctor"], facts, 1),
-        Part("frozen", tests(*frozen, options=without_gpu), PASSED, 2),
+        Part("frozen", tests(*frozen, options=without_gpu), PASSED, 2, TESTING),
         *(Part(shape, lambda m, s, shape=shape: [f"{HERE}/shapes.py", shape], stages, 3) for shape in shapes),
         Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 1),
     ]
@@ -136,7 +138,7 @@ def compared(small: bool) -> list[Part]:
     ]  # fmt: skip
     colocated = r"^.*(?:model runner|\d+ passed).*"
     return [
-        Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5),
+        Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5, TESTING),
         Part(
             "rollouts", lambda m, s: [f"{HERE}/rollouts.py", m, *sampled], r"^.*(?:tokens/s| / |skipped).*", 3
         ),
@@ -146,7 +148,13 @@ def compared(small: bool) -> list[Part]:
             r"^.*(?:rows/s|equal|skipped).*",
             3,
         ),
-        Part("colocated", tests("lora/test_rollouts", options=["-k", "real_engine"]), colocated, 5, ["vllm"]),
+        Part(
+            "colocated",
+            tests("lora/test_rollouts", options=["-k", "real_engine"]),
+            colocated,
+            5,
+            [*TESTING, "vllm"],
+        ),
         Part("sft", lambda m, s: [f"{HERE}/sft.py", m, ROWS, *few], speed, 2),
         Part("rl", lambda m, s: [f"{HERE}/rl.py", m, *few, *group], speed, 2),
         Part("pipeline", lambda m, s: smoke(m, s, *served), FROZEN, 8, ["vllm"]),
@@ -159,7 +167,7 @@ def several(small: bool) -> list[Part]:
     return [
         Part("processes, ddp", lambda m, s: smoke(m, s, *on("ddp", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, fsdp2", lambda m, s: smoke(m, s, *on("fsdp2", 2)), FROZEN, 8, gpus=gpus),
-        Part("processes, tests", tests("lora/test_fsdp"), PASSED, 8, gpus=gpus),
+        Part("processes, tests", tests("lora/test_fsdp"), PASSED, 8, TESTING, gpus),
         Part(
             "server",
             lambda m, s: [f"{HERE}/server.py", m, s],
