@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py [--small] [--only PART …] [--out gpu.json]
 
-Needs no hub: models have random weights of real shapes, made on the device; the largest that is written has
-half a billion parameters. `--small` is every part in miniature, for a machine without a GPU. Each part is a
-command of its own with a limit in time, and none begins or goes on after `--minutes`. A part that lacks a
-package or a second GPU is skipped and says so; one that fails stops no other. The first five take ten minutes
-at most.
+Run it from the project's folder; where lorapar is not installed, with PYTHONPATH=. before it. Needs no hub:
+models have random weights of real shapes, made on the device; the largest that is written has half a billion
+parameters. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its
+own with a limit in time, after which all that it started is killed, and none begins after `--minutes`. A part
+that lacks a package or a second GPU is skipped and says so; one that fails stops no other. The first five
+take ten minutes at most.
 
 - doctor: versions, driver, device, number types, sandbox.
 - frozen: tests of frozen elements, equality with TRL, 4 bits and padding, on the device.
@@ -27,10 +28,12 @@ at most.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,13 +64,17 @@ TESTING = ("pytest", "hypothesis", "psutil")
 FROZEN = r"(?:frozen_drift|base_held): [\d.]+"
 
 
+Model = Callable[[], str]
+"""Returns the folder of a model with weights, which it writes when first called."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One line of the table."""
 
     name: str
-    command: Callable[[str, str], list[str]]
-    """Arguments after `python`, by the folder of the model and a scratch folder."""
+    command: Callable[[Model, str], list[str]]
+    """Arguments after `python`, by the model, and by a scratch folder."""
     findings: str
     """A regular expression for what of its output goes into the table."""
     minutes: float
@@ -88,7 +95,7 @@ class Part:
         return ", ".join(missing)
 
 
-def tests(*files: str, options: Sequence[str] = ()) -> Callable[[str, str], list[str]]:
+def tests(*files: str, options: Sequence[str] = ()) -> Callable[[Model, str], list[str]]:
     paths = [f"tests/{file}.py" for file in files]
     return lambda *_: ["-m", "pytest", "-rs", *paths, *options]
 
@@ -112,14 +119,14 @@ def on(backend: str, processes: int) -> list[str]:
 def at_shapes(small: bool) -> list[Part]:
     """The first five: what works at all, and what it takes at the paper's shapes."""
     facts = r"^[+ -] (?:device|driver|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
-    without_gpu = ["-m", "not slow and not vllm"] if small else []
+    quick = ["-m", "not slow and not vllm"]
     rows = ["--prompts", "2", "--group", "4", "--prompt", "32", "--completion", "8-32"] if small else []
     frozen = ("lora/test_frozen", "lora/test_four_bit", "packing/test_trl", "lora/test_same_as_trl")
     stages = rf"^(?:.*TFLOP/s|(?:score|sft|rl): .*|.*{FITS}.*)"
     shapes = ["tiny"] if small else ["llama2-7b", "qwen2.5-7b"]
     return [
         Part("doctor", lambda m, s: ["-m", "lorapar_cli", "doctor"], facts, 1),
-        Part("frozen", tests(*frozen, options=without_gpu), PASSED, 2, TESTING),
+        Part("frozen", tests(*frozen, options=quick), PASSED, 2, TESTING),
         *(Part(shape, lambda m, s, shape=shape: [f"{HERE}/shapes.py", shape], stages, 3) for shape in shapes),
         Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 1),
     ]
@@ -140,11 +147,14 @@ def compared(small: bool) -> list[Part]:
     return [
         Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5, TESTING),
         Part(
-            "rollouts", lambda m, s: [f"{HERE}/rollouts.py", m, *sampled], r"^.*(?:tokens/s| / |skipped).*", 3
+            "rollouts",
+            lambda m, s: [f"{HERE}/rollouts.py", m(), *sampled],
+            r"^.*(?:tokens/s| / |skipped).*",
+            3,
         ),
         Part(
             "votes",
-            lambda m, s: [f"{HERE}/classify.py", m, ROWS, *voted],
+            lambda m, s: [f"{HERE}/classify.py", m(), ROWS, *voted],
             r"^.*(?:rows/s|equal|skipped).*",
             3,
         ),
@@ -155,9 +165,9 @@ def compared(small: bool) -> list[Part]:
             5,
             [*TESTING, "vllm"],
         ),
-        Part("sft", lambda m, s: [f"{HERE}/sft.py", m, ROWS, *few], speed, 2),
-        Part("rl", lambda m, s: [f"{HERE}/rl.py", m, *few, *group], speed, 2),
-        Part("pipeline", lambda m, s: smoke(m, s, *served), FROZEN, 8, ["vllm"]),
+        Part("sft", lambda m, s: [f"{HERE}/sft.py", m(), ROWS, *few], speed, 2),
+        Part("rl", lambda m, s: [f"{HERE}/rl.py", m(), *few, *group], speed, 2),
+        Part("pipeline", lambda m, s: smoke(m(), s, *served), FROZEN, 8, ["vllm"]),
     ]
 
 
@@ -165,12 +175,12 @@ def several(small: bool) -> list[Part]:
     """Of two processes, which share smoke's rows evenly, each on a device of its own if there are any."""
     gpus = 2 if torch.cuda.is_available() else 0
     return [
-        Part("processes, ddp", lambda m, s: smoke(m, s, *on("ddp", 2)), FROZEN, 8, gpus=gpus),
-        Part("processes, fsdp2", lambda m, s: smoke(m, s, *on("fsdp2", 2)), FROZEN, 8, gpus=gpus),
+        Part("processes, ddp", lambda m, s: smoke(m(), s, *on("ddp", 2)), FROZEN, 8, gpus=gpus),
+        Part("processes, fsdp2", lambda m, s: smoke(m(), s, *on("fsdp2", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, tests", tests("lora/test_fsdp"), PASSED, 8, TESTING, gpus),
         Part(
             "server",
-            lambda m, s: [f"{HERE}/server.py", m, s],
+            lambda m, s: [f"{HERE}/server.py", m(), s],
             r"^the server takes.*|" + FROZEN,
             5,
             ["vllm"],
@@ -183,14 +193,14 @@ def parts(small: bool) -> list[Part]:
     return [*at_shapes(small), *compared(small), *several(small)]
 
 
-def written_model(small: bool, scratch: Path) -> Path:
-    """The folder of a model with weights, which are random."""
+def write_model(small: bool, scratch: Path) -> str:
+    """Write a model with random weights, and return its folder."""
     if small:
-        return fetch("tiny-random", Path("models"))[0]
+        return str(fetch("tiny-random", Path("models"))[0])
     folder = model_folder(WRITTEN, scratch)
     # On the CPU: this process must not hold the GPU's memory.
     random_model(str(folder), torch.bfloat16, torch.device("cpu"), None).save_pretrained(str(folder))
-    return folder
+    return str(folder)
 
 
 def seen_by(part: Part) -> dict[str, str]:
@@ -200,22 +210,30 @@ def seen_by(part: Part) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def line(part: Part, model: Path, scratch: Path, end: float) -> dict[str, Any]:
+def run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | str, str]:
+    """Run a command in a group of processes that all end with it; its exit code, and what it has written."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it started would go on to hold the GPU
+        return "none", f"{process.communicate()[0]}\nkilled after {seconds:.0f} s"
+
+
+def line(part: Part, model: Model, scratch: Path, end: float) -> dict[str, Any]:
     """Run a part. end: of all parts, by the monotonic clock."""
     begun = time.monotonic()
     row: dict[str, Any] = {"part": part.name, "limit_s": round(60 * part.minutes), "code": 0, "seconds": 0}
     if lacking := part.lacks():
         return row | {"findings": [f"skipped: {lacking}"]}
     try:
-        if end <= begun:
+        command = [sys.executable, *part.command(model, str(scratch / part.name))]
+        if (left := end - time.monotonic()) <= 0:
             raise RuntimeError("no time is left for it")
-        command = [sys.executable, *part.command(str(model), str(scratch / part.name))]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=min(60 * part.minutes, end - begun),
-            env=os.environ | seen_by(part),
-        )  # fmt: skip
-        output, row["code"] = done.stdout + done.stderr, done.returncode
-    except (OSError, RuntimeError, subprocess.TimeoutExpired, LoraparError) as error:
+        row["code"], output = run(command, os.environ | seen_by(part), min(60 * part.minutes, left))
+    except (OSError, RuntimeError, LoraparError) as error:
         output, row["code"] = f"{type(error).__name__}: {error}", "none"
     findings = re.findall(part.findings, output, re.MULTILINE)
     if row["code"] != 0:
@@ -243,7 +261,7 @@ def main() -> None:
     end = time.monotonic() + 60 * (given.minutes or (10**6 if given.small else 30))
     print("part", "exit", "seconds", "limit", sep="\t")
     with tempfile.TemporaryDirectory() as scratch:
-        model = written_model(given.small, Path(scratch))
+        model = functools.cache(lambda: write_model(given.small, Path(scratch)))
         for part in parts(given.small):
             if given.small:  # nothing is measured in miniature, and the machine may be slow
                 part = replace(part, minutes=10 * part.minutes)

@@ -3,7 +3,8 @@
     python benchmarks/rollouts.py MODEL [--prompts 8] [--group 8] [--tokens 128] [--rounds 5]
 
 Each round samples by each, in an order drawn at random, from the same prompts and with renewed weights: ours
-from a merged copy, TRL's by `generate` of the model with its adapter, all rows at once. Tokens per second,
+as `lorapar rl` does, on a CPU from a merged copy; TRL's by `generate` of the model with its adapter, all rows
+at once. Tokens per second,
 and the median of the paired ratios. Without vLLM its column is left out, and this says so.
 """
 
@@ -54,12 +55,14 @@ def by_vllm(model: Any, tokenizer: Any, given: argparse.Namespace) -> Sampler:
     return sample
 
 
-def by_ours(copy: merge.MergedCopy, model: Any, tokenizer: Any, tokens: int) -> Sampler:
+def by_ours(copy: merge.MergedCopy | None, model: Any, tokenizer: Any, tokens: int) -> Sampler:
     sampling = Sampling(tokens, (tokenizer.eos_token_id,), 1.0, 1.0)
 
     def sample(prompts: list[list[int]]) -> int:
-        copy.refresh(model)
-        answers = generate(copy.model, tokenizer, prompts, sampling, (), list(range(len(prompts))))
+        if copy:
+            copy.refresh(model)
+        source = copy.model if copy else model
+        answers = generate(source, tokenizer, prompts, sampling, (), list(range(len(prompts))))
         return sum(len(answer.ids) for _, answer in answers)
 
     return sample
@@ -91,8 +94,9 @@ def main() -> None:
     has_vllm = importlib.util.find_spec("vllm") is not None
     if has_vllm:
         vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
-    base = load_base(ModelSection(name=given.model, dtype="bfloat16"))
-    copy = merge.MergedCopy(base)
+    section = ModelSection(name=given.model, dtype="bfloat16")
+    base = load_base(section)
+    copy = vllm_rollouts.copy_of(base, RolloutsSection(), section, None)
     model = adapter.initial(base, LoraSection(), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     samplers = {

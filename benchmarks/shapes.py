@@ -9,9 +9,9 @@ lots, so that no group is skipped. Attention may use torch's flash and memory-ef
 GPU its math kernel, which keeps every score, is an error here.
 
 A time is the mean of all steps but the first, which warms up; of score it is that of all batches. "Of a
-product": the arithmetic of a step (4 FLOP per weight and token where a frozen weight is passed forward and
-backward, 2 where it only reads or writes a token) in that time, as a share of what this device does in
-one large matrix product in the model's type. Memory is the device's, as torch allocated and reserved it.
+product's speed": the arithmetic of a step in that time, as a share of what this device does in one large
+matrix product in the model's type. A weight and token are 4 FLOP where both passes go through a frozen
+weight, 2 where a token is only read or written. Memory is the device's, as torch allocated and reserved it.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def config_file(shape: str, steps: int, model: Path, scratch: Path) -> Path:
     settings["sft"] |= {"max_steps": steps}
     settings["rl"] |= {"max_steps": steps, "prompts_per_step": PROMPTS}
     settings["rl"] |= {"rewards": {"lots": 1.0}, "rewards_file": str(scratch / "reward.py")}
-    if torch.cuda.is_available() and resources.total_memory() < LARGE_CARD:
+    if 0 < card_memory() < LARGE_CARD:
         settings["score"] |= {"batch_size": 2}
         settings["rl"] |= {"per_device_train_batch_size": 1}
     benchmark = {"kind": "gsm8k", "path": str(rows), "label": False}
@@ -119,6 +119,12 @@ def config_file(shape: str, steps: int, model: Path, scratch: Path) -> Path:
     config = scratch / f"{shape}.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return config
+
+
+def card_memory() -> int:
+    """MiB of the first GPU, 0 without one. Another process asks: this one must hold no memory there."""
+    code = "import torch; print(torch.cuda.mem_get_info()[1] >> 20 if torch.cuda.is_available() else 0)"
+    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
 
 
 def command(arguments: list[str]) -> None:
@@ -168,17 +174,20 @@ def command(arguments: list[str]) -> None:
     memory = [resources.peak_device_memory()] * 2
     if torch.cuda.is_available():
         memory = [torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20]
-    print(RESULT + json.dumps({"seconds": seconds, "tokens": tokens, "memory": memory}))
+    result: dict[str, Any] = {"seconds": seconds, "tokens": tokens, "memory": memory}
+    if (
+        arguments[0] == "plan"
+    ):  # in a process that ends before the stages begin, as it holds memory of the card
+        result["product"] = product_flops(getattr(torch, resolved(load(Path(arguments[1]), [])).model.dtype))
+    print(RESULT + json.dumps(result), flush=True)
 
 
-def product_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP per second of one large matrix product, the fastest of five."""
+def product_flops(dtype: torch.dtype) -> float:
+    """FLOP per second of one large matrix product on this device, the fastest of five."""
+    device = base.device()
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    flops = 2 * size**3 / min(timed(torch.matmul, left, right) for _ in range(5))
-    del left, right
-    resources.release_memory()
-    return flops
+    return 2 * size**3 / min(timed(torch.matmul, left, right) for _ in range(5))
 
 
 def layer_weights(shape: str) -> float:
@@ -202,8 +211,9 @@ def work(
         tokens = (history[-1]["num_tokens"] - history[0]["num_tokens"]) / (len(history) - 1)
         return seconds, tokens, 4 * weights * tokens
     written = fmean(row["completions/mean_length"] for row in history[1:]) * PROMPTS * GROUP
-    # Rollouts read each prompt and write each completion; then a forward and a backward pass of the same.
-    return seconds, written, (2 + 4) * weights * (PROMPTS * PROMPT + written)
+    # Rollouts read each prompt and write each completion. The reference reads both again, as `rl.beta` is not
+    # 0. Then comes a forward and a backward pass.
+    return seconds, written, (2 + 2 + 4) * weights * (PROMPTS * PROMPT + written)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -211,9 +221,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     child = [sys.executable, __file__, "--command", *arguments]
     done = subprocess.run(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.splitlines()
-    if done.returncode or not lines or not lines[-1].startswith(RESULT):
+    results = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
+    if done.returncode or not results:
         raise RuntimeError("\n".join([f"lorapar {arguments[0]} ended with {done.returncode}", *lines[-15:]]))
-    return json.loads(lines[-1].removeprefix(RESULT))  # type: ignore[no-any-return]
+    return json.loads(results[-1])  # type: ignore[no-any-return]
 
 
 def card(mib: float) -> str:
@@ -226,10 +237,8 @@ def report(shape: str, steps: int, scratch: Path) -> None:
     """Run the stages and print a line for each."""
     file = str(config_file(shape, steps, model_folder(shape, scratch), scratch))
     config = resolved(load(Path(file), []))
-    run(["plan", file, "--to", "rl"])
-    device = base.device()
-    speed = product_flops(getattr(torch, config.model.dtype), device)
-    print(f"{shape}, {config.model.dtype}, device {device}, one product: {speed / 1e12:.3g} TFLOP/s")
+    speed = run(["plan", file, "--to", "rl"])["product"]
+    print(f"{shape}, {config.model.dtype}, one product: {speed / 1e12:.3g} TFLOP/s", flush=True)
     peaks = []
     for stage in ("classify", "score", "partition", "sft", "rl"):
         result = run([stage, file])
@@ -246,9 +255,10 @@ def report(shape: str, steps: int, scratch: Path) -> None:
         drift = manifest["summary"].get("frozen_drift")
         print(
             f"{stage}: {seconds:.3g} s {span}, {tokens / seconds:,.0f} tokens/s, "
-            f"{flop / seconds / speed:.0%} of a product; {allocated:,} MiB allocated, "
+            f"{flop / seconds / speed:.0%} of a product's speed; {allocated:,} MiB allocated, "
             f"{reserved:,} reserved, {planned.mib or 0:,.0f} planned"
-            + ("" if drift is None else f"; frozen_drift {drift}")
+            + ("" if drift is None else f"; frozen_drift {drift}"),
+            flush=True,
         )
     print(f"{shape}: {FITS} {card(max(peaks))} ({max(peaks) / 1024:.1f} GiB at the peak)")
 

@@ -6,6 +6,7 @@ Commands run as a person runs them.
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import os
 import shutil
 import signal
@@ -43,6 +44,8 @@ settings.register_profile("lorapar", deadline=None)  # these machines are shared
 settings.load_profile("lorapar")
 
 ROOT = Path(__file__).parent.parent
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+"""`pytest_collection` hides it from the files of tests."""
 TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(TABLES))
 

@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -40,9 +40,9 @@ def test_a_part_of_one_device_gets_the_first_that_was_given(script, monkeypatch,
 def test_a_row_says_what_it_lacks_what_it_found_and_how_it_failed(script, tmp_path):
     gpu = script("gpu")
 
-    def row(code, **more):
-        part = gpu.Part("part", lambda model, _: ["-c", code, model], r"^.*tokens/s", 1, **more)
-        one = gpu.line(part, Path("a/model"), tmp_path, time.monotonic() + 60)
+    def row(code, minutes=1, **more):
+        part = gpu.Part("part", lambda model, _: ["-c", code, model()], r"^.*tokens/s", minutes, **more)
+        one = gpu.line(part, lambda: "a/model", tmp_path, time.monotonic() + 60)
         return one["code"], one["findings"]
 
     assert row("import sys; print(sys.argv[1]); print('7 tokens/s, or so')") == (0, ["7 tokens/s"])
@@ -60,6 +60,17 @@ def test_the_first_five_parts_take_ten_minutes_at_most(script):
     parts = script("gpu").parts(small=False)[:5]
     assert [part.name for part in parts] == ["doctor", "frozen", "llama2-7b", "qwen2.5-7b", "attention"]
     assert sum(part.minutes for part in parts) <= 10
+
+
+def test_a_part_that_takes_too_long_is_killed_with_all_it_started(script, tmp_path):
+    gpu = script("gpu")
+    code = "import subprocess, sys; print('7 tokens/s', flush=True); subprocess.run(['sleep', '987654'])"
+    part = gpu.Part("part", lambda *_: ["-c", code], r"^.*tokens/s", 0.05)
+    row = gpu.line(part, str, tmp_path, time.monotonic() + 60)
+    assert (
+        row["code"] == "none" and row["findings"][0] == "7 tokens/s" and "killed after 3 s" in row["findings"]
+    )
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if "987654" in (p.info["cmdline"] or [])]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time on a CPU, 64 MB in float32: more were not faster, fewer were slower."""
-GPU_SHARE, LOGIT_BYTES = 1 / 40, 12
-"""Share of a GPU's memory for a chunk, and bytes of a logit: twice in float32, twice in the model's type."""
+GPU_SHARE, LOGIT_BYTES = 1 / 40, 14
+"""Share of a GPU's memory for a chunk, and bytes of a logit: three times in float32, once in 16 bits."""
 
 
 @dataclass(frozen=True)

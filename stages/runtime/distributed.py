@@ -37,6 +37,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_rank() -> int:
+    """Number of this process among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank())) if launched() else 0
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if launched() else 1
+
+
 def connect() -> None:
     """Join the other processes, as the first collective does otherwise."""
     _state()

@@ -27,6 +27,10 @@ SEED = "{seed}"
 """Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
 
 
+def _repeated(rows: list[str]) -> list[str]:
+    return sorted({row for row in rows if rows.count(row) > 1})
+
+
 def _as_rows(rows: Any) -> Any:
     return [rows] if isinstance(rows, str) else rows
 
@@ -101,8 +105,8 @@ class TableFile(Section):
     )
     compare: Comparisons = setting(
         [],
-        "Test each row against one row, paired by item and seed; or a list of planned comparisons. p-values "
-        "are corrected for their number.",
+        "Test each row against one row, or the mean of several, paired by item and seed; or a list of "
+        "planned comparisons. p-values are corrected for their number.",
     )
     plot: Plot | None = setting(None, "Plot one column over another.")
     importance: bool = setting(
@@ -137,7 +141,8 @@ class TableFile(Section):
         for compare in self.compare:
             for name, compared in (("against", compare.against), ("row", compare.row or [])):
                 yield from (f"compare.{name} {row!r} is not a row" for row in compared if row not in rows)
-            if compare.row == compare.against:
+                yield from (f"compare.{name} names {row!r} twice" for row in _repeated(compared))
+            if compare.row and set(compare.row) == set(compare.against):
                 yield f"compare.row {', '.join(compare.row)!r} is compared with itself"
             if not _is_accuracy(self.columns.get(compare.on, "")):
                 yield f"compare.on {compare.on!r} is not a column of accuracies"

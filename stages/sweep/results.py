@@ -92,7 +92,8 @@ def results(table: Table) -> Results:
     comparisons = {}
     for contrast in table.contrasts:
         references, cells = (
-            [cell for cell in table.cells if cell.row in rows] for rows in (contrast.against, contrast.rows)
+            [cell for row in rows for cell in table.cells if cell.row == row]
+            for rows in (contrast.against, contrast.rows)
         )
         if all(contrast.on in cell.columns for cell in references + cells):
             with suppress(NothingToShow):

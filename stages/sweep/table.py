@@ -66,7 +66,8 @@ class Table:
         return [
             contrast
             for contrast in dict.fromkeys(contrasts)
-            if {*contrast.rows, *contrast.against} <= set(self.rows) and contrast.rows != contrast.against
+            if {*contrast.rows, *contrast.against} <= set(self.rows)
+            and sorted(contrast.rows) != sorted(contrast.against)
         ]
 
     @property

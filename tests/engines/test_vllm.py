@@ -3,7 +3,6 @@
 It votes as the model in this process does, and nothing of it is left behind.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import ROOT, alive, servers, wait_for
+from conftest import HAS_VLLM, ROOT, alive, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
@@ -27,7 +26,7 @@ from stages.models.base import load_base
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+    pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed"),
 ]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 BALLOTS = [

@@ -1,6 +1,5 @@
 """Signals to every stage, alone or in a run: nothing stays behind, and the same command goes on."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, descendants, paths, processes, servers
+from conftest import HAS_VLLM, ROOT, descendants, paths, processes, servers
 from tally import FULL
 
 from stages.pipeline.resolve import load, resolved
@@ -77,7 +76,7 @@ WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper")]
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
 def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
     """A vLLM server, starting or answering, ends with the run, with its stage, and without its guards."""
     with descendants() as living:

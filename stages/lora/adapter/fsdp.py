@@ -34,14 +34,14 @@ def is_sharded(launch: LaunchSection) -> bool:
 def load(model: ModelSection, launch: LaunchSection) -> PreTrainedModel:
     """Load the base; if `shard_base` is to shard it, then on the CPU, as one GPU may not have room for it.
 
-    If each process copies the weights, it waits until the one before has sharded its copy: main memory holds
-    one copy at a time.
+    If processes copy the weights, each waits until the one before on its machine has sharded its copy: main
+    memory holds one copy at a time.
     """
     if not is_sharded(launch):
         return load_base(model)
     if dtype.is_converted(model):
-        for _ in range(distributed.rank()):
-            distributed.barrier()  # ends the turn of one process
+        for _ in range(distributed.local_rank()):
+            distributed.barrier()  # ends the turn of one process on each machine
     return load_base(model, torch.device("cpu"))
 
 
@@ -55,7 +55,7 @@ def shard_base(adapted: PeftModel, model: ModelSection, launch: LaunchSection) -
     _shard_layers(adapted)
     if dtype.is_converted(model):
         resources.release_memory()
-        for _ in range(distributed.rank() + 1, distributed.world_size()):
+        for _ in range(distributed.local_rank() + 1, distributed.local_world_size()):
             distributed.barrier()
     # Keeps accelerate from wrapping the model in DDP, which refuses DTensors. `average_gradients` stands in.
     adapted._is_accelerate_prepared = True
