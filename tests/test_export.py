@@ -289,7 +289,10 @@ def test_one_server_has_both_views(trained, another, tmp_path):
     assert 0 < rows[1]["differ_from_fast"] <= 4 and "differ_from_fast" not in rows[0]
     shutil.rmtree(tmp_path / "v/slow")
     shutil.copytree(tmp_path / "v/fast", tmp_path / "v/slow")
-    with pytest.raises(AnswerError, match="all 4 answers of slow are those of fast"):
+    # By which of its two signs depends on how far apart the adapters are.
+    with pytest.raises(
+        AnswerError, match="all 4 answers of slow are those of fast|served is not this adapter"
+    ):
         list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
 
 
