@@ -136,7 +136,7 @@ def command(arguments: list[str]) -> None:
     from stages import score
     from stages.lora.importance.scorers import moments
 
-    def made(name: str, *, dtype: Any, attn_implementation: str | None = None, **options: Any) -> Any:
+    def load_random(name: str, *, dtype: Any, attn_implementation: str | None = None, **options: Any) -> Any:
         target = options.get("device_map", {}).get("", torch.device("cpu"))
         return random_model(name, getattr(torch, dtype), target, attn_implementation), {"missing_keys": set()}
 
@@ -159,7 +159,7 @@ def command(arguments: list[str]) -> None:
         seconds.append(now() - begun)
         return sums
 
-    AutoModelForCausalLM.from_pretrained = made
+    AutoModelForCausalLM.from_pretrained = load_random
     transformers.trainer.DEFAULT_CALLBACKS.append(Clock)  # type: ignore[attr-defined]
     score.moments = timed_moments  # type: ignore[assignment, attr-defined]
     if torch.cuda.is_available():

@@ -178,8 +178,9 @@ class _Batcher:
         sampling = self.stop.sampling
         if not sampling.temperature:
             return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
-        draws = [slot.uniforms[len(slot.ids)] for slot in slots]
-        return sample_tokens(logits, sampling, torch.tensor(draws, device=logits.device)).tolist()  # type: ignore[no-any-return]
+        uniforms = [slot.uniforms[len(slot.ids)] for slot in slots]
+        draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+        return sample_tokens(logits, sampling, draws).tolist()  # type: ignore[no-any-return]
 
     def _compact(self, active: list[_Slot]) -> None:
         """Drop the cache rows of all other slots; the i-th active slot gets row i."""
@@ -202,8 +203,9 @@ def _uniforms(sampling: Sampling, seed: int) -> list[float]:
 def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """Sample one token from each row of `logits` (rows, vocabulary) by inverse transform sampling.
 
-    draws: a uniform number in [0, 1) for each row. The token is the first, in the order of the vocabulary,
-    whose cumulative probability exceeds the row's number.
+    draws: a uniform number in [0, 1) for each row, in float64: float32 would round the largest up to 1, for
+    which there is no token. The token is the first, in the order of the vocabulary, whose cumulative
+    probability exceeds the row's number.
     """
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -291,7 +293,8 @@ class _Draws:
 
     def __init__(self, sampling: Sampling, seeds: list[int], prompt_length: int) -> None:
         self.sampling, self.prompt_length = sampling, prompt_length
-        self.uniforms = torch.tensor([_uniforms(sampling, seed) for seed in seeds])  # (rows, new tokens)
+        uniforms = [_uniforms(sampling, seed) for seed in seeds]
+        self.uniforms = torch.tensor(uniforms, dtype=torch.float64)  # (rows, new tokens)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         draws = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)

@@ -304,5 +304,21 @@ def test_a_seed_draws_the_same_answer_where_prompts_are_packed_and_where_they_ar
     assert padded == answers(model, tokenizer, prompts, hot, seeds=seeds)
 
 
+def test_the_largest_draws_are_not_rounded_up_to_1(model, tokenizer, monkeypatch):
+    """A draw of 1 is no token's; it would give the last of the vocabulary, however improbable."""
+    draw, hot = 1 - 2.0**-40, Sampling(1, (), temperature=1.0, top_k=2)
+    monkeypatch.setattr(continuous_batching, "_uniforms", lambda *_: [draw])
+    seen, usual = [], sample_tokens
+
+    def sample(logits, sampling, draws):
+        seen.extend(draws.tolist())
+        return usual(logits, sampling, draws)
+
+    monkeypatch.setattr(continuous_batching, "sample_tokens", sample)
+    answers(model, tokenizer, PROMPTS["alone"], hot, seeds=[0])
+    continuous_batching._generate_padded(model, StopConditions(hot, tokenizer), PROMPTS["alone"], [0])
+    assert seen == [draw, draw]
+
+
 def test_nothing_is_written_after_no_prompt(model, tokenizer):
     assert list(generate(model, tokenizer, [], Sampling(4, ()))) == []
