@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
-from stages.errors import ConfigError
 from stages.lora.grpo import building
 from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.training import loop, protected_kl
@@ -42,8 +41,6 @@ def run(
     grpo = building.build(
         labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
     )
-    if rl.keep_steps and max(rl.keep_steps) > grpo.steps:
-        raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {grpo.steps} steps of RL")
     prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
     title = f"rl on {prompts.slow} prompts"
     trainer.add_callback(

@@ -112,7 +112,7 @@ def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_pa
 def test_a_launcher_s_file_of_garbage(tmp_path, text, told):
     (tmp_path / "accelerate.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):
-        launch._command(LaunchSection(config=str(tmp_path / "accelerate.yaml")))
+        launch.command(LaunchSection(config=str(tmp_path / "accelerate.yaml")))
 
 
 @pytest.fixture

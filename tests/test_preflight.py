@@ -47,6 +47,9 @@ def test_a_sound_config_has_none(certain):
         (["rl.rewards={code_tests: 1.0}"], "rl", "reward code_tests reads"),
         (["rl.rewards_file=REWARDS", "rl.rewards={mine: 1.0}"], "rl", "does not load: ModuleNotFoundError"),
         (["rl.report_to=[mlflow]"], "rl", "report_to: mlflow is not installed"),
+        (["sft.launch={backend: ddp, processes: 3}"], "sft", "3 processes with micro batches of"),
+        (["rl.launch={backend: ddp, processes: 3}"], "rl", "3 processes with micro batches of"),
+        (["score.launch={backend: zero2}"], "score", "launch.backend: zero2 divides gradients"),
         (["lora.target_modules=[q_proj, query]"], "score", "lora.target_modules: no query in Llama"),
         (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),
         (["eval.benchmarks.code={kind: humaneval, path: TESTS, label: false}", "eval.sandbox.backend=refuse"],
@@ -78,6 +81,10 @@ def test_labels_tell_of_more(smoke):
     [problem] = problems(config, steps)
     assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
     assert problems(config, [step for step in steps if step.name != "rl"]) == []
+    one_pass = ("rl.max_steps=null", "rl.num_train_epochs=1", "rl.keep_steps=[4]")
+    late = resolved(smoke(*KNOWN, *one_pass, "rl.prompts_per_step=4"))
+    [problem] = problems(late, list(plan_steps(late).values()))
+    assert "rl.keep_steps: 4 is more than the 3 steps of RL" in str(problem)
     other = resolved(smoke(*KNOWN, "rl.prompts_per_step=16", "rl.data=all"))
     assert problems(other, list(plan_steps(other).values())) == []
 

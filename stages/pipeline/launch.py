@@ -28,7 +28,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         environment = {**_threads(launch), **os.environ, distributed.FAILURE_ENV: str(failure)}
-        code = process_guard.run([*_command(launch), "-m", "lorapar_cli", *arguments], environment)
+        code = process_guard.run([*command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
             error = LoraparError(message, hint)
@@ -42,7 +42,8 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
             raise ServerError(f"the launcher ended with code {code}", "what its processes said stands above")
 
 
-def _command(launch: LaunchSection) -> list[str]:
+def command(launch: LaunchSection) -> list[str]:
+    """The launcher's command; ConfigError if it cannot start what the section asks for."""
     if launch.config is not None:
         if not Path(launch.config).is_file():
             raise MissingInputError(

@@ -159,7 +159,8 @@ def _context(
     digests = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
         config.root / step.stage.name / "checkpoints" / step.key,
-        key_of({"inputs": digests, "processes": distributed.world_size(), "dtype": dtype}),
+        key_of({"inputs": digests}),
+        {"processes": str(distributed.world_size()), "dtype": dtype},
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
     return StageContext(

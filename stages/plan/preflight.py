@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from stages import sandbox as sandboxes
-from stages.config import Config
+from stages.config import Config, RlSection, SftSection
 from stages.config.sources import ALL_LINEAR
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
 from stages.lora import examples
 from stages.lora.adapter import adapter
-from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo import building, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts, row_fields
 from stages.lora.training import loop
 from stages.models import base
+from stages.pipeline import launch
 from stages.pipeline.stages import rescored_by_rollouts, section
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
@@ -83,9 +84,12 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
         if name == "score:rl" and rescored_by_rollouts(config):
             launched = config.score.launch.is_distributed
             yield name, partial(loop.check_machine, config.rl, launched)
+        if stage in ("score", "sft", "rl") and getattr(config, stage).launch.is_distributed:
+            yield name, partial(launch.command, getattr(config, stage).launch)
         if stage in ("sft", "rl"):
             training = getattr(config, stage)
             yield name, partial(loop.check_machine, training, training.launch.is_distributed)
+            yield name, partial(_check_shares, training)
         if stage == "rl":
             yield name, partial(vllm_rollouts.check_machine, config.rl.rollouts)
             yield name, partial(_check_rl_prompts, texts, labels)
@@ -119,6 +123,19 @@ def _check_rows(texts: Texts, step: Step, labels: list[Labelled]) -> None:
         chosen = [examples.trained_by_sft(labels, config.sft, config.seed, step.variant)]
     for some in chosen:
         _renderer(texts, stage, labels).rows(sampled(some, TRAINING_SAMPLE), config.data)
+
+
+def _check_shares(training: SftSection | RlSection) -> None:
+    """Raise ConfigError if the processes of this machine cannot share the samples of a step evenly."""
+    launching = training.launch
+    if launching.backend == "single" or launching.config is not None:  # that file says how many there are
+        return
+    if isinstance(training, RlSection):
+        samples = training.prompts_per_step * training.num_generations
+    else:
+        samples = training.batch_size
+    processes, _ = launch.processes(launching)
+    loop.accumulation(samples, training.per_device_train_batch_size, processes)
 
 
 def _check_protected(texts: Texts) -> None:
@@ -165,8 +182,8 @@ def _check_rl_prompts(texts: Texts, labels: list[Labelled]) -> None:
     """Raise the error that RL would raise about its rows."""
     rl = texts.config.rl
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    renderer = _renderer(texts, "rl", labels)
-    if not labels:
+    renderer, known = _renderer(texts, "rl", labels), bool(labels)
+    if not known:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
         needed = {name: loading.required_fields(name, function) for name, function in functions.items()}
         rows = sampled(texts.rows["train"], TRAINING_SAMPLE)
@@ -176,4 +193,6 @@ def _check_rl_prompts(texts: Texts, labels: list[Labelled]) -> None:
         if len(labels) < slow <= len(texts.rows["train"]):
             return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
-    RlPrompts.of(labels, renderer, rl, functions, texts.config.seed)
+    prompts = RlPrompts.of(labels, renderer, rl, functions, texts.config.seed)
+    if known:
+        building.optimizer_steps(prompts, rl)

@@ -3,13 +3,13 @@
 The seal is a JSON file that is written last.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from stages.errors import ConfigError
 from stages.runtime import distributed
 from stages.store.digests import fsync, sha256_file
 
@@ -21,18 +21,26 @@ SAVE_TOTAL_LIMIT = 2
 
 class _Seal(BaseModel):
     of: str
+    conditions: dict[str, str] = {}
     files: dict[str, str]
 
 
 class Checkpoints:
     """Checkpoints of an unfinished artifact: `FOLDER/checkpoint-N`, after N optimizer steps."""
 
-    def __init__(self, folder: Path, inputs: str) -> None:
-        """inputs: digest of all inputs. Checkpoints made from other inputs are renamed and never used."""
-        self.folder, self._inputs = folder, inputs
+    def __init__(self, folder: Path, inputs: str, conditions: dict[str, str] | None = None) -> None:
+        """inputs: digest of all inputs. Checkpoints made from other inputs are renamed and never used.
+
+        conditions: name → value of what training was started under and must go on under, to end with the
+        same bits, although no input depends on it.
+        """
+        self.folder, self._inputs, self._conditions = folder, inputs, conditions or {}
 
     def newest(self) -> Path | None:
-        """Return the newest valid checkpoint; newer ones that are invalid are renamed."""
+        """Return the newest valid checkpoint; newer ones that are invalid are renamed.
+
+        ConfigError if it was made under other conditions: it is whole, and under those it can be continued.
+        """
         for path in self._newest_first():
             if reason := self._seal_error(path):
                 log.warning("%s is ignored: %s", path.name, reason)
@@ -41,16 +49,18 @@ class Checkpoints:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
                 continue
+            self._check_conditions(path)
             return path
         return None
 
     def seal(self, path: Path) -> None:
-        """Write the seal of a finished checkpoint, then delete all but the newest KEPT checkpoints."""
+        """Write the seal of a finished checkpoint, then delete all but the newest SAVE_TOTAL_LIMIT."""
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         for file in files:
             fsync(file)
         digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
-        (path / SEAL).write_text(json.dumps({"of": self._inputs, "files": digests}), encoding="utf-8")
+        seal = _Seal(of=self._inputs, conditions=self._conditions, files=digests)
+        (path / SEAL).write_text(seal.model_dump_json(), encoding="utf-8")
         for written in (path / SEAL, path, path.parent):
             fsync(written)
         for old in self._newest_first()[SAVE_TOTAL_LIMIT:]:
@@ -66,6 +76,18 @@ class Checkpoints:
             if number.isdecimal():
                 numbers[path] = int(number)
         return sorted(numbers, key=numbers.__getitem__, reverse=True)
+
+    def _check_conditions(self, path: Path) -> None:
+        made_under = _Seal.model_validate_json((path / SEAL).read_bytes()).conditions
+        if made_under != self._conditions:
+            before, now = (
+                ", ".join(f"{name} {value}" for name, value in conditions.items())
+                for conditions in (made_under, self._conditions)
+            )
+            raise ConfigError(
+                f"{path} was made with {before}, and this run has {now}",
+                "go on with those, or begin this stage anew with --force",
+            )
 
     def _seal_error(self, path: Path) -> str | None:
         try:

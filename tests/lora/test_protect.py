@@ -123,6 +123,14 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
         assert measured == pytest.approx(divergence, rel=0.05, abs=1e-9)
 
 
+def test_of_few_protected_rows_all_are_scored_and_no_drift_is_logged(begun, tmp_path):
+    (tmp_path / "old.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8")
+    config = begun(*QUICK, f"partition.protect={tmp_path / 'old.jsonl'}", "partition.strategy=all")
+    made = make_steps(config, "score", "partition:sft", "sft")
+    assert made["score:protected"][0].manifest["summary"]["held_out"] == 0
+    assert "protected_kl" not in made["sft"][0].manifest["summary"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_step, start_method
 
+from stages.errors import ConfigError
 from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
 from stages.lora.training.health import ProgressCallback
@@ -229,3 +230,14 @@ def test_a_checkpoint_that_is_not_whole_is_left_aside(two, tmp_path, harm):
 
 def test_checkpoints_of_other_inputs_are_never_used(two, tmp_path):
     assert Checkpoints(tmp_path, "b").newest() is None
+
+
+def test_a_checkpoint_of_other_conditions_is_named_and_kept(tmp_path):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    ours = Checkpoints(tmp_path, "a", {"processes": "2", "dtype": "bfloat16"})
+    ours.seal(folder)
+    theirs = Checkpoints(tmp_path, "a", {"processes": "4", "dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match="made with processes 2, dtype bfloat16, .* has processes 4, dtype"):
+        theirs.newest()
+    assert ours.newest() == folder

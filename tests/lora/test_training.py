@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import Silent, make_step, make_steps
+from safetensors.torch import save_file
 from torch import nn
 
 from stages import sft
@@ -55,6 +56,22 @@ def test_frozen_elements_stay_with_every_optimizer(begun, how):
         assert torch.equal(after[name][~masks[name]], old[~masks[name]]), name
     moved = sum(int((after[name] != old)[masks[name]].sum()) for name, old in before.items())
     assert moved > 0.95 * sum(int(mask.sum()) for mask in masks.values()) > 0
+
+
+@pytest.mark.parametrize("value", [1e-30, float("nan"), -0.0])
+def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
+    active = torch.tensor([[True, False], [True, True]])
+    start, end = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [-0.0, 0.0]])
+    for name, weight in {"start": start, "end": end, "harmed": end.clone()}.items():
+        if name == "harmed":
+            weight[0, 1] = value
+        (tmp_path / name).mkdir()
+        save_file({"a.weight": weight}, tmp_path / name / adapter.ADAPTER)
+    initial = loop.InitialAdapter(tmp_path / "start", {"a.weight": active})
+    counts = loop.verify_frozen(initial, tmp_path / "end")
+    assert (counts["active"], counts["moved"], counts["frozen_drift"]) == (3, 2, 0.0)
+    with pytest.raises(AssertionError, match="a.weight: 1 frozen elements changed"):
+        loop.verify_frozen(initial, tmp_path / "harmed")
 
 
 def test_lora_plus_gives_b_its_own_rate():

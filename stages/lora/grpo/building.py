@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.engines import Sampling
+from stages.errors import ConfigError
 from stages.lora.adapter import fsdp
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
@@ -87,8 +88,7 @@ def build(
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
-    # An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step.
-    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
+    steps = optimizer_steps(prompts, rl)
     peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
     box = sandboxes.from_settings(sandbox, say) if sandbox else None
     sampling = Sampling(
@@ -152,6 +152,17 @@ def _checked(
     return [
         loading.with_checks(name, function, decoded, **fixed(name)) for name, function in functions.items()
     ]
+
+
+def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
+    """The number of steps of RL on these prompts; ConfigError if `rl.keep_steps` names a later one.
+
+    An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step.
+    """
+    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
+    if rl.keep_steps and max(rl.keep_steps) > steps:
+        raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {steps} steps of RL")
+    return steps
 
 
 def _arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
     from stages.lora.training.loop import InitialAdapter
 
-ROWS_AT_ONCE = 2
-"""Rows of a forward pass: the probabilities of all their answer tokens exist at a time, of two models."""
+TOKENS_AT_ONCE = 128
+"""Answer tokens whose probabilities of the whole vocabulary exist at a time, in 64 bits and of two models."""
 MEASUREMENTS = 8
-"""Measurements in a run of SFT, about; RL has a setting."""
+"""Most measurements in a run of SFT, without that after the last step; RL has a setting."""
 
 
 def watch(
@@ -35,13 +36,13 @@ def watch(
 ) -> None:
     """Let the trainer log its drift on the held-out rows of `score:protected`, if there are any.
 
-    every: steps between two measurements; None: about MEASUREMENTS in all.
+    every: steps between two measurements; None: at most MEASUREMENTS and the last step.
     """
-    if artifact is None:
+    # Of three protected rows or fewer none is held out, nor are rows that are too long.
+    if artifact is None or not (held_out := artifact / "held_out.jsonl").stat().st_size:
         return
-    rows = [renderer.row(row.example) for row in read_labels(artifact / "held_out.jsonl")]
-    if rows:
-        trainer.add_callback(ProtectedKl(trainer, start, rows, every))
+    rows = [renderer.row(row.example) for row in read_labels(held_out)]
+    trainer.add_callback(ProtectedKl(trainer, start, rows, every))
 
 
 class ProtectedKl(TrainerCallback):
@@ -55,7 +56,7 @@ class ProtectedKl(TrainerCallback):
         self.trainer, self.start, self.rows, self.every = trainer, start, rows, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        every = self.every or max(1, state.max_steps // MEASUREMENTS)
+        every = self.every or max(1, math.ceil(state.max_steps / MEASUREMENTS))
         if state.global_step % every == 0 or state.global_step >= state.max_steps:
             self.trainer._metrics["train"][PROTECTED_KL].append(self.divergence())
 
@@ -66,26 +67,34 @@ class ProtectedKl(TrainerCallback):
         assert self.start.folder is not None
         initial, total, tokens = adapter.read(self.start.folder), 0.0, 0
         with self.trainer.memory("while the drift was measured"), eval_mode(model):
-            for first in range(0, len(self.rows), ROWS_AT_ONCE):
-                batch = losses.collate(self.rows[first : first + ROWS_AT_ONCE], 0, self.trainer.args.device)
-                policy = _answer_log_probs(model, batch)
+            for row in self.rows:
+                batch = losses.collate([row], 0, self.trainer.args.device)
+                policy = _answer_logits(model, batch)
                 with _weights(model, initial):
-                    start = _answer_log_probs(model, batch)
-                total += float((start.exp() * (start - policy)).sum())
+                    start = _answer_logits(model, batch)
                 tokens += len(start)
+                chunks = zip(start.split(TOKENS_AT_ONCE), policy.split(TOKENS_AT_ONCE), strict=True)
+                total += sum(_divergence(*chunk) for chunk in chunks)
         return total / tokens
 
 
-def _answer_log_probs(model: nn.Module, batch: losses.Batch) -> Tensor:
-    """Log-probabilities of the whole vocabulary at each answer token, (answer tokens, vocabulary)."""
-    answered = batch.labels[:, 1:] != IGNORED  # a token is predicted from the one before it
-    first = int(answered.any(0).nonzero()[0])  # logits further left, of prompts, are not computed
-    keep = batch.input_ids.shape[1] - first
+def _answer_logits(model: nn.Module, batch: losses.Batch) -> Tensor:
+    """Logits from which the answer tokens of one row are predicted, (answer tokens, vocabulary)."""
+    answered = batch.labels[0, 1:] != IGNORED  # a token is predicted from the one before it
+    first = int(answered.nonzero()[0])  # logits further left, of the prompt, are not computed
     logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
-    ).logits[:, :-1]
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        logits_to_keep=batch.input_ids.shape[1] - first,
+    ).logits
+    return logits[0, :-1][answered[first:]]  # type: ignore[no-any-return]
+
+
+def _divergence(start: Tensor, policy: Tensor) -> float:
+    """Sum of KL(start ‖ policy) over tokens, of logits (tokens, vocabulary)."""
     # Terms of the sum over the vocabulary cancel: in 32 bits a model that has not moved would seem to drift.
-    return logits[answered[:, first:]].double().log_softmax(-1)
+    p, q = (logits.double().log_softmax(-1) for logits in (start, policy))
+    return float((p.exp() * (p - q)).sum())
 
 
 @contextmanager
