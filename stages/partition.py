@@ -94,7 +94,7 @@ def _rl_active(
     active = split.active["rl"]
     if partition.rl_density is not None:
         size = Fraction(int(as_decimal_fraction(partition.rl_density) * len(active)))
-        active = top_set(scores[2] + 0.0, size, "count")  # + 0.0: see `strategies.importance`
+        active = top_set(scores[2] + 0.0, size, "count")  # + 0.0: see `strategies.needed_set`
     return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
 
 

@@ -7,7 +7,6 @@ elements of SFT's adapter.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 
     from stages.pipeline.context import StageContext
     from stages.progress import Progress
-
-log = logging.getLogger(__name__)
 
 
 def run(

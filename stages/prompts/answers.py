@@ -160,8 +160,8 @@ def extract_letter(text: str, leading_only: bool = False) -> str | None:
     """Return the choice, A to J, that a text names after its thought, or None.
 
     A text that begins with a choice names that one: `B`, `(B)`, `B.` and `B) because` do, `Because` and
-    `A dog` do not. With `whole`, no other text names a choice. Otherwise the last choice that is called right
-    counts: after `the answer is B` other choices may be mentioned.
+    `A dog` do not. With `leading_only`, no other text names a choice. Otherwise the last choice that is
+    called right counts: after `the answer is B` other choices may be mentioned.
     """
     text = after_thought(text)
     first_letter = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)

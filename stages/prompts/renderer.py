@@ -153,7 +153,7 @@ class Renderer:
     def few_shot(self, head: str, shots: Shots, last: str, example: Example) -> tuple[str, list[int]]:
         """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
 
-        head: text before the worked examples. last: the question. of: the example that the question is from.
+        head: text before the worked examples. last: the question. example: the one that the question is from.
         """
         if self.section.template == "chat":
             turns = [*shots, (last, "")]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from stages.config import REGIONS
+from stages.config import REGIONS, ROUTED
+from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import paired_p
@@ -42,11 +43,16 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
 
 
+def is_derived(target: str) -> bool:
+    """Whether a target is made of another's weights or answers, or is an earlier step of RL's."""
+    return target in (*REGIONS, ROUTED) or target.startswith(KEPT)
+
+
 def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     """Yield the accuracy of each target and group with its interval, and its p-value against another target.
 
-    A target is tested against the previous one, and a region against rl, whose elements it is a part of. The
-    p-value is None where the two targets did not answer the same items.
+    A target is tested against the previous one that is not derived, and a region against rl, whose elements
+    it is a part of. The p-value is None where the two targets did not answer the same items.
     """
     groups = sorted(
         {name for answers in answers_by_target.values() for name in answers},
@@ -76,7 +82,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
                 "tested": test.n if test else None,
                 "change": test.mean if test else None,
             }
-        previous = previous if target in REGIONS else target
+        previous = previous if is_derived(target) else target
 
 
 def answered_fewer(rows: list[dict[str, Any]]) -> str:

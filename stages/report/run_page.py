@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from stages.config import REGIONS, ROUTED, SECOND_SFT, TRAINED, Config
+from stages.config import REGIONS, SECOND_SFT, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
@@ -33,8 +33,6 @@ from stages.store.artifacts import Artifact, Store
 
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
-DERIVED = (*REGIONS, ROUTED)
-"""Targets that are made of another's weights or answers."""
 SIGNIFICANT = 0.05
 """Greatest p-value of a difference that chance does not explain."""
 
@@ -79,10 +77,14 @@ def build(
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Say for each benchmark how the last target does, beside the others, and whether that may be chance."""
+    """Say for each benchmark how the last target does, beside the others, and whether that may be chance.
+
+    Derived targets are left out.
+    """
     sentences = []
     for name, rows in tables.items():
-        graded = [row for row in rows if row["target"] not in DERIVED and row["accuracy"] is not None]
+        targets = [row for row in rows if not comparison.is_derived(row["target"])]
+        graded = [row for row in targets if row["accuracy"] is not None]
         overall = [row for row in graded if row["group"] == "all"]
         if not overall:
             continue
@@ -148,7 +150,8 @@ def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]
     """Show, for each benchmark, items that its last two targets answered differently."""
     blocks: list[Block] = []
     for name, rows in tables.items():
-        targets = [name for name in dict.fromkeys(row["target"] for row in rows) if name not in DERIVED][-2:]
+        targets = list(dict.fromkeys(row["target"] for row in rows))
+        targets = [target for target in targets if not comparison.is_derived(target)][-2:]
         if len(targets) < 2:
             continue
         first, second = (_answers(artifacts[f"eval:{target}@{name}"]) for target in targets)

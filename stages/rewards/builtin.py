@@ -1,8 +1,9 @@
 """Built-in GRPO rewards: functions with TRL's signature, which return one float per completion.
 
-TRL passes the columns of the rows by name: `id`, `question`, `gold`, `response`, `answer_format`, and every
-further string, number or boolean that all rows have. The paper's five rewards (arXiv 2507.20999, §2 of the
-settings) are adapted to the answer format in use.
+TRL passes the columns of the rows by name: `id`, `question`, `answer_format`, and each of `gold`, `response`
+and the further strings, numbers and booleans that all rows have. A parameter with a default gets the column
+of its name in any case, with None where a row lacks it. The paper's five rewards (arXiv 2507.20999, §2 of
+the settings) are adapted to the answer format in use.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixe
     """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
-    the sample. decoded: columns to decode from JSON (see `encoded`). fixed: arguments that are the same in
-    every call, such as `sandbox`.
+    the sample. decoded: columns to decode from JSON (see `json_encoded_fields`). fixed: arguments that are
+    the same in every call, such as `sandbox`.
     """
 
     def reward(completions: list[str], **columns: Any) -> list[float | None]:

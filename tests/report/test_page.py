@@ -338,6 +338,20 @@ def test_the_verdict_counts_the_items_that_both_have():
     assert "+50.0 points against base, which may be chance (p = 1, paired test over 2 items)" in said
 
 
+def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
+    def samples(right: int) -> dict:
+        rows = [Sample(str(i), 0, None, "Q", "A", None, "A", "A", i < right, i < right, "correct" if i < right
+                       else "wrong", {}) for i in range(8)]  # fmt: skip
+        return {"all": rows}
+
+    right = {"base": 1, "sft": 2, "rl": 6, "auto": 3, "rl-20": 4}
+    rows = list(comparison.compared({target: samples(number) for target, number in right.items()}))
+    assert [row["against"] for row in rows] == [None, "base", "sft", "rl", "rl"]
+    (said,) = run_page._verdicts({"demo": rows})
+    assert said.startswith("demo: rl answers 75.0") and "+50.0 points against sft" in said
+    assert "auto" not in said and "rl-20" not in said
+
+
 def test_the_verdict_says_base_both_systems_and_what_it_means():
     def row(target: str, group: str, accuracy: float, n: int, **test: float) -> dict:
         return {"target": target, "group": group, "accuracy": accuracy, "n": n, "p": None, **test}

@@ -30,13 +30,13 @@ class KlProbe(TrainerCallback):
         self,
         trainer: Any,
         prompts: list[list[int]],
-        writer: RolloutSampler,
+        sampler: RolloutSampler,
         rl: RlSection,
     ) -> None:
         self.trainer, self.every, self.batch = trainer, rl.kl_probe_steps, rl.per_device_train_batch_size
         with trainer.memory("while the drift was prepared"):
-            with fsdp.unsharded(writer.adapted):
-                answers = writer.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
+            with fsdp.unsharded(sampler.adapted):
+                answers = sampler.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)
             self.start = self._log_probs()
 

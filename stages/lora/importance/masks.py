@@ -51,8 +51,8 @@ class Masks:
 
     @classmethod
     def from_flat(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
-        """Split masks over the concatenated weights (the inverse of `flat`) into one mask per weight."""
-        names = sorted(shapes)  # the order in which `flat` concatenates
+        """Split masks over the concatenated weights into one mask per weight, unlike `flatten_weights`."""
+        names = sorted(shapes)  # the order in which `flatten_weights` concatenates
         sizes = [shapes[name].numel() for name in names]
 
         def by_name(mask: Tensor) -> dict[str, Tensor]:

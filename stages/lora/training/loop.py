@@ -278,9 +278,9 @@ def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
         mask = adapter.full_mask(name, start.active[name], old)  # True where an element trains
         new = trained[name]
         # Bits are compared, because NaN is unequal to itself, and -0 is equal to 0.
-        changed = new.view(torch.int32) != old.view(torch.int32)
-        frozen = ~mask
-        assert not bool(changed[frozen].any()), f"{name}: {int(changed[frozen].sum())} frozen elements changed"
+        changed, frozen = new.view(torch.int32) != old.view(torch.int32), ~mask
+        number = int(changed[frozen].sum())
+        assert not number, f"{name}: {number} frozen elements changed"
         drift = max(drift, float((new - old)[frozen].abs().max()) if bool(frozen.any()) else 0.0)
         moved += int(changed[mask].sum())
     total = sum(mask.numel() for mask in start.active.values())
