@@ -104,7 +104,7 @@ def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data
 def test_the_tables_of_the_project_are_sound_as_they_are(path):
     found = table(path)
     assert not found.duplicate_of and set(found.rows) == set(found.file.settings())
-    assert found.file.paper or path.stem == "controls"
+    assert found.file.chosen_on and (found.file.paper or path.stem == "controls")
 
 
 @pytest.mark.parametrize("path", sorted(REPLICATED), ids=lambda p: p.stem)
