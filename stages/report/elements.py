@@ -7,6 +7,8 @@ import re
 from typing import TYPE_CHECKING
 
 from stages.config import Config
+from stages.lora.importance.scorers import scorers
+from stages.pipeline.stages import rescored_by_rollouts
 from stages.report import figures
 from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
@@ -52,39 +54,53 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
         ]
         blocks.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
     if score is not None and (score.path / "importance.safetensors").is_file():
-        pictures = [cumulative_importance(score, config.partition.theta)]
+        pictures = [cumulative_importance(config, score)]
         if masks is not None:
-            pictures.append(importance_by_system(score, masks, title))
+            pictures.append(importance_by_system(config, score, masks, title))
         blocks.append(Pictures(pictures))
     return blocks
 
 
-NULL = "independent Gaussians"
+def _products(config: Config, score: Artifact) -> dict[int, dict[str, Tensor]]:
+    """Read the scores of the systems whose scorer is a product of gradient and value, which has a null."""
+    from stages.lora.importance.masks import read_importance
+
+    rescorer = config.rl.rescore if score.manifest["variant"] == "rl" else None
+    second = rescorer or config.score.scorer
+    # RL's own gradients score System 2 alone.
+    first = config.score.scorer if rescorer and rescored_by_rollouts(config) else second
+    scores = read_importance(score.path / "importance.safetensors")
+    names = {1: first, 2: second}
+    return {system: scores[system] for system, name in names.items() if scorers.has_trait(name, "product")}
 
 
-def cumulative_importance(score: Artifact, theta: float, title: str = "") -> Picture:
-    """Plot the cumulative importance for each system and the null, and say how many elements reach θ.
+def cumulative_importance(config: Config, score: Artifact, title: str = "") -> Picture:
+    """Plot the cumulative importance for each system and its null, and say how many elements reach θ.
 
     title: where a page has several.
     """
     from stages.lora.importance.masks import flatten_weights, read_importance
     from stages.lora.importance.null import gaussian_null
 
+    theta = config.partition.theta
     scores = read_importance(score.path / "importance.safetensors")
     curves = {f"System {system}": _cumulative(flatten_weights(tensors)) for system, tensors in scores.items()}
-    curves[NULL] = _cumulative(gaussian_null(scores[1]))
-    needed = {
-        name: next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0)
-        for name, curve in curves.items()
-    }
-    shares = ", ".join(f"{100 * share:.0f} % of the elements for {name}" for name, share in needed.items())
+    products = _products(config, score)
+    draws = gaussian_null(products) if products else {}
+    nulls = {f"System {system}": _cumulative(draw) for system, draw in draws.items()}
+    shares = []
+    for name, curve in curves.items():
+        share = f"{_share_reaching(theta, curve)} of the elements for {name}"
+        chance = f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else ""
+        shares.append(share + chance)
     text = f"{title}: cumulative" if title else "Cumulative"
-    text += f" importance; {100 * theta:g} % of it is reached by about {shares}. The last are "
-    text += "products of two random numbers, with the mean of each weight."
-    return Picture(figures.svg(figures.cumulative_curves(curves, theta)), text, text)
+    text += f" importance; {100 * theta:g} % of it is reached by about {', '.join(shares)}."
+    if nulls:
+        text += " Independent Gaussians are products of two random numbers, with the mean of each weight."
+    return Picture(figures.svg(figures.cumulative_curves(curves, nulls, theta)), text, text)
 
 
-def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Picture:
+def importance_by_system(config: Config, score: Artifact, masks: Artifact, title: str) -> Picture:
     """Plot importance for System 1 against that for System 2, for a sample of the elements of each region.
 
     Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: where a page has several.
@@ -113,7 +129,7 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
         for system, key in ((1, "s1_only_share"), (2, "s2_only_share"))
         if key in summary  # artifacts of earlier versions lack it
     ]
-    facts.append(f"Jaccard index {summary['jaccard']:.3f}")
+    facts.append(f"Jaccard index {summary['jaccard']:.3f}{_expected_jaccard(config, score)}")
     text = f"{', '.join(facts)}."
     text = f"{title}: {text}" if title else text
     red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
@@ -121,7 +137,22 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
     return Picture(svg, f"Importance by system. {text}", text)
 
 
-def _cumulative(scores: Tensor) -> tuple[list[float], list[float]]:
+def _expected_jaccard(config: Config, score: Artifact) -> str:
+    """Say which Jaccard index both systems would have under the null, where they have one and sets by θ."""
+    from stages.lora.importance.null import null_jaccard
+
+    products = _products(config, score)
+    if config.partition.strategy != "importance" or len(products) < 2:
+        return ""
+    return f" ({null_jaccard(products, config.partition.theta):.3f} for {figures.NULL})"
+
+
+def _share_reaching(theta: float, curve: figures.Curve) -> str:
+    """Return the share of the elements that hold θ of the importance, in per cent."""
+    return f"{100 * next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0):.0f} %"
+
+
+def _cumulative(scores: Tensor) -> figures.Curve:
     """Sort by importance; return shares of the elements and the shares of the importance that they hold."""
     import torch
 

@@ -191,17 +191,24 @@ def heat_map(rows: list[str], columns: list[str], shares: list[list[float]], tit
     return figure
 
 
+NULL = "independent Gaussians"
+"""Name of what chance gives for the importance of elements."""
+Curve = tuple[list[float], list[float]]
+"""Shares of the elements, and shares of the importance that they hold, both from 0 to 1."""
+
+
 @styled
-def cumulative_curves(curves: dict[str, tuple[list[float], list[float]]], theta: float) -> Figure:
+def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, Curve], theta: float) -> Figure:
     """Plot the share of the importance that the most important elements hold over their share of all.
 
-    curves: name → shares of elements, shares of importance, both from 0 to 1.
+    curves: by name. nulls: what chance gives for some of them, as dashed lines of the same colours.
     """
     figure, axes = _new(4.4, 3.4)
-    for number, (name, shares) in enumerate(curves.items()):
-        elements, importance = ([100 * share for share in axis] for axis in shares)
-        style = "--" if number > 1 else "-"  # what is compared with the two systems
-        axes.plot(elements, importance, color=PALETTE[number], label=name, linewidth=1.4, linestyle=style)
+    for colour, (name, curve) in zip(PALETTE, curves.items(), strict=False):
+        chance = [(f"{name}, {NULL}", "--", nulls[name])] if name in nulls else []
+        for label, style, shares in ((name, "-", curve), *chance):
+            elements, importance = ([100 * share for share in axis] for axis in shares)
+            axes.plot(elements, importance, color=colour, label=label, linewidth=1.4, linestyle=style)
     axes.axhline(100 * theta, color=INK, linewidth=0.8, linestyle=":")
     axes.annotate(f"θ = {theta:g}", (100, 100 * theta), ha="right", va="bottom", fontsize=8)
     axes.set(xlabel="elements, most important first, %", ylabel="importance, %")

@@ -293,7 +293,7 @@ def _importance(results: Results) -> list[Picture]:
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
         if score and masks and (score.path / "importance.safetensors").is_file():
             pictures[cell.row] = [
-                elements.importance_by_system(score, masks, cell.row),
-                elements.cumulative_importance(score, cell.config.partition.theta, cell.row),
+                elements.importance_by_system(cell.config, score, masks, cell.row),
+                elements.cumulative_importance(cell.config, score, cell.row),
             ]
     return [picture for of_row in pictures.values() for picture in of_row]

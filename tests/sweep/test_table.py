@@ -104,7 +104,7 @@ def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data
 def test_the_tables_of_the_project_are_sound_as_they_are(path):
     found = table(path)
     assert not found.duplicate_of and set(found.rows) == set(found.file.settings())
-    assert found.file.paper or path.stem == "controls"
+    assert found.file.chosen_on and (found.file.paper or path.stem == "controls")
 
 
 @pytest.mark.parametrize("path", sorted(REPLICATED), ids=lambda p: p.stem)
@@ -682,9 +682,11 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
 def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
     monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")
     captions = [picture.caption for picture in table_page._importance(results(swept))]
-    assert len(captions) == 6 and captions[2].startswith("θ .5: ") and "Jaccard index" in captions[2]
+    assert len(captions) == 6 and captions[2].startswith("θ .5: ")
+    assert re.search(r"Jaccard index 0\.\d{3} \(0\.\d{3} for independent Gaussians\)\.$", captions[2])
     assert captions[3].startswith("θ .5: cumulative importance; 50 % of it is reached by about ")
-    assert re.search(r"\d+ % of the elements for independent Gaussians\.", captions[3])
+    for system in (1, 2):
+        assert re.search(rf"System {system} \(\d+ % for independent Gaussians\)[,.]", captions[3])
 
 
 class Child:

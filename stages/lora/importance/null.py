@@ -7,23 +7,34 @@ import math
 import torch
 from torch import Tensor
 
+from stages.lora.importance.strategies import needed_set
+
 SAMPLE = 2**21
 """Most elements that are drawn; every weight is represented by its share of them."""
 
 
-def gaussian_null(importance: dict[str, Tensor]) -> Tensor:
+def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]:
     """Draw |g·φ| of independent Gaussians for each element, scaled to the mean importance of its weight.
 
     A product of two random numbers is small for most elements and large for few. So part of what is seen when
-    importance is concentrated is seen here, too. Always the same draw; 1-D, over a sample of large models.
+    importance is concentrated is seen here, too. importance: system → parameter name → scores; systems have
+    gradients g of their own and the values φ in common. Always the same draw; 1-D for each system, over a
+    sample of large models.
     """
     generator = torch.Generator().manual_seed(0)
-    share = min(1.0, SAMPLE / sum(weight.numel() for weight in importance.values()))
-    draws = []
-    for name in sorted(importance):
-        weight = importance[name]
-        size = math.ceil(weight.numel() * share)
-        gradient, value = torch.randn(2, size, generator=generator)
-        # E|g·φ| = (E|g|)² = 2/π
-        draws.append((gradient * value).abs() * (weight.double().mean() * math.pi / 2))
-    return torch.cat(draws).float()
+    weights = next(iter(importance.values()))
+    share = min(1.0, SAMPLE / sum(weight.numel() for weight in weights.values()))
+    draws: dict[int, list[Tensor]] = {system: [] for system in importance}
+    for name in sorted(weights):
+        size = math.ceil(weights[name].numel() * share)
+        value, *gradients = torch.randn(1 + len(importance), size, generator=generator)
+        for (system, scores), gradient in zip(importance.items(), gradients, strict=True):
+            # E|g·φ| = (E|g|)² = 2/π
+            draws[system].append((gradient * value).abs() * (scores[name].double().mean() * math.pi / 2))
+    return {system: torch.cat(products).float() for system, products in draws.items()}
+
+
+def null_jaccard(importance: dict[int, dict[str, Tensor]], theta: float) -> float:
+    """Compute the Jaccard index of both systems' sets at θ under the null."""
+    first, second = (needed_set(draw, theta, "the null") for draw in gaussian_null(importance).values())
+    return int((first & second).sum()) / int((first | second).sum())
