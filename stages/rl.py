@@ -57,6 +57,7 @@ def run(
     return {
         "prompts": prompts.slow,
         "replayed_prompts": prompts.replayed,
+        **({"unrewardable_prompts": prompts.unrewardable} if prompts.unrewardable else {}),
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
         "prompt": grpo.renderer.digest(),
         **({"sandbox": grpo.sandbox.name} if grpo.sandbox else {}),

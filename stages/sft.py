@@ -89,7 +89,7 @@ def run(
     trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
     protected_kl.watch(trainer, start, context.protected, renderer)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
-    left_out = len(labels) - len(examples.with_response(labels))
+    left_out = len(labels) - len(examples.with_response(examples.with_targets(labels, sft)))
     without = {"without_response": left_out} if left_out else {}
     return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
 

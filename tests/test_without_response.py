@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import labels_of, make_steps
+from conftest import labels_of, make_step, make_steps
 
 from stages.config import DataSection, ScoreSection, SftSection
 from stages.data.rows import read
@@ -102,11 +102,17 @@ def test_a_system_without_any_response_is_said():
 
 
 def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
-    """Half of the System 2 rows have their answer alone: RL has them as prompts, score and SFT do not."""
+    """Half of the rows have their answer alone: RL has them as prompts, score and SFT do not.
+
+    SFT has those of System 1 if it teaches answers alone. A row whose answer cannot be verified is not
+    replayed.
+    """
     rows = [json.loads(line) for line in (demo_data / "train.jsonl").read_text().splitlines()][:48]
     slow = [row for row in rows if row["intended"] == 2]
-    for row in slow[::2]:
+    fast = [row for row in rows if row["intended"] == 1]
+    for row in (*slow[::2], *fast[::2]):
         row["gold"] = row.pop("answer").rpartition("#### ")[2]
+    fast[1]["answer"] = "Some."
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = (
@@ -115,14 +121,21 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
         "score.examples=4",
         "sft.max_steps=1",
         "rl.max_steps=1",
+        "rl.system1_share=0.25",
+        "rl.kl_probe_prompts=0",
     )
-    config = resolved(smoke(f"data.path={path}", *small, "eval.targets=[sft]"))
+    settings = (f"data.path={path}", *small, "eval.targets=[sft]")
+    config = resolved(smoke(*settings))
     assert problems(config, list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")
     summaries = {name: artifact.manifest["summary"] for name, (artifact, _) in made.items()}
-    left_out = len(slow[::2])
+    left_out = len(slow[::2]) + len(fast[::2])
     assert len(labels_of(config)) == 48
     assert summaries["score"]["without_response"] == summaries["sft"]["without_response"] == left_out
     assert summaries["rl"]["prompts"] == len(slow)
+    assert summaries["rl"]["replayed_prompts"] == len(fast) - 1
+    assert summaries["rl"]["unrewardable_prompts"] == 1
     texts = Texts(config)
     assert len(texts.training_rows("rl")) == 48 and len(texts.training_rows("sft")) == 48 - left_out
+    taught = make_step(smoke(*settings, "sft.system1_targets=answer"), "sft").manifest["summary"]
+    assert taught["without_response"] == len(slow[::2])

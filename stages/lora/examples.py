@@ -48,15 +48,20 @@ def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example],
     return answered[held_out:][: score.examples], answered[:held_out]
 
 
+def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:
+    """The rows with what SFT imitates as their response: that of System 1 may be its answer alone."""
+    return [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
+
+
 def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:
     """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
 
     Only those that have a response. variant: `system2` for the second round, which has all System 2 examples
     and no others. DataError if System 1 is to answer at once and none of its rows has an answer to give.
     """
+    labels = with_targets(labels, sft)
     if variant:
         return _examples_with_response(labels, 2)
-    labels = [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
     if sft.data == "all":
         if labels and not (labels := with_response(labels)):
             raise DataError("no row has a response for SFT to imitate", "RL alone: rl.start_from=init")

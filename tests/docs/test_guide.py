@@ -2,18 +2,21 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from statistics import mean
 
 import jsonschema
 import pytest
 import yaml
-from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
+from conftest import CONFIGS, ROOT, TABLES, Small, labels_of, make_steps, paths
 from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
 
 from stages.config import Config
 from stages.config.schema import json_schema
 from stages.config.yaml import setting_names
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks, flatten_weights
 from stages.pipeline.outputs import MANIFEST, OUTPUTS
 from stages.pipeline.resolve import load
 from stages.sweep.file import TableFile
@@ -59,9 +62,44 @@ def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(own_reward(), encoding="utf-8")
     if "rewards_file" in settings.get("rl", {}):
         settings["rl"]["rewards_file"] = str(tmp_path / "rewards.py")
+    if base := settings.get("extends"):
+        (tmp_path / base).write_text("{}", encoding="utf-8")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": {"name": "model"}, **settings}), encoding="utf-8")
     load(path, [])
+
+
+def test_old_rows_are_replayed_and_protected(tiny, demo_data, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (demo_data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    old = [json.loads(line) for line in lines[60:80]]
+    old[0]["answer"] = "Not a number."
+    Path("old-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    Path("rows-train.jsonl").write_text("\n".join(lines[:24]) + "\n", encoding="utf-8")
+    [join] = [block.text for block in blocks("sh") if "> both.jsonl" in block.text]
+    subprocess.run(join, shell=True, check=True)
+    keep = {"extends": str(ROOT / "configs/smoke.yaml"), "partition": {"protect": "old-train.jsonl"}}
+    Path("keep.yaml").write_text(yaml.safe_dump(keep), encoding="utf-8")
+    [replay] = [block.text for block in blocks("yaml") if block.title == "replay.yaml"]
+    Path("replay.yaml").write_text(replay, encoding="utf-8")
+    here = [text for text in paths(tiny, demo_data, tmp_path) if not text.startswith("data.path")]
+    config = load(Path("replay.yaml"), [*here, "score.examples=4", "rl.kl_probe_prompts=0"])
+
+    steps = make_steps(config, "classify", "score", "partition", "sft", "rl")
+    made = {name: artifact for name, (artifact, _) in steps.items()}
+    questions = {row["question"] for row in old}
+    assert all((row.system == 1) == (row.example.prompt in questions) for row in labels_of(config))
+    assert made["sft"].manifest["summary"]["rows"] == 24 + 20
+    summary = made["rl"].manifest["summary"]
+    assert [summary[f"{kind}prompts"] for kind in ("", "replayed_", "unrewardable_")] == [24, 19, 1]
+    history = json.loads((made["rl"].path / "history.json").read_text(encoding="utf-8"))
+    assert all("system1/reward" in step for step in history)
+    start = flatten_weights(adapter.read(made["score"].adapter))
+    for stage in ("sft", "rl"):
+        masks = Masks.load(made[f"partition:{stage}"].path / "masks.safetensors", stage)
+        active, end = flatten_weights(masks.active), flatten_weights(adapter.read(made[stage].adapter))
+        assert made[f"partition:{stage}"].manifest["summary"]["protected"] == int((~active).sum()) > 0
+        assert (start == end)[~active].all() and (start != end)[active].float().mean() > 0.9
 
 
 def test_settings_named_in_the_guide_exist() -> None:

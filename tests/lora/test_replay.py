@@ -121,6 +121,7 @@ def test_a_share_of_each_step_is_of_system_1(with_reward, watched):
 def test_without_a_share_no_step_has_system_1(with_reward, watched):
     config = with_reward("odd")
     made = make_step(config, "rl")
+    assert "unrewardable_prompts" not in made.manifest["summary"]
     assert {systems(config)[q] for questions in watched for q in questions} == {2}
     assert not any(name.startswith("system2/") for name in history(made)[0])
 

@@ -126,6 +126,17 @@ def test_tables_whose_seeds_have_data_of_their_own(path, tiny, demo_data, tmp_pa
     assert compared <= set(planned.rows)
 
 
+@pytest.mark.parametrize("path", sorted(OF_THE_DEMO - REPLICATED), ids=lambda p: p.stem)
+def test_tables_of_the_demo_are_sound(path, tiny, demo_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("demo", "demo-long"):
+        shutil.copytree(demo_data, tmp_path / "data" / folder)
+        for name in ("valid", "final"):
+            shutil.copy(demo_data / "test.jsonl", tmp_path / "data" / folder / f"{name}.jsonl")
+    planned = table(path, overrides=[f"model.name={tiny}"])
+    assert not planned.duplicate_of and set(planned.rows) == set(planned.file.settings())
+
+
 def test_rows_that_another_base_makes_the_same_are_left_out(small):
     found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
     assert found.rows == ["GSM8K"] and found.duplicate_of == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}

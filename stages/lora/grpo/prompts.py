@@ -35,6 +35,8 @@ class RlPrompts:
     ids: dict[tuple[int, ...], str]
     """Token ids of a prompt → id of its row."""
     replayed: int
+    unrewardable: int
+    """Number of System 1 rows that lack a column which a reward reads, so that they are not replayed."""
     held_out: list[list[int]]
     """Token ids of System 1 prompts that RL never trains on."""
     long: int
@@ -72,7 +74,7 @@ class RlPrompts:
         """functions: the rewards by name.
 
         DataError if a row to train on lacks a column that a reward reads, or if rows are too few. A System 1
-        row that lacks one is not replayed.
+        row that lacks one is counted, and not replayed.
         """
         from datasets import Dataset
 
@@ -91,9 +93,9 @@ class RlPrompts:
             system1 = [row for row in system1 if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
         random.Random(f"{seed} held out").shuffle(system1)
         held_out, system1 = system1[: rl.kl_probe_prompts], system1[rl.kl_probe_prompts :]
-        # Only rows for which every reward can be computed are replayed.
+        system1 = system1 if rl.replay_prompts else []
+        # Some reward cannot be computed for a row that lacks a column.
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
-        replayed = replayed if rl.replay_prompts else []
         _check_enough(fitting, replayed, rl, too_long)
         rows, as_json = _dataset_rows(fitting + replayed, columns, functions)
         return cls(
@@ -101,6 +103,7 @@ class RlPrompts:
             tokens=tokens,
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in fitting + replayed},
             replayed=len(replayed),
+            unrewardable=len(system1) - len(replayed),
             held_out=[tokens[row["prompt"]] for row in held_out],
             long=too_long,
             encoded=as_json,
