@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from stages.config import ScoreSection, SftSection, SourceSection
 from stages.data.rows import read
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
+
+log = logging.getLogger(__name__)
 
 PROTECTED = "protected"
 """Name of the rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
@@ -75,6 +78,11 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: 
         )
     cold_rows = round(sft.system2_share * len(system1))
     system2 = _examples_with_response(labels, 2) if cold_rows else []
+    if cold_rows > len(system2):
+        log.warning(
+            "sft.system2_share %s asks for %d System 2 rows, and %d have a response",
+            sft.system2_share, cold_rows, len(system2),
+        )  # fmt: skip
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
     chosen = {example.id for example in [*system1, *cold_start]}
     return [row.example for row in labels if row.example.id in chosen]

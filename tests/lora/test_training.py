@@ -322,10 +322,13 @@ def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
     assert state.save_steps == 5
 
 
-def test_the_cold_start_is_a_share_of_the_system_1_rows():
+def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
     rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
     found = examples.trained_by_sft(rows, SftSection(system2_share=0.3), 0)
-    assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3
+    assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3 and not caplog.messages
+    few = [row for row in rows if row.system == 1] + [row for row in rows if row.system == 2][:2]
+    assert len(examples.trained_by_sft(few, SftSection(system2_share=0.3), 0)) == 12
+    assert caplog.messages == ["sft.system2_share 0.3 asks for 3 System 2 rows, and 2 have a response"]
 
 
 def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
