@@ -229,7 +229,7 @@ class Bench:
         ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.with_checks("odd", odd)]
-        pool = RlPrompts(batches[0].rows(), tokens, {}, 0, [], 0, frozenset())
+        pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
