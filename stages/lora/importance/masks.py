@@ -51,7 +51,7 @@ class Masks:
 
     @classmethod
     def from_flat(cls, region: Tensor, active: Tensor, shapes: dict[str, torch.Size]) -> Masks:
-        """Split masks over the concatenated weights into one mask per weight, unlike `flatten_weights`."""
+        """Split masks over all weights, in the order of `flatten_weights`, into one mask per weight."""
         names = sorted(shapes)  # the order in which `flatten_weights` concatenates
         sizes = [shapes[name].numel() for name in names]
 
