@@ -323,13 +323,13 @@ def test_the_verdict_says_how_many_rows_are_compared():
     assert "Over seeds" not in verdict("AB", tested)
 
 
+def sample(item: str, correct: bool, outcome: str | None = None) -> Sample:
+    outcome = outcome or ("correct" if correct else "wrong")
+    return Sample(item, 0, None, "Q", "A", None, "A", "A", correct, correct, outcome, {})
+
+
 def test_the_verdict_counts_the_items_that_both_have():
     """One was refused for the first target; the difference is on the other two as well."""
-
-    def sample(item, correct, outcome=None):
-        outcome = outcome or ("correct" if correct else "wrong")
-        return Sample(item, 0, None, "Q", "A", None, "A", "A", correct, correct, outcome, {})
-
     before = [sample("a", False), sample("b", False), sample("c", False, "refused")]
     after = [sample("a", True), sample("b", False), sample("c", True)]
     rows = list(comparison.compared({"base": {"all": before}, "sft": {"all": after}}))
@@ -339,13 +339,11 @@ def test_the_verdict_counts_the_items_that_both_have():
 
 
 def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
-    def samples(right: int) -> dict:
-        rows = [Sample(str(i), 0, None, "Q", "A", None, "A", "A", i < right, i < right, "correct" if i < right
-                       else "wrong", {}) for i in range(8)]  # fmt: skip
-        return {"all": rows}
-
     right = {"base": 1, "sft": 2, "rl": 6, "auto": 3, "rl-20": 4}
-    rows = list(comparison.compared({target: samples(number) for target, number in right.items()}))
+    answers = {
+        target: {"all": [sample(str(i), i < number) for i in range(8)]} for target, number in right.items()
+    }
+    rows = list(comparison.compared(answers))
     assert [row["against"] for row in rows] == [None, "base", "sft", "rl", "rl"]
     (said,) = run_page._verdicts({"demo": rows})
     assert said.startswith("demo: rl answers 75.0") and "+50.0 points against sft" in said
