@@ -122,8 +122,7 @@ def test_tables_whose_seeds_have_data_of_their_own(path, tiny, demo_data, tmp_pa
         "data/long-11/train.jsonl",
         "data/gold-11/train.jsonl",
     }
-    compared = {name for entry in planned.file.compare for name in (*entry.row, *entry.against)}
-    assert compared <= set(planned.rows)
+    assert len(planned.contrasts) == len(planned.file.compare)
 
 
 @pytest.mark.parametrize("path", sorted(OF_THE_DEMO - REPLICATED), ids=lambda p: p.stem)
@@ -305,6 +304,11 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
             "rl@demo - sft@demo",
             "rl@demo - rl.steps",
             "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
+        ),
+        (
+            '"θ .9": {partition.theta: 0.9}',
+            '"θ .9": {columns: {SFT: null}}',
+            "compare.against 'θ .9' has no column 'SFT': its columns leave it out",
         ),
         (OF_HALF, '"θ .5": {base: 3}', "row 'θ .5': base must be a path, got 3"),
         (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must map names to what they show, or"),
