@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.config import PartitionSection
-from stages.config.fields import as_decimal_fraction
 from stages.config.training import BY_DENSITY
 from stages.errors import MeaninglessError
 from stages.lora.importance.masks import (
@@ -27,7 +25,7 @@ from stages.lora.importance.strategies import (
     needed_set,
     order_within,
     strategies,
-    top_set,
+    top_share,
 )
 
 if TYPE_CHECKING:
@@ -93,8 +91,7 @@ def _rl_active(
         return (split.region == NONE) | (split.region == S2_ONLY)
     active = split.active["rl"]
     if partition.rl_density is not None:
-        size = Fraction(int(as_decimal_fraction(partition.rl_density) * len(active)))
-        active = top_set(scores[2] + 0.0, size, "count")  # + 0.0: see `strategies.needed_set`
+        active = top_share(scores[2], partition.rl_density)
     return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
 
 
@@ -113,7 +110,8 @@ def _hint(stage: str, partition: PartitionSection, protected: bool) -> str:
     if stage == "rl" and partition.rl_density is not None:
         return "raise partition.rl_density"
     if stage == "rl" and partition.rl_elements == "not_system1":
-        return "System 1 has all of them: lower partition.theta, or another partition.strategy"
+        size = "density" if partition.strategy in BY_DENSITY else "theta"
+        return f"System 1 has all of them: lower partition.{size}, or choose another partition.strategy"
     if partition.strategy in BY_DENSITY:
         return "raise partition.density"
     return f"raise partition.theta or partition.{'alpha' if stage == 'sft' else 'beta'}"

@@ -204,7 +204,10 @@ def _local_rows(rows: list[Row]) -> list[Row]:
 
 
 def _batch_size(score: ScoreSection) -> BatchSize:
-    """Examples of a forward pass; processes that share one base compute alike, and none goes its own way."""
+    """Examples per forward pass: halved if memory runs out, but fixed for a sharded base.
+
+    All processes of a sharded base have to make as many passes; one that halved its batches would make more.
+    """
     if fsdp.is_sharded(score.launch):
         return BatchSize("score.batch_size", score.batch_size, "lower score.batch_size", score.batch_size)
     return BatchSize(
@@ -232,8 +235,9 @@ def _moments(
     layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
     sums = moments(model, layers, local, size, progress.advance, pad)
     if fsdp.is_sharded(launch):
-        # Each pass through a sharded base needs all processes. The first has the most rows; processes with
-        # fewer batches make up for it with passes over some row, whose results are discarded.
+        # A sharded base gathers its layers in each pass, so all processes have to make as many passes. Rank r
+        # of n has the rows r, r + n, …, and rank 0 the most. Ranks with fewer batches make the missing passes
+        # with one row each, and drop the sums.
         own, most = (math.ceil(n / size.now) for n in (len(local), len(rows[:: distributed.world_size()])))
         moments(model, layers, rows[:1] * (most - own), replace(size, now=1), lambda _: None, pad)
     _all_reduce(sums)

@@ -166,15 +166,16 @@ def _bootstrap_means(replicates: Sequence[Sequence[float]], draws: int) -> Any:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    chosen = rng.integers(len(replicates), size=(draws, len(replicates)))
-    means = np.empty(chosen.shape)
+    chosen = rng.integers(len(replicates), size=(draws, len(replicates)))  # the replicate in each slot
+    means = np.empty(chosen.shape)  # (draws, slots): the mean of that replicate's resampled items
     for number, values in enumerate(replicates):
         # The mean of resampled items depends only on how often each distinct value comes. These counts are
         # multinomial, and there are few distinct values: much faster than drawing the items one by one.
         distinct, counts = np.unique(np.round(values, DECIMALS), return_counts=True)
-        slots = chosen == number
-        resampled = rng.multinomial(len(values), counts / len(values), size=slots.sum())
-        means[slots] = resampled @ distinct / len(values)
+        in_slot = chosen == number  # (draws, slots), bool
+        # (slots of this replicate, distinct values): how often each value is drawn
+        resampled = rng.multinomial(len(values), counts / len(values), size=in_slot.sum())
+        means[in_slot] = resampled @ distinct / len(values)
     return means.mean(axis=1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from stages.prompts.renderer import IGNORED
 
 ALIGNMENT = 8
-"""Rows of a mask begin at multiples of this many numbers; CUDA's attention would pad a copy of others."""
+"""Row stride of a mask, in elements, is a multiple of this: CUDA's attention would pad a copy of others."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,12 @@ class PackedBatch:
         """Mask to add to the products of query and key: 0 for keys that a suffix's token may see, else −∞.
 
         A token sees its whole prefix, and of its suffix itself and the tokens before it. The mask has the
-        shape (suffixes, 1, group · longest suffix, longest prefix + longest suffix): `group` heads, one below
-        the other. If all prefixes have one length, all suffixes see alike, and 1 stands for `suffixes`.
+        shape (suffixes, 1, group · longest suffix, longest prefix + longest suffix): the `group` heads of a
+        key head are stacked. Where no prefix has padding, all suffixes have the same mask, and the first
+        dimension is 1.
 
-        All layers get the same tensor, because the backward pass keeps what each of them was given. A boolean
-        mask would be made into an additive one, and so kept, by each.
+        All layers share one tensor, because autograd keeps each layer's mask for the backward pass. With a
+        boolean mask every layer would make, and keep, an additive one of its own.
         """
         if (dtype, group) not in self._masks:
             assert self.prefixes is not None
@@ -138,8 +139,12 @@ class PackedBatch:
             keys = first + longest
             shape = (len(is_prefix), group, longest, -(-keys // ALIGNMENT) * ALIGNMENT)
             mask = torch.zeros(shape, dtype=dtype, device=is_prefix.device)
+            # Keys of a row: the prefix, of which only padding is hidden, then the suffix itself, of which
+            # triu(1) hides what follows the token: token t sees 0 … t. Zero is visible, −∞ is hidden.
             mask[..., :first].masked_fill_(~is_prefix[:, None, None], -torch.inf)
             mask[..., first:keys] = torch.full_like(mask[0, 0, :, first:keys], -torch.inf).triu(1)
+            # Row h · longest + t is token t of the h-th head of a key head, as `_masked` stacks queries. The
+            # columns that ALIGNMENT added are cut off, but stay in the stride.
             self._masks[dtype, group] = mask.flatten(1, 2)[:, None, :, :keys]
         return self._masks[dtype, group]
 

@@ -38,10 +38,11 @@ def selected_logprobs(
 
 
 def chunk_logits(device: torch.device) -> int:
-    """Number of logits that exist at a time on this device.
+    """Number of logits in one chunk on this device.
 
-    Each chunk reads the whole head from memory. With n tokens that is n FLOP for each byte in 16 bits, and a
-    GPU needs hundreds to be busy: 2²⁴ logits of Qwen2.5's 152,064 tokens would be 110.
+    Each chunk reads the whole head, and computes 2 FLOP per token with each of its 2-byte weights: n FLOP per
+    byte with n tokens, and a GPU needs hundreds to be busy. CHUNK_LOGITS would be 2²⁴ / 152,064 = 110 tokens
+    with Qwen2.5's vocabulary.
     """
     if device.type != "cuda":
         return CHUNK_LOGITS

@@ -134,7 +134,10 @@ def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
 
 
 def suffix_only(rows: list[list[int]], labels: list[list[int]], shares: bool) -> PrefixGroup:
-    """All rows as one group; the prefix they share ends before the first token that predicts another."""
+    """All rows as one group; its prefix ends before the first token that has a target.
+
+    shares: False for an empty prefix.
+    """
     first_target = min(
         next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in labels
     )

@@ -24,6 +24,7 @@ class Value:
 
     mean: float
     of_seeds: list[float]
+    """The mean of each seed, over all of its items; `mean` is over the items that all seeds have."""
     n: int | None = None
     """Number of items, of all seeds together if each has its own; None for values of summaries."""
     difference: bool = False
@@ -66,7 +67,7 @@ def accuracy(by_seed: list[ItemAccuracy], own_items: bool) -> Value:
 
 
 def _within_bounds(interval: Interval | None) -> Interval | None:
-    """Limit the interval of an accuracy to what an accuracy can be."""
+    """Limit the interval of an accuracy to [0, 1], and drop its p-value, which is of a mean of 0."""
     return interval and Interval(max(0.0, interval.low), min(1.0, interval.high))
 
 

@@ -1,12 +1,14 @@
 """RL's elements chosen by RL's own gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_steps
 
 from stages.errors import ConfigError, MeaninglessError
 from stages.lora.adapter import adapter
-from stages.lora.grpo import gradients
+from stages.lora.grpo import building, gradients
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.scorers import scorers
 from stages.pipeline.resolve import resolved
@@ -62,6 +64,12 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
 def test_equal_rewards_are_no_score(begun):
     with pytest.raises(MeaninglessError, match="in 8 batches no group of completions had unequal rewards"):
         make_steps(begun(*SCORED), "score", "partition:sft", "sft")
+
+
+def test_steps_that_rl_keeps_do_not_stop_its_scores(begun):
+    config = resolved(begun(*SCORED, "rl.max_steps=60", "rl.keep_steps=[20, 40]"))
+    still = gradients.without_updates(config.rl, config.score.launch)
+    assert building.optimizer_steps(SimpleNamespace(system2_rows=1000), still) == gradients.BATCHES
 
 
 def test_rates_of_rl_do_not_make_its_scores_stale(begun):

@@ -131,7 +131,7 @@ def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
     pool = trainer.prompts
     trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
     assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
-    assert len(pool.rows) == pool.slow + pool.replayed == len(trained)
+    assert len(pool.rows) == pool.system2_rows + pool.replayed == len(trained)
 
 
 @pytest.mark.parametrize(

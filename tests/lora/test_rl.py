@@ -178,7 +178,9 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
     pool = RlPrompts.of(labels, renderer, config.rl, {"mine": mine}, 0)
     reward = loading.with_checks("mine", mine, pool.encoded)
-    reward(completions=["a"] * pool.slow, **{name: list(pool.rows[name]) for name in ("target", "more")})
+    reward(
+        completions=["a"] * pool.system2_rows, **{name: list(pool.rows[name]) for name in ("target", "more")}
+    )
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
 

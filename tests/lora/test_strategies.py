@@ -275,7 +275,11 @@ def test_system_1_may_have_all_elements(begun):
     config = begun("partition.strategy=all", "partition.rl_elements=not_system1")
     with pytest.raises(MeaninglessError) as caught:
         make_steps(config, "score", "partition:rl")
-    assert "System 1 has all of them" in caught.value.hint
+    assert "System 1 has all of them: lower partition.theta" in caught.value.hint
+    config = begun("partition.strategy=topk", "partition.density=1", "partition.rl_elements=not_system1")
+    with pytest.raises(MeaninglessError) as caught:
+        make_steps(config, "score", "partition:rl")
+    assert "System 1 has all of them: lower partition.density" in caught.value.hint
 
 
 def test_topk_within_takes_the_same_share_of_each_weight():

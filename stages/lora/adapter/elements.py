@@ -12,7 +12,7 @@ from stages.errors import ArtifactError
 from stages.lora.adapter.adapter import full_mask, lora_layers
 from stages.lora.adapter.sparse_linear import SparseLinear
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 """PEFT's name of an adapter that was given none."""
 
 
@@ -24,7 +24,7 @@ def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
     training: while it is built, TRL copies `default` to `ref` by plain parameter names.
     ArtifactError unless the masks are for exactly these weights.
     """
-    layers = lora_layers(model, ADAPTER)
+    layers = lora_layers(model, ADAPTER_NAME)
     if layers.keys() != active.keys():
         odd = sorted(layers.keys() ^ active.keys())[0]
         raise ArtifactError(f"masks do not fit the adapter: {odd} is on one side only")
@@ -34,7 +34,7 @@ def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
 
 def unpack(model: nn.Module) -> None:
     """Turn every packed layer back into a plain linear layer with the same weight, for PEFT to save."""
-    for name, layer in lora_layers(model, ADAPTER).items():
+    for name, layer in lora_layers(model, ADAPTER_NAME).items():
         if isinstance(layer, SparseLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(layer.weight.detach().clone())
@@ -44,4 +44,4 @@ def unpack(model: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
     parent = model.get_submodule(name.removesuffix(".weight"))
     assert isinstance(parent, nn.ModuleDict)
-    parent[ADAPTER] = layer
+    parent[ADAPTER_NAME] = layer

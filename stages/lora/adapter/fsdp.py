@@ -40,8 +40,10 @@ def load(model: ModelSection, launch: LaunchSection) -> PreTrainedModel:
     if not is_sharded(launch):
         return load_base(model)
     if dtype.is_converted(model):
+        # Rank r of n passes r barriers here, and n − 1 − r in `shard_base`: rank r loads once rank r − 1 has
+        # sharded its copy and reached barrier r.
         for _ in range(distributed.local_rank()):
-            distributed.barrier()  # ends the turn of one process on each machine
+            distributed.barrier()
     return load_base(model, torch.device("cpu"))
 
 

@@ -1,7 +1,7 @@
-"""One cast of an input for all LoRA layers that read it: q, k and v have one, and so have gate and up.
+"""One cast of an input for all LoRA layers that read it: q, k and v read the same one, and gate and up do.
 
-PEFT casts a 16-bit input to the 32 bits of the adapter in each layer, and autograd keeps every copy for the
-gradient of A: two thirds of those of attention, and half of those of the MLP's width, hold the same numbers.
+PEFT casts a 16-bit input to the adapter's 32 bits in each layer, and autograd keeps every cast for the
+gradient of A. Of the three casts for q, k and v two are redundant; of the two for gate and up, one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SharedCast:
         if x is None or x.dtype == dtype:
             return x
         last = self._last(x)
-        # A cast that was made without a gradient gives none.
+        # Reuse a cast only if it serves autograd alike: one that was made without a gradient passes none on.
         if last is not None and last.dtype == dtype and last.requires_grad == self._needs_grad(x):
             return last
         cast = x.to(dtype)

@@ -102,7 +102,7 @@ def build(
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
-    if rl.beta and _holds_to_base(rl, baseline):
+    if rl.beta and _reference_is_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
     return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, box)
@@ -131,7 +131,7 @@ def _model(
     return peft_model, copy
 
 
-def _holds_to_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
+def _reference_is_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
     """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""
     if rl.kl_reference == "auto":
         return rl.start_from != "sft" or baseline is not None
@@ -142,7 +142,7 @@ def _checked(
     functions: dict[str, Callable[..., Any]],
     rl: RlSection,
     box: Sandbox | None,
-    decoded: frozenset[str],
+    encoded: frozenset[str],
 ) -> list[Callable[..., Any]]:
     """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
 
@@ -150,7 +150,7 @@ def _checked(
         return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
 
     return [
-        loading.with_checks(name, function, decoded, **fixed(name)) for name, function in functions.items()
+        loading.with_checks(name, function, encoded, **fixed(name)) for name, function in functions.items()
     ]
 
 
@@ -159,7 +159,9 @@ def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
 
     An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step.
     """
-    steps = loop.steps_of(prompts.slow // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations)
+    steps = loop.steps_of(
+        prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations
+    )
     if rl.keep_steps and max(rl.keep_steps) > steps:
         raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {steps} steps of RL")
     return steps

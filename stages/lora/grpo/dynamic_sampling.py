@@ -1,8 +1,8 @@
 """DAPO's dynamic sampling: before a step, groups without a signal are replaced by groups of others.
 
-A group has no signal if all its completions earned the same reward: every advantage in it is zero. If it is
-of a System 1 prompt that is replayed, it stays: it is there to teach once it fails. The new prompts follow
-from the seed and the step alone, so a resumed run draws the same.
+A group has no signal if all its completions earned the same reward: every advantage in it is zero. Groups of
+replayed System 1 prompts are kept even so: they teach again as soon as the policy begins to fail them. The
+new prompts follow from the seed and the step alone, so a resumed run draws the same.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def replace_zero_signal_groups(
         new_ids, new_logprobs = trainer.sample([inputs[position] for position in changed], attempt)
         for position, tokens, values in zip(changed, new_ids, new_logprobs, strict=True):
             ids[position], logprobs[position] = tokens, values
-        # Rewards are gathered across processes, so all are computed; completions that stay keep their first
-        # ones.
+        # Rewards are gathered across processes, so all completions are scored again, but only those of the
+        # new groups are taken. Both sides are (groups, completions of one, functions); the left one is a view
+        # of `rewards`, (completions, functions), which the assignment fills.
         scored = trainer.score(inputs, ids).view(-1, group_size, rewards.shape[1])
         rewards.view(scored.shape)[groups] = scored[groups]
         replaced += len(groups)
@@ -88,7 +89,7 @@ def _unused_prompts(trainer: GrpoTrainer, inputs: list[dict[str, Any]]) -> list[
     from accelerate.utils import gather_object
 
     in_step = set(gather_object([row["prompt"] for row in inputs]))
-    system2_prompts = trainer.prompts.prompts[: trainer.prompts.slow]
+    system2_prompts = trainer.prompts.prompts[: trainer.prompts.system2_rows]
     rows = [row for row, prompt in enumerate(system2_prompts) if prompt not in in_step]
     random.Random(f"{trainer.args.seed} resample {trainer.state.global_step}").shuffle(rows)
     return rows
@@ -96,5 +97,7 @@ def _unused_prompts(trainer: GrpoTrainer, inputs: list[dict[str, Any]]) -> list[
 
 def _local_positions(trainer: GrpoTrainer, group: int, completions: int) -> list[int]:
     """Positions of a group's completions among those of this process, which has `completions` of them."""
+    # The group's first completion, counted from the first one of this process: each process holds
+    # `completions` of them in a row. It is negative, or too large, for groups of other processes.
     first = group * trainer.num_generations - trainer.accelerator.process_index * completions
     return [i for i in range(first, first + trainer.num_generations) if 0 <= i < completions]

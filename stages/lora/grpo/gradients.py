@@ -33,8 +33,11 @@ def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
     # AdamW multiplies each step by the rate: without weight decay, a rate of 0 leaves every bit as it is.
     # More than one pass over a batch would sum the same gradient twice.
     still = {"learning_rate": 0.0, "weight_decay": 0.0, "loraplus_lr_ratio": None, "num_iterations": 1}
+    # An epoch has at least one step, so BATCHES epochs have enough, and max_steps ends them.
     length = {"max_steps": BATCHES, "num_train_epochs": BATCHES}
-    return rl.model_copy(update={**still, **length, "report_to": [], "launch": launch})
+    # The steps that RL keeps are later than these, and `building.optimizer_steps` would refuse them.
+    unused = {"keep_steps": [], "report_to": [], "launch": launch}
+    return rl.model_copy(update={**still, **length, **unused})
 
 
 def measure(
@@ -57,7 +60,8 @@ def measure(
     # A checkpoint would hold nothing but SFT's adapter, and the sums are not in it.
     trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
-    title = f"score System 2 by RL's gradients, {grpo.prompts.slow} prompts"
+    title = f"score System 2 by RL's gradients, {grpo.prompts.system2_rows} prompts"
+    # Patience above the number of steps: batches without a signal count as zeros, and do not end the run.
     trainer.add_callback(ProgressCallback(progress, title, grpo.steps, SHOWN, grpo.steps + 1))
     trainer.add_callback(_GradientSums(layers, sums))
     trainer.train()
@@ -78,7 +82,8 @@ class _GradientSums(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for name, layer in self.layers.items():
-            # Of a batch without any advantage there is no gradient, or zeros; either lowers the mean.
+            # A batch without any advantage gives no gradient, or zeros. It counts in `examples` all the
+            # same, so it lowers the mean.
             if layer.weight.grad is not None:
                 gradient = layer.weight.grad.detach().float()
                 self.sums.gradient[name] += gradient

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class KlProbe(TrainerCallback):
     """Logs KL(start ‖ policy), where start is the policy at the time this is built.
 
-    It is estimated on one answer by the start to each prompt: the mean over their tokens of r − 1 − log r,
-    where r is the policy's probability over the start's (http://joschu.net/blog/kl-approx.html). Both are
-    distributions as rollouts are sampled from: at `rl.temperature`, and for the answers cut by `rl.top_p` and
-    `rl.top_k`. It uses a random generator of its own, so the trainer's results do not change.
+    The start answers each prompt once, sampled like a rollout (`rl.temperature`, `rl.top_p`, `rl.top_k`). The
+    estimate is the mean over the answers' tokens of r − 1 − log r, where r is the policy's probability over
+    the start's, both at `rl.temperature` (http://joschu.net/blog/kl-approx.html). Sampling uses a random
+    generator of its own, so the trainer's results do not change.
     """
 
     def __init__(
@@ -46,8 +46,12 @@ class KlProbe(TrainerCallback):
 
     def divergence(self) -> float:
         """Mean KL(start ‖ policy) per token, in nats."""
-        log_ratio = (self._log_probs() - self.start)[self.mask[:, -self.keep :].bool()]  # (answer tokens,)
-        # r - 1 - log r: unbiased, never negative, and of lower variance than -log r.
+        with self.trainer.memory("while the drift was measured"):
+            on_answers = self.mask[:, -self.keep :].bool()  # (prompts, longest answer)
+            log_ratio = (self._log_probs() - self.start)[on_answers]  # (answer tokens,)
+        # r − 1 − log r is never negative, and of lower variance than −log r. Its expectation over the start's
+        # own tokens is KL(start ‖ policy), because E[r] = 1. `rl.top_p` and `rl.top_k` cut the distribution
+        # that the answers are drawn from, so with them the estimate is biased.
         return float((log_ratio.expm1() - log_ratio).mean())
 
     @torch.no_grad()

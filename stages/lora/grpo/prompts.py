@@ -45,8 +45,8 @@ class RlPrompts:
     """Columns that hold JSON, because their values are of several types, or are lists or objects."""
 
     @property
-    def slow(self) -> int:
-        """Number of rows that are not replayed."""
+    def system2_rows(self) -> int:
+        """Number of rows that are not replayed; they come first."""
         return len(self.rows) - self.replayed
 
     @cached_property
@@ -55,12 +55,12 @@ class RlPrompts:
         return list(self.rows["prompt"])
 
     @cached_property
-    def _fast(self) -> frozenset[str]:
-        return frozenset(self.prompts[self.slow :])
+    def _replayed_texts(self) -> frozenset[str]:
+        return frozenset(self.prompts[self.system2_rows :])
 
     def is_replayed(self, prompt: str) -> bool:
         """Whether a prompt, by its text, is one of System 1 that is replayed."""
-        return prompt in self._fast
+        return prompt in self._replayed_texts
 
     @classmethod
     def of(
@@ -89,7 +89,7 @@ class RlPrompts:
         if rl.replay_prompts or rl.too_long != "error":
             system1, too_long_system1 = _fitting(system1, tokens, rl)
             too_long += too_long_system1 if rl.replay_prompts else 0
-        else:  # no reason to stop: they are only probed
+        else:  # long System 1 prompts are only left out of the probe, which is no error
             system1 = [row for row in system1 if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
         random.Random(f"{seed} held out").shuffle(system1)
         held_out, system1 = system1[: rl.kl_probe_prompts], system1[rl.kl_probe_prompts :]
@@ -195,6 +195,6 @@ def _check_enough(
     if len(replayed) < rl.replay_prompts:
         raise DataError(
             f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replay_prompts} of a step",
-            "they need the fields that the rewards read, short prompts, and rl.kl_probe_prompts are held "
-            "out; lower rl.system1_share",
+            "they need a short prompt and every field that the rewards read, and rl.kl_probe_prompts of them "
+            "are held out; lower rl.system1_share",
         )

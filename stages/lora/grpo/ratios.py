@@ -16,9 +16,10 @@ RAW, BEYOND = "sampling/raw_ratio", "sampling/beyond_limit_share"
 def raw_ratio_metrics(
     batch: dict[str, Tensor], of_tokens: bool, limit: float, gather: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Mean and largest raw ratio, and the share beyond the limit of the correction, over all processes.
+    """Mean and largest raw ratio, and the share beyond the correction's limit, over all processes.
 
-    gather: joins a value of every process.
+    The two means weigh every process alike, however many tokens it has. gather: joins a value of every
+    process.
     """
     raw = ratios(batch, of_tokens)
     yield f"{RAW}/mean", gather(raw.mean()).mean().item()

@@ -13,9 +13,9 @@ from torch.utils.data import Sampler
 class ReplaySampler(Sampler[int]):
     """TRL's order of rows, with a fixed number of System 1 rows in each step.
 
-    The data set has System 2 rows first and the replayed System 1 rows at its end. In an epoch each System 2
-    row is drawn at most once. All System 1 rows are drawn before one comes again, and none is twice in a
-    step, so `per_step` is at most `replayed`.
+    The data set has System 2 rows first and the replayed System 1 rows at its end. An epoch draws each System
+    2 row at most once. It draws all System 1 rows before it repeats one; the next epoch begins anew. No row
+    is twice in a step, which needs `per_step` ≤ `replayed`.
     """
 
     def __init__(self, inner: Any, replayed: int, per_step: int) -> None:
@@ -37,8 +37,9 @@ class ReplaySampler(Sampler[int]):
         size = self.inner.batch_size - self.per_step
         for batch in range(self._batches()):
             if len(queue) < self.per_step:
-                # A new round begins: the rows left over come first, then the others, then the leftovers
-                # again.
+                # Begin a new round, every row once. Before it come the rows left over from the last round,
+                # and in it they come at the end: the per_step rows that are taken next are all different,
+                # because queue and not_queued are disjoint and have replayed ≥ per_step rows together.
                 every = range(self.system2, self.system2 + self.replayed)
                 not_queued = self._shuffled([row for row in every if row not in queue])
                 queue = [*queue, *not_queued, *self._shuffled(queue)]
@@ -77,10 +78,13 @@ def summed(rewards: Tensor, weights: Tensor) -> Tensor:
 
 
 def equal_groups(rewards: Tensor, group: int) -> Tensor:
-    """(completions,) → (groups,): whether all of a group earned the same, and so teach nothing.
+    """(completions,) → (groups,): True if all completions of a group earned the same, so it has no signal.
 
-    A completion with NaN is left out, as TRL does.
+    Completions whose reward is NaN do not count, as in TRL.
     """
     grouped = rewards.view(-1, group)
-    low, high = (grouped.nan_to_num(value) for value in (torch.inf, -torch.inf))
-    return low.amin(1) >= high.amax(1)
+    # NaN becomes ∞ for the minimum and −∞ for the maximum, so it decides neither. min ≥ max then says that
+    # all other rewards are equal. A group of NaN alone has ∞ ≥ −∞, and counts as equal, too.
+    lowest = grouped.nan_to_num(torch.inf).amin(1)
+    highest = grouped.nan_to_num(-torch.inf).amax(1)
+    return lowest >= highest

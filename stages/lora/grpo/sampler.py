@@ -46,14 +46,15 @@ class RolloutSampler:
         ids: dict[int, list[int]] = {}
         with eval_mode(self.adapted), sparse_linear.frozen_weights(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
-            while left := [i for i in range(len(prompts)) if i not in ids]:
-                texts, own = [prompts[i] for i in left], [seeds[i] for i in left]
-                slots = min(self.size.now, len(left))
+            while remaining := [i for i in range(len(prompts)) if i not in ids]:
+                remaining_prompts = [prompts[i] for i in remaining]
+                remaining_seeds = [seeds[i] for i in remaining]
+                slots = min(self.size.now, len(remaining))
                 try:
                     for i, completion in generate(
-                        model, self.tokenizer, texts, self.sampling, (), own, slots
+                        model, self.tokenizer, remaining_prompts, self.sampling, (), remaining_seeds, slots
                     ):
-                        ids[left[i]] = completion.ids
+                        ids[remaining[i]] = completion.ids
                     continue
                 except (MemoryError, RuntimeError) as error:
                     self.size.halve(error, slots)

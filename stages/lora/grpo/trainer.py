@@ -33,9 +33,9 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
 
     _buffered_inputs: Any
     _completions: Completions | None = None
-    """Completions that are sampled and scored already, for TRL's methods that ask for them."""
+    """What dynamic sampling has sampled and scored for this step; see `_generate_and_score_completions`."""
     _selection: Selection | None = None
-    """In a training pass that skips completions without a gradient: the others."""
+    """The completions that the current training pass computes; None if it computes all."""
     _equal: Tensor
     """(groups,): whether the completions of a group of this step earned the same."""
 
@@ -88,11 +88,14 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
         )
         with whole_base:
             if self.attempts and self.model.training:
+                # TRL's method below calls `_generate_single_turn`, then `_calculate_rewards`: they return
+                # these completions and rewards instead of new ones, and the second clears them.
                 inputs, self._completions = replace_zero_signal_groups(self, list(inputs), self.attempts)
             batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             metrics = self._metrics["train"]
-            # TRL looks at the deviation that it divides by: under `batch` that of all completions together.
+            # TRL logs where the standard deviation that it divides by is 0. With scale_rewards "batch" that
+            # is the deviation of the whole batch, so replace it by the share of groups with equal rewards.
             metrics["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
             if "importance_sampling_ratio" in batch:
                 of_tokens = self.vllm_importance_sampling_mode.startswith("token")
@@ -208,10 +211,11 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probabilities and entropies of completions, (rows, logits_to_keep), and no auxiliary loss.
+        """Log-probabilities and entropies of completions, (rows, logits_to_keep) each; TRL's auxiliary loss.
 
-        Both are zero behind the end of a completion. Passes that only compare, of the reference and of the
-        policy that sampled, drop nothing out: else equal models would differ.
+        Packed passes (`trl.completion_logprobs`) have no auxiliary loss, and zeros after the end of a
+        completion, where TRL's own pass has arbitrary numbers. Without a gradient, for the reference and the
+        policy that sampled, dropout is off, or equal models would seem to differ.
         """
         with nullcontext() if torch.is_grad_enabled() else support.eval_mode(self.model):
             packable = self.prefix_sharing and not compute_aux_loss
@@ -231,10 +235,6 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
                 outputs.append(values)
         log_probs, entropies = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
         return log_probs, entropies if compute_entropy else None, None
-
-    def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
-        (first,) = trl.token_lists(input_ids[:1], attention_mask[:1])
-        return support.supports_packing(self.accelerator.unwrap_model(model), first)
 
     def restore_counters(self) -> None:
         """A checkpoint falls between two generations, when no completion is in use."""

@@ -42,10 +42,11 @@ TRL lets it compute 4,096 tokens at a time, for which an MLP of Qwen2.5-7B's wid
 holds about four float32 matrices of 256 completions × vocabulary, .6 GiB. The rest is for CUDA graphs,
 libraries and fragments.
 """
-TAKEN, TAKEN_BY_SLEEPER = 0.5, 0.9
-"""Largest share of what is free beside the weights that keys and values take: training needs the rest.
+CACHE_SHARE, CACHE_SHARE_ASLEEP = 0.5, 0.9
+"""Largest share for keys and values of what the base, vLLM's weights and ALLOWANCE leave free.
 
-One that sleeps in optimizer steps leaves it only what stays meanwhile: optimizer state and fragments.
+Training needs the rest. With enable_sleep_mode vLLM's memory is free during optimizer steps, and only
+optimizer state and fragments stay in the way of its cache: the share can be larger.
 """
 CPU_SHARE = 0.3
 """On a CPU vLLM asks for a share, and takes what ON_CPU says."""
@@ -183,10 +184,11 @@ def colocated_bytes(rl: RlSection, parameters: int, token: int, free: int, proce
     rollouts = rl.rollouts
     weights = parameters * ITEMSIZE // rollouts.tensor_parallel_size
     completion = (rl.max_prompt_length + rl.max_completion_length) * token
-    # Processes that share a vLLM share its completions, too: as many for each GPU as without.
+    # Tensor parallelism cancels: t GPUs share a vLLM that serves the completions of t processes, and each of
+    # the GPUs holds 1/t of their keys and values.
     wanted = rl.prompts_per_step * rl.num_generations * completion // processes
-    taken = TAKEN_BY_SLEEPER if rollouts.enable_sleep_mode else TAKEN
-    cache = min(wanted, int(taken * (free - weights - ALLOWANCE)))
+    share = CACHE_SHARE_ASLEEP if rollouts.enable_sleep_mode else CACHE_SHARE
+    cache = min(wanted, int(share * (free - weights - ALLOWANCE)))
     if cache < completion // rollouts.tensor_parallel_size:
         raise ConfigError(
             f"rl.rollouts.engine vllm_colocate: beside the trainer's base {free / GIB:.1f} GiB of the GPU "
@@ -205,19 +207,19 @@ def copy_of(
 
     Sampling from merged weights is several times faster there than through LoRA layers.
     """
-    here = base.device.type == "cpu" and rollouts.engine == "transformers"
+    samples_on_cpu = base.device.type == "cpu" and rollouts.engine == "transformers"
     mergeable = baseline is None and not model.load_in_4bit
-    return merge.MergedCopy(base) if here and mergeable else None
+    return merge.MergedCopy(base) if samples_on_cpu and mergeable else None
 
 
 def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: ModelSection) -> None:
-    """TRL's vLLM loads what the base is called, at its main revision: call it by the files of this one."""
+    """Let TRL's vLLM load the pinned revision, by a local path: by a name it would load the main one."""
     if rollouts.engine == "vllm_colocate" and model.pinned_revision:
         base.name_or_path = snapshot_download(model.name, revision=model.pinned_revision)
 
 
 def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:
-    """Let the trainer's vLLM take its weights from `adapted`, which it does not touch, and draw by `seed`.
+    """Give the trainer's vLLM weights that are merged outside of `adapted`; seed a colocated one by `seed`.
 
     LoraparError if this TRL lacks the method that is replaced here: it would merge into the base.
     """
@@ -227,15 +229,20 @@ def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed:
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
-    trainer.vllm_generation._iter_named_params = lambda: _after_all_else(merge.merged_parameters(adapted))
+    trainer.vllm_generation._iter_named_params = lambda: _after_optimizer_step(
+        merge.merged_parameters(adapted)
+    )
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.
         set_seed(seed + distributed.rank() // rollouts.tensor_parallel_size)
 
 
-def _after_all_else(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """vLLM packs them in a stream of its own, which does not wait for the one that computes them."""
+def _after_optimizer_step(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Wait for the trainer's stream, then yield the weights.
+
+    vLLM iterates over them, and so merges and packs them, in streams of its own, which do not wait for it.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     yield from weights

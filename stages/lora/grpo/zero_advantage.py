@@ -1,8 +1,8 @@
-"""Completions of GRPO whose advantage is zero are left out of the training passes: they have no gradient.
+"""Skip completions with zero advantage in GRPO's training passes: they contribute no gradient.
 
-Each supported loss is Σᵢ fᵢ · Aᵢ, plus the KL term if there is one. Without it, a completion with Aᵢ = 0 adds
-exactly zero, and what divides the sum counts it all the same. A group whose completions all earned the same
-has Aᵢ = 0 throughout, so it costs its sampling alone.
+Each supported loss is Σᵢ fᵢ · Aᵢ / n, plus the KL term if there is one. Without it, a completion with Aᵢ = 0
+adds exactly zero, and the normaliser n counts all completions, skipped ones included. A group with equal
+rewards has Aᵢ = 0 throughout, so it costs only its sampling.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-OF_COMPUTED = ("entropy", "tokens_saved")
-"""Metrics of the completions that are computed."""
+PASS_METRICS = ("entropy", "tokens_saved")
+"""Metrics that TRL and `GrpoTrainer._logprobs` log in a training pass, of the rows that it computes."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,19 @@ class Selection:
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Selection:
         rows = inputs["advantages"].nonzero().flatten()
-        # At least one, the shortest: every process has to join the backward pass, or DDP hangs.
+        # If no row has an advantage, compute the shortest one as a stand-in, whose gradient is zero: every
+        # process has to join the backward pass, or DDP hangs.
         computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
         return cls(computed, inputs.get("old_per_token_logps"), len(rows) > 0)
 
     def expand(
         self, log_probs: Tensor, entropies: Tensor, completion_mask: Tensor, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Values of the computed rows, (computed, tokens) each, as values of all rows, (rows, tokens).
+        """Extend values of the computed rows, (computed, tokens) each, to all rows, (rows, tokens) each.
 
-        A skipped row gets its old log-probabilities, so that its ratio is 1, and the mean entropy of the
-        computed tokens, so that it leaves that mean as it is.
+        completion_mask: (computed, tokens). A skipped row gets its old log-probabilities, so that its ratio
+        is 1; if they are None, TRL takes the policy's own instead, and zeros give the ratio 1, too. It gets
+        the mean entropy of the computed tokens, so that the mean that TRL logs does not change.
         """
         shape = (rows, log_probs.shape[1])
         skipped = log_probs.new_zeros(shape) if self.old_logprobs is None else self.old_logprobs
@@ -56,10 +58,10 @@ class Selection:
 
 @contextmanager
 def metrics_of_computed(metrics: dict[str, list[float]], selection: Selection) -> Iterator[None]:
-    """Drop what the pass inside logs of its completions if none of them has a gradient."""
-    logged = {name: list(metrics[name]) for name in OF_COMPUTED if name in metrics}
+    """Context of a training pass: undo what it logs in PASS_METRICS if it computed only a stand-in row."""
+    logged = {name: list(metrics[name]) for name in PASS_METRICS if name in metrics}
     yield
     if not selection.has_gradient:
-        for name in OF_COMPUTED:
+        for name in PASS_METRICS:
             metrics.pop(name, None)  # an empty list would be logged as None
         metrics.update(logged)

@@ -14,12 +14,12 @@ SAMPLE = 2**21
 
 
 def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]:
-    """Draw |g·φ| of independent Gaussians for each element, scaled to the mean importance of its weight.
+    """Draw |g·φ| with independent Gaussian g and φ for each element, scaled to its weight's mean importance.
 
-    A product of two random numbers is small for most elements and large for few. So part of what is seen when
-    importance is concentrated is seen here, too. importance: system → parameter name → scores; systems have
-    gradients g of their own and the values φ in common. Always the same draw; 1-D for each system, over a
-    sample of large models.
+    Such products are concentrated by themselves: small for most elements, large for a few. Only what goes
+    beyond this null says something about the model. importance: system → parameter name → scores. Each system
+    has its own g; φ is shared, as the systems score the same values. Returns (elements,) for each system, or
+    a sample of at most about SAMPLE elements of a larger model. The seed is fixed: repeated calls agree.
     """
     generator = torch.Generator().manual_seed(0)
     weights = next(iter(importance.values()))
@@ -29,7 +29,7 @@ def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]
         size = math.ceil(weights[name].numel() * share)
         value, *gradients = torch.randn(1 + len(importance), size, generator=generator)
         for (system, scores), gradient in zip(importance.items(), gradients, strict=True):
-            # E|g·φ| = (E|g|)² = 2/π
+            # For standard normals E|g·φ| = E|g| · E|φ| = √(2/π)² = 2/π, so π/2 scales the mean to 1.
             draws[system].append((gradient * value).abs() * (scores[name].double().mean() * math.pi / 2))
     return {system: torch.cat(products).float() for system, products in draws.items()}
 

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from stages.runtime.batch_size import BatchSize
 
 scorers: Registry = Registry("scorer")
-"""Formulas score(φ, g, F) of elements φ, with the means over examples g of the gradient and F of its square.
+"""Formulas score(φ, g, F): φ is an element, g the mean over examples of its gradient, F that of its square.
 
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
 zero, and so is the value of B). Trait `pilot`: the formula takes the value after a pilot run (`pilot.py`) in
-place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions of the gradient
-of GRPO's loss at SFT's adapter and of its square (`grpo/gradients.py`), and only `rl.rescore` can name it.
+place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions, of the gradient
+of GRPO's loss at SFT's adapter (`grpo/gradients.py`); only `rl.rescore` can name such a scorer.
 """
 
 
@@ -119,6 +119,7 @@ def grpo_sign(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     gradients change from step to step, and only elements that keep their sign are said to learn (arXiv
     2605.12207).
     """
+    # √F is 0 only where the gradient is 0 in every batch: the score there is 0, and not 0 / 0 = NaN.
     return gradient.square() / fisher.sqrt().clamp(min=1e-30)
 
 

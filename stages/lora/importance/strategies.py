@@ -42,9 +42,9 @@ class Split:
 def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
     """Select the smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
 
-    scores: float32, 1-D, finite and not negative, without -0.0. Of equal scores, those of lower index come
-    first. A goal of 0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is
-    in units of 2^-149, like `exact_total`.
+    scores: float32, 1-D, finite and not negative. Of equal scores, those of lower index come first. A goal of
+    0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is in units of
+    2^-149, like `exact_total`.
 
     A float64 `cumsum` of the sorted scores would be shorter, but it rounds: where a sum is equal to the goal
     or close to it, the mask would depend on the order of the additions.
@@ -53,13 +53,19 @@ def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tens
 
     if goal <= 0:
         return torch.zeros(len(scores), dtype=torch.bool)
-    # As integers, the bit patterns of floats that are not negative are in the order of the floats. Inverted,
-    # they ascend from the highest score: torch has a linear radix sort for integers in ascending order.
-    keys, order = (~scores.view(torch.int32)).sort(stable=True)
+    # As integers, the bit patterns of floats that are not negative are in the order of the floats; + 0.0
+    # turns -0.0, whose pattern is that of a negative integer, into 0.0. Inverted, they ascend from the
+    # highest score: torch has a linear radix sort for integers in ascending order.
+    keys, order = (~(scores + 0.0).view(torch.int32)).sort(stable=True)
     size = math.ceil(goal) if by == "count" else _size_reaching(goal, ~keys)
     chosen = torch.zeros(len(scores), dtype=torch.bool)
     chosen[order[:size]] = True
     return chosen
+
+
+def top_share(scores: Tensor, share: float) -> Tensor:
+    """Select the ⌊share · n⌋ highest of n scores, as a bool mask; see `top_set`."""
+    return top_set(scores, Fraction(int(as_decimal_fraction(share) * len(scores))), "count")
 
 
 def _size_reaching(goal: Fraction, descending: Tensor) -> int:
@@ -91,7 +97,7 @@ def exact_total(scores: Tensor) -> int:
     """The exact sum of float32 scores in units of 2^-149, the smallest float32."""
     import torch
 
-    significands, exponents = _as_integers(scores.view(torch.int32))
+    significands, exponents = _as_integers((scores + 0.0).view(torch.int32))  # + 0.0: see `top_set`
     # One int64 sum for each exponent, then Σ_k sum_k · 2^k in Python's integers.
     sums = torch.zeros(254, dtype=torch.int64).index_add_(0, exponents, significands.long())
     return sum(total << exponent for exponent, total in enumerate(sums.tolist()))
@@ -137,7 +143,6 @@ def needed_set(scores: Tensor, theta: float, rows: int | str) -> Tensor:
     """
     import torch
 
-    scores = scores + 0.0  # turns -0.0, whose bit pattern is that of a negative integer, into 0.0
     check_importance(scores, rows)
     if theta == 1:
         return torch.ones(len(scores), dtype=torch.bool)
@@ -162,10 +167,8 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
     """
     sets = {}
     for system, values in scores.items():
-        values = values + 0.0  # see `needed_set`
         check_importance(values, system)
-        size = Fraction(int(as_decimal_fraction(section.density) * len(values)))
-        sets[system] = top_set(values, size, "count")
+        sets[system] = top_share(values, section.density)
     return _split(sets, scores, section)
 
 
@@ -177,12 +180,10 @@ def topk_within(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     """
     import torch
 
-    density, sets = as_decimal_fraction(section.density), {}
+    sets = {}
     for system, values in scores.items():
-        values = values + 0.0  # see `needed_set`
         check_importance(values, system)
-        weights = values.split(sizes)
-        sets[system] = torch.cat([top_set(w, Fraction(int(density * len(w))), "count") for w in weights])
+        sets[system] = torch.cat([top_share(weight, section.density) for weight in values.split(sizes)])
     return _split(sets, scores, section)
 
 
@@ -198,9 +199,8 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     shared = (region == SHARED).nonzero().flatten()  # (n,): indices of the shared elements
     active = {}
     for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
-        size = Fraction(int(as_decimal_fraction(share) * len(shared)))
         active[stage] = region == only
-        active[stage][shared] = top_set((scores[system] + 0.0)[shared], size, "count")
+        active[stage][shared] = top_share(scores[system][shared], share)
     return Split(region, active)
 
 

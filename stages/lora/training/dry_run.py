@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +60,14 @@ def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
 
 def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryRun:
     """The longest prompts with completions as long as may be."""
-    groups = -(-rl.per_device_train_batch_size // rl.num_generations)
+    groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
     longest = sorted(prompts, key=len)[-groups:]
     rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]
     width = len(longest[-1])
 
     def loss() -> Tensor:
         # Completions repeat their prompt, because the check in `supports_packing` compares real text.
-        texts = [prompt * (1 + -(-rl.max_completion_length // len(prompt))) for prompt in rows]
+        texts = [prompt * (1 + math.ceil(rl.max_completion_length / len(prompt))) for prompt in rows]
         sequences = [
             ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
         ]

@@ -64,9 +64,9 @@ PINNED: dict[str, Any] = {
         "use_seedable_sampler": True,
     },
 }
-"""Arguments of both trainers that are not settings of ours and on which a number may depend.
+"""Trainer arguments that lorapar has no setting for and that can change a result.
 
-They are pinned, so that no default of the library can change a result.
+They are pinned, so that no default of the library decides.
 """
 
 
@@ -129,15 +129,16 @@ def check_machine(section: TrainSection, launched: bool) -> None:
 
 
 def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
-    """The trackers in `report_to`.
+    """Trackers in `report_to`. For tensorboard, set its folder too: RUN/tensorboard/STAGE-KEY.
 
-    TensorBoard's files go beside the stages, because the folder of the checkpoints does not stay.
+    Its default is in the checkpoint folder, which is cleared when the stage ends.
     """
     if "tensorboard" in section.report_to:
+        # checkpoints is RUN/STAGE/checkpoints/KEY.
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
         folder = run / "tensorboard" / f"{stage}-{checkpoints.name}"
         given = os.environ.get(LOGGING_DIR)
-        if given is None or Path(given).parent == folder.parent:  # of an earlier stage of this process
+        if given is None or Path(given).parent == folder.parent:  # unset, or set for an earlier stage here
             os.environ[LOGGING_DIR] = str(folder)
     return list(section.report_to) or "none"
 
@@ -231,12 +232,12 @@ def train(
     counts = verify_frozen(start, folder) if initial is None else _count_moved(initial, folder)
     if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    drift = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row][-1:]
+    protected_kl = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row][-1:]
     return {
         "steps": trainer.state.global_step,
         **fsdp.local_share(model),
         **counts,
-        **({"protected_kl": drift[0]} if drift else {}),
+        **({"protected_kl": protected_kl[0]} if protected_kl else {}),
     }
 
 

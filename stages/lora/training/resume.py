@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class UseConfiguredSaveSteps(TrainerCallback):
-    """Saves checkpoints as often as this run is configured to: the library goes on as the run before did."""
+    """Sets `state.save_steps` to this run's setting; on resume the library takes it from the checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps
@@ -154,6 +154,8 @@ class EpochSeededSampler(Sampler[int]):
         return len(self.inner)
 
     def __iter__(self) -> Iterator[int]:
+        # int() alone would count 1.9999999 as epoch 1. Epochs are at most 10⁶ (`num_train_epochs`), so no two
+        # pairs of seed and epoch have the same number.
         epoch = int(round(self.trainer.state.epoch or 0, 6))
         self.inner.generator.manual_seed(self.trainer.args.seed * 1_000_003 + epoch)
         return iter(self.inner)

@@ -7,7 +7,7 @@ from typing import Any
 from trl import SFTTrainer
 
 from stages.lora.training.trainer import ExactTrainer
-from stages.packing import support, trl
+from stages.packing import trl
 
 
 class SftTrainer(ExactTrainer, SFTTrainer):
@@ -28,10 +28,9 @@ class SftTrainer(ExactTrainer, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # A packed row has no router's loss: a mixture of experts is padded.
-        if self.packed and not self.aux_loss_enabled:
-            (first,) = trl.token_lists(inputs["input_ids"][:1], inputs["attention_mask"][:1])
-            if support.supports_packing(self.accelerator.unwrap_model(model), first):
-                inputs = trl.sft_inputs(inputs, self.share_prefix)
+        packable = self.packed and not self.aux_loss_enabled
+        if packable and self._supports_packing(model, inputs["input_ids"], inputs["attention_mask"]):
+            inputs = trl.sft_inputs(inputs, self.share_prefix)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def restore_counters(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from stages.lora.adapter import fsdp
 from stages.lora.training import optimizers, resume
 from stages.lora.training.health import RunInfo, memory_errors, non_finite_error, shapes
+from stages.packing import support, trl
 from stages.store.checkpoints import Checkpoints
 
 
@@ -100,6 +101,11 @@ class ExactTrainer:
 
         with memory_errors(in_step if where is None else lambda: where, self.run_info):
             yield
+
+    def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
+        """True if packed rows give this model's own results; tried on the first row of the batch."""
+        (first,) = trl.token_lists(input_ids[:1], attention_mask[:1])
+        return support.supports_packing(self.accelerator.unwrap_model(model), first)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]

@@ -30,23 +30,23 @@ FACTOR = 20
 """A step that takes this many times the median step, and LONGEST times the longest one, has hung."""
 LONGEST = 3
 LEAST_S = 300.0
-"""No step that is shorter has hung: a checkpoint may be written, or others may use the machine."""
+"""Least limit in seconds: a step may write a checkpoint, or share the machine with other programs."""
 KNOWN = 3
-"""Steps that are needed to know how long one takes; of GRPO, those in which completions are sampled."""
+"""Steps to time before there is a limit; with several optimizer steps per generation, generations."""
 WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py")
-"""Files in which a process waits for the others, the last in its backward pass."""
+"""Files of calls in which a process waits for the others; the last one is autograd's backward pass."""
 TICK_S = 1.0
 SETTLE_S = 15.0
-"""The time in which all processes say where they stand."""
+"""Seconds in which the other processes may report whether they wait, before this one exits."""
 SHOWN = 12
-"""Innermost calls that are shown of each process."""
+"""Innermost stack frames that are printed for each process."""
 
 
 class Watchdog(TrainerCallback):
     """Watches the time of each step from a thread of its own."""
 
     def __init__(self, folder: Path, passes: int = 1) -> None:
-        """folder: one that all processes of the run have in common. passes: steps of which one samples."""
+        """folder: shared by all processes of the run. passes: optimizer steps per generation."""
         self._folder, self._known = folder, KNOWN * passes
         self._main = threading.get_ident()
         self._steps: list[float] = []
@@ -56,8 +56,8 @@ class Watchdog(TrainerCallback):
         self._stopped = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # That of an earlier run, and only this process's: the others may have begun and written theirs.
-        self._said(distributed.rank()).unlink(missing_ok=True)
+        # Delete this process's report of an earlier run. Other processes may have written theirs already.
+        self._report_file(distributed.rank()).unlink(missing_ok=True)
         self._begun = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -71,7 +71,7 @@ class Watchdog(TrainerCallback):
         self._stopped.set()
 
     def _watch(self) -> None:
-        # Ticks are counted, and not the clock: a process that was stopped for a while has not hung.
+        # Count ticks, not time on the clock: a process that was suspended for a while has not hung.
         while not self._stopped.wait(TICK_S):
             self._ticks += 1
             if len(self._steps) < self._known:
@@ -81,12 +81,12 @@ class Watchdog(TrainerCallback):
                 self._end(limit)
 
     def _end(self, limit: float) -> None:
-        """Say where this process and the others stand, and end this one; the main thread cannot be woken."""
+        """Print this process's stack, report whether it waits, and exit: its main thread cannot be woken."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(file in frame.filename for frame in stack for file in WAITING)
         with suppress(OSError):  # a full disk must not keep it from ending
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._said(distributed.rank()).write_text(json.dumps(waits), encoding="utf-8")
+            self._report_file(distributed.rank()).write_text(json.dumps(waits), encoding="utf-8")
         innermost = "".join(traceback.format_list(stack[-SHOWN:]))
         who = f"process {distributed.rank()} " if distributed.world_size() > 1 else ""
         log.error("%sstands here, innermost last:\n%s", who, innermost.rstrip())
@@ -94,25 +94,25 @@ class Watchdog(TrainerCallback):
             time.sleep(SETTLE_S)
         error = ServerError(
             f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
-            + self._missing(),
+            + self._suspects(),
             "where it stands is above; the same command, without --force, goes on from the last checkpoint",
         )
         if not distributed.report_failure(error):
             log.error("error: %s\n  hint: %s", error, error.hint)
         os._exit(error.exit_code)
 
-    def _said(self, rank: int) -> Path:
-        """Where a process says whether it waits."""
+    def _report_file(self, rank: int) -> Path:
+        """File in which a process reports whether it waits for others: true or false."""
         return self._folder / f"stuck-{rank}.json"
 
-    def _missing(self) -> str:
-        """The processes that others are seen to wait for, or that say nothing."""
+    def _suspects(self) -> str:
+        """Name the processes that others wait for, or else those without a report; "" for one process."""
         waiting: list[str] = []
         working: list[str] = []
         silent: list[str] = []
         for rank in range(distributed.world_size() if distributed.world_size() > 1 else 0):
             try:
-                waits = json.loads(self._said(rank).read_text(encoding="utf-8"))
+                waits = json.loads(self._report_file(rank).read_text(encoding="utf-8"))
                 (waiting if waits else working).append(str(rank))
             except (OSError, ValueError):
                 silent.append(str(rank))
