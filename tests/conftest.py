@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -348,6 +349,7 @@ def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             terminal.set_quiet(False)
+            logging.getLogger("stages").setLevel(logging.NOTSET)  # `plan --check` hides warnings
         out, err = capfd.readouterr()
         return Done(code, out, err)
 
