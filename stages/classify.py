@@ -152,8 +152,8 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContex
         for earlier in voter_logs:
             if voter_log.same_journal(earlier) and voter.urls != earlier.voter.urls:
                 raise ConfigError(
-                    f"classify.voters: {earlier.title} and {name} are one model and persona at two addresses",
-                    "of one model, name both in one base_url: [URL, URL]; else serve it under another name",
+                    f"classify.voters: {earlier.title} and {name} have one model and persona, but other URLs",
+                    "if it is one model, give one voter both: base_url: [URL, URL]; else rename one of them",
                 )
         voter_logs.append(voter_log)
     return voter_logs
@@ -183,7 +183,7 @@ def _collect_votes(
     stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(missing.values())))
 
     def run_lane(lane: list[VoterLog], engine_cache: EngineCache) -> None:
-        for voter_log in sorted(lane, key=lambda each: (each.voter.model or "", str(each.voter.vllm))):
+        for voter_log in sorted(lane, key=_model_of):
             # No variable for the engine: it would keep the engine in memory while the next one is loaded.
             votes = voter_log.ask(
                 engine_cache.get(_engine_spec(voter_log.voter, model), server, progress.say), progress.say
@@ -218,6 +218,12 @@ class _Once:
             if not self._done:
                 self._done = True
                 self._call()
+
+
+def _model_of(voter_log: VoterLog) -> tuple[str, ...]:
+    """Sort key that brings together the voters that one engine answers for, so that it is loaded once."""
+    voter = voter_log.voter
+    return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
 
 
 def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:

@@ -13,7 +13,7 @@ from stages.errors import DataError, MissingInputError
 
 SHOWN_PROBLEMS = 20
 SHOWN_LINES = 6
-"""Numbers of lines that are shown for one reason."""
+"""Line numbers that are shown for one reason, at most."""
 MAX_LINE_BYTES = 32 * 2**20
 
 
@@ -24,7 +24,7 @@ class Example:
     id: str
     prompt: str
     response: str
-    """Empty if the row has none: it can be voted on, and rewarded, and not imitated."""
+    """Empty if the row has none; such a row can be voted on and rewarded, but not imitated."""
     gold: str | None
     """Verifiable final answer, if the response has one."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +119,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """
     start = first_bytes(path).decode("utf-8-sig", "replace").strip()
     if start and start[0] not in "{[":
-        raise DataError(f"{path} is no JSON Lines: it begins with {start!r}", "name a table FILE.csv")
+        reason = f"{path} is not JSON Lines: it begins with {start!r}"
+        raise DataError(reason, "if it is a table, give it a name that ends in .csv or .tsv")
     rows = parse_jsonl(_lines(path), path)
     if not rows:
         raise DataError(f"{path} has no rows")

@@ -255,7 +255,7 @@ def test_voters_at_several_servers_run_side_by_side(config):
             for n, m, model in (("a", one, "judge"), ("b", two, "jury"))
         ]
         artifact = classify(settings_with(config(one.url), voters))
-        with pytest.raises(ConfigError, match="a and b are one model and persona at two addresses"):
+        with pytest.raises(ConfigError, match="a and b have one model and persona, but other URLs"):
             classify(settings_with(config(one.url), [{**voter, "model": "judge"} for voter in voters]))
     votes = read_labels(artifact.path / "labels.jsonl")[0].votes
     # A request may be sent again where the machine is slow.

@@ -182,7 +182,7 @@ def test_rows_of_another_commit_are_refused(monkeypatch, here, fits):
     if fits:
         assert len(data.read(source)) == 1
     else:
-        with pytest.raises(MissingInputError, match="me/rows is here as of bbb.*, not of revision aaa"):
+        with pytest.raises(MissingInputError, match="the local copy of me/rows is commit bbb.*, not aaa"):
             data.read(source)
 
 
@@ -229,7 +229,7 @@ def test_the_names_of_alpaca_and_dolly_for_one_field(tmp_path):
         tmp_path, {"instruction": "I", "input": "X", "context": "", "output": "", "response": "R"}
     )
     assert (example.prompt, example.response) == ("I\n\nX", "R")
-    assert "says something else than its other name" in refused(
+    assert "mean the same, and their values differ" in refused(
         tmp_path, {"instruction": "I", "output": "good", "response": "bad"}
     )
 
@@ -246,7 +246,9 @@ def test_the_names_of_alpaca_and_dolly_for_one_field(tmp_path):
 def test_worked_examples_are_not_the_rows_that_are_asked(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").touch()
-    with pytest.raises(ConfigError, match="2 shots of gsm8k need shots_path: rows that are not asked"):
+    with pytest.raises(
+        ConfigError, match="2 shots of gsm8k would be rows that are asked, too: set shots_path"
+    ):
         data.shots_source(BenchmarkSection(kind="gsm8k", shots=2, **settings))
     other = settings | {"shots_path": "other.jsonl"}
     assert data.shots_source(BenchmarkSection(kind="gsm8k", shots=2, **other)).path == "other.jsonl"

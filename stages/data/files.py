@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 ANSWERS = {"answer", "output", "response", "completion"}
 """Fields whose cells in a table are numbers where they look like one."""
 FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
-"""Fields by which a lone object is a row, and not a list of rows under a name."""
+"""A file with one object is a single row if the object has one of these fields; others are refused."""
 Rows = list[tuple[int, dict[str, Any]]]
 """Each row with its number: the line in JSON Lines and CSV, else counted from 1."""
 
@@ -46,7 +46,7 @@ def _json(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{"):
             return read_jsonl(path)
-        raise DataError(f"{path} is no JSON: {error}") from None
+        raise DataError(f"{path} is not JSON: {error}") from None
     if isinstance(rows, dict) and FIRST_FIELDS & rows.keys():  # JSON Lines of one line
         return [(1, rows)]
     if isinstance(rows, dict):
@@ -54,7 +54,7 @@ def _json(path: Path) -> Rows:
         hint = f"its field {lists[0]} is a list: write that alone into a file" if lists else None
         raise DataError(f"{path} is one object, not a list of rows", hint)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no list of rows")
+        raise DataError(f"{path} is not a list of rows")
     odd = [
         f"{path}:{n}: expected an object, got {type(row).__name__}"
         for n, row in enumerate(rows, 1)
@@ -96,7 +96,7 @@ def _parquet(path: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is no Parquet file: {error}") from None
+        raise DataError(f"{path} is not a Parquet file: {error}") from None
     # Through JSON, so that dates and the like become text, as in the other kinds of file.
     return [(number, json.loads(json.dumps(row, default=_plain))) for number, row in enumerate(table, 1)]
 

@@ -70,7 +70,8 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
     A row whose answers can be verified by one of its fields, or any row with `keeps_empty`, may have no
     response: it makes an example whose response is empty.
     """
-    may_lack = keeps_empty or any(row.get(name) for name in VERIFYING)
+    # 0 is an answer, although it is false.
+    may_lack = keeps_empty or any(row.get(name) or row.get(name) == 0 for name in VERIFYING)
     if kind == "alpaca":
         row = _with_one_name(row)
         answer = _answer(row, "output", may_lack)
@@ -162,7 +163,7 @@ def _with_one_name(row: dict[str, Any]) -> dict[str, Any]:
     for original, value in row.items():
         name = SYNONYMS.get(original, original)
         if renamed.get(name) and value and renamed[name] != value:
-            raise ValueError(f"field {original} says something else than its other name does")
+            raise ValueError(f"fields {name} and {original} mean the same, and their values differ")
         renamed[name] = renamed.get(name) or value
     return renamed
 

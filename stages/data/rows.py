@@ -167,8 +167,8 @@ def _check_commit(source: SourceSection, loaded: Any) -> None:
     commits = {name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)}
     if commits and commits != {resolve_commit("dataset", str(source.path), source.revision)}:
         raise MissingInputError(
-            f"{source.path} is here as of {', '.join(sorted(commits))}, not of revision {source.revision}",
-            "fetch it once with a network, or name the revision that is here",
+            f"the local copy of {source.path} is commit {', '.join(sorted(commits))}, not {source.revision}",
+            "run once with a network, or set the revision to that commit",
         )
 
 
@@ -217,8 +217,8 @@ def shots_source(benchmark: BenchmarkSection) -> SourceSection:
     path = benchmark.shots_path or benchmark.path
     if path == benchmark.path and (benchmark.shots_split == benchmark.split or Path(path or "").exists()):
         raise ConfigError(
-            f"{benchmark.shots} shots of {benchmark.kind} need shots_path: rows that are not asked",
-            "or shots: 0; of a hub data set, shots_split or split would do",
+            f"{benchmark.shots} shots of {benchmark.kind} would be rows that are asked, too: set shots_path",
+            "or shots: 0; for a hub data set another shots_split will do",
         )
     return SourceSection(
         path=path, subset=benchmark.subset, split=benchmark.shots_split, revision=benchmark.revision

@@ -42,8 +42,9 @@ class StopConditions:
             return True
         if not self.texts:
             return False
-        # A token is at least one byte, so a text of n bytes that has just ended begins at most n tokens back.
-        # Four more (the longest UTF-8 character) keep a character that the cut splits clear of the text.
+        # A token has at least one byte, so a text of n bytes that has just ended begins in the last n tokens.
+        # Four more tokens, for the bytes of the longest UTF-8 character: if the window begins inside a
+        # character, the rest of that decodes to replacement characters before the text, not within it.
         window = max(len(text.encode()) for text in self.texts) + 4
         tail = self.tokenizer.decode(ids[-window:])
         return any(text in tail for text in self.texts)
@@ -220,6 +221,7 @@ def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     # probability 0, also for a draw of 0.
     targets = draws.double()[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True)  # (rows, 1)
+    # A finite draw stays below the last sum. NaN exceeds nothing, and its search ends past the vocabulary.
     return tokens[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 

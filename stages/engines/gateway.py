@@ -1,8 +1,8 @@
 """Gateway before a vLLM server: one OpenAI-compatible address for modes of a model, and `auto` among them.
 
-Requests for `auto` are answered in the mode that a callable chooses. A chat without a system message gets
-that of its mode. Everything else of a request passes as it is, and the response as it comes. The header
-MODE_HEADER of a response names the mode.
+Requests for `auto` are answered in the mode that a callable chooses. A request to CHAT without a system
+message gets that of its mode. All else passes through unchanged, in both directions. The header MODE_HEADER
+of a response names the mode.
 """
 
 from __future__ import annotations
@@ -122,16 +122,16 @@ class Gateway:
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
         if path not in PATHS:
-            return _refusal(f"there is no {path} here", 404)
-        if self.api_key and not hmac.compare_digest(
-            request.headers.get("authorization", "").encode(), f"Bearer {self.api_key}".encode()
-        ):
-            return _refusal("a wrong API key, or none", 401)
+            return _refusal(f"unknown endpoint {path}", 404)
+        key = request.headers.get("x-api-key", "")  # Anthropic's clients; OpenAI's send a Bearer token
+        token = request.headers.get("authorization", f"Bearer {key}")
+        if self.api_key and not hmac.compare_digest(token.encode(), f"Bearer {self.api_key}".encode()):
+            return _refusal("wrong or missing API key", 401)
         body = await request.body()
         headers: dict[str, str] = {}
         try:
             if request.method == "POST" and "model" in (content := _json_object(body)):
-                in_mode, headers = await self._in_a_mode(path, content, request.app.state.votes)
+                in_mode, headers = await self._with_mode(path, content, request.app.state.votes)
                 body = body if in_mode == content else json.dumps(in_mode).encode()
             if path == MODELS:
                 return await self._models(request)
@@ -139,9 +139,9 @@ class Gateway:
         except ValueError as error:
             return _refusal(str(error), 400)
         except (httpx.HTTPError, LoraparError) as error:
-            return _refusal(f"the server behind this address: {type(error).__name__} {error}", 502)
+            return _refusal(f"the server behind this gateway failed: {type(error).__name__} {error}", 502)
 
-    async def _in_a_mode(
+    async def _with_mode(
         self, path: str, content: dict[str, Any], votes: ThreadPoolExecutor
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the request for the server, and headers of its response; ValueError to refuse it."""
@@ -153,7 +153,7 @@ class Gateway:
             headers[VOTE_HEADER] = "none" if vote is None else f"{vote:.4f}"
         if not isinstance(mode, str) or mode not in self.system_messages:
             raise ValueError(
-                f"there is no model {mode!r} here; choose from {', '.join([*self.system_messages, AUTO])}"
+                f"unknown model {mode!r}; choose from {', '.join([*self.system_messages, AUTO])}"
             )
         headers[MODE_HEADER] = mode
         content, messages = {**content, "model": mode}, content.get("messages")
@@ -179,16 +179,15 @@ class Gateway:
         from starlette.responses import Response, StreamingResponse
 
         client: httpx.AsyncClient = request.app.state.client
-        own = {
-            name: value for name, value in request.headers.items() if name not in PER_HOP | {"authorization"}
-        }
+        dropped = PER_HOP | {"authorization", "x-api-key"}
+        own = {name: value for name, value in request.headers.items() if name not in dropped}
         url = httpx.URL(f"{self.upstream}{request.url.path}", query=request.url.query.encode() or None)
         sending = asyncio.create_task(
             client.send(client.build_request(request.method, url, headers=own, content=body), stream=True)
         )
-        leaving = asyncio.create_task(_left(request))
-        await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
+        disconnected = asyncio.create_task(_client_disconnected(request))
+        await asyncio.wait([sending, disconnected], return_when=asyncio.FIRST_COMPLETED)
+        disconnected.cancel()
         if not sending.done():
             sending.cancel()
             return Response(status_code=499)  # nobody is there to read it
@@ -202,7 +201,7 @@ class Gateway:
         )
 
 
-async def _left(request: Request) -> None:
+async def _client_disconnected(request: Request) -> None:
     """Wait until the client closes its connection; its request is read already."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -221,7 +220,7 @@ def question(path: str, content: dict[str, Any]) -> Example:
     ]
     asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
     if not asked:
-        raise ValueError(f"model {AUTO} needs a message of the user")
+        raise ValueError(f"model {AUTO} needs a user message")
     earlier = [[turns[i][1], turns[i + 1][1]] for i in asked[:-1] if turns[i + 1][0] == "assistant"]
     return Example("question", turns[asked[-1]][1], "", None, turns=earlier)
 

@@ -29,7 +29,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
 from stages.prompts.answers import THOUGHT
-from stages.prompts.renderer import chat
+from stages.prompts.renderer import chat, ids_to_continue
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -187,7 +187,7 @@ class InProcess:
 def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> list[int]:
     """Tokenize the text of a request; ConfigError if it is a chat and the tokenizer has no template."""
     if isinstance(request.text, str):
-        return list(tokenizer(request.text)["input_ids"])
+        return ids_to_continue(tokenizer, request.text)
     if isinstance(request.text[0], int):
         return list(request.text)  # type: ignore[arg-type]
     if not tokenizer.chat_template:

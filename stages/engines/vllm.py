@@ -243,8 +243,9 @@ def context_length(model: ModelSection, server: ServerSection, extra: dict[str, 
     if "max_model_len" in arguments:
         return int(arguments["max_model_len"])
     overrides = arguments.get("hf_overrides") or {}
-    of_head = isinstance(overrides, dict) and overrides.keys() <= FLOAT32_HEAD.keys()
-    if not of_head or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":
+    # Other overrides, of rope_scaling say, may stretch the context: then the config's length is no limit.
+    changes_head_only = isinstance(overrides, dict) and overrides.keys() <= FLOAT32_HEAD.keys()
+    if not changes_head_only or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":
         return server.max_model_len
     try:
         context = max_positions(load_config(model))

@@ -12,7 +12,7 @@ PREFIX = re.compile(r"^\(\w+ pid=\d+\) ?|^(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^
 ERROR = re.compile(r"^(?:[\w.]*\b\w*(?:Error|Exception)|\S+\.py: error): .*|^[\w.]*\w+Error$")
 """Last line of a traceback, or a message of its argument parser."""
 NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "EngineCore encountered an issue")
-"""Errors of the server's front about the end of its engine, whose own error stands above."""
+"""Errors by which the API server reports that its engine ended; the engine's own stands above them."""
 
 
 def last_error(log: Path) -> str:

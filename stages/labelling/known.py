@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.data.formats import instruction
 from stages.errors import DataError
-from stages.records import Example, Labelled, data_error, read_jsonl
+from stages.records import MAX_LINE_BYTES, Example, Labelled, data_error, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ def system_of(value: Any) -> int | None:
 
 def _read_labels(path: Path, field: str) -> list[tuple[str, Any]]:
     """The keys of a file, each with its unparsed label."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
-            labels = json.loads(path.read_text(encoding="utf-8"))
+            labels = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise DataError(f"{path} is not JSON: {error}") from None
         if not isinstance(labels, dict):
@@ -86,7 +86,7 @@ def _read_labels(path: Path, field: str) -> list[tuple[str, Any]]:
 def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     """The same for JSON Lines and CSV; a line with several KEYS yields its label under each."""
     bad = []
-    for number, row in _read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
+    for number, row in _read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
@@ -99,6 +99,7 @@ def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a CSV file with a header, each with the number of its last line; an empty cell is None."""
+    csv.field_size_limit(MAX_LINE_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)

@@ -76,11 +76,13 @@ def read_labelled_examples(path: Path) -> list[CalibrationExample]:
     for number, row in read_jsonl(path):
         system = system_of(row.get("system"))
         if system and isinstance(row.get("question"), str) and is_encodable(row):
-            examples.append(CalibrationExample(row["question"], str(row.get("answer", "")), system))
+            answer = row.get("answer")
+            answer = "" if answer is None else str(answer)
+            examples.append(CalibrationExample(row["question"], answer, system))
         else:
             bad.append(f"{path}:{number}")
     if bad:
-        raise data_error("a labelled example needs question, answer and system 1 or 2", bad)
+        raise data_error("a labelled example needs a question and a system, 1 or 2", bad)
     if len({row.system for row in examples}) < 2:
         raise DataError(f"{path} has examples of one system only")
     return examples

@@ -88,7 +88,7 @@ def _refuse_weak_voters(voters: dict[str, Any], min_auc: float) -> None:
     if all(area is not None and area < min_auc for area in areas.values()):
         tried = ", ".join(f"{title} {area:.2f}" for title, area in areas.items())
         raise AnswerError(
-            f"no voter can tell the systems apart: AUC {tried} on known examples, where {GUESS} is a guess",
+            f"no voter can tell the systems apart: AUC {tried} on labelled examples, {GUESS} is chance",
             "a larger model or another persona (lorapar list personas), labels of your own "
             "(classify.strategy: known), or classify.accept_weak: true",
         )

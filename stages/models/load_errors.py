@@ -18,7 +18,7 @@ from stages.errors import (
     is_rust_panic,
 )
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""
 CHANGED = "the folder may be incomplete or of another kind: compare it with where it came from"
 
@@ -39,7 +39,7 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
     except BaseException as error:
         if not (isinstance(error, Exception) or is_rust_panic(error)):
             raise
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
             raise
         if isinstance(error, OSError | ImportError | ValueError):
             path = Path(model.name)

@@ -20,7 +20,7 @@ def parameters(model: ModelSection) -> int | None:
     """Estimate a model's parameters from its width, depth and vocabulary; None if its config does not say.
 
     vocabulary · width + layers · (4 · width² + 3 · width · inner): embeddings, attention, and a gated MLP.
-    The size of a mixture of experts is not told.
+    None for a mixture of experts, too.
     """
     config = _config(model)
     inside = config.get("text_config")

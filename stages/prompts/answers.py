@@ -43,13 +43,15 @@ def after_thought(text: str) -> str:
 def extract(text: str, answer_format: str) -> Extracted:
     """Read the final answer of a model's text, after its thought; the last occurrence counts."""
     text = after_thought(text)
-    strict = _in_tags(text) if answer_format == "xml" else _after_hashes(text)
+    if answer_format == "xml":
+        strict = remainder = _in_tags(text)
+    else:
+        strict, remainder = _after_hashes(text)
     if strict is None:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
     if parse_number(strict) is not None:
         return Extracted(strict, strict)
-    remainder = strict if answer_format == "xml" else text[text.rindex(strict) :]
-    return Extracted(strict, _last_number(remainder) or strict)
+    return Extracted(strict, _last_number(remainder or "") or strict)
 
 
 def _last_number(text: str) -> str | None:
@@ -59,9 +61,10 @@ def _last_number(text: str) -> str | None:
     return last[0][0] if last else None
 
 
-def _after_hashes(text: str) -> str | None:
-    answers = _ANSWER_LINE.findall(text)
-    return _without_full_stop(answers[-1]) if answers else None
+def _after_hashes(text: str) -> tuple[str | None, str | None]:
+    """Return the last answer after `####`, and the text from there on; None and None if there is none."""
+    last = collections.deque(_ANSWER_LINE.finditer(text), maxlen=1)
+    return (_without_full_stop(last[0][1]), text[last[0].start(1) :]) if last else (None, None)
 
 
 def _without_full_stop(line: str) -> str:
@@ -123,6 +126,7 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     if not match or (match["sign"] and match["inner_sign"]) or (match["mixed"] and not match["denominator"]):
         return None
     denominator, unit = int((match["denominator"] or "1").replace(",", "")), match["unit"]
+    # A dash right after the number, or after one letter (`5 -`, `5x -`), begins a subtraction that was cut.
     if denominator == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", unit):
         return None
     # `1 1/2` is mixed 1, value 1, denominator 2.
@@ -140,20 +144,23 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
 
 
 # A choice. `A` and `I` before a lower-case word are the article and the pronoun.
-_LETTER = r"([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!')"
+_LETTER = r"([B-HJ]|A(?! [a-z])|I(?! [a-z]))\b(?!['\u2019])"
 # After "the answer is", `A` is a choice even if a conjunction follows, such as `A because …`.
 _NAMED_LETTER = _LETTER.replace(
     "A(?! [a-z])", r"A(?! (?!(?:because|since|as|and|or|but|not|for|so|due)\b)[a-z])"
 )
 _NAMINGS = [
-    re.compile(rf"(?i:{phrase}\s*)\(?{_NAMED_LETTER}")
+    re.compile(rf'(?i:{phrase})[\s*("]*{_NAMED_LETTER}')
     for phrase in (
-        r"answer(?: is|:)?(?:\s+(?:choice|option))?",
-        r"(?:choice|option)(?: is|:)",
+        r"answer(?: is)?:?(?:\s+(?:choice|option))?:?",
+        r"(?:choice|option)(?: is:?|:)",
         r"(?:choice|option)",
     )
 ]
-"""Ways to name a choice; those that say which one is right come before those that may mention any."""
+"""Ways to name a choice; those that say which one is right come before those that may mention any.
+
+A bracket, a quotation mark and bold type may stand before the letter.
+"""
 
 
 def extract_letter(text: str, leading_only: bool = False) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from stages.prompts.answers import after_thought
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
-"""Texts that end a function: the HumanEval paper's, and four more that cannot be in a function's body."""
+"""Texts that end a function: the HumanEval paper's five, and five more that a function's body cannot have."""
 
 _FUTURE_IMPORT = re.compile(r"^from __future__ import [\w, ]+$", re.MULTILINE)
 
@@ -53,7 +53,7 @@ def stub(prompt: str) -> str:
     for deeper in ("", "    "):  # after a comment in the body, and after `def f():`
         if _parses(program := f"{text}{indent}{deeper}pass\n"):
             return program
-    raise SyntaxError("the prompt is no beginning of a Python program")
+    raise SyntaxError("the prompt is not the beginning of a Python program")
 
 
 # At the start of a line a fence may name any language; within a line only Python or nothing.

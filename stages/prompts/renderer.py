@@ -73,6 +73,14 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask
         ) from None
 
 
+def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text that the model continues: with what goes before it, and no EOS after it."""
+    ids = list(tokenizer(text)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
 def _longest_first(row: Row) -> int:
     return -len(row.input_ids)
 
@@ -170,9 +178,8 @@ class Renderer:
         # text, but not an EOS after it, because the answer follows.
         if self.section.template == "chat":
             return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        ids = list(self.tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
+        ids = ids_to_continue(self.tokenizer, prompt)
+        # The template `bare` writes an EOS after the question, which was taken away, too.
         return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
 
     def row(self, example: Example) -> Row:

@@ -92,7 +92,7 @@ def strict_format(completions: list[str], answer_format: list[str], **_: Any) ->
 
 @rewards.add()
 def soft_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the completion begins in the answer format; white space does not matter."""
+    """1 if the text begins with both tags (xml) or has `####` before some text (hash), in any spacing."""
     pairs = zip(completions, answer_format, strict=True)
     return [float(bool(_SOFT_FORMAT[style].match(text))) for text, style in pairs]
 

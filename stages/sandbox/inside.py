@@ -23,6 +23,8 @@ from typing import Any
 
 MAX_LINE = 4 * 2**20
 MAX_ITEMS = 10**6
+MAX_ARGUMENTS = 10_000
+"""Most characters of an exception's arguments, as JSON."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -95,6 +97,10 @@ def decode(value: Any) -> Any:
     raise ValueError(f"no such kind of value: {kind!r:.40}")
 
 
+class ChannelClosed(Exception):
+    """Raised where the other end has closed the channel; EOFError may be the program's own."""
+
+
 class Channel:
     """Sends and receives JSON lines over the original standard input and output.
 
@@ -114,7 +120,7 @@ class Channel:
     def receive(self) -> Any:
         line = self._in.readline(MAX_LINE)
         if not line.endswith(b"\n"):
-            raise EOFError
+            raise ChannelClosed
         return json.loads(line)
 
 
@@ -126,6 +132,15 @@ def set_limits(limits: dict[str, int]) -> None:
 
 def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _arguments_of(error: BaseException) -> Any:
+    """Encode what an exception was made of, so that the judge can make the same; else a part of its text."""
+    with contextlib.suppress(NotPlainData):
+        arguments = encode(tuple(error.args))  # UnicodeDecodeError takes five, and KeyError's text has quotes
+        if len(json.dumps(arguments)) <= MAX_ARGUMENTS:
+            return arguments
+    return encode((str(error)[:300],))
 
 
 def candidate(channel: Channel, job: dict[str, str]) -> None:
@@ -152,7 +167,7 @@ def candidate(channel: Channel, job: dict[str, str]) -> None:
             reply = {"strange": str(error)}
         except BaseException as error:
             kind = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
-            reply = {"raised": [kind.__name__, str(error)[:300]]}
+            reply = {"raised": [kind.__name__, _arguments_of(error)]}
         with contextlib.suppress(NotPlainData):
             arguments_now = [encode(arguments), encode(keywords)]
             if arguments_now != call:
@@ -190,10 +205,10 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
         if "strange" in reply:
             strange_types.append(str(reply["strange"])[:80])
             raise TypeError(f"a result of type {strange_types[-1]}")
-        name, text = reply["raised"]
+        name, error_arguments = reply["raised"]
         kind = getattr(builtins, name, None)
         is_exception = isinstance(kind, type) and issubclass(kind, Exception)
-        raise (kind if is_exception else RuntimeError)(text)
+        raise (kind if is_exception else RuntimeError)(*decode(error_arguments))
 
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -203,7 +218,7 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
         if "check" in namespace:
             namespace["check"](stand_in)
         verdict, why = "passed", ""
-    except EOFError:
+    except ChannelClosed:
         raise
     except BaseException as error:
         verdict, why = "failed", _error_text(error)
@@ -240,7 +255,7 @@ def main() -> None:
     channel.send("ready")
     set_limits(json.loads(sys.argv[2]))
     role = {"candidate": candidate, "judge": judge, "plain": plain}[sys.argv[1]]
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(ChannelClosed):
         role(channel, channel.receive())
 
 

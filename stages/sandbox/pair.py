@@ -84,7 +84,7 @@ class _SandboxedProcess:
             ready.register(pipe, selectors.EVENT_WRITE)
             while line:
                 if not ready.select(max(0.0, deadline - time.monotonic())):
-                    raise _RunEnded("timeout", "out of time")
+                    raise _RunEnded("timeout", "ran out of time")
                 try:
                     line = line[os.write(pipe, line) :]
                 except BlockingIOError:
@@ -98,7 +98,7 @@ class _SandboxedProcess:
             remaining = deadline - time.monotonic()
             events = self._selector.select(remaining) if remaining > 0 else []
             if not events:
-                raise _RunEnded("timeout", "out of time")
+                raise _RunEnded("timeout", "ran out of time")
             for key, _ in events:
                 chunk = os.read(key.fd, 65536)
                 if key.fileobj is self.process.stderr:
@@ -110,7 +110,7 @@ class _SandboxedProcess:
                 else:
                     self._unread += chunk
                     if len(self._unread) > MAX_LINE:
-                        raise _RunEnded("flooded", "an answer of more than 4 MiB")
+                        raise _RunEnded("flooded", "sent an answer of more than 4 MiB")
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
@@ -118,7 +118,7 @@ class _SandboxedProcess:
         self._output_bytes += len(chunk)
         self.output = (self.output + chunk)[-OUTPUT_TAIL:]
         if self._output_bytes > MAX_OUTPUT:
-            raise _RunEnded("flooded", "more than 1 MiB of output")
+            raise _RunEnded("flooded", "wrote more than 1 MiB of output")
 
     def _raise_crashed(self) -> NoReturn:
         """Wait for the exit code of a process that closed its pipe, read its last output, and raise."""

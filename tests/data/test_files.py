@@ -52,7 +52,7 @@ REFUSED = {
     "head.csv": ("question,answer\n", "head.csv has no rows"),
     "csv.jsonl": (
         "question,answer\na,b\nc,d\n",
-        "csv.jsonl is no JSON Lines: it begins with 'question,answer'",
+        "csv.jsonl is not JSON Lines: it begins with 'question,answer'",
     ),
     "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
     "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
@@ -72,7 +72,7 @@ REFUSED = {
     ),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
     "turns.jsonl": (lines({"messages": chat("a")}), "expected user and assistant in turns"),
-    "no.parquet": (b"PAR1 and more", "no.parquet is no Parquet file"),
+    "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }
 
 
@@ -102,6 +102,13 @@ def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer
     path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
     (example,) = read(DataSection(path=path))
     assert example.response == example.gold == text
+
+
+@pytest.mark.parametrize("gold", [0, 0.0])
+def test_zero_is_a_verifiable_answer(tmp_path, gold):
+    path = write(tmp_path / "rows.jsonl", lines({"question": "3 - 3?", "gold": gold}))
+    (example,) = read(DataSection(path=path))
+    assert (example.response, example.gold) == ("", str(gold))
 
 
 @pytest.mark.parametrize("name", REFUSED)

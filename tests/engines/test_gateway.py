@@ -95,17 +95,17 @@ def test_the_models_are_the_modes(served):
     [
         ("/v1/completions", {"model": "auto", "prompt": "x"}, 400, "model auto answers chats"),
         (CHAT, {"model": "auto"}, 400, "model auto answers chats"),
-        (CHAT, {"model": "auto", "messages": []}, 400, "needs a message of the user"),
+        (CHAT, {"model": "auto", "messages": []}, 400, "needs a user message"),
         (
             CHAT,
             {"model": "base", "messages": [_user("x")]},
             400,
-            "no model 'base' here; choose from fast, slow",
+            "unknown model 'base'; choose from fast, slow",
         ),
-        (CHAT, {"model": "router", "messages": [_user("x")]}, 400, "no model 'router' here"),
-        (CHAT, {"model": ["x"], "messages": [_user("x")]}, 400, "no model ['x'] here"),
+        (CHAT, {"model": "router", "messages": [_user("x")]}, 400, "unknown model 'router'"),
+        (CHAT, {"model": ["x"], "messages": [_user("x")]}, 400, "unknown model ['x']"),
         (CHAT, {"model": "auto", "messages": [_user("stalled")]}, 502, "ServerError no answer in 3 s"),
-        ("/v1/load_lora_adapter", {"lora_name": "x"}, 404, "there is no /v1/load_lora_adapter here"),
+        ("/v1/load_lora_adapter", {"lora_name": "x"}, 404, "unknown endpoint /v1/load_lora_adapter"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_the_form_of_openai(served, path, body, status, message):
@@ -124,6 +124,10 @@ def test_a_key_is_asked_for_and_not_passed_on():
         body = {"model": "fast", "prompt": "x"}
         right = client.post("/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
         assert right.status_code == 200 and mock.bodies == [body]
+        as_anthropic = client.post("/v1/completions", json=body, headers={"x-api-key": "secret"})
+        assert as_anthropic.status_code == 200
+        wrong = client.post("/v1/completions", json=body, headers={"x-api-key": "Secret"})
+        assert wrong.status_code == 401
 
 
 def test_a_server_that_is_gone_is_said():

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
-from stages.engines.in_process import PADDED_BATCH, InProcess, batch_sizes, word_tokens
+from stages.engines.in_process import PADDED_BATCH, InProcess, batch_sizes, choice_ids, word_tokens
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -221,3 +221,13 @@ def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
     first = next(made)
     assert len(written) == in_process.THINKING_BATCHES * engine.batch_size < 40
     assert sorted([first[0], *(i for i, _ in made)]) == list(range(40))
+
+
+def test_a_text_to_continue_does_not_end_in_eos():
+    class Appending:
+        eos_token_id = 2
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, 40, 2]}
+
+    assert choice_ids(Appending(), ChoiceRequest("x", ("A", "B"))) == [1, 40]

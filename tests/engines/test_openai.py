@@ -403,7 +403,7 @@ def test_a_server_that_fails_is_not_asked_more_at_a_time():
 
 def test_unlike_servers_of_one_model_are_noticed():
     with serve(Mock(constrains=False)) as one, serve(Mock(weights="other", constrains=False)) as two:
-        with pytest.raises(ConfigError, match="serves another judge"):
+        with pytest.raises(ConfigError, match="serve different models as judge"):
             Client((one.url, two.url), "judge", "", QUICK).fingerprint()
         assert Client((one.url, one.url), "judge", "", QUICK).fingerprint()
 

@@ -45,6 +45,19 @@ def test_an_empty_cell_of_a_csv_is_no_label(tmp_path):
     assert [row.system for row in rows] == [2, None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '\ufeff{"id0": 1}'),
+        ("A.CSV", "id,system\nid0,1\n"),
+        ("a.csv", f"id,note,system\nid0,{'x' * 140_000},1\n"),
+    ],
+)
+def test_files_of_labels_are_read_as_those_of_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert with_known_labels(ROWS, "system", tmp_path / name)[0].system == 1
+
+
 def test_a_csv_without_the_label_names_its_lines(tmp_path):
     (tmp_path / "a.csv").write_text('question,voted\n"What\nis it?",1\nWhat?,2\n')
     with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):
@@ -69,7 +82,7 @@ def test_an_instruction_that_is_no_text_names_no_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "id0", "instruction": null, "system": 1}\n')
     assert with_known_labels(ROWS, "system", tmp_path / "a.jsonl")[0].system == 1
     (tmp_path / "a.jsonl").write_text('{"instruction": "I", "input": "a", "context": "b", "system": 1}\n')
-    with pytest.raises(DataError, match="says something else than its other name"):
+    with pytest.raises(DataError, match="mean the same, and their values differ"):
         with_known_labels(ROWS, "system", tmp_path / "a.jsonl")
 
 

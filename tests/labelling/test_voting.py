@@ -1,3 +1,4 @@
+import json
 import math
 import re
 
@@ -86,9 +87,15 @@ def test_labels_of_a_user_s_examples_may_be_written_as_elsewhere(tmp_path):
 def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
     (tmp_path / "h.jsonl").write_text(row + "\n")
     with pytest.raises(
-        DataError, match="a labelled example needs question, answer and system 1 or 2: .*h.jsonl:1"
+        DataError, match="a labelled example needs a question and a system, 1 or 2: .*h.jsonl:1"
     ):
         read_labelled_examples(tmp_path / "h.jsonl")
+
+
+def test_a_labelled_example_without_an_answer_has_none(tmp_path):
+    rows = [{"question": "Is it?", "answer": None, "system": 1}, {"question": "And?", "system": 2}]
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.answer for row in read_labelled_examples(tmp_path / "h.jsonl")] == ["", ""]
 
 
 def labels(
@@ -351,7 +358,7 @@ def test_only_voters_that_are_all_guessing_are_refused():
     with pytest.raises(AnswerError) as caught:
         _refuse_weak_voters(weak(a=0.5, b=0.59), 0.6)
     assert str(caught.value) == (
-        "no voter can tell the systems apart: AUC a 0.50, b 0.59 on known examples, where 0.5 is a guess"
+        "no voter can tell the systems apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is chance"
     )
     assert "classify.accept_weak: true" in caught.value.hint
     for voters in (weak(a=0.5, b=0.6), weak(a=0.5, b=None), weak(a=None)):

@@ -106,6 +106,11 @@ def test_targets_are_rewritten():
         ("The answer is A good one", None),
         ("The answer is A because B is wrong.", "A"),
         ("answer: B", "B"),
+        ("The correct answer is: B) Paris. C) London is wrong.", "B"),
+        ("The answer is: B, since C is too large", "B"),
+        ("**Answer:** B. Not C.", "B"),
+        ("The right choice is: B. D is too large.", "B"),
+        ("Probably B, but I\u2019m not sure", "B"),
         ("<think>The answer is A, or B?</think> C", "C"),
         ("<think>The answer is A", None),
     ],
@@ -134,6 +139,7 @@ def test_a_thought_is_no_answer(text, strict, flexible):
         ("#### The total is 18\n###########", "18"),
         ("#### Answer: 18\n#### \nDone", "18"),
         ("#### 7 of these\n#### Then 8 and 9", "9"),
+        ("#### Answer\nThere are 18 eggs. That is the Answer.", "18"),
     ],
 )
 def test_the_flexible_reading_begins_at_the_answer_that_was_found(text, flexible):

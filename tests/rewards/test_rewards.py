@@ -119,7 +119,7 @@ def test_any_beginning_of_a_function_can_be_run(prompt):
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
     for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):
         compile(text, "", "exec")
-    with pytest.raises(SyntaxError, match="no beginning of a Python program"):
+    with pytest.raises(SyntaxError, match="not the beginning of a Python program"):
         stub("Write a function.")
 
 

@@ -135,6 +135,25 @@ def test_an_exception_of_the_program_s_own_is_the_built_in_one_that_it_is(safe):
     assert not safe.check(own.replace("KeyError", "ValueError"), tests, "f").passed
 
 
+def test_a_built_in_exception_arrives_with_its_arguments(safe):
+    tests = "def check(f):\n    try: f(b'\\xff')\n    except UnicodeDecodeError as e: assert e.start == 0\n"
+    assert safe.check("def f(b): return b.decode()", tests + "    else: assert 0", "f").passed
+    tests = "def check(f):\n    try: f('x')\n    except KeyError as e: assert e.args == ('x',)"
+    assert safe.check("def f(k): return {}[k]", tests, "f").passed
+    long = safe.check("def f(): raise ValueError('x' * 2**22)", "def check(f): f()", "f")
+    assert long.status == "failed" and long.why.startswith("ValueError: xxx")
+
+
+def test_an_end_of_file_of_the_program_s_own_is_its_error(safe):
+    verdict = safe.check("def f(): return input()", "def check(f): f()", "f")
+    assert verdict.status == "failed" and verdict.why.startswith("EOFError")
+
+
+def test_the_reason_of_a_verdict_is_a_sentence(safe):
+    noisy = safe.check(ADD, "def check(f): print('x' * 2**22); f(1, 1)", "add")
+    assert noisy.why == "the tests wrote more than 1 MiB of output"
+
+
 def test_a_suspicious_result_that_the_tests_swallow_stays_suspicious(safe):
     tests = "def check(f):\n    try: f()\n    except TypeError: pass"
     assert safe.check("def f(): return object()", tests, "f").status == "suspicious"

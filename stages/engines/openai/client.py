@@ -132,7 +132,9 @@ class Client:
         ]
         for url, probes in zip(self.transport.urls, fingerprints, strict=True):
             if not same_model(probes, fingerprints[0]):
-                raise ConfigError(f"{url} serves another {self.model} than {self.transport.urls[0]}")
+                raise ConfigError(
+                    f"{url} and {self.transport.urls[0]} serve different models as {self.model}"
+                )
         return fingerprints[0]
 
     def _find_model(self, name: str | None) -> tuple[str, int]:
@@ -192,9 +194,8 @@ class Client:
                 return await session.send("POST", path, adapted, read)  # type: ignore[no-any-return]
             except (ConfigError, ItemFailed) as error:
                 self._quirks.learn(str(error))
-                if (
-                    self._quirks.apply(body) == adapted
-                ):  # nothing learned, now or by another request meanwhile
+                # Compared with what was sent: another request may have taught the same meanwhile.
+                if self._quirks.apply(body) == adapted:
                     raise
 
     def _content(self, reply: Any) -> str:

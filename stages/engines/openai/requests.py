@@ -52,7 +52,7 @@ def choice_body(
 def constrained_body(
     model: str, request: ChoiceRequest, words: tuple[str, ...], tokens: int
 ) -> tuple[str, dict[str, Any]]:
-    """Return the same for a choice among the words alone."""
+    """Like `choice_body`, with the reply constrained to one of the words."""
     path, body = choice_body(model, request, tokens, ALTERNATIVES)
     return path, {**body, "temperature": 0, "structured_outputs": {"choice": list(words)}}
 

@@ -113,7 +113,7 @@ class Transport:
         loop = asyncio.new_event_loop()
         # A thread of its own: a signal's exception rises in the caller's thread, and would be lost in a task.
         thread = threading.Thread(target=event_loop.run, args=(loop,), name="requests", daemon=True)
-        session.workers = min(self.server.concurrency or REQUESTS, self.most)
+        session.workers = self.server.concurrency or REQUESTS
         try:
             thread.start()
             for _ in range(session.workers):

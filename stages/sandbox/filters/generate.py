@@ -186,6 +186,7 @@ ALSO_WITHOUT_NAMESPACES = [
 def _refusal(number: int) -> bytes:
     """Assemble three BPF instructions that fail with EPERM if the number of the call is `number`."""
     load, jump_if_equal, return_, fail = 0x20, 0x15, 0x06, 0x00050000
+    # BPF_LD|W|ABS (operand 0: the call's number), BPF_JMP|JEQ|K, BPF_RET|K, and SECCOMP_RET_ERRNO.
     # (operation, jump if true, jump if false, operand); a false comparison jumps over the return
     instructions = ((load, 0, 0, 0), (jump_if_equal, 0, 1, number), (return_, 0, 0, fail | errno.EPERM))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
