@@ -21,7 +21,7 @@ GROUPS = {
         "partition": "Split the elements into S1-only, S2-only and shared; write the masks of SFT and RL.",
         "sft": "Train System 1's elements, mainly on its rows; in a second round (sft.rounds) System 2's.",
         "rl": "Train System 2's elements with GRPO, mainly on its rows.",
-        "eval": "Grade base, init, sft, sft2, rl, one region of rl, or auto on the benchmarks.",
+        "eval": "Grade base, init, sft, sft2, rl, rl-N (step N), a region of rl, or auto on the benchmarks.",
     },
     "Look": {
         "status": "Show which artifacts are current, and why the others are not.",

@@ -78,10 +78,10 @@ def _types() -> Finding:
 
 
 def _sandboxes() -> Iterator[Finding]:
+    """Yield one finding per sandbox, and one that says which of them runs model-written code."""
     from stages import sandbox
     from stages.sandbox.selftest import HOSTILE
 
-    """Yield one finding per sandbox, and one that says which of them runs model-written code."""
     usable = []
     for name, problems in sandbox.backend_problems().items():
         text = "; ".join(problems) or f"passes a good program, contains {len(HOSTILE)} hostile ones"

@@ -65,6 +65,8 @@ def command(
 
     settings, steps = plan_of(config, set_)
     modes = settings.eval.modes
+    if views and target is not None:
+        raise ConfigError("--views exports both modes: leave out --target")
     target = target or modes["slow"]
     _check_options(target, merged, base_dtype, views)
     if target == "sft2" and settings.sft.rounds == 1:
@@ -102,7 +104,7 @@ def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> 
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the data type of its base")
     if merged and views:
-        raise ConfigError("--views are adapters: a merged model has one mode")
+        raise ConfigError("--views cannot be combined with --merged: a merged model has only one mode")
 
 
 def _print_check(rows: Iterable[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ def command(
         typer.Option(
             "--protect",
             metavar="FILE",
-            help="Rows whose skill is to stay. A part of them is held out to measure it, and of DATA, too, "
+            help="Rows whose skill must survive. A part of them is held out to measure it, and of DATA, too, "
             "unless there is a --test.",
         ),
     ] = None,

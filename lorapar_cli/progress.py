@@ -81,6 +81,7 @@ class Bar:
         """Extrapolate the speed so far; None if nothing is done yet."""
         if not self.total or not self.done:
             return None
+        # Time left at the last advance, at the mean speed up to then; the time since has passed already.
         at_last_advance = (self.advanced_s - self.started_s) / self.done * (self.total - self.done)
         return max(0.0, at_last_advance - (now_s - self.advanced_s))
 

@@ -82,10 +82,11 @@ def _report_tables(
     options = ["--base", str(base)] if base else []
     options += _options("--column", column)
     options += ["--seeds", seeds] if seeds else []
+    options += ["--max-cells", str(max_cells)] if max_cells != MAX_CELLS else []
     options += sets(set_)
     all_results = [results(table) for table in tables]
     if not any(table_results.any_there for table_results in all_results):
-        hint = formats.command(["sweep", *map(str, paths), *options])
+        hint = formats.command(["sweep", *map(str, paths), *_options("--only", only), *options])
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
     out.mkdir(parents=True, exist_ok=True)
     sections = []

@@ -13,7 +13,6 @@ from lorapar_cli import voter_report
 from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
-from stages.config import REGIONS
 from stages.errors import LoraparError
 from stages.pipeline.state import State, state
 from stages.pipeline.steps import Step
@@ -194,12 +193,8 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         show(rows)
         print(f"{fewer}\n" if (fewer := comparison.answered_fewer(measurements)) else "")
     if tables:
-        print(
-            "accuracy in % [95 % interval]; p: paired test on the same items against the target to the left\n"
-            "tokens: mean length of an answer"
-        )
-        if any(row["target"] in REGIONS for measurements in tables.values() for row in measurements):
-            print("regions alone are tested against the model that they are of")
+        print("accuracy in % [95 % interval]; tokens: mean length of an answer")
+        print(comparison.p_note(row["target"] for measured in tables.values() for row in measured))
 
 
 def places(store: Store, steps: dict[str, Step]) -> None:

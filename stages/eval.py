@@ -78,7 +78,7 @@ def _route(
     benchmark: BenchmarkSection,
     server: ServerSection,
 ) -> dict[str, Any]:
-    """Write the answers of target auto, taken from those of both modes, and what every routing is worth."""
+    """Write target auto's answers, each taken from the mode chosen by the vote, and compare the routings."""
     name, module = job.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
     samples = {
         mode: read_samples(job.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")

@@ -20,7 +20,7 @@ from stages.errors import AnswerError, ConfigError, OutputError, ServerError, fi
 from stages.models.base import save_merged
 from stages.records import Labelled
 from stages.report.card import Form, card, card_of_views, hub_results
-from stages.report.views import View, view_of, views_of
+from stages.report.views import View, prompt_of, view_of, views_of
 from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ class _Trial:
 
         examples = read(config.data.model_copy(update={"limit": prompts}))
         labels = [Labelled(example, int(view.system), {}) for example in examples]
-        section = getattr(config, view.stage).prompt or config.prompt
-        renderer = Renderer(load_tokenizer(config.model), section, labels)
+        renderer = Renderer(load_tokenizer(config.model), prompt_of(config, view), labels)
         texts = [renderer.prompt(example.prompt, example=example) for example in examples]
         return cls(renderer, [RenderedPrompt(text, renderer.ids(text)) for text in texts])
 

@@ -42,7 +42,7 @@ def run(
         labels, start, job.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
     )
     prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
-    title = f"rl on {prompts.slow} prompts"
+    title = f"rl on {prompts.system2_rows} prompts"
     trainer.add_callback(ProgressCallback(job.progress, title, grpo.steps, SHOWN, rl.max_zero_signal_steps))
     if prompts.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
@@ -55,7 +55,7 @@ def run(
     if distributed.is_main():
         kept.copy(job.out / KEPT_ADAPTERS)
     return {
-        "prompts": prompts.slow,
+        "prompts": prompts.system2_rows,
         "replayed_prompts": prompts.replayed,
         **({"unrewardable_prompts": prompts.unrewardable} if prompts.unrewardable else {}),
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
@@ -67,7 +67,7 @@ def run(
 
 
 def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
-    """Rewards that the steps earned, and their cost; a quarter is one of the steps that sampled completions.
+    """Rewards in the first and last quarter of the steps that sampled completions, and what they cost.
 
     A reward is None where no reward applied to any completion.
     """

@@ -18,7 +18,7 @@ from stages.labelling.router import Router
 from stages.models.dtype import answer_dtype
 from stages.progress import Progress
 from stages.records import Example, read_labels
-from stages.report.views import views_of
+from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _check(config: Config) -> None:
         cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
         raise ConfigError(f"vLLM cannot serve {cause}")
     for view in views_of(config).values():
-        template = (getattr(config, view.stage).prompt or config.prompt).template
+        template = prompt_of(config, view).template
         if template != "chat":
             hint = "lorapar export CONFIG DIR --views says how to serve it"
             raise ConfigError(
@@ -98,8 +98,8 @@ def _check(config: Config) -> None:
 def _system_message(config: Config, mode: str) -> str | None:
     """The system message with which a mode was trained."""
     view = views_of(config)[mode]
-    section = getattr(config, view.stage).prompt or config.prompt
-    return section.by_system.get(int(view.system), section.system)  # type: ignore[no-any-return]
+    section = prompt_of(config, view)
+    return section.by_system.get(int(view.system), section.system)
 
 
 def _decide(router: Router, voter: Engine, example: Example) -> tuple[str, float | None]:

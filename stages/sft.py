@@ -95,7 +95,7 @@ def run(
 
 
 def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:
-    """Say what of the rows will surprise: no stop token at the end, rows that count twice."""
+    """Warn of rows without a stop token at the end; say how many rows count twice in an epoch."""
     if endless := renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         progress.say(f"warning: {count}: the model may not learn to stop")

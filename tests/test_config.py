@@ -156,7 +156,7 @@ def test_mistakes_of_voters(tmp_path, voter, text):
             "samples: 4",
             "eval.benchmarks.gsm8k: samples 4 of a greedy answer are all the same; set temperature",
         ),
-        ("kind: jsonl", "eval.benchmarks: gsm8k needs a path, a file or a hub id"),
+        ("kind: jsonl", "eval.benchmarks: gsm8k needs a path: a file or a hub id"),
         ("kind: lm_eval", "eval.benchmarks: gsm8k needs tasks"),
         ("limit: 3, seed: 1, limit: 4", "'limit' appears twice, in lines 2 and 2"),
     ],
@@ -384,6 +384,11 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
     assert "kl_reference sft goes with start_from sft, got start_from init" in message(path)
 
 
+def test_a_wrong_target_is_said_without_names_of_validators(tmp_path):
+    said = message(written(tmp_path, "model: {name: x}\n"), "eval.targets=[sft3]")
+    assert "eval.targets.0" in said and "constrained" not in said
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -434,3 +439,10 @@ def test_the_harness_s_entry_of_the_command_line_is_no_mistake():
         "lm-eval-gsm8k",
         'eval.benchmarks.lm-eval-gsm8k={"kind": "lm_eval", "tasks": ["gsm8k"], "limit": 3}',
     )
+
+
+def test_rollouts_for_scores_refuse_what_rollouts_of_rl_refuse(tmp_path):
+    rollouts = "rollouts: {engine: vllm_colocate, enable_sleep_mode: true}"
+    text = f"model: {{name: x}}\nrl: {{rescore: grpo_sign, dynamic_sampling: 1, {rollouts}}}\n"
+    said = message(written(tmp_path, text), "score.launch={backend: fsdp2}")
+    assert "runs RL's rollouts in score.launch, whose backend fsdp2 does not go with" in said

@@ -52,7 +52,7 @@ def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     text = (tmp_path / "a/README.md").read_text()
     assert (
         f"`{artifact.manifest['key']}`" in text
-        and "| learning_rate | 0.1 |" in text
+        and "| sft.learning_rate | 0.1 |" in text
         and f'from_pretrained("{config.model.name}")' in text
         and "base_model" not in text  # the model is a folder, and the hub takes only its own names
     )
@@ -320,6 +320,13 @@ def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
     # Stale where another test has made it with other settings in the store that they share.
     assert done.code == 66 and re.match("error: sft is (missing|stale)", done.err)
     assert not (tmp_path / "x").exists()
+
+
+def test_views_are_both_modes(begun, lorapar, tmp_path):
+    overrides = [part for text in begun.home for part in ("--set", text)]
+    views = ("--views", "--target", "sft")
+    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, *views)
+    assert done.code == 78 and "--views exports both modes: leave out --target" in done.err
 
 
 class Hub:

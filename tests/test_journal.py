@@ -102,7 +102,7 @@ def test_another_run_waits_and_then_finds_the_answers(tmp_path: Path):
     began.wait()
     with mine.writing(said.append):
         assert mine["a", 0] == {"mass": 1}
-    assert said == ["somebody else is adding to j.jsonl: waiting"]
+    assert said == ["another process is writing to j.jsonl: waiting"]
     other.join()
 
 

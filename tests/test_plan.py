@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -251,6 +252,26 @@ def test_the_work_of_each_step_is_counted(model):
     assert found["eval:sft@demo"].seconds == pytest.approx(4 * (read + mean * 1.25 * 2))
     assert found["eval:base@demo"].memory.cache == 4 * (max(map(len, ids)) + 12) / 1024
     assert found["partition:sft"] == NOTHING
+
+
+def test_rows_without_a_response_cost_score_and_sft_nothing(model, asked, no_room, tmp_path):
+    """Half of them, and all of them."""
+    path = model()[0].config.data.path
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:16]]
+    golds = [row["answer"].partition("#### ")[2] for row in rows]
+    bare = [{"question": row["question"], "gold": gold} for row, gold in zip(rows, golds, strict=True)]
+    answered = [{"question": row["question"], "answer": row["answer"]} for row in rows[8:]]
+    files = {}
+    for name, lines in (("half", bare[:8] + answered), ("answered", answered), ("bare", bare)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    half, alone = (costs(model(f"data.path={files[name]}")) for name in ("half", "answered"))
+    assert half["sft"].seconds == alone["sft"].seconds > 0
+    assert half["score"].seconds == alone["score"].seconds > 0
+    sets = [f"data.path={files['bare']}", "partition.strategy=all", "rl.start_from=init"]
+    sets += ["eval.targets=[base, rl]"]
+    done, _ = asked(*(part for text in sets for part in ("--set", text)), "--json")
+    assert done.code == 0 and "row" not in json.loads(done.out)["tokens"]
 
 
 def test_votes_are_counted_by_voter(model, monkeypatch):

@@ -49,6 +49,8 @@ def test_a_sound_config_has_none(certain):
         (["rl.report_to=[mlflow]"], "rl", "report_to: mlflow is not installed"),
         (["sft.launch={backend: ddp, processes: 3}"], "sft", "3 processes with micro batches of"),
         (["rl.launch={backend: ddp, processes: 3}"], "rl", "3 processes with micro batches of"),
+        (["rl.rescore=grpo_sign", "score.launch={backend: ddp, processes: 3}"], "score:rl",
+         "3 processes with micro batches of"),
         (["score.launch={backend: zero2}"], "score", "launch.backend: zero2 divides gradients"),
         (["lora.target_modules=[q_proj, query]"], "score", "lora.target_modules: no query in Llama"),
         (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),

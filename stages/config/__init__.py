@@ -126,8 +126,8 @@ class Config(Section):
         registries = registries_from(info)
         if registries and registries["scorers"].has_trait(self.score.scorer, "rollouts"):
             raise ValueError(
-                f"score.scorer {self.score.scorer} reads completions of SFT's adapter, which score has not; "
-                f"set rl.rescore={self.score.scorer} for RL's elements"
+                f"score.scorer {self.score.scorer} needs completions of SFT's adapter, and score runs "
+                f"before SFT; set rl.rescore={self.score.scorer} for RL's elements"
             )
         if not self.rl.rescore:
             return self
@@ -140,6 +140,13 @@ class Config(Section):
         ):
             if conflict:
                 raise ValueError(f"rl.rescore scores the adapter of SFT for RL, and {why}")
+        by_rollouts = registries and registries["scorers"].has_trait(self.rl.rescore, "rollouts")
+        sleeps = self.rl.dynamic_sampling and self.rl.rollouts.enable_sleep_mode
+        if by_rollouts and sleeps and self.score.launch.backend == "fsdp2":
+            raise ValueError(
+                f"rl.rescore {self.rl.rescore} runs RL's rollouts in score.launch, whose backend fsdp2 does "
+                "not go with rl.dynamic_sampling and rl.rollouts.enable_sleep_mode; use ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -232,5 +232,5 @@ class EvalSection(Section):
         for name, entry in entries.items():
             harness = entry.kind == "lm_eval"
             if registries_from(info).get("benchmarks") and not (entry.tasks if harness else entry.path):
-                raise ValueError(f"{name} needs {'tasks' if harness else 'a path, a file or a hub id'}")
+                raise ValueError(f"{name} needs {'tasks' if harness else 'a path: a file or a hub id'}")
         return entries

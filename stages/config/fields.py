@@ -64,7 +64,7 @@ def registry_name(kind: str, also: str = "") -> AfterValidator:
 
 
 def without_false(entries: Any) -> Any:
-    """Drop the entries of a mapping that are `false`: a config so removes entries of the file it extends."""
+    """Drop entries that are `false`, by which a config removes entries of the file that it extends."""
     if not isinstance(entries, dict):
         return entries
     return {name: entry for name, entry in entries.items() if entry is not False}

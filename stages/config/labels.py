@@ -124,8 +124,8 @@ class Voter(Section):
             raise ValueError(f"{self.samples} samples of a greedy voter are all the same; set temperature")
         if self.temperature and not self.thinking and not self.base_url:
             raise ValueError(
-                f"temperature {self.temperature}: of a voter that does not think, on this machine, the "
-                "probabilities themselves are read; leave it out"
+                f"temperature {self.temperature} has no effect on a voter that runs here and does not think: "
+                "its probabilities are read directly; leave temperature out"
             )
         return self
 
@@ -141,8 +141,8 @@ class ServerSection(Section):
     )
     timeout_s: float = setting(
         600,
-        "Time limit of one request in seconds, including its wait in the server's queue; raise it for long "
-        "thoughts.",
+        "Time limit of one request in seconds, including its wait in the server's queue; for long thoughts "
+        "raise it, and stall_s above it.",
         in_cache_key=False,
         advanced=True,
         gt=0,
@@ -233,8 +233,7 @@ class ClassifySection(Section):
     )
     min_auc: float = setting(
         0.6,
-        "Smallest area under the ROC curve, on known examples, that one voter at least must reach; 0.5 is a "
-        "guess.",
+        "At least one voter must reach this area under the ROC curve on labelled examples; 0.5 is chance.",
         in_cache_key=False,
         ge=0,
         le=1,

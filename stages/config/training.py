@@ -173,8 +173,8 @@ class PartitionSection(Section):
     )
     protect: str | None = setting(
         None,
-        "Rows whose skill is to stay, a file in any format of data.path: no stage trains an element that "
-        "they need.",
+        "Rows whose skill must survive training: a file in any format of data.path. No stage trains an "
+        "element that these rows need.",
         in_cache_key=False,
     )
     protect_theta: float = setting(
@@ -207,7 +207,10 @@ class PartitionSection(Section):
         # far fewer of its elements to the protected ones, and train more than what it is compared with.
         control = self.strategy if self.strategy in ("random", "random_within") else self.rl_elements
         if self.protect and self.protect_theta and control in ("random", "random_within"):
-            raise ValueError(f"{control} is a control of equal size, which protect would make larger")
+            raise ValueError(
+                f"{control} is a control that trains as many elements as the rule it stands for; with "
+                "protect it would train more"
+            )
         return self
 
 

@@ -165,9 +165,8 @@ def _count_values(value: Any, sizes: dict[int, int], depth: int) -> int:
 def _message(error: Any) -> str:
     """Describe one pydantic error in a sentence that names the setting."""
     # pydantic's location also holds the alternatives of a union and the names of validators
-    location = [
-        str(key) for key in error["loc"] if not str(key).startswith(("literal[", "bool", "function-"))
-    ]
+    internal = ("literal[", "bool", "function-", "constrained-")
+    location = [str(key) for key in error["loc"] if not str(key).startswith(internal)]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return _unknown_setting(location)

@@ -1,4 +1,4 @@
-"""Routing between two modes: the answers that a choice of mode gives, and what choices are worth."""
+"""Routing between two modes: selects each item's answers by its mode, and compares the choices of mode."""
 
 from __future__ import annotations
 

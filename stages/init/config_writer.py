@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Protected:
-    """The rows whose skill is to stay."""
+    """The rows whose skill must survive training."""
 
     path: str
     profile: DataProfile
@@ -193,6 +193,7 @@ def _rl(profile: DataProfile) -> list[Choice]:
         system2, rows_text = rows // 2, f"{rows} rows"
     largest = system2 // MIN_RL_STEPS
     if largest < defaults.prompts_per_step:
+        # `-` binds before `<<`: the largest power of two that is not above `largest`, and at least 1.
         power_of_two = 1 << max(largest, 1).bit_length() - 1
         chosen.append(Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}"))
     chosen += [

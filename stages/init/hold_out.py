@@ -15,7 +15,7 @@ from stages.errors import DataError, OutputError
 from stages.init.data_profile import answer_kind, benchmark_of
 from stages.records import write_jsonl
 
-SHARE, MOST = 5, 300
+ONE_IN, MOST = 5, 300
 """One question of so many is held out, and no more than so many questions in all."""
 
 
@@ -32,7 +32,8 @@ class HeldOut:
 def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     """Write both parts into `folder`, as NAME-train.jsonl and NAME-test.jsonl.
 
-    NAME is `title`, or else that of the file.
+    NAME is `title` or, if that is empty, the file's own name.
+
     The rows of one question stay together, and only questions of which each row has a verifiable answer are
     held out. The same file is split in the same way. OutputError if another file has one of the two names.
     """
@@ -50,7 +51,7 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
         if answer_kind(example) == "none":
             unverifiable.add(example.conversation)
     verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
-    size = min(MOST, len(verifiable) // SHARE)
+    size = min(MOST, len(verifiable) // ONE_IN)
     chosen = set(random.Random(0).sample(verifiable, size))
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, row in rows:

@@ -30,7 +30,7 @@ SCALE = {
 def of_voters(config: Config, cache: DigestCache) -> dict[str, Any]:
     """Cache-key part of the voters: their models, the files of examples, and the model that a voter plays.
 
-    Of labels that no voter gives, the file that they are read from.
+    If no voter labels the rows: the digest of the file of known labels, if there is one.
     """
     section = config.classify
     if section.strategy in UNVOTED:

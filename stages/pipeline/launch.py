@@ -39,7 +39,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
                 "the launcher was killed, probably for lack of memory", "lower per_device_train_batch_size"
             )
         if code:
-            raise ServerError(f"the launcher ended with code {code}", "what its processes said stands above")
+            raise ServerError(f"the launcher ended with code {code}", "see its processes' messages above")
 
 
 def command(launch: LaunchSection) -> list[str]:

@@ -269,6 +269,7 @@ def pending_stages(
         every = [step for step in steps.values() if step.stage.name == name]
         store = Store(config.root)  # a new one: it remembers what it has verified
         variants = [step.title for step in group] if len(group) < len(every) else []
+        # `number` counts from 1 over all groups, those before --from too: groups[number - 1] is this task.
         remaining = [step for _, later in groups[number - 1 :] for step in later]
         states = [state(store, step) for step in group]
         yield Task(name, variants, states, first == name, number, len(groups), remaining)

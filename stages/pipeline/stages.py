@@ -39,7 +39,7 @@ class Stage:
     """Cache-key parts for what it reads from outside of the run."""
     variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
     unkeyed_sections: tuple[str, ...] = ()
-    """Sections it reads that are not in its key: `external_inputs` has what counts of them."""
+    """Sections it reads that are not in its key as a whole; `external_inputs` adds the parts that matter."""
     version: int = 1
     """Raised when the meaning of the output changes, not in a refactoring."""
 
@@ -213,7 +213,8 @@ def _eval_sections(config: Config, variant: str) -> tuple[str, ...]:
 def _eval_outside(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     target, _, name = variant.partition("@")
     benchmark = config.eval.benchmarks[name]
-    items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
+    # The tasks of another harness have no such limit.
+    items = config.eval.untrained_items if target in UNTRAINED_TARGETS and not benchmark.tasks else None
     return {
         **({"items": items} if items else {}),
         **_model_key(config, variant, cache),
@@ -270,7 +271,7 @@ STAGES = {
             needs=_training_needs("rl", first_stage="sft"),
             sections=_rl_sections,
             external_inputs=_rl_outside,
-            version=7,
+            version=8,
         ),
         Stage(
             name="eval",
@@ -278,7 +279,7 @@ STAGES = {
             sections=_eval_sections,
             external_inputs=_eval_outside,
             variants=_eval_variants,
-            version=8,
+            version=9,
         ),
     ]
 }

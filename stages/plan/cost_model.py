@@ -1,9 +1,9 @@
 """Predicts time and memory of each step: its number of tokens, times what a token costs in a measured batch.
 
-Before a run nobody knows how the rows will be labelled or how long answers get. Assumed is that half of the
-rows are System 1, that a trained model answers as long as the references are and an untrained one as long as
-it may, that vLLM generates no faster than this process would, and that n GPUs take 1/n of the time of one.
-The start of processes, a few seconds each, is left out.
+Before a run nobody knows how the rows will be labelled or how long answers get. The model assumes that half
+of the rows are System 1; that a trained model's answers are as long as the references, and an untrained one's
+run to the limit; that vLLM generates no faster than this process would; and that n GPUs take 1/n of one's
+time. The start of processes, a few seconds each, is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 SERVER_S = 40.0
 """Seconds to start a vLLM server: 37 to 51 for 135 million parameters on two cores, more for more."""
-SYSTEM1 = 0.5
+SYSTEM1_SHARE = 0.5
 """Share of System 1 among the rows."""
 ADAM_BYTES = 16
 """Bytes of a trained element of the adapter: gradient, Adam's two moments, index among the packed ones."""
@@ -107,12 +107,14 @@ class CostModel:
             return self._rl_steps(gradients.without_updates(self.config.rl, score.launch), gradients.BATCHES)
         if strategies.has_trait(self.config.partition.strategy, "unscored") and not protected:
             return NOTHING
+        if not self.texts.imitable:
+            return UNKNOWN  # only protected rows are scored, whose lengths are not read here
         rows = self.texts.trained_rows("score")
         measured = self.profiler.measure_training(rows[: score.batch_size], True, 0.0, False)
         lengths = [len(row.input_ids) for row in rows]
         activations = measured.mib_of(sum(lengths[: score.batch_size]))
         memory = self._memory(activations, adapted=True, launched=score.launch)
-        examples = score.examples if protected else min(2 * score.examples, len(self.texts.rows["train"]))
+        examples = score.examples if protected else min(2 * score.examples, self.texts.imitable)
         return self._cost(examples * fmean(lengths) * measured.token_s, memory, score.launch)
 
     def _sft(self, variant: str) -> Cost:
@@ -120,10 +122,12 @@ class CostModel:
 
         seconds = steps · batch_size · row tokens · token_s
         """
-        sft, number = self.config.sft, len(self.texts.rows["train"])
+        sft, number = self.config.sft, self.texts.imitable
         if self.config.baseline is not None:
             return UNKNOWN
-        by_round = SYSTEM1 * (1 + sft.system2_share) if not variant else 1 - SYSTEM1
+        # First round: System 1's rows, and system2_share times as many of System 2 as the cold start. Second
+        # round: System 2's rows.
+        by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
         examples = number if sft.data == "all" else number * by_round
         steps = steps_of(math.ceil(examples / sft.batch_size), sft)
         rows, packed = self.texts.trained_rows("sft"), sft.padding_free == "auto"
@@ -149,7 +153,7 @@ class CostModel:
         rl, number = self.config.rl, len(self.texts.rows["train"])
         if self.config.baseline is not None:
             return UNKNOWN
-        examples = number if rl.data == "all" else number * (1 - SYSTEM1)
+        examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
         new_prompts = rl.prompts_per_step - rl.replay_prompts
         steps = steps_of(int(examples // new_prompts), rl, rl.num_iterations)
         if not steps:

@@ -84,7 +84,7 @@ class Estimate:
 
 
 def remedy(step: str, config: Config, predicted: Estimate) -> str:
-    """Say how a step that does not fit could."""
+    """Return what to change so that a step that does not fit into the memory does."""
     memory = predicted.costs[step].memory
     if memory and predicted.room and memory.weights > predicted.room:
         return "set model.load_in_4bit, or choose a smaller model"

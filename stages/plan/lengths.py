@@ -32,6 +32,7 @@ class Lengths:
         return self._quantile(0.99)
 
     def _quantile(self, share: float) -> int:
+        """Nearest rank: the smallest length that at least this share of the texts do not exceed."""
         return self.ordered[math.ceil(share * len(self.ordered)) - 1]
 
     @property

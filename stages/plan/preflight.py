@@ -17,7 +17,7 @@ from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
 from stages.lora import examples
 from stages.lora.adapter import adapter
-from stages.lora.grpo import building, vllm_rollouts
+from stages.lora.grpo import building, gradients, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts, row_fields
 from stages.lora.training import loop
 from stages.models import base
@@ -84,6 +84,7 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
         if name == "score:rl" and rescored_by_rollouts(config):
             launched = config.score.launch.is_distributed
             yield name, partial(loop.check_machine, config.rl, launched)
+            yield name, partial(_check_shares, gradients.without_updates(config.rl, config.score.launch))
         if stage in ("score", "sft", "rl") and getattr(config, stage).launch.is_distributed:
             yield name, partial(launch.command, getattr(config, stage).launch)
         if stage in ("sft", "rl"):

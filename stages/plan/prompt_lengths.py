@@ -64,6 +64,11 @@ class Texts:
         return sorted(rows, key=lambda row: -len(row.input_ids))
 
     @cached_property
+    def imitable(self) -> int:
+        """Number of training rows with a response; score and SFT leave the others out."""
+        return sum(bool(row.response) for row in self.rows["train"])
+
+    @cached_property
     def rl_prompts(self) -> Lengths:
         return Lengths.of(prompt_length(row) for row in self.training_rows("rl"))
 
@@ -150,9 +155,9 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
                 known = len(held_out(config.classify.held_out)) * voter.samples
                 allowed = tolerated(asked + known, config.classify.max_failed) / voter.samples
                 yield Span(title, len(rows[name]), lengths, *limit, "fail", allowed)
-    if stages & {"score", "sft"}:
-        lengths = Lengths.of(len(row.input_ids) for row in texts.training_rows("sft"))
-        yield Span("row", len(rows["train"]), lengths, "data.max_length", data.max_length, data.too_long)
+    if stages & {"score", "sft"} and (imitated := texts.training_rows("sft")):
+        lengths = Lengths.of(len(row.input_ids) for row in imitated)
+        yield Span("row", texts.imitable, lengths, "data.max_length", data.max_length, data.too_long)
     if "rl" in stages:
         prompt, completion = rl.max_prompt_length, rl.max_completion_length
         yield Span(

@@ -49,9 +49,9 @@ def card(
     method = baseline["method"] if baseline else "lora"
     settings = {
         "base in": f"NF4, {dtype}" if model["load_in_4bit"] else dtype,
-        **({} if baseline else config["partition"]),
-        **(baseline or identity["lora"]),
-        **{k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)},
+        **({} if baseline else _named("partition", config["partition"])),
+        **(_named("baseline", baseline) if baseline else _named("lora", identity["lora"])),
+        **_named(stage, {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}),
     }
     rows = "\n".join(
         f"| {escaping.markdown(name)} | {escaping.markdown(str(value))} |"
@@ -76,6 +76,11 @@ tags: [lorapar, {method}]
 |---|---|
 {rows}
 """
+
+
+def _named(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Prefix settings with their section: both partition and rl have a `beta`."""
+    return {f"{section}.{name}": value for name, value in values.items()}
 
 
 def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any]) -> str:

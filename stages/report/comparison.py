@@ -1,6 +1,6 @@
 """Targets side by side: the graded answers of a run's evaluations, compared item by item."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -46,6 +46,16 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
 def is_derived(target: str) -> bool:
     """Whether a target is made of another's weights or answers, or is an earlier step of RL's."""
     return target in (*REGIONS, ROUTED) or target.startswith(KEPT)
+
+
+def p_note(targets: Iterable[str]) -> str:
+    """Explain what the p-values of these targets compare."""
+    derived = {target for target in targets if is_derived(target)}
+    passed_over = ", passing over auto and kept steps" if derived - set(REGIONS) else ""
+    regions = (
+        " Regions alone are tested against the model that they are of." if derived & set(REGIONS) else ""
+    )
+    return f"p: paired test on the same items against the target to the left{passed_over}.{regions}"
 
 
 def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:

@@ -62,7 +62,7 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
 
 
 def _products(config: Config, score: Artifact) -> dict[int, dict[str, Tensor]]:
-    """Read the scores of the systems whose scorer is a product of gradient and value, which has a null."""
+    """Read the scores of the systems whose scorer multiplies gradient and value; only these have a null."""
     from stages.lora.importance.masks import read_importance
 
     rescorer = config.rl.rescore if score.manifest["variant"] == "rl" else None

@@ -224,6 +224,8 @@ WINDOW = 5
 
 def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[float]:
     """Return for each point the mean of the values in the last `window` steps."""
+    # A step logs at most one value, so the last `window` points hold all values of the last `window` steps.
+    # The condition drops older ones, which are among them where steps logged none.
     return [
         fmean(
             value for step, value in points[max(0, end - window) : end] if step > points[end - 1][0] - window

@@ -12,11 +12,11 @@ from stages.store.artifacts import Artifact
 from stages.store.estimates import actual_and_planned
 
 TWOFOLD = 2
-"""Factor from which the difference of a plan and what was taken is flagged."""
+"""Ratio of actual to planned cost, or its inverse, from which a cell is flagged."""
 
 
 def cost(artifacts: dict[str, Artifact]) -> Grid:
-    """Tabulate what each step took beside what was planned; plans that were twofold wrong are flagged."""
+    """Tabulate each step's actual cost beside its estimate; estimates off by TWOFOLD or more are flagged."""
     rows: list[list[str]] = []
     flagged = set()
     for name, artifact in artifacts.items():
@@ -34,9 +34,9 @@ def cost(artifacts: dict[str, Artifact]) -> Grid:
         ])  # fmt: skip
     head = ["step", "seconds", "planned", "memory, MiB", "planned", "tokens", "joules", "processes", "type"]
     caption = (
-        "Planned: the estimate of lorapar plan, marked with the factor where what was taken differs twofold "
-        "or more. Tokens: trained on, with prompts, or written by the evaluated model. Joules: of GPUs that "
-        "report their energy."
+        "Planned: the estimate of lorapar plan, followed by actual / planned where these differ by a factor "
+        "of two or more. Tokens: trained on, with prompts, or written by the evaluated model. Joules: by "
+        "GPUs that report their energy."
     )
     costs = [actual_and_planned(artifact.manifest["provenance"]) for artifact in artifacts.values()]
     if all(planned.seconds is not None for _, planned in costs):

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from stages.config import REGIONS, SECOND_SFT, TRAINED, Config
+from stages.config import SECOND_SFT, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
@@ -29,6 +29,7 @@ from stages.report.page import (
     Text,
     render,
 )
+from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact, Store
 
 MAX_ITEMS = 4
@@ -41,7 +42,9 @@ def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
     """Render the page. run: the command that makes missing steps. serve: the one that serves the modes."""
     lead, sections, missing = build(config, steps, Store(config.root))
     modes = config.eval.modes
-    if config.served_by_vllm and {TRAINED[target] for target in modes.values()} <= steps.keys() - missing:
+    trained = {TRAINED[target] for target in modes.values()} <= steps.keys() - missing
+    chats = all(prompt_of(config, view).template == "chat" for view in views_of(config).values())
+    if config.served_by_vllm and trained and chats:
         how = Text(f"One vLLM server offers the modes fast (sft), slow ({modes['slow']}) and auto:")
         sections.append(PageSection("serving", "Serving", [how, Command(serve)]))
     if missing:
@@ -127,10 +130,8 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
             continue
         table = results_table.build(name, measurements)
         targets = table.columns[2:]
-        caption = "Accuracy in % [95 % interval over items]; p: paired test against the model to the left; "
-        caption += "tokens: mean length of an answer."
-        if set(targets) & set(REGIONS):
-            caption += " Regions alone are tested against the model that they are of."
+        caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
+        caption += comparison.p_note(targets)
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
         blocks.append(Grid(table.columns, table.texts(to=",\N{NO-BREAK SPACE}"), caption))

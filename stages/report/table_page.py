@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.config.evaluation import KEPT
 from stages.evaluation.statistics import p_value
 from stages.pipeline.steps import Step
 from stages.report import elements, figures, run_page
@@ -83,11 +84,11 @@ def _compared(results: Results, number: int) -> str:
     """Say what is compared, and how many of the comparisons are complete: `number`."""
     pairs = {(contrast.against, contrast.on) for contrast in results.comparisons}
     if len(pairs) > 1:
-        planned = len(results.table.contrasts)
+        planned = len(results.comparisons)
         begin = f"All {planned}" if number == planned else f"{number} of {planned}"
         return f"{begin} planned comparisons {'is' if number == 1 else 'are'} complete."
     ((against, on),) = pairs
-    candidates = len(results.table.rows) - 1
+    candidates = sum(row not in against for row in results.table.rows)
     rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"
     verb = "is" if number == 1 < candidates else "are"
     return f"{rows} {verb} compared with {formats.rows_name(against)} on {on}."
@@ -270,7 +271,7 @@ def _training_curves(results: Results) -> Picture | None:
     paths: set[Path] = set()
     for cell in results.table.cells:
         steps = {step for column in cell.columns.values() for step in column.steps}
-        if not any(step == "rl" or step.startswith("eval:rl@") for step in steps):
+        if not any(step == "rl" or step.startswith(("eval:rl@", f"eval:{KEPT}")) for step in steps):
             continue
         artifact = results.artifacts.current(cell, "rl")
         if artifact is not None and artifact.path not in paths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.config import TRAINED, Config
+from stages.config import TRAINED, Config, PromptSection
 from stages.errors import ArtifactError
 from stages.store.artifacts import Artifact
 
@@ -42,6 +42,12 @@ def views_of(config: Config) -> dict[str, View]:
     """Return the two modes that are exported or served together, by their names."""
     by_target = {view.target: view for view in VIEWS}
     return {mode: by_target[target] for mode, target in config.eval.modes.items()}
+
+
+def prompt_of(config: Config, view: View) -> PromptSection:
+    """Return the prompt settings that a mode was trained with."""
+    section: PromptSection = getattr(config, view.stage).prompt or config.prompt
+    return section
 
 
 def view_of(artifact: Artifact) -> View:

@@ -86,7 +86,7 @@ class Checkpoints:
             )
             raise ConfigError(
                 f"{path} was made with {before}, and this run has {now}",
-                "go on with those, or begin this stage anew with --force",
+                "resume under the same conditions, or start this stage over with --force",
             )
 
     def _seal_error(self, path: Path) -> str | None:

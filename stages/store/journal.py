@@ -74,7 +74,7 @@ class Journal:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                say(f"somebody else is adding to {self.path.name}: waiting")
+                say(f"another process is writing to {self.path.name}: waiting")
                 lock.acquire()
             self._open()
         except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,9 @@ Rows = Annotated[
 
 
 class Compare(Section):
-    row: Rows | None = setting(None, "Row that is compared, or a list: their mean. None: each of all others.")
+    row: Rows | None = setting(
+        None, "Row that is compared, or a list: their mean. None: all others, one by one."
+    )
     against: Rows = setting(..., "Row that it is compared with, or a list: their mean.")
     on: str = setting(..., "Column of accuracies.")
 
@@ -166,17 +168,11 @@ class TableFile(Section):
         """
         columns = {name: text for name, text in self.columns.items() if name in names}
         dropped = self.columns.keys() - columns.keys()
-        rows = {
-            row: {
-                **settings,
-                "columns": {n: v for n, v in settings.get("columns", {}).items() if n not in dropped},
-            }
-            for row, settings in self.rows.items()
-        }
+        rows = {row: _without_columns(settings, dropped) for row, settings in self.rows.items()}
         accuracies = [name for name, text in columns.items() if _is_accuracy(text)]
         compare = [comparison for comparison in self.compare if comparison.on in columns]
         if not compare and accuracies:
-            compare = [dropped.model_copy(update={"on": accuracies[0]}) for dropped in self.compare]
+            compare = [comparison.model_copy(update={"on": accuracies[0]}) for comparison in self.compare]
         plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
 
@@ -262,6 +258,13 @@ def _row_columns(settings: dict[str, Any]) -> dict[str, Any]:
     """The columns that a row overrides; empty if they are malformed."""
     columns = settings.get("columns")
     return columns if isinstance(columns, dict) else {}
+
+
+def _without_columns(settings: dict[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    """Return a row's settings without its texts for dropped columns, and without an empty `columns`."""
+    columns = {name: text for name, text in _row_columns(settings).items() if name not in dropped}
+    others = {name: value for name, value in settings.items() if name != "columns"}
+    return {**others, **({"columns": columns} if columns else {})}
 
 
 def is_table(path: Path) -> bool:

@@ -73,7 +73,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
     engines = [f"eval.engine={cell.config.eval.engine}"]
     if cell.config.classify.strategy not in UNVOTED:
         voters = [v.model_dump(mode="json", exclude_unset=True) for v in cell.config.classify.voters]
-        engines.append(f"classify.voters={json.dumps(voters)}")
+        engines.append(f"classify.voters={json.dumps(voters, ensure_ascii=False)}")
     sets = [argument for text in (*cell.overrides, *engines) for argument in ("--set", text)]
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":

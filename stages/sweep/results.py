@@ -67,13 +67,19 @@ class Results:
         return incomplete or any(value is not None for value in self.values.values())
 
     def corrected_p(self, over: Over) -> dict[Contrast, float]:
-        """Map each comparison that has a p-value over items or seeds to that p-value, corrected by Holm."""
+        """Map each comparison that has a p-value over items or seeds to that p-value, corrected by Holm.
+
+        A comparison that is still missing counts as one with p = 1. So the corrected p-values of the others
+        are upper bounds: they can only fall when it is there.
+        """
         p_values = {}
         for contrast, value in self.comparisons.items():
             interval: Interval | None = getattr(value, over, None)
             if interval is not None and interval.p is not None:
                 p_values[contrast] = interval.p
-        return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+        missing = sum(value is None for value in self.comparisons.values()) if p_values else 0
+        corrected = holm([*p_values.values(), *[1.0] * missing])
+        return dict(zip(p_values, corrected, strict=False))  # the missing ones come last
 
 
 def results(table: Table) -> Results:
@@ -125,18 +131,19 @@ class _Reader:
         if not column.graded:
             return mean_of_numbers([_number(artifact, column) for artifact in unique.values()])
         if column.minus:
-            return self._difference(cells, column, column.minus)
+            return self._difference(cells, name, column.minus)
         by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
-        return accuracy(by_seed, _have_own_items(cells, column))
+        return accuracy(by_seed, _have_own_items(cells, name))
 
-    def _difference(self, cells: list[Cell], column: Column, minus: Column) -> Value | None:
-        """Return `column` - `minus`, paired by seed and item; None if an artifact is missing."""
+    def _difference(self, cells: list[Cell], name: str, minus: Column) -> Value | None:
+        """Return a column less `minus`, paired by seed and item; None if an artifact is missing."""
+        column = cells[0].columns[name]
         pairs = [(self._artifact(cell, minus), self._artifact(cell, column)) for cell in cells]
         first = [self._item_accuracy(artifact, minus) for artifact, _ in pairs if artifact]
         second = [self._item_accuracy(artifact, column) for _, artifact in pairs if artifact]
         if len(first) < len(cells) or len(second) < len(cells):
             return None
-        return difference(first, second, _have_own_items(cells, column))
+        return difference(first, second, _have_own_items(cells, name))
 
     def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value | None:
         """Compare rows on a column, over the items and seeds that all have; None if an artifact is missing.
@@ -152,7 +159,7 @@ class _Reader:
             if len(means) == 2:
                 first.append(means[0] or {})
                 second.append(means[1] or {})
-        return difference(first, second, _have_own_items(cells, cells[0].columns[name]))
+        return difference(first, second, _have_own_items(cells, name))
 
     def _mean_accuracy(self, cells: list[Cell], name: str) -> ItemAccuracy | None:
         """Average each item over cells of one seed; None if an artifact is missing."""
@@ -194,10 +201,13 @@ def group_filter(group: str) -> Callable[[Sample], bool]:
     return lambda sample: str(sample.extra.get(name)) == value
 
 
-def _have_own_items(cells: list[Cell], column: Column) -> bool:
-    """True if the seeds of a row are evaluated on different items."""
-    benchmarks = [cell.config.eval.benchmarks[column.step.partition("@")[2]] for cell in cells]
-    return len({(benchmark.path, benchmark.subset, benchmark.split) for benchmark in benchmarks}) > 1
+def _have_own_items(cells: list[Cell], name: str) -> bool:
+    """True if the seeds of a row are evaluated on different items in this column."""
+    sources: dict[str, set[tuple[str | None, ...]]] = {}
+    for cell in cells:
+        benchmark = cell.config.eval.benchmarks[cell.columns[name].step.partition("@")[2]]
+        sources.setdefault(cell.row, set()).add((benchmark.path, benchmark.subset, benchmark.split))
+    return any(len(of_row) > 1 for of_row in sources.values())
 
 
 def _number(artifact: Artifact, column: Column) -> float:

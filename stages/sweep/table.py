@@ -59,9 +59,10 @@ class Table:
             return tuple(self.duplicate_of.get(row, row) for row in rows)
 
         contrasts = [
-            Contrast(shown(rows), shown(compare.against), compare.on)
+            Contrast(shown(rows), against, compare.on)
             for compare in self.file.compare
-            for rows in ([compare.row] if compare.row else [[row] for row in self.rows])
+            for against in [shown(compare.against)]
+            for rows in ([compare.row] if compare.row else [[row] for row in self.rows if row not in against])
         ]
         return [
             contrast

@@ -11,7 +11,8 @@ from conftest import ROOT, paths
 from stages.config import EvalSection, ModelSection
 from stages.evaluation.benchmarks import lm_eval as harness
 from stages.evaluation.benchmarks import mmlu
-from stages.pipeline.resolve import registries
+from stages.pipeline.resolve import registries, resolved
+from stages.pipeline.steps import plan_steps
 from stages.records import read_jsonl
 
 pytestmark = pytest.mark.skipif(
@@ -158,3 +159,11 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         print(f"\nMMLU: {same} of {len(ours)} choices are those of lm-eval; {right} right")
     assert prompts == [item.text for item in asked]
     assert ours == theirs and len(ours) == 50
+
+
+def test_a_limit_of_items_that_the_harness_does_not_read_changes_no_key(smoke):
+    def key(*settings: str) -> str:
+        harness_alone = "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}"
+        return plan_steps(resolved(smoke(harness_alone, *settings)))["eval:base@h"].key
+
+    assert key("eval.untrained_items=3") == key("eval.untrained_items=4")

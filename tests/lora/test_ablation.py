@@ -54,7 +54,7 @@ def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begu
     assert list(steps["eval:shared@demo"].inputs) == ["classify:demo", "score", "partition:rl", "rl"]
     sets = [part for text in settings for part in ("--set", text)]
     done = lorapar("show", ROOT / "configs/smoke.yaml", *sets)
-    assert done.code == 0 and "regions alone are tested against the model that they are of" in done.out
+    assert done.code == 0 and "Regions alone are tested against the model that they are of" in done.out
     shown = next(line for line in done.out.splitlines() if line.startswith("demo"))
     assert shown.split() == ["demo", "n", "rl", "s1_only", "s2_only", "shared"]
 

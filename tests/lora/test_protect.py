@@ -176,7 +176,7 @@ def test_the_page_says_what_was_gained_and_lost(begun, old):
 
 def test_controls_of_equal_size_and_protection_do_not_mix(begun, old):
     for setting in ("partition.strategy=random", "partition.rl_elements=random_within"):
-        with pytest.raises(ConfigError, match="is a control of equal size, which protect would make larger"):
+        with pytest.raises(ConfigError, match="protect it would train more"):
             begun(old, setting)
         begun(old, setting, "partition.protect_theta=0")
 

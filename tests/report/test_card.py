@@ -57,7 +57,7 @@ def manifest(tmp_path: Path) -> dict:
         "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
         "identity": {
             "variant": "",
-            "config": {"baseline": None, "lora": {"r": 8}, "rl": {"learning_rate": 0.1}},
+            "config": {"baseline": None, "lora": {"r": 8}, "rl": {"learning_rate": 0.1, "beta": 0.04}},
         },
         "provenance": {
             "config": {"model": {"name": "org/m", "revision": "b" * 40}},
@@ -78,9 +78,11 @@ def test_the_card_shows_all_results_with_intervals(evaluated, manifest, tmp_path
 def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path):
     made = Artifact(tmp_path, manifest)
     config = manifest["provenance"]["config"]
-    assert "# m after LoRA-PAR rl" in card(made, "adapter", tmp_path) and "| theta | 0.9 |" in card(
-        made, "adapter", tmp_path
-    )
+    text = card(made, "adapter", tmp_path)
+    assert "# m after LoRA-PAR rl" in text and "| partition.theta | 0.9 |" in text
+    config["partition"] = {"beta": 1}
+    text = card(made, "adapter", tmp_path)
+    assert "| partition.beta | 1.0 |" in text and "| rl.beta | 0.04 |" in text
     assert "to the bit" in card(made, "adapter", tmp_path) and "4 bits" not in card(made, "merged", tmp_path)
     config["partition"] = {"strategy": "all"}
     assert "# m after LoRA rl" in card(made, "adapter", tmp_path)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, make_steps, paths
 from matplotlib.figure import Figure
 
+from stages.config import REGIONS
 from stages.evaluation.statistics import Interval
 from stages.lora.training.curves import points
 from stages.records import Sample, write_jsonl
@@ -158,6 +159,10 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     page = (tmp_path / "report.html").read_text()
     assert "Not made yet: eval:rl@demo." in page and "lorapar run configs/smoke.yaml" in page
     assert "<pre>lorapar serve configs/smoke.yaml --set" in page
+    # A server takes chats alone.
+    monkeypatch.setattr(run_page, "prompt_of", lambda *_: SimpleNamespace(template="plain"))
+    lorapar("report", "configs/smoke.yaml", *sets, "--set", "eval.targets=[base, sft, rl]", "--out", tmp_path)
+    assert "lorapar serve" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_page_is_on_tables_or_on_one_config(lorapar):
@@ -350,6 +355,14 @@ def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
     assert "auto" not in said and "rl-20" not in said
 
 
+def test_the_note_on_p_says_what_is_compared():
+    plain = "p: paired test on the same items against the target to the left"
+    assert comparison.p_note(["base", "sft", "rl"]) == f"{plain}."
+    assert comparison.p_note(["sft", "rl-20", "rl"]) == f"{plain}, passing over auto and kept steps."
+    regions = comparison.p_note(["rl", REGIONS[0]])
+    assert regions == f"{plain}. Regions alone are tested against the model that they are of."
+
+
 def test_the_verdict_says_base_both_systems_and_what_it_means():
     def row(target: str, group: str, accuracy: float, n: int, **test: float) -> dict:
         return {"target": target, "group": group, "accuracy": accuracy, "n": n, "p": None, **test}
@@ -427,6 +440,13 @@ def test_tokens_are_those_trained_on_or_written(tmp_path):
     assert provenance.tokens(artifact("eval", {"all": {"answers": 8, "n": 4, "tokens": 20.5}})) == 164
     assert provenance.tokens(artifact("mmlu", {"all": {"answers": 8, "tokens": None}})) is None
     assert provenance.tokens(artifact("score", {"elements": 3})) is None
+
+
+def test_a_comparison_that_is_missing_counts_in_the_correction():
+    first, second = (Contrast((row,), ("A",), "RL") for row in "BC")
+    value = Value(0.1, [0.1], 100, True, Interval(0.05, 0.15, 0.03))
+    incomplete = Results(None, {}, {first: value, second: None}, Artifacts(), {})
+    assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
 
 
 def test_the_verdict_is_corrected_for_the_number_of_rows():

@@ -20,6 +20,7 @@ from conftest import ROOT, alive, make_steps, wait_for
 from stages.data.demo import write
 from stages.errors import ConfigError, MissingInputError
 from stages.evaluation.statistics import Interval, interval
+from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
 from stages.report import table_page
 from stages.runtime import process_guard
@@ -353,6 +354,33 @@ def test_a_grid_is_all_with_all(small):
     assert table(path).rows == ["alpha 0, beta 0.5", "alpha 1, beta 0.5"]
     with pytest.raises(ConfigError, match="grid: partition.beta has no values"):
         table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
+
+
+def test_rows_that_are_compared_with_are_not_compared_themselves(small):
+    path = changed(
+        small, ('compare: {against: "θ .9", on: SFT}', 'compare: {against: ["θ .9", "β 0"], on: SFT}')
+    )
+    assert table(path).contrasts == [Contrast(("θ .5",), ("θ .9", "β 0"), "SFT")]
+
+
+def test_a_row_without_columns_of_its_own_has_none_after_a_choice_of_columns(small):
+    rows = table(small, columns=["RL"], seeds=[1]).file.rows
+    assert all("columns" not in settings for settings in rows.values())
+
+
+def test_words_of_voters_reach_the_step_that_asks_them(small):
+    voters = 'classify.voters=[{engine: transformers, persona: steps, words: ["⚡", "😀"]}]'
+    planned = table(small, only=["β 0"], seeds=[1], overrides=["classify.strategy=vote", voters])
+    [node] = [n for n in graph.build_graph(planned.cells).values() if n.step.name == "classify:train"]
+    settings = [text for flag, text in zip(node.command, node.command[1:], strict=False) if flag == "--set"]
+    config = load(Path(node.command[1]), settings)
+    assert config.classify.voters[0].words == ("⚡", "😀")
+
+
+def test_the_command_that_makes_a_table_has_the_options_of_the_report(small, lorapar, tmp_path):
+    options = ["--only", "β 0", "--seeds", "8", "--max-cells", "2000"]
+    done = lorapar("report", small, *options, "--out", tmp_path / "page")
+    assert done.code == 66 and "--only 'β 0'" in done.err and "--max-cells 2000" in done.err
 
 
 def test_table_2_shares_what_it_can(small):

@@ -34,7 +34,7 @@ def _example(row: dict[str, Any], _: int) -> Example:
     no_number = kind == "number" and parse_number(answer) is None
     no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
     if no_number or no_letter:
-        raise ValueError(f"answer {answer!r} is no {kind}")
+        raise ValueError(f"answer {answer!r} is not a {kind}")
     extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
     return Example(id_of([prompt, answer]), prompt, answer, answer, {**extra, "grade": kind})
 
