@@ -384,6 +384,14 @@ def test_a_reference_that_does_not_exist_is_refused(tmp_path):
     assert "kl_reference sft goes with start_from sft, got start_from init" in message(path)
 
 
+def test_a_section_whose_settings_are_commented_out_is_empty(tmp_path):
+    path = written(tmp_path, "model: {name: x}\nrl:\neval:\n  benchmarks:\n    gsm8k:\n")
+    assert load(path, ["rl.max_steps=5"]).rl.max_steps == 5
+    assert "eval.benchmarks.boolq.limt" in message(
+        path, "eval.benchmarks.boolq={kind: demo, path: x, limt: 3}"
+    )
+
+
 def test_a_wrong_target_is_said_without_names_of_validators(tmp_path):
     said = message(written(tmp_path, "model: {name: x}\n"), "eval.targets=[sft3]")
     assert "eval.targets.0" in said and "constrained" not in said

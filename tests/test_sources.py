@@ -195,13 +195,19 @@ def test_a_data_set_with_a_program_is_no_defect(monkeypatch):
         data.read(SourceSection(path="me/rows"))
 
 
-@pytest.mark.parametrize("gold", [["3"], {"a": 1}, True])
+@pytest.mark.parametrize("gold", [["3"], {"a": 1}])
 def test_a_gold_answer_is_text_or_a_number(tmp_path, gold):
     told = f"data.jsonl:1: a verifiable answer must be text or a number, got {type(gold).__name__}"
     assert told in refused(tmp_path, {"question": "Q", "answer": "A", "gold": gold})
     source = BenchmarkSection(path=written(tmp_path, {"prompt": "P", "answer": gold}).path)
     with pytest.raises(DataError, match=told):
         jsonl.load(source)
+
+
+def test_a_gold_answer_may_be_true(tmp_path):
+    (row,) = data.read(written(tmp_path, {"question": "Q", "answer": "So it is.", "gold": True}))
+    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, {"prompt": "P", "answer": True}).path))
+    assert row.gold == item.gold == "true" and item.extra["grade"] == "text"
 
 
 def test_items_without_prompt_or_answer(tmp_path):

@@ -213,6 +213,7 @@ class EvalSection(Section):
         for name, entry in without_false(entries).items():
             if not re.fullmatch(r"\w[\w-]*", str(name)) or name == "train":
                 raise ValueError(f"{name!r} cannot be the name of a benchmark")
+            entry = {} if entry is None else entry  # `gsm8k:` alone
             if isinstance(entry, dict):
                 kind = entry.get("kind") or name
                 module = benchmarks.pick(kind) if benchmarks and kind in benchmarks.names() else None

@@ -5,6 +5,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -64,6 +65,9 @@ def read_with_extends(
         raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}")
     base = settings.pop("extends", None)
     settings = adjust(path, settings)
+    for name, field in Config.model_fields.items():
+        if settings.get(name, "") is None and not isinstance(field.default, NoneType):
+            del settings[name]  # a section of which every setting is commented out
     if base is None:
         return settings
     return _merge(
@@ -165,8 +169,8 @@ def _count_values(value: Any, sizes: dict[int, int], depth: int) -> int:
 def _message(error: Any) -> str:
     """Describe one pydantic error in a sentence that names the setting."""
     # pydantic's location also holds the alternatives of a union and the names of validators
-    internal = ("literal[", "bool", "function-", "constrained-")
-    location = [str(key) for key in error["loc"] if not str(key).startswith(internal)]
+    internal = ("literal[", "function-", "constrained-")
+    location = [str(key) for key in error["loc"] if not (key == "bool" or str(key).startswith(internal))]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return _unknown_setting(location)

@@ -68,7 +68,11 @@ def _json(path: Path) -> Rows:
 def _csv(path: Path, delimiter: str) -> Rows:
     """Read a table whose first line names the fields; an empty cell is None."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = _text(path)
+    head = text.lstrip().partition("\n")[0]
+    if ";" in head and not {",", "\t"} & set(head):  # Excel's, where the comma is the decimal point
+        delimiter = ";"
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
     bad: list[str] = []
     try:
@@ -76,10 +80,12 @@ def _csv(path: Path, delimiter: str) -> Rows:
         if repeated := [name for name in names if name and names.count(name) > 1]:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}")
         for values in reader:
+            if not any(values):  # a row that only has a format in the spreadsheet
+                continue
             if len(values) == len(names):
                 cells = zip(names, values, strict=True)
                 rows.append((reader.line_num, {name: _cell(name, text) for name, text in cells if name}))
-            elif values:
+            else:
                 found = f"{len(values)} fields, and the first line names {len(names)}"
                 bad.append(f"{path}:{reader.line_num}: {found}")
     except csv.Error as error:
@@ -102,6 +108,8 @@ def _parquet(path: Path) -> Rows:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):  # text that its writer did not mark as text, as Spark and Impala may
+        return value.decode("utf-8", "surrogateescape")
     return (int(value) if value == int(value) else float(value)) if isinstance(value, Decimal) else str(value)
 
 

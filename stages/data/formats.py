@@ -31,7 +31,10 @@ NAMES = {
 """Format → what people call it."""
 SYNONYMS = {"context": "input", "response": "output", "conversations": "messages"}
 """Names of fields in Dolly and ShareGPT → those here."""
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "developer": "system"
+}  # fmt: skip
+"""Roles of ShareGPT and of OpenAI's newer chats → those here."""
 PREFERENCES = {"chosen", "rejected"}
 RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
@@ -83,6 +86,9 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
         used = {"messages", "conversations"}
         return [_example(prompt, turns, response, row, used, may_lack) for prompt, turns, response in chosen]
     prompt_field, response_field = FIELDS[kind]
+    if may_lack and not row.get(response_field):  # it may have another of its names
+        others = sorted(RESPONSES | {"response"})
+        response_field = next((name for name in others if row.get(name)), response_field)
     prompt, answer = text_field(row, prompt_field), _answer(row, response_field, may_lack)
     return [_example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)]
 
@@ -132,11 +138,22 @@ def text_field(row: dict[str, Any], name: str) -> str:
     return value
 
 
+def other_fields(row: dict[str, Any], *used: str) -> dict[str, Any]:
+    """Return the fields of a row that a benchmark does not read: a label, or what splits the results.
+
+    Lists and objects are left out; HumanEval+ has megabytes of them.
+    """
+    simple = (str, int, float, bool, type(None))
+    return {name: value for name, value in row.items() if name not in used and isinstance(value, simple)}
+
+
 def gold_field(value: Any) -> str:
-    """Return a verifiable answer, given as text or a number, as text; empty for None, else ValueError."""
+    """Return a verifiable answer as text; empty for None, ValueError for lists and objects."""
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str | int | float):
         raise ValueError(f"a verifiable answer must be text or a number, got {type(value).__name__}")
     return str(value).strip()
 
@@ -195,7 +212,14 @@ def _conversations(messages: Any, may_lack: bool) -> list[tuple[str, list[list[s
 def _turn(message: dict[str, Any]) -> tuple[str, str]:
     """Return role and text of a message, in the names of OpenAI or of ShareGPT."""
     role = message.get("role", message.get("from"))
-    role = SHAREGPT_ROLES.get(str(role), role)
-    if role in ("tool", "function") or message.get("tool_calls"):
+    role = ROLES.get(str(role), role)
+    if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
         raise ValueError("messages: tool calls are not supported; keep the user's and the assistant's texts")
+    content = message.get("content")
+    if isinstance(content, list) and all(_is_text(part) for part in content):  # OpenAI's list of parts
+        return str(role), "".join(part["text"] for part in content)
     return str(role), text_field(message, "content" if "content" in message else "value")
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -28,6 +28,10 @@ MAX_CHARACTERS = 1_000_000
 """Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
 
 
+PASSAGES = ("context", "input", "passage", "body", "paragraph", "document", "story", "choices", "options")
+"""Fields without which people's questions often cannot be answered."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The examples of a source, and how many rows were left out."""
@@ -57,6 +61,8 @@ def read_rows(source: SourceSection) -> Rows:
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
     located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
+    if unseen := [name for name in PASSAGES if any(_is_unseen(name, example) for example in examples)]:
+        log.warning("%s: no model sees %s: write what a question needs into it", where, ", ".join(unseen))
     if unanswered := sum(not example.response for example in examples):
         log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
@@ -126,6 +132,7 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     """
     file = local_file(source)
     rows = read_file(file)[: source.limit] if file else _hub_rows(source)
+    rows = [(number, _without_nan(row)) for number, row in rows]
     broken = [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
@@ -170,6 +177,24 @@ def _check_commit(source: SourceSection, loaded: Any) -> None:
             f"the local copy of {source.path} is commit {', '.join(sorted(commits))}, not {source.revision}",
             "run once with a network, or set the revision to that commit",
         )
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value with None in place of NaN, by which pandas marks an empty cell."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _is_unseen(name: str, example: Example) -> bool:
+    """True if a field of a row has a text, or a list of texts, that is not in the prompt."""
+    value = example.extra.get(name)
+    if isinstance(value, dict):  # letter → text, or the lists `text` and `label`
+        value = value.get("text", list(value.values()))
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and text.strip() not in example.prompt for text in texts)
 
 
 def is_encodable(value: Any) -> bool:

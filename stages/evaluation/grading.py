@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.data.rows import read, shots_source
 from stages.errors import DataError
-from stages.prompts.answers import equals_gold, extract, rewrite
+from stages.prompts.answers import extract, extract_letter, gold_letter, matches_gold, rewrite
 from stages.prompts.renderer import RenderedPrompt
 from stages.records import Example
 
@@ -43,7 +43,7 @@ class Context:
 
 
 def grade_final_answer(
-    example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = equals_gold
+    example: Example, output: str, context: Context, equal: Callable[[str | None, str], bool] = matches_gold
 ) -> Grade:
     """Compare the extracted final answer with gold; the reward `correctness` extracts it in the same way.
 
@@ -53,7 +53,10 @@ def grade_final_answer(
     answer = extract(output, context.answer_format)
     if equal(answer.strict, example.gold):
         return Grade(answer.strict, answer.strict, True, True)
-    return Grade(answer.strict, answer.flexible, False, equal(answer.flexible, example.gold))
+    flexible = answer.flexible
+    if equal is matches_gold and gold_letter(example.gold):
+        flexible = extract_letter(answer.strict or "") or extract_letter(output)
+    return Grade(answer.strict, flexible, False, equal(flexible, example.gold))
 
 
 def with_gold(examples: list[Example]) -> list[Example]:

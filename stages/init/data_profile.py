@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
-from stages.errors import ConfigError, DataError, first_line
+from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
 from stages.models.tokenizer import load_tokenizer
@@ -139,7 +139,7 @@ def benchmark_of(path: str) -> BenchmarkSection:
         try:
             modules[section.kind].load(section)
         except DataError as error:
-            reasons[section.kind] = first_line(error)
+            reasons[section.kind] = " ".join(" ".join(str(error).splitlines()[:2]).split())
             continue
         return section
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())

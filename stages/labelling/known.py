@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stages.data.files import read_file
 from stages.data.formats import instruction
 from stages.errors import DataError
-from stages.records import MAX_LINE_BYTES, Example, Labelled, data_error, read_jsonl
+from stages.records import Example, Labelled, data_error, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +73,19 @@ def system_of(value: Any) -> int | None:
 
 def _read_labels(path: Path, field: str) -> list[tuple[str, Any]]:
     """The keys of a file, each with its unparsed label."""
-    if path.suffix.lower() == ".json":
-        try:
-            labels = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from None
-        if not isinstance(labels, dict):
-            raise DataError(f"{path} must hold one object, got {type(labels).__name__}")
-        return [(str(key).strip(), value) for key, value in labels.items()]
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
+        labels = None
+        with suppress(ValueError, RecursionError):  # JSON Lines, a list, or broken: `read_file` says what
+            labels = json.loads(read_bytes(path).decode("utf-8-sig"))
+        if isinstance(labels, dict) and field not in labels:
+            return [(str(key).strip(), value) for key, value in labels.items()]
     return list(_read_lines(path, field))
 
 
 def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
     """The same for JSON Lines and CSV; a line with several KEYS yields its label under each."""
     bad = []
-    for number, row in _read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path):
+    for number, row in read_file(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
@@ -95,14 +94,3 @@ def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
         yield from ((key, row.get(field)) for key in keys)
     if bad:
         raise data_error(f"line without {field} or without one of {', '.join(KEYS)}", bad)
-
-
-def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV file with a header, each with the number of its last line; an empty cell is None."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            return [(reader.line_num, {name: cell or None for name, cell in row.items()}) for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not CSV: {error}") from None

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.data.files import read_file
 from stages.data.rows import is_encodable
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.known import system_of
-from stages.records import Example, data_error, read_jsonl
+from stages.records import Example, data_error
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def held_out(path: str | None) -> list[CalibrationExample]:
 def read_labelled_examples(path: Path) -> list[CalibrationExample]:
     """Read rows with question, answer and system (1 or 2); raises DataError that lists all other rows."""
     examples, bad = [], []
-    for number, row in read_jsonl(path):
+    for number, row in read_file(path):
         system = system_of(row.get("system"))
         if system and isinstance(row.get("question"), str) and is_encodable(row):
             answer = row.get("answer")

@@ -100,7 +100,7 @@ _ANY_NUMBER = re.compile(
 _VARIABLE = re.compile(r"(?:[xyz]+|[in]|pi|sqrt|[α-λν-ωΓΔΘΛΞΠΣΦΨ]+)(?![^\W_]|\.[A-Za-z])")
 _PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
 _SINGLE_NUMBER = re.compile(
-    rf"[*_`(]*(?P<sign>{_MINUS})?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"
+    rf"[*_`(]*(?:\+|(?P<sign>{_MINUS}))?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"
     rf"(?:(?P<mixed>\d+)\s+)?(?P<value>{_DECIMAL})"
     rf"(?:\s*/\s*(?P<denominator>{_INTEGER}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*\.?"
 )
@@ -119,9 +119,22 @@ def parse_number(text: str) -> Fraction | None:
     return quantity[0] if quantity else None
 
 
-def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
-    """Return the value of a text that is one number, and the words of its unit (singular, case-folded)."""
+# LaTeX's box and inline formula, and quotation marks.
+_WRAPPED = re.compile(r"\$*\\boxed\{(.*)\}\$*|\\\((.*)\\\)|\"(.*)\"|“(.*)”", re.DOTALL)
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+
+
+def _bare(text: str) -> str:
+    r"""Return a text without `\boxed{…}`, `\(…\)` or quotation marks around it, and `\frac{3}{4}` as 3/4."""
     text = text.strip()
+    if wrapped := _WRAPPED.fullmatch(text.removesuffix(".")):
+        text = next(filter(None, wrapped.groups()), "").strip()
+    return _FRACTION.sub(r"\1/\2", text)
+
+
+def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
+    """Return the value of a text that is one number, and the words of its unit, case-folded."""
+    text = _bare(text)
     match = _SINGLE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if not match or (match["sign"] and match["inner_sign"]) or (match["mixed"] and not match["denominator"]):
         return None
@@ -139,7 +152,7 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     if attached or re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
         return None
     words = re.findall(r"[^\W\d_]+", unit.casefold())
-    unit_words = [word.removesuffix("s") or word for word in words if word != "percent"]
+    unit_words = [word for word in words if word != "percent"]
     return (-value if match["sign"] or match["inner_sign"] else value), unit_words
 
 
@@ -171,9 +184,9 @@ def extract_letter(text: str, leading_only: bool = False) -> str | None:
     called right counts: after `the answer is B` other choices may be mentioned.
     """
     text = after_thought(text)
-    first_letter = re.match(r"\s*\(?([A-J])(?:[).:,\n]|\s*$)", text)
-    if first_letter or leading_only:
-        return first_letter[1] if first_letter else None
+    first = re.match(r"\s*\(?(?:([A-J])(?:[).:,\n]|\s*$)|([a-j])(?:\)|[.:]?\s*$))", text)
+    if first or leading_only:
+        return (first[1] or first[2]).upper() if first else None
     for naming in _NAMINGS:
         if named := naming.findall(text):
             return str(named[-1])
@@ -181,10 +194,16 @@ def extract_letter(text: str, leading_only: bool = False) -> str | None:
     return letters[-1] if letters else None
 
 
+def gold_letter(gold: str) -> str | None:
+    """Return the choice that a gold answer is, as in `B`, `b` and `(B)`; None if it is something else."""
+    match = re.fullmatch(r"\s*\(?([A-Ja-j])[).:]?\s*", gold)
+    return match[1].upper() if match else None
+
+
 def matches_gold(answer: str | None, gold: str) -> bool:
     """True if an extracted answer is the `same` as gold, or names the letter (A to J) that gold is."""
-    names_letter = answer is not None and re.fullmatch(r"\s*[A-J]\s*", gold)
-    return equals_gold(answer, gold) or bool(names_letter and extract_letter(str(answer)) == gold.strip())
+    letter = gold_letter(gold) if answer is not None else None
+    return equals_gold(answer, gold) or (letter is not None and extract_letter(str(answer)) == letter)
 
 
 def equals_gold(answer: str | None, gold: str) -> bool:
@@ -202,8 +221,15 @@ def equals_gold(answer: str | None, gold: str) -> bool:
     return (
         quantity is not None
         and quantity[0] == expected[0]
-        and all(word == gold_word for word, gold_word in zip(quantity[1], expected[1], strict=False))
+        and all(_same_word(*pair) for pair in zip(quantity[1], expected[1], strict=False))
     )
+
+
+def _same_word(one: str, other: str) -> bool:
+    """True if two words are equal but for a plural: `box` and `boxes`, not `m` and `ms`."""
+    short, long = sorted((one, other), key=len)
+    plurals = (f"{short}s", f"{short}es", f"{short.removesuffix('y')}ies")
+    return short == long or (len(short) > 1 and long in plurals)
 
 
 _EDGES = " .!?,:;\"'*。，！？：；、“”‘’„«»…·।؟،"
@@ -216,7 +242,7 @@ def same_text(answer: str | None, gold: str) -> bool:
 
 
 def _normalized(text: str) -> str:
-    return " ".join(text.casefold().strip(_EDGES).split())
+    return " ".join(_bare(text).casefold().strip(_EDGES).split())
 
 
 def gold_from_response(response: str) -> str | None:
@@ -244,6 +270,8 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
         return response
     closing = _split_last_line(response)
     reasoning = (closing[0] if closing else response).strip()
+    if answer_format == "xml" and response.lstrip().startswith("<reasoning>") and _in_tags(response) == gold:
+        return response.strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
     return f"{reasoning}\n#### {gold}".lstrip("\n")

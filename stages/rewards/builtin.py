@@ -15,7 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages.prompts.answers import extract, extract_letter, matches_gold, parse_number
+from stages.prompts.answers import (
+    after_thought,
+    extract,
+    extract_letter,
+    gold_letter,
+    matches_gold,
+    parse_number,
+)
 from stages.prompts.code import code_block
 from stages.registry import Registry
 from stages.runtime import resources
@@ -83,18 +90,24 @@ def integer(completions: list[str], answer_format: list[str], **_: Any) -> list[
     return [float(value is not None and value.denominator == 1) for value in values]
 
 
+def _reply(text: str) -> str:
+    """Return a text without its thought, and without the space after that."""
+    remainder = after_thought(text)
+    return remainder if remainder == text else remainder.lstrip()
+
+
 @rewards.add()
 def strict_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the whole completion is in the answer format, line by line."""
     pairs = zip(completions, answer_format, strict=True)
-    return [float(bool(_STRICT_FORMAT[style].fullmatch(text))) for text, style in pairs]
+    return [float(bool(_STRICT_FORMAT[style].fullmatch(_reply(text)))) for text, style in pairs]
 
 
 @rewards.add()
 def soft_format(completions: list[str], answer_format: list[str], **_: Any) -> list[float]:
     """1 if the text begins with both tags (xml) or has `####` before some text (hash), in any spacing."""
     pairs = zip(completions, answer_format, strict=True)
-    return [float(bool(_SOFT_FORMAT[style].match(text))) for text, style in pairs]
+    return [float(bool(_SOFT_FORMAT[style].match(_reply(text)))) for text, style in pairs]
 
 
 @rewards.add()
@@ -103,6 +116,7 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
     scores = []
     for text, style in zip(completions, answer_format, strict=True):
         tags = _TAGS[style]
+        text = _reply(text)
         text = f"\n{text}" if style == "hash" else text  # a completion may begin with its `#### answer`
         score = sum(text.count(tag) == 1 for tag in tags) / len(tags)
         if style == "xml" and text.count(tags[-1]) == 1:
@@ -122,16 +136,15 @@ def number_match(completions: list[str], gold: list[str], answer_format: list[st
 @rewards.add()
 def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
     """1 if the text names the letter of gold (A to J) as its choice."""
-    return [
-        float(extract_letter(text) == answer.strip()) for text, answer in zip(completions, gold, strict=True)
-    ]
+    pairs = zip(completions, gold, strict=True)
+    return [float(extract_letter(text) == (gold_letter(answer) or answer.strip())) for text, answer in pairs]
 
 
 @rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
     """ROUGE-1 F1 of the completion against the reference response, for answers that cannot be verified."""
     pairs = zip(completions, response, strict=True)
-    return [_f1(_words(text), _words(reference)) for text, reference in pairs]
+    return [_f1(_words(_reply(text)), _words(reference)) for text, reference in pairs]
 
 
 def _words(text: str) -> Counter[str]:

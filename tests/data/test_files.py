@@ -46,6 +46,12 @@ READ = {
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
     "number.jsonl": lines({"question": "Two and two?", "answer": 4}),
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
+    "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
+    "parts.jsonl": lines(
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Two and two?"}]}, GPT]}
+    ),
+    "response.jsonl": lines({"question": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
+    "labelled.jsonl": lines({"prompt": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
 }
 REFUSED = {
     "empty.jsonl": ("", "empty.jsonl has no rows"),
@@ -102,6 +108,42 @@ def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer
     path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
     (example,) = read(DataSection(path=path))
     assert example.response == example.gold == text
+
+
+def test_not_a_number_is_an_empty_cell(tmp_path):
+    row = {"instruction": "Two and two?", "input": float("nan"), "output": "4"}
+    (example,) = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(row))))
+    assert example.prompt == "Two and two?"
+    empty = lines({"question": "Q", "answer": float("nan")}, PAIR)
+    path = write(tmp_path / "empty.jsonl", empty)
+    assert [e.prompt for e in read(DataSection(path=path, empty="drop"))] == [PAIR["question"]]
+
+
+def test_text_that_parquet_has_as_bytes(tmp_path):
+    row = {name: text.encode() for name, text in PAIR.items()}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (example,) = read(DataSection(path=str(tmp_path / "x.parquet")))
+    assert (example.prompt, example.gold) == (PAIR["question"], "4")
+
+
+def test_old_tool_calls_and_images_are_refused(tmp_path):
+    for message in (
+        {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+        {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]},
+    ):
+        path = write(tmp_path / "rows.jsonl", lines({"messages": [*chat("Q"), message]}))
+        with pytest.raises(DataError, match="not supported|content must be text"):
+            read(DataSection(path=path, empty="drop"))
+
+
+def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
+    rows = [{**PAIR, "context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
+    read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+    assert "no model sees context, choices: write what a question needs into it" in caplog.text
+    caplog.clear()
+    shown = {**PAIR, "question": "Two is a number. Two and two? A) 3 B) 4", "choices": ["3", "4"]}
+    read(DataSection(path=write(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."}))))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("gold", [0, 0.0])

@@ -31,7 +31,7 @@ def test_labels_of_the_rows_themselves():
             '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
             '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n',
         ),
-        ("a.csv", 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0,more\n'),
+        ("a.csv", 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0\n'),
     ],
 )
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
@@ -50,6 +50,11 @@ def test_an_empty_cell_of_a_csv_is_no_label(tmp_path):
     [
         ("a.json", '\ufeff{"id0": 1}'),
         ("A.CSV", "id,system\nid0,1\n"),
+        ("a.tsv", "id\tsystem\nid0\t1\n"),
+        ("a.csv", "id;system\nid0;1\n"),
+        ("a.json", '[{"id": "id0", "system": 1}]'),
+        ("a.json", '{"id": "id0", "system": 1}\n{"id": "id1", "system": 2}\n'),
+        ("a.jsonl", '{"id": "id0", "system": 1}\n'),
         ("a.csv", f"id,note,system\nid0,{'x' * 140_000},1\n"),
     ],
 )
@@ -63,7 +68,7 @@ def test_a_csv_without_the_label_names_its_lines(tmp_path):
     with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):
         with_known_labels(ROWS, "system", tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"question,system\n\xff,1\n")
-    with pytest.raises(DataError, match="is not CSV"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         with_known_labels(ROWS, "system", tmp_path / "a.csv")
 
 
@@ -106,8 +111,8 @@ def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
     [
         ("a.json", '{"id0": 3, "id1": "fast"}', r"(?s)2 × label in .*id0: 3.*id1: 'fast'"),
         ("a.json", '{"id9": 1}', "no label for any of 4 examples"),
-        ("a.json", "[1, 2]", "must hold one object, got list"),
-        ("a.json", "{", "is not JSON"),
+        ("a.json", "[1, 2]", "expected an object, got int"),
+        ("a.json", "{", "broken JSON line"),
         (
             "a.jsonl",
             '{"id": "id0"}\n{"system": 1}\n',

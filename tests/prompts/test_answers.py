@@ -51,6 +51,10 @@ def test_extraction(text, style, strict, flexible):
         ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False),
         ("paris.", "Paris", True), ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
         ("4 June", "4 July", False), ("7 weeks", "7 days", False), ("12 m", "12 km", False),
+        ("5 inches", "5 inch", True), ("2 boxes", "2 box", True), ("3 cities", "3 city", True),
+        ("5 ms", "5 m", False), ("+5", "5", True), ("\\boxed{18}", "18", True), ("18", "$\\boxed{18}$", True),
+        ("\\(18\\)", "18", True), ('"18"', "18", True), ("3/4", "\\frac{3}{4}", True),
+        ("+3x", "3", False), ("--5", "-5", False),
         ("7", "7 days", True), ("7 days a week", "7 days", True), ("1 day", "1 days", True),
         ("5 m²", "5 m", False), ("5%", "5", True), ("5 percent", "5%", True), ("$5", "5 dollars", True),
         ("5 million", "5", False), ("3½", "3", False), ("5 million", "5,000,000", True), ("1,2", "12", False),
@@ -89,6 +93,11 @@ def test_targets_are_rewritten():
     assert rewrite(other, "12", "hash") == response
     for style in ("hash", "xml"):
         assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"
+
+
+def test_a_response_in_xml_is_not_wrapped_again():
+    response = "<reasoning>\n2+2=4\n</reasoning>\n<answer>\n4\n</answer>"
+    assert rewrite(response, "4", "xml") == response
 
 
 @pytest.mark.parametrize(

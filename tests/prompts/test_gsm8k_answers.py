@@ -55,7 +55,7 @@ ODD = [
     ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, 7), ("#### 1.5e3", None, 3),
     ("12:30", None, 30), ("USD 40", None, 40), ("#### USD 40", 40, 40), ("$ 40", None, 40),
     ("#### $ 40", 40, 40), ("So.\n#### Final Answer:\n**18**", None, 18), ("#### Answer: 18", None, 18),
-    ("#### Conclusion\nJanet makes $18 a day.", None, 18), ("#### $\\boxed{18}$", None, 18),
+    ("#### Conclusion\nJanet makes $18 a day.", None, 18), ("#### $\\boxed{18}$", 18, 18),
     ("#### 3½", None, 3), ("#### 3 and a half", None, 3), ("#### 1,2", None, 2), ("#### 5 million", 5e6, 5e6),
     ("#### 2 dozen eggs", 24, 24), ("it is 5 hundred thousand", None, 500), ("#### 1,00,000", 1e5, 1e5),
 ]  # fmt: skip

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import reprlib
@@ -7,8 +8,12 @@ import numpy
 import pytest
 import torch
 
+from stages.config import BenchmarkSection
 from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
+from stages.evaluation.benchmarks import demo, jsonl
+from stages.evaluation.grading import Context
 from stages.prompts.code import code_block, program_from_output, stub
+from stages.records import Example
 from stages.rewards import loading
 from stages.rewards.builtin import rewards
 from stages.sandbox import Limits, SandboxFailure, choose
@@ -267,10 +272,31 @@ def test_imports_from_the_future_come_first():
     assert found["f"](1) == 2
 
 
-def test_a_letter_is_right_however_it_is_written():
-    said = ["#### B", "#### (B)", "#### B) because", "#### A"]
-    given = {"completions": said, "gold": ["B"] * 4, "answer_format": ["hash"] * 4}
-    assert rewards.pick("correctness")(**given) == [1, 1, 1, 0]
+@pytest.mark.parametrize("gold", ["B", "b", "(B)"])
+def test_a_letter_is_right_however_it_is_written_and_for_benchmarks_alike(tmp_path, gold):
+    said = {"#### B": 1, "#### (B)": 1, "#### B) because": 1, "#### b": 1, "#### (b)": 1, "#### A": 0}
+    given = {"completions": list(said), "gold": [gold] * len(said), "answer_format": ["hash"] * len(said)}
+    assert rewards.pick("correctness")(**given) == list(said.values())
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "P", "answer": gold}) + "\n")
+    (item,) = jsonl.load(BenchmarkSection(path=str(tmp_path / "items.jsonl")))
+    context = Context("hash", chat=False)
+    for text, right in said.items():
+        assert jsonl.grade(item, text, context).correct == bool(right)
+        row = Example("i", "P", "", gold, {})
+        assert demo.grade(row, text, context).correct == bool(right)
+    assert rewards.pick("letter_match")(completions=["It is B.", "Because"], gold=[gold] * 2) == [1, 0]
+    assert demo.grade(Example("i", "P", "", gold, {}), "The answer is (B) Paris", context).flexible == "B"
+
+
+def test_format_is_of_the_reply_and_not_of_its_thought():
+    cut = "<think>I will write #### 18 at the end. But wait"
+    good = "<reasoning>\nIt is.\n</reasoning>\n<answer>\n4\n</answer>\n"
+    for name in ("strict_format", "soft_format"):
+        reward = rewards.pick(name)
+        assert reward(completions=[cut], answer_format=["hash"]) == [0]
+        assert reward(completions=[f"<think>Hm.</think>\n\n{good}"], answer_format=["xml"]) == [1]
+    overlap = rewards.pick("text_overlap")
+    assert overlap(completions=["<think>Five words are not these.</think> Paris"], response=["Paris"]) == [1]
 
 
 def test_words_of_scripts_without_spaces_are_characters():

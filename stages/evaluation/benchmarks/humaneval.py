@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection
-from stages.data.formats import text_field
+from stages.data.formats import other_fields, text_field
 from stages.data.rows import parse_rows
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.code import STOP, program_from_output, stub
@@ -41,7 +41,8 @@ def load(section: BenchmarkSection) -> list[Example]:
 def _example(row: dict[str, Any], _: int) -> Example:
     prompt, solution, tests, entry, task = (text_field(row, name) for name in _FIELDS)
     stub(prompt)  # SyntaxError unless a program can begin like this
-    return Example(task, prompt, solution, None, {"test": tests, "entry_point": entry})
+    extra = {**other_fields(row, *_FIELDS), "test": tests, "entry_point": entry}
+    return Example(task, prompt, solution, None, extra)
 
 
 _FIELDS = ("prompt", "canonical_solution", "test", "entry_point", "task_id")

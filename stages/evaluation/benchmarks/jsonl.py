@@ -5,14 +5,13 @@ and anything else as text, ignoring case and punctuation at its ends.
 """
 
 import functools
-import re
 from typing import Any
 
 from stages.config import SourceSection
 from stages.data.formats import EmptyRowError, gold_field, text_field
 from stages.data.rows import drop_duplicates, parse_rows, raw_rows, read
 from stages.evaluation.grading import Context, Grade, grade_final_answer, render_prompts
-from stages.prompts.answers import equals_gold, extract, extract_letter, parse_number, same_text
+from stages.prompts.answers import equals_gold, extract, extract_letter, gold_letter, parse_number, same_text
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -32,20 +31,18 @@ def _example(row: dict[str, Any], _: int) -> Example:
     if kind not in ("number", "letter", "text"):
         raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
     no_number = kind == "number" and parse_number(answer) is None
-    no_letter = kind == "letter" and not _LETTER.fullmatch(answer)
+    no_letter = kind == "letter" and not gold_letter(answer)
     if no_number or no_letter:
         raise ValueError(f"answer {answer!r} is not a {kind}")
     extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
-    return Example(id_of([prompt, answer]), prompt, answer, answer, {**extra, "grade": kind})
-
-
-_LETTER = re.compile("[A-J]")
+    gold = gold_letter(answer) if kind == "letter" else answer
+    return Example(id_of([prompt, answer]), prompt, answer, gold, {**extra, "grade": kind})
 
 
 def _kind(answer: str) -> str:
     if parse_number(answer) is not None:
         return "number"
-    return "letter" if _LETTER.fullmatch(answer) else "text"
+    return "letter" if gold_letter(answer) else "text"
 
 
 def _shots(source: SourceSection) -> list[Example]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.formats import text_field
+from stages.data.formats import other_fields, text_field
 from stages.data.rows import parse_rows, shots_source
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
@@ -63,13 +63,18 @@ def load(section: SourceSection) -> list[Example]:
 def _example(row: dict[str, Any], number: int) -> Example:
     subject, question = text_field(row, "subject"), text_field(row, "question").strip()
     choices = row["choices"]
-    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) != len(LETTERS)
+        or not all(isinstance(choice, str) for choice in choices)
+    ):
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
-    if row["answer"] not in range(len(LETTERS)):
+    if type(row["answer"]) is not int or row["answer"] not in range(len(LETTERS)):
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
     prompt = "\n".join([question, *(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))])
     gold = LETTERS[row["answer"]]
-    extra = {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
+    extra = other_fields(row, "subject", "question", "choices", "answer")
+    extra |= {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
     # The id includes the row's number because some questions occur twice.
     return Example(
         id_of([subject, prompt, gold, number]), prompt, f"{gold}. {choices[row['answer']]}", gold, extra
