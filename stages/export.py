@@ -137,9 +137,15 @@ def _cast(file: Path, model: ModelSection) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from stages.models.dtype import resolve
+    from stages.models.load_errors import load_config
 
-    dtype = getattr(torch, resolve(model))
+    # Not the type in which this machine computes: a CPU may use float32 for a checkpoint of 16 bits.
+    stored: str = model.dtype
+    if stored == "auto":
+        stored = str(load_config(model).dtype).removeprefix("torch.")
+    if not hasattr(torch, stored):
+        raise ConfigError("--base-dtype: the base's config.json names no dtype", "set model.dtype")
+    dtype = getattr(torch, stored)
     # SHiRA stores integer positions in the same file: 16 bits could not hold them.
     weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})

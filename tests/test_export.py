@@ -21,7 +21,7 @@ from stages.config import BaselineSection, PromptSection
 from stages.engines import EngineSpec
 from stages.engines.in_process import open
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
-from stages.models.base import load_adapted, load_base
+from stages.models.base import load_adapted, load_base, save_merged
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.report import usage
@@ -87,6 +87,38 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     export._cast(file, half.model)
     cast = load_file(file)
     assert cast["a"].dtype == torch.bfloat16 and cast["indices"].tolist() == [257, 1001]
+
+
+def test_the_type_of_the_base_is_that_of_its_files(trained, tmp_path, monkeypatch):
+    """Not that in which a CPU without bfloat16 computes; and without one in config.json there is none."""
+    config, artifact = trained
+    model = config.model.model_copy(update={"name": str(tmp_path / "base"), "dtype": "auto"})
+    shutil.copytree(config.model.name, tmp_path / "base")
+    described = json.loads((tmp_path / "base/config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        described.pop(name, None)
+    (tmp_path / "base/config.json").write_text(json.dumps(described | {"dtype": "bfloat16"}))
+    monkeypatch.setattr("stages.models.dtype.native_bfloat16", lambda: False)
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(2)}, file)
+    export._cast(file, model)
+    assert load_file(file)["a"].dtype == torch.bfloat16
+    (tmp_path / "base/config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="config.json names no dtype"):
+        export._cast(file, model)
+
+
+def test_sampling_settings_beside_greedy_decoding_do_not_stop_a_merge(trained, tmp_path):
+    config, artifact = trained
+    shutil.copytree(config.model.name, tmp_path / "base")
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    model = config.model.model_copy(update={"name": str(tmp_path / "base")})
+    save_merged(model, artifact.path / "adapter", tmp_path / "merged")
+    assert (
+        load_base(model.model_copy(update={"name": str(tmp_path / "merged")})).generation_config.temperature
+        == 0.9
+    )
 
 
 def test_a_folder_that_looks_like_a_temporary_one_is_left_alone(trained, tmp_path):

@@ -138,6 +138,7 @@ class InProcess:
         prefix = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
         prefix = prefix if size > 1 and len(prompts) > 1 and prefix >= MIN_SHARED_PREFIX else 0
         cache = self._cache(prompts[0][:prefix]) if prefix else None
+        prefix = 0 if cache is None else prefix
         logits = []
         for start in range(0, len(prompts), size):
             suffixes = [ids[prefix:] for ids in prompts[start : start + size]]
@@ -156,9 +157,18 @@ class InProcess:
             logits.append(self.model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1])
         return torch.cat(logits)
 
-    def _cache(self, ids: list[int]) -> Cache:
+    def _cache(self, ids: list[int]) -> Cache | None:
+        """Compute keys and values of a prefix; None where padding behind it would change the results.
+
+        A window counts columns, padding too, and a recurrent state takes padding in.
+        """
+        from transformers.cache_utils import DynamicLayer
+
         prefix = torch.tensor([ids], device=self.model.device)
-        return self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values  # type: ignore[no-any-return]
+        output = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1)
+        cache: Cache | None = getattr(output, "past_key_values", None)
+        is_plain = cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
+        return cache if is_plain else None
 
     def _tokenized(self, requests: list[ChoiceRequest]) -> Iterator[tuple[list[int], list[int]]]:
         """Yield for each request the token ids up to where its words differ, and each word's token there.

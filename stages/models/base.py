@@ -157,9 +157,14 @@ def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
     """Write the merged model (16 or 32 bits) and its tokenizer into `out`, ready to be served."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
-    load_merged(model.model_copy(update={"load_in_4bit": False}), folder).save_pretrained(str(out))
+    merged = load_merged(model.model_copy(update={"load_in_4bit": False}), folder)
+    # transformers refuses to write sampling settings beside greedy decoding, which many a model has.
+    generation, merged.generation_config = merged.generation_config, GenerationConfig()
+    merged.save_pretrained(str(out))
+    if generation is not None:
+        generation.to_json_file(out / "generation_config.json")
     AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(str(out))
 
 

@@ -69,12 +69,15 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     kind = config._attn_implementation.removeprefix(MARK)
     if kind not in KINDS:
         return f"attention is {kind}, not {' or '.join(KINDS)}"
-    layer_types = {*(getattr(config, "layer_types", None) or ["full_attention"])}
+    text = config.get_text_config()  # a model that sees images, too, has its windows there
+    layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
     if layer_types != {"full_attention"}:
         return f"it has layers of {', '.join(sorted(layer_types - {'full_attention'}))}"
     # Older configs have a window but no layer_types; every layer then has that window.
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        return f"its layers see {config.sliding_window} tokens back"
+    if getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None):
+        return f"its layers see {text.sliding_window} tokens back"
+    if config.model_type == "diffllama":
+        return "each layer attends twice, and a cache keeps one pass"
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         return "its head is not a linear layer"
     return None

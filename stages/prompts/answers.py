@@ -270,6 +270,8 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
         return response
     closing = _split_last_line(response)
     reasoning = (closing[0] if closing else response).strip()
+    if response.strip() == f"#### {gold}":  # the answer alone, also of several lines
+        reasoning = ""
     if answer_format == "xml" and response.lstrip().startswith("<reasoning>") and _in_tags(response) == gold:
         return response.strip()
     if answer_format == "xml":

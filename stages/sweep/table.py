@@ -113,6 +113,7 @@ def table(
                     hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
     mistakes = [f"row {', '.join(dict.fromkeys(names))}: {error}" for error, names in errors.items()]
     mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
+    mistakes += _incomparable(file, cells) if base is None and not columns else []
     duplicate_of = _duplicates(cells)
     if base is None and not columns:
         mistakes += [f"rows {first!r} and {row!r} are the same" for row, first in duplicate_of.items()]
@@ -121,6 +122,18 @@ def table(
     cells = [cell for cell in cells if cell.row not in duplicate_of]
     rebased = {cell.row: None for cell in cells if base is not None and "base" in settings[cell.row]}
     return Table(path, file, cells, duplicate_of, list(rebased))
+
+
+def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
+    """Return a message for each planned comparison of a row whose config does not make its column."""
+    lacking = {(cell.row, name) for cell in cells for name in file.columns if name not in cell.columns}
+    messages = [
+        f"compare names row {row!r}, whose config does not make {file.columns[entry.on]}"
+        for entry in file.compare
+        for row in ([*entry.row, *entry.against] if entry.row else [])
+        if (row, entry.on) in lacking
+    ]
+    return list(dict.fromkeys(messages))
 
 
 def _matching(path: Path, kind: str, patterns: list[str], names: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
@@ -231,3 +231,19 @@ def test_a_text_to_continue_does_not_end_in_eos():
             return {"input_ids": [1, 40, 2]}
 
     assert choice_ids(Appending(), ChoiceRequest("x", ("A", "B"))) == [1, 40]
+
+
+@pytest.mark.parametrize("config", [Gemma2Config, MistralConfig])
+def test_a_window_does_not_count_padding(engine, config):
+    """A cached prefix with padding behind it would fill the window with columns that hold nothing."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "initializer_range": 0.2}
+    kind = Gemma2ForCausalLM if config is Gemma2Config else MistralForCausalLM
+    model = kind(config(**shape, sliding_window=48, max_position_embeddings=256)).eval()
+    windowed = InProcess(model, engine.tokenizer, 4)
+    common = torch.randint(3, 100, (40,)).tolist()
+    prompts = [common + torch.randint(3, 100, (more,)).tolist() for more in (1, 5, 20, 30)]
+    together = windowed._last_logits_padded(prompts)
+    alone = torch.cat([windowed._last_logits_padded([prompt]) for prompt in prompts])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)

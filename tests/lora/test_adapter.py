@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
@@ -173,3 +174,14 @@ def test_layers_that_read_one_input_keep_one_cast_of_it(tiny):
     assert torch.equal(logits["shared"], logits["PEFT's"])
     difference = gradients["shared"] - gradients["PEFT's"]  # sums are rounded once, not three times
     assert difference.norm() < 0.05 * gradients["shared"].norm()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rank_that_a_module_does_not_have_is_refused(init):
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    lora = LoraSection(r=32, init=init, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ConfigError, match=f"lora.r 32: init {init} gives .*k_proj.* 16 at most"):
+        adapter.initial(Qwen2ForCausalLM(config), lora, 0)

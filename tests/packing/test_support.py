@@ -10,7 +10,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DiffLlamaConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GraniteConfig,
@@ -47,6 +49,22 @@ TAKEN = {
 REFUSED = {
     "mistral": (MistralConfig(**GROUPED, sliding_window=8), "its layers see 8 tokens back"),
     "gemma2": (Gemma2Config(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
+    "gemma3 with images": (
+        Gemma3Config(
+            text_config=GROUPED | {"sliding_window": 8},
+            vision_config={
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        ),
+        "it has layers of sliding_attention",
+    ),
+    "diffllama": (DiffLlamaConfig(**GROUPED), "each layer attends twice"),
     "gemma3": (Gemma3TextConfig(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
     "qwen2": (
         Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1),

@@ -95,6 +95,11 @@ def test_targets_are_rewritten():
         assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"
 
 
+def test_an_answer_of_several_lines_alone_is_not_reasoning():
+    assert rewrite("#### 2\n3", "2\n3", "hash") == "#### 2\n3"
+    assert rewrite("#### 2\n3", "2\n3", "xml").startswith("<reasoning>\n\n</reasoning>")
+
+
 def test_a_response_in_xml_is_not_wrapped_again():
     response = "<reasoning>\n2+2=4\n</reasoning>\n<answer>\n4\n</answer>"
     assert rewrite(response, "4", "xml") == response

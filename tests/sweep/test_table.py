@@ -356,6 +356,16 @@ def test_a_grid_is_all_with_all(small):
         table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
 
 
+def test_a_comparison_of_a_row_that_does_not_make_its_column_is_refused(small):
+    path = changed(
+        small,
+        ('compare: {against: "θ .9", on: SFT}', 'compare: [{row: "θ .5", against: "θ .9", on: RL}]'),
+        ('"θ .5": {partition.theta: 0.5}', '"θ .5": {partition.theta: 0.5, eval.targets: [base, sft]}'),
+    )
+    with pytest.raises(ConfigError, match="compare names row 'θ .5', whose config does not make rl@demo"):
+        table(path)
+
+
 def test_rows_that_are_compared_with_are_not_compared_themselves(small):
     path = changed(
         small, ('compare: {against: "θ .9", on: SFT}', 'compare: {against: ["θ .9", "β 0"], on: SFT}')

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
-from stages.errors import ArtifactError, ConfigError
+from stages.errors import ArtifactError, ConfigError, first_line
 from stages.lora.adapter.shared_cast import share_casts
 from stages.models.base import with_adapter
 
@@ -78,6 +78,22 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
     )
 
 
+def _with_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts."""
+    try:
+        model = with_adapter(base, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"PEFT refuses this adapter: {first_line(error)}", "see lora.target_modules"
+        ) from None
+    if fused := model.active_peft_config.target_parameters:
+        raise ConfigError(
+            f"lora.target_modules: PEFT would adapt fused experts ({', '.join(fused)})",
+            "name modules of attention alone",
+        )
+    return model
+
+
 def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """Put the initial adapter A₀, B₀ on `base`, a deterministic function of `lora` and the seed.
 
@@ -85,7 +101,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """
     lora = with_targets(base, lora)
     peft_values = None if lora.init == "normal" else _peft_initial_values(base, lora, seed)
-    model = with_adapter(base, _lora_config(lora, 0.0, lora.compensated, False))
+    model = _with_lora(base, _lora_config(lora, 0.0, lora.compensated, False))
     share_casts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -113,11 +129,17 @@ def _peft_initial_values(base: PreTrainedModel, lora: LoraSection, seed: int) ->
         if lora.init in SUBTRACTED
         and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
     }
-    model = with_adapter(base, _lora_config(lora, 0.0, False, init))
+    model = _with_lora(base, _lora_config(lora, 0.0, False, init))
     values = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
     for name, weight in base_weights.items():
         base.get_submodule(name).weight.data.copy_(weight)
+    narrow = [n for n, value in values.items() if tuple(value.shape) != scored_shape(n, value, lora)]
+    if narrow:
+        raise ConfigError(
+            f"lora.r {lora.r}: init {lora.init} gives {narrow[0]} {min(values[narrow[0]].shape)} at most",
+            "lower lora.r, or choose lora.init=normal",
+        )
     return values
 
 
@@ -157,7 +179,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """Put the adapter in `folder` on `base`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
-    model = with_adapter(base, _lora_config(lora, dropout, lora.compensated, False))
+    model = _with_lora(base, _lora_config(lora, dropout, lora.compensated, False))
     share_casts(model)
     stored, layers = read(folder), lora_layers(model)
     # PEFT would skip names that the model lacks and leave layers that the file lacks at their initial values.
