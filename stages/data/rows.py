@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 1_000_000
 """Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
-
-
 PASSAGES = ("context", "input", "passage", "body", "paragraph", "document", "story", "choices", "options")
 """Fields without which people's questions often cannot be answered."""
 

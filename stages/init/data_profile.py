@@ -139,7 +139,8 @@ def benchmark_of(path: str) -> BenchmarkSection:
         try:
             modules[section.kind].load(section)
         except DataError as error:
-            reasons[section.kind] = " ".join(" ".join(str(error).splitlines()[:2]).split())
+            # The second line of an error about rows has the first row and what is wrong with it.
+            reasons[section.kind] = " ".join(map(str.strip, str(error).splitlines()[:2]))
             continue
         return section
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())

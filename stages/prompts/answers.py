@@ -268,12 +268,14 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
     """
     if gold is None:
         return response
-    closing = _split_last_line(response)
-    reasoning = (closing[0] if closing else response).strip()
-    if response.strip() == f"#### {gold}":  # the answer alone, also of several lines
+    response = response.strip()
+    if answer_format == "xml" and response.startswith("<reasoning>") and _in_tags(response) == gold:
+        return response
+    if response == f"#### {gold}":  # the answer alone, also of several lines
         reasoning = ""
-    if answer_format == "xml" and response.lstrip().startswith("<reasoning>") and _in_tags(response) == gold:
-        return response.strip()
+    else:
+        closing = _split_last_line(response)
+        reasoning = (closing[0] if closing else response).strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"
     return f"{reasoning}\n#### {gold}".lstrip("\n")

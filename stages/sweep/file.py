@@ -144,9 +144,6 @@ class TableFile(Section):
             for name, compared in (("against", compare.against), ("row", compare.row or [])):
                 yield from (f"compare.{name} {row!r} is not a row" for row in compared if row not in rows)
                 yield from (f"compare.{name} names {row!r} twice" for row in _repeated(compared))
-                for row in compared:
-                    if _row_columns(rows.get(row, {})).get(compare.on, "") is None:
-                        yield f"compare.{name} {row!r} has no column {compare.on!r}: its columns leave it out"
             if compare.row and set(compare.row) == set(compare.against):
                 yield f"compare.row {', '.join(compare.row)!r} is compared with itself"
             if not _is_accuracy(self.columns.get(compare.on, "")):

@@ -125,12 +125,15 @@ def table(
 
 
 def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
-    """Return a message for each planned comparison of a row whose config does not make its column."""
+    """Return a message for each row that a comparison names and that has no value in its column.
+
+    Its own columns leave the column out, or its config does not evaluate what the column shows.
+    """
     lacking = {(cell.row, name) for cell in cells for name in file.columns if name not in cell.columns}
     messages = [
-        f"compare names row {row!r}, whose config does not make {file.columns[entry.on]}"
+        f"compare names row {row!r}, which has no value in column {entry.on!r}"
         for entry in file.compare
-        for row in ([*entry.row, *entry.against] if entry.row else [])
+        for row in [*(entry.row or []), *entry.against]
         if (row, entry.on) in lacking
     ]
     return list(dict.fromkeys(messages))

@@ -306,11 +306,6 @@ OF_HALF = '"θ .5": {partition.theta: 0.5}'
             "rl@demo - rl.steps",
             "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK",
         ),
-        (
-            '"θ .9": {partition.theta: 0.9}',
-            '"θ .9": {columns: {SFT: null}}',
-            "compare.against 'θ .9' has no column 'SFT': its columns leave it out",
-        ),
         (OF_HALF, '"θ .5": {base: 3}', "row 'θ .5': base must be a path, got 3"),
         (OF_HALF, '"θ .5": {columns: [RL]}', "row 'θ .5': columns must map names to what they show, or"),
         (OF_HALF, '"θ .5": {columns: {RL: 3}}', "row 'θ .5': columns must map names to what they show, or"),
@@ -356,14 +351,18 @@ def test_a_grid_is_all_with_all(small):
         table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
 
 
-def test_a_comparison_of_a_row_that_does_not_make_its_column_is_refused(small):
-    path = changed(
-        small,
-        ('compare: {against: "θ .9", on: SFT}', 'compare: [{row: "θ .5", against: "θ .9", on: RL}]'),
-        ('"θ .5": {partition.theta: 0.5}', '"θ .5": {partition.theta: 0.5, eval.targets: [base, sft]}'),
-    )
-    with pytest.raises(ConfigError, match="compare names row 'θ .5', whose config does not make rl@demo"):
-        table(path)
+@pytest.mark.parametrize("left_out", ["eval.targets: [base, sft]", "columns: {RL: null}"])
+def test_a_comparison_of_a_row_without_a_value_is_refused(small, left_out):
+    planned = ('compare: {against: "θ .9", on: SFT}', 'compare: [{row: "θ .5", against: "θ .9", on: RL}]')
+    row = ('"θ .5": {partition.theta: 0.5}', f'"θ .5": {{partition.theta: 0.5, {left_out}}}')
+    with pytest.raises(ConfigError, match="compare names row 'θ .5', which has no value in column 'RL'"):
+        table(changed(small, planned, row))
+
+
+def test_a_row_that_others_are_compared_with_needs_a_value(small):
+    reference = ('"θ .9": {partition.theta: 0.9}', '"θ .9": {partition.theta: 0.9, columns: {SFT: null}}')
+    with pytest.raises(ConfigError, match="compare names row 'θ .9', which has no value in column 'SFT'"):
+        table(changed(small, reference))
 
 
 def test_rows_that_are_compared_with_are_not_compared_themselves(small):
