@@ -112,7 +112,7 @@ def _building(out: Path) -> Iterator[Path]:
 
 
 def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dtype: bool) -> None:
-    from stages.lora.adapter import adapter, baselines
+    from stages.lora.adapter import adapter, baselines, cancellation
 
     trained = artifact.path / "adapter"
     if form == "merged":
@@ -120,6 +120,7 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
         return
     shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
     _refuse_patterns(folder)
+    cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
     if base_dtype:
         _cast(folder / adapter.ADAPTER, config.model)
 

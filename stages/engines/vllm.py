@@ -56,13 +56,15 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
 
     See `serves_modules` for how an adapter is served.
     """
+    from stages.lora.adapter.cancellation import rewrite_modules
+
     _fetch(spec.model, say)
     port = _port(server.port)
-    with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lorapar-adapter-") as folder:
         model, modules = spec.model, {}
         if spec.adapter is not None and serves_modules(server):
             # Should another process's server answer on the same port, it has no model of this name.
-            modules = {f"adapter-{os.getpid()}": spec.adapter}
+            modules = rewrite_modules({f"adapter-{os.getpid()}": spec.adapter}, Path(folder))
         elif spec.adapter is not None:
             say(f"merging {spec.adapter}")
             save_merged(model, spec.adapter, Path(folder))
@@ -89,14 +91,17 @@ def open_modules(
 
     modules: name → folder of the adapter. The model itself is served under its own name.
     """
+    from stages.lora.adapter.cancellation import rewrite_modules
+
     _fetch(model, say)
     port = _port(server.port)
-    command = _command(model, server, port, {}, modules)
-    with _running(command, port, None, server, say, model.name) as exit_error:
-        yield {
-            name: Client((_address(port),), name, "", server, exit_error, grows=True)
-            for name in (model.name, *modules)
-        }
+    with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
+        command = _command(model, server, port, {}, rewrite_modules(modules, Path(folder)))
+        with _running(command, port, None, server, say, model.name) as exit_error:
+            yield {
+                name: Client((_address(port),), name, "", server, exit_error, grows=True)
+                for name in (model.name, *modules)
+            }
 
 
 def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:

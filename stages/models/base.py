@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +129,25 @@ def _four_bit(dtype: str) -> dict[str, Any]:
 
 
 def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Add a new adapter to the base model."""
+    """Add a new adapter to the base model: to the language model alone, if it also reads images."""
+    path = language_model_path(base)
+    if path and hasattr(config, "exclude_modules"):  # a trained prompt has no modules
+        config.exclude_modules = rf"(?!{re.escape(path)}\.).*"
     # PEFT would load bitsandbytes here, also for a base that does not use it.
     with libraries.hide_packages(*libraries.UNUSED):
         return get_peft_model(base, config)  # type: ignore[return-value]
+
+
+def language_model_path(base: PreTrainedModel) -> str:
+    """Return the path of the part that reads text; empty if no other part has linear modules but the head."""
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    path = next((name for name, module in base.named_modules() if module is decoder), "")
+    others = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not name.startswith(f"{path}.")
+    ]
+    return path if others else ""
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:

@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
-from stages.lora.adapter import adapter
+from stages.lora.adapter import adapter, cancellation
 from stages.lora.adapter.merge import MergedCopy
 from stages.models.base import load_adapted, load_base
 
@@ -185,3 +185,45 @@ def test_a_rank_that_a_module_does_not_have_is_refused(init):
     lora = LoraSection(r=32, init=init, target_modules=["q_proj", "k_proj"])
     with pytest.raises(ConfigError, match=f"lora.r 32: init {init} gives .*k_proj.* 16 at most"):
         adapter.initial(Qwen2ForCausalLM(config), lora, 0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "normal"])
+def test_a_small_update_of_a_compensated_adapter_survives_16_bits(tiny, tmp_path, init):
+    lora = LoraSection(r=4, init=init)
+    model = adapter.initial(base(tiny), lora, 0)
+    with torch.no_grad():
+        for name, layer in adapter.lora_layers(model).items():
+            part = adapter.trainable_part(name, layer.weight, lora)
+            part.add_(5e-4 * torch.randn(part.shape, generator=torch.Generator().manual_seed(len(name))))
+    adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
+    served = cancellation.rewrite_modules({"m": tmp_path / "a"}, tmp_path)["m"]
+    if init == "normal":
+        assert served == tmp_path / "a"  # nothing cancels: no copy
+        return
+
+    def update(folder, dtype):
+        weights = {name: weight.to(dtype).double() for name, weight in adapter.read(folder).items()}
+        names = [name for name in weights if ".lora_A." in name]
+        return torch.cat([(weights[n.replace("_A.", "_B.")] @ weights[n]).flatten() for n in names])
+
+    exact = update(tmp_path / "a", torch.float32)
+    as_trained, as_served = (
+        float((update(folder, torch.bfloat16) - exact).norm() / exact.norm())
+        for folder in (tmp_path / "a", served)
+    )
+    assert float((update(served, torch.float32) - exact).norm() / exact.norm()) < 1e-5
+    assert as_served < 0.005 < 0.05 < as_trained
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
+def test_of_a_model_that_reads_images_the_language_model_alone_is_adapted(modules):
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    vision = text | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = adapter.initial(Gemma3ForConditionalGeneration(config), LoraSection(target_modules=modules), 0)
+    adapted = adapter.lora_layers(model)
+    assert len(adapted) == 2 * (2 if modules != "all-linear" else 7)
+    assert all("language_model" in name for name in adapted)

@@ -26,7 +26,7 @@ from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError, first_line
 from stages.lora.adapter.shared_cast import share_casts
-from stages.models.base import with_adapter
+from stages.models.base import language_model_path, with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,12 +52,16 @@ def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
 
 
 def linear_modules(base: PreTrainedModel) -> set[str]:
-    """Names of all linear modules except the head, without their path: {"q_proj", "up_proj", …}.
+    """Names of the language model's linear modules except the head, without path: {"q_proj", "up_proj", …}.
 
     ConfigError if there are none, as in GPT-2, whose modules are Conv1D.
     """
-    head = base.get_output_embeddings()
-    paths = [path for path, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    head, prefix = base.get_output_embeddings(), language_model_path(base)
+    paths = [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and path.startswith(prefix)
+    ]
     if not paths:
         raise ConfigError(
             f"{type(base).__name__} has no linear modules except its head, so no adapter can be attached"

@@ -1,0 +1,61 @@
+"""Rewrites LoRA weights whose products nearly cancel, before a server rounds them to 16 bits.
+
+A compensated adapter, A = [A; A₀] and B = [B, −B₀], holds two large products, and training changed only their
+difference. Rounding to bfloat16 gives each an error of about 1/500 of its own size, which may exceed that
+difference.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.lora.adapter import adapter
+
+
+def rewritten(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return LoRA weights of the same shapes and products BA, whose terms are smaller where they can be.
+
+    weights: the tensors of an adapter file, by parameter name. With the rank in two halves, A = [A₁; A₂] and
+    B = [B₁, B₂], the product is B₁A₁ + B₂A₂ = (B₁ + B₂)A₁ + B₂(A₂ − A₁). For a compensated adapter that is
+    (B − B₀)A + B₀(A − A₀): both terms are as small as what training changed. For others the terms would
+    grow, and their weights are returned as they are.
+    """
+    result = dict(weights)
+    for name, a in weights.items():
+        b = weights.get(name.replace(".lora_A.", ".lora_B."))
+        if ".lora_A." not in name or b is None or len(a) % 2:
+            continue
+        (a1, a2), (b1, b2) = a.float().chunk(2), b.float().chunk(2, dim=1)
+        before, after = ((a1, b1), (a2, b2)), ((a1, b1 + b2), (a2 - a1, b2))
+        # Rounding errors are relative to the factors, so these sums bound the products' up to a constant.
+        if sum(a.norm() * b.norm() for a, b in after) < sum(a.norm() * b.norm() for a, b in before):
+            (a1, b1), (a2, b2) = after
+            result[name] = torch.cat([a1, a2])
+            result[name.replace(".lora_A.", ".lora_B.")] = torch.cat([b1, b2], dim=1)
+    return result
+
+
+def rewrite(folder: Path, out: Path) -> bool:
+    """Write the adapter in `folder` into `out` with rewritten weights; returns False if nothing changes."""
+    weights = adapter.read(folder)
+    changed = rewritten(weights)
+    if all(changed[name] is weight for name, weight in weights.items()):
+        return False
+    if folder != out:
+        out.mkdir()
+        shutil.copy(folder / "adapter_config.json", out)
+    save_file(changed, out / adapter.ADAPTER, metadata={"format": "pt"})
+    return True
+
+
+def rewrite_modules(modules: dict[str, Path], scratch: Path) -> dict[str, Path]:
+    """Rewrite adapters into folders below `scratch`; one that does not change keeps its own folder."""
+    return {
+        name: scratch / name if rewrite(folder, scratch / name) else folder
+        for name, folder in modules.items()
+    }
