@@ -196,8 +196,9 @@ class TerminalProgress:
     def _times(self, now_s: float) -> tuple[str, str]:
         """Return the time left of the stage and of the run as a text, and that of the stage alone.
 
-        The task says what is left of its step, or else the estimate of `lorapar plan`, which is also that of
-        later steps. What has no estimate is not counted in the stage, and leaves the run unknown.
+        The time left of the current step is extrapolated from its task, or else comes from `lorapar plan`, as
+        that of later steps does. A step without an estimate is not counted in the stage, and the time of the
+        run is then not shown.
         """
         planned = self.position.planned.get(self._step) if self.position else None
         stage_s = self._bar.seconds_left(now_s) if self._bar else None

@@ -21,10 +21,11 @@ def command(
     samples: Annotated[
         bool,
         typer.Option(
-            "--samples", help="Show graded answers of an evaluation (eval:TARGET); so do --wrong, --limit."
+            "--samples",
+            help="Show graded answers of an evaluation (eval:TARGET); --wrong and --limit imply it.",
         ),
     ] = False,
-    wrong: Annotated[bool, typer.Option("--wrong", help="Of the samples, only wrong ones.")] = False,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Show only samples that are not correct.")] = False,
     by: Annotated[
         str | None,
         typer.Option("--by", help="Split the results by this field of the test rows; system if left out."),

@@ -127,7 +127,7 @@ def _adapter(job: StageContext) -> Iterator[Path | None]:
 
 
 def answer_ahead(jobs: list[tuple[StageContext, dict[str, Any]]]) -> None:
-    """Have one vLLM server answer for several targets, each adapter as a module of it, into the journal.
+    """Let one vLLM server, with each adapter as a LoRA module, answer for several targets, into the journal.
 
     jobs: what `run` gets later, which then finds every answer. Else each target would have a server of its
     own, and on a GPU each benchmark, too, because the check of the first answers needs the server's memory.
@@ -158,7 +158,7 @@ def answer_ahead(jobs: list[tuple[StageContext, dict[str, Any]]]) -> None:
 
 
 def may_share_server(config: Config, variant: str) -> bool:
-    """Whether a target's adapter can be one module of several of a vLLM server, and its answers a request."""
+    """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
     from stages.engines import vllm
 
     target, _, name = variant.partition("@")

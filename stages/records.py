@@ -26,7 +26,7 @@ class Example:
     response: str
     """Empty if the row has none; such a row can be voted on and rewarded, but not imitated."""
     gold: str | None
-    """Verifiable final answer, if the response has one."""
+    """Verifiable final answer, of the row's own or at the end of its response; None if there is none."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Other fields of the row, unchanged."""
     turns: list[list[str]] = field(default_factory=list)

@@ -143,9 +143,10 @@ def _by_rollouts(
     rl: RlSection,
     seed: int,
 ) -> dict[str, Any]:
-    """Score System 2's elements by RL's gradients at SFT's adapter; System 1's scores stay those of `score`.
+    """Score every element for System 2 by RL's gradients at SFT's adapter.
 
-    GRPO's gradients say what RL has to learn. System 1, which SFT has learnt already, is what RL may spoil.
+    System 1's scores stay those of `score`: GRPO's gradients say what RL has to learn, and what RL may
+    spoil is System 1, which SFT has learnt already.
     """
     from stages.lora.grpo import building, gradients  # the trainer, which other scorers do not need
     from stages.lora.training import loop

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 VOTER = "router"
 """Name of the adapter of zeros that the votes are asked of.
 
-It is the base, in other words. On CPU, vLLM 0.31 applies an adapter to requests for the base, too, if they
-are batched with requests for it (its pull request 48421). Two adapters it tells apart.
+Its model is the base. On CPU, vLLM 0.31 applies an adapter also to requests for the base that are batched
+with requests for the adapter (its pull request 48421), but it keeps two adapters apart.
 """
 
 

@@ -159,7 +159,10 @@ class RlSection(TrainSection):
         advanced=True,
     )
     kl_probe_steps: int = setting(
-        5, "Optimizer steps between two measurements on kl_probe_prompts.", gt=0, advanced=True
+        5,
+        "Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows.",
+        gt=0,
+        advanced=True,
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
         "dapo",

@@ -164,7 +164,7 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _check_compensation(self) -> "LoraSection":
         # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to
-        # subtract B₀A₀ itself. Init orthogonal needs no compensation: its B₀A₀ is 0.
+        # subtract B₀A₀ itself. Init orthogonal may go without: its B₀A₀ is 0.
         if self.init in SUBTRACTED and not self.compensated:
             raise ValueError(
                 f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "

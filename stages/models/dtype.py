@@ -60,7 +60,7 @@ def _auto(name: str, revision: str) -> str:
 
 
 def is_converted(model: ModelSection) -> bool:
-    """True if loading converts the weights from the dtype in the checkpoint's config, or that names none.
+    """True if loading converts the weights to a dtype that the checkpoint's config does not name.
 
     Each process then has a copy of them in main memory. Otherwise their files are mapped, and processes share
     what is read of them.

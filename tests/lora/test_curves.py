@@ -10,7 +10,7 @@ HISTORY = [
 
 
 def test_the_figure_has_a_panel_for_all_that_there_is_and_does_not_tell_when_it_was_made(tmp_path):
-    drawn = {axes.get_title(): axes for axes in curves.drawn(HISTORY).axes}
+    drawn = {axes.get_title(): axes for axes in curves.history_figure(HISTORY).axes}
     assert list(drawn) == ["loss", "reward"]
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn["reward"].lines}
     assert lines == {"all, weighted": [1, 2, 3], "a": [1, 1, 1], "b": [2, 2, 2]}

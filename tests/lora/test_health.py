@@ -138,9 +138,11 @@ def test_other_errors_stay_what_they_are(own, monkeypatch):
 def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
     equal = ["rl.start_from=init", "rl.rewards={'integer': 1.0}"]
     config = own(*equal, "rl.max_steps=6", "rl.max_zero_signal_steps=3")
-    with pytest.raises(MeaninglessError, match="all rewards were equal in 3 steps in a row, up to step 3"):
+    with pytest.raises(
+        MeaninglessError, match="all rewards of each group were equal in 3 steps in a row, up to step 3"
+    ):
         make_step(config, "rl")  # a random model never writes a whole number
-    assert "all rewards were equal in step 1" in caplog.text
+    assert "all rewards of each group were equal in step 1" in caplog.text
     assert make_step(own(*equal, "rl.max_steps=2"), "rl").manifest["summary"]["equal_reward_steps"] == 2
 
 
@@ -159,7 +161,7 @@ def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog
         state.log_history.append(logs)
         watch.on_log(None, state, None, logs)
     assert [record.getMessage() for record in caplog.records] == [
-        "all rewards were equal in step 1: the step taught nothing"
+        "all rewards of each group were equal in step 1: the step taught nothing"
     ]
 
 

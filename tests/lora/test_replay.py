@@ -190,7 +190,7 @@ def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(wit
     assert ["reward" in step for step in steps] == [True, False, True]
     assert [step["frac_reward_zero_std"] for step in steps] == [0, 1, 0]
     assert made.manifest["summary"]["completions"] == 3 * 16
-    with pytest.raises(MeaninglessError, match="all rewards were equal in 2 steps in a row"):
+    with pytest.raises(MeaninglessError, match="all rewards of each group were equal in 2 steps in a row"):
         make_step(with_reward("never", "rl.max_zero_signal_steps=2"), "rl")
     summary = make_step(with_reward("never"), "rl").manifest["summary"]
     assert summary["reward_last_quarter"] is None

@@ -148,7 +148,7 @@ def test_merged_weights_are_those_of_peft(begun):
 
 
 def test_the_library_s_own_merging_drifts(begun):
-    """Why it is not used: if this ever fails, `from_base` may go."""
+    """Why it is not used: if this ever fails, `install_weights` may go."""
     config = begun("model.dtype=bfloat16", "lora.std=0.3")
     model = adapter.initial(load_base(config.model), config.lora, 0)
     before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
@@ -161,7 +161,7 @@ def test_the_library_s_own_merging_drifts(begun):
 def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
     trainer = SimpleNamespace(vllm_generation=SimpleNamespace())
     with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
-        vllm_rollouts.from_base(trainer, None, SERVER, 0)
+        vllm_rollouts.install_weights(trainer, None, SERVER, 0)
     assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
     assert not vars(trainer.vllm_generation)
 
@@ -228,7 +228,7 @@ def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch
     for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
         monkeypatch.setattr(vllm_rollouts.distributed, "rank", lambda rank=rank: rank)
         torch.manual_seed(0)
-        vllm_rollouts.from_base(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
+        vllm_rollouts.install_weights(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
         drawn.append(float(torch.rand(1)))
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 

@@ -26,8 +26,8 @@ def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
     """
     layers = lora_layers(model, ADAPTER_NAME)
     if layers.keys() != active.keys():
-        odd = sorted(layers.keys() ^ active.keys())[0]
-        raise ArtifactError(f"masks do not fit the adapter: {odd} is on one side only")
+        unmatched = sorted(layers.keys() ^ active.keys())[0]
+        raise ArtifactError(f"masks do not fit the adapter: {unmatched} is on one side only")
     for name, layer in layers.items():
         _replace(model, name, SparseLinear(layer, full_mask(name, active[name], layer.weight)))
 

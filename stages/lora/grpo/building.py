@@ -90,7 +90,7 @@ def build(
     prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
     steps = optimizer_steps(prompts, rl)
     peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
-    box = sandboxes.from_settings(sandbox, say) if sandbox else None
+    backend = sandboxes.from_settings(sandbox, say) if sandbox else None
     sampling = Sampling(
         rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
     )
@@ -98,14 +98,14 @@ def build(
     sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
     rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    rewards = _checked(functions, rl, box, prompts.encoded)
+    rewards = _checked(functions, rl, backend, prompts.encoded)
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
     if rl.rollouts.engine != "transformers":
-        vllm_rollouts.from_base(trainer, peft_model, rl.rollouts, seed)
+        vllm_rollouts.install_weights(trainer, peft_model, rl.rollouts, seed)
     if rl.beta and _reference_is_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
     trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
-    return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, box)
+    return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, backend)
 
 
 def _model(
@@ -141,13 +141,13 @@ def _reference_is_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
 def _checked(
     functions: dict[str, Callable[..., Any]],
     rl: RlSection,
-    box: Sandbox | None,
+    backend: Sandbox | None,
     encoded: frozenset[str],
 ) -> list[Callable[..., Any]]:
     """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
 
     def fixed(name: str) -> dict[str, Sandbox | None]:
-        return {"sandbox": box} if loading.needs_sandbox(name, rl.rewards_file) else {}
+        return {"sandbox": backend} if loading.needs_sandbox(name, rl.rewards_file) else {}
 
     return [
         loading.with_checks(name, function, encoded, **fixed(name)) for name, function in functions.items()

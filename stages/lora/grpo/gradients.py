@@ -29,7 +29,7 @@ SHOWN = ("reward", "frac_reward_zero_std")
 
 
 def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
-    """The settings of RL for BATCHES steps that leave every element where it is, in processes of `launch`."""
+    """RL's settings, changed to run BATCHES steps that move no element, in the processes of `launch`."""
     # AdamW multiplies each step by the rate: without weight decay, a rate of 0 leaves every bit as it is.
     # More than one pass over a batch would sum the same gradient twice.
     still = {"learning_rate": 0.0, "weight_decay": 0.0, "loraplus_lr_ratio": None, "num_iterations": 1}

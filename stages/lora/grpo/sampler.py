@@ -38,8 +38,8 @@ class RolloutSampler:
     def sample(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
         """The token ids of one completion for each prompt; the same seed gives the same ones.
 
-        A base that is divided among processes must be whole. If memory runs out, what is not yet sampled is
-        sampled in smaller batches, now and from now on.
+        A base that is sharded must be gathered first (`fsdp.unsharded`). If memory runs out, what is not yet
+        sampled is sampled in smaller batches, now and from now on.
         """
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class GrpoTrainer(ExactTrainer, GRPOTrainer):
-    """Methods of TRL stand here once each, in the order of a step: batch, rollouts, rewards, loss."""
+    """GRPOTrainer with replay, shared prompts and rollouts of our own.
+
+    Its overrides stand in the order of a step: batch, rollouts, rewards, loss.
+    """
 
     _buffered_inputs: Any
     _completions: Completions | None = None

@@ -218,7 +218,7 @@ def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: Model
         base.name_or_path = snapshot_download(model.name, revision=model.pinned_revision)
 
 
-def from_base(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:
+def install_weights(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:
     """Give the trainer's vLLM weights that are merged outside of `adapted`; seed a colocated one by `seed`.
 
     LoraparError if this TRL lacks the method that is replaced here: it would merge into the base.

@@ -22,7 +22,7 @@ The first step of AdamW moves every element by the learning rate, whatever its g
 not tell elements apart.
 """
 LR = 2e-4
-"""Learning rate: the default of SFT and GRPO. AdamW's steps scale with it; it hardly changes the ranking."""
+"""Learning rate: the default of SFT. AdamW's steps scale with it; it hardly changes the ranking."""
 
 
 def run(

@@ -132,7 +132,7 @@ def check_importance(scores: Tensor, rows: int | str) -> None:
     if not bool(scores.any()):
         raise MeaninglessError(
             f"importance of {title} is zero for every element",
-            "with B = 0 it is always zero: choose lora.init normal, pissa or olora",
+            "with B = 0 it is always zero: choose lora.init normal, pissa, olora or orthogonal",
         )
 
 

@@ -28,10 +28,10 @@ SHARES = {OVERVIEW[SIGNAL]}
 
 def draw(history: History, path: Path) -> None:
     """Write the figure as a PNG that does not tell when or where it was made."""
-    drawn(history).savefig(path, metadata={"Software": None})
+    history_figure(history).savefig(path, metadata={"Software": None})
 
 
-def drawn(history: History) -> Figure:
+def history_figure(history: History) -> Figure:
     """The panels for which the history has values."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

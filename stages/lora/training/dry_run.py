@@ -43,7 +43,7 @@ class DryRun(TrainerCallback):
 
 
 def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
-    """size: rows per micro batch."""
+    """Dry run on the longest rows. size: rows per micro batch."""
     from accelerate.utils import send_to_device
 
     longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
@@ -59,7 +59,7 @@ def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
 
 
 def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryRun:
-    """The longest prompts with completions as long as may be."""
+    """Dry run on the longest prompts, with completions of `rl.max_completion_length` tokens."""
     groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
     longest = sorted(prompts, key=len)[-groups:]
     rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]

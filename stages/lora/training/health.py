@@ -110,11 +110,13 @@ class ProgressCallback(TrainerCallback):
             return  # a later pass over the same completions
         equal = equal_rewards(state.log_history)
         if equal == 1:
-            log.warning("all rewards were equal in step %d: the step taught nothing", state.global_step)
+            log.warning(
+                "all rewards of each group were equal in step %d: the step taught nothing", state.global_step
+            )
         if equal >= self.patience:
             raise MeaninglessError(
-                f"all rewards were equal in {equal} steps in a row, up to step {state.global_step}: "
-                "nothing is learned",
+                f"all rewards of each group were equal in {equal} steps in a row, "
+                f"up to step {state.global_step}: nothing is learned",
                 "look at the SFT adapter's answers with `lorapar show`; "
                 "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps",
             )

@@ -137,8 +137,9 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
         # checkpoints is RUN/STAGE/checkpoints/KEY.
         run, stage = checkpoints.parents[2], checkpoints.parents[1].name
         folder = run / "tensorboard" / f"{stage}-{checkpoints.name}"
-        given = os.environ.get(LOGGING_DIR)
-        if given is None or Path(given).parent == folder.parent:  # unset, or set for an earlier stage here
+        configured = os.environ.get(LOGGING_DIR)
+        # Unset, or set for an earlier stage of this process.
+        if configured is None or Path(configured).parent == folder.parent:
             os.environ[LOGGING_DIR] = str(folder)
     return list(section.report_to) or "none"
 
@@ -209,13 +210,13 @@ def train(
     resumed = checkpoints.newest()
     if resumed:
         log.info("resuming from %s", resumed.name)
-    dog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
-    trainer.add_callback(dog)
+    watchdog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
+    trainer.add_callback(watchdog)
     trainer.add_callback(UseConfiguredSaveSteps())
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
-        dog.stop()
+        watchdog.stop()
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
     if distributed.world_size() > 1:

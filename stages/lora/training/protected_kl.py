@@ -38,7 +38,7 @@ def watch(
 
     every: steps between two measurements; None: at most MEASUREMENTS and the last step.
     """
-    # Of three protected rows or fewer none is held out, nor are rows that are too long.
+    # The file is empty if there are three protected rows or fewer, or if all held-out rows are too long.
     if artifact is None or not (held_out := artifact / "held_out.jsonl").stat().st_size:
         return
     rows = [renderer.row(row.example) for row in read_labels(held_out)]
@@ -46,7 +46,9 @@ def watch(
 
 
 class ProtectedKl(TrainerCallback):
-    """Logs KL(start ‖ policy) on answers that training does not read, where start is its initial adapter.
+    """Logs KL(start ‖ policy) on answers that training does not read.
+
+    The start is the adapter from which the stage began: that of SFT in RL, so drift in SFT is not in it.
 
     It is the mean over the answers' tokens of the divergence between the two distributions over the whole
     vocabulary, after the same text: Σ_v p_v (log p_v − log q_v), with p of the start. Nothing is sampled.

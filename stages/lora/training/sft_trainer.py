@@ -11,7 +11,7 @@ from stages.packing import trl
 
 
 class SftTrainer(ExactTrainer, SFTTrainer):
-    """Methods of TRL stand here once each, in the order of a step."""
+    """SFTTrainer with packed rows and exact resume; its overrides stand in the order of a step."""
 
     def __init__(self, *, packed: bool = True, share_prefix: bool = False, **arguments: Any) -> None:
         """packed: compute a micro batch as one packed row; the model must `accept_packed` rows.

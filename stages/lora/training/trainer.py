@@ -18,7 +18,7 @@ from stages.store.checkpoints import Checkpoints
 
 
 class ExactTrainer:
-    """Base to stand before SFTTrainer or GRPOTrainer.
+    """Mixin that comes before SFTTrainer or GRPOTrainer among the bases of a trainer.
 
     Each method of the library is overridden once, here or in the trainer below, in the order of a run. A loss
     or gradient that is not finite stops the run before the optimizer's step, so the adapter and the last

@@ -26,9 +26,9 @@ from stages.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-FACTOR = 20
-"""A step that takes this many times the median step, and LONGEST times the longest one, has hung."""
-LONGEST = 3
+MEDIAN_FACTOR = 20
+"""A step that takes this many times the median step, and LONGEST_FACTOR times the longest one, has hung."""
+LONGEST_FACTOR = 3
 LEAST_S = 300.0
 """Least limit in seconds: a step may write a checkpoint, or share the machine with other programs."""
 KNOWN = 3
@@ -76,7 +76,7 @@ class Watchdog(TrainerCallback):
             self._ticks += 1
             if len(self._steps) < self._known:
                 continue
-            limit = max(LEAST_S, FACTOR * median(self._steps), LONGEST * max(self._steps))
+            limit = max(LEAST_S, MEDIAN_FACTOR * median(self._steps), LONGEST_FACTOR * max(self._steps))
             if self._ticks * TICK_S > limit:
                 self._end(limit)
 
@@ -93,7 +93,7 @@ class Watchdog(TrainerCallback):
         if distributed.world_size() > 1:
             time.sleep(SETTLE_S)
         error = ServerError(
-            f"step {self._step + 1} has taken {limit:.0f} s, {FACTOR} times the median or more"
+            f"step {self._step + 1} has taken {limit:.0f} s, {MEDIAN_FACTOR} times the median or more"
             + self._suspects(),
             "where it stands is above; the same command, without --force, goes on from the last checkpoint",
         )
