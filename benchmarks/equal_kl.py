@@ -43,12 +43,16 @@ class Point:
 def targets(cell: Cell) -> dict[int, str]:
     """Map each evaluated step of RL to its TARGET@BENCHMARK; the first is of `part`."""
     rl = cell.config.rl
-    return {**{step: f"rl-{step}@part" for step in rl.keep_steps}, rl.max_steps or 0: "rl@final"}
+    return {**{step: f"rl-{step}@part" for step in sorted(rl.keep_steps)}, rl.max_steps or 0: "rl@final"}
 
 
 def missing_steps(artifacts: Artifacts, cell: Cell) -> list[str]:
+    """Return the steps of a cell that have no artifact, and those of RL that have no KL in its history."""
     evaluations = [f"eval:{target}" for target in ("sft@final", *targets(cell).values())]
-    return [step for step in ("rl", *evaluations) if artifacts.current(cell, step) is None]
+    if missing := [step for step in ("rl", *evaluations) if artifacts.current(cell, step) is None]:
+        return missing
+    measured = kl_by_step(artifacts, cell)
+    return [f"KL at step {step} (rl.kl_probe_steps)" for step in targets(cell) if step not in measured]
 
 
 def accuracies(artifacts: Artifacts, cell: Cell, text: str) -> ItemAccuracy:

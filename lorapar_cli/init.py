@@ -47,7 +47,8 @@ def command(
         ),
     ] = None,
     tests: Annotated[
-        list[str] | None, typer.Option("--test", metavar="FILE", help="Rows to evaluate on; repeatable.")
+        list[str] | None,
+        typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
     ] = None,
     protect: Annotated[
         str | None,

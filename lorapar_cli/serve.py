@@ -20,7 +20,7 @@ from stages.store.artifacts import Store
 from stages.store.digests import DigestCache
 
 EXAMPLE = """\
-curl -i {address}/chat/completions -H 'Content-Type: application/json' \\
+curl -i {address}/chat/completions{key} -H 'Content-Type: application/json' \\
   -d '{{"model": "auto", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
 KEY_ENV = "VLLM_API_KEY"
 
@@ -61,7 +61,8 @@ def command(
         def say_where() -> None:
             progress.done()
             terminal.say(f"models fast, slow and auto at {address}; Ctrl-C ends it. For example:")
-            terminal.say(EXAMPLE.format(address=address))
+            header = f' -H "Authorization: Bearer ${KEY_ENV}"' if key else ""
+            terminal.say(EXAMPLE.format(address=address, key=header))
 
         gateway.run(listener, say_where)
 

@@ -435,6 +435,10 @@ def test_a_wrong_target_is_said_without_names_of_validators(tmp_path):
                 "http://a b/v1",
             )
         ),
+        (
+            "classify.voters=[{engine: openai, model: m, base_url: 'https://me:secret@host/v1'}]",
+            "has a password in it, which artifacts and pages would show: use api_key_env",
+        ),
     ],
 )
 def test_what_could_not_work_is_refused_before_anything_runs(tmp_path, override, told):

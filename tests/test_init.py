@@ -14,8 +14,9 @@ from conftest import ROOT
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
+from stages.evaluation.benchmarks import benchmarks
 from stages.init import config_writer
-from stages.init.data_profile import survey
+from stages.init.data_profile import benchmark_of, survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 
@@ -106,6 +107,27 @@ def test_rows_without_answers_are_not_passed_over(written):
     found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])
     assert "3 of 4 rows have no verifiable answer" in said
     assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "sft" not in found
+
+
+def test_answers_without_their_working_say_nothing_about_the_length_of_completions(written):
+    found, said = written([{"question": f"{i} + 1?", "answer": i + 1} for i in range(300)])
+    assert found["rl"]["max_completion_length"] == 320
+    assert "300 rows have an answer without its working, so 256 is a guess" in said
+
+
+def test_the_overlap_of_words_is_no_reward_for_rows_without_a_response(written):
+    lacking = [{"question": f"{i} + 1?", "gold": i + 1} for i in range(8)]
+    found, said = written([{"question": "Hi", "answer": "Hello"}, *lacking])
+    assert found["rl"]["rewards"] == {"correctness": 1.0} and "text_overlap" not in said
+
+
+def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
+    splits = []
+    for name in benchmarks.names():
+        monkeypatch.setattr(
+            benchmarks.pick(name), "load", lambda source: splits.append(source.split), raising=False
+        )
+    assert benchmark_of("owner/name").split == "test" and splits == ["test"]
 
 
 def test_labels_of_the_rows_are_taken(written):

@@ -218,6 +218,13 @@ def test_items_without_prompt_or_answer(tmp_path):
     assert [e.gold for e in jsonl.load(BenchmarkSection(path=path, empty="drop"))] == ["0"]
 
 
+def test_of_a_worked_answer_the_result_counts(tmp_path):
+    row = {"prompt": "3 * 4?", "answer": "3 * 4 = 12. #### 12"}
+    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, row).path))
+    assert (item.gold, item.extra["grade"]) == ("12", "number")
+    assert jsonl.grade(item, "3 * 4 = 12.\n#### 12", Context("hash", False)).correct
+
+
 def test_a_text_is_graded_as_text(tmp_path):
     row = {"prompt": "Which book?", "answer": "1984 by George Orwell", "grade": "text"}
     (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, row).path))

@@ -151,6 +151,10 @@ def check_url(name: str, url: str) -> None:
         valid = False
     if not valid or not url.isprintable() or " " in url:
         raise ValueError(f"{name} {url!r} is not a URL: expected http://HOST:PORT/…")
+    if address.username or address.password:
+        raise ValueError(
+            f"{name} has a password in it, which artifacts and pages would show: use api_key_env"
+        )
 
 
 def as_decimal_fraction(value: float) -> Fraction:

@@ -77,18 +77,19 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
     may_lack = keeps_empty or any(row.get(name) or row.get(name) == 0 for name in VERIFYING)
     if kind == "alpaca":
         row = _with_one_name(row)
-        answer = _answer(row, "output", may_lack)
-        return [_example(_instruction(row), [], answer, row, {"instruction", "input", "output"}, may_lack)]
+        name = _response_field(row, "output", may_lack)
+        answer = _answer(row, name, may_lack)
+        return [_example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)]
     if kind.startswith("messages"):
         chats = _conversations(row.get("messages", row.get("conversations")), may_lack)
         answered = [chat for chat in chats if chat[0].strip() and chat[2].strip()]
         chosen = answered if kind == "messages_all" and answered else chats[-1:]
         used = {"messages", "conversations"}
-        return [_example(prompt, turns, response, row, used, may_lack) for prompt, turns, response in chosen]
+        # A row's gold is that of its last answer.
+        rows = [row if chat is chats[-1] else {**row, "gold": None} for chat in chosen]
+        return [_example(*chat, own, used, may_lack) for chat, own in zip(chosen, rows, strict=True)]
     prompt_field, response_field = FIELDS[kind]
-    if may_lack and not row.get(response_field):  # it may have another of its names
-        others = sorted(RESPONSES | {"response"})
-        response_field = next((name for name in others if row.get(name)), response_field)
+    response_field = _response_field(row, response_field, may_lack)
     prompt, answer = text_field(row, prompt_field), _answer(row, response_field, may_lack)
     return [_example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)]
 
@@ -108,6 +109,12 @@ def _example(
     # Without a response, two rows with one prompt are told apart by the answer that is right.
     named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
     return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns)
+
+
+def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
+    """Return the name of the field with the response: the usual one or, if that may be lacking, a synonym."""
+    names = [usual, *(sorted(RESPONSES | {"response"}) if may_lack else [])]
+    return next((name for name in names if row.get(name)), usual)
 
 
 def _answer(row: dict[str, Any], name: str, may_lack: bool) -> Any:

@@ -59,7 +59,9 @@ def read_rows(source: SourceSection) -> Rows:
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
     located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
-    if unseen := [name for name in PASSAGES if any(_is_unseen(name, example) for example in examples)]:
+    if unseen := sorted(
+        {name for example in examples for name in example.extra if _is_unseen(name, example)}
+    ):
         log.warning("%s: no model sees %s: write what a question needs into it", where, ", ".join(unseen))
     if unanswered := sum(not example.response for example in examples):
         log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
@@ -187,8 +189,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def _is_unseen(name: str, example: Example) -> bool:
-    """True if a field of a row has a text, or a list of texts, that is not in the prompt."""
-    value = example.extra.get(name)
+    """True if a field is one of PASSAGES, and has a text or a list of texts that is not in the prompt."""
+    value = example.extra[name] if name.casefold() in PASSAGES else None
     if isinstance(value, dict):  # letter → text, or the lists `text` and `label`
         value = value.get("text", list(value.values()))
     texts = value if isinstance(value, list) else [value]

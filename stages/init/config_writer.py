@@ -13,7 +13,7 @@ from stages import escaping
 from stages.config import BenchmarkSection, Config, LoraSection, ModelSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.evaluation.benchmarks import benchmarks
-from stages.init.data_profile import DataProfile
+from stages.init.data_profile import VERIFIED, DataProfile
 from stages.models.size import parameters
 from stages.plan.lengths import Lengths
 
@@ -178,9 +178,12 @@ def _rl(profile: DataProfile) -> list[Choice]:
     defaults = Config.model_fields["rl"].default
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
+    default = defaults.max_completion_length
     if profile.unanswered == len(profile.rows.examples):
-        response = defaults.max_completion_length
-        response_why = f"no row has one, so {response} is a guess"
+        response, response_why = default, f"no row has one, so {default} is a guess"
+    elif profile.bare and response < default:
+        response = default
+        response_why = f"{profile.bare} rows have an answer without its working, so {default} is a guess"
     completion = -(-round(response * ROOM) // STEP) * STEP
     if profile.positions is not None and prompt + completion > profile.positions:
         completion = max(profile.positions - prompt, profile.positions // 4)
@@ -220,6 +223,8 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     kinds = set(profile.answers)
     if kinds == {"tests"}:
         return {"code_tests": 1.0}, "each row has a test and its entry_point; they run in the sandbox"
+    if profile.unanswered and kinds & VERIFIED:  # the overlap of words needs a response
+        return {"correctness": 1.0}, "for rows with an answer to compare with"
     if "none" in kinds or "tests" in kinds:
         lacking = profile.answers["none"] + profile.answers["tests"]
         return {
@@ -246,6 +251,8 @@ def _eval(
         names.add(unique := next(name for name in candidates if name not in names))
         name = f"eval.benchmarks.{unique}"
         chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]
+        if "split" in test.model_fields_set:
+            chosen.append(Choice(f"{name}.split", test.split, "not the rows that are trained"))
         if test.duplicates == "first":
             chosen.append(Choice(f"{name}.empty", "drop", "some rows are empty or repeat one before"))
             chosen.append(Choice(f"{name}.duplicates", "first"))

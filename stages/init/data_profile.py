@@ -38,6 +38,8 @@ class DataProfile:
     row: Lengths
     unanswered: int
     """Number of rows without a response, which are not in `response`, unless none has one."""
+    bare: int
+    """Number of rows with an answer to verify and nothing before it: no response, or the answer alone."""
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
     ignores_system: int
@@ -107,6 +109,9 @@ def survey(
         ),
         row=Lengths.of([len(row.labels) for row in rendered]),
         unanswered=len(rendered) - len(answered),
+        bare=sum(
+            example.gold is not None and example.response in ("", example.gold) for example in rows.examples
+        ),
         system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
             label is None and isinstance(example.extra.get("system"), str)
@@ -128,11 +133,13 @@ def benchmark_of(path: str) -> BenchmarkSection:
     With all rows if it can, else without empty and repeated ones. DataError with each benchmark's reason if
     none can.
     """
-    local_file(BenchmarkSection(path=path))
+    on_hub = local_file(BenchmarkSection(path=path)) is None
     modules = {name: benchmarks.pick(name) for name in benchmarks.names()}
     readers = [name for name, module in modules.items() if hasattr(module, "load")]
     readers.sort(key=lambda name: "revision" not in modules[name].DEFAULTS)
     sections = [BenchmarkSection(path=path, kind=name) for name in readers]
+    if on_hub:  # its default split is that of training rows
+        sections = [section.model_copy(update={"split": "test"}) for section in sections]
     sections += [s.model_copy(update={"empty": "drop", "duplicates": "first"}) for s in sections]
     reasons = {}
     for section in sections:

@@ -24,13 +24,17 @@ def _about_rows(profile: DataProfile) -> list[str]:
     unverifiable, total = profile.answers["none"], profile.answers.total()
     if profile.unverifiable:
         questions.append(
-            "no row has a verifiable answer, so there is no RL. With a reward of your own there can be, or "
-            "with the weak text_overlap: rl.rewards, eval.targets: [base, sft, rl] and sft.rounds: 1"
+            "no row has a verifiable answer (a field gold, or #### and the answer at its end), so there is "
+            "no RL. With a reward of your own there can be, or with the weak text_overlap: rl.rewards, "
+            "eval.targets: [base, sft, rl] and sft.rounds: 1"
         )
     elif unverifiable:
+        instead = (
+            "or leave them out" if profile.unanswered else "leave them out, or keep the reward text_overlap"
+        )
         questions.append(
             f"{unverifiable} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
-            "one on each: give them a field gold, leave them out, or keep the reward text_overlap"
+            f"one on each System 2 row: give them a field gold, {instead}"
         )
     if profile.refuses_system:
         questions.append(

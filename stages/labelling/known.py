@@ -27,9 +27,10 @@ def with_known_labels(
     """Label each example from its own field, or from the file; undecided where there is no label.
 
     The file is one JSON object, id or question → label, or JSON Lines or CSV with one of KEYS and `field`. An
-    id is that of lorapar's artifacts, or the row's own field `id`. A label is 1 or 2, also as `System 1`.
-    Raises DataError with every label that is something else, with every example that has both labels, and if
-    labels are `required` and there is none.
+    id is that of lorapar's artifacts. Where labels are `required`, it may be the field `id` of a row whose
+    question the file lacks; other rows, such as test items, are often numbered alike. A label is 1 or 2, also
+    as `System 1`. Raises DataError with every label that is something else, with every example that has both
+    labels, and if labels are `required` and there is none.
     """
     if file:
         values = _read_labels(file, field)
@@ -45,7 +46,10 @@ def with_known_labels(
             wrong.append(f"{key[:60]}: {value!r}")
     if wrong:
         raise data_error(f"label in {where} that is neither 1 nor 2", wrong)
-    key_of = {e.id: next((key for key in _keys(e) if key in systems), None) for e in examples}
+    key_of = {}
+    for example in examples:
+        keys = [key for key in _keys(example, required) if key in systems]
+        key_of[example.id] = min(keys, key=lambda key: len(systems[key]) > 1, default=None)
     if ambiguous := sorted({key[:60] for key in key_of.values() if key and len(systems[key]) > 1}):
         raise data_error(f"row with both labels in {where}", ambiguous)
     rows = [Labelled(e, min(systems[match]) if (match := key_of[e.id]) else None, {}) for e in examples]
@@ -59,10 +63,10 @@ def with_known_labels(
     return rows
 
 
-def _keys(example: Example) -> list[str]:
+def _keys(example: Example, by_row_id: bool) -> list[str]:
     """The keys by which a file may name an example, the most specific first."""
-    row_id = example.extra.get("id")
-    return [example.id, *([str(row_id)] if row_id is not None else []), example.conversation.strip()]
+    row_id = example.extra.get("id") if by_row_id else None
+    return [example.id, example.conversation.strip(), *([str(row_id)] if row_id is not None else [])]
 
 
 def system_of(value: Any) -> int | None:

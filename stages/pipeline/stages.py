@@ -239,7 +239,7 @@ STAGES = {
             external_inputs=_classify_outside,
             variants=_classify_variants,
             unkeyed_sections=("model",),
-            version=5,
+            version=6,
         ),
         Stage(
             name="score",
@@ -264,14 +264,14 @@ STAGES = {
             sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
             external_inputs=_model_key,
             variants=_sft_variants,
-            version=6,
+            version=7,
         ),
         Stage(
             name="rl",
             needs=_training_needs("rl", first_stage="sft"),
             sections=_rl_sections,
             external_inputs=_rl_outside,
-            version=8,
+            version=9,
         ),
         Stage(
             name="eval",
@@ -279,7 +279,7 @@ STAGES = {
             sections=_eval_sections,
             external_inputs=_eval_outside,
             variants=_eval_variants,
-            version=9,
+            version=10,
         ),
     ]
 }

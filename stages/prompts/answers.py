@@ -163,7 +163,7 @@ _NAMED_LETTER = _LETTER.replace(
     "A(?! [a-z])", r"A(?! (?!(?:because|since|as|and|or|but|not|for|so|due)\b)[a-z])"
 )
 _NAMINGS = [
-    re.compile(rf'(?i:{phrase})[\s*("]*{_NAMED_LETTER}')
+    re.compile(rf'(?i:{phrase})[\s*("$]*(?:\\boxed{{)?(?:{_NAMED_LETTER}|(?<=\()([a-j])(?=\)))')
     for phrase in (
         r"answer(?: is)?:?(?:\s+(?:choice|option))?:?",
         r"(?:choice|option)(?: is:?|:)",
@@ -172,24 +172,30 @@ _NAMINGS = [
 ]
 """Ways to name a choice; those that say which one is right come before those that may mention any.
 
-A bracket, a quotation mark and bold type may stand before the letter.
+A bracket, a quotation mark, bold type and LaTeX's box may stand before the letter, which is small only in
+brackets.
 """
+_LEADING_LETTER = re.compile(
+    r"""\s*[*_("“[]{0,4}(?:([A-J])(?:[).:,\n\]"”]|\*+(?!\w)|\s*$|\s+(?:[–—-]\s|\())|([a-j])(?:[)\]]|[.:]?\s*$))"""
+)
+"""A choice at the beginning: `B`, `(B)`, `b)`, `**B**`, `B. Paris`, `B (Paris)` or `B – Paris`."""
 
 
 def extract_letter(text: str, leading_only: bool = False) -> str | None:
     """Return the choice, A to J, that a text names after its thought, or None.
 
-    A text that begins with a choice names that one: `B`, `(B)`, `B.` and `B) because` do, `Because` and
-    `A dog` do not. With `leading_only`, no other text names a choice. Otherwise the last choice that is
+    A text that begins with a choice names that one: `B`, `(B)`, `**B.** Paris` and `B (Paris)` do, `Because`
+    and `A dog` do not. With `leading_only`, no other text names a choice. Otherwise the last choice that is
     called right counts: after `the answer is B` other choices may be mentioned.
     """
     text = after_thought(text)
-    first = re.match(r"\s*\(?(?:([A-J])(?:[).:,\n]|\s*$)|([a-j])(?:\)|[.:]?\s*$))", text)
+    first = _LEADING_LETTER.match(text)
     if first or leading_only:
         return (first[1] or first[2]).upper() if first else None
     for naming in _NAMINGS:
         if named := naming.findall(text):
-            return str(named[-1])
+            capital, small = named[-1]
+            return str(capital or small).upper()
     letters = re.findall(rf"\b{_LETTER}", text)
     return letters[-1] if letters else None
 

@@ -11,7 +11,7 @@ from stages import escaping
 from stages.evaluation.statistics import BOOTSTRAP_DRAWS, Interval, p_value
 from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import OVER, Results
-from stages.sweep.table import Contrast
+from stages.sweep.table import Cell, Contrast
 from stages.sweep.values import Value
 
 
@@ -90,7 +90,7 @@ def comparison_grid(results: Results) -> Texts | None:
 
 
 def contrast_name(contrast: Contrast) -> str:
-    return f"{contrast.on}: {rows_name(contrast.rows)} less {rows_name(contrast.against)}"
+    return f"{contrast.on}: {rows_name(contrast.rows)} minus {rows_name(contrast.against)}"
 
 
 def rows_name(rows: tuple[str, ...]) -> str:
@@ -128,7 +128,7 @@ def shown(value: Value) -> list[str]:
     This interval is over items. Intervals over seeds and of the bootstrap follow, each with its name.
     """
     if value.n is None:
-        mean = f"{value.mean:.4g}"
+        mean = _number(value.mean, 4)
     else:
         mean = f"{100 * value.mean:+z.1f}" if value.difference else f"{100 * value.mean:.1f}"
     texts = [f"{mean} {_ends(value.over_items, value)}".strip() + _p(value.over_items)]
@@ -144,9 +144,14 @@ def _ends(interval: Interval | None, value: Value) -> str:
     if interval is None:
         return ""
     if value.n is None:
-        return f"[{interval.low:.3g}, {interval.high:.3g}]"
+        return f"[{_number(interval.low, 3)}, {_number(interval.high, 3)}]"
     sign = "+" if value.difference else ""
     return f"[{100 * interval.low:{sign}z.1f}, {100 * interval.high:{sign}z.1f}]"
+
+
+def _number(number: float, digits: int) -> str:
+    """Format a number in significant digits, and from 1,000 on in whole numbers."""
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
 
 
 def _p(interval: Interval | None) -> str:
@@ -156,6 +161,22 @@ def _p(interval: Interval | None) -> str:
 def _bare_p(p: float | None) -> str:
     """Format a p-value for a column of its own: `.034` or `< .001`."""
     return "" if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
+
+
+def _parsed_flexibly(cells: list[Cell]) -> list[str]:
+    """Name the values that are parsed flexibly; of a difference of unlike readings, which part is."""
+    names = set()
+    for cell in cells:
+        for name, column in cell.columns.items():
+            flexible = [term.qualifier == FLEXIBLE for term in column.terms]
+            part = (
+                ""
+                if len(set(flexible)) == 1
+                else f" (what is {'before' if flexible[0] else 'after'} the minus)"
+            )
+            if any(flexible):
+                names.add((cell.row, name, part))
+    return [f"{name} of {row}{part}" for row, name, part in sorted(names)]
 
 
 def legend(results: Results) -> str:
@@ -174,16 +195,8 @@ def legend(results: Results) -> str:
             f"Accuracies are in %, over {span} items{together} with strictly parsed answers, averaged over "
             "seeds."
         )
-    flexible = {
-        (cell.row, name)
-        for cell in cells
-        for name, column in cell.columns.items()
-        if column.qualifier == FLEXIBLE
-    }
-    if flexible:
-        sentences.append(
-            f"Parsed flexibly: {'; '.join(f'{name} of {row}' for row, name in sorted(flexible))}."
-        )
+    if flexible := _parsed_flexibly(cells):
+        sentences.append(f"Parsed flexibly: {'; '.join(flexible)}.")
     sentences += _intervals(graded + compared)
     if any(map(results.corrected_p, OVER)):
         sentences.append("By Holm: corrected for the number of comparisons by Holm's method.")
@@ -247,7 +260,7 @@ def csv_text(results: Results) -> str:
     for contrast, value in results.comparisons.items():
         if value is not None:
             row = contrast.rows[0] if len(contrast.rows) == 1 else rows_name(contrast.rows)
-            names = row, f"{contrast.on}, less {rows_name(contrast.against)}"
+            names = row, f"{contrast.on}, minus {rows_name(contrast.against)}"
             writer.writerow([*map(escaping.csv_cell, names), *_csv_numbers(value, "")])
     return out.getvalue()
 

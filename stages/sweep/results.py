@@ -69,17 +69,17 @@ class Results:
     def corrected_p(self, over: Over) -> dict[Contrast, float]:
         """Map each comparison that has a p-value over items or seeds to that p-value, corrected by Holm.
 
-        A comparison that is still missing counts as one with p = 1. So the corrected p-values of the others
-        are upper bounds: they can only fall when it is there.
+        A comparison without a p-value counts as one with p = 1: it is still missing, or the same in all
+        seeds. So the corrected p-values of the others are upper bounds.
         """
         p_values = {}
         for contrast, value in self.comparisons.items():
             interval: Interval | None = getattr(value, over, None)
             if interval is not None and interval.p is not None:
                 p_values[contrast] = interval.p
-        missing = sum(value is None for value in self.comparisons.values()) if p_values else 0
-        corrected = holm([*p_values.values(), *[1.0] * missing])
-        return dict(zip(p_values, corrected, strict=False))  # the missing ones come last
+        others = len(self.comparisons) - len(p_values)
+        corrected = holm([*p_values.values(), *[1.0] * others])
+        return dict(zip(p_values, corrected, strict=False))  # the others come last
 
 
 def results(table: Table) -> Results:
@@ -136,7 +136,7 @@ class _Reader:
         return accuracy(by_seed, _have_own_items(cells, name))
 
     def _difference(self, cells: list[Cell], name: str, minus: Column) -> Value | None:
-        """Return a column less `minus`, paired by seed and item; None if an artifact is missing."""
+        """Return a column minus `minus`, paired by seed and item; None if an artifact is missing."""
         column = cells[0].columns[name]
         pairs = [(self._artifact(cell, minus), self._artifact(cell, column)) for cell in cells]
         first = [self._item_accuracy(artifact, minus) for artifact, _ in pairs if artifact]

@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A planned comparison in column `on`: the mean of some rows less that of others, mostly one of each."""
+    """A planned comparison in column `on`: the mean of some rows minus that of others, mostly one of each."""
 
     rows: tuple[str, ...]
     against: tuple[str, ...]

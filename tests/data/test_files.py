@@ -137,9 +137,9 @@ def test_old_tool_calls_and_images_are_refused(tmp_path):
 
 
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
-    rows = [{**PAIR, "context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
+    rows = [{**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
     read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
-    assert "no model sees context, choices: write what a question needs into it" in caplog.text
+    assert "no model sees Context, choices: write what a question needs into it" in caplog.text
     caplog.clear()
     shown = {**PAIR, "question": "Two is a number. Two and two? A) 3 B) 4", "choices": ["3", "4"]}
     read(DataSection(path=write(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."}))))
@@ -175,6 +175,9 @@ def test_conversations(tmp_path, tiny):
     assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
     assert second == last and first.id != second.id
     assert read_rows(DataSection(path=path)).format == "chat"
+    verified = {"messages": chat("Hi", "Hello!", "Two?", "It is two."), "gold": 2}
+    path = write(tmp_path / "gold.jsonl", lines(verified))
+    assert [e.gold for e in read(DataSection(path=path, format="messages_all"))] == [None, "2"]
     alone = read(DataSection(path=write(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")}))))
     assert alone[0].id != last.id  # another question, by what was said before
 
@@ -225,3 +228,10 @@ def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):
     path = write(tmp_path / "a.jsonl", lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")}))
     found = read(DataSection(path=path, format="messages_all", empty="drop"))
     assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
+
+
+@pytest.mark.parametrize("name", ["answer", "response", "completion"])
+def test_beside_a_gold_an_instruction_may_have_its_response_by_any_usual_name(tmp_path, name):
+    row = {"instruction": "Two and two?", name: "2 + 2 = 4.", "gold": 4}
+    (example,) = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(row))))
+    assert (example.response, example.gold, example.extra) == ("2 + 2 = 4.", "4", {})

@@ -183,3 +183,17 @@ def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apar
         with_known_labels(rows, "system", path)
     path.write_text('{"question": "Q", "id": 7, "system": 1}\n{"question": "Q", "id": "x", "system": 2}\n')
     assert [row.system for row in with_known_labels(rows, "system", path)] == [1, 2]
+
+
+def test_test_items_that_are_numbered_like_the_training_rows_get_no_label_of_theirs(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,question,system\n0,2 + 2?,1\n1,2 * 3 + 4?,2\n")
+    training = [
+        Example("a", "2 + 2?", "4", "4", {"id": 0}),
+        Example("b", "2 * 3 + 4?", "10", "10", {"id": 1}),
+    ]
+    moved = [Example("c", "2 * 3 + 4?", "10", "10", {"id": 0})]
+    items = [Example("d", "(1 + 2) * 3 - 4?", "5", "5", {"id": 0}), training[1]]
+    assert [row.system for row in with_known_labels(training, "system", path)] == [1, 2]
+    assert [row.system for row in with_known_labels(moved, "system", path)] == [2]
+    assert [row.system for row in with_known_labels(items, "system", path, required=False)] == [None, 2]

@@ -127,6 +127,18 @@ def test_a_response_in_xml_is_not_wrapped_again():
         ("Probably B, but I\u2019m not sure", "B"),
         ("<think>The answer is A, or B?</think> C", "C"),
         ("<think>The answer is A", None),
+        ("The answer is (c)", "C"),
+        ("The answer is a dog", None),
+        (r"The answer is: $\boxed{D}$. Not A", "D"),
+        ("**B. Vitamin C**", "B"),
+        ("**B**: point D", "B"),
+        ("**(B)** Hepatitis A", "B"),
+        ("B (Vitamin C)", "B"),
+        ("B \u2013 Vitamin C", "B"),
+        ("A (small) dog, so C", "A"),
+        ("A*B is C", "C"),
+        ("* B has C", "C"),
+        ("A-level, so D", "D"),
     ],
 )
 def test_the_choice_that_is_said_to_be_right(text, named):

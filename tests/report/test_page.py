@@ -442,10 +442,11 @@ def test_tokens_are_those_trained_on_or_written(tmp_path):
     assert provenance.tokens(artifact("score", {"elements": 3})) is None
 
 
-def test_a_comparison_that_is_missing_counts_in_the_correction():
+@pytest.mark.parametrize("other", [None, Value(0.1, [0.1, 0.1], 100, True, None)])
+def test_a_comparison_without_a_p_value_counts_in_the_correction(other):
     first, second = (Contrast((row,), ("A",), "RL") for row in "BC")
     value = Value(0.1, [0.1], 100, True, Interval(0.05, 0.15, 0.03))
-    incomplete = Results(None, {}, {first: value, second: None}, Artifacts(), {})
+    incomplete = Results(None, {}, {first: value, second: other}, Artifacts(), {})
     assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
 
 

@@ -567,15 +567,17 @@ def test_numbers_by_hand(small, by_hand):
     assert loose.values[
         "θ .9", "SFT"
     ].mean == 1 and "Parsed flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
+    mixed = changed(small, ("gain: rl@demo - sft@demo", "gain: rl@demo - sft@demo.flexible"))
+    assert "gain of θ .5 (what is after the minus)" in formats.legend(results(table(mixed)))
     lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
     head = lines["row", "column"]
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
     assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
     assert float(of_gain["p"]) == gain.over_items.p and float(of_gain["seeds_p"]) == gain.over_seeds.p
-    compared = dict(zip(head, lines["θ .5", "SFT, less 'θ .9'"], strict=True))
+    compared = dict(zip(head, lines["θ .5", "SFT, minus 'θ .9'"], strict=True))
     assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.over_items.p
     assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
-    assert r"SFT: '$\theta$ .5' less '$\theta$ .9'" in formats.latex(found)
+    assert r"SFT: '$\theta$ .5' minus '$\theta$ .9'" in formats.latex(found)
     assert formats.latex(found).startswith("% Seeds 1, 2.")
     head, rows = formats.grid(found)
     assert head[1:4] == ["SFT, n 4", "SFT, System 2, n 1", "RL"] and ", n 3; seeds [" in rows[0][3]
@@ -583,10 +585,15 @@ def test_numbers_by_hand(small, by_hand):
     assert re.search(r"^37\.5 \[\S+ \S+\] \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
     head, (row, _) = formats.comparison_grid(found)
     assert dict(zip(head[:5], row[:5], strict=True)) == {
-        "comparison": "SFT: 'θ .5' less 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
+        "comparison": "SFT: 'θ .5' minus 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
         "p": ".75", "by Holm": "1",
     }  # fmt: skip
-    assert row[5:] == ["[-342.7, +292.7]", ".5", ".5", "-50.0, +0.0"]  # the other has none over seeds
+    assert row[5:] == [
+        "[-342.7, +292.7]",
+        ".5",
+        "1",
+        "-50.0, +0.0",
+    ]  # the other, equal in both seeds, has no p
     certain = replace(gain, over_items=Interval(0.1, 0.2, 1e-9))
     found.values["θ .9", "gain"] = certain
     assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
@@ -661,7 +668,7 @@ def test_the_mean_of_rows_is_compared_item_by_item(small, by_hand):
     assert (value.mean, value.n) == (-0.125, 4)
     assert value.over_seeds.low < -0.125 < value.over_seeds.high
     _, rows = formats.comparison_grid(found)
-    assert rows[0][0] == "SFT: the mean of 'θ .5', 'β 0' less 'θ .9'"
+    assert rows[0][0] == "SFT: the mean of 'θ .5', 'β 0' minus 'θ .9'"
 
 
 def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):

@@ -1,7 +1,8 @@
 """Your own file: `prompt` and `answer`, and optionally `grade`: number, letter or text.
 
-Without `grade`, an answer that is a number is compared as a number, a single letter from A to J as a letter,
-and anything else as text, ignoring case and punctuation at its ends.
+Of an answer that ends in `#### result`, the result counts. Without `grade`, an answer that is a number is
+compared as a number, a single letter from A to J as a letter, and anything else as text, ignoring case and
+punctuation at its ends.
 """
 
 import functools
@@ -11,7 +12,15 @@ from stages.config import SourceSection
 from stages.data.formats import EmptyRowError, gold_field, text_field
 from stages.data.rows import drop_duplicates, parse_rows, raw_rows, read
 from stages.evaluation.grading import Context, Grade, grade_final_answer, render_prompts
-from stages.prompts.answers import equals_gold, extract, extract_letter, gold_letter, parse_number, same_text
+from stages.prompts.answers import (
+    equals_gold,
+    extract,
+    extract_letter,
+    gold_from_response,
+    gold_letter,
+    parse_number,
+    same_text,
+)
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -24,7 +33,8 @@ def load(section: SourceSection) -> list[Example]:
 
 
 def _example(row: dict[str, Any], _: int) -> Example:
-    prompt, answer = text_field(row, "prompt"), gold_field(row["answer"])
+    prompt, response = text_field(row, "prompt"), gold_field(row["answer"])
+    answer = gold_from_response(response) or response
     if not prompt.strip() or not answer:
         raise EmptyRowError("prompt or answer is empty")
     kind = row.get("grade") or _kind(answer)
@@ -36,7 +46,7 @@ def _example(row: dict[str, Any], _: int) -> Example:
         raise ValueError(f"answer {answer!r} is not a {kind}")
     extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
     gold = gold_letter(answer) if kind == "letter" else answer
-    return Example(id_of([prompt, answer]), prompt, answer, gold, {**extra, "grade": kind})
+    return Example(id_of([prompt, response]), prompt, response, gold, {**extra, "grade": kind})
 
 
 def _kind(answer: str) -> str:

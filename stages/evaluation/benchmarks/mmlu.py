@@ -92,6 +92,8 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
             "lower shots, or give shots_path",
         )
     words = LETTERS if renderer.section.template == "chat" else tuple(f" {name}" for name in LETTERS)
+    # The plain prompt has worked examples of one line each; a chat may work its answer out.
+    stop = () if section.mode == "likelihood" or renderer.section.template == "chat" else ("\n",)
     prompts = []
     for example in examples:
         subject = example.extra["subject"]
@@ -99,8 +101,7 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
         text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", example=example)
-        likelihood = section.mode == "likelihood"
-        prompts.append(RenderedPrompt(text, ids, () if likelihood else ("\n",), words if likelihood else ()))
+        prompts.append(RenderedPrompt(text, ids, stop, words if section.mode == "likelihood" else ()))
     return prompts
 
 
