@@ -32,6 +32,12 @@ def certain(smoke):
     return find
 
 
+def test_a_quantized_checkpoint_is_not_trained(certain, monkeypatch):
+    monkeypatch.setattr(preflight.base, "is_quantized", lambda model: True)
+    (problem,) = certain()
+    assert problem.startswith("score, sft, rl: ") and "is quantized itself" in problem
+
+
 def test_a_sound_config_has_none(certain):
     assert certain() == []
 

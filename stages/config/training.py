@@ -234,7 +234,7 @@ class TrainSection(Section):
     max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped.", gt=0, advanced=True)
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
     max_steps: int | None = setting(
-        None, "Number of optimizer steps; none: as many as num_train_epochs needs.", gt=0
+        None, "At most this many optimizer steps, if num_train_epochs needs more; none: no limit.", gt=0
     )
     gradient_checkpointing: bool = setting(
         False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
-from stages.models.dtype import resolve, warn_if_slow
+from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
 from stages.runtime import gpu, libraries, resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files of a model that reads images, which vLLM needs even for text."""
 
 
 def device() -> torch.device:
@@ -82,6 +87,15 @@ def check_machine(model: ModelSection) -> None:
         raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
 
 
+def check_trainable(model: ModelSection) -> None:
+    """Raise ConfigError for a checkpoint that is quantized itself: adapters on it could not be merged."""
+    if is_quantized(model) and not model.load_in_4bit:
+        raise ConfigError(
+            f"{model.name} is quantized itself: an adapter that it trains cannot be merged",
+            "name the checkpoint that it was made from; if bitsandbytes made it: model.load_in_4bit=true",
+        )
+
+
 def without_weights(model: ModelSection) -> PreTrainedModel:
     """Build the base model from its config alone, on the device `meta`, where tensors have no memory."""
     from transformers import AutoModelForCausalLM
@@ -131,8 +145,13 @@ def _four_bit(dtype: str) -> dict[str, Any]:
 def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Add a new adapter to the base model: to the language model alone, if it also reads images."""
     path = language_model_path(base)
-    if path and hasattr(config, "exclude_modules"):  # a trained prompt has no modules
+    if path and hasattr(config, "exclude_modules"):
         config.exclude_modules = rf"(?!{re.escape(path)}\.).*"
+    elif path and hasattr(
+        config, "target_modules"
+    ):  # a trained prompt has none, VeRA and others do not exclude
+        paths = (name for name, _ in base.named_modules() if name.startswith(f"{path}."))
+        config.target_modules = [name for name in paths if name.rpartition(".")[2] in config.target_modules]
     # PEFT would load bitsandbytes here, also for a base that does not use it.
     with libraries.hide_packages(*libraries.UNUSED):
         return get_peft_model(base, config)  # type: ignore[return-value]
@@ -174,6 +193,7 @@ def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
     """Write the merged model (16 or 32 bits) and its tokenizer into `out`, ready to be served."""
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import cached_file
 
     merged = load_merged(model.model_copy(update={"load_in_4bit": False}), folder)
     # transformers refuses to write sampling settings beside greedy decoding, which many a model has.
@@ -182,6 +202,13 @@ def save_merged(model: ModelSection, folder: Path, out: Path) -> None:
     if generation is not None:
         generation.to_json_file(out / "generation_config.json")
     AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(str(out))
+    for name in PROCESSOR_FILES:
+        # Without a network, a file that is not in the cache is a connection error.
+        missing_is_none = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
+        if file := cached_file(model.name, name, revision=model.revision, **missing_is_none):
+            shutil.copy(file, out)
 
 
 def _keep_freed_memory() -> None:

@@ -85,6 +85,8 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             launched = config.score.launch.is_distributed
             yield name, partial(loop.check_machine, config.rl, launched)
             yield name, partial(_check_shares, gradients.without_updates(config.rl, config.score.launch))
+        if stage in ("score", "sft", "rl"):
+            yield name, partial(base.check_trainable, config.model)
         if stage in ("score", "sft", "rl") and getattr(config, stage).launch.is_distributed:
             yield name, partial(launch.command, getattr(config, stage).launch)
         if stage in ("sft", "rl"):

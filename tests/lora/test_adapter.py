@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from stages.config import LoraSection, ModelSection
+from stages.config import BaselineSection, LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
-from stages.lora.adapter import adapter, cancellation
+from stages.lora.adapter import adapter, baselines, cancellation
 from stages.lora.adapter.merge import MergedCopy
 from stages.models.base import load_adapted, load_base
 
@@ -227,3 +227,8 @@ def test_of_a_model_that_reads_images_the_language_model_alone_is_adapted(module
     adapted = adapter.lora_layers(model)
     assert len(adapted) == 2 * (2 if modules != "all-linear" else 7)
     assert all("language_model" in name for name in adapted)
+    for method in ("dora", "vera", "randlora", "shira"):
+        base, lora = Gemma3ForConditionalGeneration(config), LoraSection(target_modules=modules)
+        model = baselines.attach(base, BaselineSection(method=method, rank=2), lora, 0, None)
+        trained = [name for name in adapter.trained_parameters(model) if "layers" in name]
+        assert trained and all("language_model" in name for name in trained)
