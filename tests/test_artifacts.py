@@ -268,6 +268,14 @@ def test_a_file_that_nobody_listed_is_seen(store):
     assert store.load(path).integrity_error() == f"{path / 'sub/more.txt'} is not in its manifest"
 
 
+@pytest.mark.parametrize("name", ["sub/.more.txt.swp", ".directory", ".ipynb_checkpoints/a.json"])
+def test_an_editor_s_hidden_file_does_no_harm(store, name):
+    path = build(store)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("x")
+    assert store.load(path).integrity_error() is None
+
+
 def test_files_are_readable_as_the_umask_allows(store):
     """Some libraries write files that only their owner can read."""
     before = os.umask(0o022)

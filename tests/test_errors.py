@@ -106,8 +106,10 @@ def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_pa
             "launch.config .*unknown keys",
         ),
         ("distributed_type: X", "launch.config .*: "),
+        ("distributed_type: 'NO'", "starts a single process"),
+        ("distributed_type: MULTI_CPU", "starts a single process"),
     ],
-    ids=lambda text: text[:12],
+    ids=lambda text: text[:24],
 )
 def test_a_launcher_s_file_of_garbage(tmp_path, text, told):
     (tmp_path / "accelerate.yaml").write_text(text)

@@ -266,12 +266,14 @@ def test_rows_without_a_response_cost_score_and_sft_nothing(model, asked, no_roo
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     half, alone = (costs(model(f"data.path={files[name]}")) for name in ("half", "answered"))
+    lengths = [model(f"data.path={files[name]}")[0]._response_tokens(96) for name in ("answered", "bare")]
+    assert lengths[0] < 96 == lengths[1]  # no response says how long answers are
     assert half["sft"].seconds == alone["sft"].seconds > 0
     assert half["score"].seconds == alone["score"].seconds > 0
     sets = [f"data.path={files['bare']}", "partition.strategy=all", "rl.start_from=init"]
     sets += ["eval.targets=[base, rl]"]
     done, _ = asked(*(part for text in sets for part in ("--set", text)), "--json")
-    assert done.code == 0 and "row" not in json.loads(done.out)["tokens"]
+    assert done.code == 0 and not {"row", "response"} & json.loads(done.out)["tokens"].keys()
 
 
 def test_votes_are_counted_by_voter(model, monkeypatch):

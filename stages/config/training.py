@@ -50,6 +50,12 @@ class LaunchSection(Section):
         advanced=True,
     )
 
+    @model_validator(mode="after")
+    def _check_processes(self) -> "LaunchSection":
+        if self.processes and self.backend == "single" and self.config is None:
+            raise ValueError("processes are for backend ddp or fsdp2, and backend is single")
+        return self
+
     @property
     def is_distributed(self) -> bool:
         """True if the stage may run in more than one process."""

@@ -55,6 +55,11 @@ def command(launch: LaunchSection) -> list[str]:
                 f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
             )
         _check_readable(launch.config)
+        if settings.get("distributed_type") in ("NO", "MULTI_CPU", False):  # YAML reads a bare NO as false
+            raise ConfigError(
+                f"launch.config {launch.config} starts a single process (distributed_type)",
+                "leave launch.config out, or --set STAGE.launch.backend=ddp",
+            )
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend == "zero2":
         raise ConfigError(

@@ -4,7 +4,6 @@ import datetime
 import functools
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -57,16 +56,14 @@ def run_step(
             else store.partial(stage.name, step.key)
         )
         resources.reset_peak()
-        start, start_joules = time.monotonic(), resources.gpu_energy()
         job = _context(config, step, inputs, out, force, progress, engines)
         if force and distributed.is_main():
-            job.checkpoints.clear()
+            job.checkpoints.start_over()
         distributed.barrier()  # old checkpoints are gone before any process looks for one
         summary = _run_user_code(verb, job, _sections(config, step))
         distributed.barrier()  # every process has written its part
         if distributed.is_main():
-            provenance = _provenance(config, step, job, time.monotonic() - start, start_joules)
-            _commit(store, step, inputs, summary, provenance)
+            _commit(store, step, inputs, summary, _provenance(config, step, job))
             job.checkpoints.clear()
         distributed.barrier()  # the artifact is there for all
         new_artifact = store.load(store.folder(stage.name, step.key))
@@ -177,19 +174,14 @@ def _context(
     )
 
 
-def _provenance(
-    config: Config, step: Step, job: StageContext, seconds: float, start_joules: float | None
-) -> dict[str, Any]:
-    """start_joules: `resources.gpu_energy` at the start of the step."""
-    end_joules, joules = resources.gpu_energy(), {}
-    if end_joules is not None and start_joules is not None:
-        joules["joules"] = round(end_joules - start_joules)
+def _provenance(config: Config, step: Step, job: StageContext) -> dict[str, Any]:
+    seconds, joules = job.checkpoints.spent()
     planned = estimates.load(config.root, step.key)
     return {
         "config": config.model_dump(mode="json"),
         "seconds": round(seconds, 1),
         "peak_mib": resources.peak_memory(),
-        **joules,
+        **({} if joules is None else {"joules": round(joules)}),
         **({"estimated": planned.model_dump()} if planned else {}),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -173,7 +173,7 @@ class CostModel:
 
         completions = rl.prompts_per_step * rl.num_generations
         prompt = self.texts.rl_prompts.within(rl.max_prompt_length)
-        response = self.texts.responses.within(rl.max_completion_length)
+        response = self._response_tokens(rl.max_completion_length)
         shared = rl.num_generations if supported and packed else 1
         corrected = rl.rollouts.engine != "transformers" and rl.rollouts.correction != "none"
         passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1 or corrected)) / 3
@@ -182,6 +182,10 @@ class CostModel:
         generation_s = self._generation_s(completions, read_tokens, response)
         thread_s = steps * (learning_s + generation_s / rl.num_iterations)
         return self._cost(thread_s, self._rl_memory(rl, measured, shared), rl.launch)
+
+    def _response_tokens(self, limit: int) -> float:
+        """Mean length of a trained model's answers: as the responses or, if no row has one, the limit."""
+        return self.texts.responses.within(limit) if self.texts.imitable else float(limit)
 
     def _rl_memory(self, rl: RlSection, measured: Measurement, shared: int) -> MemoryEstimate:
         """The larger of two phases, training passes and sampling. measured, shared: see `_rl`."""
@@ -237,7 +241,7 @@ class CostModel:
         limit, slots = generation_limit(section), min(self.config.server.batch_size, len(rows))
         prompts = self.texts.prompts[name]
         trained = target not in UNTRAINED_TARGETS and self.texts.rows["train"]
-        response = min(float(limit), self.texts.responses.mean) if trained else float(limit)
+        response = self._response_tokens(limit) if trained else float(limit)
         read_tokens = per_text(prompts[:PROMPT_SAMPLE], slots)
         thread_s = self._generation_s(len(rows) * section.samples, read_tokens, response)
         adapted, served = target != "base", evaluation.engine == "vllm"

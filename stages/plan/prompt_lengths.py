@@ -74,8 +74,7 @@ class Texts:
 
     @cached_property
     def responses(self) -> Lengths:
-        rows = self.training_rows("sft") or self.training_rows("rl")
-        return Lengths.of(len(row.labels) - prompt_length(row) for row in rows)
+        return Lengths.of(len(row.labels) - prompt_length(row) for row in self.training_rows("sft"))
 
     def ballots(self, name: str) -> list[list[ChoiceRequest]]:
         """Tokenised requests about these rows by voter; none for voters other than the base."""
@@ -163,9 +162,10 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
         yield Span(
             "prompt of rl", len(rows["train"]), texts.rl_prompts, "rl.max_prompt_length", prompt, rl.too_long
         )
-        yield Span(
-            "response", len(rows["train"]), texts.responses, "rl.max_completion_length", completion, "cut"
-        )
+        if texts.imitable:
+            yield Span(
+                "response", texts.imitable, texts.responses, "rl.max_completion_length", completion, "cut"
+            )
     evaluated = [step.variant.partition("@")[2] for step in steps if step.stage.name == "eval"]
     for name in dict.fromkeys(evaluated):
         if rows[name]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -20,7 +21,11 @@ _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use; a batch job may have fewer than the machine."""
+    """Number of cores that this process may use: a batch job or a container may have less than all."""
+    return max(1, min([_affine_cores(), *map(math.ceil, _cpu_quotas())]))
+
+
+def _affine_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -34,6 +39,15 @@ def let_waiting_threads_sleep() -> None:
     """
     if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
         os.environ.update(_OPENMP)
+
+
+def limit_threads() -> None:
+    """Let torch start as many threads as a container's quota has cores; call it before torch is loaded.
+
+    By default it starts one for each core of the machine. A variable that the user has set is left alone.
+    """
+    if usable_cores() < _affine_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
 def busy_seconds() -> float | None:
@@ -129,21 +143,33 @@ def total_memory() -> int:
     if _has_gpu():
         return int(sys.modules["torch"].cuda.mem_get_info()[1]) // MIB
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *_cgroup_limits()]) // MIB
+    limits = _cgroup_texts("memory", "memory.max", "memory.limit_in_bytes")
+    return min([physical, *(int(text) for text in limits if text.isdecimal())]) // MIB
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """Memory limits in bytes of this process's control group and of its ancestors; see cgroups(7)."""
+def _cpu_quotas() -> Iterator[float]:
+    """Limits on the cores that this process's control group and its ancestors may keep busy (version 2)."""
+    for text in _cgroup_texts("cpu", "cpu.max"):  # microseconds in each period, or `max`
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal():
+            yield int(quota) / int(period)
+
+
+def _cgroup_texts(controller: str, version2: str, version1: str | None = None) -> Iterator[str]:
+    """The texts of a file of this process's control group and of its ancestors; see cgroups(7).
+
+    version2, version1: the name of the file in the two versions of control groups.
+    """
     listing = _CGROUP_OF_PROCESS
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
+        name = {"": version2, controller: version1}.get(controllers)
+        if name is None:
             continue
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
         group = _CGROUP_ROOT / controllers / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # `max` (version 2) means no limit
-                yield int((folder / name).read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError):
+                yield (folder / name).read_text(encoding="utf-8").strip()
 
 
 def _peak_of_process() -> int:

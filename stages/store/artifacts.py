@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.digests import canonical_json, fsync, sha256_file
+from stages.store.digests import canonical_json, fsync, is_hidden, sha256_file
 from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
@@ -51,7 +51,8 @@ class Artifact:
     def integrity_error(self) -> str | None:
         """Describe the first file that differs from the manifest, or return None.
 
-        Every byte is read, because safetensors does not notice a flipped bit.
+        Hidden files, such as an editor's, may be added. Every byte of the others is read, because safetensors
+        does not notice a flipped bit.
         """
         for name, entry in self.manifest["files"].items():
             file = self.path / name
@@ -62,7 +63,8 @@ class Artifact:
         for file in self.path.rglob("*"):
             name = file.relative_to(self.path).as_posix()
             is_folder = file.is_dir() and not file.is_symlink()
-            if not is_folder and name not in self.manifest["files"] and name != MANIFEST:
+            known = name in self.manifest["files"] or name == MANIFEST
+            if not is_folder and not known and not is_hidden(name):
                 return f"{file} is not in its manifest"
         return None
 

@@ -5,23 +5,29 @@ The seal is a JSON file that is written last.
 
 import logging
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from stages.errors import ConfigError
-from stages.runtime import distributed
-from stages.store.digests import fsync, sha256_file
+from stages.runtime import distributed, resources
+from stages.store.digests import fsync, is_hidden, sha256_file
 
 log = logging.getLogger(__name__)
 
 SEAL = "lorapar-checkpoint.json"
 SAVE_TOTAL_LIMIT = 2
+FORCED = "forced"
+"""Empty file that says that the checkpoints beside it are those of a forced build."""
 
 
 class _Seal(BaseModel):
     of: str
     conditions: dict[str, str] = {}
+    seconds: float = 0.0
+    joules: float | None = None
     files: dict[str, str]
 
 
@@ -35,6 +41,19 @@ class Checkpoints:
         same bits, although no input depends on it.
         """
         self.folder, self._inputs, self._conditions = folder, inputs, conditions or {}
+        self._start, self._start_joules = time.monotonic(), resources.gpu_energy()
+        self._earlier: tuple[float, float | None] = 0.0, 0.0
+        """Seconds and joules that earlier processes took up to the checkpoint from which this one goes on."""
+
+    def spent(self) -> tuple[float, float | None]:
+        """Seconds and joules so far, with those of the processes whose checkpoint was resumed."""
+        seconds, joules = self._earlier
+        end = resources.gpu_energy()
+        known = end is not None and self._start_joules is not None and joules is not None
+        return (
+            seconds + time.monotonic() - self._start,
+            joules + end - self._start_joules if known else None,  # type: ignore[operator]
+        )
 
     def newest(self) -> Path | None:
         """Return the newest valid checkpoint; newer ones that are invalid are renamed.
@@ -49,7 +68,9 @@ class Checkpoints:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
                 continue
-            self._check_conditions(path)
+            seal = _Seal.model_validate_json((path / SEAL).read_bytes())
+            self._check_conditions(path, seal.conditions)
+            self._earlier = seal.seconds, seal.joules
             return path
         return None
 
@@ -59,7 +80,10 @@ class Checkpoints:
         for file in files:
             fsync(file)
         digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
-        seal = _Seal(of=self._inputs, conditions=self._conditions, files=digests)
+        seconds, joules = self.spent()
+        seal = _Seal(
+            of=self._inputs, conditions=self._conditions, seconds=seconds, joules=joules, files=digests
+        )
         (path / SEAL).write_text(seal.model_dump_json(), encoding="utf-8")
         for written in (path / SEAL, path, path.parent):
             fsync(written)
@@ -69,6 +93,20 @@ class Checkpoints:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def start_over(self) -> None:
+        """Clear the checkpoints, but keep those of a forced build that was interrupted, which then goes on.
+
+        If they were made under other conditions, begin anew.
+        """
+        marker = self.folder / FORCED
+        if marker.exists():
+            with suppress(ConfigError):
+                self.newest()
+                return
+        self.clear()
+        self.folder.mkdir(parents=True)
+        marker.touch()
+
     def _newest_first(self) -> list[Path]:
         numbers = {}
         for path in self.folder.glob("checkpoint-*"):
@@ -77,8 +115,7 @@ class Checkpoints:
                 numbers[path] = int(number)
         return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
-    def _check_conditions(self, path: Path) -> None:
-        made_under = _Seal.model_validate_json((path / SEAL).read_bytes()).conditions
+    def _check_conditions(self, path: Path, made_under: dict[str, str]) -> None:
         if made_under != self._conditions:
             before, now = (
                 ", ".join(f"{name} {value}" for name, value in conditions.items())
@@ -96,6 +133,7 @@ class Checkpoints:
                 return "it was made from other inputs"
             damaged = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
             present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+            present = {name for name in present if not is_hidden(name)}
         except (OSError, ValueError) as error:
             return f"it is incomplete ({type(error).__name__})"
         damaged += sorted(present - {SEAL} - seal.files.keys())

@@ -51,6 +51,11 @@ CacheEntry = tuple[int, int, int, str]
 CACHE_FILE = TypeAdapter(dict[str, CacheEntry])
 
 
+def is_hidden(name: str) -> bool:
+    """True if a relative path is that of a hidden file, or of a file in a hidden folder."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
 class DigestCache:
     """Cache of the sha256 of files, so that a model is read only once.
 
@@ -80,8 +85,7 @@ class DigestCache:
         digests = []
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path)
-            hidden = any(component.startswith(".") for component in name.parts)
-            if file.is_file() and not hidden:
+            if file.is_file() and not is_hidden(name.as_posix()):
                 digests.append([name.as_posix(), self.file(file)])
         return hashlib.sha256(canonical_json(digests)).hexdigest()
 

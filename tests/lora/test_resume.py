@@ -220,12 +220,38 @@ def test_a_checkpoint_that_is_not_whole_is_left_aside(two, tmp_path, harm):
         (newest / checkpoints.SEAL).write_text('{"of": "a", "files": {}}')
     elif harm == "more":
         (newest / "optimizer.json").write_text("{}")
+        (tmp_path / "checkpoint-5/.optimizer.json.swp").touch()  # an editor's, which harms nothing
     elif harm == "deep seal":
         (newest / checkpoints.SEAL).write_text("[" * 100_000)
     else:
         (newest / checkpoints.SEAL).write_text('{"of": "a", "fi')
     assert two.newest().name == "checkpoint-5"
     assert (tmp_path / "checkpoint-10.incomplete").is_dir()
+
+
+def test_a_forced_build_clears_what_was_there_and_goes_on_with_its_own(two, tmp_path):
+    two.start_over()
+    assert two.newest() is None
+    (tmp_path / "checkpoint-3").mkdir()
+    two.seal(tmp_path / "checkpoint-3")
+    Checkpoints(tmp_path, "a").start_over()
+    assert two.newest().name == "checkpoint-3"
+    others = Checkpoints(tmp_path, "a", {"processes": "4"})
+    others.start_over()
+    assert others.newest() is None
+
+
+def test_what_a_resumed_step_took_is_that_of_all_its_processes(two, tmp_path, monkeypatch):
+    resumed = Checkpoints(tmp_path, "a")
+    seal = json.loads((tmp_path / "checkpoint-10" / checkpoints.SEAL).read_text())
+    (tmp_path / "checkpoint-10" / checkpoints.SEAL).write_text(
+        json.dumps(seal | {"seconds": 500, "joules": 70})
+    )
+    assert resumed.newest() and 500 <= resumed.spent()[0] < 600
+    energy = iter([10.0, 30.0])
+    monkeypatch.setattr(checkpoints.resources, "gpu_energy", lambda: next(energy))
+    resumed = Checkpoints(tmp_path, "a")
+    assert resumed.newest() and resumed.spent()[1] == 90
 
 
 def test_checkpoints_of_other_inputs_are_never_used(two, tmp_path):

@@ -45,6 +45,19 @@ def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, tmp_path, 
     assert whole > 300
 
 
+@pytest.mark.parametrize(("text", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])
+def test_the_quota_of_a_container_counts(text, cores, tmp_path, monkeypatch):
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text(f"{text}\n")
+    monkeypatch.setattr(resources, "_CGROUP_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(resources, "_affine_cores", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    resources.limit_threads()
+    assert resources.usable_cores() == (cores or 64)
+    assert os.environ.pop("OMP_NUM_THREADS", None) == (str(cores) if cores else None)
+
+
 class NVML:
     """A library of two GPUs, one of which a person gave a name."""
 
