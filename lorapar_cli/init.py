@@ -104,6 +104,7 @@ def _write_config(
     _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
     title = "protected" if protect and stem(protect) == stem(data) else ""  # else the files would be one
+    new = None
     if protect and not benchmarks:
         new = hold_out(data, path.parent)
         data, benchmarks = new.train, [new.test] if new.test else []
@@ -136,7 +137,8 @@ def _write_config(
     except LoraparError:
         path.unlink()
         raise
-    terminal.say(f"wrote {path}; next: lorapar plan {escaping.shell(str(path))}")
+    halves = [file for held in (new, old) if held and held.test for file in (held.train, str(held.test.path))]
+    terminal.say(f"wrote {', '.join([str(path), *halves])}; next: lorapar plan {escaping.shell(str(path))}")
 
 
 def _write_example(name: str, out: Path | None) -> None:

@@ -105,9 +105,9 @@ def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> No
         print()
         _print_lengths(spans)
     if predicted.costs:
-        print(f"\n{_about(predicted)}; half as much or twice as much would be no surprise")
-        if busy := _busy(predicted):
-            print(busy)
+        print(
+            f"\n{_busy(predicted) or _about(predicted)}; half as much or twice as much would be no surprise"
+        )
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")
 

@@ -42,7 +42,7 @@ def command(
     samples |= wrong or limit is not None
     if samples and (stage is None or not stage.startswith("eval")):
         names = ", ".join(step.name for step in evaluations)
-        raise ConfigError("--samples goes with an evaluation", f"choose from: {names}")
+        raise ConfigError("--samples, --wrong and --limit go with an evaluation", f"choose from: {names}")
     if stage is None:
         if not any(state(store, step).state == "current" for step in evaluations):
             raise _no_results(store, evaluations, typed(config, set_))

@@ -268,7 +268,7 @@ def test_results_that_are_not_there(lorapar, config):
     done = lorapar("show", *config, "sft", "--set", "partition.theta=0.5")
     assert done.code == 66 and done.err.rstrip().endswith("--set partition.theta=0.5 --to sft")
     for more in (["sft", "--wrong"], ["--limit", "3"]):
-        assert "--samples goes with an evaluation" in lorapar("show", *config, *more).err
+        assert "--limit go with an evaluation" in lorapar("show", *config, *more).err
     assert "--by goes with the results of all" in lorapar("show", *config, "eval:sft", "--by", "kind").err
 
 

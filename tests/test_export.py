@@ -218,7 +218,7 @@ def test_the_code_of_a_card_answers_as_the_adapter_does(
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(folder)
     capsys.readouterr()
-    exec(code.replace(str(usage.MAX_TOKENS), "8"), {})
+    exec(code.replace(f"max_new_tokens={config.rl.max_completion_length},", "max_new_tokens=8,"), {})
     ids = torch.tensor([renderer.ids(renderer.prompt(usage.QUESTION))])
     model = load_adapted(config.model, artifact.path / "adapter")
     output = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)

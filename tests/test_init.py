@@ -130,6 +130,12 @@ def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
     assert benchmark_of("owner/name").split == "test" and splits == ["test"]
 
 
+def test_test_rows_that_are_trained_on_are_counted(written, tmp_path):
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
+    _, said = written(rows(10), "--test", str(tmp_path / "test.jsonl"))
+    assert "test.jsonl measures: 10 of its 12 questions are trained on" in said
+
+
 def test_labels_of_the_rows_are_taken(written):
     found, said = written(rows(290, system=1) + rows(302, system=2)[290:])
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said

@@ -38,6 +38,12 @@ def test_a_quantized_checkpoint_is_not_trained(certain, monkeypatch):
     assert problem.startswith("score, sft, rl: ") and "is quantized itself" in problem
 
 
+def test_labels_that_are_none_are_said_at_once(certain, tmp_path):
+    (tmp_path / "labels.csv").write_text("question,system\nOne?,easy\nTwo?,hard\n")
+    (problem,) = certain("classify.strategy=known", f"classify.labels_file={tmp_path / 'labels.csv'}")
+    assert problem.startswith("classify:train, classify:demo: 2 × label in ") and "neither 1 nor 2" in problem
+
+
 def test_a_sound_config_has_none(certain):
     assert certain() == []
 

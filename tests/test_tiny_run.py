@@ -182,7 +182,9 @@ def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp
     assert other.code == 78 and "error: no item has a field 'knid'" in other.err
     assert "kind" in other.err.splitlines()[1]
     stage = lorapar("show", file, "sft", "--samples")
-    assert stage.code == 78 and stage.err.startswith("error: --samples goes with an evaluation")
+    assert stage.code == 78 and stage.err.startswith(
+        "error: --samples, --wrong and --limit go with an evaluation"
+    )
     samples = config.root / "eval/latest-rl@demo/samples.jsonl"
     samples.write_text(samples.read_text(encoding="utf-8").replace('"correct": false', '"correct": true'))
     forged = lorapar("show", file, "eval:rl", "--samples")

@@ -100,7 +100,10 @@ def _example(
     """Make an example; an answer that is a number or a boolean is verifiable as it stands."""
     is_text = isinstance(answer, str)
     if not is_text and "choices" in row:
-        raise ValueError("the answer is not text, and the row has choices: write the text of the right one")
+        raise ValueError(
+            "the answer is not text, and the row has choices: write them into the question, and the letter "
+            "of the right one into answer and gold"
+        )
     response = answer if is_text else _plain_answer(answer)
     if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")

@@ -114,7 +114,7 @@ def _voters(profile: DataProfile, model: str) -> list[Choice]:
     if profile.section.template == "plain":
         why = "it has no chat"
     elif number is not None and number < ROLE_PLAY:
-        why = f"{number / 1e9:.2g} billion parameters are few for playing a role"
+        why = f"{number:,} parameters are few for playing a role"
     else:
         return []
     voters = [{"persona": "steps"}, {"persona": "effort"}]

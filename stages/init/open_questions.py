@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stages.config import BenchmarkSection
+from stages.evaluation.benchmarks import benchmarks
 from stages.init.config_writer import Protected
 from stages.init.data_profile import DataProfile
 from stages.runtime import resources
@@ -15,7 +16,11 @@ def open_questions(
     protected: Protected | None = None,
 ) -> list[str]:
     """Questions that neither the rows nor a file of labels answer. For the arguments see `choices`."""
-    return [*_about_rows(profile), *_about_success(tests, protected), *_about_learning(profile, labels)]
+    return [
+        *_about_rows(profile),
+        *_about_success(profile, tests, protected),
+        *_about_learning(profile, labels),
+    ]
 
 
 def _about_rows(profile: DataProfile) -> list[str]:
@@ -58,9 +63,18 @@ def _about_rows(profile: DataProfile) -> list[str]:
     return questions
 
 
-def _about_success(tests: list[BenchmarkSection], protected: Protected | None) -> list[str]:
+def _about_success(
+    profile: DataProfile, tests: list[BenchmarkSection], protected: Protected | None
+) -> list[str]:
     """Questions about what is measured, and what is kept."""
     questions = []
+    trained = {example.conversation for example in profile.rows.examples}
+    for test in tests:
+        items = benchmarks.pick(test.kind).load(test)
+        if seen := sum(item.conversation in trained for item in items):
+            questions.append(
+                f"what {test.path} measures: {seen} of its {len(items)} questions are trained on"
+            )
     if not tests:
         questions.append("which rows measure success: lorapar init … --test FILE")
     if protected:

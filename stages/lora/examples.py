@@ -67,7 +67,10 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: 
         return _examples_with_response(labels, 2)
     if sft.data == "all":
         if labels and not (labels := with_response(labels)):
-            raise DataError("no row has a response for SFT to imitate", "RL alone: rl.start_from=init")
+            raise DataError(
+                "no row has a response for SFT to imitate",
+                "RL alone: rl.start_from=init, partition.strategy=all, and --to rl",
+            )
         return labelled_examples(labels)
     system1 = _examples_with_response(labels, 1)
     if sft.system1_targets == "answer" and not any(example.gold for example in system1):

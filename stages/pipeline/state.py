@@ -8,6 +8,8 @@ from stages.pipeline.steps import Step
 from stages.store.artifacts import Artifact, Store
 
 NOT_THERE = "not there"
+SHOWN = 4
+"""Most changed settings that a reason names."""
 """Value of a setting that an earlier lorapar did not have, or a later one has no more."""
 
 
@@ -34,7 +36,7 @@ def state(store: Store, step: Step) -> State:
         return State("damaged", f"{artifact.path}: its manifest names other inputs than it has", artifact)
     if artifact is None and difference is None:
         interrupted = store.partial(step.stage.name, step.key).exists()
-        return State("missing", "was interrupted" if interrupted else "not run yet")
+        return State("missing", "not finished" if interrupted else "not run yet")
     for name, upstream in step.inputs.items():
         input_state = state(store, upstream)
         if input_state.state != "current":
@@ -64,7 +66,9 @@ def _difference(store: Store, step: Step) -> str | None:
     values = {name: (old.get(name, NOT_THERE), new.get(name, NOT_THERE)) for name in {**old, **new}}
     changed = [name for name, (before, now) in values.items() if before != now]
     if settings := [name for name in changed if name.startswith("config.")]:
-        return ", ".join("{} was {}, now {}".format(n.removeprefix("config."), *values[n]) for n in settings)
+        texts = ["{} was {}, now {}".format(n.removeprefix("config."), *values[n]) for n in settings]
+        more = [f"and {len(texts) - SHOWN} settings more"] if len(texts) > SHOWN else []
+        return ", ".join([*texts[:SHOWN], *more])
     if outside := [name.removeprefix("outside.") for name in changed if name.startswith("outside.")]:
         return f"{', '.join(outside)} changed"
     return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"

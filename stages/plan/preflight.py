@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from stages import sandbox as sandboxes
 from stages.config import Config, RlSection, SftSection
 from stages.config.sources import ALL_LINEAR
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
+from stages.labelling.known import with_known_labels
 from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.grpo import building, gradients, vllm_rollouts
@@ -28,7 +30,7 @@ from stages.pipeline.steps import Step
 from stages.plan.lengths import sampled
 from stages.plan.prompt_lengths import TRAINING_SAMPLE, Texts, spans
 from stages.prompts.renderer import Renderer
-from stages.records import Labelled, read_labels
+from stages.records import Example, Labelled, read_labels
 from stages.rewards import loading
 from stages.store.artifacts import Store
 
@@ -85,6 +87,8 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
             launched = config.score.launch.is_distributed
             yield name, partial(loop.check_machine, config.rl, launched)
             yield name, partial(_check_shares, gradients.without_updates(config.rl, config.score.launch))
+        if stage == "classify" and config.labelling_strategy(step.variant) == "known":
+            yield name, partial(_check_labels, config, texts.rows[step.variant], step.variant)
         if stage in ("score", "sft", "rl"):
             yield name, partial(base.check_trainable, config.model)
         if stage in ("score", "sft", "rl") and getattr(config, stage).launch.is_distributed:
@@ -107,6 +111,14 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[Check]:
     for path, stage in sections.items():
         if path.endswith(".sandbox"):
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
+
+
+def _check_labels(config: Config, examples: list[Example], variant: str) -> None:
+    """Raise the error that classify would raise about known labels."""
+    benchmark, file = config.eval.benchmarks.get(variant), config.classify.labels_file
+    brings_labels = benchmark is not None and benchmark.brings_labels
+    path = Path(file) if file and not brings_labels else None
+    with_known_labels(examples, config.classify.known, path, benchmark is None or brings_labels)
 
 
 def _check_rows(texts: Texts, step: Step, labels: list[Labelled]) -> None:

@@ -120,7 +120,7 @@ def _code(artifact: Artifact, config: dict[str, Any], folder: Path, load_adapter
 
 
 def _request(model: str, view: View, config: dict[str, Any]) -> str:
-    return usage.request(model, _prompt(view, config), view.system)
+    return usage.request(model, config, _prompt(view, config), view.system)
 
 
 def _prompt(view: View, config: dict[str, Any]) -> dict[str, Any]:

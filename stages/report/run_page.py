@@ -128,7 +128,7 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
         if not measurements:
             blocks.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
             continue
-        table = results_table.build(name, measurements)
+        table = results_table.build(name, measurements, details=True)
         targets = table.columns[2:]
         caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
         caption += comparison.p_note(targets)

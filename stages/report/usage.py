@@ -14,8 +14,6 @@ from stages.prompts.renderer import plain
 from stages.store.artifacts import Artifact
 
 QUESTION = "Tom has 3 boxes of 4 pens. How many pens does Tom have?"
-MAX_TOKENS = 256
-"""Most tokens of the answer in requests and code; by default vLLM completes a text by 16."""
 EOS = "<EOS>"
 """Stands in a request for the tokenizer's own token."""
 NF4 = (
@@ -54,17 +52,19 @@ def _server_flags(artifact: Artifact, config: dict[str, Any]) -> str:
     return f"--generation-config vllm{dtype_flag} --max-model-len {context_length(model, server, {})}"
 
 
-def request(model: str, prompt: dict[str, Any], system: str) -> str:
+def request(model: str, config: dict[str, Any], prompt: dict[str, Any], system: str) -> str:
     """Write a request by curl, with the question prompted as in training.
 
-    prompt: a prompt section of a manifest. system: the system whose message it gets, as a key of `by_system`.
+    config, prompt: the config of a manifest, and one of its prompt sections. system: the system whose message
+    it gets, as a key of `by_system`.
     """
     content: dict[str, Any] = {"model": model}
     if prompt["template"] == "chat":
         path, content["messages"] = "chat/completions", _messages(prompt, system)
     else:
         path, content["prompt"] = "completions", _text(prompt, system)
-    body = json.dumps(content | {"max_tokens": MAX_TOKENS, "temperature": 0}, ensure_ascii=False)
+    limit = config["rl"]["max_completion_length"]  # by default vLLM completes a text by 16 tokens
+    body = json.dumps(content | {"max_tokens": limit, "temperature": 0}, ensure_ascii=False)
     url = f"http://127.0.0.1:8000/v1/{path}"
     hint = f"# for {EOS} write the tokenizer's own token\n" if prompt["template"] == "bare" else ""
     return f"{hint}curl {url} -H 'Content-Type: application/json' \\\n    -d {escaping.shell(body)}"
@@ -89,7 +89,7 @@ def code(
 
     load_adapter: the lines that load adapters into `model`; empty for a merged model. dtype: of the base.
     """
-    section = config["model"]
+    section, limit = config["model"], config["rl"]["max_completion_length"]
     source = json.dumps(_path_from(folder, section["name"]) if load_adapter else ".")
     if load_adapter and section["revision"] != "main":
         source += f", revision={json.dumps(section['revision'])}"
@@ -121,7 +121,7 @@ tokenizer = AutoTokenizer.from_pretrained({source})
 model = AutoModelForCausalLM.from_pretrained({arguments})
 {load_adapter}
 {inputs}
-output = model.generate(**inputs.to(model.device), max_new_tokens={MAX_TOKENS}, do_sample=False)
+output = model.generate(**inputs.to(model.device), max_new_tokens={limit}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 

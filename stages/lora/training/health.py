@@ -121,6 +121,15 @@ class ProgressCallback(TrainerCallback):
                 "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps",
             )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        steps = sum("frac_reward_zero_std" in row for row in state.log_history)
+        if self.patience and steps and equal_rewards(state.log_history) == steps:
+            log.warning(
+                "in none of %d steps did the rewards of a group differ: RL taught nothing; "
+                "sft.system2_share: 0.3 is a cold start",
+                steps,
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             # The adapter itself is saved next. From a checkpoint here the library would train one step more.
