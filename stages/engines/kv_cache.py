@@ -90,7 +90,8 @@ class KVCache:
             attn_mask=self.mask,
             scale=args.scale,
         )
-        return output.view(self.rows, heads, -1).index_select(0, self.active)[None]
+        # CUDA's memory-efficient kernel returns a transposed tensor.
+        return output.reshape(self.rows, heads, -1).index_select(0, self.active)[None]
 
 
 @dataclass(frozen=True)

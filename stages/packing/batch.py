@@ -242,7 +242,8 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: Atten
         scale=args.scale,
         dropout_p=args.dropout,
     )
-    return output.view(sequences, heads, tokens, width)
+    # Values may have another width, and CUDA's memory-efficient kernel returns a transposed tensor.
+    return output.reshape(sequences, heads, tokens, -1)
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:

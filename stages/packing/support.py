@@ -76,8 +76,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     # Older configs have a window but no layer_types; every layer then has that window.
     if getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None):
         return f"its layers see {text.sliding_window} tokens back"
-    if config.model_type == "diffllama":
-        return "each layer attends twice, and a cache keeps one pass"
+    if config.model_type in ("diffllama", "hrm_text"):
+        return "its layers attend several times, and a cache keeps one pass"
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         return "its head is not a linear layer"
     return None

@@ -118,7 +118,8 @@ class Renderer:
         """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
         end_ids = tokenizer(self.end, add_special_tokens=False)["input_ids"]
         stop_ids = {tokenizer.eos_token_id}
-        if len(end_ids) == 1:
+        # Of several tokens the first ends a turn, as Phi-3's `<|end|>`, after which its template writes EOS.
+        if len(end_ids) == 1 or (end_ids and end_ids[0] in tokenizer.get_added_vocab().values()):
             stop_ids.add(end_ids[0])
         self.stop_ids = sorted(stop_ids)
 

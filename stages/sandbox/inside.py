@@ -143,13 +143,19 @@ def _arguments_of(error: BaseException) -> Any:
     return encode((str(error)[:300],))
 
 
+def _module(name: str) -> dict[str, Any]:
+    """Return the namespace of a new module, which dataclasses look up by its name."""
+    module = sys.modules[name] = types.ModuleType(name)
+    return module.__dict__
+
+
 def candidate(channel: Channel, job: dict[str, str]) -> None:
     """Load the program of a job {program, entry} and answer calls of its function.
 
     Sends "loaded" or {"broken": why}. Then the reply to each call has `value`, `raised` or `strange` (the
     name of a type that is not plain data), and `changed` with the arguments if the call has changed them.
     """
-    namespace: dict[str, Any] = {"__name__": "program"}  # not `__main__`: no main block runs
+    namespace = _module("program")  # not `__main__`: no main block runs
     try:
         exec(compile(job["program"], "program", "exec"), namespace)
         function = namespace[job["entry"]]
@@ -210,7 +216,7 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
         is_exception = isinstance(kind, type) and issubclass(kind, Exception)
         raise (kind if is_exception else RuntimeError)(*decode(error_arguments))
 
-    namespace: dict[str, Any] = {"__name__": "tests"}
+    namespace = _module("tests")
     try:
         exec(compile(job["setup"], "setup", "exec"), namespace)
         namespace[job["entry"]] = stand_in
@@ -229,7 +235,7 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
 
 def plain(channel: Channel, job: dict[str, str]) -> None:
     """Run program and tests of a job {program, tests, entry} in one process, as HumanEval's script does."""
-    namespace: dict[str, Any] = {"__name__": "program"}
+    namespace = _module("program")
     try:
         exec(compile(f"{job['program']}\n{job['tests']}", "program", "exec"), namespace)
         if "check" in namespace:

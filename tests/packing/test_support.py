@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -64,7 +65,7 @@ REFUSED = {
         ),
         "it has layers of sliding_attention",
     ),
-    "diffllama": (DiffLlamaConfig(**GROUPED), "each layer attends twice"),
+    "diffllama": (DiffLlamaConfig(**GROUPED), "its layers attend several times"),
     "gemma3": (Gemma3TextConfig(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
     "qwen2": (
         Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
@@ -303,3 +304,13 @@ def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
     assert alike()
     model.train()
     assert not alike()
+
+
+def test_a_kernel_that_returns_a_transposed_tensor_will_do(monkeypatch):
+    """As CUDA's memory-efficient one does."""
+    usual = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention",
+        lambda *args, **options: usual(*args, **options).transpose(1, 2).contiguous().transpose(1, 2),
+    )  # fmt: skip
+    assert supports_packing(made(TAKEN["llama"]), [5, 6, 7, 8, 9])

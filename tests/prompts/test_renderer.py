@@ -31,6 +31,17 @@ def test_chat_row(tokenizer):
     assert renderer.stop_ids == [tokenizer.eos_token_id]
 
 
+def test_a_marker_before_eos_ends_an_answer_too(tokenizer):
+    """As in Phi-3, whose template writes `<|end|>` after an answer, and then EOS."""
+    tokenizer.add_tokens("<|end|>", special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    marker = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert Renderer(tokenizer, PromptSection()).stop_ids == sorted({marker, tokenizer.eos_token_id})
+
+
 def test_plain_row(tokenizer):
     row = Renderer(tokenizer, PromptSection(template="plain", answer_format="xml")).row(EXAMPLE)
     assert tokenizer.decode(row.input_ids).startswith(

@@ -48,6 +48,10 @@ def safe():
     ("program", "status"),
     [
         (ADD, "passed"),
+        (
+            f"from dataclasses import dataclass\n@dataclass\nclass Node:\n    next: 'Node' = None\n{ADD}",
+            "passed",
+        ),
         ("def add(a, b):\n    return 3\n", "failed"),
         ("def add(a, b):\n    raise KeyError(a)\n", "failed"),
         ("def add(a, b):\n    return complex(a, 0) + b if a == 1 else iter(())\n", "failed"),
