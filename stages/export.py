@@ -112,7 +112,8 @@ def _building(out: Path) -> Iterator[Path]:
 
 
 def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dtype: bool) -> None:
-    from stages.lora.adapter import adapter, baselines, cancellation
+    from stages.lora.adapter import adapter, baselines
+    from stages.models import cancellation
 
     trained = artifact.path / "adapter"
     if form == "merged":

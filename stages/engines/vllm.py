@@ -56,7 +56,7 @@ def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) ->
 
     See `serves_modules` for how an adapter is served.
     """
-    from stages.lora.adapter.cancellation import rewrite_modules
+    from stages.models.cancellation import rewrite_modules
 
     _fetch(spec.model, say)
     port = _port(server.port)
@@ -91,7 +91,7 @@ def open_modules(
 
     modules: name → folder of the adapter. The model itself is served under its own name.
     """
-    from stages.lora.adapter.cancellation import rewrite_modules
+    from stages.models.cancellation import rewrite_modules
 
     _fetch(model, say)
     port = _port(server.port)

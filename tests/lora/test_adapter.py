@@ -12,8 +12,9 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen2Conf
 
 from stages.config import BaselineSection, LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError, MissingInputError
-from stages.lora.adapter import adapter, baselines, cancellation
+from stages.lora.adapter import adapter, baselines
 from stages.lora.adapter.merge import MergedCopy
+from stages.models import cancellation
 from stages.models.base import load_adapted, load_base
 
 INITS = ["normal", "pissa", "pissa_niter_16", "olora", "default"]

@@ -714,7 +714,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     assert done.code == 0 and "15 of 15 values are available" in done.err
     text = (tmp_path / "out/report.md").read_text()
     assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| SFT: 'β 0' less")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| SFT: 'β 0' minus")]
     assert re.search(r"\| \+0\.0 \| \[-18\.8, \+18\.8\] \| 1 \| 1 \| \+0\.0, \+0\.0 \|$", row)
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.lora.adapter import adapter
+FILE = "adapter_model.safetensors"
 
 
 def rewritten(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,14 +42,14 @@ def rewritten(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def rewrite(folder: Path, out: Path) -> bool:
     """Write the adapter in `folder` into `out` with rewritten weights; returns False if nothing changes."""
-    weights = adapter.read(folder)
+    weights = load_file(folder / FILE)
     changed = rewritten(weights)
     if all(changed[name] is weight for name, weight in weights.items()):
         return False
     if folder != out:
         out.mkdir()
         shutil.copy(folder / "adapter_config.json", out)
-    save_file(changed, out / adapter.ADAPTER, metadata={"format": "pt"})
+    save_file(changed, out / FILE, metadata={"format": "pt"})
     return True
 
 
