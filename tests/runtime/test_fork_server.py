@@ -69,6 +69,7 @@ def test_a_fork_is_like_a_process_that_was_started(program, monkeypatch):
     assert forked["shown"] == ["-m", "asked", "facts", "--set", "a b"] and forked["leads"]
 
 
+@pytest.mark.slow  # it loads all libraries
 def test_the_stages_libraries_bring_no_thread_and_nothing_that_is_only_installed(program):
     (program / "asked.py").write_text(
         "import os, sys; print(len(os.listdir('/proc/self/task')), 'torch' in sys.modules,"
