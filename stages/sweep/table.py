@@ -180,12 +180,12 @@ def _columns(
     row_columns: null removes the table's column; a column that only the row names must be produced. rebased:
     the config is the base of the command line, whose benchmark may have another name.
     """
+    if unknown := row_columns.keys() - file.columns.keys():
+        raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
     texts = {**file.columns, **row_columns}
     columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
     if rebased:
         columns = {name: _rebased(column, config) for name, column in columns.items()}
-    if unknown := columns.keys() - file.columns.keys():
-        raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
     produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
     if missing := [name for name in row_columns if name in columns and name not in produced]:
         raise ConfigError(

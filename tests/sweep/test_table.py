@@ -222,9 +222,14 @@ def test_a_column_chosen_alone_leaves_rows_their_own(small):
     own = (row, '"β 0": {columns: {RL: base@demo, gain: null}}')
     found = table(changed(small, own), columns=["RL"], seeds=[1])
     assert [cell.columns["RL"].step for cell in found.cells] == ["eval:rl@demo"] * 2 + ["eval:base@demo"]
-    mistaken = (row, '"β 0": {columns: {DPO: base@demo}}')
+
+
+@pytest.mark.parametrize("text", ["base@demo", "null"])
+@pytest.mark.parametrize("columns", [None, ["RL"]])
+def test_a_row_that_names_an_unknown_column_is_refused(small, text, columns):
+    row = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', f'"β 0": {{columns: {{DPO: {text}}}}}')
     with pytest.raises(ConfigError, match="'DPO' is not a column"):
-        table(changed(small, mistaken), columns=["RL"])
+        table(changed(small, row), columns=columns)
 
 
 def test_all_mistakes_are_said_at_once(small):
