@@ -77,7 +77,7 @@ def command(
     for name in predicted.too_large:
         print(f"{name} does not fit: {remedy(name, settings, predicted)}")
     if pending and not brief:
-        say(f"next: lorapar run {typed(config, set_)}")
+        say(f"next: lorapar run {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
 def _require_no_problem(settings: Config, pending: list[Step]) -> None:

@@ -121,6 +121,16 @@ def test_the_overlap_of_words_is_no_reward_for_rows_without_a_response(written):
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "text_overlap" not in said
 
 
+def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
+    found, said = written([{"question": f"{i} + 1?", "gold": i + 1} for i in range(60)])
+    assert (found["partition"], found["rl"]["start_from"]) == ({"strategy": "all"}, "init")
+    assert "RL alone trains" in said and "a cold start" not in said
+    planned = lorapar("plan", "c.yaml")
+    assert planned.code == 0, planned.err
+    steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
+    assert steps == {"classify:train", "score", "partition:sft", "partition:rl", "rl"}
+
+
 def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
     splits = []
     for name in benchmarks.names():

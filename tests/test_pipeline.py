@@ -165,6 +165,9 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
         "rl",
         "classify:train",
     }
+    for start, trained in (("sft", {"sft", "rl"}), ("init", {"rl"})):
+        alone = resolved(smoke("eval.benchmarks={}", "eval.targets=[base, rl]", f"rl.start_from={start}"))
+        assert set(ancestors(alone, plan_steps(alone), None)) & {"sft", "rl"} == trained
     with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
         list(pending_stages(config, steps, "rl", None))
     assert set(ancestors(config, steps, "rl")) == {

@@ -89,7 +89,7 @@ def choices(
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    chosen += _second_sft() if profile.unverifiable else rl
+    chosen += _second_sft() if profile.unverifiable else rl if profile.imitable else [*_rl_alone(), *rl]
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
@@ -105,6 +105,15 @@ def _second_sft() -> list[Choice]:
     return [
         Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
         Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
+    ]
+
+
+def _rl_alone() -> list[Choice]:
+    """RL without SFT and without scores, both of which read responses."""
+    return [
+        Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
+        Choice("rl.start_from", "init", "SFT has nothing to imitate"),
+        Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
     ]
 
 
@@ -179,7 +188,7 @@ def _rl(profile: DataProfile) -> list[Choice]:
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
     default = defaults.max_completion_length
-    if profile.unanswered == len(profile.rows.examples):
+    if not profile.imitable:
         response, response_why = default, f"no row has one, so {default} is a guess"
     elif profile.bare and response < default:
         response = default

@@ -60,6 +60,11 @@ class DataProfile:
     """Names of the linear modules that the base model has, without its head."""
 
     @property
+    def imitable(self) -> bool:
+        """Whether any row has a response that SFT could imitate."""
+        return self.unanswered < len(self.rows.examples)
+
+    @property
     def unverifiable(self) -> bool:
         """Whether no row has an answer that RL could verify."""
         return self.answers["none"] == self.answers.total()

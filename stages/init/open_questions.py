@@ -46,7 +46,12 @@ def _about_rows(profile: DataProfile) -> list[str]:
             "how the model is told to end in `#### answer`: its chat template takes no system message, and "
             "SFT alone teaches it"
         )
-    if profile.unanswered:
+    if not profile.imitable:
+        questions.append(
+            "what is imitated: no row has a response, so RL alone trains. It learns only from what the base "
+            "gets right now and then; a few rows with a response allow scores and SFT, too"
+        )
+    elif profile.unanswered:
         questions.append(
             f"what is imitated: {profile.unanswered} of {total} rows have no response, so they are voted on "
             "and rewarded, and score and SFT leave them out; both need some rows of each system with one"
@@ -99,7 +104,7 @@ def _about_learning(profile: DataProfile, labels: str | None) -> list[str]:
             "were right on 74 % of questions, and on 36 % where length told nothing. A larger one is better, "
             f"classify.voters: [{{model: NAME}}]; {_room()}. Or bring labels: --labels FILE"
         )
-    if not profile.unverifiable:
+    if profile.imitable and not profile.unverifiable:
         questions.append(
             "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
             "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "

@@ -69,7 +69,7 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: 
         if labels and not (labels := with_response(labels)):
             raise DataError(
                 "no row has a response for SFT to imitate",
-                "RL alone: rl.start_from=init, partition.strategy=all, and --to rl",
+                "RL alone: partition.strategy=all, rl.start_from=init, eval.targets=[base, rl]",
             )
         return labelled_examples(labels)
     system1 = _examples_with_response(labels, 1)

@@ -80,11 +80,13 @@ def ancestors(config: Config, steps: dict[str, Step], last: str | None) -> dict[
     """The steps of stage `last` and all their direct and indirect inputs, in order.
 
     Default for `last`: eval. If nothing is evaluated: every step, but no RL where `eval.targets` names the
-    second round of SFT in its place.
+    second round of SFT in its place, and no SFT where it names RL alone and RL does not continue SFT.
     """
     if last in (None, "eval"):
         last = "eval" if any(step.stage.name == "eval" for step in steps.values()) else None
-    skipped = "rl" if config.eval.modes["slow"] != "rl" else None
+    targets = config.eval.targets
+    without_sft = "rl" in targets and "sft" not in targets
+    skipped = "rl" if config.eval.modes["slow"] != "rl" else "sft" if without_sft else None
     last_steps = [s for s in steps.values() if s.stage.name == last or (last is None and s.name != skipped)]
     names = {step.name for step in _with_inputs(last_steps)}
     return {name: step for name, step in steps.items() if name in names}
