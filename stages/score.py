@@ -83,16 +83,17 @@ def run(
     if "classify" not in job.inputs and not protected:
         return summary
     labels = [] if protected else read_labels(job.labels)
-    if left_out := len(labels) - len(examples.with_response(labels)):
-        summary["without_response"] = left_out
+    left_out = len(labels) - len(examples.with_response(labels))
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     groups: dict[Any, list[Example]] = {}
     if protected:
         assert protect is not None
-        groups[examples.PROTECTED], held_out = examples.protected(protect, score, seed)
+        groups[examples.PROTECTED], held_out, left_out = examples.protected(protect, score, seed)
         summary["held_out"] = _hold_out(held_out, renderer, data, job.out / "held_out.jsonl")
     else:
         groups |= examples.scored(labels, score, seed)
+    if left_out:
+        summary["without_response"] = left_out
     size = _batch_size(score)
     scores: dict[Any, dict[str, Tensor]] = {}
     for group, chosen in groups.items():

@@ -34,10 +34,11 @@ def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, 
     return samples
 
 
-def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example], list[Example]]:
+def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example], list[Example], int]:
     """Two random samples of the protected rows that have a response: those to score, and those held out.
 
-    Of few rows a quarter is held out. DataError if none has a response.
+    Of few rows a quarter is held out. The third value is the number of rows without a response. DataError if
+    none has one.
     """
     rows = read(SourceSection(path=path, empty="drop", duplicates="first"))
     answered = [example for example in rows if example.response]
@@ -48,7 +49,7 @@ def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example],
         )
     random.Random(f"{seed} protected").shuffle(answered)
     held_out = min(PROBE_ROWS, len(answered) // 4)
-    return answered[held_out:][: score.examples], answered[:held_out]
+    return answered[held_out:][: score.examples], answered[:held_out], len(rows) - len(answered)
 
 
 def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:

@@ -157,7 +157,7 @@ def _check_protected(texts: Texts) -> None:
     """Raise the error that scoring the protected rows would raise about their file, or a row too long."""
     config = texts.config
     assert config.partition.protect is not None
-    rows, _ = examples.protected(config.partition.protect, config.score, config.seed)
+    rows, _, _ = examples.protected(config.partition.protect, config.score, config.seed)
     _renderer(texts, "score", []).rows(rows, config.data)
 
 

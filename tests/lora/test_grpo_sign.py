@@ -28,16 +28,17 @@ def test_an_element_scores_by_how_far_its_gradient_keeps_its_sign():
 
 
 def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkeypatch):
-    measured = {}
+    weights, batches = {}, []
 
-    def watched(grpo, start, progress):
-        moments, statistics = measure(grpo, start, progress)
-        measured["weights"] = {name: w.weight.clone() for name, w in adapter.lora_layers(grpo.model).items()}
-        measured["moments"] = moments
-        return moments, statistics
+    class Watched(gradients._GradientSums):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            batches.append({name: layer.weight.grad.clone() for name, layer in self.layers.items()})
+            super().on_pre_optimizer_step(*args, **kwargs)
 
-    measure = gradients.measure
-    monkeypatch.setattr(gradients, "measure", watched)
+        def on_train_end(self, *_, **__):
+            weights.update({name: layer.weight.clone() for name, layer in self.layers.items()})
+
+    monkeypatch.setattr(gradients, "_GradientSums", Watched)
     rewards = tmp_path / "rewards.py"
     rewards.write_text("def even(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n")
     earned = (f"rl.rewards_file={rewards}", "rl.rewards={even: 1}")
@@ -45,16 +46,16 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
     made = make_steps(config, "score", "partition:sft", "sft", "partition:rl")
     artifacts = {name: artifact for name, (artifact, _) in made.items()}
     before = adapter.read(artifacts["sft"].adapter)
-    assert all(torch.equal(before[name], value) for name, value in measured["weights"].items())
+    assert weights and all(torch.equal(before[name], value) for name, value in weights.items())
     first, again = (
         read_importance(artifacts[name].path / "importance.safetensors") for name in ("score", "score:rl")
     )
     assert torch.equal(flatten_weights(first[1]), flatten_weights(again[1]))
-    scores, moments = flatten_weights(again[2]), measured["moments"]
-    assert moments.examples == gradients.BATCHES
-    mean = flatten_weights(moments.gradient) / gradients.BATCHES
-    # By Jensen's inequality g² ≤ F, so a score is never above |g|, and it is |g| where every batch agrees.
-    assert bool((scores <= mean.abs() * 1.0001).all()) and float((scores / mean.abs()).nanmean()) < 0.9
+    scores = flatten_weights(again[2])
+    per_batch = torch.stack([flatten_weights(batch) for batch in batches])  # (batches, elements)
+    assert len(per_batch) == gradients.BATCHES
+    mean, fisher = per_batch.mean(0), per_batch.square().mean(0)
+    torch.testing.assert_close(scores, mean.square() / fisher.sqrt().clamp(min=1e-30), rtol=1e-4, atol=0)
     active = Masks.load(artifacts["partition:rl"].path / "masks.safetensors", "rl").active
     chosen = flatten_weights(active)
     assert int(chosen.sum()) == len(chosen) // 10

@@ -1,13 +1,16 @@
 """Rows whose skill is to stay: what they need is trained by no stage, and what they lose is measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_step, make_steps
 
+from stages.config import ScoreSection
 from stages.errors import ConfigError, DataError, MeaninglessError, MissingInputError
+from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
 from stages.lora.importance.strategies import needed_set
@@ -19,7 +22,7 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
 from stages.prompts.renderer import IGNORED, Renderer
-from stages.records import read_labels
+from stages.records import read_labels, read_samples
 from stages.report import protection
 
 QUICK = ["rl.max_steps=2", "sft.max_steps=3", "score.examples=4", "rl.kl_probe_steps=1"]
@@ -60,7 +63,8 @@ def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old
     }
     scored = made["score:protected"]
     assert scored.manifest["summary"]["protected"]["examples"] == 4
-    assert scored.manifest["summary"]["held_out"] == 3 and not (scored.path / "init").exists()
+    summary = scored.manifest["summary"]
+    assert (summary["held_out"], "without_response" in summary) == (3, False) and not (scored.path / "init").exists()
     importance = read_protected_importance(scored.path / "importance.safetensors")
     needed = needed_set(flatten_weights(importance), 0.9, "the protected rows")
     start = flatten_weights(adapter.read(made["score"].adapter))
@@ -148,6 +152,14 @@ def test_rows_that_cannot_be_scored_are_said_before_a_vote(smoke, tmp_path, text
         raise problem.error
 
 
+def test_protected_rows_without_a_response_are_counted(tmp_path):
+    answered = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    path = tmp_path / "old.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*answered, {"question": "9 + 1?", "gold": 10}])))
+    scored, held_out, without_response = examples.protected(str(path), ScoreSection(), 0)
+    assert (len(scored), len(held_out), without_response) == (6, 2, 1)
+
+
 def test_errors(smoke, begun, old, tmp_path):
     with pytest.raises(MissingInputError, match="no data file .*gone.jsonl"):
         plan_steps(resolved(smoke(f"partition.protect={tmp_path / 'gone.jsonl'}")))
@@ -162,14 +174,22 @@ def test_errors(smoke, begun, old, tmp_path):
     assert "lower partition.protect_theta" in str(caught.value.hint)
 
 
-def test_the_page_says_what_was_gained_and_lost(begun, old):
+def test_the_page_says_what_was_gained_and_lost(begun, old, monkeypatch):
     both = ("sft.rounds=2", "eval.targets=[base, sft, sft2, rl]")
     config = resolved(begun(*QUICK, old, "partition.strategy=all", *both))
     artifacts = {name: artifact for name, (artifact, _) in make_steps(config).items()}
+    right = {"base": 4, "sft": 6, "sft2": 4, "rl": 2}  # of 16 items; a random model answers nothing
+
+    def samples_with_right_answers(path: Path) -> list:
+        [target] = [target for target in right if artifacts[f"eval:{target}@demo"].path == path.parent]
+        return [replace(one, correct=i < right[target]) for i, one in enumerate(read_samples(path))]
+
+    monkeypatch.setattr(protection, "read_samples", samples_with_right_answers)
     [grid] = protection.blocks(config, artifacts)
     assert grid.head == ["", "items", "base, %", "sft", "sft2", "rl"]
     assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]
-    assert grid.rows[0][3] == "+0.0 [-18.8, 18.8]"  # a random model answers nothing
+    changes = [cell.partition(" ")[0] for cell in grid.rows[0][2:]]
+    assert changes == ["25.0", "+12.5", "+0.0", "-12.5"]
     assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
     assert protection.blocks(resolved(begun(*QUICK)), artifacts) == []
 

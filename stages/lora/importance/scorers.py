@@ -114,10 +114,11 @@ def moved(value: Tensor, trained: Tensor) -> Tensor:
 def grpo_sign(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """g²/√F = |g| · |g|/√F over batches of completions: what a step of Adam gains by moving the element.
 
-    Adam moves it by about g/√F times the learning rate, and a unit of movement changes the loss by g. |g|/√F
-    is 1 if the gradient has one sign and size in all batches, and near 0 if its signs cancel. GRPO's
-    gradients change from step to step, and only elements that keep their sign are said to learn (arXiv
-    2605.12207).
+    g and F are the means over batches of a step's gradient and of its square, after the gradient of all
+    elements was clipped to `rl.max_grad_norm`. Adam moves an element by about g/√F times the learning rate,
+    and a unit of movement changes the loss by g. |g|/√F is 1 if the gradient has one sign and size in all
+    batches, and near 0 if its signs cancel. GRPO's gradients change from step to step, and only elements that
+    keep their sign are said to learn (arXiv 2605.12207).
     """
     # √F is 0 only where the gradient is 0 in every batch: the score there is 0, and not 0 / 0 = NaN.
     return gradient.square() / fisher.sqrt().clamp(min=1e-30)
