@@ -163,8 +163,8 @@ class PartitionSection(Section):
         "system2",
         "Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and "
         "beta of the shared ones; not_system1: all that System 1 does not have, so that no element of "
-        "System 1's set moves; all; random_within: as many of each LoRA weight as with system2, drawn at random, "
-        "as a control.",
+        "System 1's set moves; all; random_within: as many of each LoRA weight as with system2, drawn at "
+        "random, as a control.",
         ignored_by="partition:sft",
         advanced=True,
     )
