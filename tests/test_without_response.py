@@ -51,6 +51,47 @@ def test_a_test_verifies_too_and_keep_takes_what_a_reward_of_one_s_own_reads(tmp
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
 
 
+def test_a_response_is_found_by_its_synonym_with_and_without_a_gold(tmp_path):
+    found = _read(
+        tmp_path,
+        {"prompt": "1 + 1?", "answer": "It is 2.", "gold": "2"},
+        {"prompt": "Why?", "answer": "Because.", "gold": None},
+    )
+    assert [(e.response, e.gold) for e in found] == [("It is 2.", "2"), ("Because.", None)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "open?"},
+        {"question": "open?", "gold": None},
+        {"messages": [{"role": "user", "content": "open?"}]},
+        {"messages": [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]},
+    ],
+    ids=str,
+)
+def test_a_row_without_response_and_gold_is_empty(tmp_path, row):
+    answered = {name: value for name, value in row.items() if name != "gold"} | {"gold": "5"}
+    with pytest.raises(DataError, match="prompt or response is empty"):
+        _read(tmp_path, answered, row)
+    [example] = _read(tmp_path, answered, row, empty="drop")
+    assert (example.prompt, example.response, example.gold) == ("open?", "", "5")
+
+
+def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):
+    chat = [
+        {"role": "user", "content": "f?"},
+        {"role": "assistant", "content": "def f(): pass"},
+        {"role": "user", "content": "g?"},
+    ]
+    row = {"messages": chat, "test": "assert g()", "entry_point": "g", "from": "x"}
+    first, last = _read(tmp_path, row, format="messages_all")
+    assert (first.prompt, first.response, first.extra) == ("f?", "def f(): pass", {"from": "x"})
+    assert (last.prompt, last.response, last.extra) == (
+        "g?", "", {"test": "assert g()", "entry_point": "g", "from": "x"},
+    )  # fmt: skip
+
+
 def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
     rows = [{"prompt": "Any even number?", "gold": gold} for gold in ("2", "4")]
     assert len({example.id for example in _read(tmp_path, *rows)}) == 2

@@ -81,12 +81,13 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
         answer = _answer(row, name, may_lack)
         return [_example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)]
     if kind.startswith("messages"):
-        chats = _conversations(row.get("messages", row.get("conversations")), may_lack)
-        answered = [chat for chat in chats if chat[0].strip() and chat[2].strip()]
-        chosen = answered if kind == "messages_all" and answered else chats[-1:]
+        chats = _conversations(row.get("messages", row.get("conversations")))
+        whole = [c for c in chats if c[0].strip() and (c[2].strip() or (may_lack and c is chats[-1]))]
+        chosen = whole if kind == "messages_all" and whole else chats[-1:]
         used = {"messages", "conversations"}
-        # A row's gold is that of its last answer.
-        rows = [row if chat is chats[-1] else {**row, "gold": None} for chat in chosen]
+        # What verifies an answer is about the last one.
+        earlier = {name: value for name, value in row.items() if name not in {*VERIFYING, "entry_point"}}
+        rows = [row if chat is chats[-1] else earlier for chat in chosen]
         return [_example(*chat, own, used, may_lack) for chat, own in zip(chosen, rows, strict=True)]
     prompt_field, response_field = FIELDS[kind]
     response_field = _response_field(row, response_field, may_lack)
@@ -115,25 +116,23 @@ def _example(
 
 
 def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
-    """Return the name of the field with the response: the usual one or, if that may be lacking, a synonym."""
-    names = [usual, *(sorted(RESPONSES | {"response"}) if may_lack else [])]
+    """Return the name of the field with the response: the usual one, or a synonym where that is lacking."""
+    names = [usual, *(sorted(RESPONSES | {"response"}) if may_lack or usual not in row else [])]
     return next((name for name in names if row.get(name)), usual)
 
 
 def _answer(row: dict[str, Any], name: str, may_lack: bool) -> Any:
-    """Return the field with the answer, empty if it may be lacking; EmptyRowError if it is there and null."""
-    if row.get(name) is None and may_lack:
-        return ""
-    if name in row and row[name] is None:
+    """Return the field with the answer, empty if it may be lacking; else EmptyRowError if it is."""
+    answer = row.get(name)
+    if answer is None and not may_lack:
         raise EmptyRowError("prompt or response is empty")
-    return row.get(name)
+    return "" if answer is None else answer
 
 
 def _plain_answer(value: Any) -> str:
     """Return a number or boolean as text; ValueError for anything else."""
-    if value is None or not isinstance(value, bool | int | float):
-        got = "nothing" if value is None else type(value).__name__
-        raise ValueError(f"the answer must be text, a number or a boolean, got {got}")
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"the answer must be text, a number or a boolean, got {type(value).__name__}")
     return json.dumps(value)
 
 
@@ -195,18 +194,18 @@ def _with_one_name(row: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _conversations(messages: Any, may_lack: bool) -> list[tuple[str, list[list[str]], str]]:
+def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
     """Return prompt, earlier turns and response of each answer; the first prompt gets the system message.
 
-    may_lack: the chat may end with the user, whose prompt then has an empty response.
+    If the user has the last word, the response is empty.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages must be a list of objects with role and content")
-    turns = [_turn(message) for message in messages]
+    turns = [_turn(message) for message in (messages[:-1] if _is_null(messages[-1]) else messages)]
     head = ""
     if turns[0][0] == "system":
         (_, head), turns = turns[0], turns[1:]
-    if may_lack and turns and turns[-1][0] == "user":
+    if turns and turns[-1][0] == "user":
         turns.append(("assistant", ""))
     roles = [role for role, _ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -229,6 +228,14 @@ def _turn(message: dict[str, Any]) -> tuple[str, str]:
     if isinstance(content, list) and all(_is_text(part) for part in content):  # OpenAI's list of parts
         return str(role), "".join(part["text"] for part in content)
     return str(role), text_field(message, "content" if "content" in message else "value")
+
+
+def _is_null(message: dict[str, Any]) -> bool:
+    """Whether a message is an assistant's without any content."""
+    role = message.get("role", message.get("from"))
+    calls = message.get("tool_calls") or message.get("function_call")
+    unsaid = message.get("content") is None and message.get("value") is None
+    return ROLES.get(str(role), role) == "assistant" and unsaid and not calls
 
 
 def _is_text(part: Any) -> bool:

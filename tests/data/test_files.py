@@ -77,7 +77,11 @@ REFUSED = {
         "bad row: tools.jsonl:1: messages: tool calls are not supported",
     ),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
-    "turns.jsonl": (lines({"messages": chat("a")}), "expected user and assistant in turns"),
+    "turns.jsonl": (
+        lines({"messages": [{"role": "user", "content": "a"}] * 2}),
+        "expected user and assistant in turns",
+    ),
+    "asked.jsonl": (lines({"messages": chat("a")}), "prompt or response is empty"),
     "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }
 
