@@ -30,7 +30,7 @@ from lorapar_cli.options import (
 )
 from lorapar_cli.progress import Position, Silence, TerminalProgress
 from lorapar_cli.stage_starter import starter
-from stages.config import Config
+from stages.config import TRAINED, Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ConfigError, Ended, LoraparError, is_rust_panic
@@ -243,9 +243,10 @@ def run(
     terminal.places(store, requested)
     if last is None:
         arguments = typed(config, set_)
+        both = {TRAINED[target] for target in settings.eval.modes.values()} <= requested.keys()
         terminal.say(
-            f"next: lorapar report {arguments} --out report, or lorapar export {arguments} DIR "
-            "(--views: both modes)"
+            f"next: lorapar report {arguments} --out report, or lorapar export {arguments} DIR"
+            + (" (--views: both modes)" if both else "")
         )
 
 

@@ -11,7 +11,7 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.tables import show, table
 from stages import escaping
-from stages.config import DataSection, ModelSection
+from stages.config import DataSection, ModelSection, ScoreSection
 from stages.data.rows import local_file
 from stages.errors import ConfigError, LoraparError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
@@ -92,6 +92,7 @@ def _write_config(
     from stages.init.data_profile import benchmark_of, survey
     from stages.init.hold_out import hold_out, stem
     from stages.init.open_questions import open_questions
+    from stages.lora.examples import protected as protected_examples
 
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
@@ -105,6 +106,8 @@ def _write_config(
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
     title = "protected" if protect and stem(protect) == stem(data) else ""  # else the files would be one
     new = None
+    if protect:
+        protected_examples(protect, ScoreSection(), 0)  # raises if no row has a response to score
     if protect and not benchmarks:
         new = hold_out(data, path.parent)
         data, benchmarks = new.train, [new.test] if new.test else []
@@ -172,12 +175,18 @@ def _print_profile(profile: DataProfile) -> None:
     )
     print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))
     lengths_table = table("tokens", "median", "99 %", "longest")
-    for name, lengths in (("prompt", profile.prompt), ("response", profile.response), ("both", profile.row)):
+    texts = {"prompt": profile.prompt}
+    if profile.imitable:
+        texts |= {"response": profile.response, "both": profile.row}
+    for name, lengths in texts.items():
         lengths_table.add_row(name, *map(str, (lengths.median, lengths.p99, lengths.longest)))
     show(lengths_table)
-    print(f"the first row, in the template {profile.section.template}, as the model reads it:")
+    which = "the first row with a response" if profile.imitable and profile.unanswered else "the first row"
+    print(f"{which}, in the template {profile.section.template}, as the model reads it:")
     for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):
         terminal.write("\n".join(mark + line for line in text.splitlines()))
+    if not profile.imitable:
+        return
     stops = " or ".join(map(repr, profile.stops))
     if profile.never_stops:
         print(

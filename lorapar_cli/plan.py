@@ -115,7 +115,7 @@ def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> No
 def _about(predicted: Estimate) -> str:
     if not predicted.seconds:
         return "how long it takes is not known"
-    unknown = "" if len(predicted.seconds) == len(predicted.costs) else ", and what is not known,"
+    unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
     return f"about {duration(sum(predicted.seconds))}{unknown}"
 
 

@@ -204,7 +204,7 @@ def examples_of_system(rows: list[Labelled], system: int) -> list[Example]:
         raise DataError(
             f"no example is labelled System {system} "
             f"({counts[1]} System 1, {counts[2]} System 2, {counts[None]} undecided)",
-            "other voters, or a known share: --set classify.system2_share=0.5",
+            "other labels or voters; if models vote, a known share: --set classify.system2_share=0.5",
         )
     return examples
 

@@ -125,10 +125,17 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     found, said = written([{"question": f"{i} + 1?", "gold": i + 1} for i in range(60)])
     assert (found["partition"], found["rl"]["start_from"]) == ({"strategy": "all"}, "init")
     assert "RL alone trains" in said and "a cold start" not in said
+    assert "  | 0 + 1?" in said and "lines with > are trained" not in said and "\nresponse" not in said
     planned = lorapar("plan", "c.yaml")
     assert planned.code == 0, planned.err
     steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
     assert steps == {"classify:train", "score", "partition:sft", "partition:rl", "rl"}
+    # Neither the limit of SFT's rows nor SFT on answers alone stops the estimate.
+    answers = ("rl.start_from=sft", "sft.system1_targets=answer", "eval.targets=[base, sft, rl]")
+    for changed in (["data.max_length=16"], answers):
+        sets = [argument for setting in changed for argument in ("--set", setting)]
+        planned = lorapar("plan", "c.yaml", *sets)
+        assert planned.code == 0, planned.err
 
 
 def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
@@ -386,3 +393,17 @@ def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, 
     # The protected rows are rendered as the run renders them, with the system message of the new rows.
     assert lorapar("plan", "c.yaml", "--check").code == 0
     assert not list(tmp_path.glob("*-train.jsonl"))
+
+
+def test_rows_that_nothing_can_learn_from_are_refused(tmp_path, tiny, lorapar, monkeypatch):
+    """Protected rows without a response, and rows with neither a response nor an answer to verify."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows(40))), encoding="utf-8")
+    bare = [{"question": f"{i} * 2?", "gold": 2 * i} for i in range(40)]
+    (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, bare)), encoding="utf-8")
+    done = lorapar("init", "new.jsonl", "--model", tiny, "--protect", "old.jsonl")
+    assert done.code != 0 and "none of 40 rows of partition.protect, old.jsonl, has a response" in done.err
+    (tmp_path / "tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
+    done = lorapar("init", "tests.jsonl", "--model", tiny)
+    assert done.code != 0 and "no row of tests.jsonl has a response to imitate, or an answer" in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "old.jsonl", "tests.jsonl"}

@@ -161,7 +161,7 @@ def test_a_busy_machine_is_named(told, monkeypatch):
 
 def test_what_is_not_known_is_said_beside_the_total():
     some = {"a": Cost(30.0), "b": Cost(None)}
-    assert plan_command._about(Estimate(some, [])) == "about 30 s, and what is not known,"
+    assert plan_command._about(Estimate(some, [])) == "about 30 s plus what is not known"
     assert plan_command._about(Estimate({"b": Cost(None)}, [])) == "how long it takes is not known"
 
 

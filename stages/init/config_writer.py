@@ -89,7 +89,9 @@ def choices(
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    chosen += _second_sft() if profile.unverifiable else rl if profile.imitable else [*_rl_alone(), *rl]
+    if not profile.imitable:
+        chosen += _rl_alone()
+    chosen += _second_sft() if profile.unverifiable else rl
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]

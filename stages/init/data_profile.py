@@ -49,7 +49,7 @@ class DataProfile:
     stops: list[str]
     """The stop tokens, as texts."""
     sample: tuple[str, str]
-    """The first row as the model sees it: the prompt, and the trained text."""
+    """Prompt and trained text, as the model sees them, of the first row with a response, or of the first."""
     section: PromptSection
     """The prompt settings with which the rows were rendered."""
     refuses_system: bool
@@ -86,6 +86,11 @@ def survey(
     if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
     kinds = Counter(answer_kind(example) for example in rows.examples)
+    if set(kinds) == {"none"} and not any(example.response for example in rows.examples):
+        raise DataError(
+            f"no row of {data.path} has a response to imitate, or an answer that a reward here can verify",
+            "give each row a field gold, or test and entry_point, or write a config with your own reward",
+        )
     section = section or PromptSection(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
@@ -102,7 +107,8 @@ def survey(
     prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
     triples = zip(rows.examples, rendered, prompts, strict=True)
     answered = [(row, length) for example, row, length in triples if example.response]
-    first = rendered[0].input_ids
+    shown, prompt_length = answered[0] if answered else (rendered[0], prompts[0])
+    trained = shown.input_ids[prompt_length:] if answered else []
     labels = [system_of(example.extra.get("system")) for example in rows.examples]
     positions, linear = _model(model)
     return DataProfile(
@@ -122,9 +128,9 @@ def survey(
             label is None and isinstance(example.extra.get("system"), str)
             for label, example in zip(labels, rows.examples, strict=True)
         ),
-        never_stops=renderer.rows_without_stop(rendered),
+        never_stops=renderer.rows_without_stop([row for row, _ in answered]),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=(tokenizer.decode(first[: prompts[0]]), tokenizer.decode(first[prompts[0] :])),
+        sample=(tokenizer.decode(shown.input_ids[:prompt_length]), tokenizer.decode(trained)),
         section=section,
         refuses_system=refuses,
         positions=positions,

@@ -19,6 +19,10 @@ PROBE_ROWS = 16
 """Most protected rows that are not scored, so that the drift of training is measured on them."""
 
 
+_SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0 with sft.rounds=1"}
+"""System → settings with which SFT needs no response of its rows."""
+
+
 def with_response(labels: list[Labelled]) -> list[Labelled]:
     """The rows that can be imitated."""
     return [row for row in labels if row.example.response]
@@ -99,8 +103,8 @@ def _examples_with_response(labels: list[Labelled], system: int) -> list[Example
     if not answered:
         raise DataError(
             f"none of {len(examples)} rows labelled System {system} has a response",
-            "score, a cold start and a second round of SFT imitate responses: give some rows one, or choose "
-            "partition.strategy=all, sft.system2_share=0 and sft.rounds=1",
+            "score and SFT imitate responses: give some of these rows one, or choose partition.strategy=all "
+            f"and {_SFT_WITHOUT[system]}",
         )
     return answered
 

@@ -123,8 +123,8 @@ class CostModel:
         seconds = steps · batch_size · row tokens · token_s
         """
         sft, number = self.config.sft, self.texts.imitable
-        if self.config.baseline is not None:
-            return UNKNOWN
+        if self.config.baseline is not None or not number:
+            return UNKNOWN  # SFT may still imitate answers alone, and no row is rendered with its answer
         # First round: System 1's rows, and system2_share times as many of System 2 as the cold start. Second
         # round: System 2's rows.
         by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE

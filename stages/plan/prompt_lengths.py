@@ -55,12 +55,14 @@ class Texts:
 
     def trained_rows(self, stage: str) -> list[Row]:
         """Training rows as a stage computes them, longest first; too long ones are cut or left out."""
-        limit, rows = self.config.data.max_length, self.training_rows(stage)
-        if self.config.data.too_long == "truncate":
+        data, rl, rows = self.config.data, self.config.rl, self.training_rows(stage)
+        limit = data.max_length if stage != "rl" else rl.max_prompt_length + rl.max_completion_length
+        if stage == "rl" or data.too_long == "truncate":
             rows = [Row(row.id, row.input_ids[:limit], row.labels[:limit]) for row in rows]
-        rows = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
-        if not rows:
-            raise DataError(f"no row fits into data.max_length {limit}")
+        if stage != "rl":
+            rows = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
+            if not rows:
+                raise DataError(f"no row fits into data.max_length {limit}")
         return sorted(rows, key=lambda row: -len(row.input_ids))
 
     @cached_property

@@ -83,9 +83,9 @@ def _verdict(results: Results) -> str:
 def _compared(results: Results, number: int) -> str:
     """Say what is compared, and how many of the comparisons are complete: `number`."""
     pairs = {(contrast.against, contrast.on) for contrast in results.comparisons}
-    if len(pairs) > 1:
+    if len(pairs) > 1 or any(len(contrast.rows) > 1 for contrast in results.comparisons):
         planned = len(results.comparisons)
-        begin = f"All {planned}" if number == planned else f"{number} of {planned}"
+        begin = f"All {planned}" if number == planned > 1 else f"{number} of {planned}"
         return f"{begin} planned comparisons {'is' if number == 1 else 'are'} complete."
     ((against, on),) = pairs
     candidates = sum(row not in against for row in results.table.rows)

@@ -158,8 +158,8 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, o
     """
     settings = file.settings()[row]
     config_path = base or Path(settings.get("base", file.base))
-    if "seed" in settings:
-        raise ConfigError("seed is set by the table's seeds, not by a row")
+    if "seed" in {**file.set, **settings}:
+        raise ConfigError("seed is set by the table's seeds, not by a setting of its own")
     row_settings = {name: value for name, value in settings.items() if name not in ROW_KEYS}
     merged = {**file.set, **row_settings, "seed": seed}
     if sections := [name for name, value in merged.items() if isinstance(value, dict) and "." not in name]:

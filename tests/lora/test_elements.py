@@ -102,6 +102,10 @@ def test_example_trains_chosen_elements_alone(page, tiny, monkeypatch, example):
 
 
 def test_masks_of_other_weights_are_refused(page):
-    page["masks"].popitem()
+    (name, mask), model = page["masks"].popitem(), page["model"]
     with pytest.raises(ArtifactError, match="masks do not fit the adapter: .* is on one side only"):
-        page["pack"](page["model"], page["masks"])
+        page["pack"](model, page["masks"])
+    page["masks"][name] = mask[: len(mask) // 4]
+    with pytest.raises(ArtifactError, match=r"masks do not fit the adapter: .* has a mask of shape \("):
+        page["pack"](model, page["masks"])
+    assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())

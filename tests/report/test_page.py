@@ -303,16 +303,22 @@ def test_modules_that_end_alike_are_shown_by_their_paths():
     assert elements._short_names(["attn.c_proj", "mlp.c_proj", "mlp.up_proj"]) == ["attn.c", "mlp.c", "up"]
 
 
-def verdict(rows: str, p_values: dict[str, tuple[float, float | None]], same: dict | None = None) -> str:
+def verdict(
+    rows: str,
+    p_values: dict[str, tuple[float, float | None]],
+    same: dict | None = None,
+    row: list[str] | None = None,
+) -> str:
     """The verdict on rows of one letter, each a tenth above the row it is compared with.
 
-    p_values: row → p over items and over seeds. same: rows that are left out.
+    p_values: rows → p over items and over seeds. same: rows that are left out. row: those whose mean is
+    compared; None: each other one.
     """
-    file = SimpleNamespace(title="T", compare=[Compare(against="A", on="RL")])
+    file = SimpleNamespace(title="T", compare=[Compare(row=row, against="A", on="RL")])
     cells = [SimpleNamespace(row=row) for row in rows]
     table = Table(Path("t"), file, cells, same or {}, [])
     compared = {
-        Contrast((row,), table.contrasts[0].against, "RL"): Value(
+        Contrast(tuple(row), table.contrasts[0].against, "RL"): Value(
             0.1, [0.1, 0.1], 100, True, Interval(0.05, 0.15, items), seeds and Interval(0.05, 0.15, seeds)
         )
         for row, (items, seeds) in p_values.items()
@@ -326,6 +332,8 @@ def test_the_verdict_says_how_many_rows_are_compared():
     assert verdict("ABC", tested).startswith("1 of 2 other rows is compared with 'A'")
     assert verdict("CB", tested, {"A": "C"}).startswith("All other rows are compared with 'C'")
     assert "Over seeds" not in verdict("AB", tested)
+    mean = verdict("ABCD", {"BC": (0.001, None)}, row=["B", "C"])
+    assert mean.startswith("1 of 1 planned comparisons is complete.")
 
 
 def sample(item: str, correct: bool, outcome: str | None = None) -> Sample:

@@ -689,6 +689,11 @@ def test_a_value_reaches_the_config_as_it_stands_in_the_table(small):
     assert (config.data.limit, config.run) == (None, "null")
 
 
+def test_a_table_sets_no_seed_beside_its_seeds(small):
+    with pytest.raises(ConfigError, match="seed is set by the table's seeds"):
+        table(changed(small, ("set: {", "set: {seed: 5, ")))
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -164,7 +164,15 @@ def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
 
 
 def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
-    """Extend a mask of the trainable part to the shape of the full weight, with False elsewhere."""
+    """Extend a mask of the trainable part to the shape of the full weight, with False elsewhere.
+
+    ArtifactError unless it has the shape of the weight or, as if compensated, of one with half its rank.
+    """
+    rows, columns = weight.shape
+    halved = (rows // 2, columns) if _is_a(name) else (rows, columns // 2)
+    if tuple(mask.shape) not in ((rows, columns), halved):
+        shapes = f"a mask of shape {tuple(mask.shape)} and a weight of {(rows, columns)}"
+        raise ArtifactError(f"masks do not fit the adapter: {name} has {shapes}")
     full = torch.zeros(weight.shape, dtype=torch.bool)
     full[: mask.shape[0], : mask.shape[1]] = mask
     return full

@@ -20,16 +20,17 @@ def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
     """Replace every LoRA layer of a PEFT model by one in which only the active elements are parameters.
 
     active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape
-    or, for a compensated adapter, of its trainable part. Call it after building a trainer and before
-    training: while it is built, TRL copies `default` to `ref` by plain parameter names.
+    or, for a compensated adapter, of its trainable part, the first half of the rank. Call it after building a
+    trainer and before training: while it is built, TRL copies `default` to `ref` by plain parameter names.
     ArtifactError unless the masks are for exactly these weights.
     """
     layers = lora_layers(model, ADAPTER_NAME)
     if layers.keys() != active.keys():
         unmatched = sorted(layers.keys() ^ active.keys())[0]
         raise ArtifactError(f"masks do not fit the adapter: {unmatched} is on one side only")
+    masks = {name: full_mask(name, active[name], layer.weight) for name, layer in layers.items()}
     for name, layer in layers.items():
-        _replace(model, name, SparseLinear(layer, full_mask(name, active[name], layer.weight)))
+        _replace(model, name, SparseLinear(layer, masks[name]))
 
 
 def unpack(model: nn.Module) -> None:

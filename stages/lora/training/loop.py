@@ -144,6 +144,14 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
     return list(section.report_to) or "none"
 
 
+def _finish_run(trackers: list[str]) -> None:
+    """End the run of W&B, which a second round of SFT in this process would otherwise go on with."""
+    if "wandb" in trackers:
+        import wandb
+
+        wandb.finish()
+
+
 @dataclass(frozen=True)
 class InitialAdapter:
     """The adapter and masks that a training stage starts from."""
@@ -217,6 +225,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         watchdog.stop()
+        _finish_run(trainer.args.report_to)
     if trainer.state.global_step == 0:
         raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
     if distributed.world_size() > 1:
