@@ -239,7 +239,7 @@ STAGES = {
             external_inputs=_classify_outside,
             variants=_classify_variants,
             unkeyed_sections=("model",),
-            version=6,
+            version=7,
         ),
         Stage(
             name="score",
