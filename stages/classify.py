@@ -68,7 +68,7 @@ def run(
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     brings_labels = benchmark is not None and benchmark.brings_labels
     if brings_labels:
-        classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
+        classify = classify.model_copy(update={"strategy": "known", "labels_file": None, "swap": False})
     if classify.strategy in UNVOTED:
         # Training rows need labels; items of a benchmark only if it was said to bring them.
         required = benchmark is None or brings_labels

@@ -85,7 +85,7 @@ def _route(
         for mode, target in eval.modes.items()
     }
     labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
-    identity = f"{job.outside['model']} {answer_dtype(model, eval.engine)} {job.outside.get('server')}"
+    identity = f"{job.outside['model']} {_dtype(model, eval.engine)} {job.outside.get('server')}"
     router = Router(classify, model, eval.engine, identity, labels, job.journals)
     examples = module.load(benchmark)
     router.set_questions(examples)
@@ -206,14 +206,19 @@ def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
 
 def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
     """Everything that determines the answers, apart from the prompts and the sampling."""
-    dtype = answer_dtype(spec.model, spec.engine)
     return {
         "model": job.outside["model"],
-        "dtype": f"nf4 {dtype}" if spec.model.load_in_4bit else dtype,
+        "dtype": _dtype(spec.model, spec.engine),
         "adapter": _adapter_digest(spec.adapter),
         "engine": spec.engine,
         "server": job.outside.get("server"),
     }
+
+
+def _dtype(model: ModelSection, engine: str) -> str:
+    """The numbers that an engine computes answers and votes in."""
+    dtype = answer_dtype(model, engine)
+    return f"nf4 {dtype}" if model.load_in_4bit else dtype
 
 
 def _adapter_digest(adapter: Path | None) -> str | None:

@@ -68,6 +68,8 @@ def test_a_sound_config_has_none(certain):
         (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),
         (["eval.benchmarks.code={kind: humaneval, path: TESTS, label: false}", "eval.sandbox.backend=refuse"],
          "eval", "sandbox.backend is refuse"),
+        (["eval.benchmarks.m={kind: mmlu, path: LETTERS, shots: 0, label: false}", "eval.targets=[sft]"],
+         "eval:sft@m", "prompt of m: 1 of 1 are longer than "),
     ],
 )  # fmt: skip
 def test_a_certain_failure_is_found(certain, tmp_path, settings, step, message):
@@ -81,7 +83,13 @@ def test_a_certain_failure_is_found(certain, tmp_path, settings, step, message):
     (tmp_path / "tests.jsonl").write_text(json.dumps(item))
     rewards = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
     (tmp_path / "rewards.py").write_text(rewards)
-    files = {"TESTS": str(tmp_path / "tests.jsonl"), "REWARDS": str(tmp_path / "rewards.py")}
+    letters = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
+    (tmp_path / "letters.jsonl").write_text(json.dumps(letters))
+    files = {
+        "LETTERS": str(tmp_path / "letters.jsonl"),
+        "TESTS": str(tmp_path / "tests.jsonl"),
+        "REWARDS": str(tmp_path / "rewards.py"),
+    }
     [problem] = certain(*(reduce(lambda t, kv: t.replace(*kv), files.items(), text) for text in settings))
     assert problem.startswith(f"{step}: ") and message in problem
 

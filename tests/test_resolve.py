@@ -27,6 +27,7 @@ def engine(smoke, tmp_path, monkeypatch):
     def of(voter: str, gpu: bool = False, vllm: bool = True, device: str = "auto") -> str:
         monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: object() if vllm else None)
         monkeypatch.setattr("stages.runtime.gpu.DEVICE_FILE", tmp_path if gpu else tmp_path / "none")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         config = smoke(
             f"classify.voters=[{{persona: steps, {voter.replace('LARGE', str(tmp_path / 'large'))}}}]",
             f"model.device={device}",

@@ -10,7 +10,7 @@ from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSe
 from stages.data import rows as data
 from stages.engines import EngineCache
 from stages.errors import ConfigError, DataError, MissingInputError
-from stages.evaluation.benchmarks import jsonl, mmlu
+from stages.evaluation.benchmarks import humaneval, jsonl, mmlu
 from stages.evaluation.grading import Context
 from stages.pipeline.cache_key import of_voters
 from stages.records import read_jsonl
@@ -300,6 +300,10 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
     path = written(tmp_path, {"subject": "law", "question": "Q", "answer": 0}).path
     with pytest.raises(DataError, match="data.jsonl:1: field choices is missing"):
         mmlu.load(BenchmarkSection(path=path))
+    program = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point", "task_id"), "def f(): 1")
+    twice = written(tmp_path, program, program).path
+    with pytest.raises(DataError, match="duplicate id"):
+        humaneval.load(BenchmarkSection(kind="humaneval", path=twice))
     with pytest.raises(ValueError, match="humaneval has no worked examples; leave out shots"):
         BenchmarkSection(kind="humaneval", path=path, shots=1)
 

@@ -122,6 +122,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_routed_prompts(self) -> "Config":
+        prompts = [benchmark.prompt or self.prompt for benchmark in self.eval.benchmarks.values()]
+        if ROUTED in self.eval.targets and any(prompt.by_system for prompt in prompts):
+            raise ValueError(
+                "eval.targets: auto must find the system of an item, and prompt.by_system tells it to the "
+                "model; leave out one of them, for example by a prompt of the benchmark's own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_rescore(self, info: ValidationInfo) -> "Config":
         registries = registries_from(info)
         if registries and registries["scorers"].has_trait(self.score.scorer, "rollouts"):

@@ -136,7 +136,10 @@ class AnswerCache:
         if choices:
             for k, choice in engine.choose([self._choice_request(i) for i, _ in choices]):
                 if isinstance(choice, Failure):
-                    raise AnswerError(f"an item could not be answered: {choice.reason}: {choice.detail}")
+                    raise AnswerError(
+                        f"an item could not be answered: {choice.reason}: {choice.detail}",
+                        "if it is too long: fewer shots of the benchmark, or another model",
+                    )
                 self._record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
                 progress.advance(1)
         if texts:

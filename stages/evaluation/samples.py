@@ -39,6 +39,8 @@ def grade_all(
         verdict: Grade = grade(example, answer.text, context)
         if context.sandbox:
             progress.advance(1)
+        # A row's own `tokens` would count as the length of its answer.
+        fields = {name: value for name, value in example.extra.items() if name != "tokens"}
         return Sample(
             id=example.id,
             sample=n,
@@ -51,7 +53,7 @@ def grade_all(
             correct=verdict.correct,
             correct_flexible=verdict.correct_flexible,
             outcome=_outcome(verdict, answer.complete),
-            extra={**example.extra, **verdict.extra, **answer.extra},
+            extra={**fields, **verdict.extra, **answer.extra},
         )
 
     with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:

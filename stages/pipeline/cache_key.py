@@ -73,7 +73,8 @@ def of_router(config: Config, cache: DigestCache) -> dict[str, Any]:
     voter = router_voter(config.classify)
     shots = of_source(SourceSection(path=voter.shots_path), cache) if voter.shots_path else ""
     question = {"persona": voter.persona, "words": voter.words, "shots": [voter.shots, shots]}
-    return {"router": {**question, "target": config.model.title}}
+    # The seed draws the labelled rows that set the threshold.
+    return {"router": {**question, "target": config.model.title, "seed": config.classify.seed}}
 
 
 def of_served_base(config: Config, cache: DigestCache) -> str:

@@ -64,7 +64,7 @@ def resolved(config: Config) -> Config:
             )
         return auto if engine == "auto" else engine
 
-    has_gpu = gpu.DEVICE_FILE.exists() and config.model.device == "auto"
+    has_gpu = gpu.is_visible() and config.model.device == "auto"
 
     def vote_engine(voter: Voter) -> str:
         if voter.base_url:

@@ -166,9 +166,10 @@ def _check_prompts(texts: Texts, step: Step) -> None:
     for span in spans(texts, [step]):
         if span.fails:
             limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
+            served = span.setting.startswith("server.")
             raise DataError(
                 f"{span.name}: {span.longer} of {span.rows} are longer than {limit}",
-                "raise server.max_model_len",
+                "raise server.max_model_len" if served else "fewer shots, or another model",
             )
 
 

@@ -171,9 +171,11 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
     evaluated = [step.variant.partition("@")[2] for step in steps if step.stage.name == "eval"]
     for name in dict.fromkeys(evaluated):
         if rows[name]:
-            engine, reply = config.eval.engine, generation_limit(config.eval.benchmarks[name])
+            engine, benchmark = config.eval.engine, config.eval.benchmarks[name]
+            reply = generation_limit(benchmark)
             lengths = Lengths.of(map(len, texts.prompts[name]))
-            beyond = "fail" if engine == "vllm" else "more than the model was made for"
+            fails = engine == "vllm" or benchmark.mode == "likelihood"
+            beyond = "fail" if fails else "more than the model was made for"
             yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)
 
 

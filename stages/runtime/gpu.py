@@ -27,9 +27,14 @@ def driver_version() -> str:
         return "of unknown version"
 
 
+def is_visible() -> bool:
+    """Whether this machine has an NVIDIA GPU that is not hidden from this process."""
+    return DEVICE_FILE.exists() and os.environ.get(VISIBLE) not in ("", "-1")
+
+
 def unusable_reason() -> str | None:
     """Reason why torch cannot use the GPU; None if it can, or if there is none or it is hidden."""
-    if not DEVICE_FILE.exists() or os.environ.get(VISIBLE) in ("", "-1"):
+    if not is_visible():
         return None
     import torch
 

@@ -23,7 +23,7 @@ def hide_packages(*names: str) -> Iterator[None]:
         yield
     finally:
         for name in unloaded:
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # another thread may have been in this context, too
         for function in vars(sys.modules.get("transformers.utils.import_utils", object)).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()

@@ -95,6 +95,7 @@ ODD = [
     (TEXT, "choices", 2 * TEXT["choices"]),
     *((TEXT, "choices.0.token_ids", value) for value in (None, "ab", [-1], [2**40], [None], [1.5])),
     *((TEXT, "choices.0.logprobs", value) for value in (None, [], "x", {"tokens": ["A"]}, {"content": [{}]})),
+    *((reply, "choices.0.finish_reason", "abort") for reply in (CHAT, TEXT)),  # vLLM's, when it shuts down
     *((CHAT, "choices.0.message", value) for value in (None, [], "A", {"content": 7}, {"content": ["A"]})),
 ]  # fmt: skip
 

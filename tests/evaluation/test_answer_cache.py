@@ -50,7 +50,7 @@ def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
 
 def test_each_answer_is_graded_against_its_own_item(tokenizer):
     golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
-    rows = [Labelled(Example(gold, "Q", "", gold), 1, {}) for gold in golds]
+    rows = [Labelled(Example(gold, "Q", "", gold, {"tokens": 99, "part": "a"}), 1, {}) for gold in golds]
     recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
     asked, renderer = [RenderedPrompt("", [])] * 3, Renderer(tokenizer, PromptSection())
     found = grade_all(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
@@ -59,6 +59,9 @@ def test_each_answer_is_graded_against_its_own_item(tokenizer):
         ("5", False, True, "unparsed"),
         ("6", False, False, "truncated"),
     ]
+    # `tokens` is the length of the answer, whatever the row has by that name.
+    lengths = [len(answer.ids) for answer in recorded.values()]
+    assert [s.extra for s in found] == [{"part": "a", "tokens": length} for length in lengths]
 
 
 def test_what_could_not_be_graded_is_no_wrong_answer():

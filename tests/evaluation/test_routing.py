@@ -117,6 +117,17 @@ def test_another_question_to_the_base_makes_auto_stale_whatever_gave_the_labels(
     assert keys[0][0] != keys[1][0] and keys[0][1] == keys[1][1]
 
 
+def test_another_seed_draws_other_rows_for_the_threshold_whatever_gave_the_labels(smoke):
+    known = ("eval.targets=[sft, rl, auto]", "classify.strategy=known", "classify.known=intended")
+    keys = [plan_steps(resolved(smoke(*known, f"classify.seed={n}")))["eval:auto@demo"].key for n in (0, 5)]
+    assert keys[0] != keys[1]
+
+
+def test_auto_is_no_use_where_the_prompt_tells_the_system(smoke):
+    with pytest.raises(ConfigError, match=r"prompt.by_system tells it to the model"):
+        smoke("eval.targets=[sft, rl, auto]", "prompt.by_system={2: Think.}")
+
+
 def test_auto_needs_rows(smoke):
     harness = "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}"
     with pytest.raises(ConfigError, match="auto votes on rows, and h has none; the harness reads them"):

@@ -167,6 +167,12 @@ def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(s
     rows = read_labels(artifact.path / "labels.jsonl")
     assert [row.system for row in rows] == [row.example.extra["intended"] for row in rows]
     assert {row.system for row in rows} == {1, 2} and not any(row.votes for row in rows)
+    # The control that exchanges labels is about the training rows.
+    swapped = make_step(
+        smoke("eval.benchmarks.demo.label=known", "classify.known=intended", "classify.swap=true"),
+        "classify:demo",
+    )
+    assert read_labels(swapped.path / "labels.jsonl") == rows
     assert (
         artifact.manifest["key"]
         != plan_steps(resolved(smoke("classify.known=intended")))["classify:demo"].key

@@ -36,8 +36,9 @@ def test_the_reason_is_torch_s_own(old_driver, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.unusable_reason() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.is_visible()
     gpu.hide()
-    assert gpu.unusable_reason() is None
+    assert gpu.unusable_reason() is None and not gpu.is_visible()
     monkeypatch.delenv(gpu.VISIBLE)
     monkeypatch.setattr(gpu, "DEVICE_FILE", tmp_path / "none")
     assert gpu.unusable_reason() is None

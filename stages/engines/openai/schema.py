@@ -98,6 +98,14 @@ class ReplyChoice(_Lenient):
     logprobs: _LogProbs | None = None
     token_ids: list[TokenId] | None = None
 
+    @field_validator("finish_reason")
+    @classmethod
+    def _refuse_broken_off(cls, reason: str | None) -> str | None:
+        """A server that shuts down returns what it has of its answers, as vLLM does with `abort`."""
+        if reason in ("abort", "error"):
+            raise ValueError(f"the server broke its answer off: {reason}")
+        return reason
+
     @property
     def content(self) -> str:
         """The text of a chat or a completion; empty if thinking used up all tokens."""

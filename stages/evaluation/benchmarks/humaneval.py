@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection
 from stages.data.formats import other_fields, text_field
-from stages.data.rows import parse_rows
+from stages.data.rows import drop_duplicates, parse_rows
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.code import STOP, program_from_output, stub
 from stages.prompts.renderer import RenderedPrompt
@@ -34,8 +34,7 @@ SANDBOX = True
 
 
 def load(section: BenchmarkSection) -> list[Example]:
-    rows, _ = parse_rows(section, _example, f"humaneval needs {', '.join(_FIELDS)}")
-    return [example for _, example in rows]
+    return drop_duplicates(parse_rows(section, _example, f"humaneval needs {', '.join(_FIELDS)}")[0], section)
 
 
 def _example(row: dict[str, Any], _: int) -> Example:

@@ -22,6 +22,8 @@ from stages.records import Sample, write_jsonl
 if TYPE_CHECKING:
     from stages.progress import Progress
 
+log = logging.getLogger(__name__)
+
 DEFAULTS: dict[str, Any] = {"label": False}
 METRICS = ("exact_match", "acc", "pass@1", "pass_at_1")
 """Metrics that usually say right or wrong for one item; in some tasks they are shares.
@@ -119,7 +121,11 @@ def _write(
     """Write the results of `simple_evaluate` into the files of an evaluation; returns the accuracies."""
     from stages.evaluation.metrics import compute_metrics, headline
 
-    samples = [s for name, rows in results["samples"].items() for s in _samples(name, rows)]
+    by_task = {name: _samples(name, rows) for name, rows in results["samples"].items()}
+    samples = [sample for of_task in by_task.values() for sample in of_task]
+    ungraded = [name for name, of_task in by_task.items() if not of_task] if samples else []
+    if ungraded:
+        log.warning("%s: no answer is right or wrong, so the accuracy is without them", ", ".join(ungraded))
     write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
     harness_results = {
         "results": results["results"],
@@ -137,7 +143,13 @@ def _write(
         "own": results["results"],
     }
     (out / "metrics.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    return {"kind": section.kind, "tasks": section.tasks, **(headline(metrics) if metrics else {})}
+    left_out = {"ungraded_tasks": ungraded} if ungraded else {}
+    return {
+        "kind": section.kind,
+        "tasks": section.tasks,
+        **left_out,
+        **(headline(metrics) if metrics else {}),
+    }
 
 
 def _samples(task: str, rows: list[dict[str, Any]]) -> list[Sample]:
