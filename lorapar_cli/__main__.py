@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command of the command line."""
     try:
-        if sys.argv[1:] in (["--help"], ["-h"]):
+        if sys.argv[1:] in ([], ["--help"], ["-h"]):
             from lorapar_cli.commands import usage
 
             print(usage())

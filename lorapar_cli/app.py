@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Collection
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from lorapar_cli.options import (
     ConfigPath,
     Force,
     Json,
+    LastStage,
     Only,
     Overrides,
     Quiet,
@@ -207,10 +209,11 @@ def run(
         str | None,
         typer.Option(
             "--from",
-            help="First stage; it is run again even if it is current. Once it is made, go on without --from.",
+            metavar="STAGE",
+            help="First stage, made again even if it is current. If a later one fails, go on without --from.",
         ),
     ] = None,
-    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+    last: LastStage = None,
     unsafe: Unsafe = False,
     quiet: Quiet = False,
 ) -> None:
@@ -242,12 +245,19 @@ def run(
         terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
     terminal.places(store, requested)
     if last is None:
-        arguments = typed(config, set_)
-        both = {TRAINED[target] for target in settings.eval.modes.values()} <= requested.keys()
-        terminal.say(
-            f"next: lorapar report {arguments} --out report, or lorapar export {arguments} DIR"
-            + (" (--views: both modes)" if both else "")
-        )
+        terminal.say(f"next: {_next(settings, requested, typed(config, set_))}")
+
+
+def _next(settings: Config, requested: Collection[str], arguments: str) -> str:
+    """The commands that use what a run has made. requested: the names of its steps."""
+    report = f"lorapar report {arguments} --out report"
+    trained = [target for target, step in TRAINED.items() if step in requested]
+    if not trained:
+        return report
+    modes = settings.eval.modes.values()
+    target = "" if settings.eval.modes["slow"] in trained else f" --target {trained[-1]}"
+    views = " (--views: both modes)" if set(modes) <= set(trained) and settings.served_by_vllm else ""
+    return f"{report}, or lorapar export {arguments} DIR{target}{views}"
 
 
 def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:

@@ -4,16 +4,13 @@ import json
 import sys
 from typing import Annotated
 
-import typer
-
+from lorapar_cli.options import flag
 from stages.config.schema import json_schema
 from stages.config.yaml import annotated
 
 
 def command(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a config instead.")
-    ] = False,
+    schema: Annotated[bool, flag("--schema", help="Print the JSON schema of a config instead.")] = False,
 ) -> None:
     text = json.dumps(json_schema(), indent=1, ensure_ascii=False) if schema else "\n".join(annotated())
     sys.stdout.write(text + "\n")

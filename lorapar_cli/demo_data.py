@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
+from lorapar_cli.options import flag
 from stages.config.fields import MAX_INT
 from stages.store.artifacts import refuse_store
 
@@ -17,9 +18,7 @@ def command(
     ] = 0,
     long: Annotated[
         bool,
-        typer.Option(
-            "--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl."
-        ),
+        flag("--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl."),
     ] = False,
     gold_only: Annotated[
         int,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from lorapar_cli.options import ConfigPath, Overrides, flag, plan_of
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
@@ -18,7 +18,7 @@ from stages.store.artifacts import Store
 MAX_CHECKS = 10_000
 Views = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--views",
         help="Write two adapters that are served together: fast/ (SFT), slow/ (RL, or SFT's second round).",
     ),
@@ -51,10 +51,10 @@ def command(
         str | None,
         typer.Option(help="Which adapter to export: sft, sft2 or rl; if left out, that of the slow mode."),
     ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model.")] = False,
+    merged: Annotated[bool, flag("--merged", help="Merge the adapter into the base model.")] = False,
     views: Views = False,
     base_dtype: Annotated[
-        bool, typer.Option("--base-dtype", help="Cast the adapter to the data type of the base model.")
+        bool, flag("--base-dtype", help="Cast the adapter to the data type of the base model.")
     ] = False,
     prompts: Check = 0,
     repository: Push = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,6 +97,7 @@ def _write_config(
 
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
+    path.parent.mkdir(parents=True, exist_ok=True)
     refuse_store(path)
     local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
     if protect:
@@ -160,8 +162,9 @@ def _go_on_in_child() -> None:
     if code is None:
         return
     if code > 128:
-        reason = "a library could not read the rows, or the model"
-        terminal.say(f"init was killed by signal {code - 128}: {reason}")
+        killed = code == 128 + signal.SIGKILL
+        reason = "probably out of memory" if killed else "a library could not read the rows, or the model"
+        terminal.error(LoraparError(f"init was killed by signal {code - 128}: {reason}"))
     raise typer.Exit(code)
 
 

@@ -1,7 +1,7 @@
 """Options that several commands share, and helpers that turn them into a config and its steps."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,16 +12,20 @@ from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
 from stages.runtime import gpu
 
+
+def flag(*names: str, **settings: Any) -> Any:
+    """Return a typer.Option without a value; typer's help would show `<bool>` as if it took one."""
+    return typer.Option(*names, metavar="", **settings)
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; lorapar init writes one.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Build again even if current; the old artifact is set aside.")
-]
+Force = Annotated[bool, flag("--force", help="Build again even if current; the old artifact is set aside.")]
 Unsafe = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--unsafe-no-sandbox",
         help="Run model-written code without a sandbox; this is recorded in the result.",
     ),
@@ -35,7 +39,7 @@ def _quiet(is_quiet: bool) -> bool:
 
 Quiet = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--quiet",
         callback=_quiet,
         help="Print only errors, and at the end the results.",
@@ -52,10 +56,15 @@ Only = Annotated[
 ]
 Json = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--json",
         help="Print JSON: one object per artifact or sample, or one in all for status, plan and results.",
     ),
+]
+
+LastStage = Annotated[
+    str | None,
+    typer.Option("--to", metavar="STAGE", help="Last stage: classify, score, partition, sft, rl or eval."),
 ]
 
 

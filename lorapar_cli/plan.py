@@ -7,12 +7,11 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
+from lorapar_cli.options import ConfigPath, Json, LastStage, Overrides, flag, plan_of, typed
 from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
 from stages.config import Config
+from stages.errors import ConfigError
 from stages.pipeline.stages import check_stage_name
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
@@ -31,15 +30,16 @@ def command(
     config: ConfigPath,
     set_: Overrides = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Also what fills the memory, and all lengths of texts.")
+        bool, flag("--verbose", help="Also what fills the memory, and all lengths of texts.")
     ] = False,
-    brief: Annotated[
-        bool, typer.Option("--brief", help="Only how long it takes, and what is wrong.")
-    ] = False,
+    brief: Annotated[bool, flag("--brief", help="Only how long it takes, and what is wrong.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Measure nothing: only say what is certain to stop the run.")
+        bool,
+        flag(
+            "--check", help="Measure nothing and print nothing, unless something is certain to stop the run."
+        ),
     ] = False,
-    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+    last: LastStage = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, and what each step will take here, from some seconds of measuring.
@@ -47,6 +47,9 @@ def command(
     What does not fit into the memory, and texts that are too long, are named. What is certain to stop the run
     is an error, all of it at once.
     """
+    forms = {"--brief": brief, "--check": check, "--json": as_json, "--verbose": verbose}
+    if len(chosen := [name for name, given in forms.items() if given]) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} print different things", "choose one of them")
     if brief or check:
         logging.getLogger("stages").setLevel(logging.ERROR if check else logging.WARNING)
     settings, steps = plan_of(config, set_)
@@ -77,7 +80,8 @@ def command(
     for name in predicted.too_large:
         print(f"{name} does not fit: {remedy(name, settings, predicted)}")
     if pending and not brief:
-        say(f"next: lorapar run {typed(config, set_)}{f' --to {last}' if last else ''}")
+        first = "change that, and lorapar plan" if predicted.too_large else "lorapar run"
+        say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
 def _require_no_problem(settings: Config, pending: list[Step]) -> None:

@@ -35,10 +35,10 @@ def command(
         )
     if is_table(paths[0]):
         _report_tables(paths, out, base, only, column, seeds, set_, max_cells)
-    elif len(paths) > 1 or base or only or column or seeds:
+    elif len(paths) > 1 or base or only or column or seeds or max_cells != MAX_CELLS:
         raise ConfigError(
             f"{paths[0]} is not a table",
-            "name tables, or one config without --base, --only, --column and --seeds",
+            "name tables, or one config without --base, --only, --column, --seeds and --max-cells",
         )
     else:
         _report_run(paths[0], out, set_)

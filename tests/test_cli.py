@@ -15,8 +15,10 @@ import typer
 from conftest import ROOT, Small, paths
 
 from lorapar_cli.__main__ import main as begin
-from lorapar_cli.app import app
+from lorapar_cli.app import _next, app
 from lorapar_cli.commands import COMMANDS
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import ancestors, plan_steps
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "vllm", "numpy", "scipy", "statsmodels"}
 LIGHT = {"typer", "pydantic", "yaml", "rich"}
@@ -41,7 +43,32 @@ def test_help_lists_every_command():
     assert {name: command.help for name, command in commands.items()} == COMMANDS
     help_text = imported("-m", "lorapar_cli", "-h")[1]
     assert [name for name in re.findall(r"^  ([a-z-]+) ", help_text, re.M)] == list(COMMANDS)
-    assert help_text == imported("-m", "lorapar_cli", "--help")[1]
+    assert help_text == imported("-m", "lorapar_cli", "--help")[1] == imported("-m", "lorapar_cli")[1]
+
+
+def test_help_shows_no_value_of_a_flag():
+    flags = [
+        option
+        for command in typer.main.get_command(app).commands.values()
+        for option in command.params
+        if getattr(option, "is_flag", False) and option.name != "help"
+    ]
+    assert len(flags) > 10 and {option.metavar for option in flags} == {""}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], ", or lorapar export c.yaml DIR (--views: both modes)"),
+        (["eval.targets=[base, sft]"], ", or lorapar export c.yaml DIR --target sft"),
+        (["rl.start_from=init", "eval.targets=[base, rl]"], ", or lorapar export c.yaml DIR"),
+        (["eval.targets=[base]"], ""),
+    ],
+)  # fmt: skip
+def test_a_run_names_the_next_commands_that_can_work(smoke, settings, said):
+    config = resolved(smoke(*settings))
+    commands = _next(config, ancestors(config, plan_steps(config), None), "c.yaml")
+    assert commands == f"lorapar report c.yaml --out report{said}"
 
 
 def test_version():
@@ -171,7 +198,7 @@ def test_a_stage_before_its_inputs(lorapar, config):
     done = lorapar("partition", *config)
     assert done.code == 66
     hint = done.err.removeprefix("error: score is missing (not run yet)\n  hint: ").rstrip()
-    assert shlex.split(hint) == ["lorapar", "run", *map(str, config), "--to", "score"]  # to be pasted
+    assert shlex.split(hint) == ["lorapar", "run", *map(str, config), "--to", "partition"]  # to be pasted
 
 
 def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):

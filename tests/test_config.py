@@ -332,6 +332,7 @@ ODD = {
     "lora.r=" + "9" * 5000: "is not YAML: Exceeds the limit",
     "server.concurrency=4000000000": "server.concurrency",
     "sft.launch.processes=4000000000": "sft.launch.processes",
+    "sft=3": "sft: expected settings below it, got 3",
     "server.port=70000": "server.port: input should be less than 65536",
     "server.vllm={seed: 2020-01-01}": "server.vllm: expected text, numbers, lists and mappings",
     "server.vllm={seed: .nan}": "server.vllm: expected text, numbers, lists and mappings",

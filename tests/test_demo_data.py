@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from stages.data import demo
-from stages.errors import DataError
+from stages.errors import DataError, OutputError
 from stages.records import read_jsonl
 
 BOUND = 0.25
@@ -101,6 +101,15 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         demo.write(tmp_path / folder, 7)
     for name in demo.SETS["short"]:
         assert (tmp_path / f"a/{name}.jsonl").read_bytes() == (tmp_path / f"b/{name}.jsonl").read_bytes()
+
+
+def test_a_file_with_other_rows_stays(tmp_path):
+    (tmp_path / "train.jsonl").write_text("mine")
+    with pytest.raises(OutputError, match="train.jsonl exists already, with other rows"):
+        demo.write(tmp_path, 7)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "train.jsonl").unlink()
+    assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)  # its own rows are written again
 
 
 def test_rows_may_keep_their_final_answer_alone(tmp_path):

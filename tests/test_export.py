@@ -406,4 +406,4 @@ def test_a_push_that_fails_says_so(tmp_path, monkeypatch, error):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(error=error))
     with pytest.raises(ServerError, match=f"cannot push to mine: {error}") as caught:
         export.push(tmp_path, "mine")
-    assert caught.value.hint == f"{tmp_path} stays; log in with: hf auth login"
+    assert caught.value.hint.endswith(f"log in with hf auth login, then upload it: hf upload mine {tmp_path}")

@@ -179,6 +179,8 @@ def _message(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
+    if error["type"] == "model_type":
+        return f"{name}: expected settings below it, got {error['input']!r}"
     if error["type"] == "value_error":
         return f"{name}: {message}"
     return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"

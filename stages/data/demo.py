@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.errors import DataError
+from stages.errors import DataError, OutputError
 from stages.records import write_jsonl
 
 Shares = dict[str, float]
@@ -142,7 +142,7 @@ def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> d
     """Write one file per split of the set `size` to `folder`; return the number of items in each.
 
     gold_only: number of System 2 rows of `train` that have the final answer and no worked one. All other rows
-    are the same as without them. DataError if there are not so many.
+    are the same as without them. DataError if there are not so many. OutputError if a file has other rows.
 
     The same seed gives the same bytes. No two splits share a question, and no worked answer of an UNSEEN
     split is one of `train` or `valid`. In the long set, `valid` is for choosing settings and asks for the
@@ -161,9 +161,14 @@ def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> d
             _drop_worked_answers(rows, gold_only, seed)
         write_jsonl(folder / f".{split}.jsonl", rows)
         sizes[split] = len(items)
+    files = {folder / f".{split}.jsonl": folder / f"{split}.jsonl" for split in splits}
+    if others := [f for new, f in files.items() if f.exists() and f.read_bytes() != new.read_bytes()]:
+        for new in files:
+            new.unlink()
+        raise OutputError(f"{others[0]} exists already, with other rows", "another folder")
     # Files are renamed when all are complete: `make` takes the last one as proof of all.
-    for split in splits:
-        (folder / f".{split}.jsonl").replace(folder / f"{split}.jsonl")
+    for new, file in files.items():
+        new.replace(file)
     return sizes
 
 

