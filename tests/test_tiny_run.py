@@ -120,7 +120,7 @@ def test_a_stale_input_is_an_error_with_the_command(copied):
         MissingInputError, match=r"partition:sft is stale \(partition.theta was 0.9, now 0.8\)"
     ) as caught:
         make_steps(copied("partition.theta=0.8"), "sft")
-    assert caught.value.hint == "lorapar run CONFIG --to partition"
+    assert caught.value.hint == "lorapar run CONFIG --to sft"
 
 
 def test_labels_made_again_from_the_same_votes_leave_the_rest_current(copied):
@@ -332,8 +332,7 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
         make_steps(config, "eval:init@demo")
 
 
-@pytest.mark.parametrize("reference", ["base", "sft"])
-@pytest.mark.parametrize("init", ["pissa", "normal"])
+@pytest.mark.parametrize(("init", "reference"), [("pissa", "sft"), ("normal", "base")])
 def test_kl_references_and_inits(copied, init, reference):
     config = copied(
         f"lora.init={init}",
