@@ -37,7 +37,7 @@ def _voters(voters: dict[str, Any]) -> None:
             str(voter["invalid"]),
             str(sum(voter["failed"].values())),
             f"{voter['threshold']:.3f}",
-            _area(voter["held_out_auc"] and (voter["held_out_auc"], voter["held_out_interval"])),
+            _area(voter["held_out_auc"], voter["held_out_interval"]),
             "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}",
         )
     show(rows)
@@ -60,7 +60,7 @@ def _reference(reference: dict[str, Any], voters: dict[str, Any]) -> None:
     """Print the agreement with known labels, and the AUC of each voter and of scores without a model."""
     rows = table(f"against {reference['field']}", "AUC [95 %]")
     for title, area in reference["auc"].items():
-        rows.add_row(title if title in voters else f"{title} (no model)", _area(area))
+        rows.add_row(title if title in voters else f"{title} (no model)", _area(*(area or (None, None))))
     show(rows)
     if reference["agreement"] is not None:
         low, high = reference["interval"]
@@ -68,6 +68,6 @@ def _reference(reference: dict[str, Any], voters: dict[str, Any]) -> None:
         print(f"labels agree with {reference['field']}: {share} of {reference['n']}")
 
 
-def _area(area: Any) -> str:
-    """Format an AUC and its interval, given as (value, (low, high)), or None."""
-    return f"{area[0]:.2f} [{area[1][0]:.2f}–{area[1][1]:.2f}]" if area else "–"
+def _area(value: float | None, interval: Any) -> str:
+    """Format an AUC, which is None if it could not be measured, and its interval (low, high)."""
+    return "–" if value is None else f"{value:.2f} [{interval[0]:.2f}–{interval[1]:.2f}]"

@@ -7,6 +7,7 @@ a killed run continues where it was.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -48,6 +49,8 @@ from stages.pipeline.context import StageContext
 from stages.records import Example, Labelled, write_labels
 from stages.runtime.background import in_background
 
+log = logging.getLogger(__name__)
+
 PATIENCE = 10
 """A voter with more than this many bad answers beyond the allowed ones gets no further requests."""
 
@@ -76,6 +79,11 @@ def run(
         write_labels(job.out / "labels.jsonl", rows)
         return report.counts(rows)
 
+    bare = sum(not example.response for example in examples)
+    if bare and classify.show_answer:
+        # Votes with and without an answer to look at have no threshold in common.
+        log.info("%d of %d rows have no response, so voters see none", bare, len(examples))
+        classify = classify.model_copy(update={"show_answer": False})
     labelled = held_out(classify.held_out)
     voter_logs = _voter_logs(model, classify, job)
     for voter_log in voter_logs:
@@ -245,10 +253,11 @@ def _calibrate_voter(voter_log: VoterLog, labelled: list[CalibrationExample]) ->
     method = voter_log.voter.calibration
     if method == "auto":
         method = "none" if personas.has_trait(voter_log.voter.persona, "chat") else "held_out"
-    if method == "held_out" and len(unseen) < MIN_EXAMPLES:
+    of_system = [sum(row.system == system for row in unseen) for system in (1, 2)]
+    if method == "held_out" and (len(unseen) < MIN_EXAMPLES or not all(of_system)):
         raise DataError(
-            f"{voter_log.title}: {len(unseen)} labelled examples outside its prompt, "
-            f"and calibration needs {MIN_EXAMPLES}",
+            f"{voter_log.title}: {of_system[0]} System 1 and {of_system[1]} System 2 labelled examples "
+            f"outside its prompt, and calibration needs {MIN_EXAMPLES} in all and some of each",
             "more of them in classify.held_out, or calibration: none",
         )
     votes = [voter_log.vote(as_example(row)) for row in unseen]

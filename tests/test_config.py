@@ -321,6 +321,13 @@ def test_a_harness_has_no_rows_to_label(smoke):
         smoke(entry)
 
 
+def test_servers_side_by_side_share_no_port(smoke):
+    voters = "[{persona: steps, engine: vllm, devices: '0'}, {persona: effort, engine: vllm, devices: '1'}]"
+    smoke(f"classify.voters={voters}")
+    with pytest.raises(ConfigError, match="server.port: voters with devices have servers of their own"):
+        smoke(f"classify.voters={voters}", "server.port=8000")
+
+
 ODD = {
     "server.timeout_s=.inf": "server.timeout_s: input should be a finite number, got inf",
     "rl.learning_rate=.nan": "rl.learning_rate: input should be a finite number, got nan",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import labels_of, make_step, make_steps
 
+from stages import classify
 from stages.config import DataSection, ScoreSection, SftSection
 from stages.data.rows import read
 from stages.errors import DataError
@@ -103,6 +104,24 @@ def test_ids_of_rows_with_a_response_are_as_before(tmp_path):
     """Votes and labels are filed under them."""
     [example] = _read(tmp_path, {"question": "2 + 3?", "answer": "5\n#### 5"})
     assert example.id == "8bb01108ea572742"
+
+
+@pytest.mark.parametrize("bare", [0, 1])
+def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeypatch, bare):
+    """One threshold is for prompts of one kind."""
+    shown = []
+
+    def persona_context(voter, target, show_answer):
+        shown.append(show_answer)
+        raise StopIteration
+
+    monkeypatch.setattr(classify, "persona_context", persona_context)
+    rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
+    rows += [{"question": "9?", "gold": "9"}] * bare
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(StopIteration):
+        make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
+    assert shown == [not bare]
 
 
 def test_voters_see_no_empty_answer():

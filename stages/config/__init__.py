@@ -122,6 +122,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_port(self) -> "Config":
+        voters = [v for v in self.classify.voters if not v.base_url and v.engine != "transformers"]
+        if self.server.port and len({voter.devices or "" for voter in voters}) > 1:
+            raise ValueError(
+                "server.port: voters with devices have servers of their own, side by side, and these cannot "
+                "share a port; leave server.port out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_routed_prompts(self) -> "Config":
         prompts = [benchmark.prompt or self.prompt for benchmark in self.eval.benchmarks.values()]
         if ROUTED in self.eval.targets and any(prompt.by_system for prompt in prompts):

@@ -203,12 +203,14 @@ def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
         raise ValueError("messages must be a list of objects with role and content")
     turns = [_turn(message) for message in (messages[:-1] if _is_null(messages[-1]) else messages)]
     head = ""
-    if turns[0][0] == "system":
+    if turns and turns[0][0] == "system":
         (_, head), turns = turns[0], turns[1:]
     if turns and turns[-1][0] == "user":
         turns.append(("assistant", ""))
     roles = [role for role, _ in turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    if not roles:
+        raise EmptyRowError("prompt or response is empty")
+    if roles != ["user", "assistant"] * (len(roles) // 2):
         expected = "user and assistant in turns, after an optional system"
         raise ValueError(f"messages: expected {expected}, got {', '.join(roles)}")
     texts = [text for _, text in turns]

@@ -25,6 +25,7 @@ from stages.engines import (
 from stages.engines.continuous_batching import generate, padded
 from stages.errors import ConfigError, MeaninglessError
 from stages.models.base import load_merged
+from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 8192
 """Most tokens in a packed batch of choices."""
+MOST_CELLS = 2 * BATCH_TOKENS
+"""Most tokens of a batch after its common prefix, with padding."""
 PADDED_BATCH = 16
 """Prompts in a batch of choices where the architecture needs padding."""
 MIN_SHARED_PREFIX = 32
@@ -83,14 +86,23 @@ class InProcess:
 
     @torch.no_grad()
     def _choose_chunk(self, requests: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        longest = max_positions(self.model.config) or math.inf
+        readable = []
+        for i, request in enumerate(requests):
+            length = len(choice_ids(self.tokenizer, request)) + request.max_thinking_tokens
+            if length > longest:
+                thought = " with its thought" if request.max_thinking_tokens else ""
+                yield (
+                    i,
+                    Failure("too_long", f"{length} tokens{thought}, and the model has room for {longest}"),
+                )
+            else:
+                readable.append(i)
         # Sorted, as `batches` needs them: (token ids, next token of each word, index of the request).
-        pairs = enumerate(self._tokenized(requests))
+        pairs = zip(readable, self._tokenized([requests[i] for i in readable]), strict=True)
         prompts = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda prompt: prompt[0])
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        too_long = [(i, len(ids)) for ids, _, i in prompts if len(ids) > longest]
-        for i, length in too_long:
-            yield i, Failure("too_long", f"{length} tokens, and the model has room for {longest}")
-        prompts = [prompt for prompt in prompts if len(prompt[0]) <= longest]
+        all_words = {request.words for request in requests}
+        begin_alike = {words for words in all_words if word_tokens(self.tokenizer, words)[0]}
         for size in batch_sizes([ids for ids, _, _ in prompts]):
             batch, prompts = prompts[:size], prompts[size:]
             with float32_head(self.model):
@@ -106,7 +118,8 @@ class InProcess:
                     )
                 # Relative to the other words; even if all of them underflow to 0.
                 probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
-                yield i, ChoiceResult(probabilities, mass)
+                # After the words' common beginning nothing tells how probable that was.
+                yield i, ChoiceResult(probabilities, -1.0 if requests[i].words in begin_alike else mass)
 
     def largest_batch(self, requests: list[ChoiceRequest]) -> int:
         """Size of the largest batch of these requests, which must be without thinking."""
@@ -205,7 +218,14 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
             "the voter's tokenizer has no chat template",
             "choose a persona without chat: lorapar list personas",
         )
-    text = chat(tokenizer, request.text)  # type: ignore[arg-type]
+    messages: list[dict[str, str]] = request.text  # type: ignore[assignment]
+    try:
+        text = chat(tokenizer, messages)
+    except ConfigError:  # many templates have no system role: the user says it
+        if messages[0]["role"] != "system":
+            raise
+        system, user, *later = messages
+        text = chat(tokenizer, [user | {"content": f"{system['content']}\n\n{user['content']}"}, *later])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -214,18 +234,21 @@ def batch_sizes(prompts: list[list[int]]) -> Iterator[int]:
 
     A batch computes its common prefix once. Of n prompts with `total` tokens it costs
     total - (n - 1) · prefix tokens. A prompt joins the batch unless the batch would then cost more than
-    BATCH_TOKENS, or more than without the prompt plus the prompt alone (where another prefix starts).
+    BATCH_TOKENS, or more than without the prompt plus the prompt alone (where another prefix starts), or fill
+    a rectangle of more than MOST_CELLS, in which attention pads what follows the prefix to one length.
     """
-    n = total = prefix = cost = 0
+    n = total = prefix = cost = longest = 0
     for previous, ids in zip([[], *prompts], prompts, strict=False):
         # In sorted order no prompt of the batch shares more with `ids` than the previous one does, so the
         # prefix of all is the shorter of the two. Of a prompt alone, all is prefix.
         joint_prefix = min(prefix, common_prefix_length([previous, ids])) if n else len(ids)
         joint_cost = total + len(ids) - n * joint_prefix  # of n + 1 prompts
-        if n and joint_cost > min(BATCH_TOKENS, cost + len(ids)):
+        cells = (n + 1) * (max(longest, len(ids)) - joint_prefix)
+        if n and (joint_cost > min(BATCH_TOKENS, cost + len(ids)) or cells > MOST_CELLS):
             yield n
-            n, total, joint_prefix, joint_cost = 0, 0, len(ids), len(ids)  # `ids` begins the next batch
+            n, total, longest, joint_prefix, joint_cost = 0, 0, 0, len(ids), len(ids)  # the next batch
         n, total, prefix, cost = n + 1, total + len(ids), joint_prefix, joint_cost
+        longest = max(longest, len(ids))
     if n:
         yield n
 

@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -246,7 +247,8 @@ def context_length(model: ModelSection, server: ServerSection, extra: dict[str, 
     """
     arguments = {**server.vllm, **extra}
     if "max_model_len" in arguments:
-        return int(arguments["max_model_len"])
+        chosen = _length(arguments["max_model_len"])
+        return chosen or max_positions(load_config(model)) or server.max_model_len
     overrides = arguments.get("hf_overrides") or {}
     # Other overrides, of rope_scaling say, may stretch the context: then the config's length is no limit.
     changes_head_only = isinstance(overrides, dict) and overrides.keys() <= FLOAT32_HEAD.keys()
@@ -257,6 +259,13 @@ def context_length(model: ModelSection, server: ServerSection, extra: dict[str, 
     except LoraparError:  # vLLM may know how to read it; if not, it says so
         context = None
     return min(server.max_model_len, context or server.max_model_len)
+
+
+def _length(value: Any) -> int | None:
+    """Parse vLLM's `max_model_len`: 4096, 32k (thousands), 32K (of 1,024), or None if vLLM chooses it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
+    factors = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
+    return int(float(match[1]) * factors[match[2]]) if match else None
 
 
 def _environment(devices: str | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from stages.data.rows import is_encodable
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.known import system_of
+from stages.prompts.answers import split_final_answer
 from stages.records import Example, data_error
 from stages.registry import Registry
 
@@ -160,13 +161,14 @@ def simplicity(example: Example, context: PersonaContext) -> ChoiceRequest:
 
 
 def _question(question: str, answer: str, context: PersonaContext) -> str:
-    is_shown = context.show_answer and answer
-    return f"Question: {question}" + (f"\nAnswer: {_reasoning(answer)}" if is_shown else "")
+    reasoning = _reasoning(answer) if context.show_answer else ""
+    return f"Question: {question}" + (f"\nAnswer: {reasoning}" if reasoning else "")
 
 
 def _reasoning(answer: str) -> str:
     """The reasoning of a reference answer on one line, without the final answer."""
-    return " ".join(answer.partition("####")[0].split())
+    split = split_final_answer(answer)
+    return " ".join((split[0] if split else answer).split())
 
 
 def _few_shot(

@@ -79,7 +79,7 @@ def _classify_sections(config: Config, rows: str) -> tuple[str, ...]:
 def _classify_outside(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
     source = config.data if rows == "train" else config.eval.benchmarks[rows]
     if rows != "train" and config.eval.benchmarks[rows].brings_labels:
-        return {"rows": cache_key.of_source(source, cache), "labels": "known"}
+        return {"rows": cache_key.of_source(source, cache), "labels": ["known", config.classify.known]}
     return {"rows": cache_key.of_source(source, cache), **cache_key.of_voters(config, cache)}
 
 

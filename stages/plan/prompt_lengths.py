@@ -148,7 +148,8 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
             continue
         for voter, ballots in zip(config.classify.voters, texts.ballots(name), strict=True):
             if ballots:
-                reply = 0 if voter.engine == "transformers" else max(map(max_reply_tokens, ballots))
+                served = voter.engine != "transformers"
+                reply = max(max_reply_tokens(b) if served else b.max_thinking_tokens for b in ballots)
                 lengths = Lengths.of(len(ballot.text) for ballot in ballots)
                 title = f"vote on {name}, {voter.persona}"
                 limit = _limit(config, voter.engine, reply, voter.vllm)

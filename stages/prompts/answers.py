@@ -256,11 +256,11 @@ def gold_from_response(response: str) -> str | None:
 
     In earlier lines `####` may be a heading, so it does not count.
     """
-    closing = _split_last_line(response)
+    closing = split_final_answer(response)
     return _without_full_stop(closing[1]) if closing else None
 
 
-def _split_last_line(response: str) -> tuple[str, str] | None:
+def split_final_answer(response: str) -> tuple[str, str] | None:
     """Split a response at the `####` of its last line into reasoning and answer; None if there is none."""
     hashes = _HASHES.search(response, response.rstrip().rfind("\n") + 1)
     answer = response[hashes.end() :].strip() if hashes else ""
@@ -280,7 +280,7 @@ def rewrite(response: str, gold: str | None, answer_format: str) -> str:
     if response == f"#### {gold}":  # the answer alone, also of several lines
         reasoning = ""
     else:
-        closing = _split_last_line(response)
+        closing = split_final_answer(response)
         reasoning = (closing[0] if closing else response).strip()
     if answer_format == "xml":
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>"

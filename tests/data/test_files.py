@@ -81,6 +81,10 @@ REFUSED = {
         lines({"messages": [{"role": "user", "content": "a"}] * 2}),
         "expected user and assistant in turns",
     ),
+    "null.jsonl": (
+        lines({"messages": [{"role": "assistant", "content": None}]}),
+        "prompt or response is empty",
+    ),
     "asked.jsonl": (lines({"messages": chat("a")}), "prompt or response is empty"),
     "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }

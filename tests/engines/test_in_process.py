@@ -40,6 +40,10 @@ def test_no_model_stays_in_memory_beside_the_next(tiny, silent):
 
 
 usual = support.supports_packing
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{{ m.role }}: {{ m.content }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("shared", [0, 10, 50])
@@ -63,6 +67,8 @@ def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
     first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
     assert list(batch_sizes(first + second)) == [5, 4]
     assert list(batch_sizes([[i, 5, 6] for i in range(7)])) == [7]
+    # One long row would be the length of all others.
+    assert list(batch_sizes([*([[i] * 20 for i in range(40)]), [50] * 1000])) == [40, 1]
     monkeypatch.setattr("stages.engines.in_process.BATCH_TOKENS", 52)
     assert list(batch_sizes(first + second)) == [2, 2, 1, 2, 2]
     assert list(batch_sizes([])) == []
@@ -231,6 +237,19 @@ def test_a_text_to_continue_does_not_end_in_eos():
             return {"input_ids": [1, 40, 2]}
 
     assert choice_ids(Appending(), ChoiceRequest("x", ("A", "B"))) == [1, 40]
+
+
+def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", NO_SYSTEM)
+    chat = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "2 + 2?"}]
+    ids = choice_ids(engine.tokenizer, ChoiceRequest(chat, ("A", "B")))
+    assert engine.tokenizer.decode(ids) == "user: Judge.\n\n2 + 2?"
+
+
+def test_a_mass_after_a_common_beginning_is_not_measured(engine):
+    words = ("System1", "System2")
+    [(_, choice)] = engine.choose([ChoiceRequest("Which?", words)])
+    assert choice.mass == -1 and sum(choice.probabilities) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("config", [Gemma2Config, MistralConfig])

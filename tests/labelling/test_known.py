@@ -167,6 +167,12 @@ def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(s
     rows = read_labels(artifact.path / "labels.jsonl")
     assert [row.system for row in rows] == [row.example.extra["intended"] for row in rows]
     assert {row.system for row in rows} == {1, 2} and not any(row.votes for row in rows)
+    # Its field is in the key, whatever labels the training rows.
+    random_labels = ("eval.benchmarks.demo.label=known", "classify.strategy=random")
+    keys = {
+        plan_steps(resolved(smoke(*random_labels, f"classify.known={f}")))["classify:demo"].key for f in "ab"
+    }
+    assert len(keys) == 2
     # The control that exchanges labels is about the training rows.
     swapped = make_step(
         smoke("eval.benchmarks.demo.label=known", "classify.known=intended", "classify.swap=true"),

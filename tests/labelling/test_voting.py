@@ -1,18 +1,20 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import labels_of, make_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.config import ClassifySection
+from stages.classify import _calibrate_voter
+from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
 from stages.labelling.aggregate import VoterResult, aggregate
 from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
-from stages.labelling.calibration import calibrate
+from stages.labelling.calibration import MIN_EXAMPLES, calibrate
 from stages.labelling.personas import (
     HELD_OUT,
     SHOTS,
@@ -51,6 +53,27 @@ def test_words_of_a_voter_s_own(name):
     )
     assert tuple(word.strip() for word in ballot.words) == ("quick", "slow")
     assert "many" not in str(ballot.text).replace("How many", "") and "System1" not in str(ballot.text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("#### First step\nAdd.\n#### 7", "Answer: #### First step Add."),
+        ("Intro.\n#### Details\nMore.", "Answer: Intro. #### Details More."),
+        ("#### 7", None),
+    ],
+)
+def test_a_heading_is_no_final_answer(answer, shown):
+    text = str(personas.pick("steps")(Example("1", "How many?", answer, "7"), brief()).text)
+    assert text.endswith(f"Question: How many?\n{shown}\nSteps:" if shown else "How many?\nSteps:")
+
+
+def test_calibration_needs_labelled_examples_of_each_system():
+    voter = Voter(persona="steps", calibration="held_out")
+    log = SimpleNamespace(title="v", voter=voter, context=brief())
+    rows = [CalibrationExample(f"q{i}", "a", 1) for i in range(MIN_EXAMPLES)]
+    with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
+        _calibrate_voter(log, rows)
 
 
 def test_role_play_names_the_target():
