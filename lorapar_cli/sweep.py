@@ -1,5 +1,6 @@
 """`lorapar sweep`: runs the missing steps of tables of many runs. `report.py` shows the results."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
 from stages.errors import ConfigError, LoraparError
 from stages.pipeline.stages import STAGES
+from stages.runtime import gpu
 from stages.sweep import slurm
 from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
@@ -114,6 +116,9 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
         )
     if repeated := [number for number in numbers if numbers.count(number) > 1]:
         raise ConfigError(f"--devices {devices}: {repeated[0]} is named twice")
+    visible = os.environ.get(gpu.VISIBLE)
+    if visible is not None and (hidden := set(numbers) - set(visible.split(","))):
+        raise ConfigError(f"--devices {devices}: {min(hidden)} is not in {gpu.VISIBLE}={visible}")
     return list(slots)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,23 @@ class LiveView:
         self.updated = 0.0
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        with self._unless_gone():
+            self.console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """Context in which a terminal that was closed ends the view, and not the steps."""
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
 
     def update(self, sweep: Sweep) -> None:
         """Redraw the view, at most once a second."""
         if time.monotonic() - self.updated >= 1:
             self.updated = time.monotonic()
-            self.live.update(self.render(sweep), refresh=True)
+            with self._unless_gone():
+                self.live.update(self.render(sweep), refresh=True)
 
     def render(self, sweep: Sweep) -> Any:
         from rich.text import Text

@@ -240,7 +240,10 @@ class ClassifySection(Section):
     )
     accept_weak: bool = setting(False, "Go on even if no voter reaches min_auc.", in_cache_key=False)
     show_answer: bool = setting(
-        True, "Show the reference answer to the voters, too, unless some row has none.", ignored_by=UNVOTED, advanced=True
+        True,
+        "Show the reference answer to the voters, too, unless some row has none.",
+        ignored_by=UNVOTED,
+        advanced=True,
     )
     system2_share: float | None = setting(
         None,

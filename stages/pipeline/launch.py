@@ -27,7 +27,10 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
-        environment = {**_threads(launch), **os.environ, distributed.FAILURE_ENV: str(failure)}
+        inherited = dict(os.environ)
+        if inherited.pop(resources.THREADS, None):  # all of them for one process
+            del inherited["OMP_NUM_THREADS"]
+        environment = {**_threads(launch), **inherited, distributed.FAILURE_ENV: str(failure)}
         code = process_guard.run([*command(launch), "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))

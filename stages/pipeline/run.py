@@ -63,6 +63,7 @@ def run_step(
         summary = _run_user_code(verb, job, _sections(config, step))
         distributed.barrier()  # every process has written its part
         if distributed.is_main():
+            job.checkpoints.end_forced_build()
             _commit(store, step, inputs, summary, _provenance(config, step, job))
             job.checkpoints.clear()
         distributed.barrier()  # the artifact is there for all

@@ -22,7 +22,8 @@ FAILURE_ENV = "LORAPAR_FAILURE"
 
 def launched() -> bool:
     """True if a launcher (accelerate, torchrun) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    # A cluster may set the other two for every process of a pod.
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
 def world_size() -> int:

@@ -41,13 +41,17 @@ def let_waiting_threads_sleep() -> None:
         os.environ.update(_OPENMP)
 
 
+THREADS = "LORAPAR_THREADS"
+"""Environment variable with the value of OMP_NUM_THREADS that `limit_threads` chose."""
+
+
 def limit_threads() -> None:
     """Let torch start as many threads as a container's quota has cores; call it before torch is loaded.
 
     By default it starts one for each core of the machine. A variable that the user has set is left alone.
     """
-    if usable_cores() < _affine_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    if usable_cores() < _affine_cores() and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(usable_cores())
 
 
 def busy_seconds() -> float | None:

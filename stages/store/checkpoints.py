@@ -93,6 +93,10 @@ class Checkpoints:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def end_forced_build(self) -> None:
+        """Let the next forced build begin anew, even if a kill leaves the checkpoints of this one."""
+        (self.folder / FORCED).unlink(missing_ok=True)
+
     def start_over(self) -> None:
         """Clear the checkpoints, but keep those of a forced build that was interrupted, which then goes on.
 

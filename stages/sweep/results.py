@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from stages.sweep.values import (
     mean_by_item,
     mean_of_numbers,
 )
+
+log = logging.getLogger(__name__)
 
 Over = Literal["over_items", "over_seeds"]
 OVER: tuple[Over, ...] = get_args(Over)
@@ -91,8 +95,11 @@ def results(table: Table) -> Results:
         cells = [cell for cell in table.cells if cell.row == row]
         for name in table.file.columns:
             if all(name in cell.columns for cell in cells):
-                with suppress(NothingToShow):
+                try:
                     values[row, name] = reader.value(cells, name)
+                except NothingToShow:
+                    if cells[0].columns[name].graded:
+                        log.warning("%s: no answer is in the group of column %r", row, name)
                 if (row, name) in values and values[row, name] is None:
                     missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
     comparisons = {}
@@ -198,7 +205,8 @@ def group_filter(group: str) -> Callable[[Sample], bool]:
     if group in SYSTEMS:
         return lambda sample: sample.system == int(group[-1])
     name, _, value = group.partition("=")
-    return lambda sample: str(sample.extra.get(name)) == value
+    # As in JSON Lines, where a boolean is `true`.
+    return lambda sample: value in (str(field := sample.extra.get(name)), json.dumps(field))
 
 
 def _have_own_items(cells: list[Cell], name: str) -> bool:

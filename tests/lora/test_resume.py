@@ -239,6 +239,11 @@ def test_a_forced_build_clears_what_was_there_and_goes_on_with_its_own(two, tmp_
     others = Checkpoints(tmp_path, "a", {"processes": "4"})
     others.start_over()
     assert others.newest() is None
+    (tmp_path / "checkpoint-3").mkdir()
+    others.seal(tmp_path / "checkpoint-3")
+    others.end_forced_build()  # what a kill leaves after this is of a build that is done
+    others.start_over()
+    assert others.newest() is None
 
 
 def test_what_a_resumed_step_took_is_that_of_all_its_processes(two, tmp_path, monkeypatch):

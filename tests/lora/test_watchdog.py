@@ -109,7 +109,7 @@ def test_of_several_processes_the_missing_one_is_named(tmp_path):
     children = [
         subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | {"RANK": str(rank)},
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(3)
     ]  # fmt: skip

@@ -55,7 +55,8 @@ def test_the_quota_of_a_container_counts(text, cores, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     resources.limit_threads()
     assert resources.usable_cores() == (cores or 64)
-    assert os.environ.pop("OMP_NUM_THREADS", None) == (str(cores) if cores else None)
+    chosen = os.environ.pop("OMP_NUM_THREADS", None)
+    assert chosen == os.environ.pop(resources.THREADS, None) == (str(cores) if cores else None)
 
 
 class NVML:

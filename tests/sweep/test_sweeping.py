@@ -78,8 +78,16 @@ def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
         (None, "0+1,2 + 3", ["0,1", "2,3"]),
     ],
 )
-def test_slots(jobs, devices, slots):
+def test_slots(jobs, devices, slots, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep._slots(jobs, devices) == slots
+
+
+def test_devices_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert sweep._slots(None, "4,5") == ["4", "5"]
+    with pytest.raises(ConfigError, match="--devices 0,5: 0 is not in CUDA_VISIBLE_DEVICES=4,5"):
+        sweep._slots(None, "0,5")
 
 
 @pytest.mark.parametrize("devices", ["0,,1", "0+", "", "0,1+0"])

@@ -1,5 +1,6 @@
 """The view of a sweep: what it counts, how long it says the rest takes, and how it is drawn."""
 
+import errno
 import io
 import time
 from pathlib import Path
@@ -68,3 +69,17 @@ def test_the_view_names_what_runs_with_its_last_word(tmp_path):
         and "loading" not in text
     )
     assert last_line(tmp_path / "none") == ""
+
+
+def test_a_terminal_that_was_closed_ends_the_view_and_not_the_steps(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    view = LiveView({})
+    monkeypatch.setattr(view.console, "print", closed)
+    view.say("done")
+    assert view.console.quiet
+    view.console.quiet = False
+    monkeypatch.setattr(view.live, "update", closed)
+    view.update(sweep(running={}, waiting=[], logs=tmp_path))
+    assert view.console.quiet
