@@ -338,6 +338,7 @@ def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "lorapar_cli.app", Interrupted())
+    monkeypatch.setattr(sys, "argv", ["lorapar", "list"])
     with pytest.raises(SystemExit) as caught:
         begin()
     assert caught.value.code == 130

@@ -134,8 +134,8 @@ def killed_at(config, stage: str, steps: list[int], aside: Path, file: str = ada
     [
         pytest.param("sft", SFT, id="sft"),
         pytest.param("sft", [*SFT, "sft.padding_free=off"], id="sft padded"),
-        pytest.param("rl", RL, id="rl"),
-        # What goes wrong with it goes wrong with MIXED, too, which has all of it and more.
+        # What goes wrong with these two goes wrong with MIXED, too, which has all of it and more.
+        pytest.param("rl", RL, id="rl", marks=pytest.mark.slow),
         pytest.param("rl", SHARED, id="rl with shared prompts", marks=pytest.mark.slow),
         pytest.param("rl", MIXED, id="rl of both systems"),
     ],
