@@ -319,7 +319,8 @@ def test_a_library_that_aborts_ends_init_with_a_sentence(tiny, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 134
-    assert done.stderr == "error: init was killed by signal 6: a library could not read the rows, or the model\n"
+    said = "error: init was killed by signal 6: a library could not read the rows, or the model\n"
+    assert done.stderr == said
 
 
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):
