@@ -87,22 +87,20 @@ class InProcess:
     @torch.no_grad()
     def _choose_chunk(self, requests: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         longest = max_positions(self.model.config) or math.inf
-        readable = []
+        common = {words: word_tokens(self.tokenizer, words)[0] for words in {r.words for r in requests}}
+        readable = {}  # index of the request → token ids of its prompt
         for i, request in enumerate(requests):
-            length = len(choice_ids(self.tokenizer, request)) + request.max_thinking_tokens
-            if length > longest:
-                thought = " with its thought" if request.max_thinking_tokens else ""
-                yield (
-                    i,
-                    Failure("too_long", f"{length} tokens{thought}, and the model has room for {longest}"),
-                )
-            else:
-                readable.append(i)
-        # Sorted, as `batches` needs them: (token ids, next token of each word, index of the request).
-        pairs = zip(readable, self._tokenized([requests[i] for i in readable]), strict=True)
+            ids = choice_ids(self.tokenizer, request)
+            length = len(ids) + request.max_thinking_tokens + len(common[request.words])
+            if length <= longest:
+                readable[i] = ids
+                continue
+            thought = " with its thought" if request.max_thinking_tokens else ""
+            yield i, Failure("too_long", f"{length} tokens{thought}, and the model has room for {longest}")
+        # Sorted, as `batch_sizes` needs them: (token ids, next token of each word, index of the request).
+        tokenized = self._tokenized([requests[i] for i in readable], list(readable.values()))
+        pairs = zip(readable, tokenized, strict=True)
         prompts = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda prompt: prompt[0])
-        all_words = {request.words for request in requests}
-        begin_alike = {words for words in all_words if word_tokens(self.tokenizer, words)[0]}
         for size in batch_sizes([ids for ids, _, _ in prompts]):
             batch, prompts = prompts[:size], prompts[size:]
             with float32_head(self.model):
@@ -119,11 +117,12 @@ class InProcess:
                 # Relative to the other words; even if all of them underflow to 0.
                 probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
                 # After the words' common beginning nothing tells how probable that was.
-                yield i, ChoiceResult(probabilities, -1.0 if requests[i].words in begin_alike else mass)
+                yield i, ChoiceResult(probabilities, -1.0 if common[requests[i].words] else mass)
 
     def largest_batch(self, requests: list[ChoiceRequest]) -> int:
         """Size of the largest batch of these requests, which must be without thinking."""
-        return max(batch_sizes(sorted(ids for ids, _ in self._tokenized(requests))))
+        prompts = [choice_ids(self.tokenizer, request) for request in requests]
+        return max(batch_sizes(sorted(ids for ids, _ in self._tokenized(requests, prompts))))
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
@@ -183,12 +182,13 @@ class InProcess:
         is_plain = cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cache if is_plain else None
 
-    def _tokenized(self, requests: list[ChoiceRequest]) -> Iterator[tuple[list[int], list[int]]]:
+    def _tokenized(
+        self, requests: list[ChoiceRequest], prompts: list[list[int]]
+    ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield for each request the token ids up to where its words differ, and each word's token there.
 
-        The ids include the thinking, which is generated here.
+        prompts: the token ids of each request. Those yielded include the thinking, which is generated here.
         """
-        prompts = [choice_ids(self.tokenizer, request) for request in requests]
         thinking = [i for i, request in enumerate(requests) if request.max_thinking_tokens]
         if thinking:
             # The requests of a voter have the same length limit and temperature.
