@@ -82,8 +82,13 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
         return [_example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)]
     if kind.startswith("messages"):
         chats = _conversations(row.get("messages", row.get("conversations")))
-        whole = [c for c in chats if c[0].strip() and (c[2].strip() or (may_lack and c is chats[-1]))]
-        chosen = whole if kind == "messages_all" and whole else chats[-1:]
+        # Each of prompt, earlier turns and response; only the last one may do without a response.
+        usable = [
+            chat
+            for chat in chats
+            if chat[0].strip() and (chat[2].strip() or (may_lack and chat is chats[-1]))
+        ]
+        chosen = usable if kind == "messages_all" and usable else chats[-1:]
         used = {"messages", "conversations"}
         # What verifies an answer is about the last one.
         earlier = {name: value for name, value in row.items() if name not in {*VERIFYING, "entry_point"}}

@@ -17,8 +17,6 @@ PROTECTED = "protected"
 """Name of the rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
 PROBE_ROWS = 16
 """Most protected rows that are not scored, so that the drift of training is measured on them."""
-
-
 _SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0 with sft.rounds=1"}
 """System → settings with which SFT needs no response of its rows."""
 
