@@ -28,7 +28,7 @@ def run(launch: LaunchSection, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         inherited = dict(os.environ)
-        if inherited.pop(resources.THREADS, None):  # all of them for one process
+        if inherited.pop(resources.THREADS, None):  # so many are for a process alone
             del inherited["OMP_NUM_THREADS"]
         environment = {**_threads(launch), **inherited, distributed.FAILURE_ENV: str(failure)}
         code = process_guard.run([*command(launch), "-m", "lorapar_cli", *arguments], environment)

@@ -8,9 +8,9 @@ from stages.pipeline.steps import Step
 from stages.store.artifacts import Artifact, Store
 
 NOT_THERE = "not there"
+"""Value of a setting that an earlier lorapar did not have, or a later one has no more."""
 SHOWN = 4
 """Most changed settings that a reason names."""
-"""Value of a setting that an earlier lorapar did not have, or a later one has no more."""
 
 
 @dataclass(frozen=True)

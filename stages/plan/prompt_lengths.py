@@ -56,13 +56,14 @@ class Texts:
     def trained_rows(self, stage: str) -> list[Row]:
         """Training rows as a stage computes them, longest first; too long ones are cut or left out."""
         data, rl, rows = self.config.data, self.config.rl, self.training_rows(stage)
-        limit = data.max_length if stage != "rl" else rl.max_prompt_length + rl.max_completion_length
-        if stage == "rl" or data.too_long == "truncate":
-            rows = [Row(row.id, row.input_ids[:limit], row.labels[:limit]) for row in rows]
-        if stage != "rl":
-            rows = [row for row in rows if len(row.input_ids) <= limit and set(row.labels) != {IGNORED}]
+        if stage == "rl":
+            rows = [_cut(row, rl.max_prompt_length + rl.max_completion_length) for row in rows]
+        else:
+            if data.too_long == "truncate":
+                rows = [_cut(row, data.max_length) for row in rows]
+            rows = [r for r in rows if len(r.input_ids) <= data.max_length and set(r.labels) != {IGNORED}]
             if not rows:
-                raise DataError(f"no row fits into data.max_length {limit}")
+                raise DataError(f"no row fits into data.max_length {data.max_length}")
         return sorted(rows, key=lambda row: -len(row.input_ids))
 
     @cached_property
@@ -128,6 +129,10 @@ def _load(section: BenchmarkSection) -> list[Example]:
     """The rows of a benchmark; none if another project's harness reads them."""
     module = benchmarks.pick(section.kind)
     return list(module.load(section)) if hasattr(module, "load") else []
+
+
+def _cut(row: Row, length: int) -> Row:
+    return Row(row.id, row.input_ids[:length], row.labels[:length])
 
 
 def prompt_length(row: Row) -> int:
