@@ -301,6 +301,7 @@ def main() -> None:
     logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     for name in SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     resources.let_waiting_threads_sleep()
     resources.limit_threads()

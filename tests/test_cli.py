@@ -136,7 +136,11 @@ def config(tiny, demo_data, tmp_path):
             "  hint: lorapar fetch tiny-random makes it, in models/\n",
         ),
         *(
-            (f"model.name={name}", 66, f"error: no local folder and no hub model '{name}' (")
+            (
+                f"model.name={name}",
+                66,
+                f"error: no local folder '{name}', and cannot get the model from the hub: ",
+            )
             for name in ("my model", "meta--llama/x", "models.")
         ),
         (

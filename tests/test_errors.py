@@ -225,6 +225,7 @@ def test_a_mistyped_path_is_named(name, told, tmp_path, monkeypatch):
     with pytest.raises(MissingInputError) as caught:
         load_tokenizer(ModelSection(name=name))
     assert str(caught.value).startswith(told)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")])

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from stages.errors import MissingInputError, first_line
 
+HINT = "check its name and the network; if it is gated or private: hf auth login"
+"""What to do where a model or a data set of the hub cannot be had."""
+
 
 @functools.cache
 def resolve_commit(kind: str, name: str, revision: str) -> str:
@@ -28,5 +31,12 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()
-        reason = first_line(error)
-        raise MissingInputError(f"no local folder and no hub {kind} {name!r} ({reason})") from None
+        raise MissingInputError(
+            f"no local folder {name!r}, and cannot get the {kind} from the hub: {_reason(error)}", HINT
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what the hub says of a request: the line below the HTTP status, such as `403 Client Error`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "Client Error" not in line), first_line(error))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ModelSection
+from stages.data import hub
 from stages.errors import (
     DataError,
     LoraparError,
@@ -47,7 +48,8 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
             maybe_path = not path.exists() and "/" in model.name and path.parent.is_dir()
             prefix = f"no folder {path}, and " if maybe_path else ""
             raise MissingInputError(
-                f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}"
+                f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}",
+                None if path.exists() else hub.HINT,
             ) from None
         raise DataError(
             f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED

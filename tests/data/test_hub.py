@@ -1,0 +1,31 @@
+"""What is said of a model that the hub does not give."""
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import hf_raise_for_status
+
+from stages.data import hub
+from stages.errors import MissingInputError
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        (403, "GatedRepo", "Cannot access gated repo for url https://hub.test/api/models/owner/gated."),
+        (401, "RepoNotFound", "Repository Not Found for url: https://hub.test/api/models/owner/gated."),
+        (404, "RevisionNotFound", "Revision Not Found for url: https://hub.test/api/models/owner/gated."),
+    ],
+)
+def test_the_hubs_reason_is_told_with_what_to_do(status, code, told, monkeypatch):
+    def refuse(*_, **__):
+        request = httpx.Request("GET", "https://hub.test/api/models/owner/gated")
+        hf_raise_for_status(httpx.Response(status, headers={"X-Error-Code": code}, request=request))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+    with pytest.raises(MissingInputError) as caught:
+        hub.resolve_commit("model", f"owner/gated-{status}", "main")
+    assert str(caught.value) == (
+        f"no local folder 'owner/gated-{status}', and cannot get the model from the hub: {told}"
+    )
+    assert caught.value.hint == hub.HINT
