@@ -8,6 +8,9 @@ exceptions into one of these; 70 means a bug in lorapar.
 
 from typing import Any
 
+HUB_HINT = "check its name and the network; if it is gated or private: hf auth login"
+"""The hint where a model or a data set cannot be had from the hub."""
+
 
 class Ended(SystemExit):
     """Raised by the handler of a termination signal, so that `finally` blocks run."""

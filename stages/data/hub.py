@@ -7,10 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from stages.errors import MissingInputError, first_line
-
-HINT = "check its name and the network; if it is gated or private: hf auth login"
-"""What to do where a model or a data set of the hub cannot be had."""
+from stages.errors import HUB_HINT, MissingInputError, first_line
 
 
 @functools.cache
@@ -32,7 +29,7 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
             reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()
         raise MissingInputError(
-            f"no local folder {name!r}, and cannot get the {kind} from the hub: {_reason(error)}", HINT
+            f"no local folder {name!r}, and cannot get the {kind} from the hub: {_reason(error)}", HUB_HINT
         ) from None
 
 

@@ -18,8 +18,8 @@ from stages.config import BenchmarkSection, SourceSection
 from stages.data import formats
 from stages.data.files import SUFFIXES, read_file
 from stages.data.formats import EmptyRowError
-from stages.data.hub import HINT, resolve_commit
-from stages.errors import ConfigError, DataError, MissingInputError, first_line
+from stages.data.hub import resolve_commit
+from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line
 from stages.records import Example, data_error
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _hub_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = first_line(error)
-        raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}", HINT) from None
+        raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}", HUB_HINT) from None
     _check_commit(source, loaded)
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")

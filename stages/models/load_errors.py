@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ModelSection
-from stages.data import hub
 from stages.errors import (
+    HUB_HINT,
     DataError,
     LoraparError,
     MissingInputError,
@@ -49,7 +49,7 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
             prefix = f"no folder {path}, and " if maybe_path else ""
             raise MissingInputError(
                 f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}",
-                None if path.exists() else hub.HINT,
+                None if path.exists() else HUB_HINT,
             ) from None
         raise DataError(
             f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED

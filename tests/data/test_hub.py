@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.utils import hf_raise_for_status
 
 from stages.data import hub
-from stages.errors import MissingInputError
+from stages.errors import HUB_HINT, MissingInputError
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_the_hubs_reason_is_told_with_what_to_do(status, code, told, monkeypatch
     assert str(caught.value) == (
         f"no local folder 'owner/gated-{status}', and cannot get the model from the hub: {told}"
     )
-    assert caught.value.hint == hub.HINT
+    assert caught.value.hint == HUB_HINT
