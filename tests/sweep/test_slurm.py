@@ -36,10 +36,20 @@ extends: ROOT/configs/smoke.yaml
 runs_dir: HERE/runs
 model: {name: MODEL}
 data: {path: DATA/train.jsonl, limit: 48}
-rl: {max_steps: 120, save_steps: 1, num_train_epochs: 99, max_zero_signal_steps: 999}
+rl:
+  {max_steps: 60, save_steps: 1, num_train_epochs: 99, max_zero_signal_steps: 999,
+  rewards_file: HERE/slow.py, rewards: {slow: 1}}
 sft: {max_steps: 2}
 classify: {strategy: random}
 eval: {benchmarks: {demo: {path: DATA/test.jsonl}}}
+"""
+# RL takes 30 seconds at least, so that no machine is fast enough to end it before it is interrupted.
+SLOW = """
+import time
+
+def slow(completions, **_):
+    time.sleep(0.5)
+    return [0.0] * len(completions)
 """
 
 
@@ -50,6 +60,7 @@ def path(tiny, demo_data, tmp_path) -> Path:
     for name, value in {"ROOT": ROOT, "HERE": tmp_path, "MODEL": tiny, "DATA": demo_data}.items():
         base = base.replace(name, str(value))
     (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "table.yaml").write_text(FILE)
     (tmp_path / "slurm.yaml").write_text(
         "default: {partition: all, time: 20, cpus_per_task: 1}\nrl: {time: 60}\n"
@@ -314,8 +325,6 @@ def test_a_job_of_submitit_that_is_preempted_goes_on(path, lorapar, monkeypatch)
     path.write_text(
         FILE.replace("RL: rl@demo", "steps: rl.steps").replace(", two: {partition.theta: 0.5}", "")
     )
-    base = path.with_name("base.yaml")
-    base.write_text(base.read_text().replace("max_steps: 120", "max_steps: 40"))
     (cell,) = table(path).cells
     make_steps(cell.config, "classify:train", "score", "partition", "sft")
     done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
@@ -409,7 +418,7 @@ def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lor
     jobs = json.loads((path.parent / "runs/sweeps/jobs.json").read_text())
     (first, *_) = [job for name, job in jobs.items() if "/rl/" in name]
     log = path.parent / f"runs/sweeps/slurm/{first}_0_log.out"
-    wait(lambda: log.is_file() and re.search(r" \d+/120 ", log.read_text()), 600)
+    wait(lambda: log.is_file() and re.search(r" \d+/60 ", log.read_text()), 600)
     assert subprocess.run(["scontrol", "requeue", first]).returncode == 0
     wait(lambda: "PENDING" in [state for (number, _), state in slurm.queued().items() if number == first], 60)
     # Slurm would let it wait for two minutes.
