@@ -228,6 +228,15 @@ def test_a_mistyped_path_is_named(name, told, tmp_path, monkeypatch):
     assert caught.value.hint
 
 
+def test_a_package_that_is_missing_is_no_fault_of_the_hub():
+    with (
+        pytest.raises(MissingInputError) as caught,
+        load_errors("the tokenizer of", ModelSection(name="owner/model")),
+    ):
+        raise ImportError("it needs the package sentencepiece")
+    assert "needs the package sentencepiece" in str(caught.value) and caught.value.hint is None
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")])
 def test_what_the_machine_lacks_is_no_fault_of_the_model(error, tiny):
     with pytest.raises(type(error)), load_errors("model", section(tiny)):

@@ -49,7 +49,7 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
             prefix = f"no folder {path}, and " if maybe_path else ""
             raise MissingInputError(
                 f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}",
-                None if path.exists() else HUB_HINT,
+                HUB_HINT if isinstance(error, OSError) and not path.exists() else None,
             ) from None
         raise DataError(
             f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED
