@@ -155,7 +155,9 @@ def _hub_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = first_line(error)
-        raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}", HUB_HINT) from None
+        # Other classes are about its parts: a split or a subset that is not there.
+        hint = HUB_HINT if isinstance(error, OSError) else None
+        raise MissingInputError(f"no file and no hub data set {source.path!r}: {reason}", hint) from None
     _check_commit(source, loaded)
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")

@@ -1,11 +1,15 @@
-"""What is said of a model that the hub does not give."""
+"""Errors about models and data sets that the hub refuses."""
 
+import re
+
+import datasets
 import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.utils import hf_raise_for_status
 
-from stages.data import hub
+from stages.config import SourceSection
+from stages.data import hub, rows
 from stages.errors import HUB_HINT, MissingInputError
 
 
@@ -29,3 +33,21 @@ def test_the_hubs_reason_is_told_with_what_to_do(status, code, told, monkeypatch
         f"no local folder 'owner/gated-{status}', and cannot get the model from the hub: {told}"
     )
     assert caught.value.hint == HUB_HINT
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/set' is a gated dataset"), HUB_HINT),
+        (ConnectionError("Couldn't reach 'owner/set' on the hub"), HUB_HINT),
+        (ValueError("Config name is missing."), None),
+    ],
+)
+def test_a_subset_that_is_not_named_is_no_fault_of_the_hub(error, hint, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(MissingInputError, match=re.escape(str(error))) as caught:
+        rows._hub_rows(SourceSection(path="owner/set"))
+    assert caught.value.hint == hint
