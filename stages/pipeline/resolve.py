@@ -20,7 +20,7 @@ from stages.runtime import gpu
 IN_PROCESS = 1e9
 """Most parameters of a voter that `engine: auto` runs in this process on a CPU.
 
-For 256 votes of SmolLM2-135M vLLM with its start takes 1.6 times as long (docs/notes/plan.md).
+For 256 votes of SmolLM2-135M vLLM with its start takes 1.6 times as long.
 """
 
 
