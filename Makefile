@@ -7,7 +7,7 @@ CONFIG      ?= configs/demo.yaml
 SET         ?=
 BIN         := $(VENV)/bin
 LORAPAR     := $(BIN)/lorapar
-STAGES      := $(shell sed -n 's/^ *name="\([a-z]*\)",$$/\1/p' stages/pipeline/stages.py)
+STAGES      := $(shell sed -n 's/^ORDER = (\(.*\))/\1/p' stages/__init__.py | tr -d '",')
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl

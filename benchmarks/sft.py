@@ -28,7 +28,6 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from stages import sft
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.lora.adapter import adapter
@@ -40,6 +39,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.packing import trl
 from stages.prompts.renderer import Renderer, Row
 from stages.runtime import resources
+from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")

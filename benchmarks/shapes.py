@@ -133,8 +133,8 @@ def command(arguments: list[str]) -> None:
     from transformers import AutoModelForCausalLM, TrainerCallback
 
     from lorapar_cli.app import main
-    from stages import score
     from stages.lora.importance.scorers import moments
+    from stages.score import run as score
 
     def load_random(name: str, *, dtype: Any, attn_implementation: str | None = None, **options: Any) -> Any:
         target = options.get("device_map", {}).get("", torch.device("cpu"))

@@ -1,28 +1,23 @@
 """All commands with a one-line description, in groups.
 
-Imports nothing else of lorapar, so that `lorapar --help` takes 23 ms; importing every command takes 430 ms.
+Imports nothing heavy, so that `lorapar --help` takes 23 ms; importing every command takes 430 ms.
 """
 
 import textwrap
+
+from stages import ORDER, about
 
 ABOUT = "LoRA-PAR: split LoRA elements and data into System 1 and System 2, and train each apart."
 GROUPS = {
     "From your rows to a served model": {
         "init": "Read your rows and write a config that fits them and the model; or copy an example.",
         "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
-        "run": "Run every stage that is missing or stale, each in its own process.",
+        "run": "Run every stage that is missing or stale.",
         "report": "Write a page on one run, or on tables, with intervals and published values.",
         "export": "Export a trained adapter, or the merged model, with a model card.",
         "serve": "Serve both modes, and auto, which chooses, behind one OpenAI-compatible address.",
     },
-    "One stage": {
-        "classify": "Label every example as System 1 or System 2 by vote.",
-        "score": "Create the initial adapter and score every LoRA element for each system.",
-        "partition": "Split the elements into S1-only, S2-only and shared; write the masks of SFT and RL.",
-        "sft": "Train System 1's elements, mainly on its rows; in a second round (sft.rounds) System 2's.",
-        "rl": "Train System 2's elements with GRPO, mainly on its rows.",
-        "eval": "Grade base, init, sft, sft2, rl, rl-N (step N), a region of rl, or auto on the benchmarks.",
-    },
+    "One stage": {name: about(name) for name in ORDER},
     "Look": {
         "status": "Show which artifacts are current, and why the others are not.",
         "show": "Show an artifact's manifest, graded samples, or the table of results.",

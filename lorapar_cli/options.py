@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
-from stages import escaping
+from stages import ORDER, escaping
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
+from stages.pipeline.stage import all_stages
 from stages.pipeline.steps import Step, plan_steps
 from stages.runtime import gpu
 
@@ -50,8 +51,8 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="NAME",
-        help="Only this variant; repeatable. classify: train or a benchmark. score: score, protected or rl. "
-        "partition: sft or rl. sft: sft or system2, its second round.",
+        help="Only this variant; repeatable. "
+        + " ".join(f"{s.name}: {s.variants_help}." for s in all_stages() if s.variants_help),
     ),
 ]
 Json = Annotated[
@@ -64,8 +65,13 @@ Json = Annotated[
 
 LastStage = Annotated[
     str | None,
-    typer.Option("--to", metavar="STAGE", help="Last stage: classify, score, partition, sft, rl or eval."),
+    typer.Option("--to", metavar="STAGE", help=f"Last stage: {', '.join(ORDER[:-1])} or {ORDER[-1]}."),
 ]
+
+
+def without_sandbox(unsafe: bool, *stages: str) -> list[str]:
+    """Return the overrides for --unsafe-no-sandbox."""
+    return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 
 
 def sets(overrides: list[str] | None) -> list[str]:

@@ -12,9 +12,8 @@ from lorapar_cli.tables import show, table
 from lorapar_cli.terminal import duration, gib, nothing_to_do, say
 from stages.config import Config
 from stages.errors import ConfigError
-from stages.pipeline.stages import check_stage_name
 from stages.pipeline.state import state
-from stages.pipeline.steps import Step, ancestors
+from stages.pipeline.steps import Step, ancestors, check_stage_name
 from stages.plan.estimate import Estimate, estimate, remedy
 from stages.runtime import libraries, resources
 from stages.store import estimates
@@ -54,12 +53,12 @@ def command(
         logging.getLogger("stages").setLevel(logging.ERROR if check else logging.WARNING)
     settings, steps = plan_of(config, set_)
     if last is not None:
-        check_stage_name(settings, last)
+        check_stage_name(settings, steps, last)
     store = Store(settings.root)
     states = {name: state(store, step).state for name, step in ancestors(settings, steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     if pending:
-        _require_no_problem(settings, pending)
+        require_no_problem(settings, pending, quietly=check)
     if check:
         return
     predicted = Estimate({}, [])
@@ -78,18 +77,28 @@ def command(
     else:
         nothing_to_do()
     for name in predicted.too_large:
-        print(f"{name} does not fit: {remedy(name, settings, predicted)}")
+        print(f"{name} does not fit: {remedy(steps[name], settings, predicted)}")
     if pending and not brief:
         first = "change that, and lorapar plan" if predicted.too_large else "lorapar run"
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
-def _require_no_problem(settings: Config, pending: list[Step]) -> None:
-    """Raise DataError with everything that is certain to stop one of these steps."""
-    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
-        from stages.plan.preflight import require_no_problem
+def require_no_problem(settings: Config, pending: list[Step], quietly: bool = False) -> None:
+    """Raise DataError with everything that is certain to stop one of these steps.
 
-    require_no_problem(settings, pending)
+    quietly: the stages themselves will tell what else there is to say of the rows.
+    """
+    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+        from stages.plan import preflight
+
+    logger = logging.getLogger("stages")
+    level = logger.level
+    if quietly:
+        logger.setLevel(logging.ERROR)
+    try:
+        preflight.require_no_problem(settings, pending)
+    finally:
+        logger.setLevel(level)
 
 
 def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from types import TracebackType
 
@@ -23,8 +21,6 @@ LOG_EVERY_S = 10
 """Seconds from the start of a task to its first line in a log, and from line to line."""
 TICK_S = 0.25
 """Seconds between two looks at the progress, so that a line counts a whole batch of answers."""
-POSITION_ENV = "LORAPAR_POSITION"
-"""Environment variable in which `run` tells a stage its position."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,6 @@ class Position:
         pending = [step for step in task.remaining if task.force or state(store, step).state != "current"]
         costs = {step.name: estimates.load(store.root, step.key) for step in pending}
         return cls(task.number, task.tasks, {name: cost and cost.seconds for name, cost in costs.items()})
-
-    @classmethod
-    def of_this_process(cls) -> Position | None:
-        """Return what `run` told this stage; None for a stage that was started alone."""
-        text = os.environ.get(POSITION_ENV)
-        return cls(**json.loads(text)) if text else None
-
-    def environment(self) -> dict[str, str]:
-        """Return the environment of the stage's process."""
-        return {**os.environ, POSITION_ENV: json.dumps(asdict(self))}
 
     def after(self, step: str) -> tuple[list[float | None], list[float | None]]:
         """Return the estimates of the steps after this one: those of its stage, and those of later ones."""

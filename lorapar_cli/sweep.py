@@ -7,19 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lorapar_cli import terminal
+from lorapar_cli import terminal, worker
 from lorapar_cli.live_line import interactive
 from lorapar_cli.options import Overrides, Quiet, flag
-from lorapar_cli.stage_starter import starter
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, watching
+from stages import ORDER
 from stages.errors import ConfigError, LoraparError
-from stages.pipeline.stages import STAGES
 from stages.runtime import gpu
 from stages.sweep import slurm
 from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
-from stages.sweep.local import Outcome, Sweep
+from stages.sweep.local import Outcome, Sweep, Worker
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as plan_table
 
@@ -93,12 +92,13 @@ def command(
     if cluster is not None and dry_run and not shutil.which("squeue"):
         terminal.say("squeue is not installed here: see the state of jobs on a machine that submits to Slurm")
     elif cluster is not None:
-        settings = slurm.settings(cluster, [stage.name for stage in STAGES.values()])
+        settings = slurm.settings(cluster, list(ORDER))
         _run_on_slurm(slurm.Cluster(logs, settings, terminal.say), cells, nodes, dry_run)
     elif not dry_run:
         view, say, on_poll = watching(interactive() and not quiet, seconds)
-        with view, starter() as stages:
-            outcomes = Sweep(nodes, slots, logs, say, on_poll, stages.start).run()
+        workers = [Worker(device, worker.begin, worker.make_step) for device in slots]
+        with view:
+            outcomes = Sweep(nodes, workers, logs, say, on_poll).run()
         _report_failures(outcomes, len(cells))
 
 

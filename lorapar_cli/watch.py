@@ -98,7 +98,7 @@ class LiveView:
         for artifact, step in sweep.running.items():
             node = sweep.nodes[artifact]
             elapsed = terminal.duration(time.monotonic() - step.started)
-            device = "" if step.device is None else f", device {step.device}"
+            device = "" if step.worker.device is None else f", device {step.worker.device}"
             lines.append(f"{node.title} ({elapsed}{device})\n  {last_line(sweep.log(node))}")
         return Text("\n".join([*lines, summary(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis")
 

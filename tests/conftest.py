@@ -30,7 +30,6 @@ from tally import pytest_terminal_summary as pytest_terminal_summary
 from tally import tally as tally
 
 from lorapar_cli import terminal
-from lorapar_cli.app import verb
 from stages.config import Config
 from stages.engines import EngineCache
 from stages.errors import BusyError
@@ -228,7 +227,7 @@ def make_steps(
     def run(step: Step) -> tuple[Artifact, bool]:
         while True:
             try:
-                return run_step(config, step, verb(step.stage.name), force, progress or Silent(), engines)
+                return run_step(config, Store(config.root), step, force, progress or Silent(), engines)
             except BusyError:  # another worker makes it
                 time.sleep(0.05)
 

@@ -19,10 +19,20 @@ from stages.config import Config, Section
 from stages.config.fields import marks_of
 from stages.config.schema import json_schema
 from stages.config.yaml import describe, section_type
-from stages.pipeline.outputs import MANIFEST, OUTPUTS
+from stages.pipeline.stage import all_stages
 from stages.runtime import libraries
 from stages.sweep.file import TableFile
 
+MANIFEST = {
+    "stage, variant, key": "Which step the artifact is of, and its key.",
+    "identity": "What the key is a digest of: settings, keys of the inputs, digests of rows and weights.",
+    "inputs": "Step → key of each artifact that was read.",
+    "summary": "The step's figures, such as `active_share` and `frozen_drift` of training.",
+    "provenance": "Whole config, versions, command, machine, seconds, peak memory, and `plan`'s estimates.",
+    "files": "Digest and size of each file.",
+    "seal": "Digest of the manifest itself.",
+}
+"""Fields of `manifest.json`, which every artifact has."""
 FOLDER = Path(__file__).parent.parent / "docs/reference"
 GENERATED = "<!-- Written by `make reference` from the code: change it there. -->"
 OTHER_NAMES = {
@@ -163,9 +173,9 @@ def artifacts() -> str:
         "An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Every one has a `manifest.json`.",
         "",
     ]
-    for stage, files in OUTPUTS.items():
-        rows = [[f"`{name}`", text] for name, text in files.items()]
-        lines += [f"## {stage}", "", *_table(["file", "content"], rows), ""]
+    for stage in all_stages():
+        rows = [[f"`{name}`", text] for name, text in stage.files.items()]
+        lines += [f"## {stage.name}", "", *_table(["file", "content"], rows), ""]
     rows = [[name, text] for name, text in MANIFEST.items()]
     return "\n".join([*lines, "## manifest.json", "", *_table(["field", "content"], rows), ""])
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stages import ORDER
+
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; a room may use those below it and itself
     ("errors", "registry", "progress", "records", "escaping"),
@@ -21,9 +23,10 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ("labelling",),
     ("pipeline",),
     ("plan",),
+    ORDER,
     ("init", "sweep"),
     ("report",),
-    ("classify", "score", "partition", "sft", "rl", "eval", "export", "serve"),
+    ("export", "serve"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -46,7 +49,7 @@ def upward(room: str, text: str) -> list[str]:
         parts = name.split(".")
         if parts[0] == "lorapar_cli":
             found.append(name)
-        if parts[0] == "stages" and len(parts) > 1:
+        if parts[0] == "stages" and len(parts) > 1 and parts[1] in FLOOR:  # else the package's own names
             other = parts[1]
             down = other == room or FLOOR[other] < FLOOR[room] or FLOOR[other] == FLOOR[room] == 0
             found += [] if down else [name]

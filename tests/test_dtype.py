@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.classify import _voter_logs
+from stages.classify.run import _voter_logs
 from stages.config import ClassifySection, ModelSection, ServerSection, Voter
 from stages.engines import EngineSpec, vllm
-from stages.eval import _identity
+from stages.eval.run import _identity
 from stages.labelling.votes import VoterLog
 from stages.models import dtype
 from stages.models.base import load_base
@@ -147,7 +147,7 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     model = ModelSection(name=str(tiny), dtype=weights)
     assert dtype.answer_dtype(model, engine) == precision
-    job = SimpleNamespace(outside={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
+    job = SimpleNamespace(external_key={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
     assert _identity(job, EngineSpec(engine, model))["dtype"] == precision
     section = ClassifySection(voters=[Voter(engine=engine)])
     [log] = _voter_logs(model, section, job)

@@ -1,6 +1,5 @@
 """The stage table, keys, and what a whole run does."""
 
-import importlib
 import inspect
 import itertools
 from pathlib import Path
@@ -12,9 +11,10 @@ from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
-from stages.pipeline.stages import STAGES, section
+from stages.pipeline.stage import all_stages, section
 from stages.pipeline.steps import ancestors, plan_steps
 from stages.report.comparison import answered_fewer
+from stages.store.artifacts import Store
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +30,11 @@ def no_hub(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_row_binds_to_its_function(path):
-    """A stage function takes the job and exactly its row's sections, and no more than nine parameters."""
+    """A stage function takes the context and exactly its sections, and no more than nine parameters."""
     config = load(path)
-    for stage in STAGES.values():
+    for stage in all_stages():
         for variant in stage.variants(config):
-            run = inspect.signature(importlib.import_module(f"stages.{stage.name}").run)
+            run = inspect.signature(stage.function())
             names = [
                 section(config, p)[0] for p in (*stage.sections(config, variant), *stage.unkeyed_sections)
             ]
@@ -159,7 +159,10 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     assert set(ancestors(config, steps, None)) == {
         "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
     }  # fmt: skip
-    todo = {task.stage: task.variants for task in pending_stages(config, steps, None, None)}
+    todo = {
+        task.stage.name: task.variants
+        for task in pending_stages(config, steps, Store(config.root), None, None)
+    }
     assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
     assert set(ancestors(config, plan_steps(resolved(smoke("eval.benchmarks={}"))), "eval")) > {
         "rl",
@@ -169,7 +172,7 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
         alone = resolved(smoke("eval.benchmarks={}", "eval.targets=[base, rl]", f"rl.start_from={start}"))
         assert set(ancestors(alone, plan_steps(alone), None)) & {"sft", "rl"} == trained
     with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
-        list(pending_stages(config, steps, "rl", None))
+        list(pending_stages(config, steps, Store(config.root), "rl", None))
     assert set(ancestors(config, steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip

@@ -19,10 +19,11 @@ from stages.models import base
 from stages.models.base import load_base
 from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
+from stages.pipeline.stage import stage
 from stages.pipeline.steps import plan_steps
 from stages.plan import cost_model, profiler
 from stages.plan.cost_model import NOTHING, UNKNOWN, CostModel
-from stages.plan.estimate import Cost, Estimate, MemoryEstimate, knobs
+from stages.plan.estimate import Cost, Estimate, MemoryEstimate
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.plan.profiler import GAIN, Measurement, Profiler, per_text
 from stages.plan.prompt_lengths import Texts, prompt_length, spans
@@ -266,7 +267,7 @@ def test_rows_without_a_response_cost_score_and_sft_nothing(model, asked, no_roo
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     half, alone = (costs(model(f"data.path={files[name]}")) for name in ("half", "answered"))
-    lengths = [model(f"data.path={files[name]}")[0]._response_tokens(96) for name in ("answered", "bare")]
+    lengths = [model(f"data.path={files[name]}")[0].response_tokens(96) for name in ("answered", "bare")]
     assert lengths[0] < 96 == lengths[1]  # no response says how long answers are
     assert half["sft"].seconds == alone["sft"].seconds > 0
     assert half["score"].seconds == alone["score"].seconds > 0
@@ -284,7 +285,7 @@ def test_votes_are_counted_by_voter(model, monkeypatch):
     assert seconds(steps, effort) == pytest.approx(seconds(steps) + seconds(effort))
     calibrating = len(personas.held_out(None))
     with_them = seconds(steps)
-    monkeypatch.setattr(cost_model, "held_out", lambda _: [])
+    monkeypatch.setattr(personas, "held_out", lambda _: [])
     assert with_them == pytest.approx(seconds(steps) * (16 + calibrating) / 16)
 
 
@@ -525,11 +526,11 @@ def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
 
 
 def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
-    assert knobs("rl", smoke()).startswith("rl.per_device_train_batch_size")
-    assert knobs("rl", smoke("rl.rollouts.engine=vllm_colocate")).startswith(
-        "rl.rollouts.gpu_memory_utilization, or"
-    )
-    assert knobs("eval:rl@demo", smoke()) == "server.batch_size"
+    hint = stage("rl").memory_hint
+    assert hint(smoke(), "").startswith("rl.per_device_train_batch_size")
+    colocated = hint(smoke("rl.rollouts.engine=vllm_colocate"), "")
+    assert colocated.startswith("rl.rollouts.gpu_memory_utilization, or")
+    assert stage("eval").memory_hint(smoke(), "rl@demo") == "server.batch_size"
 
 
 def test_estimates_survive_damage_and_a_store_that_cannot_be_written(tmp_path):

@@ -1,14 +1,11 @@
 """What is certain to stop a run is said before its first vote, all of it at once."""
 
 import json
-from contextlib import nullcontext
 from functools import reduce
-from types import SimpleNamespace
 
 import pytest
 from conftest import make_steps
 
-from lorapar_cli import app
 from stages import sandbox
 from stages.errors import DataError, SandboxError
 from stages.pipeline.resolve import resolved
@@ -156,23 +153,15 @@ def test_all_are_told_at_once(smoke, monkeypatch):
 
 
 def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
-    started = []
-    stages = SimpleNamespace(start=lambda arguments, environment=None: started.append(arguments))
-    monkeypatch.setattr(app, "starter", lambda: nullcontext(stages))
-    monkeypatch.setattr(app, "_run_stage", lambda child, stage: None)
-    config = smoke()
+    done = []
+    checked = "lorapar_cli.run.require_no_problem"
+    monkeypatch.setattr(checked, lambda _, steps, **__: done.append([step.name for step in steps]))
+    monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
     path = tmp_path / "config.json"
-    path.write_text(config.model_dump_json())
+    path.write_text(smoke().model_dump_json())
     assert lorapar("run", path, "--to", "sft").code == 0
-    assert [arguments[0] for arguments in started] == [
-        "plan",
-        "classify",
-        "plan",
-        "score",
-        "partition",
-        "sft",
-    ]
-    assert started[0][2:] == ["--check", "--to", "sft"]
+    every = ["classify:train", "score", "partition:sft", "sft"]
+    assert done == [every, "classify", every, "score", "partition", "sft"]
 
 
 def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
 from stages.records import read_jsonl, read_labels
-from stages.runtime import fork_server
 from stages.store.artifacts import Store
 
 
@@ -441,7 +440,7 @@ def test_kill_in_any_stage_then_the_same_command_finishes(copied, stage, tmp_pat
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
 )
-def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number):
+def test_a_run_is_one_process_and_leaves_none(own, tmp_path, number):
     config = own("sft.max_steps=100000", "sft.num_train_epochs=100000")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
@@ -450,7 +449,7 @@ def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number)
     for line in run.stderr:
         if line.startswith("sft on "):
             break
-    assert wait_for(lambda: len(processes(str(path))) == 4)  # the run, its guard, the keeper, and the stage
+    assert len(processes(str(path))) == 1
     os.kill(run.pid, number)
     assert wait_for(lambda: not processes(str(path)))
     run.wait()
@@ -458,22 +457,20 @@ def test_a_stage_does_not_outlive_the_run_that_started_it(own, tmp_path, number)
 
 
 @pytest.mark.slow
-def test_a_run_whose_stages_are_forked_makes_the_same_weights(begun, tmp_path, lorapar, monkeypatch):
-    config = begun("sft.max_steps=2", "rl.max_steps=1")
+def test_a_run_makes_the_same_weights_as_its_stages_alone(own, tmp_path):
+    config = own("sft.max_steps=2", "rl.max_steps=1")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    forks, usual = [], fork_server.Starter._fork
-    monkeypatch.setattr(fork_server.Starter, "_fork", lambda *given: forks.append(usual(*given)) or forks[-1])
-    assert lorapar("run", path, "--to", "rl", "--from", "sft").code == 0
-    assert [fork.returncode for fork in forks] == [0, 0, 0]  # the check of the run, sft, rl
 
-    def weights() -> list[str]:
+    def weights(*commands: list[str]) -> list[str]:
+        for command in commands:
+            lorapar = [sys.executable, "-m", "lorapar_cli", *command]
+            subprocess.run(lorapar, cwd=ROOT, check=True, capture_output=True)
         steps = plan_steps(resolved(config))
         made = [state(Store(config.root), steps[name]).artifact for name in ("sft", "rl")]
         return [
             artifact.manifest["files"]["adapter/adapter_model.safetensors"]["sha256"] for artifact in made
         ]
 
-    forked = weights()
-    make_steps(config, "sft", "rl", force=True)
-    assert weights() == forked
+    together = weights(["run", str(path), "--to", "rl", "--from", "classify"])
+    assert weights(["sft", str(path), "--force"], ["rl", str(path), "--force"]) == together

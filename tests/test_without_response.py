@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import labels_of, make_step, make_steps
 
-from stages import classify
+from stages.classify import run as classify
 from stages.config import DataSection, ScoreSection, SftSection
 from stages.data.rows import read
 from stages.errors import DataError

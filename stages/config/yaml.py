@@ -23,17 +23,20 @@ MAX_VALUES = 100_000
 """Largest number of values in one file, with aliases expanded."""
 
 
-def load(path: Path, overrides: list[str] | None, registries: Mapping[str, Any]) -> Config:
+def load(
+    path: Path, overrides: list[str] | None, registries: Mapping[str, Any], kind: type[Config] = Config
+) -> Config:
     """Read `path`, which may extend another file, and apply `section.key=value` overrides.
 
-    registries: the names that a config may use (see `fields.registries_from`). One ConfigError lists all
+    registries: the names that a config may use (see `fields.registries_from`). kind: the class of the config,
+    which may have more sections. One ConfigError lists all
     mistakes.
     """
     settings = read_with_extends(path)
     for override in overrides or []:
         _override(settings, override)
     try:
-        return Config.model_validate(settings, context=registries)
+        return kind.model_validate(settings, context=registries)
     except ValidationError as error:
         mistakes = [_message(e) for e in error.errors()]
         text = mistakes[0]

@@ -28,7 +28,7 @@ from stages.models.base import save_merged
 from stages.models.dtype import has_float32_head, is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import load_config, max_positions
 from stages.runtime import resources
-from stages.runtime.process_guard import guarded_command
+from stages.runtime.process_guard import Guarded
 
 HOST = "127.0.0.1"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -158,13 +158,7 @@ def _running(
     resources.release_memory()
     log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
     failed = True
-    guard = subprocess.Popen(
-        guarded_command(command),
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=_environment(devices),
-    )
+    guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices))
     try:
         start = time.monotonic()
         say(f"starting a vLLM server for {title}, log in {log.name}")
@@ -173,9 +167,7 @@ def _running(
         yield lambda: _exit_error(guard, log.name)
         failed = False
     finally:
-        assert guard.stdin is not None
-        guard.stdin.close()  # on which the guard stops the server; the end of this process closes it, too
-        guard.wait()
+        guard.end()
         log.close()
         if not failed:
             os.unlink(log.name)
@@ -287,7 +279,7 @@ def _have_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _wait_until_healthy(guard: subprocess.Popen[bytes], port: int, limit: float, log: str) -> None:
+def _wait_until_healthy(guard: Guarded, port: int, limit: float, log: str) -> None:
     """Poll the server's health; ServerError if it ends, or is not ready in `limit` seconds."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
@@ -302,7 +294,7 @@ def _wait_until_healthy(guard: subprocess.Popen[bytes], port: int, limit: float,
     raise ServerError(f"the vLLM server was not ready in {limit:.0f} s: {last_error(Path(log))}", _hint(log))
 
 
-def _exit_error(guard: subprocess.Popen[bytes], log: str) -> ServerError | None:
+def _exit_error(guard: Guarded, log: str) -> ServerError | None:
     """Return the error that describes the server's exit, or None while it runs."""
     if guard.poll() is None:
         return None

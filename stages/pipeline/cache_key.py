@@ -106,6 +106,16 @@ def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
     return {"shots": of_source(shots_source(benchmark), cache)} if has_source else {}
 
 
+def model_part(config: Config, cache: DigestCache) -> dict[str, str]:
+    """Cache-key part of the base."""
+    return {"model": of_model(config.model, cache)}
+
+
+def rewards_part(config: Config, cache: DigestCache) -> dict[str, str]:
+    """Cache-key part of the base, and of the file with a person's own rewards."""
+    return {**model_part(config, cache), **of_file("rewards_file", config.rl.rewards_file, cache)}
+
+
 def of_file(name: str, path: str | None, cache: DigestCache) -> dict[str, str]:
     """Digest of a person's own file, if there is one."""
     return {name: cache.file(Path(path))} if path else {}

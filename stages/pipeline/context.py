@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """One step to be done. A stage function is called as `run(job, **sections)`."""
+    """One step to be done. A stage function is called as `run(context, **sections)`."""
 
     variant: str
     out: Path
     """The empty folder that the stage writes into."""
     inputs: Mapping[str, Artifact]
     """Input artifacts by step, such as `eval:sft@demo`, and by stage: the last one if there are several."""
-    outside: Mapping[str, Any]
+    external_key: Mapping[str, Any]
     """Cache-key parts of the data and models outside of the run."""
     journals: Path
     """The folder of all runs, which holds the journals of votes and answers."""

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from stages.config import LaunchSection
+from stages.config import Config, LaunchSection
 from stages.config.yaml import read_yaml
 from stages.errors import (
     ConfigError,
@@ -17,21 +18,46 @@ from stages.errors import (
     ServerError,
     first_line,
 )
+from stages.pipeline.stage import Stage
+from stages.pipeline.steps import Step
 from stages.runtime import distributed, process_guard, resources
 
+EXPECTED_KEYS = "LORAPAR_EXPECTED_KEYS"
+"""Environment variable with the keys that another process must make; its config may have changed by then."""
 
-def run(launch: LaunchSection, arguments: list[str]) -> None:
-    """Run `lorapar ARGUMENTS` in `launch.processes` processes and wait for them.
 
-    Raises the error of the first process that failed.
+def section(config: Config, stage: Stage) -> LaunchSection | None:
+    """The `launch` of a stage's section, if it asks for several processes and this is not one of them."""
+    launch = getattr(getattr(config, stage.name), "launch", None)
+    return launch if launch and launch.is_distributed and not distributed.launched() else None
+
+
+def check_key(steps: list[Step]) -> None:
+    """Raise ConfigError if the process that started this one expects other artifacts than these steps'."""
+    expected = os.environ.get(EXPECTED_KEYS)
+    if expected and not set(expected.split(",")) & {step.key for step in steps}:
+        raise ConfigError(
+            f"{steps[0].name} is no longer what was planned: its config or its data have changed since",
+            "run the same command again, with the old config or with the new one",
+        )
+
+
+def run(launch: LaunchSection | None, arguments: list[str], keys: Iterable[str] = ()) -> None:
+    """Run `lorapar ARGUMENTS` in `launch.processes` processes, or else in one, and wait for them.
+
+    Raises the error of the first process that failed. keys: of the artifacts that they must make.
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-launch-") as folder:
         failure = Path(folder) / "failure.json"
         inherited = dict(os.environ)
-        if inherited.pop(resources.THREADS, None):  # so many are for a process alone
+        if launch and inherited.pop(resources.THREADS, None):  # so many are for a process alone
             del inherited["OMP_NUM_THREADS"]
-        environment = {**_threads(launch), **inherited, distributed.FAILURE_ENV: str(failure)}
-        code = process_guard.run([*command(launch), "-m", "lorapar_cli", *arguments], environment)
+        threads = _threads(launch) if launch else {}
+        environment = {**threads, **inherited, distributed.FAILURE_ENV: str(failure)}
+        if keys := ",".join(keys):
+            environment[EXPECTED_KEYS] = keys
+        launcher = command(launch) if launch else [sys.executable]
+        code = process_guard.run([*launcher, "-m", "lorapar_cli", *arguments], environment)
         if failure.exists():
             exit_code, message, hint = json.loads(failure.read_text(encoding="utf-8"))
             error = LoraparError(message, hint)

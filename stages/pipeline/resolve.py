@@ -14,6 +14,7 @@ from stages.labelling.personas import personas
 from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.models.size import parameters
+from stages.pipeline.stage import config_class
 from stages.rewards import loading
 from stages.runtime import gpu
 
@@ -44,7 +45,7 @@ def registries() -> dict[str, Any]:
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """The config in a file, with `section.key=value` overrides; one ConfigError lists every mistake."""
-    return yaml.load(path, overrides, registries())
+    return yaml.load(path, overrides, registries(), config_class())
 
 
 def _is_large(model: ModelSection) -> bool:

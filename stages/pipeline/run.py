@@ -1,11 +1,12 @@
-"""Runs one step, and lists the tasks of a run over several stages."""
+"""Makes the artifact of one step, and lists what a run over several stages has to do."""
 
 import datetime
 import functools
+import gc
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,67 +17,63 @@ from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ArtifactError, ConfigError, Ended
 from stages.pipeline.context import StageContext
-from stages.pipeline.stages import check_stage_name, order, section
+from stages.pipeline.stage import Stage, section
 from stages.pipeline.state import State, rebuild_hint, require_current, state
-from stages.pipeline.steps import Step, ancestors
+from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged, stage_names
 from stages.progress import Progress
-from stages.runtime import distributed, resources
+from stages.runtime import distributed, libraries, resources
 from stages.store import estimates
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import key_of
 
-Verb = Callable[..., dict[str, Any]]
-"""A stage function: `run(job, **sections)`, which returns its summary."""
-
 
 def run_step(
-    config: Config, step: Step, verb: Verb, force: bool, progress: Progress, engines: EngineCache
+    config: Config, store: Store, step: Step, force: bool, progress: Progress, engines: EngineCache
 ) -> tuple[Artifact, bool]:
-    """Make the artifact of one step with `verb` unless it is current; return it, and if it was made now.
+    """Make the artifact of one step unless it is current; return it, and if it was made now.
 
     A stale or missing input is an error, not a silent rerun. A damaged artifact is never overwritten without
     `force`.
     """
-    store, stage = Store(config.root), step.stage
+    stage = step.stage
     # First without the lock, so that a store on which this user cannot write serves, too.
-    if not force and (artifact := _current_artifact(store, step, state(store, step))):
+    if not force and (artifact := _current_artifact(store, step)):
         return artifact, False
     with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
+        store.look_again()  # another process may have made it meanwhile
         inputs = {name: require_current(store, upstream, step) for name, upstream in step.inputs.items()}
-        now = state(store, step)
-        if not force and (artifact := _current_artifact(store, step, now)):
-            return artifact, False  # another process has made it meanwhile
-        if now.state == "damaged" and not force:
+        if not force and (artifact := _current_artifact(store, step)):
+            return artifact, False
+        if not force and (now := state(store, step)).state == "damaged":
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
-        distributed.barrier()  # no process changes the store before all have read its state
-        out = (
-            store.start_partial(stage.name, step.key)
-            if distributed.is_main()
-            else store.partial(stage.name, step.key)
-        )
-        resources.reset_peak()
-        job = _context(config, step, inputs, out, force, progress, engines)
-        if force and distributed.is_main():
-            job.checkpoints.start_over()
-        distributed.barrier()  # old checkpoints are gone before any process looks for one
-        summary = _run_user_code(verb, job, _sections(config, step))
+        check_unchanged(config, step)
+        context = _begin(config, store, step, inputs, force, progress, engines)
+        with libraries.hide_packages(*libraries.UNUSED):
+            function = stage.function()
+        with _user_code():
+            summary = function(context, **_sections(config, step))
         distributed.barrier()  # every process has written its part
         if distributed.is_main():
-            job.checkpoints.end_forced_build()
-            _commit(store, step, inputs, summary, _provenance(config, step, job))
-            job.checkpoints.clear()
+            context.checkpoints.end_forced_build()
+            _commit(store, step, inputs, summary, _provenance(config, step, context))
+            context.checkpoints.clear()
         distributed.barrier()  # the artifact is there for all
         new_artifact = store.load(store.folder(stage.name, step.key))
         assert new_artifact is not None
         return new_artifact, True
 
 
-def upcoming(
-    config: Config, steps: list[Step], progress: Progress, engines: EngineCache
+def give_memory_back() -> None:
+    """Free what a step has left behind: models in reference cycles, and what allocators keep."""
+    gc.collect()
+    resources.release_memory()
+
+
+def calls_of_pending(
+    config: Config, store: Store, steps: list[Step], progress: Progress, engines: EngineCache
 ) -> list[tuple[StageContext, dict[str, Any]]]:
     """The arguments of the stage function for each step that is not current and whose inputs are."""
-    store = Store(config.root)
     calls = []
     for step in steps:
         states = {name: state(store, source) for name, source in step.inputs.items()}
@@ -97,6 +94,27 @@ def _sections(config: Config, step: Step) -> dict[str, Any]:
     return dict(section(config, path) for path in reads)
 
 
+def _begin(
+    config: Config,
+    store: Store,
+    step: Step,
+    inputs: dict[str, Artifact],
+    force: bool,
+    progress: Progress,
+    engines: EngineCache,
+) -> StageContext:
+    """Make the folder that the step builds in, and what its stage function gets."""
+    distributed.barrier()  # no process changes the store before all have read its state
+    build = store.start_partial if distributed.is_main() else store.partial
+    out = build(step.stage.name, step.key)
+    resources.reset_peak()
+    context = _context(config, step, inputs, out, force, progress, engines)
+    if force and distributed.is_main():
+        context.checkpoints.start_over()
+    distributed.barrier()  # old checkpoints are gone before any process looks for one
+    return context
+
+
 def _commit(
     store: Store, step: Step, inputs: dict[str, Artifact], summary: dict[str, Any], provenance: dict[str, Any]
 ) -> None:
@@ -113,8 +131,9 @@ def _commit(
         store.point_latest(step.stage.name, step.variant, step.key)
 
 
-def _current_artifact(store: Store, step: Step, now: State) -> Artifact | None:
+def _current_artifact(store: Store, step: Step) -> Artifact | None:
     """The artifact of the step if it is current; the link to the latest artifact is then set to it."""
+    now = state(store, step)
     if now.state != "current" or now.artifact is None:
         return None
     with suppress(OSError):
@@ -123,10 +142,11 @@ def _current_artifact(store: Store, step: Step, now: State) -> Artifact | None:
     return now.artifact
 
 
-def _run_user_code(verb: Verb, job: StageContext, sections: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a stage. Code of users, in a reward or a model's files, cannot end the program."""
+@contextmanager
+def _user_code() -> Iterator[None]:
+    """Code of users, in a reward or a model's files, cannot end the program in this context."""
     try:
-        return verb(job, **sections)
+        yield
     except Ended:
         raise
     except (EOFError, BrokenPipeError) as error:  # the command line's library would end without a word
@@ -165,7 +185,7 @@ def _context(
         variant=step.variant,
         out=out,
         inputs={**inputs, **by_stage},
-        outside=step.identity["outside"],
+        external_key=step.identity["outside"],
         journals=Path(config.runs_dir),
         checkpoints=checkpoints,
         dtype=dtype,
@@ -175,8 +195,8 @@ def _context(
     )
 
 
-def _provenance(config: Config, step: Step, job: StageContext) -> dict[str, Any]:
-    seconds, joules = job.checkpoints.spent()
+def _provenance(config: Config, step: Step, context: StageContext) -> dict[str, Any]:
+    seconds, joules = context.checkpoints.spent()
     planned = estimates.load(config.root, step.key)
     return {
         "config": config.model_dump(mode="json"),
@@ -187,7 +207,7 @@ def _provenance(config: Config, step: Step, job: StageContext) -> dict[str, Any]
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        **({"dtype": job.dtype} if job.dtype else {}),
+        **({"dtype": context.dtype} if context.dtype else {}),
         "processes": distributed.world_size(),
         "command": " ".join(sys.argv[1:]),
         "versions": _versions(),
@@ -210,9 +230,10 @@ def _versions() -> dict[str, str]:
 class Task:
     """A part of a run: one stage, or those of its steps that come at this point."""
 
-    stage: str
+    stage: Stage
+    steps: list[Step]
     variants: list[str]
-    """Titles of the steps to make; empty: all of the stage."""
+    """Titles of these steps; empty if they are all of the stage."""
     states: list[State]
     force: bool
     number: int
@@ -233,17 +254,17 @@ class Task:
 
 
 def pending_stages(
-    config: Config, steps: dict[str, Step], first: str | None, last: str | None
+    config: Config, steps: dict[str, Step], store: Store, first: str | None, last: str | None
 ) -> Iterator[Task]:
     """The tasks of a run from `first` to `last`, in order: only the steps of `last` and their inputs.
 
     The state of a task is read when its turn comes, after earlier tasks are done. `first` is built again.
     ConfigError if there is no stage of that name.
     """
-    names = [stage.name for stage in order(config)]
     for name in (first, last):
         if name is not None:
-            check_stage_name(config, name)
+            check_stage_name(config, steps, name)
+    names = stage_names(steps)
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
     needed = ancestors(config, steps, last)
@@ -260,9 +281,8 @@ def pending_stages(
         )
     for number, (name, group) in enumerate(groups[begin:], begin + 1):
         every = [step for step in steps.values() if step.stage.name == name]
-        store = Store(config.root)  # a new one: it remembers what it has verified
         variants = [step.title for step in group] if len(group) < len(every) else []
         # `number` counts from 1 over all groups, those before --from too: groups[number - 1] is this task.
         remaining = [step for _, later in groups[number - 1 :] for step in later]
         states = [state(store, step) for step in group]
-        yield Task(name, variants, states, first == name, number, len(groups), remaining)
+        yield Task(group[0].stage, group, variants, states, first == name, number, len(groups), remaining)

@@ -26,7 +26,14 @@ def state(store: Store, step: Step) -> State:
     """The state of a step: `current` if its artifact is undamaged and made from the current inputs.
 
     A step is `missing` if no artifact of it was ever made, `stale` if one was, from other settings or inputs.
+    The store remembers it until an artifact is committed, or until `Store.look_again`.
     """
+    if step.key not in store.states:
+        store.states[step.key] = _state(store, step)
+    return store.states[step.key]
+
+
+def _state(store: Store, step: Step) -> State:
     try:
         artifact = store.load(store.folder(step.stage.name, step.key))
     except ArtifactError as error:

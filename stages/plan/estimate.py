@@ -7,25 +7,11 @@ from dataclasses import dataclass
 
 from stages.config import Config
 from stages.errors import is_out_of_memory
-from stages.pipeline import launch
-from stages.pipeline.stages import rescored_by_rollouts
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Span
 from stages.runtime import libraries, resources
 
 log = logging.getLogger(__name__)
-
-KNOBS = {
-    "classify": "server.batch_size, or choose a smaller model",
-    "score": "score.batch_size",
-    "sft": "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
-    "rl": "rl.per_device_train_batch_size, rl.rollouts.batch_size, or rl.max_completion_length, "
-    "or set rl.gradient_checkpointing",
-    "eval": "server.batch_size",
-}
-"""The settings that lower the memory of a stage."""
-COLOCATED = "rl.rollouts.gpu_memory_utilization, or set rl.rollouts.enable_sleep_mode, or lower "
-"""Stands before those of rl where vLLM samples on the same GPU."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +69,12 @@ class Estimate:
         return [name for name, cost in self.costs.items() if room and cost.mib and cost.mib > room]
 
 
-def remedy(step: str, config: Config, predicted: Estimate) -> str:
+def remedy(step: Step, config: Config, predicted: Estimate) -> str:
     """Return what to change so that a step that does not fit into the memory does."""
-    memory = predicted.costs[step].memory
+    memory = predicted.costs[step.name].memory
     if memory and predicted.room and memory.weights > predicted.room:
         return "set model.load_in_4bit, or choose a smaller model"
-    return f"lower {knobs(step, config)}"
-
-
-def knobs(step: str, config: Config) -> str:
-    """The settings to lower so that a step fits."""
-    stage = step.partition(":")[0]
-    if step == "score:rl" and rescored_by_rollouts(config):
-        stage = "rl"
-    colocated = stage == "rl" and config.rl.rollouts.engine == "vllm_colocate"
-    return (COLOCATED if colocated else "") + KNOBS[stage]
-
-
-def _holds_base(step: Step, config: Config) -> bool:
-    """Whether a process of this step holds all weights of the base, and not a server or several processes."""
-    stage = step.stage.name
-    if stage == "eval":
-        return config.eval.engine == "transformers"
-    return stage in ("score", "sft", "rl") and launch.gpu_split(getattr(config, stage).launch)[1] == 1
+    return f"lower {step.stage.memory_hint(config, step.variant)}"
 
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
@@ -125,7 +94,7 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
     # Loading what cannot fit would end this process on a CPU, where memory is promised before it is there.
     if not config.model.load_in_4bit and (weights := weights_mib(config.model)) > room:
         too_large = Cost(memory=MemoryEstimate(weights=weights))
-        costs = {step.name: too_large if _holds_base(step, config) else Cost() for step in steps}
+        costs = {step.name: too_large if step.stage.holds_base(config) else Cost() for step in steps}
         return Estimate(costs, lengths, room)
     with one_thread() as threads:
         try:

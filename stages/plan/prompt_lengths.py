@@ -21,7 +21,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.prompts.renderer import IGNORED, Renderer, Row
-from stages.records import Example
+from stages.records import Example, Labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +33,9 @@ TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 class Texts:
     """The rows of `train` and of each benchmark, and samples of their texts, random ones first."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, labels: list[Labelled] | None = None) -> None:
+        """labels: those of the training rows, once they are made."""
+        self.config, self.labels = config, labels or []
         self.rows = _Rows(config)
         self._training_rows: dict[str, list[Row]] = {}
         self._ballots: dict[str, list[list[ChoiceRequest]]] = {}
@@ -42,6 +43,11 @@ class Texts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.config.model)
+
+    def renderer(self, stage: str, labels: list[Labelled]) -> Renderer:
+        """The renderer of the rows of score, sft or rl."""
+        section = getattr(self.config, stage).prompt or self.config.prompt
+        return Renderer(self.tokenizer, section, labels)
 
     def training_rows(self, stage: str) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""

@@ -7,8 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from stages.config import Config
-from stages.lora.importance.scorers import scorers
-from stages.pipeline.stages import rescored_by_rollouts
+from stages.lora.importance.scorers import rescored_by_rollouts, scorers
 from stages.report import figures
 from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact

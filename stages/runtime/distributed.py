@@ -92,7 +92,7 @@ def report_failure(error: LoraparError) -> bool:
 
     Only the first error of all processes is kept.
     """
-    if not launched() or FAILURE_ENV not in os.environ:
+    if FAILURE_ENV not in os.environ:
         return False
     draft = f"{os.environ[FAILURE_ENV]}.{os.getpid()}"
     with suppress(OSError):  # another process has reported already, or the disk is full

@@ -1,10 +1,9 @@
 """Runs a command and ends it, with all of its children, when its starter ends for whatever reason.
 
 Used as `python process_guard.py COMMAND…` with a pipe as standard input, which closes when the starter ends
-or closes it. Two processes supervise the command. The guard leads its own session, so that signals to the
-starter's process group or terminal do not reach it. The keeper leads the session of the command: if the guard
-is killed, the keeper ends the command, and if the keeper is killed, the guard does. If both are killed at
-once, the kernel ends the command, but the command's children may live on.
+or closes it. The guard leads a session of its own, so that signals to the starter's process group or terminal
+do not reach it, and the command and its children are in that session. If the guard itself is killed, the
+kernel ends the command, and the starter the rest (`Guarded.finish`).
 This file imports nothing of lorapar, so that it starts at once.
 """
 
@@ -16,80 +15,43 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO, Protocol
+from typing import Any
 
 PATIENCE_S = 5
 """Seconds from SIGTERM to SIGKILL."""
-KEEP = "--keep"
 PR_SET_PDEATHSIG = 1
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-class Waitable(Protocol):
-    """Child process to wait for: a Popen or a fork."""
+class Guarded(subprocess.Popen[bytes]):
+    """A command under a guard, whose exit code is the command's, as a shell has it."""
 
-    def poll(self) -> int | None: ...
+    def __init__(self, command: list[str], **options: Any) -> None:
+        """options: those of Popen."""
+        guard = [sys.executable, "-I", "-S", __file__, *command]
+        super().__init__(guard, stdin=subprocess.PIPE, start_new_session=True, **options)
 
-    def wait(self) -> int: ...
+    def finish(self) -> int:
+        """Wait for the command and return its exit code, 128 + n if signal n ended it.
 
+        If the wait is interrupted, the command is ended before the exception goes on.
+        """
+        try:
+            return shell_exit_code(self.wait())
+        finally:  # not `with self`: after an interrupt, Popen's context manager would not wait
+            self.end()
 
-class Child(Waitable, Protocol):
-    """Guarded command."""
-
-    @property
-    def stdin(self) -> IO[bytes] | None:
-        """Pipe whose closing ends the command."""
-
-
-def guarded_command(command: list[str]) -> list[str]:
-    """Wrap a command in a guard, which ends it and all of its children when its standard input closes."""
-    return [sys.executable, "-I", "-S", __file__, *command]
-
-
-def start(
-    command: list[str], env: dict[str, str] | None = None, out: IO[bytes] | None = None
-) -> subprocess.Popen[bytes]:
-    """Start a guarded command. out: file for its stdout and stderr; by default those of this process."""
-    return subprocess.Popen(
-        guarded_command(command),
-        stdin=subprocess.PIPE,
-        stdout=out,
-        stderr=subprocess.STDOUT if out else None,
-        env=env,
-    )
+    def end(self) -> None:
+        """End the command if it still runs, and wait for that."""
+        assert self.stdin is not None
+        self.stdin.close()
+        if self.wait() == -signal.SIGKILL:
+            _kill_session(self.pid)
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> int:
-    """Run a guarded command and return its exit code; see `finish`."""
-    return finish(start(command, env))
-
-
-def finish(child: Child) -> int:
-    """Wait for a guarded command and return its exit code, 128 + n if signal n ended it.
-
-    If the wait is interrupted, the command is ended before the exception goes on.
-    """
-    assert child.stdin is not None
-    try:
-        return shell_exit_code(child.wait())
-    finally:  # not `with child`: after an interrupt, Popen's context manager would not wait
-        child.stdin.close()
-        child.wait()
-
-
-def guard(command: list[str]) -> int:
-    """Run the keeper of a command, and return the exit code."""
-    with contextlib.suppress(PermissionError):  # this process leads a session already
-        os.setsid()
-    keep = [*guarded_command([KEEP]), *command]
-    keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, start_new_session=True)
-    return shell_exit_code(wait_guarded(keeper, keeper.pid))
-
-
-def keep(command: list[str]) -> int:
-    """Run a command as its keeper, and return the exit code."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
-    return shell_exit_code(wait_guarded(child, os.getpgrp()))
+    """Run a guarded command and return its exit code; see `Guarded.finish`."""
+    return Guarded(command, env=env).finish()
 
 
 def shell_exit_code(code: int) -> int:
@@ -115,44 +77,54 @@ def continue_in_child() -> int | None:
     return shell_exit_code(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-def wait_guarded(child: Waitable, group: int) -> int:
-    """Wait for the child and return its code.
+def _guard(command: list[str]) -> int:
+    """Run the command and return its exit code; end it on a signal, or if standard input closes."""
+    ignored = {number for number in TERMINATION_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
+    ending = threading.Lock()  # acquired once, by the first thread that ends the session
 
-    Its process group is ended if standard input closes or this process gets a termination signal.
-    """
-    ending = threading.Lock()  # acquired once, by the first thread that ends the group
-
-    def send_signal(number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, number)
-
-    def end_group() -> None:
+    def end() -> None:
         if not ending.acquire(blocking=False):
             return
-        send_signal(signal.SIGTERM)
+        os.killpg(0, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE_S
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        send_signal(signal.SIGKILL)
+        _kill_session(os.getpid())
 
     def end_at_eof() -> None:
         while os.read(0, 1024):  # not sys.stdin: its lock would abort the interpreter's shutdown
             pass
-        end_group()
+        end()
 
     for number in TERMINATION_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # batch systems and nohup set some to be ignored
-            signal.signal(number, lambda *_: threading.Thread(target=end_group, daemon=True).start())
+        if number not in ignored:  # batch systems and nohup set some to be ignored
+            signal.signal(number, lambda *_: threading.Thread(target=end, daemon=True).start())
     threading.Thread(target=end_at_eof, daemon=True).start()
     code = child.wait()
-    # A server that crashed may leave workers behind. The keeper is in their process group, and would kill
-    # itself before it returns the exit code. So it leaves them to the guard, unless all are being ended.
-    if group != os.getpgrp() or ending.locked():
-        send_signal(signal.SIGKILL)
-    return code
+    _kill_session(os.getpid())  # a server that crashed may leave workers behind
+    return shell_exit_code(code)
+
+
+def _kill_session(leader: int) -> None:
+    """Kill all processes of a session but its leader, also those that are started meanwhile."""
+    while members := [pid for pid in _processes_of(leader) if pid != leader]:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _processes_of(session: int) -> list[int]:
+    """The living processes of a session; see proc(5)."""
+    members = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            state, _, _, leader = file.read().rpartition(b")")[2].split()[:4]
+            if int(leader) == session and state not in b"ZX":
+                members.append(int(name))
+    return members
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == KEEP:
-        sys.exit(keep(sys.argv[2:]))
-    sys.exit(guard(sys.argv[1:]))
+    sys.exit(_guard(sys.argv[1:]))

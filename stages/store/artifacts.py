@@ -42,7 +42,8 @@ class Artifact:
     @property
     def adapter(self) -> Path:
         """Folder of the adapter: for score the initial adapter, else the trained one."""
-        return self.path / ("init" if self.manifest["stage"] == "score" else "adapter")
+        is_initial = "init/adapter_config.json" in self.manifest["files"]
+        return self.path / ("init" if is_initial else "adapter")
 
     def kept_adapter(self, step: str) -> Path:
         """Folder of the adapter after that step of RL."""
@@ -116,6 +117,13 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._integrity_errors: dict[tuple[Path, str], str | None] = {}
+        self.states: dict[str, Any] = {}
+        """State of each step that has been looked at, by its key (see pipeline/state.py)."""
+
+    def look_again(self) -> None:
+        """Forget what was read and verified: another process may have changed it."""
+        self.states.clear()
+        self._integrity_errors.clear()
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -228,6 +236,7 @@ class Store:
             final.rename(_unused_name(final))
         partial.rename(final)
         fsync(final.parent)
+        self.states.clear()
         artifact = self.load(final)
         assert artifact is not None
         return artifact

@@ -7,16 +7,14 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.config import ROUTED, UNVOTED
+from stages.config import ROUTED, UNVOTED, Config
 from stages.pipeline.state import state
-from stages.pipeline.steps import Step
+from stages.pipeline.steps import Step, with_inputs
 from stages.store.artifacts import Store
 from stages.sweep.table import Cell
 
 ArtifactId = tuple[str, str, str]
 """Folder of the run, stage, cache key."""
-PLANNED = "LORAPAR_PLANNED"
-"""Environment variable with the expected cache key: a config may be edited while its step waits to start."""
 
 
 @dataclass
@@ -24,6 +22,7 @@ class Node:
     """One artifact of the sweep, with the step that makes it."""
 
     id: ArtifactId
+    config: Config
     step: Step
     command: list[str]
     """Arguments of `lorapar` that make this artifact only."""
@@ -49,21 +48,17 @@ def build_graph(cells: list[Cell]) -> dict[ArtifactId, Node]:
     nodes: dict[ArtifactId, Node] = {}
     stores: dict[Path, Store] = {}
 
-    def add(cell: Cell, step: Step) -> ArtifactId:
-        artifact = (str(cell.config.root), step.stage.name, step.key)
-        inputs = [add(cell, upstream) for upstream in step.inputs.values()]
-        if artifact not in nodes:
-            nodes[artifact] = Node(artifact, step, _command(cell, step), inputs)
-            store = stores.setdefault(cell.config.root, Store(cell.config.root))
-            nodes[artifact].current = state(store, step).state == "current"
-        if (name := (cell.table, cell.row, cell.seed)) not in nodes[artifact].cells:
-            nodes[artifact].cells.append(name)
-        return artifact
-
     for cell in cells:
-        for column in cell.columns.values():
-            for name in column.steps:
-                add(cell, cell.steps[name])
+        root = cell.config.root
+        store = stores.setdefault(root, Store(root))
+        shown = {name for column in cell.columns.values() for name in column.steps}
+        for step in with_inputs(cell.steps, shown).values():
+            artifact, *inputs = ((str(root), s.stage.name, s.key) for s in (step, *step.inputs.values()))
+            if artifact not in nodes:
+                current = state(store, step).state == "current"
+                command = _command(cell, step)
+                nodes[artifact] = Node(artifact, cell.config, step, command, inputs, current=current)
+            nodes[artifact].cells.append((cell.table, cell.row, cell.seed))
     return nodes
 
 

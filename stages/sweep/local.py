@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from filelock import FileLock, Timeout
 
+from stages.config import Config
 from stages.errors import BusyError, ServerError
 from stages.pipeline.state import state
-from stages.runtime import process_guard
-from stages.runtime.process_guard import Child
+from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
-from stages.sweep.graph import PLANNED, ArtifactId, Node
+from stages.sweep.graph import ArtifactId, Node
 
 BUSY, SERVER_FAILED = BusyError.exit_code, ServerError.exit_code
 """Exit codes after which a step is retried: another process makes the same artifact, or a server failed."""
@@ -28,24 +30,60 @@ RETRY_AFTER_S = 20.0
 DEVICE_PAUSE_S = 1.0
 """Pause between two steps on a device, in which another sweep can take it."""
 POLL_S = 0.2
-"""Interval at which the child processes are polled."""
+"""Interval at which the workers are polled."""
+PATIENCE_S = 5.0
+"""Seconds from SIGTERM to SIGKILL."""
+MakeStep = Callable[[Config, Step, list[str], Path], int]
+"""Makes a step, with all output in this file, and returns the exit code that its command would have."""
+Begin = Callable[[str | None], None]
+"""Sets up the process of a worker, whose steps use these GPUs."""
 
 
-StartProcess = Callable[[list[str], dict[str, str], IO[bytes]], Child]
-"""Starts guarded `lorapar ARGUMENTS` with this environment; the file takes stdout and stderr."""
+class Worker:
+    """A process that makes one step after the other. One that was killed is replaced."""
+
+    def __init__(self, device: str | None, begin: Begin, make_step: MakeStep) -> None:
+        """device: its CUDA_VISIBLE_DEVICES; None leaves it as it is."""
+        self.device, self._begin, self._make_step = device, begin, make_step
+        self._process: ProcessPoolExecutor | None = None
+        self._step: Future[int] | None = None
+
+    def start(self, node: Node, log: Path) -> None:
+        if self._process is None:
+            fresh = multiprocessing.get_context("spawn")  # a fork would inherit locks, and no GPU survives it
+            self._process = ProcessPoolExecutor(1, fresh, self._begin, (self.device,))
+        self._step = self._process.submit(self._make_step, node.config, node.step, node.command, log)
+
+    def poll(self) -> int | None:
+        """The exit code of its step; None while that runs."""
+        assert self._step is not None
+        if not self._step.done():
+            return None
+        try:
+            return self._step.result()
+        except BrokenProcessPool:
+            self._process = None
+            return 128 + signal.SIGKILL
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.shutdown(cancel_futures=True)
 
 
-def spawned(arguments: list[str], env: dict[str, str], log: IO[bytes]) -> Child:
-    return process_guard.start([sys.executable, "-m", "lorapar_cli", *arguments], env, log)
+def _end_workers() -> None:
+    """End this process's workers: what they have begun is interrupted, and can be resumed."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + PATIENCE_S
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        worker.kill()
 
 
-def is_current(node: Node, stores: dict[str, Store]) -> bool:
-    """True if the node's artifact is up to date now.
-
-    stores: a cache by folder of the run; each store remembers what it has verified of the inputs.
-    """
-    root = node.id[0]
-    return state(stores.setdefault(root, Store(Path(root))), node.step).state == "current"
+def is_current(node: Node) -> bool:
+    """True if the node's artifact is up to date now."""
+    return state(Store(Path(node.id[0])), node.step).state == "current"
 
 
 @dataclass(frozen=True)
@@ -92,10 +130,9 @@ class Lease:
 
 @dataclass(frozen=True)
 class Running:
-    """A step whose process is running."""
+    """A step that a worker is making."""
 
-    child: Child
-    device: str | None
+    worker: Worker
     started: float
     """time.monotonic() at the start."""
     log_offset: int
@@ -105,27 +142,23 @@ class Running:
 class Sweep:
     """Scheduler of all steps; `run` runs them to the end.
 
-    A failed step stops only the steps that need it. If the sweep is interrupted, so are its children; the
+    A failed step stops only the steps that need it. If the sweep is interrupted, so are its workers; the
     same command resumes it.
     """
 
     def __init__(
         self,
         nodes: dict[ArtifactId, Node],
-        slots: list[str | None],
+        workers: list[Worker],
         logs: Path,
         say: Callable[[str], None],
         on_poll: Callable[[Sweep], None] = lambda sweep: None,
-        start: StartProcess = spawned,
     ) -> None:
-        """nodes: in topological order. on_poll: called every POLL_S seconds.
-
-        slots: the CUDA_VISIBLE_DEVICES of each step that may run at a time; None leaves it as it is.
-        """
-        self.start = start
+        """nodes: in topological order. on_poll: called every POLL_S seconds."""
         self.nodes, self.logs, self.say, self.on_poll = nodes, logs, say, on_poll
-        self.slots = list(slots)
-        """Free slots."""
+        self.workers = workers
+        self.slots = list(workers)
+        """Free workers."""
         # A step is in `waiting`, then in `running` (from where a retry leads back), then in `ended`.
         self.waiting = [artifact for artifact, node in nodes.items() if not node.current]
         self.running: dict[ArtifactId, Running] = {}
@@ -134,7 +167,6 @@ class Sweep:
         """Artifacts that exist: those that were current at the start, and those that were made since."""
         self.server_failures: dict[ArtifactId, int] = {}
         self.retry_at: dict[ArtifactId, float] = {}
-        self.stores: dict[str, Store] = {}
         self.leases: dict[str, Lease] = {}
         self.paused_until: dict[str, float] = {}
         """Device that was just released → the time until which it is left to other sweeps."""
@@ -151,10 +183,10 @@ class Sweep:
                 time.sleep(POLL_S)
                 self._collect()
         finally:
-            for step in self.running.values():
-                step.child.stdin.close()  # type: ignore[union-attr]  # tells the guard to end the step
-            for step in self.running.values():
-                step.child.wait()
+            if self.running:  # interrupted
+                _end_workers()
+            for worker in self.workers:
+                worker.close()
             for lease in self.leases.values():
                 lease.release()
         return list(self.ended.values())
@@ -172,11 +204,11 @@ class Sweep:
                 slots_free = slot is not None
                 if slot is not None:
                     self.waiting.remove(artifact)
-                    self._spawn(artifact, self.slots.pop(slot))
+                    self._start(artifact, self.slots.pop(slot))
 
     def _lease_slot(self) -> int | None:
         """Lease the devices of the first free slot that can be leased, and return its index in `slots`."""
-        for index, device in enumerate(self.slots):
+        for index, device in enumerate(worker.device for worker in self.slots):
             if device is None:
                 return index
             if self.paused_until.get(device, 0) > time.monotonic():
@@ -190,27 +222,25 @@ class Sweep:
                 self.say(f"device {device} is in use by another sweep: waiting for it")
         return None
 
-    def _spawn(self, artifact: ArtifactId, device: str | None) -> None:
+    def _start(self, artifact: ArtifactId, worker: Worker) -> None:
         node = self.nodes[artifact]
-        environment = os.environ | {PLANNED: node.step.key}
-        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        with self.log(node).open("ab") as log:
-            offset = log.tell()
-            child = self.start(node.command, environment, log)
-        self.running[artifact] = Running(child, device, time.monotonic(), offset)
-        self.say(f"started: {node.title}{'' if device is None else f' on device {device}'}")
+        log = self.log(node)
+        offset = log.stat().st_size if log.exists() else 0
+        worker.start(node, log)
+        self.running[artifact] = Running(worker, time.monotonic(), offset)
+        self.say(f"started: {node.title}{'' if worker.device is None else f' on device {worker.device}'}")
 
     def _collect(self) -> None:
-        """Record steps whose process has ended, and free their slots."""
+        """Record steps that have ended, and free their workers."""
         for artifact, step in list(self.running.items()):
-            code = step.child.poll()
+            code = step.worker.poll()
             if code is None:
                 continue
             del self.running[artifact]
-            self.slots.append(step.device)
-            if step.device is not None:
-                self.leases.pop(step.device).release()
-                self.paused_until[step.device] = time.monotonic() + DEVICE_PAUSE_S
+            self.slots.append(step.worker)
+            if (device := step.worker.device) is not None:
+                self.leases.pop(device).release()
+                self.paused_until[device] = time.monotonic() + DEVICE_PAUSE_S
             self._record(artifact, step, code)
 
     def _record(self, artifact: ArtifactId, step: Running, code: int) -> None:
@@ -219,7 +249,7 @@ class Sweep:
         log, seconds = self.log(node), time.monotonic() - step.started
         failures = self.server_failures.get(artifact, 0) + (code == SERVER_FAILED)
         self.server_failures[artifact] = failures
-        if code == 0 and is_current(node, self.stores):
+        if code == 0 and is_current(node):
             self.done.add(artifact)
             self.ended[artifact] = Outcome(node, "done", 0, log, seconds)
             to_do = len(self.waiting) + len(self.running)

@@ -21,9 +21,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.config.yaml import read_yaml
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
-from stages.runtime.process_guard import guarded_command
+from stages.pipeline.launch import EXPECTED_KEYS
+from stages.runtime.process_guard import Guarded
 from stages.sweep.file import mistakes_error
-from stages.sweep.graph import PLANNED, ArtifactId, Node
+from stages.sweep.graph import ArtifactId, Node
 from stages.sweep.local import BUSY, is_current
 
 MAX_REQUEUES = 20
@@ -49,10 +50,10 @@ class Call:
     Slurm signals every process of a job. The step ignores that signal: its guard ends it, and its servers.
     """
 
-    def __init__(self, command: list[str], planned: str) -> None:
-        """planned: the cache key that the command must make."""
-        self.command, self.planned = command, planned
-        self._child: subprocess.Popen[bytes] | None = None
+    def __init__(self, command: list[str], expected_key: str) -> None:
+        """expected_key: the cache key that the command must make."""
+        self.command, self.expected_key = command, expected_key
+        self._child: Guarded | None = None
 
     def __call__(self) -> None:
         while (code := self._run()) == BUSY:
@@ -61,11 +62,10 @@ class Call:
             raise SystemExit(code)
 
     def _run(self) -> int:
-        self._child = subprocess.Popen(
-            guarded_command([sys.executable, "-m", "lorapar_cli", *self.command]),
-            stdin=subprocess.PIPE,
+        self._child = Guarded(
+            [sys.executable, "-m", "lorapar_cli", *self.command],
             preexec_fn=_ignore_job_signals,
-            env=os.environ | {PLANNED: self.planned},
+            env=os.environ | {EXPECTED_KEYS: self.expected_key},
         )
         # Not Popen.wait: it holds a lock, and `checkpoint` interrupts it to wait for the same child.
         status = os.waitpid(self._child.pid, 0)[1]
@@ -81,7 +81,7 @@ class Call:
             self._child.stdin.close()
             with contextlib.suppress(ChildProcessError):  # it ended before the signal
                 os.waitpid(self._child.pid, 0)
-        return DelayedSubmission(Call(self.command, self.planned))
+        return DelayedSubmission(Call(self.command, self.expected_key))
 
 
 def _ignore_job_signals() -> None:
@@ -119,7 +119,7 @@ class Cluster:
                     self.say(f"job {job} is {job_state.lower()}: {node.title}")
                     job_of[artifact] = job
                     continue
-                if job is not None and not job_state and is_current(node, {}):
+                if job is not None and not job_state and is_current(node):
                     continue  # the job ended after the graph was built
                 if job is not None and job_state:
                     subprocess.run(["scancel", job], check=False)  # its dependency can never be satisfied
@@ -143,7 +143,7 @@ class Cluster:
             if not status and job is None:
                 status = "not submitted"
             elif not status:  # the job may have ended after the graph was built
-                status = "current" if is_current(node, {}) else FAILED
+                status = "current" if is_current(node) else FAILED
             counts[status] = counts.get(status, 0) + 1
             if status == FAILED:
                 self.say(f"job {job} {FAILED}{self._log_hint(job or '')}: {node.title}")

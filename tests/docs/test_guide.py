@@ -8,6 +8,7 @@ from statistics import mean
 
 import jsonschema
 import pytest
+import reference
 import yaml
 from conftest import CONFIGS, ROOT, TABLES, Small, labels_of, make_steps, paths
 from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
@@ -17,8 +18,9 @@ from stages.config.schema import json_schema
 from stages.config.yaml import setting_names
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights
-from stages.pipeline.outputs import MANIFEST, OUTPUTS
 from stages.pipeline.resolve import load
+from stages.pipeline.stage import all_stages
+from stages.pipeline.stage import stage as described
 from stages.sweep.file import TableFile
 
 
@@ -153,15 +155,17 @@ def test_editors_see_mistakes(wrong) -> None:
 
 def test_artifacts_have_the_files_that_the_reference_lists(begun: Small) -> None:
     missing = {
-        stage: {name for name, text in files.items() if "kind lm_eval" not in text and "Only in" not in text}
-        for stage, files in OUTPUTS.items()
+        stage.name: {
+            name for name, text in stage.files.items() if "kind lm_eval" not in text and "Only in" not in text
+        }
+        for stage in all_stages()
     }
     for name, (artifact, _) in make_steps(begun("rl.keep_steps=[1]")).items():
         stage = name.partition(":")[0]
         listed = {path.name + "/" * path.is_dir() for path in artifact.path.iterdir()} - {"manifest.json"}
-        assert listed <= set(OUTPUTS[stage]), name
+        assert listed <= set(described(stage).files), name
         missing[stage] -= listed
-        assert {field for row in MANIFEST for field in row.split(", ")} <= set(artifact.manifest)
+        assert {field for row in reference.MANIFEST for field in row.split(", ")} <= set(artifact.manifest)
     assert not any(missing.values())
 
 

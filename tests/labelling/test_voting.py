@@ -8,7 +8,7 @@ from conftest import labels_of, make_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.classify import _calibrate_voter
+from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError

@@ -13,7 +13,6 @@ from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.scorers import scorers
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.plan.estimate import knobs
 from stages.plan.preflight import problems
 
 SCORED = ("rl.rescore=grpo_sign", "score.examples=4", "sft.learning_rate=0.1")
@@ -94,7 +93,8 @@ def test_what_stops_it_is_found_before_the_first_vote(begun, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     steps = [step for name, step in plan_steps(config).items() if name == "score:rl"]
     assert [str(one) for one in problems(config, steps) if "2 GPUs are visible to one process" in str(one)]
-    assert knobs("score:rl", config).startswith("rl.per_device_train_batch_size")
+    hint = steps[0].stage.memory_hint(config, "rl")
+    assert hint.startswith("rl.per_device_train_batch_size")
 
 
 def test_score_itself_has_no_completions(smoke):

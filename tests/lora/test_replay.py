@@ -260,7 +260,7 @@ def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_p
 def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
     """Against whole sequences, one by one, through the model's own forward pass; 0 at the start."""
     seen = []
-    monkeypatch.setattr("stages.rl.KlProbe", lambda *given: seen.append(made := KlProbe(*given)) or made)
+    monkeypatch.setattr("stages.rl.run.KlProbe", lambda *given: seen.append(made := KlProbe(*given)) or made)
     trainer, model, _ = trainer_of(with_reward("odd", "rl.kl_probe_prompts=5"), monkeypatch)
     (drift,) = seen
     assert drift.divergence() == 0

@@ -11,6 +11,7 @@ from stages.pipeline.run import pending_stages
 from stages.pipeline.steps import plan_steps
 from stages.report import elements
 from stages.report.page import Pictures, Text
+from stages.store.artifacts import Store
 
 RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "score.examples=4"]
 AGAIN = "rl.rescore=taylor2"
@@ -24,7 +25,8 @@ def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
     assert list(now["partition:rl"].inputs) == ["score:rl"] and list(now["partition:sft"].inputs) == ["score"]
     config = resolved(begun(*RL, AGAIN, "eval.targets=[rl]"))
     assert [
-        (task.stage, task.variants) for task in pending_stages(config, plan_steps(config), None, "rl")
+        (task.stage.name, task.variants)
+        for task in pending_stages(config, plan_steps(config), Store(config.root), None, "rl")
     ] == [
         ("classify", ["train"]),
         ("score", ["score"]),

@@ -7,7 +7,6 @@ import pytest
 from conftest import labels_of, make_step
 from trl import GRPOTrainer
 
-from stages import rl
 from stages.engines.continuous_batching import generate
 from stages.errors import ConfigError, DataError, MeaninglessError
 from stages.lora.grpo.prompts import RlPrompts
@@ -15,6 +14,7 @@ from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
+from stages.rl import run as rl
 
 
 @pytest.fixture

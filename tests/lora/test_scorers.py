@@ -10,7 +10,6 @@ import torch
 from conftest import make_steps
 from safetensors.torch import load_file
 
-from stages import score
 from stages.config import LoraSection, ModelSection, ScoreSection
 from stages.errors import MeaninglessError, OutOfMemoryError
 from stages.lora.adapter import adapter
@@ -20,6 +19,7 @@ from stages.models.base import load_base
 from stages.packing.losses import answer_losses, collate, pack_rows, packed_answer_losses
 from stages.prompts.renderer import IGNORED, Row
 from stages.runtime.batch_size import BatchSize
+from stages.score import run as score
 
 
 def rows(count: int = 7) -> list[Row]:

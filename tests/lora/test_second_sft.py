@@ -42,7 +42,8 @@ def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
 def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
     for benchmarks in ([], ["eval.benchmarks={}"]):
         config = resolved(smoke(*TWO, "eval.targets=[base, sft2]", *benchmarks))
-        tasks = [task.stage for task in pending_stages(config, plan_steps(config), None, None)]
+        pending = pending_stages(config, plan_steps(config), Store(config.root), None, None)
+        tasks = [task.stage.name for task in pending]
         assert tasks == ["classify", "score", "partition", "sft", *([] if benchmarks else ["eval"])]
 
 

@@ -12,7 +12,6 @@ from conftest import Silent, make_step, make_steps
 from safetensors.torch import save_file
 from torch import nn
 
-from stages import sft
 from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.lora import examples
@@ -25,10 +24,10 @@ from stages.lora.training.trainer import ExactTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
-from stages.pipeline.stages import order
-from stages.pipeline.steps import plan_steps
+from stages.pipeline.steps import plan_steps, stage_names
 from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled, labelled_examples, read_labels
+from stages.sft import run as sft
 from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints
 
@@ -165,8 +164,8 @@ def test_what_an_accelerate_file_may_not_ask_for(asked, said):
 def test_the_reversed_order(begun):
     """RL from the initial adapter, SFT from RL's."""
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
-    assert [stage.name for stage in order(config)] == ["classify", "score", "partition", "rl", "sft", "eval"]
     steps = plan_steps(resolved(config))
+    assert stage_names(steps) == ["classify", "score", "partition", "rl", "sft", "eval"]
     assert set(steps["rl"].inputs) == {"classify:train", "partition:rl", "score"}
     assert set(steps["sft"].inputs) == {"classify:train", "partition:sft", "rl"}
     for stage in ("rl", "sft"):

@@ -17,10 +17,10 @@ from unittest.mock import patch
 
 import trl
 
-from stages import sft
 from stages.config import RlSection, SftSection
 from stages.config.rl import RolloutsSection
 from stages.lora.grpo import building
+from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
 REVIEWED = Path(__file__).with_name("trl_defaults.json")

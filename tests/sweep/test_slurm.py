@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, make_steps
 
+from stages import ORDER
 from stages.errors import ConfigError, MissingInputError, ServerError
-from stages.pipeline.stages import STAGES
+from stages.runtime.process_guard import Guarded
 from stages.store.checkpoints import SEAL
 from stages.sweep import graph, slurm
 from stages.sweep.table import table
@@ -140,7 +141,7 @@ def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lora
         i for i, node in enumerate(graph.build_graph(table(path).cells).values()) if node.stage == "sft"
     )
     submitted.queue = {job: how for job, how in submitted.queue.items() if job[0] != str(100 + ended)}
-    monkeypatch.setattr(slurm, "is_current", lambda node, stores: node.stage == "sft")
+    monkeypatch.setattr(slurm, "is_current", lambda node: node.stage == "sft")
     monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: pytest.fail("cancelled"))
     lorapar(*command)
     assert len(submitted.jobs) == 13
@@ -164,7 +165,7 @@ def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted, monkeypat
     assert done.code == 1 and f"job {number} ended without its artifact, and never ran: classify" in done.err
     assert "1 ended without its artifact, 12 pending" in done.err and len(submitted.jobs) == 13
     assert "set eval.engine: vllm" in done.err  # this machine has no GPU, others may
-    monkeypatch.setattr(slurm, "is_current", lambda node, stores: True)  # it ended in this moment
+    monkeypatch.setattr(slurm, "is_current", lambda node: True)  # it ended in this moment
     done = lorapar(*command)
     assert done.code == 0 and "1 current, 12 pending" in done.err
 
@@ -213,7 +214,7 @@ def test_wrong_settings_are_refused(tmp_path, text, said):
     file = tmp_path / "slurm.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        slurm.settings(file, list(STAGES))
+        slurm.settings(file, list(ORDER))
 
 
 def test_a_record_that_is_none_is_named(path, lorapar, submitted):
@@ -248,7 +249,7 @@ def test_a_reply_of_sbatch_that_is_none(tmp_path, monkeypatch):
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     with pytest.raises(MissingInputError, match="no file"):
-        slurm.settings(tmp_path / "none.yaml", list(STAGES))
+        slurm.settings(tmp_path / "none.yaml", list(ORDER))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingInputError, match="squeue is not installed here"):
         slurm.queued()
@@ -264,9 +265,8 @@ def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
 def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
     """As while another process makes the artifact: there is no child then."""
     call = slurm.Call(["x"], "")
-    monkeypatch.setattr(
-        slurm, "guarded_command", lambda command: [sys.executable, "-c", "raise SystemExit(75)"]
-    )
+    busy = [sys.executable, "-c", "raise SystemExit(75)"]
+    monkeypatch.setattr(slurm, "Guarded", lambda command, **options: Guarded(busy, **options))
 
     def told(seconds):
         assert call.checkpoint().function.command == ["x"]

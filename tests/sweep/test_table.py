@@ -20,10 +20,10 @@ from conftest import ROOT, alive, make_steps, wait_for
 from stages.data.demo import write
 from stages.errors import ConfigError, MissingInputError
 from stages.evaluation.statistics import Interval, interval
+from stages.pipeline.launch import EXPECTED_KEYS
 from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
 from stages.report import table_page
-from stages.runtime import process_guard
 from stages.store.digests import sha256_file
 from stages.sweep import formats, graph, local
 from stages.sweep.file import Column, TableFile, read
@@ -475,7 +475,7 @@ def test_the_time_of_a_stage_is_that_of_each_artifact_once(small, tmp_path):
 
 
 def test_a_dry_run_starts_nothing(small, lorapar, monkeypatch):
-    monkeypatch.setattr(process_guard.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(local.Worker, "start", lambda *_: pytest.fail("started"))
     runs = small.with_name("none")
     done = lorapar("sweep", small, "--dry-run", "--seeds", "77", "--set", f"runs_dir={runs}")
     assert done.code == 0 and "how long it takes is not known" in done.err
@@ -758,46 +758,46 @@ def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
         assert re.search(rf"System {system} \(\d+ % for independent Gaussians\)[,.]", captions[3])
 
 
-class Child:
-    """A process that ends at once with the next of these exit codes for its stage."""
+class Instant:
+    """A worker whose steps end at once, with the next of these exit codes for their stage."""
 
     codes: dict[str, list[int]] = {}
-    started: list[list[str]] = []
+    started: list[str] = []
 
-    def __init__(self, command, **_):
-        self.arguments = command[command.index("lorapar_cli") + 1 :]
-        self.stdin = SimpleNamespace(close=lambda: None)
-        self.started.append(self.arguments)
+    def __init__(self, device: str | None = None) -> None:
+        self.device, self.stage = device, ""
+
+    def start(self, node, log):
+        self.stage = node.stage
+        self.started.append(node.stage)
 
     def poll(self):
-        codes = self.codes.get(self.arguments[0], [])
+        codes = self.codes.get(self.stage, [])
         return codes.pop(0) if codes else 0
 
-    def terminate(self): ...
-    def wait(self): ...
+    def close(self): ...
 
 
 @pytest.fixture
-def children(monkeypatch, tmp_path):
+def workers(monkeypatch, tmp_path):
     monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0)
-    monkeypatch.setattr(local, "is_current", lambda node, stores: True)
+    monkeypatch.setattr(local, "is_current", lambda node: True)
     monkeypatch.setattr(local, "RETRY_AFTER_S", 0)
-    monkeypatch.setattr(process_guard.subprocess, "Popen", Child)
     monkeypatch.setattr(local, "POLL_S", 0)
-    Child.codes, Child.started = {}, []
-    return Child
+    Instant.codes, Instant.started = {}, []
+    return Instant
 
 
-def swept_by(children, small, tmp_path, places=(None,)):
+def swept_by(workers, small, tmp_path, places=(None,)):
     nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
-    return nodes, local.Sweep(nodes, list(places), tmp_path, said.append).run(), said
+    return nodes, local.Sweep(nodes, [workers(place) for place in places], tmp_path, said.append).run(), said
 
 
-def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
-    children.codes = {"rl": [65]}  # the first one
-    nodes, ended, said = swept_by(children, small, tmp_path)
+def test_a_failure_stops_only_what_needs_it(workers, small, tmp_path):
+    workers.codes = {"rl": [65]}  # the first one
+    nodes, ended, said = swept_by(workers, small, tmp_path)
     failed = [outcome for outcome in ended if outcome.status == "failed"]
     (one,) = failed
     assert one.code == 65 and one.node.stage == "rl"
@@ -807,22 +807,22 @@ def test_a_failure_stops_only_what_needs_it(children, small, tmp_path):
     assert any(line.startswith("failed with exit code 65: rl") for line in said)
 
 
-def test_a_busy_step_is_tried_again_and_not_for_ever(children, small, tmp_path):
-    children.codes = {"score": [75] * 9}
-    _, ended, _ = swept_by(children, small, tmp_path)
+def test_a_busy_step_is_tried_again_and_not_for_ever(workers, small, tmp_path):
+    workers.codes = {"score": [75] * 9}
+    _, ended, _ = swept_by(workers, small, tmp_path)
     assert {outcome.status for outcome in ended} == {"done"}
-    children.codes, children.started = {"score": [75] * 3 + [69, 75, 69]}, []
-    _, ended, _ = swept_by(children, small, tmp_path)
+    workers.codes, workers.started = {"score": [75] * 3 + [69, 75, 69]}, []
+    _, ended, _ = swept_by(workers, small, tmp_path)
     assert {outcome.status for outcome in ended} == {"done"}
-    children.codes, children.started = {"score": [69] * 9}, []
-    _, ended, _ = swept_by(children, small, tmp_path)
+    workers.codes, workers.started = {"score": [69] * 9}, []
+    _, ended, _ = swept_by(workers, small, tmp_path)
     assert [o.code for o in ended if o.status == "failed"] == [69, 69]
-    assert sum(arguments[0] == "score" for arguments in children.started) == 2 * local.MAX_SERVER_FAILURES
+    assert workers.started.count("score") == 2 * local.MAX_SERVER_FAILURES
 
 
-def test_a_step_that_made_something_else_has_failed(children, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "is_current", lambda node, stores: node.stage != "sft")
-    _, ended, said = swept_by(children, small, tmp_path)
+def test_a_step_that_made_something_else_has_failed(workers, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "is_current", lambda node: node.stage != "sft")
+    _, ended, said = swept_by(workers, small, tmp_path)
     assert {o.node.stage for o in ended if o.status == "failed"} == {"sft"}
     assert any(line.startswith("made another artifact") for line in said)
 
@@ -831,27 +831,27 @@ def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorap
     """Somebody edited the base while a job was waiting."""
     cell = table(small, only=["θ .5"], seeds=[1]).cells[0]
     node = next(node for node in graph.build_graph([cell]).values() if node.stage == "score")
-    monkeypatch.setenv(graph.PLANNED, "0" * 12)
+    monkeypatch.setenv(EXPECTED_KEYS, "0" * 12)
     done = lorapar(*node.command)
     assert done.code == 78 and "score is no longer what was planned" in done.err
-    monkeypatch.setenv(graph.PLANNED, node.step.key)
+    monkeypatch.setenv(EXPECTED_KEYS, node.step.key)
     assert "no longer what was planned" not in lorapar(*node.command).err
 
 
+def begin(device: str | None) -> None: ...
+
+
+def wait_for_long(config, step, command, log):
+    """What a worker of the test below does."""
+    log.with_name("mark").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
 def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
-    """A real child, which would run for ten minutes; its guard ends it and what it has started."""
+    """A real worker, whose step would run for ten minutes."""
     nodes = graph.build_graph(table(small, seeds=[9]).cells)
     mark = tmp_path / "mark"
-    inner = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    command = [sys.executable, "-c", inner]
-    sweep = local.Sweep(
-        nodes,
-        [None],
-        tmp_path,
-        lambda _: None,
-        start=lambda _, env, log: process_guard.start(command, env, log),
-    )
-
+    sweep = local.Sweep(nodes, [local.Worker(None, begin, wait_for_long)], tmp_path, lambda _: None)
     sleep = time.sleep
 
     def interrupted(seconds):
@@ -866,16 +866,28 @@ def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     assert wait_for(lambda: not alive(int(mark.read_text())))
 
 
-def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypatch):
-    running, most, seen = {}, 0, set()
+def die(config, step, command, log):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    class Slow(Child):
-        def __init__(self, command, env, **given):
-            super().__init__(command, **given)
+
+def test_a_worker_that_was_killed_is_replaced(small, tmp_path):
+    node = next(iter(graph.build_graph(table(small, seeds=[9]).cells).values()))
+    worker = local.Worker(None, begin, die)
+    for _ in range(2):
+        worker.start(node, tmp_path / "log")
+        assert wait_for(lambda: worker.poll() is not None) and worker.poll() == 137
+
+
+def test_each_device_runs_one_step_at_a_time(workers, small, tmp_path):
+    running, most, seen = set(), 0, set()
+
+    class Slow(workers):
+        def start(self, node, log):
+            super().start(node, log)
             nonlocal most
-            self.device, self.looks = env["CUDA_VISIBLE_DEVICES"], 0
+            self.looks = 0
             assert self.device not in running
-            running[self.device] = self
+            running.add(self.device)
             seen.add(self.device)
             most = max(most, len(running))
 
@@ -883,11 +895,10 @@ def test_each_device_runs_one_step_at_a_time(children, small, tmp_path, monkeypa
             self.looks += 1
             if self.looks < 3:
                 return None
-            del running[self.device]
+            running.remove(self.device)
             return 0
 
-    monkeypatch.setattr(process_guard.subprocess, "Popen", Slow)
-    swept_by(children, small, tmp_path, ["0", "3"])
+    swept_by(Slow, small, tmp_path, ["0", "3"])
     assert seen == {"0", "3"} and most == 2
 
 
@@ -901,7 +912,7 @@ def test_two_sweeps_do_not_share_a_device(tmp_path, monkeypatch):
     assert local.Lease("0").acquire()  # the lease that could not be had whole keeps nothing
 
 
-def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_path, monkeypatch):
+def test_a_step_waits_for_a_device_that_another_sweep_has(workers, small, tmp_path, monkeypatch):
     other, looks = local.Lease("3"), []
     assert other.acquire()
 
@@ -913,13 +924,13 @@ def test_a_step_waits_for_a_device_that_another_sweep_has(children, small, tmp_p
 
     nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
-    ended = local.Sweep(nodes, ["3"], tmp_path, said.append, look).run()
+    ended = local.Sweep(nodes, [workers("3")], tmp_path, said.append, look).run()
     assert sum("device 3 is in use by another sweep" in line for line in said) == 1
     assert {outcome.status for outcome in ended} == {"done"} and max(looks) == 1
     assert other.acquire()  # and is given back
 
 
-def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp_path, monkeypatch):
+def test_a_device_is_left_to_other_sweeps_between_two_steps(workers, small, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0.3)
     other, had = local.Lease("3"), []
 
@@ -929,7 +940,7 @@ def test_a_device_is_left_to_other_sweeps_between_two_steps(children, small, tmp
             other.release()
 
     nodes = graph.build_graph(table(small, seeds=[5]).cells)
-    ended = local.Sweep(nodes, ["3"], tmp_path, lambda _: None, look).run()
+    ended = local.Sweep(nodes, [workers("3")], tmp_path, lambda _: None, look).run()
     assert had and had[0] < len(ended)
 
 

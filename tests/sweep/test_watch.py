@@ -14,6 +14,7 @@ from stages.sweep.local import Outcome, Running, Sweep
 PLACES = {
     name: ("runs", stage, name) for name, stage in (("a", "sft"), ("b", "sft"), ("c", "rl"), ("d", "rl"))
 }
+WORKER = SimpleNamespace(device=None)
 CELLS = {"a": [1, 3], "b": [2], "c": [1], "d": [2]}
 
 
@@ -25,7 +26,7 @@ def sweep(**state: object) -> Sweep:
         )
         for n in PLACES
     }  # fmt: skip
-    found = Sweep(nodes, [None], Path("logs"), print)
+    found = Sweep(nodes, [WORKER], Path("logs"), print)
     for name, value in state.items():
         setattr(found, name, value)
     return found
@@ -33,7 +34,7 @@ def sweep(**state: object) -> Sweep:
 
 def test_cells_are_counted_by_all_that_they_need():
     """Row 1 has its SFT and waits for its RL, row 2 is running, row 3 needs the SFT alone."""
-    running = {PLACES["b"]: Running(None, None, time.monotonic(), 0)}
+    running = {PLACES["b"]: Running(WORKER, time.monotonic(), 0)}
     waiting = [PLACES["c"], PLACES["d"]]
     found = sweep(done={PLACES["a"]}, running=running, waiting=waiting)
     assert summary(found, {}) == "cells: 1 done, 1 running, 1 waiting"
@@ -45,7 +46,7 @@ def test_cells_are_counted_by_all_that_they_need():
 def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running():
     begun = time.monotonic() - 20
     found = sweep(
-        running={PLACES["b"]: Running(None, None, begun, 0)}, waiting=[PLACES["c"], PLACES["d"]], slots=[]
+        running={PLACES["b"]: Running(WORKER, begun, 0)}, waiting=[PLACES["c"], PLACES["d"]], slots=[]
     )
     assert abs(time_left(found, {"sft": 60, "rl": 300}) - 640) < 2
     found.slots = [None]  # a second place
@@ -56,7 +57,7 @@ def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running(
 
 
 def test_the_view_names_what_runs_with_its_last_word(tmp_path):
-    running = {PLACES["b"]: Running(None, "1", time.monotonic(), 0)}
+    running = {PLACES["b"]: Running(SimpleNamespace(device="1"), time.monotonic(), 0)}
     found = sweep(running=running, waiting=[PLACES["c"]], logs=tmp_path)
     found.log(found.nodes[PLACES["b"]]).write_text("loading\nsft 3/36  [red]9 s[/red]\n\n")
     console = Console(file=io.StringIO(), width=100)

@@ -70,15 +70,14 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             tally.lost.append(f"{title}: then code {ended.returncode}: {ended.stderr[-300:]}")
 
 
-SERVER = "vllm.entrypoints.openai.api_server"
-WAYS = [(who, number) for who in ("run", "stage", "group") for number in SIGNALS]
-WAYS += [(who, signal.SIGKILL) for who in ("guard", "keeper")]
+GUARD = "process_guard.py"
+WAYS = [(who, number) for who in ("run", "group") for number in SIGNALS] + [("guard", signal.SIGKILL)]
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
 def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
-    """A vLLM server, starting or answering, ends with the run, with its stage, and without its guards."""
+    """A vLLM server, starting or answering, ends with the run, and without its guard."""
     with descendants() as living:
 
         def ours():
@@ -117,20 +116,14 @@ def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
 
 
 def _send(run: subprocess.Popen, who: str, number: signal.Signals, of: set[int]) -> None:
-    """The signal to the run, its stage, its process group, or those that stand by its server."""
+    """The signal to the run, its process group, or the guard of its server."""
     if who == "group":
         os.killpg(run.pid, number)
-        return
-    if who == "run":
+    elif who == "run":
         run.send_signal(number)
-        return
-    table = [line.split(None, 2) for line in _ps("pid,ppid,args")]
-    parents = {int(pid): int(parent) for pid, parent, _ in table}
-    keeper = next(
-        int(pid) for pid, _, args in table if "--keep" in args and SERVER in args and int(pid) in of
-    )
-    guard = parents[keeper]
-    os.kill({"stage": parents[guard], "guard": guard, "keeper": keeper}[who], number)
+    else:
+        table = [line.split(None, 1) for line in _ps("pid,args")]
+        os.kill(next(int(pid) for pid, args in table if GUARD in args and int(pid) in of), number)
 
 
 def _ps(columns: str) -> list[str]:

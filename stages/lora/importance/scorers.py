@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from stages.config import Config
     from stages.packing.batch import PackedBatch
     from stages.prompts.renderer import Row
     from stages.runtime.batch_size import BatchSize
@@ -36,6 +37,11 @@ zero, and so is the value of B). Trait `pilot`: the formula takes the value afte
 place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions, of the gradient
 of GRPO's loss at SFT's adapter (`grpo/gradients.py`); only `rl.rescore` can name such a scorer.
 """
+
+
+def rescored_by_rollouts(config: Config) -> bool:
+    """True if RL's elements are scored by gradients of RL."""
+    return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
 
 
 @dataclass

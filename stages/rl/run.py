@@ -1,4 +1,4 @@
-"""rl: GRPO on the active System 2 elements, by TRL's GRPOTrainer, from the SFT adapter."""
+"""GRPO on the active System 2 elements, by TRL's GRPOTrainer, from the SFT adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
@@ -36,24 +36,26 @@ def run(
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    start = loop.InitialAdapter.of("rl", job.adapter("sft", "score"), job.masks)
-    labels, say = read_labels(job.labels), job.progress.say
+    start = loop.InitialAdapter.of("rl", context.adapter("sft", "score"), context.masks)
+    labels, say = read_labels(context.labels), context.progress.say
     grpo = building.build(
-        labels, start, job.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
+        labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
     )
     prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
     title = f"rl on {prompts.system2_rows} prompts"
-    trainer.add_callback(ProgressCallback(job.progress, title, grpo.steps, SHOWN, rl.max_zero_signal_steps))
+    trainer.add_callback(
+        ProgressCallback(context.progress, title, grpo.steps, SHOWN, rl.max_zero_signal_steps)
+    )
     if prompts.held_out and not is_prompt_learning(peft_model):
         if start.active is not None:
             start.restore(peft_model)
         trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
-    protected_kl.watch(trainer, start, job.protected, grpo.renderer, rl.kl_probe_steps)
-    kept = KeepAdapters(peft_model, model, job.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
+    protected_kl.watch(trainer, start, context.protected, grpo.renderer, rl.kl_probe_steps)
+    kept = KeepAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
     trainer.add_callback(kept)
-    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
+    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     if distributed.is_main():
-        kept.copy(job.out / KEPT_ADAPTERS)
+        kept.copy(context.out / KEPT_ADAPTERS)
     return {
         "prompts": prompts.system2_rows,
         "replayed_prompts": prompts.replayed,

@@ -1,4 +1,4 @@
-"""sft: train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL.
+"""Train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL.
 
 With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements on System 2 rows, from there.
 """
@@ -43,7 +43,7 @@ PINNED: dict[str, Any] = {
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -57,12 +57,12 @@ def run(
 
     from stages.lora.training.sft_trainer import SftTrainer
 
-    labels = read_labels(job.labels)
+    labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
-    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed, job.variant), data)
-    _warn(rows, renderer, sft, job.progress)
-    masks = "rl" if job.variant else "sft"
-    start = loop.InitialAdapter.of(masks, job.adapter("sft", "rl", "score"), job.masks)
+    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed, context.variant), data)
+    _warn(rows, renderer, sft, context.progress)
+    masks = "rl" if context.variant else "sft"
+    start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     gc.collect()  # the first round's model is in reference cycles, and the second needs its memory
     base = fsdp.load(model, sft.launch)
@@ -75,7 +75,7 @@ def run(
     )
     trainer = SftTrainer(
         model=peft_model,
-        args=_arguments(sft, steps, seed, job.checkpoints),
+        args=_arguments(sft, steps, seed, context.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=renderer.tokenizer,
         run_info=RunInfo(names, knobs),
@@ -85,10 +85,10 @@ def run(
     )
     accept_packed(base)
     trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
-    title = f"sft on {len(rows)} {'System 2 ' if job.variant else ''}rows"
-    trainer.add_callback(ProgressCallback(job.progress, title, steps, ("loss", "learning_rate")))
-    protected_kl.watch(trainer, start, job.protected, renderer)
-    summary = loop.train(trainer, peft_model, start, job.out, model, job.checkpoints)
+    title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
+    trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
+    protected_kl.watch(trainer, start, context.protected, renderer)
+    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     left_out = len(labels) - len(examples.with_response(examples.with_targets(labels, sft)))
     without = {"without_response": left_out} if left_out else {}
     return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}

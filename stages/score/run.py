@@ -1,4 +1,4 @@
-"""score: make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems.
+"""Make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems.
 
 Variants of the stage score its elements for the rows of `partition.protect` and, with `rl.rescore`, the
 elements of SFT's adapter.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     data: DataSection,
     prompt: PromptSection,
@@ -65,31 +65,31 @@ def run(
     the number of examples, their mean loss (in a pilot run: before the step on them) and the share of the
     formula's second-order term or, with a pilot run, its number of steps.
     """
-    scorer = rl.rescore if job.variant == "rl" and rl.rescore else score.scorer
+    scorer = rl.rescore if context.variant == "rl" and rl.rescore else score.scorer
     if scorers.has_trait(scorer, "rollouts"):
-        return _by_rollouts(job, model, prompt, lora, score, rl, seed)
+        return _by_rollouts(context, model, prompt, lora, score, rl, seed)
     base = fsdp.load(model, score.launch)
-    start = job.adapter("sft", "score")
+    start = context.adapter("sft", "score")
     peft_model = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(peft_model)
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
     if distributed.is_main():
         if not start:
-            adapter.save(peft_model, job.out / "init", model)
-        (job.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+            adapter.save(peft_model, context.out / "init", model)
+        (context.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     fsdp.shard_base(peft_model, model, score.launch)
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
-    protected = job.variant == examples.PROTECTED
-    if "classify" not in job.inputs and not protected:
+    protected = context.variant == examples.PROTECTED
+    if "classify" not in context.inputs and not protected:
         return summary
-    labels = [] if protected else read_labels(job.labels)
+    labels = [] if protected else read_labels(context.labels)
     left_out = len(labels) - len(examples.with_response(labels))
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
     groups: dict[Any, list[Example]] = {}
     if protected:
         assert protect is not None
         groups[examples.PROTECTED], held_out, left_out = examples.protected(protect, score, seed)
-        summary["held_out"] = _hold_out(held_out, renderer, data, job.out / "held_out.jsonl")
+        summary["held_out"] = _hold_out(held_out, renderer, data, context.out / "held_out.jsonl")
     else:
         groups |= examples.scored(labels, score, seed)
     if left_out:
@@ -100,12 +100,12 @@ def run(
         title = "the protected rows" if protected else f"System {group}"
         rows, long = renderer.rows(chosen, data)
         scores[group], statistics = _score_rows(
-            peft_model, rows, title, scorer, size, score.launch, lora, renderer, job.progress
+            peft_model, rows, title, scorer, size, score.launch, lora, renderer, context.progress
         )
         name = str(group) if protected else f"system{group}"
         summary[name] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
-        write_importance(job.out / "importance.safetensors", scores)
+        write_importance(context.out / "importance.safetensors", scores)
     return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
 
 
@@ -136,7 +136,7 @@ def _score_rows(
 
 
 def _by_rollouts(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     lora: LoraSection,
@@ -152,16 +152,18 @@ def _by_rollouts(
     from stages.lora.grpo import building, gradients  # the trainer, which other scorers do not need
     from stages.lora.training import loop
 
-    start = loop.InitialAdapter(job.adapter("sft"), None)
-    labels, rl = read_labels(job.labels), gradients.without_updates(rl, score.launch)
+    start = loop.InitialAdapter(context.adapter("sft"), None)
+    labels, rl = read_labels(context.labels), gradients.without_updates(rl, score.launch)
     sandbox = rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None
-    say = job.progress.say
-    grpo = building.build(labels, start, job.checkpoints, say, model, prompt, lora, None, rl, seed, sandbox)
-    sums, statistics = gradients.measure(grpo, start, job.progress)
+    say = context.progress.say
+    grpo = building.build(
+        labels, start, context.checkpoints, say, model, prompt, lora, None, rl, seed, sandbox
+    )
+    sums, statistics = gradients.measure(grpo, start, context.progress)
     if not distributed.is_main():
         return {}
-    previous = job.inputs["score"].path
-    shutil.copyfile(previous / "shapes.json", job.out / "shapes.json")
+    previous = context.inputs["score"].path
+    shutil.copyfile(previous / "shapes.json", context.out / "shapes.json")
     assert rl.rescore is not None
     system2 = _scores(adapter.lora_layers(grpo.model), sums, lora, scorers.pick(rl.rescore))
     check_importance(flatten_weights(system2), "System 2")
@@ -169,7 +171,7 @@ def _by_rollouts(
         1: read_importance(previous / "importance.safetensors")[1],
         2: system2,
     }
-    write_importance(job.out / "importance.safetensors", importance)
+    write_importance(context.out / "importance.safetensors", importance)
     elements = sum(tensor.numel() for tensor in system2.values())
     return {"elements": elements, "system2": statistics, "prompt": grpo.renderer.digest()}
 

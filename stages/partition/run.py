@@ -1,4 +1,4 @@
-"""partition: give each element a region by its importance, and choose the elements that SFT or RL trains."""
+"""Give each element a region by its importance, and choose the elements that SFT or RL trains."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from stages.pipeline.context import StageContext
 
 
-def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
+def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
     What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
     region and the active share. MeaninglessError if no element is active.
     """
-    score = job.inputs["score"].path
+    score = context.inputs["score"].path
     by_name = json.loads((score / "shapes.json").read_text())
     shapes = {name: torch.Size(shape) for name, shape in by_name.items()}
     # Scores are 1-D over all weights, in the order of their names; `sizes` says where each weight ends.
@@ -49,20 +49,21 @@ def run(job: StageContext, partition: PartitionSection, seed: int) -> dict[str, 
     else:
         importance = read_importance(score / "importance.safetensors")
         scores = {system: flatten_weights(tensors) for system, tensors in importance.items()}
-    job.progress.start(f"partition for {job.variant}")
+    context.progress.start(f"partition for {context.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
-    if job.variant == "sft":
+    if context.variant == "sft":
         active = split.active["sft"]
     else:
         active = _rl_active(split, scores, partition, seed, sizes)
-    protected = _protected(job, partition, len(active))
+    protected = _protected(context, partition, len(active))
     if not bool((active & ~protected).any()):
         raise MeaninglessError(
-            f"no element is active in {job.variant}", _hint(job.variant, partition, bool(active.any()))
+            f"no element is active in {context.variant}",
+            _hint(context.variant, partition, bool(active.any())),
         )
     active &= ~protected
-    Masks.from_flat(split.region, active, shapes).write(job.out / "masks.safetensors", job.variant)
+    Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
     union = total - counts[NONE]
@@ -95,11 +96,11 @@ def _rl_active(
     return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
 
 
-def _protected(job: StageContext, partition: PartitionSection, elements: int) -> Tensor:
+def _protected(context: StageContext, partition: PartitionSection, elements: int) -> Tensor:
     """The elements that the protected rows need, as a bool mask; none without such rows."""
-    if job.protected is None or not partition.protect_theta:
+    if context.protected is None or not partition.protect_theta:
         return torch.zeros(elements, dtype=torch.bool)
-    scores = read_protected_importance(job.protected / "importance.safetensors")
+    scores = read_protected_importance(context.protected / "importance.safetensors")
     return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
 
 

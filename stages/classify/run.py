@@ -1,4 +1,4 @@
-"""classify: each voter votes System 1 or 2 on each example; votes become labels, and a report describes them.
+"""Each voter votes System 1 or 2 on each example; votes become labels, and a report describes them.
 
 Votes are journalled per voter in `votes/`, below the folder of all runs rather than in one of them. No
 request with an answer in its journal is sent again. So a new voter or sample adds only its own requests, and
@@ -56,7 +56,7 @@ PATIENCE = 10
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
@@ -76,7 +76,7 @@ def run(
         # Training rows need labels; items of a benchmark only if it was said to bring them.
         required = benchmark is None or brings_labels
         rows = _swap_labels(_label_without_voters(examples, classify, required), classify)
-        write_labels(job.out / "labels.jsonl", rows)
+        write_labels(context.out / "labels.jsonl", rows)
         return report.counts(rows)
 
     bare = sum(not example.response for example in examples)
@@ -85,12 +85,12 @@ def run(
         log.info("%d of %d rows have no response, so voters see none", bare, len(examples))
         classify = classify.model_copy(update={"show_answer": False})
     labelled = held_out(classify.held_out)
-    voter_logs = _voter_logs(model, classify, job)
+    voter_logs = _voter_logs(model, classify, context)
     for voter_log in voter_logs:
         voter_log.set_examples(
             [*map(as_example, labelled), *_content_free_examples(voter_log.voter), *examples]
         )
-    _collect_votes(voter_logs, model, classify, server, job)
+    _collect_votes(voter_logs, model, classify, server, context)
     calibrations, voter_results = {}, {}
     for voter_log in voter_logs:
         voter_log.check(classify.max_failed, classify.max_invalid)
@@ -104,8 +104,8 @@ def run(
     if classify.strategy == "shuffled":
         rows = _shuffle_labels(rows, classify.seed)
     rows = _swap_labels(rows, classify)
-    write_labels(job.out / "labels.jsonl", rows)
-    path, say = job.out / "report.json", job.progress.say
+    write_labels(context.out / "labels.jsonl", rows)
+    path, say = context.out / "report.json", context.progress.say
     return report.report(rows, voter_logs, with_thresholds, system2_ids, calibrations, classify, path, say)
 
 
@@ -135,13 +135,13 @@ def _swap_labels(rows: list[Labelled], classify: ClassifySection) -> list[Labell
     return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
 
 
-def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContext) -> list[VoterLog]:
+def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoterLog]:
     """The VoterLog of each voter, in the order of the config.
 
     Raises ConfigError for voters with one name, and for two addresses whose votes would share a journal.
     """
     voter_logs: list[VoterLog] = []
-    for voter, identity in zip(classify.voters, job.outside["voters"], strict=True):
+    for voter, identity in zip(classify.voters, context.external_key["voters"], strict=True):
         voter_model = voter.voting_model(model)
         name = voter.name or f"{voter_model.title}/{voter.persona}"
         if any(voter_log.title == name for voter_log in voter_logs):
@@ -150,12 +150,12 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, job: StageContex
             raise ConfigError(
                 f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )
-        context = persona_context(voter, model.title, classify.show_answer)
+        persona = persona_context(voter, model.title, classify.show_answer)
         # A model's precision changes its votes. It is known for models that run here, not for remote servers.
         if not voter.urls:
             identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
         voter_log = VoterLog(
-            voter, name, voter_model.title, identity, context, classify.seed, job.journals / "votes"
+            voter, name, voter_model.title, identity, persona, classify.seed, context.journals / "votes"
         )
         for earlier in voter_logs:
             if voter_log.same_journal(earlier) and voter.urls != earlier.voter.urls:
@@ -172,7 +172,7 @@ def _collect_votes(
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
-    job: StageContext,
+    context: StageContext,
 ) -> None:
     """Have every voter answer the requests that its journal lacks.
 
@@ -180,7 +180,7 @@ def _collect_votes(
     Voters of one model follow each other, so that the model is loaded once. Each group of devices and each
     remote server has a separate lane, a thread, and all lanes run side by side.
     """
-    progress = job.progress
+    progress = context.progress
     missing = {voter_log.title: len(voter_log.missing()) for voter_log in voter_logs}
     lanes: dict[str, list[VoterLog]] = {}
     for voter_log in voter_logs:
@@ -212,7 +212,7 @@ def _collect_votes(
 
     main_lane = lanes.pop("", [])
     with in_background([partial(run_separate_lane, lane) for lane in lanes.values()], stop):
-        run_lane(main_lane, job.engines)
+        run_lane(main_lane, context.engines)
 
 
 class _Once:

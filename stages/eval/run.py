@@ -1,4 +1,4 @@
-"""eval: one target, such as base, sft or rl, answers one benchmark; every answer is graded."""
+"""One target, such as base, sft or rl, answers one benchmark; every answer is graded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from stages.config import (
     UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
-    Config,
     EvalSection,
     ModelSection,
     PromptSection,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     prompt: PromptSection,
     eval: EvalSection,
@@ -62,16 +61,16 @@ def run(
 
     Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So neither
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
-    `job.force` replaces earlier answers.
+    `context.force` replaces earlier answers.
     """
     if classify is not None:
-        return _route(job, model, classify, eval, benchmark, server)
-    with _adapter(job) as adapter:
-        return _evaluate(job, adapter, model, prompt, eval, benchmark, server, sandbox)
+        return _route(context, model, classify, eval, benchmark, server)
+    with _adapter(context) as adapter:
+        return _evaluate(context, adapter, model, prompt, eval, benchmark, server, sandbox)
 
 
 def _route(
-    job: StageContext,
+    context: StageContext,
     model: ModelSection,
     classify: ClassifySection,
     eval: EvalSection,
@@ -79,23 +78,25 @@ def _route(
     server: ServerSection,
 ) -> dict[str, Any]:
     """Write target auto's answers, each taken from the mode chosen by the vote, and compare the routings."""
-    name, module = job.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
+    name, module = context.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
     samples = {
-        mode: read_samples(job.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
+        mode: read_samples(context.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
         for mode, target in eval.modes.items()
     }
-    labels = read_labels(job.inputs["classify:train"].path / "labels.jsonl")
-    identity = f"{job.outside['model']} {_dtype(model, eval.engine)} {job.outside.get('server')}"
-    router = Router(classify, model, eval.engine, identity, labels, job.journals)
+    labels = read_labels(context.inputs["classify:train"].path / "labels.jsonl")
+    key = context.external_key
+    identity = f"{key['model']} {_dtype(model, eval.engine)} {key.get('server')}"
+    router = Router(classify, model, eval.engine, identity, labels, context.journals)
     examples = module.load(benchmark)
     router.set_questions(examples)
     spec = EngineSpec(eval.engine, model)
-    router.collect(lambda: job.engines.get(spec, server, job.progress.say), job.progress, f"votes on {name}")
+    progress = context.progress
+    router.collect(lambda: context.engines.get(spec, server, progress.say), progress, f"votes on {name}")
     router.log.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
     modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
     routed = routing.choose(samples, modes)
-    write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in routed))
+    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in routed))
     metrics = compute_metrics(routed, module.GROUPS)
     record = {
         "target": ROUTED,
@@ -105,42 +106,50 @@ def _route(
         "router": router.record(),
         "routing": routing.compare({**samples, ROUTED: routed}),
     }
-    (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    (context.out / "metrics.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     return {"kind": benchmark.kind, **headline(metrics)}
 
 
 @contextmanager
-def _adapter(job: StageContext) -> Iterator[Path | None]:
+def _adapter(context: StageContext) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
-    target = job.variant.partition("@")[0]
+    target = context.variant.partition("@")[0]
     if target not in REGIONS:
-        yield _stored_adapter(job)
+        yield _stored_adapter(context)
         return
     from stages.lora.importance import ablation
     from stages.lora.importance.masks import Masks
 
-    masks = Masks.load(job.inputs["partition"].path / "masks.safetensors", "rl")
+    masks = Masks.load(context.inputs["partition"].path / "masks.safetensors", "rl")
     with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as folder:
-        ablation.write(target, job.inputs["rl"].adapter, job.inputs["score"].adapter, masks, Path(folder))
+        ablation.write(
+            target, context.inputs["rl"].adapter, context.inputs["score"].adapter, masks, Path(folder)
+        )
         yield Path(folder)
-        job.engines.close()  # the adapter that it serves is about to be deleted
+        context.engines.close()  # the adapter that it serves is about to be deleted
 
 
-def answer_ahead(jobs: list[tuple[StageContext, dict[str, Any]]]) -> None:
+def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
     """Let one vLLM server, with each adapter as a LoRA module, answer for several targets, into the journal.
 
-    jobs: what `run` gets later, which then finds every answer. Else each target would have a server of its
+    calls: what `run` gets later, which then finds every answer. Else each target would have a server of its
     own, and on a GPU each benchmark, too, because the check of the first answers needs the server's memory.
     Targets are asked one after the other. The server is started only if the journal lacks an answer.
     """
     from stages.engines import vllm
 
-    def module_name(job: StageContext) -> str:
+    def module_name(context: StageContext) -> str:
         # Should another process's server answer on the same port, it has no model of this name.
-        return f"{job.variant.partition('@')[0]}-{os.getpid()}"
+        return f"{context.variant.partition('@')[0]}-{os.getpid()}"
 
-    adapters = {module_name(job): adapter for job, _ in jobs if (adapter := _stored_adapter(job)) is not None}
-    (first, given), *_ = jobs
+    adapters = {
+        module_name(context): adapter
+        for context, _ in calls
+        if (adapter := _stored_adapter(context)) is not None
+    }
+    (first, given), *_ = calls
     model, server, say = given["model"], given["server"], first.progress.say
     with ExitStack() as stack:
 
@@ -148,39 +157,31 @@ def answer_ahead(jobs: list[tuple[StageContext, dict[str, Any]]]) -> None:
         def clients() -> dict[str, Client]:
             return stack.enter_context(vllm.open_modules(model, adapters, server, say))
 
-        for job, sections in jobs:
-            name, benchmark = module_name(job), sections["benchmark"]
+        for context, sections in calls:
+            name, benchmark = module_name(context), sections["benchmark"]
             answers, *_ = _cache_of(
-                job, adapters.get(name), model, sections["prompt"], sections["eval"], benchmark
+                context, adapters.get(name), model, sections["prompt"], sections["eval"], benchmark
             )
             served = name if name in adapters else model.name
-            answers.complete(lambda served=served: clients()[served], _title(job, benchmark), job.progress)
+            answers.complete(
+                lambda served=served: clients()[served], _title(context, benchmark), context.progress
+            )
 
 
-def may_share_server(config: Config, variant: str) -> bool:
-    """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
-    from stages.engines import vllm
-
-    target, _, name = variant.partition("@")
-    asks = not hasattr(benchmarks.pick(config.eval.benchmarks[name].kind), "run")
-    has_adapter_file = target not in (*REGIONS, ROUTED)
-    return asks and has_adapter_file and config.served_by_vllm and vllm.serves_modules(config.server)
+def _title(context: StageContext, benchmark: BenchmarkSection) -> str:
+    return f"eval {context.variant.partition('@')[0]} {benchmark.kind}"
 
 
-def _title(job: StageContext, benchmark: BenchmarkSection) -> str:
-    return f"eval {job.variant.partition('@')[0]} {benchmark.kind}"
-
-
-def _stored_adapter(job: StageContext) -> Path | None:
+def _stored_adapter(context: StageContext) -> Path | None:
     """The folder of the target's adapter in an artifact; None for the base."""
-    target = job.variant.partition("@")[0]
+    target = context.variant.partition("@")[0]
     if target.startswith(KEPT):
-        return job.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
-    return job.adapter("score", "sft", "rl")
+        return context.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
+    return context.adapter("score", "sft", "rl")
 
 
 def _cache_of(
-    job: StageContext,
+    context: StageContext,
     adapter: Path | None,
     model: ModelSection,
     prompt: PromptSection,
@@ -188,30 +189,30 @@ def _cache_of(
     benchmark: BenchmarkSection,
 ) -> tuple[AnswerCache, list[Labelled], Renderer, list[RenderedPrompt]]:
     """The cache of the answers of one target to one benchmark, and the items as they are asked."""
-    is_untrained = job.variant.partition("@")[0] in UNTRAINED_TARGETS
-    rows = _rows(job, benchmark)[: eval.untrained_items if is_untrained else None]
+    is_untrained = context.variant.partition("@")[0] in UNTRAINED_TARGETS
+    rows = _rows(context, benchmark)[: eval.untrained_items if is_untrained else None]
     renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
     prompts = benchmarks.pick(benchmark.kind).ask([row.example for row in rows], benchmark, renderer)
-    identity = _identity(job, EngineSpec(eval.engine, model, adapter))
-    cache = AnswerCache(prompts, benchmark, renderer, identity, job.journals / "answers", job.force)
+    identity = _identity(context, EngineSpec(eval.engine, model, adapter))
+    cache = AnswerCache(prompts, benchmark, renderer, identity, context.journals / "answers", context.force)
     return cache, rows, renderer, prompts
 
 
-def _rows(job: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
+def _rows(context: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
     """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
-    if "classify" in job.inputs:
-        return read_labels(job.labels)
+    if "classify" in context.inputs:
+        return read_labels(context.labels)
     return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
 
 
-def _identity(job: StageContext, spec: EngineSpec) -> dict[str, Any]:
+def _identity(context: StageContext, spec: EngineSpec) -> dict[str, Any]:
     """Everything that determines the answers, apart from the prompts and the sampling."""
     return {
-        "model": job.outside["model"],
+        "model": context.external_key["model"],
         "dtype": _dtype(spec.model, spec.engine),
         "adapter": _adapter_digest(spec.adapter),
         "engine": spec.engine,
-        "server": job.outside.get("server"),
+        "server": context.external_key.get("server"),
     }
 
 
@@ -229,7 +230,7 @@ def _adapter_digest(adapter: Path | None) -> str | None:
 
 
 def _evaluate(
-    job: StageContext,
+    context: StageContext,
     adapter: Path | None,
     model: ModelSection,
     prompt: PromptSection,
@@ -239,23 +240,25 @@ def _evaluate(
     sandbox: SandboxSection | None,
 ) -> dict[str, Any]:
     """Answer and grade the benchmark, and write the results; see `run`."""
-    target, progress = job.variant.partition("@")[0], job.progress
+    target, progress = context.variant.partition("@")[0], context.progress
     module = benchmarks.pick(benchmark.kind)
     if hasattr(module, "run"):
-        job.engines.close()  # the harness loads the model itself
-        summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, job.out, progress)
+        context.engines.close()  # the harness loads the model itself
+        summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, context.out, progress)
         return summary
-    cache, rows, renderer, prompts = _cache_of(job, adapter, model, prompt, eval, benchmark)
+    cache, rows, renderer, prompts = _cache_of(context, adapter, model, prompt, eval, benchmark)
     backend = sandboxes.from_settings(sandbox, progress.say) if sandbox else None
-    context = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
+    grading = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
 
     spec = EngineSpec(eval.engine, model, adapter)
-    cache.complete(lambda: job.engines.get(spec, server, progress.say), _title(job, benchmark), progress)
+    cache.complete(
+        lambda: context.engines.get(spec, server, progress.say), _title(context, benchmark), progress
+    )
     answers = cache.answers
 
-    parity = _check_parity(job, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
-    samples = grade_all(rows, prompts, answers, renderer, context, benchmark, progress)
-    write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in samples))
+    parity = _check_parity(context, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
+    samples = grade_all(rows, prompts, answers, renderer, grading, benchmark, progress)
+    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in samples))
     metrics = compute_metrics(samples, module.GROUPS)
     record = {
         "target": target,
@@ -263,11 +266,13 @@ def _evaluate(
         "engine": eval.engine,
         **metrics,
         "parity": parity,
-        "sandbox": context.sandbox and context.sandbox.name,
+        "sandbox": grading.sandbox and grading.sandbox.name,
         **_prompt_record(prompts[0], renderer),
     }
-    (job.out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    sandbox_name = {"sandbox": context.sandbox.name} if context.sandbox else {}
+    (context.out / "metrics.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+    sandbox_name = {"sandbox": grading.sandbox.name} if grading.sandbox else {}
     return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
@@ -284,7 +289,7 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
 
 
 def _check_parity(
-    job: StageContext,
+    context: StageContext,
     prompts: list[RenderedPrompt],
     answers: dict[tuple[int, int], CachedAnswer],
     benchmark: BenchmarkSection,
@@ -304,7 +309,7 @@ def _check_parity(
     from stages.evaluation import parity
 
     if torch.cuda.is_available():
-        job.engines.close()  # a running server holds most of the device's memory
+        context.engines.close()  # a running server holds most of the device's memory
     pairs = [(prompts[i], answers[i, 0]) for i in range(min(eval.parity_items, len(prompts)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
-    return parity.check(pairs, model, adapter, tokenizer, hint, job.progress.say)
+    return parity.check(pairs, model, adapter, tokenizer, hint, context.progress.say)

@@ -1,0 +1,51 @@
+"""Sets up a process of lorapar: its streams, logs, the environment of libraries, and signals."""
+
+import logging
+import os
+import signal
+import sys
+from io import TextIOWrapper
+from types import FrameType
+
+from lorapar_cli import terminal
+from stages.errors import Ended
+from stages.runtime import distributed, process_guard, resources
+
+SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
+"""Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
+
+
+def end_on_signal(number: int, _: FrameType | None) -> None:
+    """Raise Ended, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
+    for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
+        signal.signal(another, signal.SIG_IGN)
+    raise Ended(128 + number)
+
+
+def set_up() -> None:
+    """Set up streams, logs, the environment of libraries and the handling of signals."""
+    if sys.stderr is None:  # closed: else the next file would be opened as stderr
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
+    logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
+    logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    for name in SILENCED_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    resources.let_waiting_threads_sleep()
+    resources.limit_threads()
+    if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
+        for name in terminal.NO_PROGRESS_BARS:
+            os.environ.setdefault(name, "1")
+    # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if distributed.launched():  # a launcher ends its processes itself, except when it is killed
+        process_guard.end_with_parent()
+    else:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave that
+                signal.signal(number, end_on_signal)

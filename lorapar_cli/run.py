@@ -1,0 +1,110 @@
+"""`lorapar run`: makes whatever is missing or stale, stage by stage, in this process."""
+
+from collections.abc import Collection
+from typing import Annotated
+
+import typer
+
+from lorapar_cli import terminal
+from lorapar_cli.options import (
+    ConfigPath,
+    LastStage,
+    Overrides,
+    Quiet,
+    Unsafe,
+    plan_of,
+    sets,
+    typed,
+    without_sandbox,
+)
+from lorapar_cli.plan import require_no_problem
+from lorapar_cli.progress import Position, Silence, TerminalProgress
+from lorapar_cli.stage import make
+from stages.config import TRAINED, Config, LaunchSection
+from stages.errors import ConfigError
+from stages.pipeline import launch
+from stages.pipeline.run import Task, pending_stages
+from stages.pipeline.state import state
+from stages.pipeline.steps import Step, ancestors
+from stages.store.artifacts import Artifact, Store
+
+
+def command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    first: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help="First stage, made again even if it is current. If a later one fails, go on without --from.",
+        ),
+    ] = None,
+    last: LastStage = None,
+    unsafe: Unsafe = False,
+    quiet: Quiet = False,
+) -> None:
+    set_ = [*(set_ or []), *without_sandbox(unsafe, "rl", "eval")]
+    settings, steps = plan_of(config, set_)
+    store, requested = Store(settings.root), ancestors(settings, steps, last)
+    made: set[str] = set()
+    must_check = True
+    for task in pending_stages(settings, steps, store, first, last):
+        if task.current:
+            terminal.say(f"{task.stage.name}: {task.why} is current")
+            continue
+        if must_check:
+            pending = [step for step in requested.values() if state(store, step).state != "current"]
+            require_no_problem(settings, pending, quietly=True)
+        must_check = task.stage.name == "classify"  # its labels tell more
+        made.add(task.stage.name)
+        position = Position.of_task(task, store)
+        terminal.say(f"--- {position.labels[0]}, {task.stage.name}: {task.why}")
+        launcher = launch.section(settings, task.stage)
+        if launcher or task.stage.needs_own_process(settings):
+            _launch(launcher, [task.stage.name, str(config), *_options(set_, task, quiet)], store, task)
+            continue
+        with Silence() if quiet else TerminalProgress(position) as progress:
+            make(settings, store, task.steps, task.force, progress, _quiet_report if quiet else _report)
+        if task.stage.name == "eval":
+            terminal.results(store, task.steps)
+    if not made:
+        terminal.nothing_to_do()
+    if "eval" not in made:
+        terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
+    terminal.places(store, requested)
+    if last is None:
+        terminal.say(f"next: {_next(settings, requested, typed(config, set_))}")
+
+
+def _report(step: Step, artifact: Artifact, created: bool) -> None:
+    terminal.artifact(step.name, artifact, created, as_json=False)
+
+
+def _quiet_report(step: Step, artifact: Artifact, created: bool) -> None: ...
+
+
+def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, task: Task) -> None:
+    """Make a task in other processes, which load the config; ConfigError if they made something else."""
+    launch.run(launcher, arguments, [step.key for step in task.steps])
+    store.look_again()
+    if any(state(store, step).state != "current" for step in task.steps):
+        raise ConfigError(f"{task.stage.name} is no longer what was planned", "run the same command again")
+
+
+def _next(settings: Config, requested: Collection[str], arguments: str) -> str:
+    """The commands that use what a run has made. requested: the names of its steps."""
+    report = f"lorapar report {arguments} --out report"
+    trained = [target for target, step in TRAINED.items() if step in requested]
+    if not trained:
+        return report
+    modes = settings.eval.modes.values()
+    target = "" if settings.eval.modes["slow"] in trained else f" --target {trained[-1]}"
+    views = " (--views: both modes)" if set(modes) <= set(trained) and settings.served_by_vllm else ""
+    return f"{report}, or lorapar export {arguments} DIR{target}{views}"
+
+
+def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:
+    only = [argument for variant in task.variants for argument in ("--only", variant)]
+    flags = [flag for flag, is_set in (("--force", task.force), ("--quiet", quiet)) if is_set]
+    return [*sets(overrides), *only, *flags]

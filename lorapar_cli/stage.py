@@ -1,0 +1,102 @@
+"""`lorapar STAGE`: makes the artifacts of one stage. `run` and `sweep` make their steps in the same way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from lorapar_cli import terminal
+from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, plan_of
+from lorapar_cli.progress import Silence, TerminalProgress
+from stages.config import Config
+from stages.data.rows import missing_path_error
+from stages.engines import EngineCache
+from stages.errors import ConfigError
+from stages.pipeline import launch
+from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
+from stages.pipeline.stage import Stage
+from stages.pipeline.state import state
+from stages.pipeline.steps import Step
+from stages.runtime import distributed, libraries
+from stages.store.artifacts import Artifact, Store
+
+Progress = TerminalProgress | Silence
+OnMade = Callable[[Step, Artifact, bool], None]
+"""Called after each step, with its artifact and whether it was made now."""
+
+
+def make(
+    settings: Config, store: Store, steps: list[Step], force: bool, progress: Progress, on_made: OnMade
+) -> None:
+    """Make steps of one stage in turn. An engine is kept for the next step as long as it fits."""
+    with EngineCache() as engines:
+        if not force:
+            _answer_together(settings, store, steps, progress, engines)
+        for step in steps:
+            progress.begin(step.name)
+            artifact, created = run_step(settings, store, step, force, progress, engines)
+            progress.done()
+            on_made(step, artifact, created)
+    give_memory_back()
+
+
+def _answer_together(
+    settings: Config, store: Store, steps: list[Step], progress: Progress, engines: EngineCache
+) -> None:
+    """Let targets that one server can serve be answered by one, if there are several."""
+    may_share = steps[0].stage.answers_together
+    sharing = [step for step in steps if may_share and may_share(settings, step.variant)]
+    if len(calls := calls_of_pending(settings, store, sharing, progress, engines)) > 1:
+        with libraries.hide_packages(*libraries.UNUSED):
+            answer_together = steps[0].stage.function("answer_together")
+        answer_together(calls)
+
+
+def command_of(stage: Stage) -> Callable[..., None]:
+    """The command of a stage that has none of its own."""
+
+    def command(
+        config: ConfigPath,
+        set_: Overrides = None,
+        only: Only = None,
+        force: Force = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        settings, steps = plan_of(config, set_)
+        selected = [s for s in steps.values() if s.stage is stage]
+        if not selected and settings.data.path and settings.baseline:
+            raise ConfigError(f"a baseline has no stage {stage.name}", "lorapar sft CONFIG")
+        if not selected:
+            raise missing_path_error()
+        make_alone(settings, _variants(selected, only), force, quiet, as_json)
+
+    return command
+
+
+def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json: bool) -> None:
+    """Make steps of one stage for its command, in several processes if its `launch` asks for them."""
+    launch.check_key(steps)
+    store = Store(settings.root)
+    launcher = launch.section(settings, steps[0].stage)
+    if launcher and (force or any(state(store, step).state != "current" for step in steps)):
+        launch.run(launcher, sys.argv[1:])
+        return
+    is_shown = distributed.is_main() and not quiet
+
+    def report(step: Step, artifact: Artifact, created: bool) -> None:
+        if distributed.is_main():
+            terminal.artifact(step.name, artifact, created, as_json)
+
+    with TerminalProgress(None) if is_shown else Silence() as progress:
+        make(settings, store, steps, force, progress, report)
+
+
+def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:
+    """Select the steps whose variants are named by --only; all without it."""
+    variants = [step.title for step in steps]
+    if unknown := set(only or ()) - set(variants):
+        raise ConfigError(
+            f"--only {sorted(unknown)[0]}: no such variant", f"choose from: {', '.join(variants)}"
+        )
+    return [step for step in steps if not only or step.title in only]

@@ -1,0 +1,58 @@
+"""A worker of `sweep`: a process that stays, and makes one step after the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from lorapar_cli import options, terminal
+from lorapar_cli.errors import to_user_error
+from lorapar_cli.process import set_up
+from lorapar_cli.progress import TerminalProgress
+from lorapar_cli.stage import make
+from stages.config import Config
+from stages.pipeline import launch
+from stages.pipeline.steps import Step
+from stages.runtime import gpu, process_guard
+from stages.store.artifacts import Artifact, Store
+
+
+def begin(device: str | None) -> None:
+    """Set up the process. device: the GPUs that it may use; None leaves them as they are."""
+    process_guard.end_with_parent()
+    os.setsid()  # an interrupt at the terminal reaches the sweep, which ends its workers
+    if device is not None:
+        os.environ[gpu.VISIBLE] = device
+    set_up()
+
+
+def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
+    """Make one step, and return the exit code that its command would have.
+
+    command: the arguments of `lorapar` that make it, for steps that need processes of their own. log: the
+    file that gets all output.
+    """
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    options.typed_config = " ".join(command[1:])
+    sys.argv[1:] = command  # what the manifest says
+    try:
+        launcher = launch.section(config, step.stage)
+        if launcher or step.stage.needs_own_process(config):
+            launch.run(launcher, command, [step.key])
+        else:
+            with TerminalProgress(None) as progress:
+                make(config, Store(config.root), [step], False, progress, _report)
+    except Exception as problem:
+        error = to_user_error(problem)
+        terminal.error(error, options.typed_config)
+        return error.exit_code
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def _report(step: Step, artifact: Artifact, created: bool) -> None:
+    terminal.artifact(step.name, artifact, created, as_json=False)

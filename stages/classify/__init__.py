@@ -1,0 +1,113 @@
+"""Label every example as System 1 or System 2 by vote.
+
+Each variant labels other rows: `train` those that are trained on, and others a benchmark's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.config import UNVOTED, Config
+from stages.pipeline import cache_key
+from stages.pipeline.stage import BENCHMARKS, Check, Stage
+
+if TYPE_CHECKING:
+    from stages.pipeline.steps import Step
+    from stages.plan.cost_model import CostModel
+    from stages.plan.estimate import Cost
+    from stages.plan.prompt_lengths import Texts
+    from stages.store.digests import DigestCache
+
+
+def _sections(config: Config, rows: str) -> tuple[str, ...]:
+    return ("data" if rows == "train" else f"{BENCHMARKS}{rows}", "classify", "server")
+
+
+def _external_key(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
+    source = config.data if rows == "train" else config.eval.benchmarks[rows]
+    if rows != "train" and config.eval.benchmarks[rows].brings_labels:
+        return {"rows": cache_key.of_source(source, cache), "labels": ["known", config.classify.known]}
+    return {"rows": cache_key.of_source(source, cache), **cache_key.of_voters(config, cache)}
+
+
+def _variants(config: Config) -> tuple[str, ...]:
+    labelled = (name for name, benchmark in config.eval.benchmarks.items() if benchmark.label)
+    return (*(["train"] if config.data.path else []), *labelled)
+
+
+def _checks(texts: Texts, step: Step) -> Iterator[Check]:
+    from stages.plan import preflight
+
+    if texts.config.labelling_strategy(step.variant) == "known":
+        yield partial(_check_known_labels, texts, step.variant)
+    yield partial(preflight.check_prompts, texts, step)
+
+
+def _check_known_labels(texts: Texts, variant: str) -> None:
+    from stages.labelling.known import with_known_labels
+
+    config = texts.config
+    benchmark, file = config.eval.benchmarks.get(variant), config.classify.labels_file
+    brings_labels = benchmark is not None and benchmark.brings_labels
+    path = Path(file) if file and not brings_labels else None
+    required = benchmark is None or brings_labels
+    with_known_labels(texts.rows[variant], config.classify.known, path, required)
+
+
+def _cost(model: CostModel, variant: str) -> Cost:
+    """Votes, one forward pass over each prompt:
+
+    seconds = (rows + held-out examples) · Σ_voters samples · prompt tokens · token_s
+    """
+    from stages.engines.in_process import batch_sizes
+    from stages.labelling.personas import held_out
+    from stages.plan.cost_model import NOTHING, SERVER_S, UNKNOWN
+    from stages.plan.profiler import per_text
+    from stages.plan.prompt_lengths import PROMPT_SAMPLE
+
+    config, rows, voters = model.config, model.texts.rows[variant], model.config.classify.voters
+    if config.labelling_strategy(variant) in UNVOTED or not rows:
+        return NOTHING
+    if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
+        return UNKNOWN  # other models vote (the base itself in 16 bits), or think at unknown length
+    ballots = model.texts.ballots(variant)
+    row_tokens = largest_batch = 0.0
+    prompts: Any  # token ids
+    for voter, requests in zip(voters, ballots, strict=True):
+        prompts = sorted(request.text for request in requests[:PROMPT_SAMPLE])
+        size = max(batch_sizes(prompts))
+        row_tokens += voter.samples * per_text(prompts, size)
+        largest_batch = max(largest_batch, size * per_text(prompts, size))
+    measured = model.profiler.measure_votes(ballots[0])
+    served = [voter for voter in voters if voter.engine != "transformers"]
+    memory = None if served else model.memory(measured.mib_of(largest_batch))
+    # All steps share the server, and the votes on held-out examples, which a journal keeps.
+    first = variant == "train"
+    examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)
+    thread_s = examples * row_tokens * measured.token_s
+    return model.total(thread_s, memory, starts=SERVER_S if served and first else 0.0)
+
+
+STAGE = Stage(
+    name="classify",
+    inputs=lambda config, rows: (),
+    sections=_sections,
+    external_key=_external_key,
+    variants=_variants,
+    variants_help="train or a benchmark",
+    unkeyed_sections=("model",),
+    files={
+        "labels.jsonl": "One object per row, in the order of the rows: `id`, `prompt`, `response`, `gold`, "
+        "`extra` (other fields of the row), `system` (1, 2, or null if undecided) and `votes` (voter → "
+        "probability of System 2).",
+        "report.json": "Votes of each voter, invalid and failed answers, agreement, contested rows, and the "
+        "comparison with known labels. Only where voters label.",
+    },
+    checks=_checks,
+    cost=_cost,
+    memory_hint=lambda config, variant: "server.batch_size, or choose a smaller model",
+    version=7,
+)

@@ -1,0 +1,135 @@
+"""Grade base, init, sft, sft2, rl, rl-N (step N), a region of rl, or auto on the benchmarks.
+
+A variant is TARGET@BENCHMARK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stages.config import KEPT, REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config
+from stages.evaluation.benchmarks import benchmarks
+from stages.pipeline import cache_key
+from stages.pipeline.stage import BENCHMARKS, Check, Stage
+
+if TYPE_CHECKING:
+    from stages.pipeline.steps import Step
+    from stages.plan.cost_model import CostModel
+    from stages.plan.estimate import Cost
+    from stages.plan.prompt_lengths import Texts
+    from stages.store.digests import DigestCache
+
+
+def _inputs(config: Config, variant: str) -> tuple[str, ...]:
+    target, _, name = variant.partition("@")
+    if target == ROUTED:
+        return ("classify:train", *(f"eval:{mode}@{name}" for mode in config.eval.modes.values()))
+    labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
+    if target.startswith(KEPT):
+        return (*labels, "rl")
+    if target in REGIONS:
+        return (*labels, "score", "partition:rl", "rl")
+    if target in TRAINED:
+        return (*labels, TRAINED[target])
+    return (*labels, "score") if target == "init" else labels
+
+
+def _sections(config: Config, variant: str) -> tuple[str, ...]:
+    target, _, name = variant.partition("@")
+    if target == ROUTED:
+        return ("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", "classify")
+    runs_code = getattr(benchmarks.pick(config.eval.benchmarks[name].kind), "SANDBOX", False)
+    code = ("eval.sandbox",) if runs_code else ()
+    return ("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", *code)
+
+
+def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
+    target, _, name = variant.partition("@")
+    benchmark = config.eval.benchmarks[name]
+    # The tasks of another harness have no such limit.
+    items = config.eval.untrained_items if target in UNTRAINED_TARGETS and not benchmark.tasks else None
+    return {
+        **({"items": items} if items else {}),
+        **cache_key.model_part(config, cache),
+        "rows": cache_key.of_source(benchmark, cache),
+        **cache_key.of_shots(benchmark, cache),
+        **(cache_key.of_router(config, cache) if target == ROUTED else {}),
+        **cache_key.of_server(config),
+    }
+
+
+def _answers_together(config: Config, variant: str) -> bool:
+    """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
+    from stages.engines import vllm
+
+    target, _, name = variant.partition("@")
+    asks = not hasattr(benchmarks.pick(config.eval.benchmarks[name].kind), "run")
+    has_adapter_file = target not in (*REGIONS, ROUTED)
+    served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules(config.server)
+    return asks and has_adapter_file and served
+
+
+def _checks(texts: Texts, step: Step) -> Iterator[Check]:
+    from stages.plan import preflight
+
+    kind = texts.config.eval.benchmarks[step.variant.partition("@")[2]].kind
+    yield getattr(benchmarks.pick(kind), "check_installed", lambda: None)
+    yield partial(preflight.check_prompts, texts, step)
+
+
+def _cost(model: CostModel, variant: str) -> Cost:
+    """An answer to each item, see `CostModel.generation_s`; the check of the first answers takes little time.
+
+    That check loads the model once more, beside the merged copy or the server that answers.
+    """
+    from stages.plan.cost_model import SERVER_S, UNKNOWN
+    from stages.plan.profiler import per_text
+    from stages.plan.prompt_lengths import PROMPT_SAMPLE, generation_limit
+
+    target, _, name = variant.partition("@")
+    evaluation, rows, texts = model.config.eval, model.texts.rows[name], model.texts
+    section = evaluation.benchmarks[name]
+    if target in UNTRAINED_TARGETS:
+        rows = rows[: evaluation.untrained_items]
+    if not rows or target == ROUTED:  # other steps' answers, and votes of a prompt that is not known here
+        return UNKNOWN
+    limit, slots = generation_limit(section), min(model.config.server.batch_size, len(rows))
+    prompts = texts.prompts[name]
+    trained = target not in UNTRAINED_TARGETS and texts.rows["train"]
+    response = model.response_tokens(limit) if trained else float(limit)
+    read_tokens = per_text(prompts[:PROMPT_SAMPLE], slots)
+    thread_s = model.generation_s(len(rows) * section.samples, read_tokens, response)
+    adapted, served = target != "base", evaluation.engine == "vllm"
+    checked = (adapted or served) and evaluation.parity_items and not section.temperature
+    copy = model.profiler.copy_mib if checked else 0.0
+    cache = model.profiler.kv_cache_mib(slots, max(map(len, prompts)) + limit)
+    decoding = model.generation[1].mib_of(slots)
+    memory = None if served else model.memory(decoding, adapted=adapted, copy=copy, cache=cache)
+    starts = SERVER_S if served and name == next(iter(evaluation.benchmarks)) else 0.0
+    return model.total(thread_s, memory, starts=starts, loads=1 + bool(checked))
+
+
+STAGE = Stage(
+    name="eval",
+    inputs=_inputs,
+    sections=_sections,
+    external_key=_external_key,
+    variants=lambda config: tuple(
+        f"{target}@{name}" for target in config.eval.targets for name in config.eval.benchmarks
+    ),
+    files={
+        "metrics.json": "For all items, each system and each group of the benchmark: counts, accuracy in "
+        "both readings, intervals, tokens; also the first prompt and the stop texts.",
+        "samples.jsonl": "One object per answer: `id`, `sample`, `system`, `prompt`, `output`, `gold`, "
+        "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
+        "harness.json": "What lm-evaluation-harness returned. Only of kind lm_eval.",
+    },
+    checks=_checks,
+    cost=_cost,
+    holds_base=lambda config: config.eval.engine == "transformers",
+    memory_hint=lambda config, variant: "server.batch_size",
+    answers_together=_answers_together,
+    version=10,
+)

@@ -1,0 +1,111 @@
+"""The description of a stage: all that others must know of it without doing its work; stages by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import create_model
+
+from stages import ORDER, about
+from stages.config import Config, Section
+from stages.config.fields import setting
+from stages.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stages.store.digests import DigestCache
+
+StageFunction = Callable[..., dict[str, Any]]
+"""The work of a stage: `run(context, **sections)`, which returns its summary."""
+Check = Callable[[], object]
+"""Raises the error that would stop a step."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The description of a stage. `stages/NAME/__init__.py` has it as STAGE, and imports nothing heavy.
+
+    The folder's `run.py` does the work. Functions get the config and the variant.
+    """
+
+    name: str
+    inputs: Callable[[Config, str], tuple[str, ...]]
+    """Steps whose artifacts it reads."""
+    sections: Callable[[Config, str], tuple[str, ...]]
+    """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
+    files: Mapping[str, str]
+    """The files and folders that it writes → what is in them."""
+    external_key: Callable[[Config, str, DigestCache], dict[str, Any]] = lambda config, variant, cache: {}
+    """Cache-key parts for what it reads from outside of the run."""
+    variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
+    """Names of its variants, each a step; none if this config does without the stage."""
+    variants_help: str = ""
+    """Names of the variants, for the help of --only."""
+    unkeyed_sections: tuple[str, ...] = ()
+    """Sections it reads that are not in its key as a whole; `external_key` adds the parts that matter."""
+    checks: Callable[[Any, Any], Iterable[Check]] = lambda texts, step: ()
+    """What is certain to stop a step, found before the run begins. Gets `Texts` of plan/, and the step."""
+    cost: Callable[[Any, str], Any] | None = None
+    """`Cost` of a step by the `CostModel`, both of plan/; None if it cannot be predicted."""
+    holds_base: Callable[[Config], bool] = lambda config: False
+    """Whether one process of it holds all weights of the base."""
+    memory_hint: Callable[[Config, str], str] = lambda config, variant: ""
+    """The settings that lower its memory."""
+    answers_together: Callable[[Config, str], bool] | None = None
+    """Whether `run.answer_together` can work ahead for this step together with others of the stage."""
+    needs_own_process: Callable[[Config], bool] = lambda config: False
+    """Whether it loads what cannot be unloaded, and so must not run in the process of a whole run."""
+    section: type[Section] | None = None
+    """The config section of its name, unless `Config` has it."""
+    version: int = 1
+    """Raised when the meaning of the output changes, not in a refactoring."""
+
+    @property
+    def help(self) -> str:
+        return about(self.name)
+
+    def function(self, name: str = "run") -> StageFunction:
+        """A function of `run.py`, which is imported now, and torch with it."""
+        return getattr(importlib.import_module(f"stages.{self.name}.run"), name)
+
+    def __reduce__(self) -> tuple[Callable[[str], Stage], tuple[str]]:
+        """Pickled by name, for other processes."""
+        return stage, (self.name,)
+
+
+@cache
+def stage(name: str) -> Stage:
+    """The stage of this name; ConfigError with the choices if there is none."""
+    if name not in ORDER:
+        raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(ORDER)}")
+    return importlib.import_module(f"stages.{name}").STAGE
+
+
+def all_stages() -> list[Stage]:
+    return [stage(name) for name in ORDER]
+
+
+@cache
+def config_class() -> type[Config]:
+    """The config, with a section for each stage that brings one of its own."""
+    added: dict[str, Any] = {
+        one.name: (one.section, setting(one.section(), one.help)) for one in all_stages() if one.section
+    }
+    return create_model("Config", __base__=Config, **added) if added else Config
+
+
+def section(config: Config, path: str) -> tuple[str, Any]:
+    """The name under which a stage function takes the section at a dotted path, and the section."""
+    if path.startswith(BENCHMARKS):
+        return "benchmark", config.eval.benchmarks[path.removeprefix(BENCHMARKS)]
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return path.rpartition(".")[2], value
+
+
+BENCHMARKS = "eval.benchmarks."
+"""Begins the path of a benchmark's section."""

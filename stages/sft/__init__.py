@@ -1,0 +1,96 @@
+"""Train System 1's elements, mainly on its rows; in a second round (sft.rounds) System 2's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from stages.config import SECOND_SFT, Config
+from stages.pipeline import cache_key, descriptions
+from stages.pipeline.stage import Check, Stage
+
+if TYPE_CHECKING:
+    from stages.pipeline.steps import Step
+    from stages.plan.cost_model import CostModel
+    from stages.plan.estimate import Cost
+    from stages.plan.prompt_lengths import Texts
+
+
+def _inputs(config: Config, variant: str) -> tuple[str, ...]:
+    if variant:  # the second round trains the elements that RL would
+        return descriptions.training_inputs(config, masks="rl", start="sft")
+    start = "score" if config.sft.start_from == "init" else "rl"
+    return descriptions.training_inputs(config, masks="sft", start=start)
+
+
+def _variants(config: Config) -> tuple[str, ...]:
+    return ("",) if config.sft.rounds == 1 else ("", SECOND_SFT.partition(":")[2])
+
+
+def _checks(texts: Texts, step: Step) -> Iterator[Check]:
+    from stages.plan import preflight
+
+    sft = texts.config.sft
+    yield from preflight.of_training(texts.config, sft.launch)
+    yield from preflight.of_trainer(sft)
+    yield partial(_check_rows, texts, step)
+
+
+def _check_rows(texts: Texts, step: Step) -> None:
+    """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
+    from stages.lora import examples
+    from stages.plan import preflight
+    from stages.records import Labelled
+
+    config, labels, sft = texts.config, texts.labels, texts.config.sft
+    if not labels:
+        # The first round may shorten the responses of System 1.
+        labels = [Labelled(row, 2 if step.variant else 1, {}) for row in texts.rows["train"]]
+        sft = sft.model_copy(update={"data": "all"})
+    variant = step.variant if texts.labels else ""
+    preflight.check_lengths(texts, "sft", examples.trained_by_sft(labels, sft, config.seed, variant))
+
+
+def _cost(model: CostModel, variant: str) -> Cost:
+    """Forward and backward passes, in micro batches that without dropout compute a common beginning once:
+
+    seconds = steps · batch_size · row tokens · token_s
+    """
+    from stages.lora.training.loop import steps_of
+    from stages.plan.cost_model import SYSTEM1_SHARE, UNKNOWN
+    from stages.plan.profiler import per_text
+
+    sft, number = model.config.sft, model.texts.imitable
+    if model.config.baseline is not None or not number:
+        return UNKNOWN  # SFT may still imitate answers alone, and no row is rendered with its answer
+    # First round: System 1's rows, and system2_share times as many of System 2 as the cold start. Second
+    # round: System 2's rows.
+    by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
+    examples = number if sft.data == "all" else number * by_round
+    steps = steps_of(math.ceil(examples / sft.batch_size), sft)
+    rows, packed = model.texts.trained_rows("sft"), sft.padding_free == "auto"
+    batch = rows[: sft.per_device_train_batch_size]
+    measured = model.profiler.measure_training(batch, packed, sft.lora_dropout, sft.gradient_checkpointing)
+    sharing = sft.per_device_train_batch_size if packed and not sft.lora_dropout else 1
+    batch_tokens = len(batch) * per_text([row.input_ids for row in batch], sharing)
+    memory = model.memory(measured.mib_of(batch_tokens), trained=True, launched=sft.launch)
+    row_tokens = per_text([row.input_ids for row in rows], sharing)
+    return model.total(steps * sft.batch_size * row_tokens * measured.token_s, memory, sft.launch)
+
+
+STAGE = Stage(
+    name="sft",
+    inputs=_inputs,
+    sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+    external_key=lambda config, _, cache: cache_key.model_part(config, cache),
+    variants=_variants,
+    variants_help="sft or system2, its second round",
+    files=descriptions.TRAINED,
+    checks=_checks,
+    cost=_cost,
+    holds_base=lambda config: not config.sft.launch.shards_base,
+    memory_hint=lambda config, variant: "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
+    version=7,
+)

@@ -1,0 +1,180 @@
+"""The recipes of CONTRIBUTING: what they say is all that is needed, and every command knows it then."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, paths
+
+DESCRIPTION = '''"""Count the labelled rows."""
+
+from stages.config import Section
+from stages.config.fields import setting
+from stages.errors import ConfigError
+from stages.pipeline.stage import Stage
+
+
+class Count(Section):
+    unit: str = setting("row", "What is counted.")
+
+
+def _checks(texts, step):
+    def check():
+        if texts.config.count.unit == "nothing":
+            raise ConfigError("count.unit is nothing", "choose a unit")
+
+    yield check
+
+
+def _cost(model, variant):
+    from stages.plan.cost_model import NOTHING
+
+    return NOTHING
+
+
+STAGE = Stage(
+    name="count",
+    inputs=lambda config, variant: ("classify:train",),
+    sections=lambda config, variant: ("count",),
+    files={"count.txt": "The number, and the unit."},
+    checks=_checks,
+    cost=_cost,
+    section=Count,
+)
+'''
+WORK = '''"""Counts."""
+
+from stages.records import read_labels
+
+
+def run(context, count):
+    rows = read_labels(context.labels)
+    (context.out / "count.txt").write_text(f"{len(rows)} {count.unit}s")
+    return {"rows": len(rows)}
+'''
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of the source."""
+    for folder in ("stages", "lorapar_cli"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def lorapar(source):
+    """Runs `lorapar` from the copy; returns the exit code and what is printed."""
+    program = (sys.executable, "-P", "-m", "lorapar_cli")
+
+    def run(*arguments: object, program: tuple[str, ...] = program) -> str:
+        command = [*program, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(source)}
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+    return run
+
+
+def add(file: Path, text: str, after: str = "") -> None:
+    """Write a text at the end of a file, or behind another text in it."""
+    old = file.read_text(encoding="utf-8") if file.exists() else ""
+    assert after in old
+    new = old.replace(after, after + text, 1) if after else old + text
+    file.write_text(new, encoding="utf-8")
+
+
+def test_a_stage_is_a_folder_and_a_name(source, lorapar, tiny, demo_data, labelled, tmp_path):
+    (source / "stages/count").mkdir()
+    add(source / "stages/count/__init__.py", DESCRIPTION)
+    add(source / "stages/count/run.py", WORK)
+    add(source / "stages/__init__.py", '"count", ', after='"classify", ')
+    shutil.copytree(labelled / "runs", tmp_path / "runs", symlinks=True)
+    settings = ["data.limit=48", "eval.targets=[base]", "count.unit=line"]
+    sets = [part for text in (*paths(tiny, demo_data, tmp_path), *settings) for part in ("--set", text)]
+    config = (ROOT / "configs/smoke.yaml", *sets)
+
+    assert "count      Count the labelled rows.\n" in lorapar("--help")
+    assert "count" in lorapar("help", program=("make", "--no-print-directory"))
+    assert lorapar("list").startswith("0\n")
+    assert "count           missing  not run yet" in lorapar("status", *config)
+    assert "count.unit is nothing\n    choose a unit" in lorapar(
+        "run", *config, "--set", "count.unit=nothing", "--to", "count"
+    )
+    assert "count" in lorapar("plan", *config, "--to", "count")
+    assert "rows: 48" in lorapar("run", *config, "--to", "count")
+    assert "count.txt" in lorapar("show", *config, "count")
+    assert lorapar("count", *config, "--json").startswith("0\n{")
+    assert "count.unit was line, now cell" in lorapar("status", *config, "--set", "count.unit=cell")
+    [written] = Path(tmp_path / "runs").rglob("count.txt")
+    assert written.read_text() == "48 lines"
+    assert lorapar("run", *config).startswith("0\n")
+    assert lorapar("report", *config, "--out", tmp_path / "page").startswith("0\n")
+    assert (tmp_path / "page/report.html").exists()
+
+
+FUNCTIONS = {
+    "lora/importance/scorers.py": """
+
+@scorers.add()
+def my_scorer(value, gradient, fisher):
+    \"\"\"|φ|\"\"\"
+    return value.abs()
+""",
+    "lora/importance/strategies.py": """
+
+@strategies.add()
+def my_strategy(scores, section, seed, sizes):
+    \"\"\"As importance.\"\"\"
+    return strategies.pick("importance")(scores, section, seed, sizes)
+""",
+    "labelling/personas.py": """
+
+@personas.add()
+def my_persona(example, context):
+    \"\"\"As question.\"\"\"
+    return personas.pick("judge")(example, context)
+""",
+    "rewards/builtin.py": """
+
+@rewards.add()
+def my_reward(completions, **_):
+    \"\"\"1 for each.\"\"\"
+    return [1.0 for _ in completions]
+""",
+}
+MODULES = {
+    "evaluation/benchmarks/my_benchmark.py": (
+        '"""My items."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n'
+    ),
+    "engines/my_engine.py": '"""My engine."""\n\nfrom stages.engines.in_process import open_engine\n',
+}
+
+
+def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar, tiny):
+    for name, text in (FUNCTIONS | MODULES).items():
+        add(source / "stages" / name, text.replace('\\"', '"'))
+    add(source / "stages/config/training.py", '"my_strategy", ', after="BY_THETA = (")
+    add(source / "stages/evaluation/benchmarks/__init__.py", '"my_benchmark", ', after="BUILT_IN = (")
+    add(
+        source / "stages/engines/__init__.py",
+        '\n        "my_engine": "stages.engines.my_engine",',
+        after='"transformers": "stages.engines.in_process",',
+    )
+    add(source / "lorapar_cli/greet.py", "def command() -> None:\n    print('hello')\n")
+    add(source / "lorapar_cli/commands.py", '"greet": "Greet.",\n        ', after='"Look": {\n        ')
+
+    listed = lorapar("list")
+    names = ("my_scorer", "my_strategy", "my_persona", "my_reward", "my_benchmark", "my_engine")
+    assert [name for name in names if name not in listed] == []
+    assert lorapar("greet") == "0\nhello\n" and "greet      Greet." in lorapar("--help")
+    (source / "config.yaml").write_text(
+        f"model: {{name: {tiny}}}\ndata: {{path: none.jsonl}}\nscore: {{scorer: my_scorer}}\n"
+        "partition: {strategy: my_strategy}\nrl: {rewards: {my_reward: 1}}\n"
+        "classify: {voters: [{persona: my_persona, engine: my_engine}]}\n"
+    )
+    assert "no data file none.jsonl" in lorapar("status", "config.yaml")  # no name is unknown
