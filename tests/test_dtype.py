@@ -11,8 +11,8 @@ import pytest
 
 from stages.classify.run import _voter_logs
 from stages.config import ClassifySection, ModelSection, ServerSection, Voter
-from stages.engines import EngineSpec, vllm
-from stages.eval.run import _identity
+from stages.engines import vllm
+from stages.eval.run import Evaluation
 from stages.labelling.votes import VoterLog
 from stages.models import dtype
 from stages.models.base import load_base
@@ -148,7 +148,9 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     model = ModelSection(name=str(tiny), dtype=weights)
     assert dtype.answer_dtype(model, engine) == precision
     job = SimpleNamespace(external_key={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
-    assert _identity(job, EngineSpec(engine, model))["dtype"] == precision
+    section = SimpleNamespace(engine=engine)
+    evaluation = Evaluation(job, model, None, section, None, None)
+    assert evaluation.identity(None)["dtype"] == precision
     section = ClassifySection(voters=[Voter(engine=engine)])
     [log] = _voter_logs(model, section, job)
     expected = VoterLog(

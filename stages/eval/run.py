@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from stages.config import (
     SandboxSection,
     ServerSection,
 )
-from stages.engines import EngineSpec
+from stages.engines import Engine, EngineSpec
 from stages.evaluation import routing
 from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
 from stages.evaluation.benchmarks import benchmarks
@@ -37,96 +37,142 @@ from stages.labelling.router import Router
 from stages.models.dtype import answer_dtype
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
-from stages.records import Labelled, read_labels, read_samples, write_jsonl
+from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
 from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from stages.engines.openai.client import Client
     from stages.pipeline.context import StageContext
 
 
-def run(
-    context: StageContext,
-    model: ModelSection,
-    prompt: PromptSection,
-    eval: EvalSection,
-    benchmark: BenchmarkSection,
-    server: ServerSection,
-    sandbox: SandboxSection | None = None,
-    classify: ClassifySection | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Evaluation:
+    """One target on one benchmark, with the sections that its stage reads."""
+
+    context: StageContext
+    model: ModelSection
+    prompt: PromptSection
+    eval: EvalSection
+    benchmark: BenchmarkSection
+    server: ServerSection
+    sandbox: SandboxSection | None = None
+    classify: ClassifySection | None = None
+
+    @property
+    def target(self) -> str:
+        return self.context.variant.partition("@")[0]
+
+    @property
+    def kind(self) -> Any:
+        """The module of the benchmark's kind."""
+        return benchmarks.pick(self.benchmark.kind)
+
+    @property
+    def title(self) -> str:
+        return f"eval {self.target} {self.benchmark.kind}"
+
+    @property
+    def dtype(self) -> str:
+        """The numbers in which the engine computes answers and votes."""
+        dtype = answer_dtype(self.model, self.eval.engine)
+        return f"nf4 {dtype}" if self.model.load_in_4bit else dtype
+
+    def engine(self, adapter: Path | None = None) -> Engine:
+        context = self.context
+        spec = EngineSpec(self.eval.engine, self.model, adapter)
+        return context.engines.get(spec, self.server, context.progress.say)
+
+    def rows(self) -> list[Labelled]:
+        """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
+        if "classify" in self.context.inputs:
+            return read_labels(self.context.labels)
+        return [Labelled(example, None, {}) for example in self.kind.load(self.benchmark)]
+
+    def stored_adapter(self) -> Path | None:
+        """The folder of the target's adapter in an artifact; None for the base."""
+        if self.target.startswith(KEPT):
+            return self.context.inputs["rl"].kept_adapter(self.target.removeprefix(KEPT))
+        return self.context.adapter("score", "sft", "rl")
+
+    def identity(self, adapter: Path | None) -> dict[str, Any]:
+        """Everything that determines the answers, apart from the prompts and the sampling."""
+        return {
+            "model": self.context.external_key["model"],
+            "dtype": self.dtype,
+            "adapter": _adapter_digest(adapter),
+            "engine": self.eval.engine,
+            "server": self.context.external_key.get("server"),
+        }
+
+
+def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """Write `samples.jsonl` and `metrics.json`; returns the accuracies.
 
     Each answer is journalled as it arrives, under its model, adapter, engine, prompt and sampling. So neither
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
     `context.force` replaces earlier answers.
     """
-    if classify is not None:
-        return _route(context, model, classify, eval, benchmark, server)
-    with _adapter(context) as adapter:
-        return _evaluate(context, adapter, model, prompt, eval, benchmark, server, sandbox)
+    evaluation = Evaluation(context, **sections)
+    if evaluation.classify is not None:
+        return _route(evaluation, evaluation.classify)
+    with _adapter(evaluation) as adapter:
+        return _evaluate(evaluation, adapter)
 
 
-def _route(
-    context: StageContext,
-    model: ModelSection,
-    classify: ClassifySection,
-    eval: EvalSection,
-    benchmark: BenchmarkSection,
-    server: ServerSection,
-) -> dict[str, Any]:
+def _route(evaluation: Evaluation, classify: ClassifySection) -> dict[str, Any]:
     """Write target auto's answers, each taken from the mode chosen by the vote, and compare the routings."""
-    name, module = context.variant.partition("@")[2], benchmarks.pick(benchmark.kind)
+    context, benchmark, module = evaluation.context, evaluation.benchmark, evaluation.kind
+    name, progress, engine = context.variant.partition("@")[2], context.progress, evaluation.eval.engine
     samples = {
         mode: read_samples(context.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
-        for mode, target in eval.modes.items()
+        for mode, target in evaluation.eval.modes.items()
     }
     labels = read_labels(context.inputs["classify:train"].path / "labels.jsonl")
     key = context.external_key
-    identity = f"{key['model']} {_dtype(model, eval.engine)} {key.get('server')}"
-    router = Router(classify, model, eval.engine, identity, labels, context.journals)
+    identity = f"{key['model']} {evaluation.dtype} {key.get('server')}"
+    router = Router(classify, evaluation.model, engine, identity, labels, context.journals)
     examples = module.load(benchmark)
     router.set_questions(examples)
-    spec = EngineSpec(eval.engine, model)
-    progress = context.progress
-    router.collect(lambda: context.engines.get(spec, server, progress.say), progress, f"votes on {name}")
+    router.collect(evaluation.engine, progress, f"votes on {name}")
     router.log.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
     modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
     routed = routing.choose(samples, modes)
-    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in routed))
-    metrics = compute_metrics(routed, module.GROUPS)
+    comparison = {"router": router.record(), "routing": routing.compare({**samples, ROUTED: routed})}
+    return _write(evaluation, routed, comparison)
+
+
+def _write(evaluation: Evaluation, samples: list[Sample], more: dict[str, Any]) -> dict[str, Any]:
+    """Write the graded answers, and their metrics with `more`; returns the accuracies."""
+    out, benchmark = evaluation.context.out, evaluation.benchmark
+    write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
+    metrics = compute_metrics(samples, evaluation.kind.GROUPS)
     record = {
-        "target": ROUTED,
+        "target": evaluation.target,
         "benchmark": benchmark.model_dump(mode="json"),
-        "engine": eval.engine,
+        "engine": evaluation.eval.engine,
         **metrics,
-        "router": router.record(),
-        "routing": routing.compare({**samples, ROUTED: routed}),
+        **more,
     }
-    (context.out / "metrics.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    return {"kind": benchmark.kind, **headline(metrics)}
+    (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    sandbox_name = {"sandbox": more["sandbox"]} if more.get("sandbox") else {}
+    return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 @contextmanager
-def _adapter(context: StageContext) -> Iterator[Path | None]:
+def _adapter(evaluation: Evaluation) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
-    target = context.variant.partition("@")[0]
+    context, target = evaluation.context, evaluation.target
     if target not in REGIONS:
-        yield _stored_adapter(context)
+        yield evaluation.stored_adapter()
         return
     from stages.lora.importance import ablation
     from stages.lora.importance.masks import Masks
 
     masks = Masks.load(context.inputs["partition"].path / "masks.safetensors", "rl")
+    start, trained = context.inputs["score"].adapter, context.inputs["rl"].adapter
     with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as folder:
-        ablation.write(
-            target, context.inputs["rl"].adapter, context.inputs["score"].adapter, masks, Path(folder)
-        )
+        ablation.write(target, trained, start, masks, Path(folder))
         yield Path(folder)
         context.engines.close()  # the adapter that it serves is about to be deleted
 
@@ -140,86 +186,42 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
     """
     from stages.engines import vllm
 
-    def module_name(context: StageContext) -> str:
-        # Should another process's server answer on the same port, it has no model of this name.
-        return f"{context.variant.partition('@')[0]}-{os.getpid()}"
-
-    adapters = {
-        module_name(context): adapter
-        for context, _ in calls
-        if (adapter := _stored_adapter(context)) is not None
-    }
-    (first, given), *_ = calls
-    model, server, say = given["model"], given["server"], first.progress.say
+    evaluations = [Evaluation(context, **sections) for context, sections in calls]
+    # Should another process's server answer on the same port, it has no model of such a name.
+    names = {evaluation.target: f"{evaluation.target}-{os.getpid()}" for evaluation in evaluations}
+    adapters = {names[e.target]: adapter for e in evaluations if (adapter := e.stored_adapter()) is not None}
+    first = evaluations[0]
     with ExitStack() as stack:
 
         @cache
         def clients() -> dict[str, Client]:
-            return stack.enter_context(vllm.open_modules(model, adapters, server, say))
+            say = first.context.progress.say
+            return stack.enter_context(vllm.open_modules(first.model, adapters, first.server, say))
 
-        for context, sections in calls:
-            name, benchmark = module_name(context), sections["benchmark"]
-            answers, *_ = _cache_of(
-                context, adapters.get(name), model, sections["prompt"], sections["eval"], benchmark
-            )
-            served = name if name in adapters else model.name
-            answers.complete(
-                lambda served=served: clients()[served], _title(context, benchmark), context.progress
-            )
-
-
-def _title(context: StageContext, benchmark: BenchmarkSection) -> str:
-    return f"eval {context.variant.partition('@')[0]} {benchmark.kind}"
-
-
-def _stored_adapter(context: StageContext) -> Path | None:
-    """The folder of the target's adapter in an artifact; None for the base."""
-    target = context.variant.partition("@")[0]
-    if target.startswith(KEPT):
-        return context.inputs["rl"].kept_adapter(target.removeprefix(KEPT))
-    return context.adapter("score", "sft", "rl")
+        for evaluation in evaluations:
+            name = names[evaluation.target]
+            answers, *_ = _cache_of(evaluation, adapters.get(name))
+            served = name if name in adapters else first.model.name
+            progress = evaluation.context.progress
+            answers.complete(lambda served=served: clients()[served], evaluation.title, progress)
 
 
 def _cache_of(
-    context: StageContext,
-    adapter: Path | None,
-    model: ModelSection,
-    prompt: PromptSection,
-    eval: EvalSection,
-    benchmark: BenchmarkSection,
+    evaluation: Evaluation, adapter: Path | None
 ) -> tuple[AnswerCache, list[Labelled], Renderer, list[RenderedPrompt]]:
     """The cache of the answers of one target to one benchmark, and the items as they are asked."""
-    is_untrained = context.variant.partition("@")[0] in UNTRAINED_TARGETS
-    rows = _rows(context, benchmark)[: eval.untrained_items if is_untrained else None]
-    renderer = Renderer(load_tokenizer(model), benchmark.prompt or prompt, rows)
-    prompts = benchmarks.pick(benchmark.kind).ask([row.example for row in rows], benchmark, renderer)
-    identity = _identity(context, EngineSpec(eval.engine, model, adapter))
-    cache = AnswerCache(prompts, benchmark, renderer, identity, context.journals / "answers", context.force)
-    return cache, rows, renderer, prompts
-
-
-def _rows(context: StageContext, benchmark: BenchmarkSection) -> list[Labelled]:
-    """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
-    if "classify" in context.inputs:
-        return read_labels(context.labels)
-    return [Labelled(example, None, {}) for example in benchmarks.pick(benchmark.kind).load(benchmark)]
-
-
-def _identity(context: StageContext, spec: EngineSpec) -> dict[str, Any]:
-    """Everything that determines the answers, apart from the prompts and the sampling."""
-    return {
-        "model": context.external_key["model"],
-        "dtype": _dtype(spec.model, spec.engine),
-        "adapter": _adapter_digest(spec.adapter),
-        "engine": spec.engine,
-        "server": context.external_key.get("server"),
-    }
-
-
-def _dtype(model: ModelSection, engine: str) -> str:
-    """The numbers that an engine computes answers and votes in."""
-    dtype = answer_dtype(model, engine)
-    return f"nf4 {dtype}" if model.load_in_4bit else dtype
+    context, benchmark = evaluation.context, evaluation.benchmark
+    is_untrained = evaluation.target in UNTRAINED_TARGETS
+    rows = evaluation.rows()[: evaluation.eval.untrained_items if is_untrained else None]
+    renderer = Renderer(load_tokenizer(evaluation.model), benchmark.prompt or evaluation.prompt, rows)
+    prompts = evaluation.kind.ask([row.example for row in rows], benchmark, renderer)
+    identity, journal = evaluation.identity(adapter), context.journals / "answers"
+    return (
+        AnswerCache(prompts, benchmark, renderer, identity, journal, context.force),
+        rows,
+        renderer,
+        prompts,
+    )
 
 
 def _adapter_digest(adapter: Path | None) -> str | None:
@@ -229,51 +231,26 @@ def _adapter_digest(adapter: Path | None) -> str | None:
     return key_of({name: sha256_file(adapter / name) for name in files})
 
 
-def _evaluate(
-    context: StageContext,
-    adapter: Path | None,
-    model: ModelSection,
-    prompt: PromptSection,
-    eval: EvalSection,
-    benchmark: BenchmarkSection,
-    server: ServerSection,
-    sandbox: SandboxSection | None,
-) -> dict[str, Any]:
+def _evaluate(evaluation: Evaluation, adapter: Path | None) -> dict[str, Any]:
     """Answer and grade the benchmark, and write the results; see `run`."""
-    target, progress = context.variant.partition("@")[0], context.progress
-    module = benchmarks.pick(benchmark.kind)
+    context, benchmark, progress = evaluation.context, evaluation.benchmark, evaluation.context.progress
+    module, server = evaluation.kind, evaluation.server
     if hasattr(module, "run"):
         context.engines.close()  # the harness loads the model itself
-        summary: dict[str, Any] = module.run(model, adapter, benchmark, server, target, context.out, progress)
+        target, out = evaluation.target, context.out
+        summary: dict[str, Any] = module.run(
+            evaluation.model, adapter, benchmark, server, target, out, progress
+        )
         return summary
-    cache, rows, renderer, prompts = _cache_of(context, adapter, model, prompt, eval, benchmark)
-    backend = sandboxes.from_settings(sandbox, progress.say) if sandbox else None
-    grading = Context(renderer.section.answer_format, renderer.section.template == "chat", backend)
-
-    spec = EngineSpec(eval.engine, model, adapter)
-    cache.complete(
-        lambda: context.engines.get(spec, server, progress.say), _title(context, benchmark), progress
-    )
-    answers = cache.answers
-
-    parity = _check_parity(context, prompts, answers, benchmark, eval, model, adapter, renderer.tokenizer)
-    samples = grade_all(rows, prompts, answers, renderer, grading, benchmark, progress)
-    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in samples))
-    metrics = compute_metrics(samples, module.GROUPS)
-    record = {
-        "target": target,
-        "benchmark": benchmark.model_dump(mode="json"),
-        "engine": eval.engine,
-        **metrics,
-        "parity": parity,
-        "sandbox": grading.sandbox and grading.sandbox.name,
-        **_prompt_record(prompts[0], renderer),
-    }
-    (context.out / "metrics.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    sandbox_name = {"sandbox": grading.sandbox.name} if grading.sandbox else {}
-    return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
+    cache, rows, renderer, prompts = _cache_of(evaluation, adapter)
+    settings = evaluation.sandbox
+    sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
+    grading = Context(renderer.section.answer_format, renderer.section.template == "chat", sandbox)
+    cache.complete(lambda: evaluation.engine(adapter), evaluation.title, progress)
+    parity = _check_parity(evaluation, adapter, prompts, cache.answers, renderer)
+    samples = grade_all(rows, prompts, cache.answers, renderer, grading, benchmark, progress)
+    record = {"parity": parity, "sandbox": grading.sandbox and grading.sandbox.name}
+    return _write(evaluation, samples, record | _prompt_record(prompts[0], renderer))
 
 
 def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
@@ -289,27 +266,26 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
 
 
 def _check_parity(
-    context: StageContext,
+    evaluation: Evaluation,
+    adapter: Path | None,
     prompts: list[RenderedPrompt],
     answers: dict[tuple[int, int], CachedAnswer],
-    benchmark: BenchmarkSection,
-    eval: EvalSection,
-    model: ModelSection,
-    adapter: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
 ) -> dict[str, Any] | None:
     """Check the first answers with the unmerged adapter in plain PEFT.
 
     None if `eval.parity_items` is 0, answers were sampled, or engine transformers served the base model.
     """
-    if not eval.parity_items or benchmark.temperature or (adapter is None and eval.engine == "transformers"):
+    items, engine = evaluation.eval.parity_items, evaluation.eval.engine
+    if not items or evaluation.benchmark.temperature or (adapter is None and engine == "transformers"):
         return None
     import torch
 
     from stages.evaluation import parity
 
     if torch.cuda.is_available():
-        context.engines.close()  # a running server holds most of the device's memory
-    pairs = [(prompts[i], answers[i, 0]) for i in range(min(eval.parity_items, len(prompts)))]
+        evaluation.context.engines.close()  # a running server holds most of the device's memory
+    pairs = [(prompts[i], answers[i, 0]) for i in range(min(items, len(prompts)))]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
-    return parity.check(pairs, model, adapter, tokenizer, hint, context.progress.say)
+    say = evaluation.context.progress.say
+    return parity.check(pairs, evaluation.model, adapter, renderer.tokenizer, hint, say)
