@@ -35,7 +35,7 @@ from lorapar_cli.stage_starter import starter
 from stages.config import TRAINED, Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ConfigError, Ended, LoraparError, is_rust_panic
+from stages.errors import ConfigError, LoraparError, Terminated, is_rust_panic
 from stages.pipeline import launch
 from stages.pipeline.context import StageContext
 from stages.pipeline.run import Task, Verb, pending_stages, run_step, upcoming
@@ -283,10 +283,10 @@ for _name in COMMANDS:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """Raise Ended, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
+    """Raise Terminated, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
     for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
         signal.signal(another, signal.SIG_IGN)
-    raise Ended(128 + number)
+    raise Terminated(128 + number)
 
 
 def main() -> None:

@@ -91,9 +91,9 @@ def _route(
     router.set_questions(examples)
     spec = EngineSpec(eval.engine, model)
     router.collect(lambda: job.engines.get(spec, server, job.progress.say), job.progress, f"votes on {name}")
-    router.log.check(classify.max_failed, classify.max_invalid)
+    router.journal.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
-    modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
+    modes = {example.id: router.mode(router.journal.vote(example)) for example in examples}
     routed = routing.choose(samples, modes)
     write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in routed))
     metrics = compute_metrics(routed, module.GROUPS)

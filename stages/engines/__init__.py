@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.registry import Modules
+from stages.registry import ModuleRegistry
 from stages.runtime import libraries
 
 if TYPE_CHECKING:
     from stages.config import ModelSection, ServerSection
 
-engines = Modules(
+engines = ModuleRegistry(
     "engine",
     {
         "openai": "stages.engines.openai.client",

@@ -14,7 +14,7 @@ from typing import Any
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ArtifactError, ConfigError, Ended
+from stages.errors import ArtifactError, ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stages import check_stage_name, order, section
 from stages.pipeline.state import State, rebuild_hint, require_current, state
@@ -127,7 +127,7 @@ def _run_user_code(verb: Verb, job: StageContext, sections: dict[str, Any]) -> d
     """The summary of a stage. Code of users, in a reward or a model's files, cannot end the program."""
     try:
         return verb(job, **sections)
-    except Ended:
+    except Terminated:
         raise
     except (EOFError, BrokenPipeError) as error:  # the command line's library would end without a word
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
