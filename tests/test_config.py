@@ -8,8 +8,7 @@ from conftest import CONFIGS
 from lorapar_cli.harness import entries
 from stages.config import Config, SftSection
 from stages.config.fields import cache_key_fields
-from stages.config.renamed import RENAMED
-from stages.config.yaml import annotated
+from stages.config.yaml import annotated, on_one_line
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
 
@@ -227,18 +226,6 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     assert f"score.scorer: unknown scorer 'taylr'; choose from: {choices}" in text
 
 
-@pytest.mark.parametrize(
-    ("section", "old", "new"),
-    [(section, *names) for section, table in RENAMED.items() for names in table.items()],
-)
-def test_an_old_name_of_a_setting_says_the_new_one(tmp_path, section, old, new):
-    path = written(tmp_path, "model: {name: x}\n")
-    assert message(path, f"{section}.{old}=1") == f"{section}.{old} is called {section}.{new} now"
-    assert "now" not in message(
-        path, f"{section}.{new}={{}}"
-    )  # a name that there is: only the value is wrong
-
-
 def test_unknown_strategy(tmp_path):
     text = message(written(tmp_path, "model: {name: x}\n"), "partition.strategy=best")
     assert text == (
@@ -272,6 +259,33 @@ def test_order_is_defaults_yaml_overrides(tmp_path):
     path = written(tmp_path, "model: {name: x}\nsft: {learning_rate: 0.5, num_train_epochs: 2}\n")
     config = load(path, ["sft.learning_rate=1e-3"])
     assert (config.sft.learning_rate, config.sft.num_train_epochs, config.sft.weight_decay) == (1e-3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("9e-1", 0.9),
+        ("1e3", 1000.0),
+        ("-2.5E+3", -2500.0),
+        (".5e1", 5.0),
+        ("1.e2", 100.0),
+        ("0.9", 0.9),
+        ("7", 7),
+    ],
+)
+def test_numbers_are_read_as_yaml_1_2_reads_them(tmp_path, text, number):
+    """PyYAML, which has YAML 1.1, finds texts there, and no model says that a number is meant."""
+    path = written(tmp_path, f"model: {{name: x}}\nserver: {{vllm: {{a: {text}}}}}\n")
+    vllm = load(path, [f"server.vllm.b=[{text}]"]).server.vllm
+    assert vllm == {"a": number, "b": [number]} and type(vllm["a"]) is type(number)
+    assert load(path, ["seed=1e3", "sft.learning_rate=2e-4"]).seed == 1000
+
+
+@pytest.mark.parametrize("text", ["1e", "1e3x", "'1e3'"])
+def test_texts_like_numbers_stay_texts(tmp_path, text):
+    path = written(tmp_path, "model: {name: x}\n")
+    assert load(path, [f"run={text}"]).run == text.strip("'")
+    assert on_one_line(["1e3", 1e3]) == "['1e3', 1000.0]"
 
 
 def test_identity_leaves_out_what_does_not_change_a_result(tmp_path):
@@ -343,9 +357,7 @@ ODD = {
     "server.port=70000": "server.port: input should be less than 65536",
     "server.vllm={seed: 2020-01-01}": "server.vllm: expected text, numbers, lists and mappings",
     "server.vllm={seed: .nan}": "server.vllm: expected text, numbers, lists and mappings",
-    'run="\\ud800"': "is not YAML: 'utf-8' codec can't encode character",
-    "server.vllm=" + "[" * 5000 + "]" * 5000: "nested",
-    "server.vllm=" + "{a: " * 100 + "1" + "}" * 100: "is nested more than 64 deep",
+    "server.vllm=" + "[" * 1000 + "]" * 1000: "nested",
     "run=!!bool maybe": "is not YAML",
     'run=!!int ""': "is not YAML",
     "run=!!timestamp x": "is not YAML",
@@ -356,18 +368,6 @@ ODD = {
 @pytest.mark.parametrize(("override", "text"), ODD.items(), ids=lambda x: x[:30])
 def test_values_that_no_machine_can_work_with(tmp_path, override, text):
     assert text in message(written(tmp_path, "model: {name: x}\n"), override)
-
-
-def test_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path):
-    lines = ["a: &l0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"b{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
-    assert "expand to more than 100000 values" in message(written(tmp_path, "\n".join(lines) + "\n"))
-
-
-def test_a_long_chain_of_files(tmp_path):
-    for i in range(70):
-        (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n")
-    assert "is extended over more than 64 files" in message(tmp_path / "0.yaml")
 
 
 def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
@@ -408,7 +408,6 @@ def test_a_wrong_target_is_said_without_names_of_validators(tmp_path):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ('model.name="a\\0b"', "contains a NUL character"),
         (
             "eval.benchmarks.x={kind: demo, path: a, mode: likelihood}",
             "mode likelihood is for mmlu alone, got kind demo",
