@@ -3,11 +3,20 @@
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from stages.config.fields import (
     MAX_SAMPLES,
     Section,
+    advanced,
     registries_from,
     registry_name,
     setting,
@@ -41,53 +50,44 @@ class BenchmarkSection(SourceSection):
         "known: by the field that classify.known names.",
         ignored_by="classify",
     )
-    shots: int = setting(
+    shots: NonNegativeInt = setting(
         0,
         "Number of worked examples in the prompt; 0 with lm_eval: as many as the task has.",
         ignored_by="classify",
-        ge=0,
     )
-    shots_path: str | None = setting(
+    shots_path: str | None = advanced(
         None,
         "File with the worked examples; none: the data set of the items, from split shots_split.",
         in_cache_key=False,
-        advanced=True,
     )
-    shots_split: str = setting(
-        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify", advanced=True
+    shots_split: str = advanced(
+        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify"
     )
     mode: Literal["generate", "likelihood"] = setting(
         "generate",
         "generate: the answer is generated; likelihood (mmlu only): the answer is the most likely choice.",
         ignored_by="classify",
     )
-    max_new_tokens: int = setting(256, "Longest answer in tokens.", ignored_by="classify", gt=0)
-    temperature: float = setting(
-        0.0, "Sampling temperature; 0: greedy decoding.", ignored_by="classify", advanced=True, ge=0
+    max_new_tokens: PositiveInt = setting(256, "Longest answer in tokens.", ignored_by="classify")
+    temperature: NonNegativeFloat = advanced(
+        0.0, "Sampling temperature; 0: greedy decoding.", ignored_by="classify"
     )
-    top_p: float = setting(
+    top_p: float = advanced(
         1.0,
         "Nucleus sampling: probability mass to sample from; 1: all tokens.",
         ignored_by="classify",
-        advanced=True,
         gt=0,
         le=1,
     )
-    samples: int = setting(
-        1,
-        "Answers per item; pass@k is estimated from them.",
-        ignored_by="classify",
-        advanced=True,
-        gt=0,
-        le=MAX_SAMPLES,
+    samples: int = advanced(
+        1, "Answers per item; pass@k is estimated from them.", ignored_by="classify", gt=0, le=MAX_SAMPLES
     )
-    seed: int = setting(0, "Seed of sampled answers.", ignored_by="classify", advanced=True, ge=0)
-    prompt: PromptSection | None = setting(
+    seed: NonNegativeInt = advanced(0, "Seed of sampled answers.", ignored_by="classify")
+    prompt: PromptSection | None = advanced(
         None,
         "Prompt settings of this benchmark, used instead of the section `prompt`. Tasks of lm_eval read only "
         "template and system, and only from here.",
         ignored_by="classify",
-        advanced=True,
     )
     tasks: list[str] = setting([], "Tasks of lm-evaluation-harness, for kind lm_eval.", ignored_by="classify")
 
@@ -154,23 +154,19 @@ class EvalSection(Section):
         "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
         "transformers. On CPU vllm pays off only for large benchmarks.",
     )
-    untrained_items: int | None = setting(
+    untrained_items: PositiveInt | None = advanced(
         None,
         "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all. "
         "Tasks of lm_eval have only their own limit.",
         in_cache_key=False,
-        advanced=True,
-        gt=0,
     )
-    parity_items: int = setting(
+    parity_items: NonNegativeInt = advanced(
         8,
         "How many of the first answers are checked against the unmerged adapter; 0: none.",
         in_cache_key=False,
-        advanced=True,
-        ge=0,
     )
-    sandbox: SandboxSection = setting(
-        SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False, advanced=True
+    sandbox: SandboxSection = advanced(
+        SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False
     )
 
     @field_validator("engine")

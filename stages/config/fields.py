@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -40,6 +41,10 @@ def setting(
     ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
     marks: dict[str, Any] = {"in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced}
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
+
+
+advanced = partial(setting, advanced=True)
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def marks_of(field: FieldInfo) -> dict[str, Any]:
