@@ -1,13 +1,14 @@
 """Settings of servers, of voters and of how votes become labels."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stages.config.fields import (
-    MAX_SAMPLES,
-    MAX_SECONDS,
     JsonValue,
+    Samples,
+    Seconds,
     Section,
     Share,
     advanced,
@@ -70,9 +71,7 @@ class Voter(Section):
     temperature: NonNegativeFloat = setting(
         0.0, "Sampling temperature, used by voters that think and by servers that cannot constrain a choice."
     )
-    samples: int = setting(
-        1, "How often each question is asked; the vote is the mean of the answers.", gt=0, le=MAX_SAMPLES
-    )
+    samples: Samples = setting(1, "How often each question is asked; the vote is the mean of the answers.")
     weight: PositiveFloat = advanced(1.0, "Weight of the voter with rule weighted.")
     calibration: Literal["auto", "none", "held_out", "content_free"] = advanced(
         "auto",
@@ -103,26 +102,24 @@ class Voter(Section):
             return ModelSection(name=self.model, revision=self.revision, device=model.device)
         return model.model_copy(update={"load_in_4bit": False})
 
-    @model_validator(mode="after")
-    def _check_model_and_sampling(self) -> "Voter":
+    def conflicts(self) -> Iterator[str]:
         for url in self.urls:
             check_url("base_url", url)
         if self.engine == "openai" and not self.base_url:
-            raise ValueError("engine openai needs base_url")
+            yield "engine openai needs base_url"
         if self.base_url and self.engine not in ("openai", "auto"):
-            raise ValueError(f"base_url is for engine openai, not {self.engine}")
+            yield f"base_url is for engine openai, not {self.engine}"
         if self.base_url and not self.model:
-            raise ValueError("base_url needs model, the name it is served under")
+            yield "base_url needs model, the name it is served under"
         if self.revision != "main" and (self.base_url or not self.model):
-            raise ValueError(f"revision {self.revision} needs model, and cannot be used with base_url")
+            yield f"revision {self.revision} needs model, and cannot be used with base_url"
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"{self.samples} samples of a greedy voter are all the same; set temperature")
+            yield f"{self.samples} samples of a greedy voter are all the same; set temperature"
         if self.temperature and not self.thinking and not self.base_url:
-            raise ValueError(
+            yield (
                 f"temperature {self.temperature} has no effect on a voter that runs here and does not think: "
                 "its probabilities are read directly; leave temperature out"
             )
-        return self
 
 
 class ServerSection(Section):
@@ -134,20 +131,16 @@ class ServerSection(Section):
         gt=0,
         le=10_000,
     )
-    timeout_s: float = advanced(
+    timeout_s: Seconds = advanced(
         600,
         "Time limit of one request in seconds, including its wait in the server's queue; for long thoughts "
         "raise it, and stall_s above it.",
         in_cache_key=False,
-        gt=0,
-        le=MAX_SECONDS,
     )
-    stall_s: float = advanced(
+    stall_s: Seconds = advanced(
         900,
         "Seconds without an answer to any request after which a server is considered dead.",
         in_cache_key=False,
-        gt=0,
-        le=MAX_SECONDS,
     )
     batch_size: PositiveInt = setting(
         64, "Number of answers that engine transformers generates at a time.", in_cache_key=False
@@ -155,12 +148,8 @@ class ServerSection(Section):
     max_model_len: PositiveInt = setting(
         4096, "Context length, in tokens, of a vLLM server that lorapar starts.", in_cache_key=False
     )
-    startup_s: float = advanced(
-        600,
-        "Time limit, in seconds, for the start of a vLLM server.",
-        in_cache_key=False,
-        gt=0,
-        le=MAX_SECONDS,
+    startup_s: Seconds = advanced(
+        600, "Time limit, in seconds, for the start of a vLLM server.", in_cache_key=False
     )
     vllm: Annotated[dict[str, Any], JsonValue] = setting(
         {},
@@ -259,8 +248,6 @@ class ClassifySection(Section):
         0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known"
     )
 
-    @model_validator(mode="after")
-    def _check_labels_file(self) -> "ClassifySection":
+    def conflicts(self) -> Iterator[str]:
         if self.labels_file and self.strategy not in UNVOTED:
-            raise ValueError("labels_file is read by strategy known: set it, or leave labels_file out")
-        return self
+            yield "labels_file is read by strategy known: set it, or leave labels_file out"

@@ -1,10 +1,10 @@
 """Settings of GRPO and of how its completions are sampled."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import (
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -15,7 +15,9 @@ from pydantic import (
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import (
+    PositiveShare,
     Section,
+    ShareBelowOne,
     WithoutFalse,
     advanced,
     as_value_error,
@@ -62,13 +64,11 @@ class RolloutsSection(Section):
     )
     correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
-    @model_validator(mode="after")
-    def _check_server(self) -> "RolloutsSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.engine == "vllm_server") != (self.base_url is not None):
-            raise ValueError("base_url goes with engine vllm_server, and only with it")
+            yield "base_url goes with engine vllm_server, and only with it"
         if self.base_url is not None:
             check_url("base_url", self.base_url)
-        return self
 
 
 OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt", "max_grad_norm"}
@@ -80,9 +80,9 @@ class RlSection(TrainSection):
         "sft", "Adapter to start from: that of SFT, after its last round, or the initial one."
     )
     learning_rate: PositiveFloat = setting(5e-6, "Peak learning rate; the default is the paper's.")
-    warmup_ratio: float = advanced(0.1, WARMUP, ge=0, lt=1)
+    warmup_ratio: ShareBelowOne = advanced(0.1, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
-    adam_beta2: float = advanced(0.99, "AdamW β₂.", ge=0, lt=1)
+    adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
     rescore: Annotated[str, registry_name("scorers")] | None = advanced(
         None,
@@ -94,11 +94,9 @@ class RlSection(TrainSection):
         "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
     )
     prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
-    system1_share: float = setting(
+    system1_share: ShareBelowOne = setting(
         0.0,
         "Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1.",
-        ge=0,
-        lt=1,
     )
     dynamic_sampling: NonNegativeInt = advanced(
         0,
@@ -116,9 +114,7 @@ class RlSection(TrainSection):
     )
     num_iterations: PositiveInt = advanced(1, "Optimizer passes over each batch of completions (μ).")
     temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
-    top_p: float = advanced(
-        1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.", gt=0, le=1
-    )
+    top_p: PositiveShare = advanced(1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.")
     top_k: NonNegativeInt = advanced(
         0, "Number of most likely tokens to sample from (the paper: 50); 0: all tokens."
     )
@@ -177,9 +173,9 @@ class RlSection(TrainSection):
         SandboxSection(), "Sandbox of rewards that run code.", in_cache_key=False
     )
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
-    lora_dropout: float = advanced(0.0, DROPOUT, ge=0, lt=1)
+    lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
     save_steps: PositiveInt = advanced(5, SAVE_STEPS, in_cache_key=False)
-    keep_steps: list[Annotated[int, Field(gt=0)]] = advanced(
+    keep_steps: list[PositiveInt] = advanced(
         [], "Steps after which the adapter is kept, too, for targets such as rl-20.", in_cache_key=False
     )
     max_zero_signal_steps: PositiveInt = advanced(
@@ -188,56 +184,45 @@ class RlSection(TrainSection):
         in_cache_key=False,
     )
 
-    @model_validator(mode="after")
-    def _check_batch_size(self) -> "RlSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
-            raise ValueError(
+            yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"{self.prompts_per_step} × {self.num_generations}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_keep_steps(self) -> "RlSection":
         if self.max_steps and self.keep_steps and max(self.keep_steps) > self.max_steps:
-            raise ValueError(f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}")
-        return self
+            yield f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}"
+        if self.kl_reference == "sft" and self.start_from != "sft":
+            yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
+        yield from self._conflicts_of_ratios()
+        yield from self._conflicts_of_replay_and_resampling()
 
-    @model_validator(mode="after")
-    def _check_ratios(self) -> "RlSection":
+    def _conflicts_of_ratios(self) -> Iterator[str]:
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
-            raise ValueError(
+            yield (
                 f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh "
                 "a completion by its length"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
+            yield "loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5"
         samples_with_vllm = self.rollouts.engine != "transformers"
         if (self.top_p < 1 or self.top_k) and samples_with_vllm and self.rollouts.correction != "none":
-            raise ValueError(
+            yield (
                 f"top_p {self.top_p} and top_k {self.top_k} with rollouts by vLLM: its probabilities are of "
                 "the cut distribution, the trainer's of the whole one, and rollouts.correction would compare "
                 "them; leave them at 1 and 0, or set correction: none"
             )
-        return self
 
     @property
     def replay_prompts(self) -> int:
         """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
-    @model_validator(mode="after")
-    def _check_kl_reference(self) -> "RlSection":
-        if self.kl_reference == "sft" and self.start_from != "sft":
-            raise ValueError(f"kl_reference sft goes with start_from sft, got start_from {self.start_from}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_replay_and_resampling(self) -> "RlSection":
+    def _conflicts_of_replay_and_resampling(self) -> Iterator[str]:
         if self.system1_share and self.data == "all":
-            raise ValueError("system1_share goes with data system2; data all draws from both systems")
+            yield "system1_share goes with data system2; data all draws from both systems"
         if self.system1_share and not 0 < self.replay_prompts < self.prompts_per_step:
-            raise ValueError(
+            yield (
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
                 f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
@@ -245,13 +230,12 @@ class RlSection(TrainSection):
             self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
         )
         if self.dynamic_sampling and not samples_alone:
-            raise ValueError("dynamic_sampling needs rollouts that each process samples for itself")
+            yield "dynamic_sampling needs rollouts that each process samples for itself"
         if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
-            raise ValueError(
+            yield (
                 "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "
                 "draws again would wait for the others' parts of the base; leave out one of them"
             )
-        return self
 
     @model_validator(mode="after")
     def _check_rewards(self, info: ValidationInfo) -> "RlSection":

@@ -1,9 +1,10 @@
 """The base model, rows, the prompt and the adapter."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from stages.config.fields import Section, advanced, registry_name, setting
 
@@ -104,13 +105,11 @@ class PromptSection(Section):
         "<reasoning>…</reasoning><answer>…</answer>.",
     )
 
-    @model_validator(mode="after")
-    def _check_bare(self) -> "PromptSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.system or self.by_system) and self.template == "bare":
-            raise ValueError(
+            yield (
                 "template bare has no system message; leave out system and by_system, or choose chat or plain"
             )
-        return self
 
 
 SUBTRACTED = ("pissa", "pissa_niter_16", "olora")
@@ -145,22 +144,16 @@ class LoraSection(Section):
     def _all_linear(cls, modules: Any) -> Any:
         return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
-    @model_validator(mode="after")
-    def _check_even_rank(self) -> "LoraSection":
+    def conflicts(self) -> Iterator[str]:
         if self.init == "orthogonal" and self.r % 2:
-            raise ValueError(f"init orthogonal needs an even r, got {self.r}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_compensation(self) -> "LoraSection":
+            yield f"init orthogonal needs an even r, got {self.r}"
         # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to
         # subtract B₀A₀ itself. Init orthogonal may go without: its B₀A₀ is 0.
         if self.init in SUBTRACTED and not self.compensated:
-            raise ValueError(
+            yield (
                 f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "
                 "use compensate: auto or true"
             )
-        return self
 
     @property
     def compensated(self) -> bool:

@@ -1,5 +1,6 @@
 """Settings of score, partition, SFT and baselines, and those that SFT and RL share."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -8,10 +9,17 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    model_validator,
 )
 
-from stages.config.fields import Section, Share, advanced, registry_name, setting
+from stages.config.fields import (
+    PositiveShare,
+    Section,
+    Share,
+    ShareBelowOne,
+    advanced,
+    registry_name,
+    setting,
+)
 from stages.config.sources import PromptSection
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
@@ -55,11 +63,9 @@ class LaunchSection(Section):
         None, "Your own accelerate config file, e.g. for several machines; it replaces backend and processes."
     )
 
-    @model_validator(mode="after")
-    def _check_processes(self) -> "LaunchSection":
+    def conflicts(self) -> Iterator[str]:
         if self.processes and self.backend == "single" and self.config is None:
-            raise ValueError("processes are for backend ddp or fsdp2, and backend is single")
-        return self
+            yield "processes are for backend ddp or fsdp2, and backend is single"
 
     @property
     def is_distributed(self) -> bool:
@@ -130,19 +136,15 @@ class PartitionSection(Section):
     strategy: Strategy = setting(
         "importance", "How the elements are split between the systems, one of `lorapar list strategies`."
     )
-    theta: float = setting(
+    theta: PositiveShare = setting(
         0.9,
         "θ: a system gets its most important elements until they have this share of its total importance.",
         ignored_by=("all", *BY_DENSITY),
-        gt=0,
-        le=1,
     )
-    density: float = advanced(
+    density: PositiveShare = advanced(
         0.5,
         "Share of all elements that topk and topk_within take for each system, and random_half in total.",
         ignored_by=("all", *BY_THETA),
-        gt=0,
-        le=1,
     )
     alpha: Share = setting(
         1, "α: share that SFT trains of the elements that both systems have.", ignored_by="partition:rl"
@@ -160,13 +162,11 @@ class PartitionSection(Section):
         "random, as a control.",
         ignored_by="partition:sft",
     )
-    rl_density: float | None = advanced(
+    rl_density: PositiveShare | None = advanced(
         None,
         "Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; "
         "none: as many as strategy and beta give it.",
         ignored_by="partition:sft",
-        gt=0,
-        le=1,
     )
     protect: str | None = setting(
         None,
@@ -181,32 +181,27 @@ class PartitionSection(Section):
         in_cache_key=False,
     )
 
-    @model_validator(mode="after")
-    def _check_rl_density(self) -> "PartitionSection":
+    def _conflicts_of_rl_density(self) -> Iterator[str]:
         if self.rl_density is None:
-            return self
+            return
         if self.rl_elements in ("not_system1", "all"):
-            raise ValueError(
-                f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others"
-            )
+            yield (f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others")
         if self.strategy not in BY_SCORE:
-            raise ValueError(
+            yield (
                 f"rl_density takes System 2's highest scores, and strategy {self.strategy} does not; choose "
                 f"{', '.join(BY_SCORE)}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_protected_control(self) -> "PartitionSection":
+    def conflicts(self) -> Iterator[str]:
+        yield from self._conflicts_of_rl_density()
         # Elements that are important for one kind of rows often are for another. A random control would lose
         # far fewer of its elements to the protected ones, and train more than what it is compared with.
         control = self.strategy if self.strategy in ("random", "random_within") else self.rl_elements
         if self.protect and self.protect_theta and control in ("random", "random_within"):
-            raise ValueError(
+            yield (
                 f"{control} is a control that trains as many elements as the rule it stands for; with "
                 "protect it would train more"
             )
-        return self
 
 
 class TrainSection(Section):
@@ -220,10 +215,10 @@ class TrainSection(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced(
         "cosine", "Learning rate schedule after the warmup."
     )
-    warmup_ratio: float = advanced(0.03, WARMUP, ge=0, lt=1)
+    warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
-    adam_beta1: float = advanced(0.9, "AdamW β₁.", ge=0, lt=1)
-    adam_beta2: float = advanced(0.999, "AdamW β₂.", ge=0, lt=1)
+    adam_beta1: ShareBelowOne = advanced(0.9, "AdamW β₁.")
+    adam_beta2: ShareBelowOne = advanced(0.999, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
     max_steps: PositiveInt | None = setting(
@@ -279,24 +274,18 @@ class SftSection(TrainSection):
     )
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
-    lora_dropout: float = advanced(0.05, DROPOUT, ge=0, lt=1)
+    lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)
     padding_free: AutoOff = advanced(
         "auto",
         "auto: compute a micro-batch as one row without padding if the architecture allows it; off: with "
         "TRL's padding.",
     )
 
-    @model_validator(mode="after")
-    def _check_batch_size(self) -> "SftSection":
+    def conflicts(self) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:
-            raise ValueError(
+            yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"batch_size {self.batch_size}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_rounds(self) -> "SftSection":
         if self.rounds == 2 and self.data == "all":
-            raise ValueError("data all trains on both systems in one round; rounds 2 goes with data system1")
-        return self
+            yield "data all trains on both systems in one round; rounds 2 goes with data system1"
