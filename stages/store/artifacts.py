@@ -90,13 +90,10 @@ def refuse_store(target: Path) -> None:
 
 def _is_artifact(folder: Path) -> bool:
     """True if the folder is where an artifact lies, and has a manifest of lorapar's."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    if not isinstance(manifest, dict) or "files" not in manifest:
-        return False
-    return (manifest.get("stage"), manifest.get("key")) == (folder.parent.name, folder.name)
+    with suppress(ArtifactError):
+        artifact = Store(folder.parent).load(folder)
+        return artifact is not None and artifact.manifest["stage"] == folder.parent.name
+    return False
 
 
 class Store:
