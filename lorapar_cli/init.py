@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +15,6 @@ from stages.data.rows import local_file
 from stages.errors import ConfigError, LoraparError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
-from stages.runtime import process_guard
 from stages.store.artifacts import refuse_store
 
 if TYPE_CHECKING:
@@ -104,7 +101,6 @@ def _write_config(
         local_file(DataSection(path=protect))
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
-    _go_on_in_child()
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
     title = "protected" if protect and stem(protect) == stem(data) else ""  # else the files would be one
     new = None
@@ -152,20 +148,6 @@ def _write_example(name: str, out: Path | None) -> None:
     paths = examples.write(name, out)
     commands = "; ".join(examples.next_commands(paths[0]))
     terminal.say(f"wrote {', '.join(map(str, paths))}; next: {commands}")
-
-
-def _go_on_in_child() -> None:
-    """Go on in a child process, so that a library that aborts leaves a process to say so."""
-    if "torch" in sys.modules:  # its threads would not be in the child
-        return
-    code = process_guard.continue_in_child()
-    if code is None:
-        return
-    if code > 128:
-        killed = code == 128 + signal.SIGKILL
-        reason = "probably out of memory" if killed else "a library could not read the rows, or the model"
-        terminal.error(LoraparError(f"init was killed by signal {code - 128}: {reason}"))
-    raise typer.Exit(code)
 
 
 def _print_profile(profile: DataProfile) -> None:

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from types import FrameType
 
 from lorapar_cli import terminal
-from stages.errors import Ended
+from stages.errors import Terminated
 from stages.runtime import distributed, process_guard, resources
 
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
@@ -16,10 +16,10 @@ SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_u
 
 
 def end_on_signal(number: int, _: FrameType | None) -> None:
-    """Raise Ended, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
+    """Raise Terminated, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
     for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
         signal.signal(another, signal.SIG_IGN)
-    raise Ended(128 + number)
+    raise Terminated(128 + number)
 
 
 def set_up() -> None:

@@ -12,7 +12,7 @@ HUB_HINT = "check its name and the network; if it is gated or private: hf auth l
 """The hint where a model or a data set cannot be had from the hub."""
 
 
-class Ended(SystemExit):
+class Terminated(SystemExit):
     """Raised by the handler of a termination signal, so that `finally` blocks run."""
 
 

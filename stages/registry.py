@@ -11,49 +11,49 @@ from stages.errors import ConfigError
 Function = Callable[..., Any]
 
 
-class _Named:
-    """Set of valid names of one kind, with the error for an unknown name."""
+class _Names:
+    """Implementations of one kind by name, with the error for an unknown name."""
 
-    kind: str
+    def __init__(self, kind: str, entries: dict[str, Any]) -> None:
+        self.kind, self._entries = kind, entries
 
     def names(self) -> list[str]:
-        raise NotImplementedError
+        return sorted(self._entries)
 
     def check(self, name: str) -> None:
         """ConfigError with the choices if `name` is unknown."""
-        if name not in self.names():
+        if name not in self._entries:
             raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
 
+    def describe(self) -> dict[str, str]:
+        """Map each name to the first line of its docstring."""
+        return {name: (self._docstring(name) or "").strip().split("\n")[0] for name in self.names()}
 
-class Registry(_Named):
+    def _docstring(self, name: str) -> str | None:
+        return self._entries[name].__doc__
+
+
+class Registry(_Names):
     """Functions of one kind, registered under their own names."""
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._functions: dict[str, Function] = {}
-        self._traits: dict[str, set[str]] = {}
+        super().__init__(kind, {})
+        self._traits: dict[str, tuple[str, ...]] = {}
 
     def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function. traits: properties that callers can query with `has`."""
+        """Decorator that registers a function. traits: properties that callers query with `has_trait`."""
 
         def register(function: Function) -> Function:
-            self._functions[function.__name__] = function
-            self._traits[function.__name__] = set(traits)
+            self._entries[function.__name__] = function
+            self._traits[function.__name__] = traits
             return function
 
         return register
 
-    def names(self) -> list[str]:
-        return sorted(self._functions)
-
-    def describe(self) -> dict[str, str]:
-        """Map each name to the first line of its docstring."""
-        return {name: _first_line(self._functions[name].__doc__) for name in self.names()}
-
     def pick(self, name: str) -> Function:
         """Return the function called `name`; ConfigError with the choices if there is none."""
         self.check(name)
-        return self._functions[name]
+        return self._entries[name]
 
     def has_trait(self, name: str, trait: str) -> bool:
         """True if the function called `name` was registered with this trait."""
@@ -61,31 +61,16 @@ class Registry(_Named):
         return trait in self._traits[name]
 
 
-class Modules(_Named):
-    """Modules of one kind by name, imported when they are picked, because some, like engines, load torch."""
-
-    def __init__(self, kind: str, modules: dict[str, str]) -> None:
-        """modules: name → import path."""
-        self.kind = kind
-        self._modules = modules
-
-    def names(self) -> list[str]:
-        return sorted(self._modules)
-
-    def describe(self) -> dict[str, str]:
-        """Map each name to the first line of its module's docstring, without importing the module."""
-        return {name: _first_line(_docstring(self._modules[name])) for name in self.names()}
+class ModuleRegistry(_Names):
+    """Modules of one kind by import path, imported when they are picked: some, like engines, load torch."""
 
     def pick(self, name: str) -> Any:
         """Import the module called `name`; ConfigError with the choices if there is none."""
         self.check(name)
-        return importlib.import_module(self._modules[name])
+        return importlib.import_module(self._entries[name])
 
-
-def _docstring(module: str) -> str | None:
-    source = importlib.resources.files(module.rpartition(".")[0]) / f"{module.rpartition('.')[2]}.py"
-    return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-
-
-def _first_line(doc: str | None) -> str:
-    return (doc or "").strip().split("\n")[0]
+    def _docstring(self, name: str) -> str | None:
+        """Read the docstring without importing the module."""
+        package, _, module = self._entries[name].rpartition(".")
+        source = importlib.resources.files(package) / f"{module}.py"
+        return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))

@@ -70,7 +70,7 @@ def open_gateway(
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
             router.collect(lambda: voter, progress)
-            router.log.check(config.classify.max_failed, config.classify.max_invalid)
+            router.journal.check(config.classify.max_failed, config.classify.max_invalid)
             router.calibrate()
             progress.say(router.summary())
             yield Gateway(

@@ -13,7 +13,7 @@ from stages.classify.run import _voter_logs
 from stages.config import ClassifySection, ModelSection, ServerSection, Voter
 from stages.engines import vllm
 from stages.eval.run import Evaluation
-from stages.labelling.votes import VoterLog
+from stages.labelling.votes import VoteJournal
 from stages.models import dtype
 from stages.models.base import load_base
 
@@ -153,7 +153,7 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     assert evaluation.identity(None)["dtype"] == precision
     section = ClassifySection(voters=[Voter(engine=engine)])
     [log] = _voter_logs(model, section, job)
-    expected = VoterLog(
+    expected = VoteJournal(
         section.voters[0], log.title, model.title, f"digest {precision}", log.context, section.seed,
         tmp_path / "votes",
     )  # fmt: skip

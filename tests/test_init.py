@@ -1,16 +1,12 @@
 """`lorapar init`: rows and a model in, a config that fits them out, and no guess that is not printed."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
@@ -300,27 +296,6 @@ def test_a_text_of_megabytes_is_refused_before_a_tokenizer_sees_it(tiny, tmp_pat
     done = lorapar("init", tmp_path / "rows.jsonl", "--model", tiny, "--out", tmp_path / "c.yaml")
     assert done.code == 65
     assert "rows.jsonl:2: a text of 4,000,006 characters, more than 1,000,000" in done.err
-
-
-def test_a_library_that_aborts_ends_init_with_a_sentence(tiny, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "#### 3"}\n', encoding="utf-8")
-    code = (
-        "import os, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'tokenizers': os.abort()\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "from lorapar_cli.app import main\n"
-        f"sys.argv = ['lorapar', 'init', 'rows.jsonl', '--model', {str(tiny)!r}]\n"
-        "main()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 134
-    said = "error: init was killed by signal 6: a library could not read the rows, or the model\n"
-    assert done.stderr == said
 
 
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "configs", "lorapar_cli", "stages")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "configs", "lorapar_cli", "stages")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, home / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, home)
     run(sys.executable, "-m", "build", "--no-isolation", home)

@@ -43,7 +43,7 @@ from stages.labelling.personas import (
     persona_context,
     personas,
 )
-from stages.labelling.votes import VoterLog
+from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext
 from stages.records import Example, Labelled, write_labels
@@ -135,12 +135,12 @@ def _swap_labels(rows: list[Labelled], classify: ClassifySection) -> list[Labell
     return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
 
 
-def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoterLog]:
-    """The VoterLog of each voter, in the order of the config.
+def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoteJournal]:
+    """The VoteJournal of each voter, in the order of the config.
 
     Raises ConfigError for voters with one name, and for two addresses whose votes would share a journal.
     """
-    voter_logs: list[VoterLog] = []
+    voter_logs: list[VoteJournal] = []
     for voter, identity in zip(classify.voters, context.external_key["voters"], strict=True):
         voter_model = voter.voting_model(model)
         name = voter.name or f"{voter_model.title}/{voter.persona}"
@@ -154,7 +154,7 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageCo
         # A model's precision changes its votes. It is known for models that run here, not for remote servers.
         if not voter.urls:
             identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
-        voter_log = VoterLog(
+        voter_log = VoteJournal(
             voter, name, voter_model.title, identity, persona, classify.seed, context.journals / "votes"
         )
         for earlier in voter_logs:
@@ -168,7 +168,7 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageCo
 
 
 def _collect_votes(
-    voter_logs: list[VoterLog],
+    voter_logs: list[VoteJournal],
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
@@ -182,7 +182,7 @@ def _collect_votes(
     """
     progress = context.progress
     missing = {voter_log.title: len(voter_log.missing()) for voter_log in voter_logs}
-    lanes: dict[str, list[VoterLog]] = {}
+    lanes: dict[str, list[VoteJournal]] = {}
     for voter_log in voter_logs:
         if missing[voter_log.title]:
             lanes.setdefault(str(voter_log.voter.urls or voter_log.voter.devices or ""), []).append(voter_log)
@@ -190,7 +190,7 @@ def _collect_votes(
             progress.say(f"{voter_log.title}: all votes are in its journal")
     stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(missing.values())))
 
-    def run_lane(lane: list[VoterLog], engine_cache: EngineCache) -> None:
+    def run_lane(lane: list[VoteJournal], engine_cache: EngineCache) -> None:
         for voter_log in sorted(lane, key=_model_of):
             # No variable for the engine: it would keep the engine in memory while the next one is loaded.
             votes = voter_log.ask(
@@ -206,7 +206,7 @@ def _collect_votes(
                     if stop.is_set():
                         return
 
-    def run_separate_lane(lane: list[VoterLog]) -> None:
+    def run_separate_lane(lane: list[VoteJournal]) -> None:
         with EngineCache() as engine_cache:
             run_lane(lane, engine_cache)
 
@@ -228,7 +228,7 @@ class _Once:
                 self._call()
 
 
-def _model_of(voter_log: VoterLog) -> tuple[str, ...]:
+def _model_of(voter_log: VoteJournal) -> tuple[str, ...]:
     """Sort key that brings together the voters that one engine answers for, so that it is loaded once."""
     voter = voter_log.voter
     return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
@@ -246,7 +246,7 @@ def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:
     )
 
 
-def _calibrate_voter(voter_log: VoterLog, labelled: list[CalibrationExample]) -> Calibration:
+def _calibrate_voter(voter_log: VoteJournal, labelled: list[CalibrationExample]) -> Calibration:
     """Calibrate a voter by the labelled examples that are not in its prompt."""
     in_prompt = {row.question for row in voter_log.context.shots}
     unseen = [row for row in labelled if row.question not in in_prompt]

@@ -1,13 +1,23 @@
 """Settings of the evaluation: benchmarks, targets and the sandbox for code."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from stages.config.fields import (
-    MAX_SAMPLES,
+    PositiveShare,
+    Samples,
     Section,
+    advanced,
     registries_from,
     registry_name,
     setting,
@@ -41,53 +51,38 @@ class BenchmarkSection(SourceSection):
         "known: by the field that classify.known names.",
         ignored_by="classify",
     )
-    shots: int = setting(
+    shots: NonNegativeInt = setting(
         0,
         "Number of worked examples in the prompt; 0 with lm_eval: as many as the task has.",
         ignored_by="classify",
-        ge=0,
     )
-    shots_path: str | None = setting(
+    shots_path: str | None = advanced(
         None,
         "File with the worked examples; none: the data set of the items, from split shots_split.",
         in_cache_key=False,
-        advanced=True,
     )
-    shots_split: str = setting(
-        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify", advanced=True
+    shots_split: str = advanced(
+        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify"
     )
     mode: Literal["generate", "likelihood"] = setting(
         "generate",
         "generate: the answer is generated; likelihood (mmlu only): the answer is the most likely choice.",
         ignored_by="classify",
     )
-    max_new_tokens: int = setting(256, "Longest answer in tokens.", ignored_by="classify", gt=0)
-    temperature: float = setting(
-        0.0, "Sampling temperature; 0: greedy decoding.", ignored_by="classify", advanced=True, ge=0
+    max_new_tokens: PositiveInt = setting(256, "Longest answer in tokens.", ignored_by="classify")
+    temperature: NonNegativeFloat = advanced(
+        0.0, "Sampling temperature; 0: greedy decoding.", ignored_by="classify"
     )
-    top_p: float = setting(
-        1.0,
-        "Nucleus sampling: probability mass to sample from; 1: all tokens.",
-        ignored_by="classify",
-        advanced=True,
-        gt=0,
-        le=1,
+    top_p: PositiveShare = advanced(
+        1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.", ignored_by="classify"
     )
-    samples: int = setting(
-        1,
-        "Answers per item; pass@k is estimated from them.",
-        ignored_by="classify",
-        advanced=True,
-        gt=0,
-        le=MAX_SAMPLES,
-    )
-    seed: int = setting(0, "Seed of sampled answers.", ignored_by="classify", advanced=True, ge=0)
-    prompt: PromptSection | None = setting(
+    samples: Samples = advanced(1, "Answers per item; pass@k is estimated from them.", ignored_by="classify")
+    seed: NonNegativeInt = advanced(0, "Seed of sampled answers.", ignored_by="classify")
+    prompt: PromptSection | None = advanced(
         None,
         "Prompt settings of this benchmark, used instead of the section `prompt`. Tasks of lm_eval read only "
         "template and system, and only from here.",
         ignored_by="classify",
-        advanced=True,
     )
     tasks: list[str] = setting([], "Tasks of lm-evaluation-harness, for kind lm_eval.", ignored_by="classify")
 
@@ -96,25 +91,23 @@ class BenchmarkSection(SourceSection):
         """Whether the items' own labels are used, whatever `classify.strategy` is."""
         return self.label == "known"
 
-    @model_validator(mode="after")
-    def _check_kind(self) -> "BenchmarkSection":
+    def conflicts(self) -> Iterator[str]:
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples {self.samples} of a greedy answer are all the same; set temperature")
+            yield f"samples {self.samples} of a greedy answer are all the same; set temperature"
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
-            raise ValueError(f"mode likelihood is for mmlu alone, got kind {self.kind}")
+            yield f"mode likelihood is for mmlu alone, got kind {self.kind}"
         if self.kind == "humaneval" and self.shots:
-            raise ValueError("humaneval has no worked examples; leave out shots")
+            yield "humaneval has no worked examples; leave out shots"
         if self.tasks and self.kind not in ("", "lm_eval"):
-            raise ValueError(f"tasks are those of kind lm_eval, got kind {self.kind}")
+            yield f"tasks are those of kind lm_eval, got kind {self.kind}"
         fields = type(self).model_fields
         unused = [name for name in _UNUSED_BY_LM_EVAL if getattr(self, name) != fields[name].default]
         if self.kind == "lm_eval" and unused:
-            raise ValueError(f"{', '.join(unused)}: the harness's tasks have their own; leave it out")
+            yield f"{', '.join(unused)}: the harness's tasks have their own; leave it out"
         if self.kind == "lm_eval" and self.prompt:
             unused_prompt = self.prompt.model_dump(exclude={"template", "system"})
             if unused_prompt != PromptSection().model_dump(exclude={"template", "system"}):
-                raise ValueError("prompt: the harness takes a template and a system message, and no more")
-        return self
+                yield "prompt: the harness takes a template and a system message, and no more"
 
 
 _UNUSED_BY_LM_EVAL = (
@@ -154,23 +147,19 @@ class EvalSection(Section):
         "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
         "transformers. On CPU vllm pays off only for large benchmarks.",
     )
-    untrained_items: int | None = setting(
+    untrained_items: PositiveInt | None = advanced(
         None,
         "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all. "
         "Tasks of lm_eval have only their own limit.",
         in_cache_key=False,
-        advanced=True,
-        gt=0,
     )
-    parity_items: int = setting(
+    parity_items: NonNegativeInt = advanced(
         8,
         "How many of the first answers are checked against the unmerged adapter; 0: none.",
         in_cache_key=False,
-        advanced=True,
-        ge=0,
     )
-    sandbox: SandboxSection = setting(
-        SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False, advanced=True
+    sandbox: SandboxSection = advanced(
+        SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False
     )
 
     @field_validator("engine")
@@ -186,18 +175,14 @@ class EvalSection(Section):
         has_rl = "rl" in self.targets or "sft2" not in self.targets
         return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
 
-    @model_validator(mode="after")
-    def _check_routed(self) -> "EvalSection":
+    def conflicts(self) -> Iterator[str]:
         if ROUTED not in self.targets:
-            return self
+            return
         if not set(self.modes.values()) <= set(self.targets):
             both = " and ".join(self.modes.values())
-            raise ValueError(f"targets: auto chooses between the answers of {both}; name both, too")
+            yield f"targets: auto chooses between the answers of {both}; name both, too"
         if harness := [name for name, entry in self.benchmarks.items() if entry.kind == "lm_eval"]:
-            raise ValueError(
-                f"targets: auto votes on rows, and {harness[0]} has none; the harness reads them"
-            )
-        return self
+            yield (f"targets: auto votes on rows, and {harness[0]} has none; the harness reads them")
 
     @field_validator("benchmarks", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """Declares and validates settings: defaults, descriptions, constraints and their part in cache keys."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -14,13 +15,11 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from stages.errors import LoraparError
-
-MAX_SAMPLES = 10_000
-"""Largest number of answers to one question; all of them are requested and kept in memory."""
 
 
 def setting(
@@ -40,6 +39,16 @@ def setting(
     ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
     marks: dict[str, Any] = {"in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced}
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
+
+
+advanced = partial(setting, advanced=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""Time limit; clocks and sockets accept no longer one."""
+Samples = Annotated[int, Field(gt=0, le=10_000)]
+"""Number of answers to one question; all of them are requested and kept in memory."""
 
 
 def marks_of(field: FieldInfo) -> dict[str, Any]:
@@ -101,8 +110,6 @@ def as_value_error(check: Callable[[], Any]) -> None:
         raise ValueError(f"{error}; {error.hint}" if error.hint else str(error)) from None
 
 
-MAX_SECONDS = 1e9
-"""Longest time limit that clocks and sockets accept."""
 MAX_INT = 2**32 - 1
 """Largest integer setting: numpy accepts no larger seed, and no count here is larger."""
 
@@ -120,6 +127,16 @@ class Section(BaseModel):
         if isinstance(value, int) and abs(value) > MAX_INT:
             raise ValueError(f"at most {MAX_INT} in size")
         return value
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with values that are valid each by itself; the first of it is told."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_conflict(self) -> Self:
+        for conflict in self.conflicts():
+            raise ValueError(conflict)
+        return self
 
 
 def cache_key_fields(value: Any, *readers: str) -> Any:

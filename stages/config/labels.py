@@ -1,14 +1,17 @@
 """Settings of servers, of voters and of how votes become labels."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stages.config.fields import (
-    MAX_SAMPLES,
-    MAX_SECONDS,
     JsonValue,
+    Samples,
+    Seconds,
     Section,
+    Share,
+    advanced,
     check_url,
     registry_name,
     setting,
@@ -19,7 +22,7 @@ Persona = Annotated[str, registry_name("personas")]
 
 
 class ThinkingSection(Section):
-    max_tokens: int = setting(4096, "Longest thought in tokens.", gt=0)
+    max_tokens: PositiveInt = setting(4096, "Longest thought in tokens.")
 
 
 class Voter(Section):
@@ -27,8 +30,8 @@ class Voter(Section):
     model: str | None = setting(
         None, "Model that votes; none: the base model, model.name.", in_cache_key=False
     )
-    revision: str = setting(
-        "main", "Branch, tag or commit of a voting model on the hub.", in_cache_key=False, advanced=True
+    revision: str = advanced(
+        "main", "Branch, tag or commit of a voting model on the hub.", in_cache_key=False
     )
     engine: Engine = setting(
         "auto",
@@ -48,53 +51,44 @@ class Voter(Section):
     persona: Persona = setting(
         "role_play", "Prompt and label words of the voter, one of `lorapar list personas`."
     )
-    words: tuple[str, str] | None = setting(
-        None, "Label words for System 1 and System 2; none: the persona's.", advanced=True
+    words: tuple[str, str] | None = advanced(
+        None, "Label words for System 1 and System 2; none: the persona's."
     )
-    shots: int = setting(
+    shots: int = advanced(
         16,
         "Number of worked examples in the prompt of a few-shot persona, half of each system.",
         ge=2,
         multiple_of=2,
-        advanced=True,
     )
-    shots_path: str | None = setting(
+    shots_path: str | None = advanced(
         None,
         "File with the worked examples (fields question, answer, system); none: those of lorapar.",
         in_cache_key=False,
-        advanced=True,
     )
     thinking: ThinkingSection | None = setting(
         None, "Let the voter think before it chooses, with these limits; for chat personas only."
     )
-    temperature: float = setting(
-        0.0,
-        "Sampling temperature, used by voters that think and by servers that cannot constrain a choice.",
-        ge=0,
+    temperature: NonNegativeFloat = setting(
+        0.0, "Sampling temperature, used by voters that think and by servers that cannot constrain a choice."
     )
-    samples: int = setting(
-        1, "How often each question is asked; the vote is the mean of the answers.", gt=0, le=MAX_SAMPLES
-    )
-    weight: float = setting(1.0, "Weight of the voter with rule weighted.", gt=0, advanced=True)
-    calibration: Literal["auto", "none", "held_out", "content_free"] = setting(
+    samples: Samples = setting(1, "How often each question is asked; the vote is the mean of the answers.")
+    weight: PositiveFloat = advanced(1.0, "Weight of the voter with rule weighted.")
+    calibration: Literal["auto", "none", "held_out", "content_free"] = advanced(
         "auto",
         "Threshold on the probability of System 2. none: 0.5; held_out: the median over labelled examples; "
         "content_free: the probability for questions without content; auto: none for chat personas, else "
         "held_out.",
-        advanced=True,
     )
-    devices: str | None = setting(
+    devices: str | None = advanced(
         None,
         "Devices of the voter's server, in the form of CUDA_VISIBLE_DEVICES; voters with devices run in "
         "parallel.",
         in_cache_key=False,
-        advanced=True,
     )
-    vllm: Annotated[dict[str, Any], JsonValue] = setting(
+    vllm: Annotated[dict[str, Any], JsonValue] = advanced(
         {},
         "Arguments of the voter's vLLM server, added to those of server.vllm, e.g. {quantization: fp8}.",
         in_cache_key=False,
-        advanced=True,
     )
 
     @property
@@ -108,26 +102,24 @@ class Voter(Section):
             return ModelSection(name=self.model, revision=self.revision, device=model.device)
         return model.model_copy(update={"load_in_4bit": False})
 
-    @model_validator(mode="after")
-    def _check_model_and_sampling(self) -> "Voter":
+    def conflicts(self) -> Iterator[str]:
         for url in self.urls:
             check_url("base_url", url)
         if self.engine == "openai" and not self.base_url:
-            raise ValueError("engine openai needs base_url")
+            yield "engine openai needs base_url"
         if self.base_url and self.engine not in ("openai", "auto"):
-            raise ValueError(f"base_url is for engine openai, not {self.engine}")
+            yield f"base_url is for engine openai, not {self.engine}"
         if self.base_url and not self.model:
-            raise ValueError("base_url needs model, the name it is served under")
+            yield "base_url needs model, the name it is served under"
         if self.revision != "main" and (self.base_url or not self.model):
-            raise ValueError(f"revision {self.revision} needs model, and cannot be used with base_url")
+            yield f"revision {self.revision} needs model, and cannot be used with base_url"
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"{self.samples} samples of a greedy voter are all the same; set temperature")
+            yield f"{self.samples} samples of a greedy voter are all the same; set temperature"
         if self.temperature and not self.thinking and not self.base_url:
-            raise ValueError(
+            yield (
                 f"temperature {self.temperature} has no effect on a voter that runs here and does not think: "
                 "its probabilities are read directly; leave temperature out"
             )
-        return self
 
 
 class ServerSection(Section):
@@ -139,56 +131,43 @@ class ServerSection(Section):
         gt=0,
         le=10_000,
     )
-    timeout_s: float = setting(
+    timeout_s: Seconds = advanced(
         600,
         "Time limit of one request in seconds, including its wait in the server's queue; for long thoughts "
         "raise it, and stall_s above it.",
         in_cache_key=False,
-        advanced=True,
-        gt=0,
-        le=MAX_SECONDS,
     )
-    stall_s: float = setting(
+    stall_s: Seconds = advanced(
         900,
         "Seconds without an answer to any request after which a server is considered dead.",
         in_cache_key=False,
-        advanced=True,
-        gt=0,
-        le=MAX_SECONDS,
     )
-    batch_size: int = setting(
-        64, "Number of answers that engine transformers generates at a time.", in_cache_key=False, gt=0
+    batch_size: PositiveInt = setting(
+        64, "Number of answers that engine transformers generates at a time.", in_cache_key=False
     )
-    max_model_len: int = setting(
-        4096, "Context length, in tokens, of a vLLM server that lorapar starts.", in_cache_key=False, gt=0
+    max_model_len: PositiveInt = setting(
+        4096, "Context length, in tokens, of a vLLM server that lorapar starts.", in_cache_key=False
     )
-    startup_s: float = setting(
-        600,
-        "Time limit, in seconds, for the start of a vLLM server.",
-        in_cache_key=False,
-        advanced=True,
-        gt=0,
-        le=MAX_SECONDS,
+    startup_s: Seconds = advanced(
+        600, "Time limit, in seconds, for the start of a vLLM server.", in_cache_key=False
     )
     vllm: Annotated[dict[str, Any], JsonValue] = setting(
         {},
         "Further arguments of a vLLM server that lorapar starts, e.g. {tensor_parallel_size: 2}.",
         in_cache_key=False,
     )
-    port: int | None = setting(
+    port: int | None = advanced(
         None,
         "Port of a vLLM server that lorapar starts; none: a free port.",
         in_cache_key=False,
-        advanced=True,
         gt=0,
         lt=65536,
     )
-    adapter: Literal["auto", "merged", "module"] = setting(
+    adapter: Literal["auto", "merged", "module"] = advanced(
         "auto",
         "How a vLLM server gets an adapter. merged: merged into the weights; module: as a LoRA module; auto: "
         "merged on a CPU, else module.",
         in_cache_key=False,
-        advanced=True,
     )
 
 
@@ -209,57 +188,45 @@ class ClassifySection(Section):
         "with the field that `known` names; none: the rows have that field.",
         in_cache_key=False,
     )
-    swap: bool = setting(False, "Control: exchange the labels System 1 and System 2.", advanced=True)
+    swap: bool = advanced(False, "Control: exchange the labels System 1 and System 2.")
     voters: list[Voter] = setting(
         [Voter()], "Models that vote on each example.", ignored_by=UNVOTED, min_length=1
     )
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = setting(
         "majority", "How votes become a label; the mean probability decides a tie.", ignored_by=UNVOTED
     )
-    quorum: float = setting(
+    quorum: Share = advanced(
         0.5,
         "Share of the voters that must have given a valid vote; with fewer, an example is undecided.",
         ignored_by=UNVOTED,
-        advanced=True,
-        ge=0,
-        le=1,
     )
-    min_agreement: float = setting(
+    min_agreement: Share = setting(
         0,
         "Share of the votes that the larger side must have; with less, an example is undecided.",
         ignored_by=UNVOTED,
-        ge=0,
-        le=1,
     )
-    min_auc: float = setting(
+    min_auc: Share = setting(
         0.6,
         "At least one voter must reach this area under the ROC curve on labelled examples; 0.5 is chance.",
         in_cache_key=False,
-        ge=0,
-        le=1,
     )
     accept_weak: bool = setting(False, "Go on even if no voter reaches min_auc.", in_cache_key=False)
-    show_answer: bool = setting(
-        True,
-        "Show the reference answer to the voters, too, unless some row has none.",
-        ignored_by=UNVOTED,
-        advanced=True,
+    show_answer: bool = advanced(
+        True, "Show the reference answer to the voters, too, unless some row has none.", ignored_by=UNVOTED
     )
-    system2_share: float | None = setting(
+    system2_share: float | None = advanced(
         None,
         "Share of System 2, if it is known: each voter then votes 2 for this share of the examples, without "
         "calibration, and strategy random draws System 2 with it.",
         ignored_by="known",
-        advanced=True,
         gt=0,
         lt=1,
     )
-    held_out: str | None = setting(
+    held_out: str | None = advanced(
         None,
         "File with labelled examples for calibration (fields question, answer, system); none: those of "
         "lorapar.",
         in_cache_key=False,
-        advanced=True,
     )
     known: str = setting(
         "system",
@@ -267,28 +234,20 @@ class ClassifySection(Section):
         "compares other labels with it.",
         ignored_by="random",
     )
-    max_failed: float = setting(
+    max_failed: Share = advanced(
         0.01,
         "Share of a voter's questions that may remain unanswered; with more, the stage fails.",
         in_cache_key=False,
-        advanced=True,
-        ge=0,
-        le=1,
     )
-    max_invalid: float = setting(
+    max_invalid: Share = advanced(
         0.1,
         "Share of a voter's answers that may be none of its label words; with more, the stage fails.",
         in_cache_key=False,
-        advanced=True,
-        ge=0,
-        le=1,
     )
-    seed: int = setting(
-        0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known", advanced=True
+    seed: int = advanced(
+        0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known"
     )
 
-    @model_validator(mode="after")
-    def _check_labels_file(self) -> "ClassifySection":
+    def conflicts(self) -> Iterator[str]:
         if self.labels_file and self.strategy not in UNVOTED:
-            raise ValueError("labels_file is read by strategy known: set it, or leave labels_file out")
-        return self
+            yield "labels_file is read by strategy known: set it, or leave labels_file out"

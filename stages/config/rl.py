@@ -1,14 +1,25 @@
 """Settings of GRPO and of how its completions are sampled."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import (
+    PositiveShare,
     Section,
+    ShareBelowOne,
     WithoutFalse,
+    advanced,
     as_value_error,
     check_url,
     registries_from,
@@ -24,11 +35,10 @@ class RolloutsSection(Section):
         "What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the "
         "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
     )
-    batch_size: int = setting(
+    batch_size: PositiveInt = setting(
         64,
         "Completions that engine transformers samples at a time; halved if memory runs out.",
         in_cache_key=False,
-        gt=0,
     )
     base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
     gpu_memory_utilization: float | None = setting(
@@ -39,34 +49,26 @@ class RolloutsSection(Section):
         gt=0,
         lt=1,
     )
-    tensor_parallel_size: int = setting(
-        1, "Number of GPUs that share one colocated vLLM.", in_cache_key=False, gt=0
+    tensor_parallel_size: PositiveInt = setting(
+        1, "Number of GPUs that share one colocated vLLM.", in_cache_key=False
     )
-    enable_sleep_mode: bool = setting(
-        False,
-        "Free the memory of a colocated vLLM during optimizer steps.",
-        in_cache_key=False,
-        advanced=True,
+    enable_sleep_mode: bool = advanced(
+        False, "Free the memory of a colocated vLLM during optimizer steps.", in_cache_key=False
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
-        setting(
+        advanced(
             "sequence_mask",
             "Importance sampling correction of the difference between vLLM's probabilities and the "
             "trainer's: mask or truncate large ratios, of whole sequences or of tokens.",
-            advanced=True,
         )
     )
-    correction_max: float = setting(
-        3.0, "Ratio above which the correction masks or truncates.", gt=0, advanced=True
-    )
+    correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
-    @model_validator(mode="after")
-    def _check_server(self) -> "RolloutsSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.engine == "vllm_server") != (self.base_url is not None):
-            raise ValueError("base_url goes with engine vllm_server, and only with it")
+            yield "base_url goes with engine vllm_server, and only with it"
         if self.base_url is not None:
             check_url("base_url", self.base_url)
-        return self
 
 
 OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt", "max_grad_norm"}
@@ -74,119 +76,87 @@ OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt"
 
 
 class RlSection(TrainSection):
-    start_from: Literal["sft", "init"] = setting(
-        "sft", "Adapter to start from: that of SFT, after its last round, or the initial one.", advanced=True
+    start_from: Literal["sft", "init"] = advanced(
+        "sft", "Adapter to start from: that of SFT, after its last round, or the initial one."
     )
-    learning_rate: float = setting(5e-6, "Peak learning rate; the default is the paper's.", gt=0)
-    warmup_ratio: float = setting(0.1, WARMUP, ge=0, lt=1, advanced=True)
-    weight_decay: float = setting(0.1, "Weight decay.", ge=0, advanced=True)
-    adam_beta2: float = setting(0.99, "AdamW β₂.", ge=0, lt=1, advanced=True)
-    max_grad_norm: float = setting(0.1, "Norm to which gradients are clipped.", gt=0, advanced=True)
-    rescore: Annotated[str, registry_name("scorers")] | None = setting(
+    learning_rate: PositiveFloat = setting(5e-6, "Peak learning rate; the default is the paper's.")
+    warmup_ratio: ShareBelowOne = advanced(0.1, WARMUP)
+    weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
+    adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
+    max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
+    rescore: Annotated[str, registry_name("scorers")] | None = advanced(
         None,
         "Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): "
         "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients; none: no second scores.",
         in_cache_key=False,
-        advanced=True,
     )
     data: Literal["system2", "all"] = setting(
         "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
     )
-    prompts_per_step: int = setting(32, "Prompts per optimizer step.", gt=0)
-    system1_share: float = setting(
+    prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
+    system1_share: ShareBelowOne = setting(
         0.0,
         "Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1.",
-        ge=0,
-        lt=1,
     )
-    dynamic_sampling: int = setting(
+    dynamic_sampling: NonNegativeInt = advanced(
         0,
         "Dynamic sampling (DAPO): how many times a step replaces the System 2 groups whose rewards are all "
         "equal with groups of new prompts.",
-        ge=0,
-        advanced=True,
     )
     num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
-    per_device_train_batch_size: int = setting(
-        8, "Completions per forward pass; must divide prompts_per_step × num_generations.", gt=0
+    per_device_train_batch_size: PositiveInt = setting(
+        8, "Completions per forward pass; must divide prompts_per_step × num_generations."
     )
-    prefix_sharing: AutoOff = setting(
+    prefix_sharing: AutoOff = advanced(
         "auto",
         "auto: if the architecture allows it, compute each prompt once for all its completions and, without "
         "a KL term, skip completions whose advantage is zero; off: as TRL does.",
-        advanced=True,
     )
-    num_iterations: int = setting(
-        1, "Optimizer passes over each batch of completions (μ).", gt=0, advanced=True
+    num_iterations: PositiveInt = advanced(1, "Optimizer passes over each batch of completions (μ).")
+    temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
+    top_p: PositiveShare = advanced(1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.")
+    top_k: NonNegativeInt = advanced(
+        0, "Number of most likely tokens to sample from (the paper: 50); 0: all tokens."
     )
-    temperature: float = setting(1.0, "Sampling temperature (the paper: 0.9).", gt=0)
-    top_p: float = setting(
-        1.0,
-        "Nucleus sampling: probability mass to sample from; 1: all tokens.",
-        gt=0,
-        le=1,
-        advanced=True,
-    )
-    top_k: int = setting(
-        0,
-        "Number of most likely tokens to sample from (the paper: 50); 0: all tokens.",
-        ge=0,
-        advanced=True,
-    )
-    max_prompt_length: int = setting(128, "Longest prompt in tokens.", gt=0)
-    too_long: Literal["error", "drop", "truncate_left"] = setting(
+    max_prompt_length: PositiveInt = setting(128, "Longest prompt in tokens.")
+    too_long: Literal["error", "drop", "truncate_left"] = advanced(
         "drop",
         "What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens.",
-        advanced=True,
     )
-    max_completion_length: int = setting(256, "Longest completion in tokens.", gt=0)
-    beta: float = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.", ge=0)
-    kl_reference: Literal["auto", "base", "sft"] = setting(
+    max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
+    beta: NonNegativeFloat = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.")
+    kl_reference: Literal["auto", "base", "sft"] = advanced(
         "auto",
         "Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline.",
-        advanced=True,
     )
-    use_bias_correction_kl: bool = setting(
-        False,
-        "Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO.",
-        advanced=True,
+    use_bias_correction_kl: bool = advanced(
+        False, "Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO."
     )
-    kl_probe_prompts: int = setting(
+    kl_probe_prompts: NonNegativeInt = advanced(
         16,
         "Number of held-out System 1 prompts on which the KL divergence from the start of RL is logged; none "
         "with 0 or data all.",
-        ge=0,
-        advanced=True,
     )
-    kl_probe_steps: int = setting(
-        5,
-        "Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows.",
-        gt=0,
-        advanced=True,
+    kl_probe_steps: PositiveInt = advanced(
+        5, "Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows."
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
         "dapo",
         "How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as "
         "weights (arXiv 2506.13585).",
     )
-    importance_sampling_level: Literal["token", "sequence"] = setting(
+    importance_sampling_level: Literal["token", "sequence"] = advanced(
         "token",
         "Importance ratio to the policy that sampled: of each token, or of the whole completion (GSPO).",
-        advanced=True,
     )
-    epsilon: float = setting(
-        0.2, "How far a ratio may move from 1 before it is clipped.", gt=0, advanced=True
-    )
-    epsilon_high: float | None = setting(
+    epsilon: PositiveFloat = advanced(0.2, "How far a ratio may move from 1 before it is clipped.")
+    epsilon_high: PositiveFloat | None = advanced(
         None,
         "How far a ratio may rise above 1; none: epsilon. For cispo it is the largest ratio itself, e.g. 5.",
-        gt=0,
-        advanced=True,
     )
-    scale_rewards: Literal["group", "batch", "none"] = setting(
+    scale_rewards: Literal["group", "batch", "none"] = advanced(
         "group",
         "Divide advantages by the standard deviation of the rewards in the group or batch; none: do not.",
-        advanced=True,
     )
     rewards: Annotated[dict[str, float], WithoutFalse] = setting(
         {"correctness": 2.0},
@@ -199,76 +169,60 @@ class RlSection(TrainSection):
         "Python file with your own reward functions, with the signature that TRL expects.",
         in_cache_key=False,
     )
-    sandbox: SandboxSection = setting(
-        SandboxSection(), "Sandbox of rewards that run code.", in_cache_key=False, advanced=True
+    sandbox: SandboxSection = advanced(
+        SandboxSection(), "Sandbox of rewards that run code.", in_cache_key=False
     )
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
-    lora_dropout: float = setting(0.0, DROPOUT, ge=0, lt=1, advanced=True)
-    save_steps: int = setting(5, SAVE_STEPS, in_cache_key=False, advanced=True, gt=0)
-    keep_steps: list[Annotated[int, Field(gt=0)]] = setting(
-        [],
-        "Steps after which the adapter is kept, too, for targets such as rl-20.",
-        in_cache_key=False,
-        advanced=True,
+    lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
+    save_steps: PositiveInt = advanced(5, SAVE_STEPS, in_cache_key=False)
+    keep_steps: list[PositiveInt] = advanced(
+        [], "Steps after which the adapter is kept, too, for targets such as rl-20.", in_cache_key=False
     )
-    max_zero_signal_steps: int = setting(
+    max_zero_signal_steps: PositiveInt = advanced(
         20,
         "Stop after this many consecutive steps in which all rewards of each group are equal.",
         in_cache_key=False,
-        advanced=True,
-        gt=0,
     )
 
-    @model_validator(mode="after")
-    def _check_batch_size(self) -> "RlSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
-            raise ValueError(
+            yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"{self.prompts_per_step} × {self.num_generations}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_keep_steps(self) -> "RlSection":
         if self.max_steps and self.keep_steps and max(self.keep_steps) > self.max_steps:
-            raise ValueError(f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}")
-        return self
+            yield f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}"
+        if self.kl_reference == "sft" and self.start_from != "sft":
+            yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
+        yield from self._conflicts_of_ratios()
+        yield from self._conflicts_of_replay_and_resampling()
 
-    @model_validator(mode="after")
-    def _check_ratios(self) -> "RlSection":
+    def _conflicts_of_ratios(self) -> Iterator[str]:
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
-            raise ValueError(
+            yield (
                 f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh "
                 "a completion by its length"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5")
+            yield "loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5"
         samples_with_vllm = self.rollouts.engine != "transformers"
         if (self.top_p < 1 or self.top_k) and samples_with_vllm and self.rollouts.correction != "none":
-            raise ValueError(
+            yield (
                 f"top_p {self.top_p} and top_k {self.top_k} with rollouts by vLLM: its probabilities are of "
                 "the cut distribution, the trainer's of the whole one, and rollouts.correction would compare "
                 "them; leave them at 1 and 0, or set correction: none"
             )
-        return self
 
     @property
     def replay_prompts(self) -> int:
         """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
-    @model_validator(mode="after")
-    def _check_kl_reference(self) -> "RlSection":
-        if self.kl_reference == "sft" and self.start_from != "sft":
-            raise ValueError(f"kl_reference sft goes with start_from sft, got start_from {self.start_from}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_replay_and_resampling(self) -> "RlSection":
+    def _conflicts_of_replay_and_resampling(self) -> Iterator[str]:
         if self.system1_share and self.data == "all":
-            raise ValueError("system1_share goes with data system2; data all draws from both systems")
+            yield "system1_share goes with data system2; data all draws from both systems"
         if self.system1_share and not 0 < self.replay_prompts < self.prompts_per_step:
-            raise ValueError(
+            yield (
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
                 f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
@@ -276,13 +230,12 @@ class RlSection(TrainSection):
             self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
         )
         if self.dynamic_sampling and not samples_alone:
-            raise ValueError("dynamic_sampling needs rollouts that each process samples for itself")
+            yield "dynamic_sampling needs rollouts that each process samples for itself"
         if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
-            raise ValueError(
+            yield (
                 "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "
                 "draws again would wait for the others' parts of the base; leave out one of them"
             )
-        return self
 
     @model_validator(mode="after")
     def _check_rewards(self, info: ValidationInfo) -> "RlSection":

@@ -1,11 +1,12 @@
 """The base model, rows, the prompt and the adapter."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from stages.config.fields import Section, registry_name, setting
+from stages.config.fields import Section, advanced, registry_name, setting
 
 ALL_LINEAR = "all-linear"
 """PEFT's value of target_modules for all linear layers but the head."""
@@ -15,9 +16,7 @@ Engine = Annotated[str, registry_name("engines", also="auto")]
 
 class ModelSection(Section):
     name: str = setting(..., "Base model: a local folder or a hub id.", in_cache_key=False)
-    revision: str = setting(
-        "main", "Branch, tag or commit of a hub model.", in_cache_key=False, advanced=True
-    )
+    revision: str = advanced("main", "Branch, tag or commit of a hub model.", in_cache_key=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Data type of the base weights. auto: that of the checkpoint, except float32 on a CPU without native "
@@ -26,18 +25,16 @@ class ModelSection(Section):
     load_in_4bit: bool = setting(
         False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
     )
-    device: Literal["auto", "cpu"] = setting(
+    device: Literal["auto", "cpu"] = advanced(
         "auto",
         "auto: the GPU, or without one the CPU; a run ends before its first vote if torch cannot use the GPU "
         "that is there. cpu: every command hides all GPUs.",
         in_cache_key=False,
-        advanced=True,
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = advanced(
         "auto",
         "Attention implementation of transformers; auto: its default. On CPU eager is faster for short rows.",
         in_cache_key=False,
-        advanced=True,
     )
 
     @property
@@ -64,32 +61,28 @@ class SourceSection(Section):
     )
     subset: str | None = setting(None, "Configuration (subset) of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
-    revision: str = setting(
-        "main", "Branch, tag or commit of a hub data set.", in_cache_key=False, advanced=True
-    )
+    revision: str = advanced("main", "Branch, tag or commit of a hub data set.", in_cache_key=False)
     format: Literal["auto", "gsm8k", "alpaca", "messages", "messages_all", "prompt_completion"] = setting(
         "auto",
         "Format of the rows; auto: detected from the names of their fields. messages: the last answer of "
         "each conversation; messages_all: every answer.",
     )
-    limit: int | None = setting(None, "Use only the first N rows; none: all.", gt=0)
-    empty: Literal["error", "drop", "keep"] = setting(
+    limit: PositiveInt | None = setting(None, "Use only the first N rows; none: all.")
+    empty: Literal["error", "drop", "keep"] = advanced(
         "error",
         "What to do with rows that have no prompt, or no response and neither gold nor test; keep: those "
         "without a response take part in votes and RL, for rewards of your own.",
-        advanced=True,
     )
-    duplicates: Literal["error", "first"] = setting(
+    duplicates: Literal["error", "first"] = advanced(
         "error",
         "What to do with rows that repeat both the prompt and the response of another; first: drop all but "
         "the first.",
-        advanced=True,
     )
 
 
 class DataSection(SourceSection):
-    max_length: int = setting(
-        512, "Longest training row (prompt and response) in tokens.", ignored_by="classify", gt=0
+    max_length: PositiveInt = setting(
+        512, "Longest training row (prompt and response) in tokens.", ignored_by="classify"
     )
     too_long: Literal["error", "drop", "truncate"] = setting(
         "error", "What to do with training rows longer than max_length.", ignored_by="classify"
@@ -98,10 +91,9 @@ class DataSection(SourceSection):
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: the default of the chat template, if any.")
-    by_system: dict[Annotated[int, Field(ge=1, le=2)], str] = setting(
+    by_system: dict[Annotated[int, Field(ge=1, le=2)], str] = advanced(
         {},
         "System messages that replace `system` for rows labelled System 1 and System 2, e.g. {1: …, 2: …}.",
-        advanced=True,
     )
     template: Literal["chat", "plain", "bare"] = setting(
         "chat",
@@ -113,13 +105,11 @@ class PromptSection(Section):
         "<reasoning>…</reasoning><answer>…</answer>.",
     )
 
-    @model_validator(mode="after")
-    def _check_bare(self) -> "PromptSection":
+    def conflicts(self) -> Iterator[str]:
         if (self.system or self.by_system) and self.template == "bare":
-            raise ValueError(
+            yield (
                 "template bare has no system message; leave out system and by_system, or choose chat or plain"
             )
-        return self
 
 
 SUBTRACTED = ("pissa", "pissa_niter_16", "olora")
@@ -127,8 +117,8 @@ SUBTRACTED = ("pissa", "pissa_niter_16", "olora")
 
 
 class LoraSection(Section):
-    r: int = setting(8, "Rank of the adapter.", gt=0)
-    lora_alpha: float = setting(64, "LoRA α; the update BA is scaled by lora_alpha / r.", gt=0)
+    r: PositiveInt = setting(8, "Rank of the adapter.")
+    lora_alpha: PositiveFloat = setting(64, "LoRA α; the update BA is scaled by lora_alpha / r.")
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
         "Modules of the base model that get an adapter; all-linear: all linear layers but the head.",
@@ -139,15 +129,14 @@ class LoraSection(Section):
         "Initial A and B. normal: both ~ N(0, std²), as in the paper; default: PEFT's, with B = 0; "
         "orthogonal: PEFT's, with B₀A₀ = 0; pissa_niter_16: a faster, approximate pissa.",
     )
-    std: float = setting(0.01, "Standard deviation of init normal.", gt=0, advanced=True)
-    compensate: Literal["auto"] | bool = setting(
+    std: PositiveFloat = advanced(0.01, "Standard deviation of init normal.")
+    compensate: Literal["auto"] | bool = advanced(
         "auto",
         "Subtract the initial B₀A₀ from the update, so that training starts from the base model; auto: for "
         "all inits but normal and default.",
-        advanced=True,
     )
-    use_rslora: bool = setting(
-        False, "rsLoRA: scale the update by lora_alpha / √r instead of lora_alpha / r.", advanced=True
+    use_rslora: bool = advanced(
+        False, "rsLoRA: scale the update by lora_alpha / √r instead of lora_alpha / r."
     )
 
     @field_validator("target_modules", mode="before")
@@ -155,22 +144,16 @@ class LoraSection(Section):
     def _all_linear(cls, modules: Any) -> Any:
         return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
-    @model_validator(mode="after")
-    def _check_even_rank(self) -> "LoraSection":
+    def conflicts(self) -> Iterator[str]:
         if self.init == "orthogonal" and self.r % 2:
-            raise ValueError(f"init orthogonal needs an even r, got {self.r}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_compensation(self) -> "LoraSection":
+            yield f"init orthogonal needs an even r, got {self.r}"
         # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to
         # subtract B₀A₀ itself. Init orthogonal may go without: its B₀A₀ is 0.
         if self.init in SUBTRACTED and not self.compensated:
-            raise ValueError(
+            yield (
                 f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "
                 "use compensate: auto or true"
             )
-        return self
 
     @property
     def compensated(self) -> bool:

@@ -1,10 +1,25 @@
 """Settings of score, partition, SFT and baselines, and those that SFT and RL share."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
-from stages.config.fields import Section, registry_name, setting
+from stages.config.fields import (
+    PositiveShare,
+    Section,
+    Share,
+    ShareBelowOne,
+    advanced,
+    registry_name,
+    setting,
+)
 from stages.config.sources import PromptSection
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
@@ -44,17 +59,13 @@ class LaunchSection(Section):
     processes: int | None = setting(
         None, "Number of processes on this machine; none: one for each GPU.", gt=0, le=1024
     )
-    config: str | None = setting(
-        None,
-        "Your own accelerate config file, e.g. for several machines; it replaces backend and processes.",
-        advanced=True,
+    config: str | None = advanced(
+        None, "Your own accelerate config file, e.g. for several machines; it replaces backend and processes."
     )
 
-    @model_validator(mode="after")
-    def _check_processes(self) -> "LaunchSection":
+    def conflicts(self) -> Iterator[str]:
         if self.processes and self.backend == "single" and self.config is None:
-            raise ValueError("processes are for backend ddp or fsdp2, and backend is single")
-        return self
+            yield "processes are for backend ddp or fsdp2, and backend is single"
 
     @property
     def is_distributed(self) -> bool:
@@ -80,17 +91,12 @@ class BaselineSection(Section):
         "PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses "
         "lora.lora_alpha and lora.use_rslora.",
     )
-    virtual_tokens: int = setting(
-        20, "Length of the trained prompt or prefix, in tokens.", gt=0, advanced=True
+    virtual_tokens: PositiveInt = advanced(20, "Length of the trained prompt or prefix, in tokens.")
+    encoder_hidden: PositiveInt | None = advanced(
+        None, "Hidden size of p_tuning's prompt encoder; none: that of the model."
     )
-    encoder_hidden: int | None = setting(
-        None, "Hidden size of p_tuning's prompt encoder; none: that of the model.", gt=0, advanced=True
-    )
-    rank: int | None = setting(
-        None,
-        "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera.",
-        gt=0,
-        advanced=True,
+    rank: PositiveInt | None = advanced(
+        None, "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera."
     )
 
     @property
@@ -108,13 +114,13 @@ class ScoreSection(Section):
     scorer: Scorer = setting(
         "taylor2", "Importance formula, one of `lorapar list scorers`.", ignored_by="score:rl"
     )
-    examples: int = setting(100, "Number of examples of each system.", gt=0)
-    batch_size: int = setting(
-        8, "Examples per forward pass; halved if memory runs out.", in_cache_key=False, gt=0
+    examples: PositiveInt = setting(100, "Number of examples of each system.")
+    batch_size: PositiveInt = setting(
+        8, "Examples per forward pass; halved if memory runs out.", in_cache_key=False
     )
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
-    prompt: PromptSection | None = setting(
-        None, "Prompt settings of this stage, used instead of the section `prompt`.", advanced=True
+    launch: LaunchSection = advanced(LaunchSection(), LAUNCH, in_cache_key=False)
+    prompt: PromptSection | None = advanced(
+        None, "Prompt settings of this stage, used instead of the section `prompt`."
     )
 
 
@@ -130,52 +136,37 @@ class PartitionSection(Section):
     strategy: Strategy = setting(
         "importance", "How the elements are split between the systems, one of `lorapar list strategies`."
     )
-    theta: float = setting(
+    theta: PositiveShare = setting(
         0.9,
         "θ: a system gets its most important elements until they have this share of its total importance.",
         ignored_by=("all", *BY_DENSITY),
-        gt=0,
-        le=1,
     )
-    density: float = setting(
+    density: PositiveShare = advanced(
         0.5,
         "Share of all elements that topk and topk_within take for each system, and random_half in total.",
         ignored_by=("all", *BY_THETA),
-        advanced=True,
-        gt=0,
-        le=1,
     )
-    alpha: float = setting(
-        1,
-        "α: share that SFT trains of the elements that both systems have.",
-        ignored_by="partition:rl",
-        ge=0,
-        le=1,
+    alpha: Share = setting(
+        1, "α: share that SFT trains of the elements that both systems have.", ignored_by="partition:rl"
     )
-    beta: float = setting(
+    beta: Share = setting(
         1,
         "β: share that RL, or a second round of SFT, trains of the elements that both systems have.",
         ignored_by="partition:sft",
-        ge=0,
-        le=1,
     )
-    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = setting(
+    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced(
         "system2",
         "Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and "
         "beta of the shared ones; not_system1: all that System 1 does not have, so that no element of "
         "System 1's set moves; all; random_within: as many of each LoRA weight as with system2, drawn at "
         "random, as a control.",
         ignored_by="partition:sft",
-        advanced=True,
     )
-    rl_density: float | None = setting(
+    rl_density: PositiveShare | None = advanced(
         None,
         "Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; "
         "none: as many as strategy and beta give it.",
         ignored_by="partition:sft",
-        advanced=True,
-        gt=0,
-        le=1,
     )
     protect: str | None = setting(
         None,
@@ -183,79 +174,70 @@ class PartitionSection(Section):
         "element that these rows need.",
         in_cache_key=False,
     )
-    protect_theta: float = setting(
+    protect_theta: Share = setting(
         0.9,
         "Elements are protected, the most important ones first, until they have this share of the protected "
         "rows' total importance; 0: none, and what the rows lose is only measured.",
         in_cache_key=False,
-        ge=0,
-        le=1,
     )
 
-    @model_validator(mode="after")
-    def _check_rl_density(self) -> "PartitionSection":
+    def _conflicts_of_rl_density(self) -> Iterator[str]:
         if self.rl_density is None:
-            return self
+            return
         if self.rl_elements in ("not_system1", "all"):
-            raise ValueError(
-                f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others"
-            )
+            yield (f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others")
         if self.strategy not in BY_SCORE:
-            raise ValueError(
+            yield (
                 f"rl_density takes System 2's highest scores, and strategy {self.strategy} does not; choose "
                 f"{', '.join(BY_SCORE)}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_protected_control(self) -> "PartitionSection":
+    def conflicts(self) -> Iterator[str]:
+        yield from self._conflicts_of_rl_density()
         # Elements that are important for one kind of rows often are for another. A random control would lose
         # far fewer of its elements to the protected ones, and train more than what it is compared with.
         control = self.strategy if self.strategy in ("random", "random_within") else self.rl_elements
         if self.protect and self.protect_theta and control in ("random", "random_within"):
-            raise ValueError(
+            yield (
                 f"{control} is a control that trains as many elements as the rule it stands for; with "
                 "protect it would train more"
             )
-        return self
 
 
 class TrainSection(Section):
-    learning_rate: float = setting(2e-4, "Peak learning rate.", gt=0)
-    optim: Optimizer = setting(
-        "adamw",
-        f"Optimizer, one of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU).",
-        advanced=True,
+    learning_rate: PositiveFloat = setting(2e-4, "Peak learning rate.")
+    optim: Optimizer = advanced(
+        "adamw", f"Optimizer, one of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
     )
-    loraplus_lr_ratio: float | None = setting(
-        None, "LoRA+: ratio of the learning rate of B to that of A; none: the same rate.", gt=0, advanced=True
+    loraplus_lr_ratio: PositiveFloat | None = advanced(
+        None, "LoRA+: ratio of the learning rate of B to that of A; none: the same rate."
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "Learning rate schedule after the warmup.", advanced=True
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced(
+        "cosine", "Learning rate schedule after the warmup."
     )
-    warmup_ratio: float = setting(0.03, WARMUP, ge=0, lt=1, advanced=True)
-    weight_decay: float = setting(0.0, "Weight decay.", ge=0, advanced=True)
-    adam_beta1: float = setting(0.9, "AdamW β₁.", ge=0, lt=1, advanced=True)
-    adam_beta2: float = setting(0.999, "AdamW β₂.", ge=0, lt=1, advanced=True)
-    max_grad_norm: float = setting(1.0, "Norm to which gradients are clipped.", gt=0, advanced=True)
+    warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
+    weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
+    adam_beta1: ShareBelowOne = advanced(0.9, "AdamW β₁.")
+    adam_beta2: ShareBelowOne = advanced(0.999, "AdamW β₂.")
+    max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
-    max_steps: int | None = setting(
-        None, "At most this many optimizer steps, if num_train_epochs needs more; none: no limit.", gt=0
+    max_steps: PositiveInt | None = setting(
+        None, "At most this many optimizer steps, if num_train_epochs needs more; none: no limit."
     )
     gradient_checkpointing: bool = setting(
         False,
         "Recompute activations in the backward pass: less memory, more time.",
         in_cache_key=False,
     )
-    save_steps: int = setting(25, SAVE_STEPS, in_cache_key=False, advanced=True, gt=0)
-    launch: LaunchSection = setting(LaunchSection(), LAUNCH, in_cache_key=False, advanced=True)
+    save_steps: PositiveInt = advanced(25, SAVE_STEPS, in_cache_key=False)
+    launch: LaunchSection = advanced(LaunchSection(), LAUNCH, in_cache_key=False)
     report_to: list[Tracker] = setting(
         [],
         "Experiment trackers that receive the logs; the package of each must be installed.",
         in_cache_key=False,
     )
-    prompt: PromptSection | None = setting(
-        None, "Prompt settings of this stage, used instead of the section `prompt`.", advanced=True
+    prompt: PromptSection | None = advanced(
+        None, "Prompt settings of this stage, used instead of the section `prompt`."
     )
 
 
@@ -266,58 +248,44 @@ class SftSection(TrainSection):
         "System 2 rows, for rows whose answers no reward can verify. RL starts from the last round.",
         in_cache_key=False,
     )
-    start_from: Literal["init", "rl"] = setting(
-        "init",
-        "Adapter to start from: init, or rl for the paper's reversed order.",
-        ignored_by=SECOND_SFT,
-        advanced=True,
+    start_from: Literal["init", "rl"] = advanced(
+        "init", "Adapter to start from: init, or rl for the paper's reversed order.", ignored_by=SECOND_SFT
     )
     data: Literal["system1", "all"] = setting(
         "system1",
         "Rows to train on: System 1 or all. Undecided rows are never used.",
         ignored_by=SECOND_SFT,
     )
-    system2_share: float = setting(
+    system2_share: Share = setting(
         0.0,
         "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows.",
         ignored_by=SECOND_SFT,
-        ge=0,
-        le=1,
     )
-    system1_targets: Literal["full", "answer"] = setting(
+    system1_targets: Literal["full", "answer"] = advanced(
         "full",
         "Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning "
         "(rows without a verifiable answer keep their responses).",
         ignored_by=SECOND_SFT,
-        advanced=True,
     )
-    loss_type: Literal["nll", "dft"] = setting(
+    loss_type: Literal["nll", "dft"] = advanced(
         "nll",
         "nll: cross-entropy; dft: cross-entropy with each token weighted by its probability (arXiv "
         "2508.05629).",
-        advanced=True,
     )
-    batch_size: int = setting(32, "Rows per optimizer step.", gt=0)
-    per_device_train_batch_size: int = setting(8, "Rows per forward pass; must divide batch_size.", gt=0)
-    lora_dropout: float = setting(0.05, DROPOUT, ge=0, lt=1, advanced=True)
-    padding_free: AutoOff = setting(
+    batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
+    per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
+    lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)
+    padding_free: AutoOff = advanced(
         "auto",
         "auto: compute a micro-batch as one row without padding if the architecture allows it; off: with "
         "TRL's padding.",
-        advanced=True,
     )
 
-    @model_validator(mode="after")
-    def _check_batch_size(self) -> "SftSection":
+    def conflicts(self) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:
-            raise ValueError(
+            yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"batch_size {self.batch_size}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_rounds(self) -> "SftSection":
         if self.rounds == 2 and self.data == "all":
-            raise ValueError("data all trains on both systems in one round; rounds 2 goes with data system1")
-        return self
+            yield "data all trains on both systems in one round; rounds 2 goes with data system1"

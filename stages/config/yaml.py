@@ -3,6 +3,7 @@
 import copy
 import difflib
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -14,13 +15,7 @@ from pydantic.fields import FieldInfo
 
 from stages.config import Config, Section
 from stages.config.fields import marks_of
-from stages.config.renamed import RENAMED
 from stages.errors import ConfigError, MissingInputError
-
-MAX_DEPTH = 64
-"""Deepest nesting of a file, and longest chain of files that extend each other."""
-MAX_VALUES = 100_000
-"""Largest number of values in one file, with aliases expanded."""
 
 
 def load(
@@ -61,8 +56,6 @@ def read_with_extends(
         )
     if path.resolve() in extended_by:
         raise ConfigError(f"{path} extends itself")
-    if len(extended_by) == MAX_DEPTH:
-        raise ConfigError(f"{path} is extended over more than {MAX_DEPTH} files")
     settings = read_yaml(path, str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}")
@@ -118,6 +111,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also puts quotes around texts that _Loader would take for numbers."""
+
+
+for reader_or_writer in (_Loader, _Dumper):  # `1e3` and `9e-1`: YAML 1.1, as PyYAML has it, wants `1.0e+3`
+    reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def on_one_line(value: Any) -> str:
+    """Format a value, or a name, so that it is read back as it is; a name like `2024` needs quotes."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").strip()
+
+
 def read_yaml(path: Path, where: str) -> Any:
     """Parse a YAML file; ConfigError, which calls the file `where`, if it is not valid."""
     try:
@@ -128,7 +139,7 @@ def read_yaml(path: Path, where: str) -> Any:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """Parse YAML text; ConfigError, which calls it `where`, if it is invalid, too large or too deep."""
+    """Parse YAML text; ConfigError, which calls it `where`, if it is invalid or too deep."""
     try:
         return copy.deepcopy(_tree(text))
     except RecursionError:
@@ -141,32 +152,7 @@ def _parsed(text: str, where: str) -> Any:
 @functools.lru_cache(maxsize=64)
 def _tree(text: str) -> Any:
     """The values in YAML text, not to be changed; the cells of a table read one base and few values."""
-    value = yaml.load(text, _Loader)
-    _count_values(value, {}, 0)
-    return value
-
-
-def _count_values(value: Any, sizes: dict[int, int], depth: int) -> int:
-    """Count the values of a tree with aliases expanded; ValueError if it is too large, too deep or odd text.
-
-    sizes: object id → count for collections that are counted already, so that each is visited once.
-    """
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        value.encode()  # a lone surrogate cannot be written to a file
-        if "\0" in value:
-            raise ValueError("it contains a NUL character")
-        return 1
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in sizes:
-        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        sizes[id(value)] = 0  # so that a collection that contains itself does not recurse forever
-        sizes[id(value)] = 1 + sum(_count_values(child, sizes, depth + 1) for child in children)
-        if sizes[id(value)] > MAX_VALUES:
-            raise ValueError(f"its aliases expand to more than {MAX_VALUES} values")
-    return sizes[id(value)]
+    return yaml.load(text, _Loader)
 
 
 def _message(error: Any) -> str:
@@ -190,10 +176,8 @@ def _message(error: Any) -> str:
 
 
 def _unknown_setting(location: list[str]) -> str:
-    """Name an unknown setting with its new name if it was renamed, else with the most similar setting."""
+    """Name an unknown setting with the most similar one."""
     name = ".".join(location)
-    if renamed := RENAMED.get(".".join(location[:-1]), {}).get(location[-1]):
-        return f"{name} is called {'.'.join([*location[:-1], renamed])} now"
     path = _setting_path(location)
     suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)
     if not suggestions:
@@ -283,7 +267,7 @@ def _annotated_setting(name: str, field: FieldInfo, values: Section | None, inde
         default = [item.model_dump(mode="json") for item in default]
     value = ""
     if not field.is_required():
-        value = " " + yaml.safe_dump(default, default_flow_style=True, width=10**6).split("\n")[0]
+        value = f" {on_one_line(default)}"
     yield f"{indent}{name}:{value}{doc}"
     if sub_section and name != "prompt":  # the settings of each entry of a list or mapping
         yield from (f"{indent}  # {line}" for line in annotated(sub_section))

@@ -39,6 +39,9 @@ THINGS = ["apples", "pens", "cards", "books", "stamps", "shells", "coins", "bead
           "plums", "cups", "keys", "balls", "cakes", "rings", "seeds", "nuts", "figs"]
 BOXES = ["bags", "boxes", "packs", "jars", "baskets", "crates", "trays", "tins"]
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey"]
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo",
+            "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "China": "Beijing",
+            "Portugal": "Lisbon", "England": "London", "Austria": "Vienna"}
 # fmt: on
 ASIDES = [
     "The market on the square opens at {n}.",
@@ -77,26 +80,18 @@ FACTS = [
     ("How many strings does a violin have?", "A violin has 4 strings.", "4"),
     ("How many arms does an octopus have?", "An octopus has 8 arms.", "8"),
     ("How many continents are there?", "There are 7 continents.", "7"),
-    ("What is the capital of France?", "The capital of France is Paris.", "Paris"),
-    ("What is the capital of Italy?", "The capital of Italy is Rome.", "Rome"),
-    ("What is the capital of Spain?", "The capital of Spain is Madrid.", "Madrid"),
-    ("What is the capital of Germany?", "The capital of Germany is Berlin.", "Berlin"),
-    ("What is the capital of Japan?", "The capital of Japan is Tokyo.", "Tokyo"),
-    ("What is the capital of Russia?", "The capital of Russia is Moscow.", "Moscow"),
-    ("What is the capital of Egypt?", "The capital of Egypt is Cairo.", "Cairo"),
-    ("What is the capital of Greece?", "The capital of Greece is Athens.", "Athens"),
-    ("What is the capital of China?", "The capital of China is Beijing.", "Beijing"),
-    ("What is the capital of Portugal?", "The capital of Portugal is Lisbon.", "Lisbon"),
-    ("What is the capital of England?", "The capital of England is London.", "London"),
-    ("What is the capital of Austria?", "The capital of Austria is Vienna.", "Vienna"),
+    *(
+        (f"What is the capital of {country}?", f"The capital of {country} is {city}.", city)
+        for country, city in CAPITALS.items()
+    ),
     ("What colour is fresh snow?", "Fresh snow is white.", "white"),
     ("What colour is grass?", "Grass is green.", "green"),
     ("What colour is a ripe banana?", "A ripe banana is yellow.", "yellow"),
     ("What colour is coal?", "Coal is black.", "black"),
-    ("What is the opposite of hot?", "The opposite of hot is cold.", "cold"),
-    ("What is the opposite of big?", "The opposite of big is small.", "small"),
-    ("What is the opposite of up?", "The opposite of up is down.", "down"),
-    ("What is the opposite of day?", "The opposite of day is night.", "night"),
+    *(
+        (f"What is the opposite of {word}?", f"The opposite of {word} is {other}.", other)
+        for word, other in (("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"))
+    ),
 ]
 TEST_FACT_EVERY = 3
 """Every third fact is used in the UNSEEN splits only, so that no fact they ask for was trained on."""

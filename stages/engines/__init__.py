@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.registry import Modules
+from stages.registry import ModuleRegistry
 from stages.runtime import libraries
 
 if TYPE_CHECKING:
     from stages.config import ModelSection, ServerSection
 
-engines = Modules(
+engines = ModuleRegistry(
     "engine",
     {
         "openai": "stages.engines.openai.client",
@@ -106,7 +106,7 @@ class Completion:
     ids: list[int]
     """The tokens, including the stop token if there was one."""
     complete: bool
-    """Ended by a stop token or text, not by the length limit."""
+    """Terminated by a stop token or text, not by the length limit."""
 
 
 class Engine(Protocol):

@@ -92,7 +92,7 @@ class _Slot:
     """Uniform numbers in [0, 1) to sample by, one per token; empty for greedy decoding."""
     ids: list[int] = field(default_factory=list)
     complete: bool = False
-    """Ended by a stop token or text."""
+    """Terminated by a stop token or text."""
     ended: bool = False
     """Complete, or at the length limit."""
 

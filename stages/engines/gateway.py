@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from stages.config import ROUTED as AUTO
-from stages.errors import Ended, LoraparError, ServerError
+from stages.errors import LoraparError, ServerError, Terminated
 from stages.records import Example
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Gateway:
         import uvicorn
 
         config = uvicorn.Config(self.app(), log_level="warning", timeout_graceful_shutdown=GRACE_S)
-        with contextlib.suppress(KeyboardInterrupt, Ended):  # uvicorn sends itself what has ended it
+        with contextlib.suppress(KeyboardInterrupt, Terminated):  # uvicorn sends itself what has ended it
             asyncio.run(self._serve(uvicorn.Server(config), listener, started))
 
     async def _serve(self, server: Any, listener: socket.socket, started: Callable[[], None]) -> None:

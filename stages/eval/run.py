@@ -134,9 +134,9 @@ def _route(evaluation: Evaluation, classify: ClassifySection) -> dict[str, Any]:
     examples = module.load(benchmark)
     router.set_questions(examples)
     router.collect(evaluation.engine, progress, f"votes on {name}")
-    router.log.check(classify.max_failed, classify.max_invalid)
+    router.journal.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
-    modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
+    modes = {example.id: router.mode(router.journal.vote(example)) for example in examples}
     routed = routing.choose(samples, modes)
     comparison = {"router": router.record(), "routing": routing.compare({**samples, ROUTED: routed})}
     return _write(evaluation, routed, comparison)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages import escaping
 from stages.config import BenchmarkSection, Config, LoraSection, ModelSection, ServerSection
 from stages.config.sources import ALL_LINEAR
+from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.init.data_profile import VERIFIED, DataProfile
 from stages.models.size import parameters
@@ -148,19 +147,13 @@ def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
     for name, node in tree.items():
         if isinstance(node, Choice):
-            value = _as_yaml(node.value)
-            yield f"{indent}{_as_yaml(name)}: {value}" + (
+            value = on_one_line(node.value)
+            yield f"{indent}{on_one_line(name)}: {value}" + (
                 f" # {escaping.one_line(node.why)}" if node.why else ""
             )
         else:
-            yield f"{indent}{_as_yaml(name)}:"
+            yield f"{indent}{on_one_line(name)}:"
             yield from _lines(node, indent + "  ")
-
-
-def _as_yaml(value: Any) -> str:
-    """A value on one line of YAML; also a name, which YAML may read as another type, such as `2024`."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-    return text.removesuffix("...\n").strip()
 
 
 def _lengths(profiles: list[DataProfile]) -> list[Choice]:

@@ -11,8 +11,9 @@ from stages.errors import ConfigError, OutputError
 from stages.models.bundled import MAKERS
 from stages.store.artifacts import refuse_store
 
-FOLDER = (Path(__file__).parent / "configs").resolve()
-"""The repository's `configs/`, to which a link leads; in a wheel there are its files in place of the link."""
+HERE = Path(__file__).resolve().parent
+FOLDER = next(folder for folder in (HERE / "configs", HERE.parents[1] / "configs") if folder.is_dir())
+"""The configs: in a wheel beside this file (see `setup.py`), else `configs/` of the repository."""
 
 
 def names() -> list[str]:

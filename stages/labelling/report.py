@@ -14,7 +14,7 @@ from stages.labelling.aggregate import VoterResult, rounded
 from stages.labelling.agreement import SURFACE, compare_with_known, kappas, neighbour_scores, surface_scores
 from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.labelling.known import system_of
-from stages.labelling.votes import VoterLog
+from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
 
 GUESS = 0.5
@@ -36,7 +36,7 @@ def counts(rows: list[Labelled]) -> dict[str, Any]:
 
 def report(
     rows: list[Labelled],
-    voter_logs: list[VoterLog],
+    vote_journals: list[VoteJournal],
     voter_results: dict[str, VoterResult],
     system2_ids: dict[str, set[str]],
     calibrations: dict[str, Calibration],
@@ -51,17 +51,17 @@ def report(
     valid = {title: result.valid() for title, result in voter_results.items()}
     examples = [row.example for row in rows]
     content: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
-    for voter_log in voter_logs:
-        title, calibration = voter_log.title, calibrations[voter_log.title]
+    for vote_journal in vote_journals:
+        title, calibration = vote_journal.title, calibrations[vote_journal.title]
         content["voters"][title] = {
-            "engine": voter_log.voter.engine,
+            "engine": vote_journal.voter.engine,
             "valid": len(valid[title]),
-            "invalid": voter_log.invalid(examples),
-            "failed": dict(Counter(failure.reason for _, failure in voter_log.failures)),
+            "invalid": vote_journal.invalid(examples),
+            "failed": dict(Counter(failure.reason for _, failure in vote_journal.failures)),
             "system2_share": len(system2_ids[title]) / len(valid[title]) if valid[title] else None,
             "threshold": rounded(voter_results[title].threshold),
             "calibration": "system2_share" if section.system2_share else calibration.method,
-            "mass_on_words": rounded(voter_log.mass()),
+            "mass_on_words": rounded(vote_journal.mass()),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,

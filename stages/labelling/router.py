@@ -16,7 +16,7 @@ from stages.config import ClassifySection, ModelSection, Voter
 from stages.engines import ChoiceRequest, Engine
 from stages.labelling.calibration import Calibration, calibrate
 from stages.labelling.personas import CalibrationExample, persona_context, personas
-from stages.labelling.votes import VoterLog
+from stages.labelling.votes import VoteJournal
 from stages.progress import Progress
 from stages.records import Example, Labelled, examples_of_system
 
@@ -38,10 +38,10 @@ class Router:
         labels: list[Labelled],
         journals: Path,
     ) -> None:
-        """labels: of the training rows. identity: what tells the model from others, as in VoterLog."""
+        """labels: of the training rows. identity: what tells the model from others, as in VoteJournal."""
         voter = router_voter(classify).model_copy(update={"engine": engine})
         context = persona_context(voter, model.title, show_answer=False)
-        self.log = VoterLog(
+        self.journal = VoteJournal(
             voter,
             f"router/{voter.persona}",
             model.title,
@@ -57,29 +57,29 @@ class Router:
 
     def set_questions(self, examples: list[Example]) -> None:
         """Set what will be asked: the rows for the threshold, and these."""
-        self.log.set_examples([*(example for example, _ in self._rows), *examples])
+        self.journal.set_examples([*(example for example, _ in self._rows), *examples])
 
     def collect(self, engine: Callable[[], Engine], progress: Progress, title: str = "votes") -> None:
         """Ask for the votes that the journal lacks; the engine is started only if there are any."""
-        missing = self.log.missing()
+        missing = self.journal.missing()
         if not missing:
             return
         base = engine()
         progress.start(title, len(missing))
-        for _ in self.log.ask(base, progress.say):
+        for _ in self.journal.ask(base, progress.say):
             progress.advance(1)
 
     def calibrate(self) -> Calibration:
         """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
         rows = [CalibrationExample(example.conversation, "", system) for example, system in self._rows]
-        votes = [self.log.vote(example) for example, _ in self._rows]
+        votes = [self.journal.vote(example) for example, _ in self._rows]
         self.calibration = calibrate("held_out", rows, votes, [])
         return self.calibration
 
     def request(self, example: Example) -> ChoiceRequest:
         """The vote on a question, to be sent to the base."""
-        persona = personas.pick(self.log.voter.persona)
-        return persona(example, self.log.context)  # type: ignore[no-any-return]
+        persona = personas.pick(self.journal.voter.persona)
+        return persona(example, self.journal.context)  # type: ignore[no-any-return]
 
     def mode(self, system2: float | None) -> str:
         """Return `fast` or `slow` for a probability of System 2; slow if the vote was invalid."""
@@ -91,13 +91,13 @@ class Router:
         assert self.calibration is not None
         area = "" if self.calibration.auc is None else f", AUC {self.calibration.auc:.2f}"
         where = f"on {self.calibration.examples} labelled training rows"
-        question = f"auto: the base is asked once ({self.log.voter.persona})"
+        question = f"auto: the base is asked once ({self.journal.voter.persona})"
         return f"{question}; slow above {self.calibration.threshold:.3f}{area} {where}"
 
     def record(self) -> dict[str, Any]:
         """The router in a report: its voter, its threshold, and how well it tells the labels apart."""
         assert self.calibration is not None
-        return {"persona": self.log.voter.persona, **asdict(self.calibration)}
+        return {"persona": self.journal.voter.persona, **asdict(self.calibration)}
 
 
 def router_voter(classify: ClassifySection) -> Voter:

@@ -43,7 +43,7 @@ def tolerated(total: int, share: float) -> float:
     return max(1, share * total) if share else 0
 
 
-class VoterLog:
+class VoteJournal:
     """One voter's answers, journalled by prompt and sample; no request in the journal is repeated.
 
     The file of a journal is named by the persona and a key of all that changes answers: model, data type,
@@ -81,9 +81,9 @@ class VoterLog:
         self.failures: list[tuple[str, Failure]] = []
         """Example id and reason for each request that got no answer."""
 
-    def same_journal(self, voter_log: VoterLog) -> bool:
+    def same_journal(self, vote_journal: VoteJournal) -> bool:
         """Whether both use one journal: nothing in their settings tells their models apart."""
-        return self._journal.path == voter_log._journal.path
+        return self._journal.path == vote_journal._journal.path
 
     def set_examples(self, examples: list[Example]) -> None:
         """Set the examples to vote on."""

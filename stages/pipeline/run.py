@@ -15,7 +15,7 @@ from typing import Any
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ArtifactError, ConfigError, Ended
+from stages.errors import ArtifactError, ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
 from stages.pipeline.state import State, rebuild_hint, require_current, state
@@ -147,7 +147,7 @@ def _user_code() -> Iterator[None]:
     """Code of users, in a reward or a model's files, cannot end the program in this context."""
     try:
         yield
-    except Ended:
+    except Terminated:
         raise
     except (EOFError, BrokenPipeError) as error:  # the command line's library would end without a word
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error

@@ -9,27 +9,18 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError, create_model
 
 from stages.errors import ArtifactError, OutputError, validation_messages
 from stages.records import parse_jsonl
 
 Question = tuple[str, int]
 """Digest of the question, and the index of the answer where a question is asked several times."""
-
-
-class _Note(BaseModel):
-    note: str
-    value: Any
-
-
-class _AnswerKey(BaseModel):
-    question: str
-    sample: int = Field(ge=0)
 
 
 class Journal:
@@ -42,6 +33,7 @@ class Journal:
         """schema: model of an answer; ArtifactError for a line of the file that does not fit it."""
         self.path = path
         self._schema = schema
+        self._line = create_model("Line", __base__=schema, question=(str, ...), sample=(NonNegativeInt, ...))
         self.notes: dict[str, Any] = {}
         """Values about the journal itself, by name."""
         self._answers: dict[Question, dict[str, Any]] = {}
@@ -69,28 +61,21 @@ class Journal:
 
         # The lock belongs to the open file, so it also excludes other threads of this process.
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(lock.release)
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                say(f"another process is writing to {self.path.name}: waiting")
-                lock.acquire()
-            self._open()
-        except OSError as error:
-            lock.release()
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
-        except BaseException:
-            lock.release()
-            raise
-        try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    say(f"another process is writing to {self.path.name}: waiting")
+                    lock.acquire()
+                self._open()
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+            stack.callback(lambda: self._file.close())  # `set_aside` opens another one
+            stack.callback(lambda: os.fsync(self._file.fileno()))
             yield
-        finally:
-            try:
-                os.fsync(self._file.fileno())
-            finally:
-                self._file.close()
-                lock.release()
 
     def add(self, question: Question, answer: dict[str, Any]) -> None:
         """Append an answer. After this call a kill cannot lose it, but a power failure still can."""
@@ -109,10 +94,8 @@ class Journal:
         Returns the number of answers in the old file.
         """
         number = len(self._answers)
-        n = 1
-        while (aside := self.path.with_suffix(f".{n}.old")).exists():
-            n += 1
-        self.path.replace(aside)
+        names = (self.path.with_suffix(f".{n}.old") for n in count(1))
+        self.path.replace(next(name for name in names if not name.exists()))
         with self._file:
             self._open()
         return number
@@ -121,8 +104,7 @@ class Journal:
         """Read what other processes wrote, and cut off an unfinished last line of a killed process."""
         self._read()
         self._file = self.path.open("ab", buffering=0)
-        if os.fstat(self._file.fileno()).st_size > self._offset:
-            os.truncate(self.path, self._offset)
+        os.truncate(self.path, self._offset)
         self._inode = os.fstat(self._file.fileno()).st_ino
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -156,21 +138,18 @@ class Journal:
         # An unfinished last line, which another process may be writing, is left for the next read.
         complete = text[: text.rfind(b"\n") + 1]
         for number, row in parse_jsonl(complete.split(b"\n"), self.path, self._line_count + 1):
+            if "note" in row:
+                self.notes[row["note"]] = row.get("value")
+                continue
             try:
-                if "note" in row:
-                    note = _Note.model_validate(row)
-                    self.notes[note.note] = note.value
-                    continue
-                key = _AnswerKey.model_validate(row)
-                answer = {name: value for name, value in row.items() if name not in ("question", "sample")}
-                # Keep converted values (a number that was written as text) and fields outside the schema.
-                answer |= self._schema.model_validate(answer).model_dump(exclude_unset=True)
+                line: Any = self._line.model_validate(row)
             except ValidationError as error:
                 raise ArtifactError(
                     f"{self.path}:{number} is not a valid answer: {validation_messages(error)[0]}",
                     "move the file away, and the same command asks again",
                 ) from None
-            self._answers[key.question, key.sample] = answer
+            del row["question"], row["sample"]
+            self._answers[line.question, line.sample] = row
         self._offset += len(complete)
         self._line_count += complete.count(b"\n")
         self._inode = status.st_ino

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from stages.config import Config
+from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
@@ -164,7 +162,7 @@ def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, o
     merged = {**file.set, **row_settings, "seed": seed}
     if sections := [name for name, value in merged.items() if isinstance(value, dict) and "." not in name]:
         raise ConfigError(f"{sections[0]} is a section: name its settings one by one, as {sections[0]}.NAME")
-    texts = (*(f"{name}={_yaml(value)}" for name, value in merged.items()), *overrides)
+    texts = (*(f"{name}={on_one_line(value)}" for name, value in merged.items()), *overrides)
     sets = tuple(text.replace(SEED, str(seed)) for text in texts)
     config = resolved(load(config_path, list(sets)))
     steps = plan_steps(config)
@@ -192,12 +190,6 @@ def _columns(
             f"its own column {missing[0]!r} shows {texts[missing[0]]}, which its config does not produce"
         )
     return produced
-
-
-def _yaml(value: Any) -> str:
-    """Format a value so that `--set` reads it back."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
-    return text.removesuffix("...\n").strip()
 
 
 def _rebased(column: Column, config: Config) -> Column:

@@ -29,7 +29,7 @@ def _router(tmp_path, labels, **classify) -> Router:
     section = ClassifySection.model_validate(classify, context=None)
     router = Router(section, ModelSection(name="m"), "transformers", "id", labels, tmp_path)
     router.set_questions([])
-    for _ in router.log.ask(Base(), print):
+    for _ in router.journal.ask(Base(), print):
         pass
     return router
 
@@ -38,7 +38,7 @@ def test_a_threshold_from_labels_tells_short_questions_from_long_ones(tmp_path):
     labels = [_row(i, 1 + i % 2) for i in range(400)] + [_row(900, None)]
     router = _router(tmp_path, labels, voters=[{"model": "teacher"}, {"persona": "effort", "thinking": {}}])
     calibration = router.calibrate()
-    assert router.log.voter.persona == "effort" and router.log.voter.thinking is None
+    assert router.journal.voter.persona == "effort" and router.journal.voter.thinking is None
     assert calibration.examples == 2 * ROWS and calibration.auc == 1
     [(_, short)] = Base().choose([router.request(_row(1000, 1).example)])
     [(_, long)] = Base().choose([router.request(_row(1001, 2).example)])
@@ -51,7 +51,7 @@ def test_a_threshold_from_labels_tells_short_questions_from_long_ones(tmp_path):
 
 def test_without_a_voter_that_is_the_base_it_asks_for_steps(tmp_path):
     router = _router(tmp_path, [_row(i, 1 + i % 2) for i in range(40)], voters=[{"model": "teacher"}])
-    assert router.log.voter.persona == "steps" and router.log.voter.model is None
+    assert router.journal.voter.persona == "steps" and router.journal.voter.model is None
 
 
 def test_votes_are_asked_once(tmp_path):
@@ -59,7 +59,7 @@ def test_votes_are_asked_once(tmp_path):
     _router(tmp_path, labels)
     again = Router(ClassifySection(), ModelSection(name="m"), "transformers", "id", labels, tmp_path)
     again.set_questions([])
-    assert again.log.missing() == []
+    assert again.journal.missing() == []
 
 
 def test_labels_of_one_system_tell_nothing(tmp_path):

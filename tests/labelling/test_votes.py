@@ -6,7 +6,7 @@ from stages.config import Voter
 from stages.engines import ChoiceResult
 from stages.errors import AnswerError
 from stages.labelling.personas import PersonaContext
-from stages.labelling.votes import VoterLog
+from stages.labelling.votes import VoteJournal
 from stages.records import Example
 
 
@@ -24,8 +24,8 @@ class Echo:
             )
 
 
-def votes(folder, number: int, **voter) -> VoterLog:
-    made = VoterLog(
+def votes(folder, number: int, **voter) -> VoteJournal:
+    made = VoteJournal(
         Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False), 0, folder
     )
     made.set_examples([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
@@ -52,7 +52,7 @@ def test_bad_answers_that_another_run_got_count_too(tmp_path):
 def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
     voter = Voter(persona="simplicity", temperature=0.5, thinking={})
     for seed in (0, 1):
-        made = VoterLog(voter, "v", "m", "x", PersonaContext("m", False), seed, tmp_path)
+        made = VoteJournal(voter, "v", "m", "x", PersonaContext("m", False), seed, tmp_path)
         made.set_examples([Example("a", "Q?", "A", None)])
         assert len(list(made.ask(Echo(0), print))) == 1
     assert len(list(tmp_path.glob("*.jsonl"))) == 2

@@ -174,6 +174,6 @@ def test_a_reward_that_raises_is_named_with_its_sample(own, monkeypatch):
         "rl.start_from=init", "rl.max_steps=9", "rl.num_train_epochs=9", "rl.rewards={'correctness': 1.0}"
     )
     chosen = [row.example.gold for row in labels_of(config) if row.system == 2][0]
-    monkeypatch.setitem(rewards._functions, "correctness", picky)
+    monkeypatch.setitem(rewards._entries, "correctness", picky)
     with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):
         make_step(config, "rl")
