@@ -94,7 +94,7 @@ def _route(
     router.log.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
     modes = {example.id: router.mode(router.log.vote(example)) for example in examples}
-    routed = routing.choose(samples, modes)
+    routed = routing.select_answers(samples, modes)
     write_jsonl(job.out / "samples.jsonl", (asdict(sample) for sample in routed))
     metrics = compute_metrics(routed, module.GROUPS)
     record = {

@@ -61,7 +61,7 @@ class Registry(_Named):
         return trait in self._traits[name]
 
 
-class Modules(_Named):
+class ModuleRegistry(_Named):
     """Modules of one kind by name, imported when they are picked, because some, like engines, load torch."""
 
     def __init__(self, kind: str, modules: dict[str, str]) -> None:

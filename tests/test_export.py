@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stages import export
 from stages.config import BaselineSection, PromptSection
 from stages.engines import EngineSpec
-from stages.engines.in_process import open
+from stages.engines.in_process import open_engine
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base, save_merged
 from stages.models.tokenizer import load_tokenizer
@@ -289,7 +289,9 @@ def test_each_view_is_asked_as_its_stage_asks(trained, another, tmp_path, monkey
     def modules(model, adapters, server, say):
         with contextlib.ExitStack() as stack:
             for name, adapter in {model.name: None, **adapters}.items():
-                engine = stack.enter_context(open(EngineSpec("transformers", model, adapter), server, say))
+                engine = stack.enter_context(
+                    open_engine(EngineSpec("transformers", model, adapter), server, say)
+                )
                 heard[name] = Heard(engine, tokenizer)
             yield heard
 

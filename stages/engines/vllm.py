@@ -52,7 +52,7 @@ By default vLLM reserves a core for itself and 4 GB for its KV cache; a small ma
 
 
 @contextmanager
-def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     """Start a server, wait until it is healthy, yield a client, and stop it, even if this process is killed.
 
     See `serves_modules` for how an adapter is served.

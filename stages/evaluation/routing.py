@@ -13,7 +13,7 @@ ORACLE = "oracle"
 """Routing that knows which mode is right: the best that any router could do with these answers."""
 
 
-def choose(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
+def select_answers(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
     """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
 
     samples: the answers by mode, to the same items. modes: mode by item id.
@@ -34,7 +34,7 @@ def compare(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
 
     samples: the answers by routing; those of `fast` and `slow` are the oracle's to choose from.
     """
-    oracle = choose({mode: samples[mode] for mode in ("fast", "slow")}, _best_modes(samples))
+    oracle = select_answers({mode: samples[mode] for mode in ("fast", "slow")}, _best_modes(samples))
     return {
         name: {**accuracy_metrics(answers), "slow_share": _slow_share(name, answers)}
         for name, answers in {**samples, ORACLE: oracle}.items()

@@ -57,7 +57,7 @@ def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fit
     prompts = [heads[i % 2] + random(1 + i % 7) for i in range(40)]
     prompts += [prompts[0] + [9], [*heads[0], *random(40)], [*heads[0], *prompts[-1][shared:], 8]]
     words = ("A", "B", "C", "D")
-    found = dict(engine.choose([ChoiceRequest(ids, words) for ids in prompts]))
+    found = dict(engine.choose_words([ChoiceRequest(ids, words) for ids in prompts]))
     for i, ids in enumerate(prompts):
         assert found[i].probabilities == pytest.approx(expected(engine, ids, words), abs=1e-5)
         assert 0 < found[i].mass < 1
@@ -120,7 +120,7 @@ def test_a_thought_comes_before_the_choice(engine):
     plain, with_thought, again, written = (
         choice.probabilities
         for _, choice in sorted(
-            engine.choose(
+            engine.choose_words(
                 [
                     ChoiceRequest(ids, ("A", "B")),
                     ChoiceRequest(ids, ("A", "B"), max_thinking_tokens=6),
@@ -137,13 +137,15 @@ def test_a_thought_comes_before_the_choice(engine):
 def test_outputs_that_are_no_numbers_are_no_votes(engine, monkeypatch):
     monkeypatch.setattr(engine, "_last_logits", lambda prompts: torch.full((len(prompts), 300), torch.nan))
     with pytest.raises(MeaninglessError, match="the model's outputs are not numbers"):
-        list(engine.choose([ChoiceRequest("Is it?", (" Yes", " No"))]))
+        list(engine.choose_words([ChoiceRequest("Is it?", (" Yes", " No"))]))
 
 
 def test_a_prompt_longer_than_the_model_is_a_failure_of_its_own(engine):
     longest = engine.model.config.max_position_embeddings
     found = dict(
-        engine.choose([ChoiceRequest([40] * (longest + 1), ("A", "B")), ChoiceRequest([40, 9], ("A", "B"))])
+        engine.choose_words(
+            [ChoiceRequest([40] * (longest + 1), ("A", "B")), ChoiceRequest([40, 9], ("A", "B"))]
+        )
     )
     assert found[0].reason == "too_long" and len(found[1].probabilities) == 2
 
@@ -172,7 +174,7 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     """Of the hidden state as the model has it; a cap on its logits is kept."""
     engine, given = sixteen_bits(tiny, **config)
     prompts = [[40 + i, 9, 60 + i] for i in range(PADDED_BATCH)]
-    found = dict(engine.choose([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
+    found = dict(engine.choose_words([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
     assert support.supports_packing(engine.model, prompts[0]) != bool(
         config
     )  # by 16 bits, though the head gives 32
@@ -192,14 +194,14 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
 def test_prompts_that_differ_have_probabilities_that_differ_in_16_bits(tiny):
     engine, _ = sixteen_bits(tiny)
     found = dict(
-        engine.choose([ChoiceRequest([40 + i % 80, 9, 60 + i // 80], ("A", "B")) for i in range(240)])
+        engine.choose_words([ChoiceRequest([40 + i % 80, 9, 60 + i // 80], ("A", "B")) for i in range(240)])
     )
     assert len({choice.probabilities[1] for choice in found.values()}) == 240
 
 
 def test_the_head_is_the_model_s_own_again_after_choices(tiny):
     engine, _ = sixteen_bits(tiny)
-    list(engine.choose([ChoiceRequest([40, 9], ("A", "B"))]))
+    list(engine.choose_words([ChoiceRequest([40, 9], ("A", "B"))]))
     assert engine.model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
 
 
@@ -223,7 +225,7 @@ def test_choices_are_made_before_all_have_thought(engine, monkeypatch):
     count = lambda *given: written.extend(given[2]) or usual(*given)  # noqa: E731
     monkeypatch.setattr(in_process, "generate", count)
     ballots = [ChoiceRequest([40, 9, 60 + i], ("A", "B"), max_thinking_tokens=2) for i in range(40)]
-    made = engine.choose(ballots)
+    made = engine.choose_words(ballots)
     first = next(made)
     assert len(written) == in_process.THINKING_BATCHES * engine.batch_size < 40
     assert sorted([first[0], *(i for i, _ in made)]) == list(range(40))
@@ -248,7 +250,7 @@ def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatc
 
 def test_a_mass_after_a_common_beginning_is_not_measured(engine):
     words = ("System1", "System2")
-    [(_, choice)] = engine.choose([ChoiceRequest("Which?", words)])
+    [(_, choice)] = engine.choose_words([ChoiceRequest("Which?", words)])
     assert choice.mass == -1 and sum(choice.probabilities) == pytest.approx(1)
 
 

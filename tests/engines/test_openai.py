@@ -39,7 +39,7 @@ def no_waiting(monkeypatch):
 
 
 def ask(mock: Mock, *ballots: ChoiceRequest, server: ServerSection = QUICK, model: str | None = None) -> dict:
-    return dict(Client((mock.url,), model, "", server).choose(ballots))
+    return dict(Client((mock.url,), model, "", server).choose_words(ballots))
 
 
 def test_chat_and_completion():
@@ -61,7 +61,7 @@ def test_the_mass_on_the_words(ballot):
 def test_it_learns_how_many_tokens_it_needs():
     bodies = []
     with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
-        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose([CHAT] * 4))
+        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose_words([CHAT] * 4))
     assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
     assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
     assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
@@ -118,7 +118,7 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
     with serve(Mock(strict, constrains=False)) as mock:
         client = Client((mock.url,), "judge", "", QUICK)
         assert len(client.fingerprint()) == 5
-        found = dict(client.choose([CHAT] * 3))
+        found = dict(client.choose_words([CHAT] * 3))
     assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
 
 
@@ -235,7 +235,7 @@ def test_failures_of_a_while_are_tried_again():
     )
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = Client((mock.url,), None, "", QUICK)
-        assert isinstance(dict(client.choose([TEXT]))[0], ChoiceResult)
+        assert isinstance(dict(client.choose_words([TEXT]))[0], ChoiceResult)
     assert client.transport.counts.retried == 4
 
 
@@ -335,10 +335,10 @@ def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
     with serve(Mock()) as one, serve(Mock()) as two:
         client = Client((one.url, two.url), "judge", "", QUICK)
-        list(client.choose(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
+        list(client.choose_words(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
         assert abs(len(one.log) - len(two.log)) <= 2
         one.fault = lambda n, path, body: ("reset", None)
-        found = dict(client.choose([ChoiceRequest(f"r{i}", TEXT.words) for i in range(40)]))
+        found = dict(client.choose_words([ChoiceRequest(f"r{i}", TEXT.words) for i in range(40)]))
     assert all(isinstance(choice, ChoiceResult) for choice in found.values()) and len(found) == 40
 
 
@@ -347,7 +347,7 @@ def test_a_bad_question_stops_no_other_while_one_of_two_servers_is_gone():
     with serve(Mock()) as one, serve(Mock(lambda n, path, body: bad if "bad" in str(body) else None)) as two:
         client = Client((one.url, two.url), "judge", "", QUICK)
         one.fault = lambda n, path, body: ("reset", None)  # for its list of models, too
-        found = dict(client.choose([TEXT, ChoiceRequest("bad", TEXT.words), TEXT]))
+        found = dict(client.choose_words([TEXT, ChoiceRequest("bad", TEXT.words), TEXT]))
     assert (
         isinstance(found[1], Failure)
         and isinstance(found[0], ChoiceResult)
@@ -360,7 +360,7 @@ def test_no_more_is_asked_than_a_kill_may_lose():
     with serve(Mock()) as mock:
         client, seen = Client((mock.url,), None, "", QUICK), []
         before = len(mock.log)
-        for number, _ in enumerate(client.choose([TEXT] * 40)):
+        for number, _ in enumerate(client.choose_words([TEXT] * 40)):
             time.sleep(0.03)
             seen.append(len(mock.log) - before - number)
     # One more finds out about the words.
@@ -422,7 +422,7 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
     served = EngineSpec("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
     monkeypatch.setenv("MY_KEY", "sk-\u201csecret\u201d")
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
-        client.open(served, QUICK, print).__enter__()
+        client.open_engine(served, QUICK, print).__enter__()
     assert "secret" not in f"{caught.value} {caught.value.hint}"
 
 
@@ -458,7 +458,7 @@ def test_a_signal_at_any_moment_ends_what_is_asked():
                 with pytest.raises(Told):
                     signal.setitimer(signal.ITIMER_REAL, moment / 1000)
                     for _ in range(1000):
-                        list(client.choose([TEXT] * 8))
+                        list(client.choose_words([TEXT] * 8))
             ended = wait_for(lambda: threading.active_count() <= served)
             assert ended, [thread.name for thread in threading.enumerate()]
     finally:

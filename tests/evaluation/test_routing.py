@@ -27,7 +27,7 @@ SLOW = [_answer("a", True, 20), _answer("b", True, 30), _answer("c", False, 40),
 
 
 def test_each_item_has_the_answers_of_its_mode_in_the_order_of_the_items():
-    chosen = routing.choose(
+    chosen = routing.select_answers(
         {"fast": FAST, "slow": SLOW}, {"a": "slow", "b": "slow", "c": "fast", "d": "fast"}
     )
     assert [(s.id, s.extra["tokens"], s.extra["mode"]) for s in chosen] == [
@@ -36,7 +36,7 @@ def test_each_item_has_the_answers_of_its_mode_in_the_order_of_the_items():
 
 
 def test_an_oracle_takes_the_right_mode_and_of_equals_the_cheaper():
-    auto = routing.choose({"fast": FAST, "slow": SLOW}, dict.fromkeys("abcd", "fast"))
+    auto = routing.select_answers({"fast": FAST, "slow": SLOW}, dict.fromkeys("abcd", "fast"))
     worth = routing.compare({"fast": FAST, "slow": SLOW, "auto": auto})
     assert {name: (row["accuracy"], row["tokens"], row["slow_share"]) for name, row in worth.items()} == {
         "fast": (0.5, 3.5, 0.0), "slow": (0.5, 35.0, 1.0),

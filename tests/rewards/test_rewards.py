@@ -16,7 +16,7 @@ from stages.prompts.code import code_block, program_from_output, stub
 from stages.records import Example
 from stages.rewards import loading
 from stages.rewards.builtin import rewards
-from stages.sandbox import Limits, SandboxFailure, choose
+from stages.sandbox import Limits, SandboxFailure, choose_sandbox
 
 XML = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>"
 HASH = "3 + 4 = 7.\n#### 7"
@@ -104,7 +104,7 @@ def test_code_is_run_in_the_sandbox():
         "1. So:\n   ```PYTHON\n   def square(x):\n       return x * x\n   ```\n2. Done.",
         "```text\n4 is 2 * 2\n```\nHence ```python\ndef square(x):\n    return x * x```\nwith ```x``` in it.",
     ]
-    box = choose("auto", Limits(5, 512), lambda text: None)
+    box = choose_sandbox("auto", Limits(5, 512), lambda text: None)
     given = {"test": [TEST] * 8, "entry_point": ["square"] * 8, "sandbox": box}
     assert rewards.pick("code_tests")(completions=texts, **given) == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stages import sandbox
 from stages.errors import SandboxError
-from stages.sandbox import Limits, Sandbox, backends, choose, inside, pair
+from stages.sandbox import Limits, Sandbox, backends, choose_sandbox, inside, pair
 from stages.sandbox.selftest import selftest
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -191,18 +191,18 @@ def test_a_sandbox_that_does_not_start_says_why(monkeypatch, tmp_path):
         Sandbox("bubblewrap", Limits()).check(ADD, TESTS, "add")
 
 
-def test_choose(monkeypatch):
+def test_the_choice_of_a_sandbox(monkeypatch):
     with pytest.raises(SandboxError, match="backend is refuse") as refused:
-        choose("refuse", Limits(), print)
+        choose_sandbox("refuse", Limits(), print)
     assert refused.value.exit_code == 77
     said = []
-    assert choose("unsafe-no-sandbox", Limits(), said.append).name == "unsafe-no-sandbox"
+    assert choose_sandbox("unsafe-no-sandbox", Limits(), said.append).name == "unsafe-no-sandbox"
     assert "WITHOUT a sandbox" in said[0]
     monkeypatch.setattr(sandbox, "selftest", lambda backend: ["no"] if backend is backends.bubblewrap else [])
-    assert choose("auto", Limits(), print).name == "landlock"
+    assert choose_sandbox("auto", Limits(), print).name == "landlock"
     monkeypatch.setattr(sandbox, "selftest", lambda backend: ["no"])
     with pytest.raises(SandboxError, match=r"no sandbox works here \(bubblewrap: no; landlock: no\)"):
-        choose("auto", Limits(), print)
+        choose_sandbox("auto", Limits(), print)
 
 
 simple = (

@@ -12,7 +12,7 @@ A file defines these names at its top level:
 A benchmark that another project's harness runs defines `DEFAULTS` and `run` only.
 """
 
-from stages.registry import Modules
+from stages.registry import ModuleRegistry
 
 BUILT_IN = ("demo", "gsm8k", "humaneval", "jsonl", "lm_eval", "mmlu")
-benchmarks = Modules("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})
+benchmarks = ModuleRegistry("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})

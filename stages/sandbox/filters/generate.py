@@ -21,15 +21,15 @@ REFUSED = """
     clock_adjtime settimeofday adjtimex reboot swapon swapoff acct quotactl syslog sethostname
     setdomainname personality iopl ioperm fanotify_init lookup_dcookie vhangup nfsservctl setuid setgid
     setreuid setregid setresuid setresgid setgroups capset
-""".split()
-# Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes
-# of a tmpfs, data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets.
+"""
+# Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes of a tmpfs,
+# data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets. And locks on
+# files that others read.
 REFUSED += """
     memfd_create memfd_secret vmsplice setxattr lsetxattr fsetxattr setxattrat socket connect bind listen
     accept accept4 sendmsg sendmmsg inotify_init inotify_init1 inotify_add_watch landlock_create_ruleset
-    landlock_add_rule landlock_restrict_self
-""".split()
-REFUSED += ["flock"]  # locks on files that others read
+    landlock_add_rule landlock_restrict_self flock
+"""
 
 # Calls that libseccomp does not know yet. They have the same number on every architecture.
 ALSO_BY_NUMBER = {"file_setattr": 469}
@@ -61,7 +61,7 @@ ALSO_WITHOUT_NAMESPACES = """
     sched_setaffinity ioprio_set move_pages migrate_pages chmod fchmod fchmodat fchmodat2 chown fchown
     lchown fchownat removexattr lremovexattr fremovexattr removexattrat utime utimes futimesat utimensat
     truncate mknod mknodat
-""".split()
+"""
 
 
 def _refusal(number: int) -> bytes:
@@ -86,7 +86,7 @@ def write(path: Path, arch: str, strict: bool) -> None:
         rules.remove_arch(native)
     refuse = seccomp.ERRNO(errno.EPERM)
     refused = []
-    for name in REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else []):
+    for name in (REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else "")).split():
         if seccomp.resolve_syscall(target, name) >= 0:  # negative: the architecture has no such call
             rules.add_rule(refuse, name)
             refused.append(name)
