@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,17 +49,13 @@ class Session:
     def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
         self.transport, self.http = transport, http
         self.workers = 0
-        self._started: set[asyncio.Task[None]] = set()
+        """Items that are asked for at the same time."""
 
     def may_grow(self, seconds: float) -> bool:
         """Whether one more worker may start after an answer that took so long."""
         transport = self.transport
         is_quick = seconds < QUICK * transport.server.timeout_s and not transport.counts.retried
         return is_quick and self.workers < transport.most
-
-    def start(self, worker: Coroutine[Any, Any, None]) -> None:
-        self.workers += 1
-        self._started.add(asyncio.get_running_loop().create_task(worker))  # the loop itself may forget it
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         """Send a request, and return the JSON of its reply as parsed by `read`.
