@@ -334,7 +334,9 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
     async def ask(session, item):
         now[0] += 1
         now[1] = max(now)
-        await asyncio.sleep(0.02 if number / 2 < item and seconds < 0.1 else seconds)  # at last, all that are there at once
+        await asyncio.sleep(
+            0.02 if number / 2 < item and seconds < 0.1 else seconds
+        )  # at last, all that are there at once
         now[0] -= 1
         return item
 
