@@ -212,7 +212,7 @@ def test_failures_of_a_while_are_tried_again():
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = Client((mock.url,), None, "", QUICK)
         assert isinstance(dict(client.choose_words([TEXT]))[0], ChoiceResult)
-    assert client.transport.counts.retried == 4
+    assert client.transport.retried == 4
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_server_that_fails_is_not_asked_more_at_a_time():
     sender = transport.Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
     requests = session.Session(sender, None)
     assert requests.may_grow(1.0) and not requests.may_grow(31.0)
-    sender.counts.retried += 1
+    sender.retried += 1
     assert not requests.may_grow(1.0)
 
 

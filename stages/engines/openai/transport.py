@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
@@ -54,14 +53,6 @@ def _certificates(trust_env: bool) -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=trust_env)
 
 
-@dataclass
-class Counts:
-    """Numbers of requests."""
-
-    answered: int = 0
-    retried: int = 0
-
-
 class Transport:
     """The servers of one model. They take requests in turn; a failed request goes to the next server."""
 
@@ -77,7 +68,8 @@ class Transport:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.exit_error = exit_error
         """For a server that this process started: the error if it has ended, else None."""
-        self.counts = Counts()
+        self.answered = self.retried = 0
+        """Numbers of requests."""
         self.server = server
         self.retry_after = 0.0
         """Time (of `time.monotonic`) before which no server gets a request, after a Retry-After."""
