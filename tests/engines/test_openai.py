@@ -149,23 +149,13 @@ WORDS = ("System1", "System2")
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("System1", 0),
-        ("system 2.", 1),
-        ("**System2**", 1),
-        ("The answer is System1.", 0),
-        ("Final answer: System 2", 1),
-        ("It needs several steps.\n\nSystem2\n", 1),
-        ("System1\nBecause it is recall.", 0),
-        ("<think>System1 or System2</think>System2", 1),
-        ("<think>System2 is", None),
-        ("", None),
-        ("System1\nSystem2", None),
-        ("System12", None),
-        ("系统2", None),
-        ("1", None),
-        ('{"system": "System2"}', None),
+        ("System1", 0), ("system 2.", 1), ("**System2**", 1), ("The answer is System1.", 0),
+        ("Final answer: System 2", 1), ("It needs several steps.\n\nSystem2\n", 1),
+        ("System1\nBecause it is recall.", 0), ("<think>System1 or System2</think>System2", 1),
+        ("<think>System2 is", None), ("", None), ("System1\nSystem2", None), ("System12", None),
+        ("系统2", None), ("1", None), ('{"system": "System2"}', None),
     ],
-)
+)  # fmt: skip
 def test_a_word_is_read_strictly(text, found):
     assert parse_word(text, WORDS) == found
 
@@ -281,15 +271,10 @@ def test_retry_after_is_waited_for(no_waiting):
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("3", 3),
-        ("-1", 0),
-        ("soon", 0),
-        ("", 0),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0),
-        (formatdate(2_000_000_030, usegmt=True), 30),
+        ("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0), (formatdate(2_000_000_030, usegmt=True), 30),
     ],
-)
+)  # fmt: skip
 def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
     assert retry_after_seconds(text) == seconds

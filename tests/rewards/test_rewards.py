@@ -70,13 +70,10 @@ def test_partial_answers(name, text, value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("The cat sat.", 1.0),
-        ("the cat", 0.8),
-        ("a dog", 0.0),
-        ("", 0.0),
+        ("The cat sat.", 1.0), ("the cat", 0.8), ("a dog", 0.0), ("", 0.0),
         ("the the the the the cat sat", 0.6),
     ],
-)
+)  # fmt: skip
 def test_overlap_is_the_f1_of_words(text, value):
     assert rewards.pick("text_overlap")(completions=[text], response=["the cat sat"]) == pytest.approx(
         [value]
