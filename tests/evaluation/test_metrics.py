@@ -109,6 +109,7 @@ def test_systems_have_their_own_items():
     shown = headline(whole)
     assert (shown["system1"], shown["system2"], shown["all"]["n"]) == (1, 0, 3)
     assert "refused" not in shown["all"]
+    assert headline(compute_metrics(samples[1:], ()))["all"]["accuracy"] == 0
 
 
 def test_both_readings_have_their_own_accuracy():
