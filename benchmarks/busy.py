@@ -49,7 +49,7 @@ def votes(given: argparse.Namespace) -> Callable[[], object]:
     ballots = [personas.pick("effort")(example, brief) for example in examples]
     model = ModelSection(name=given.model, attention="eager")
     engine = EngineCache().get(EngineSpec("transformers", model), ServerSection(), lambda _: None)
-    return lambda: list(engine.choose(ballots))
+    return lambda: list(engine.choose_words(ballots))
 
 
 def sft(given: argparse.Namespace, folder: str) -> Callable[[], object]:

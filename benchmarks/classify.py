@@ -83,7 +83,7 @@ def main() -> None:
                 engine = pool.get(EngineSpec(name, model), ServerSection(), lambda text: None)
                 starts[name] = time.monotonic() - begun
                 begun = time.monotonic()
-                choices = dict(engine.choose(ballots))
+                choices = dict(engine.choose_words(ballots))
                 report(best, f"engine {name}", len(ballots), time.monotonic() - begun)
                 shares = {
                     i: choice.probabilities

@@ -25,7 +25,7 @@ def main(model: str, runs: str) -> None:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     section = ServerSection(max_model_len=1024, vllm=vllm_rollouts.TAKES_WEIGHTS)
     served = EngineSpec("vllm", ModelSection(name=model), devices=gpus[-1] or None)
-    with vllm.open(served, section, lambda text: print(text, file=sys.stderr)) as client:
+    with vllm.open_engine(served, section, lambda text: print(text, file=sys.stderr)) as client:
         url = client.transport.urls[0].removesuffix("/v1")
         vllm_rollouts._check_server(RolloutsSection(engine="vllm_server", base_url=url), model)
         print("the server takes new weights, and its log-probabilities are of what was sampled from")

@@ -9,9 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.config import Config, ModelSection
 from stages.data.rows import read
@@ -22,9 +21,6 @@ from stages.records import Labelled
 from stages.report.card import Form, card, card_of_views, hub_results
 from stages.report.views import View, prompt_of, view_of, views_of
 from stages.store.artifacts import Artifact, make_readable, refuse_store
-
-if TYPE_CHECKING:
-    from stages.prompts.renderer import RenderedPrompt, Renderer
 
 LONGEST = 32
 """Most tokens that a check generates for an answer."""
@@ -180,23 +176,18 @@ def engines(config: Config) -> list[str]:
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
-@dataclass(frozen=True)
 class _Trial:
     """The first training prompts, rendered as the view's stage renders its training rows."""
 
-    renderer: Renderer
-    prompts: list[RenderedPrompt]
-
-    @classmethod
-    def of(cls, config: Config, view: View, prompts: int) -> _Trial:
+    def __init__(self, config: Config, view: View, number: int) -> None:
         from stages.models.tokenizer import load_tokenizer
         from stages.prompts.renderer import RenderedPrompt, Renderer
 
-        examples = read(config.data.model_copy(update={"limit": prompts}))
+        examples = read(config.data.model_copy(update={"limit": number}))
         labels = [Labelled(example, int(view.system), {}) for example in examples]
-        renderer = Renderer(load_tokenizer(config.model), prompt_of(config, view), labels)
-        texts = [renderer.prompt(example.prompt, example=example) for example in examples]
-        return cls(renderer, [RenderedPrompt(text, renderer.ids(text)) for text in texts])
+        self.renderer = Renderer(load_tokenizer(config.model), prompt_of(config, view), labels)
+        texts = [self.renderer.prompt(example.prompt, example=example) for example in examples]
+        self.prompts = [RenderedPrompt(text, self.renderer.ids(text)) for text in texts]
 
     def answers(self, engine: Engine) -> dict[int, Completion]:
         """Generate greedy answers of at most LONGEST tokens."""
@@ -231,7 +222,7 @@ def check(
     of them within the tolerance of the adapter's own choice, and the largest gap in logits. AnswerError if
     the export is not what was trained.
     """
-    trial = _Trial.of(config, view_of(artifact), prompts)
+    trial = _Trial(config, view_of(artifact), prompts)
     base = config.model.model_copy(update={"load_in_4bit": False}) if form == "merged" else config.model
     model = base.model_copy(update={"name": str(out)}) if form == "merged" else base
     hint = f"do not use {out}: remove it and export again"
@@ -258,7 +249,7 @@ def check_views(
     from stages.models.dtype import resolve
 
     views = views_of(config)
-    trials = {name: _Trial.of(config, view, prompts) for name, view in views.items()}
+    trials = {name: _Trial(config, view, prompts) for name, view in views.items()}
     references = {"fast": config.model.name, "slow": "fast"}
     with (
         open_modules(config.model, {name: out / name for name in views}, config.server, say) as clients,

@@ -104,7 +104,7 @@ def _system_message(config: Config, mode: str) -> str | None:
 
 def _decide(router: Router, voter: Engine, example: Example) -> tuple[str, float | None]:
     """The mode of a question, and the probability of System 2 that its vote gave, if it gave one."""
-    [(_, result)] = voter.choose([router.request(example)])
+    [(_, result)] = voter.choose_words([router.request(example)])
     system2 = result.probabilities[1] if isinstance(result, ChoiceResult) and result.probabilities else None
     return router.mode(system2), system2
 

@@ -29,7 +29,8 @@ def probability(text: str, weights: str = "") -> float:
 class Mock:
     """A model served under a name.
 
-    `log` has every question that reached it, `bodies` the requests, `answered` those with a whole reply.
+    `log` has every question that reached it, `bodies` the requests, `headers` those of the last one, and
+    `answered` the questions with a whole reply.
     """
 
     def __init__(
@@ -39,23 +40,16 @@ class Mock:
         self.models: list[dict[str, Any]] | None = [{"id": "judge", "max_model_len": 4096}]
         self.log: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.headers: dict[str, str] = {}
         self.answered: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.url = ""
 
     def weighed(self, body: dict[str, Any]) -> dict[str, Any]:
         """The unconstrained next token: the words weigh 0.004 together."""
-        alternatives = {
-            "Sure": math.log(0.9),
-            " one": math.log(0.002),
-            "System": math.log(0.004),
-            "": -9.0,
-            " many": math.log(0.002),
-        }
-        if "messages" not in body:
-            return {"choices": [{"logprobs": {"tokens": ["Sure"], "top_logprobs": [alternatives]}}]}
-        top = [{"token": k, "logprob": v} for k, v in alternatives.items()]
-        return {"choices": [{"logprobs": {"content": [{"token": "Sure", "top_logprobs": top}]}}]}
+        weights = {"Sure": 0.9, " one": 0.002, "System": 0.004, "": 1e-4, " many": 0.002}
+        alternatives = {text: math.log(weight) for text, weight in weights.items()}
+        return _with_logprobs([("Sure", alternatives)], "messages" in body)
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         chat = "messages" in body
@@ -72,16 +66,18 @@ class Mock:
         rest = [word.removeprefix(common or "") for word in words]
         steps.append((rest[two > 0.5], {rest[0]: math.log(1 - two), rest[1]: math.log(two)}))
         steps = steps[: body["max_tokens"]]
-        if not chat:
-            return {
-                "choices": [
-                    {"logprobs": {"tokens": [t for t, _ in steps], "top_logprobs": [a for _, a in steps]}}
-                ]
-            }
-        content = [
-            {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps
-        ]
-        return {"choices": [{"logprobs": {"content": content}}]}
+        return _with_logprobs(steps, chat)
+
+
+def _with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict[str, Any]:
+    """A reply of these tokens, each with the log-probabilities of its alternatives."""
+    if not chat:
+        tokens, alternatives = zip(*steps, strict=True)
+        return {"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": alternatives}}]}
+    content = [
+        {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps
+    ]
+    return {"choices": [{"logprobs": {"content": content}}]}
 
 
 @contextmanager
@@ -105,6 +101,7 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             with mock.lock:
                 mock.log.append(key)
                 mock.bodies.append(body)
+                mock.headers = {name.lower(): value for name, value in self.headers.items()}
                 number = len(mock.log) - 1
             fault = mock.fault(number, self.path, body) if mock.fault else None
             text = json.dumps(mock.reply(self.path, body)).encode()

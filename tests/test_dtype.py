@@ -79,6 +79,12 @@ def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, t
     assert dtype.resolve(ModelSection(name=str(tmp_path))) == taken
 
 
+def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
+    """What vLLM's command says of this."""
+    command = vllm._command(model, ServerSection(), 1, vllm_settings)
+    return command[command.index(flag) + 1] if flag in command else None
+
+
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
     cpu, sixteen: Path, native: bool, taken: str, caplog
@@ -91,40 +97,31 @@ def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
     model = ModelSection(name=str(sixteen))
     assert dtype.resolve(model) == taken
     assert str(load_base(model).dtype) == f"torch.{taken}"
-    command = vllm._command(model, ServerSection(), 1, {})
-    assert command[command.index("--dtype") + 1] == taken
-    own = vllm._command(model, ServerSection(), 1, {"dtype": "float16"})
-    assert own[own.index("--dtype") + 1] == "float16"
+    assert told(model, "--dtype") == taken and told(model, "--dtype", dtype="float16") == "float16"
 
 
 def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(monkeypatch, tiny, tmp_path):
     """It would take bfloat16 for float32, and votes and answers would be kept under the wrong type."""
     monkeypatch.setattr(vllm, "_have_gpu", lambda: True)
-    command = vllm._command(ModelSection(name=str(tiny)), ServerSection(), 1, {})
-    assert command[command.index("--dtype") + 1] == "float32"
+    assert told(ModelSection(name=str(tiny)), "--dtype") == "float32"
     few = json.loads((tiny / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(few))
-    assert "--dtype" not in vllm._command(ModelSection(name=str(tmp_path)), ServerSection(), 1, {})
-    assert "--dtype" in vllm._command(
-        ModelSection(name=str(tmp_path), dtype="bfloat16"), ServerSection(), 1, {}
-    )
+    assert told(ModelSection(name=str(tmp_path)), "--dtype") is None
+    assert told(ModelSection(name=str(tmp_path), dtype="bfloat16"), "--dtype") == "bfloat16"
 
 
 def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, tiny, tmp_path):
     """`hf_overrides` of the config stay, and stretch the context length only where a person has set them."""
 
-    def overrides(name, vllm_settings=None):
-        command = vllm._command(ModelSection(name=str(name)), ServerSection(), 1, vllm_settings or {})
-        return (
-            json.loads(command[command.index("--hf-overrides") + 1]) if "--hf-overrides" in command else None
-        )
+    def overrides(name, **vllm_settings):
+        return json.loads(told(ModelSection(name=str(name)), "--hf-overrides", **vllm_settings) or "null")
 
     assert overrides(tiny) is None
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert overrides(tiny) == {"head_dtype": "float32"}
     own = {"head_dtype": "model", "rope_theta": 5}
-    assert overrides(tiny, {"hf_overrides": own}) == own
-    assert overrides(tiny, {"hf_overrides": {"rope_theta": 5}}) == {"head_dtype": "float32", "rope_theta": 5}
+    assert overrides(tiny, hf_overrides=own) == own
+    assert overrides(tiny, hf_overrides={"rope_theta": 5}) == {"head_dtype": "float32", "rope_theta": 5}
     config = json.loads((tiny / "config.json").read_text())
     quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(quantized))
@@ -174,21 +171,18 @@ def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, more, a
     """It would not start; of a stretched one it knows itself how far."""
     config = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | more))
-    command = vllm._command(ModelSection(name=str(tmp_path), dtype="float32"), ServerSection(), 1, {})
-    assert command[command.index("--max-model-len") + 1] == asked
+    assert told(ModelSection(name=str(tmp_path), dtype="float32"), "--max-model-len") == asked
 
 
 def test_a_person_who_stretches_a_model_is_believed(tiny, tmp_path, monkeypatch):
     config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelSection(name=str(tmp_path), dtype="float32")
-    stretched = ServerSection(vllm={"hf_overrides": {"max_position_embeddings": 8192}})
-    for server, further in ((stretched, {}), (ServerSection(), stretched.vllm)):
-        command = vllm._command(model, server, 1, further)
-        assert command[command.index("--max-model-len") + 1] == "4096"
+    stretched = {"hf_overrides": {"max_position_embeddings": 8192}}
+    assert told(model, "--max-model-len", **stretched) == "4096"
+    assert vllm.context_length(model, ServerSection(vllm=stretched), {}) == 4096
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    command = vllm._command(model, ServerSection(), 1, {})
-    assert command[command.index("--max-model-len") + 1] == "4096"
+    assert told(model, "--max-model-len") == "4096"
 
 
 def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):

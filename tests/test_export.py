@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stages import export
 from stages.config import BaselineSection, PromptSection
 from stages.engines import EngineSpec
-from stages.engines.in_process import open
+from stages.engines.in_process import open_engine
 from stages.errors import AnswerError, ConfigError, OutputError, ServerError
 from stages.models.base import load_adapted, load_base, save_merged
 from stages.models.tokenizer import load_tokenizer
@@ -44,11 +44,19 @@ def another(begun):
     return replace(made, manifest={**made.manifest, "stage": "rl"})
 
 
+def same_files(folder: Path, artifact: Artifact) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / name).read_bytes() == (artifact.path / "adapter" / name).read_bytes()
+
+
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     config, artifact = trained
+    (tmp_path / ".a.partial").mkdir()  # like a temporary folder, and a person's own
+    (tmp_path / ".a.partial/mine").write_text("mine")
     export.write(artifact, config, tmp_path / "a", "adapter")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (artifact.path / "adapter" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
+    assert (tmp_path / ".a.partial/mine").read_text() == "mine"
+    same_files(tmp_path / "a", artifact)
     text = (tmp_path / "a/README.md").read_text()
     assert (
         f"`{artifact.manifest['key']}`" in text
@@ -115,26 +123,15 @@ def test_sampling_settings_beside_greedy_decoding_do_not_stop_a_merge(trained, t
     (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
     model = config.model.model_copy(update={"name": str(tmp_path / "base")})
     save_merged(model, artifact.path / "adapter", tmp_path / "merged")
-    assert (
-        load_base(model.model_copy(update={"name": str(tmp_path / "merged")})).generation_config.temperature
-        == 0.9
-    )
+    merged = load_base(model.model_copy(update={"name": str(tmp_path / "merged")}))
+    assert merged.generation_config.temperature == 0.9
 
 
-def test_a_folder_that_looks_like_a_temporary_one_is_left_alone(trained, tmp_path):
+def test_nothing_is_exported_among_artifacts(trained):
     config, artifact = trained
-    (tmp_path / ".a.partial").mkdir()
-    (tmp_path / ".a.partial/mine").write_text("mine")
-    export.write(artifact, config, tmp_path / "a", "adapter")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
-    assert (tmp_path / ".a.partial/mine").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["new", "adapter/new", "../new"])
-def test_nothing_is_exported_among_artifacts(trained, name):
-    config, artifact = trained
-    with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
-        export.write(artifact, config, artifact.path / name, "adapter")
+    for name in ("adapter/new", "../new"):
+        with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
+            export.write(artifact, config, artifact.path / name, "adapter")
     assert artifact.integrity_error() is None
 
 
@@ -153,10 +150,7 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     config, artifact = trained
     export.write_views({"sft": artifact, "rl": another}, config, tmp_path / "v")
     for view, source in (("fast", artifact), ("slow", another)):
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (tmp_path / "v" / view / name).read_bytes() == (
-                source.path / "adapter" / name
-            ).read_bytes()
+        same_files(tmp_path / "v" / view, source)
     text = (tmp_path / "v/README.md").read_text(encoding="utf-8")
     how = "--generation-config vllm --dtype float32 --max-model-len 4096"
     served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules fast=fast slow=slow"
@@ -169,13 +163,9 @@ def test_views_are_the_two_adapters_with_the_command_that_serves_both(trained, a
     assert "| slow | works it out: then GRPO on System 2 rows |" in text
     # Each view tells of its own stage's settings: SFT's artifact may be older than RL's.
     manifest = copy.deepcopy(another.manifest)
-    changed = manifest["provenance"]["config"]["rl"]
-    changed["prompt"] = {
-        **manifest["provenance"]["config"]["prompt"],
-        "template": "plain",
-        "system": "Think.",
-    }
-    changed["system1_share"] = 0.25
+    settings = manifest["provenance"]["config"]
+    settings["rl"]["prompt"] = settings["prompt"] | {"template": "plain", "system": "Think."}
+    settings["rl"]["system1_share"] = 0.25
     text = card_of_views({"fast": artifact, "slow": replace(another, manifest=manifest)}, tmp_path / "v")
     assert "GRPO on System 2 rows and some of System 1 |" in text
     (_, fast), (path, slow) = requests(text)
@@ -289,7 +279,9 @@ def test_each_view_is_asked_as_its_stage_asks(trained, another, tmp_path, monkey
     def modules(model, adapters, server, say):
         with contextlib.ExitStack() as stack:
             for name, adapter in {model.name: None, **adapters}.items():
-                engine = stack.enter_context(open(EngineSpec("transformers", model, adapter), server, say))
+                engine = stack.enter_context(
+                    open_engine(EngineSpec("transformers", model, adapter), server, say)
+                )
                 heard[name] = Heard(engine, tokenizer)
             yield heard
 
@@ -322,9 +314,8 @@ def test_one_server_has_both_views(trained, another, tmp_path):
     shutil.rmtree(tmp_path / "v/slow")
     shutil.copytree(tmp_path / "v/fast", tmp_path / "v/slow")
     # By which of its two signs depends on how far apart the adapters are.
-    with pytest.raises(
-        AnswerError, match="all 4 answers of slow are those of fast|served is not this adapter"
-    ):
+    signs = "all 4 answers of slow are those of fast|served is not this adapter"
+    with pytest.raises(AnswerError, match=signs):
         list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
 
 
@@ -346,19 +337,19 @@ def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, m
         list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
 
 
-def test_what_is_not_current_is_not_exported(begun, lorapar, tmp_path):
-    overrides = [part for text in (*begun.home, "sft.learning_rate=0.77") for part in ("--set", text)]
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, "--target", "sft")
-    # Stale where another test has made it with other settings in the store that they share.
-    assert done.code == 66 and re.match("error: sft is (missing|stale)", done.err)
+@pytest.mark.parametrize(
+    ("more", "options", "code", "message"),
+    [
+        # Stale where another test has made it with other settings in the store that they share.
+        (["sft.learning_rate=0.77"], ["--target", "sft"], 66, "sft is (missing|stale)"),
+        ([], ["--views", "--target", "sft"], 78, "--views exports both modes: leave out --target"),
+    ],
+)
+def test_what_cannot_be_exported(begun, lorapar, tmp_path, more, options, code, message):
+    overrides = [part for text in (*begun.home, *more) for part in ("--set", text)]
+    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, *options)
+    assert done.code == code and re.match(f"error: {message}", done.err)
     assert not (tmp_path / "x").exists()
-
-
-def test_views_are_both_modes(begun, lorapar, tmp_path):
-    overrides = [part for text in begun.home for part in ("--set", text)]
-    views = ("--views", "--target", "sft")
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *overrides, *views)
-    assert done.code == 78 and "--views exports both modes: leave out --target" in done.err
 
 
 class Hub:
@@ -379,23 +370,13 @@ class Hub:
 
 def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
-    settings = [
-        *begun.home,
-        "sft.max_steps=3",
-        "sft.learning_rate=0.1",
-        "sft.num_train_epochs=9",
-        "lora.lora_alpha=256",
-    ]
-    overrides = [part for text in settings for part in ("--set", text)]
+    overrides = [part for text in (*begun.home, *SETTINGS) for part in ("--set", text)]
     where = (ROOT / "configs/smoke.yaml", tmp_path / "x")
-    export = ("export", *where, *overrides, "--target", "sft", "--push", "mine")
-    done = lorapar(*export)
+    done = lorapar("export", *where, *overrides, "--target", "sft", "--push", "mine")
     assert done.code == 0 and "pushed to https://huggingface.co/me/mine" in done.out + done.err
-    names = [
-        sorted(path.name for path in folder.iterdir())
-        for folder in (tmp_path / "x", tmp_path / "hub/me/mine")
-    ]
-    assert names[0] == names[1] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    for folder in (tmp_path / "x", tmp_path / "hub/me/mine"):
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Engines answer prompts: their protocol, its requests and results, and the engine that is open now.
 
-The module of each engine has `open(spec, server, say)`, a context manager that yields an `Engine`.
+The module of each engine has `open_engine(spec, server, say)`, a context manager that yields an `Engine`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+    def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """Yield each request's index and choice as soon as it is made, in any order."""
         ...
 
@@ -151,7 +151,7 @@ class EngineCache:
             # Importing the engine's module imports transformers, which would load these for seconds.
             with libraries.hide_packages(*libraries.UNUSED):
                 engine = engines.pick(spec.engine)
-            self._context = engine.open(spec, server, say)
+            self._context = engine.open_engine(spec, server, say)
             self._engine, self._spec = self._context.__enter__(), spec  # type: ignore[union-attr]
         return self._engine  # type: ignore[return-value]
 

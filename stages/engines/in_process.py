@@ -56,7 +56,7 @@ takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
 
 
 @contextmanager
-def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
     say(f"loading {spec.model.name} in this process")
     yield InProcess(load_merged(spec.model, spec.adapter), load_tokenizer(spec.model), server.batch_size)
 
@@ -67,7 +67,7 @@ class InProcess:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+    def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """Yield each request's index and choice, read at the first token in which the words differ.
 
         One forward pass computes a batch. Prompts are sorted, so that those with a common prefix (worked

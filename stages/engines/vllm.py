@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,23 @@ By default vLLM reserves a core for itself and 4 GB for its KV cache; a small ma
 
 
 @contextmanager
-def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     """Start a server, wait until it is healthy, yield a client, and stop it, even if this process is killed.
 
     See `serves_modules` for how an adapter is served.
     """
-    from stages.models.cancellation import rewrite_modules
-
-    _fetch(spec.model, say)
-    port = _port(server.port)
-    with tempfile.TemporaryDirectory(prefix="lorapar-adapter-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, modules = spec.model, {}
+        _fetch(model, say)
         if spec.adapter is not None and serves_modules(server):
             # Should another process's server answer on the same port, it has no model of this name.
-            modules = rewrite_modules({f"adapter-{os.getpid()}": spec.adapter}, Path(folder))
+            modules = {f"adapter-{os.getpid()}": spec.adapter}
         elif spec.adapter is not None:
             say(f"merging {spec.adapter}")
             save_merged(model, spec.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
-        command = _command(model, server, port, spec.vllm, modules)
-        with _running(command, port, spec.devices, server, say, spec.model.name) as exit_error:
-            name = next(iter(modules), model.name)
-            yield Client((_address(port),), name, "", server, exit_error, grows=True)
+        with _serving(model, modules, server, say, spec.vllm, spec.devices, spec.model.name) as connect:
+            yield connect(next(iter(modules), model.name))
 
 
 def serves_modules(server: ServerSection) -> bool:
@@ -92,17 +88,9 @@ def open_modules(
 
     modules: name → folder of the adapter. The model itself is served under its own name.
     """
-    from stages.models.cancellation import rewrite_modules
-
     _fetch(model, say)
-    port = _port(server.port)
-    with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
-        command = _command(model, server, port, {}, rewrite_modules(modules, Path(folder)))
-        with _running(command, port, None, server, say, model.name) as exit_error:
-            yield {
-                name: Client((_address(port),), name, "", server, exit_error, grows=True)
-                for name in (model.name, *modules)
-            }
+    with _serving(model, modules, server, say) as connect:
+        yield {name: connect(name) for name in (model.name, *modules)}
 
 
 def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
@@ -135,42 +123,44 @@ def lora_flags(modules: dict[str, Path]) -> list[str]:
     return ["--enable-lora", "--lora-modules", *names, *limits]
 
 
-def _address(port: int) -> str:
-    return f"http://{HOST}:{port}/v1"
-
-
 @contextmanager
-def _running(
-    command: list[str],
-    port: int,
-    devices: str | None,
+def _serving(
+    model: ModelSection,
+    modules: dict[str, Path],
     server: ServerSection,
     say: Callable[[str], None],
-    title: str,
-) -> Iterator[Callable[[], ServerError | None]]:
-    """Run the server under a guard, and yield once it is healthy.
+    extra: dict[str, Any] | None = None,
+    devices: str | None = None,
+    title: str = "",
+) -> Iterator[Callable[[str], Client]]:
+    """Run a server under a guard, and yield once it is healthy a function from a served name to a client.
 
-    Yields a function that returns the error if the server has ended, else None. The log is deleted at the
-    end, except after an error.
+    The server's log is deleted at the end, except after an error. title: names the model to the user.
     """
-    # The server asks for nearly all of a GPU, and this process may still hold some.
-    gc.collect()
-    resources.release_memory()
-    log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
-    failed = True
-    guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices))
-    try:
-        start = time.monotonic()
-        say(f"starting a vLLM server for {title}, log in {log.name}")
-        _wait_until_healthy(guard, port, server.startup_s, log.name)
-        say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
-        yield lambda: _exit_error(guard, log.name)
-        failed = False
-    finally:
-        guard.end()
-        log.close()
-        if not failed:
-            os.unlink(log.name)
+    from stages.models.cancellation import rewrite_modules
+
+    port = _port(server.port)
+    with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
+        command = _command(model, server, port, extra or {}, rewrite_modules(modules, Path(folder)))
+        # The server asks for nearly all of a GPU, and this process may still hold some.
+        gc.collect()
+        resources.release_memory()
+        log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
+        failed = True
+        guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices))
+        try:
+            start = time.monotonic()
+            say(f"starting a vLLM server for {title or model.name}, log in {log.name}")
+            _wait_until_healthy(guard, port, server.startup_s, log.name)
+            say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
+            url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
+            yield lambda name: Client((url,), name, "", server, exit_error, grows=True)
+            failed = False
+        finally:
+            guard.end()
+            log.close()
+            if not failed:
+                os.unlink(log.name)
 
 
 def _port(configured: int | None) -> int:

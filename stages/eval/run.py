@@ -137,7 +137,7 @@ def _route(evaluation: Evaluation, classify: ClassifySection) -> dict[str, Any]:
     router.journal.check(classify.max_failed, classify.max_invalid)
     router.calibrate()
     modes = {example.id: router.mode(router.journal.vote(example)) for example in examples}
-    routed = routing.choose(samples, modes)
+    routed = routing.select_answers(samples, modes)
     comparison = {"router": router.record(), "routing": routing.compare({**samples, ROUTED: routed})}
     return _write(evaluation, routed, comparison)
 

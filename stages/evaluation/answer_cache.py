@@ -134,7 +134,7 @@ class AnswerCache:
         choices = [(i, n) for i, n in missing if self._prompts[i].words]
         texts = [(i, n) for i, n in missing if not self._prompts[i].words]
         if choices:
-            for k, choice in engine.choose([self._choice_request(i) for i, _ in choices]):
+            for k, choice in engine.choose_words([self._choice_request(i) for i, _ in choices]):
                 if isinstance(choice, Failure):
                     raise AnswerError(
                         f"an item could not be answered: {choice.reason}: {choice.detail}",

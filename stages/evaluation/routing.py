@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -13,20 +14,14 @@ ORACLE = "oracle"
 """Routing that knows which mode is right: the best that any router could do with these answers."""
 
 
-def choose(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
+def select_answers(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
     """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
 
     samples: the answers by mode, to the same items. modes: mode by item id.
     """
-    chosen = {mode: {id for id, own in modes.items() if own == mode} for mode in samples}
-    by_slot = {
-        (sample.id, sample.sample): replace(sample, extra={**sample.extra, "mode": mode})
-        for mode, answers in samples.items()
-        for sample in answers
-        if sample.id in chosen[mode]
-    }
-    first = next(iter(samples.values()))
-    return [by_slot[sample.id, sample.sample] for sample in first]
+    by_slot = {(mode, s.id, s.sample): s for mode, answers in samples.items() for s in answers}
+    slots = [(modes[s.id], s.id, s.sample) for s in next(iter(samples.values()))]
+    return [replace(by_slot[slot], extra={**by_slot[slot].extra, "mode": slot[0]}) for slot in slots]
 
 
 def compare(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
@@ -34,7 +29,7 @@ def compare(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
 
     samples: the answers by routing; those of `fast` and `slow` are the oracle's to choose from.
     """
-    oracle = choose({mode: samples[mode] for mode in ("fast", "slow")}, _best_modes(samples))
+    oracle = select_answers({mode: samples[mode] for mode in ("fast", "slow")}, _best_modes(samples))
     return {
         name: {**accuracy_metrics(answers), "slow_share": _slow_share(name, answers)}
         for name, answers in {**samples, ORACLE: oracle}.items()
@@ -45,12 +40,11 @@ def _best_modes(samples: dict[str, list[Sample]]) -> dict[str, str]:
     """The mode of each item that is right more often or, where both are as often, has fewer tokens."""
     worth: dict[str, dict[str, tuple[float, float]]] = {}
     for mode in ("fast", "slow"):
-        answers: dict[str, list[Sample]] = {}
-        for sample in samples[mode]:
-            answers.setdefault(sample.id, []).append(sample)
-        for id, of_item in answers.items():
-            tokens = fmean(sample.extra.get("tokens", 0) for sample in of_item)
-            worth.setdefault(id, {})[mode] = (fmean(sample.correct for sample in of_item), -tokens)
+        by_item = sorted(samples[mode], key=lambda sample: sample.id)
+        for id, group in groupby(by_item, key=lambda sample: sample.id):
+            answers = list(group)
+            tokens = fmean(sample.extra.get("tokens", 0) for sample in answers)
+            worth.setdefault(id, {})[mode] = (fmean(sample.correct for sample in answers), -tokens)
     return {id: max(of_item, key=of_item.__getitem__) for id, of_item in worth.items()}
 
 

@@ -126,7 +126,7 @@ class VoteJournal:
                 self._journal.note("fingerprint", probes)
             self._collect_invalid()  # another run may have added answers since `set_examples`
             missing = self.missing()
-            for i, result in engine.choose(self._choice_request(request) for request in missing):
+            for i, result in engine.choose_words(self._choice_request(request) for request in missing):
                 self._record(missing[i], result)
                 yield
 

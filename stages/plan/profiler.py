@@ -110,7 +110,7 @@ class Profiler:
             number, tokens = self._few(texts, sharing=True)
             engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
             self.supports_packing(texts[0])  # with few tokens; the engine would take all of a long prompt
-            seconds, mib = self._time(lambda: deque(engine.choose(ballots[:number]), maxlen=0))
+            seconds, mib = self._time(lambda: deque(engine.choose_words(ballots[:number]), maxlen=0))
             self._votes = Measurement(tokens, seconds, mib)
         return self._votes
 

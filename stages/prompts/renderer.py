@@ -81,10 +81,6 @@ def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _longest_first(row: Row) -> int:
-    return -len(row.input_ids)
-
-
 def plain(question: str, system: str | None, worked: str = "") -> str:
     """Render a question as the template `plain` does. worked: rendered examples, before the question."""
     return f"{_plain_system(system)}{worked}Question: {question}\nAnswer:\n"
@@ -204,9 +200,10 @@ class Renderer:
             if data.too_long == "truncate" and any(label != IGNORED for label in labels):
                 rows.append(Row(row.id, row.input_ids[: data.max_length], labels))
         if too_long and data.too_long == "error":
+            too_long.sort(key=lambda row: -len(row.input_ids))
             raise data_error(
                 f"longer than data.max_length {data.max_length}",
-                [f"{row.id} has {len(row.input_ids)} tokens" for row in sorted(too_long, key=_longest_first)],
+                [f"{row.id} has {len(row.input_ids)} tokens" for row in too_long],
                 "raise it, or --set data.too_long=drop (or truncate)",
             )
         if not rows:

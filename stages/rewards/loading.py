@@ -176,29 +176,20 @@ def _error_with_sample(
     per_sample = {
         key: value for key, value in columns.items() if isinstance(value, list) and len(value) == number
     }
-    sample = next((i for i in range(number) if _raises(call, completions, columns, per_sample, i)), 0)
+    for sample in range(number):
+        of_sample = {key: [values[sample]] for key, values in per_sample.items()}
+        try:
+            call(completions=[completions[sample]], **{**columns, **of_sample})
+        except Exception:
+            break
+    else:
+        sample = 0
     question = f" to {per_sample['question'][sample]!r}" if "question" in per_sample else ""
     return MeaninglessError(
         f"reward {name} raised {type(error).__name__}: {error}; "
         f"sample {sample + 1} of {number}: {completions[sample]!r}{question}",
         "mend the reward and run the same command; with another rewards_file RL begins anew",
     )
-
-
-def _raises(
-    call: Reward,
-    completions: list[str],
-    columns: dict[str, Any],
-    per_sample: dict[str, list[Any]],
-    sample: int,
-) -> bool:
-    """True if the reward raises when it is called with one sample."""
-    try:
-        of_sample = {key: [values[sample]] for key, values in per_sample.items()}
-        call(completions=[completions[sample]], **{**columns, **of_sample})
-    except Exception:
-        return True
-    return False
 
 
 def check_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
-"""Sandbox for programs that a model wrote, so that they cannot harm the machine; `choose` returns one.
+"""Sandbox for programs that a model wrote, so that they cannot harm the machine.
 
-`inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a program against its tests, and
-`backends.py` starts the processes. This package needs only the standard library and `stages.errors`.
+`choose_sandbox` returns one. `inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a
+program against its tests, and `backends.py` starts the processes. This package needs only the standard
+library and `stages.errors`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from stages.sandbox.backends import BACKENDS, Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 from stages.sandbox.selftest import selftest
 
-__all__ = ["Limits", "Sandbox", "SandboxFailure", "Verdict", "choose", "backend_problems", "from_settings"]
+__all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "choose_sandbox", "from_settings"]
 
 SAFE = ("bubblewrap", "landlock")
 HINT = (
@@ -62,10 +63,10 @@ class SandboxSettings(Protocol):
 
 def from_settings(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
     """Return the sandbox that a config section selects."""
-    return choose(section.backend, Limits(section.seconds, section.memory_mb), say)
+    return choose_sandbox(section.backend, Limits(section.seconds, section.memory_mb), say)
 
 
-def choose(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
+def choose_sandbox(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
     """Return the sandbox called `name`; `auto` takes the first safe one that passes its self-test.
 
     SandboxError if none passes.

@@ -70,16 +70,17 @@ class _SandboxedProcess:
         self._unread = b""
         self._output_bytes, self.output = 0, b""
         self._selector = selectors.DefaultSelector()
-        assert self.process.stdout and self.process.stderr and self.process.stdin
-        for pipe in (self.process.stdout, self.process.stderr):
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self._stdin, self._stderr = self.process.stdin, self.process.stderr
+        self._pipes = (self._stdin, self.process.stdout, self._stderr)
+        for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
+        for pipe in self._pipes[1:]:
             self._selector.register(pipe, selectors.EVENT_READ)
-        os.set_blocking(self.process.stdin.fileno(), False)
 
     def send(self, line: bytes, deadline: float) -> None:
         """Write a line, which the process has to read before the deadline."""
-        assert self.process.stdin
-        pipe = self.process.stdin.fileno()
+        pipe = self._stdin.fileno()
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_WRITE)
             while line:
@@ -101,7 +102,7 @@ class _SandboxedProcess:
                 raise _RunEnded("timeout", "ran out of time")
             for key, _ in events:
                 chunk = os.read(key.fd, 65536)
-                if key.fileobj is self.process.stderr:
+                if key.fileobj is self._stderr:
                     self._append_output(chunk)
                     if not chunk:
                         self._selector.unregister(key.fileobj)
@@ -124,9 +125,8 @@ class _SandboxedProcess:
         """Wait for the exit code of a process that closed its pipe, read its last output, and raise."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
-        assert self.process.stderr
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._append_output(os.read(self.process.stderr.fileno(), 65536))
+        with contextlib.suppress(OSError):
+            self._append_output(os.read(self._stderr.fileno(), 65536))
         raise _RunEnded("crashed", f"ended with code {self.process.returncode}")
 
     def kill(self) -> None:
@@ -136,8 +136,7 @@ class _SandboxedProcess:
         self.process.wait()
         self._drain(time.monotonic() + 1)
         self._selector.close()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert pipe
+        for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 

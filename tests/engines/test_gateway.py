@@ -124,8 +124,9 @@ def test_a_key_is_asked_for_and_not_passed_on():
         body = {"model": "fast", "prompt": "x"}
         right = client.post("/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
         assert right.status_code == 200 and mock.bodies == [body]
+        assert not {"authorization", "x-api-key"} & mock.headers.keys()
         as_anthropic = client.post("/v1/completions", json=body, headers={"x-api-key": "secret"})
-        assert as_anthropic.status_code == 200
+        assert as_anthropic.status_code == 200 and not {"authorization", "x-api-key"} & mock.headers.keys()
         wrong = client.post("/v1/completions", json=body, headers={"x-api-key": "Secret"})
         assert wrong.status_code == 401
 

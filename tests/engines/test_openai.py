@@ -39,7 +39,7 @@ def no_waiting(monkeypatch):
 
 
 def ask(mock: Mock, *ballots: ChoiceRequest, server: ServerSection = QUICK, model: str | None = None) -> dict:
-    return dict(Client((mock.url,), model, "", server).choose(ballots))
+    return dict(Client((mock.url,), model, "", server).choose_words(ballots))
 
 
 def test_chat_and_completion():
@@ -61,7 +61,7 @@ def test_the_mass_on_the_words(ballot):
 def test_it_learns_how_many_tokens_it_needs():
     bodies = []
     with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
-        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose([CHAT] * 4))
+        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose_words([CHAT] * 4))
     assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
     assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
     assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
@@ -78,25 +78,21 @@ def test_top_k_is_always_said(top_k, asked):
     assert [body["top_k"] for body in bodies] == [asked]
 
 
-def test_a_server_that_cannot_constrain_is_read():
-    with serve(Mock(constrains=False)) as mock:
+def refusal(code: int):
+    return lambda n, path, body: ("status", (code, {}, "unknown")) if "structured_outputs" in body else None
+
+
+@pytest.mark.parametrize("fault", [None, refusal(400), refusal(422)], ids=["ignores", "400", "422"])
+def test_a_server_that_does_not_constrain_is_read(fault):
+    with serve(Mock(fault, constrains=False)) as mock:
         (choice,) = ask(mock, CHAT).values()
     assert choice.probabilities == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
     assert choice.text.startswith("**System")
 
 
-@pytest.mark.parametrize("code", [400, 422])
-def test_a_server_that_refuses_to_constrain_is_read(code):
-    with serve(
-        Mock(lambda n, p, b: ("status", (code, {}, "unknown")) if "structured_outputs" in b else None, False)
-    ) as mock:
-        assert ask(mock, CHAT)[0].probabilities in ((0.0, 1.0), (1.0, 0.0))
-
-
-@pytest.mark.parametrize("busy", [("status", (429, {}, "busy")), ("status", (503, {}, "starting"))])
-def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain(busy):
+def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain():
     """The question that met it fails, and is asked again by the next run; the others get probabilities."""
-    faults = iter([busy] * session.TRIES)
+    faults = iter([("status", (429, {}, "busy")), ("status", (503, {}, "starting"))] * (session.TRIES // 2))
     with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
         found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
@@ -118,27 +114,26 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
     with serve(Mock(strict, constrains=False)) as mock:
         client = Client((mock.url,), "judge", "", QUICK)
         assert len(client.fingerprint()) == 5
-        found = dict(client.choose([CHAT] * 3))
+        found = dict(client.choose_words([CHAT] * 3))
     assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
 
 
 @pytest.mark.parametrize(
     ("listed", "asked"),
-    [([{"id": "*"}], "gpt-4o"), ([{"id": "openai/*"}], "openai/gpt-4o"), ([{"id": "judge"}], "judge")],
+    [
+        ([{"id": "*"}], "gpt-4o"),
+        ([{"id": "openai/*"}], "openai/gpt-4o"),
+        ([{"id": "judge"}], "judge"),
+        (None, "judge"),  # it has no list, and is believed to know the name
+    ],
 )
 def test_what_a_gateway_lists(listed, asked):
     with serve(Mock()) as mock:
         mock.models = listed
         assert Client((mock.url,), asked, "", QUICK).model == asked
-        if listed[0]["id"] != "*":
+        if listed and listed[0]["id"] != "*":
             with pytest.raises(ConfigError, match="not another"):
                 Client((mock.url,), "another", "", QUICK)
-
-
-def test_a_server_without_a_list_is_believed_to_know_the_name(monkeypatch):
-    with serve(Mock()) as mock:
-        mock.models = None
-        assert Client((mock.url,), "judge", "", QUICK).model == "judge"
 
 
 def test_a_thought_is_not_the_answer():
@@ -154,42 +149,15 @@ WORDS = ("System1", "System2")
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("System1", 0),
-        ("system 2.", 1),
-        ("**System2**", 1),
-        ("The answer is System1.", 0),
-        ("Final answer: System 2", 1),
-        ("It needs several steps.\n\nSystem2\n", 1),
-        ("System1\nBecause it is recall.", 0),
-        ("<think>System1 or System2</think>System2", 1),
-        ("<think>System2 is", None),
-        ("", None),
-        ("\n \n", None),
-        ("System1 or System2", None),
-        ("System1\nSystem2", None),
-        ("not System1", None),
-        ("System", None),
-        ("System12", None),
-        ("I cannot say.", None),
-        ("系统2", None),
-        ("🤖", None),
-        ("1", None),
-        ("None", None),
-        ('{"system": "System2"}', None),
+        ("System1", 0), ("system 2.", 1), ("**System2**", 1), ("The answer is System1.", 0),
+        ("Final answer: System 2", 1), ("It needs several steps.\n\nSystem2\n", 1),
+        ("System1\nBecause it is recall.", 0), ("<think>System1 or System2</think>System2", 1),
+        ("<think>System2 is", None), ("", None), ("System1\nSystem2", None), ("System12", None),
+        ("系统2", None), ("1", None), ('{"system": "System2"}', None),
     ],
-)
+)  # fmt: skip
 def test_a_word_is_read_strictly(text, found):
     assert parse_word(text, WORDS) == found
-
-
-SURROGATE = json.dumps({"choices": [{"message": {"content": "System1\nbecause \ud800"}}]})
-
-
-def test_a_reply_that_no_file_can_hold_fails_its_item():
-    fault = ("body", SURROGATE)
-    with serve(Mock(lambda n, p, b: None if "structured_outputs" in b else fault, constrains=False)) as mock:
-        (found,) = ask(mock, CHAT).values()
-    assert isinstance(found, Failure) and found.reason == "unreadable"
 
 
 def of_tokens(*tokens: tuple[str, dict[str, float]]) -> tuple[str, dict]:
@@ -199,9 +167,7 @@ def of_tokens(*tokens: tuple[str, dict[str, float]]) -> tuple[str, dict]:
     return "body", {"choices": [{"logprobs": {"content": content}}]}
 
 
-@pytest.mark.parametrize(
-    "odd", [of_tokens(), of_tokens(("Sure", {"Sure": -0.1})), of_tokens(("System", {"System": -9999.0}))]
-)
+@pytest.mark.parametrize("odd", [of_tokens(), of_tokens(("Sure", {"Sure": -0.1}))])
 def test_odd_alternatives_are_asked_for_again_and_teach_nothing(odd):
     """Such a reply in the middle costs one question more, and no more tokens for all that follow."""
     bodies, faults = [], iter([None, None, odd])
@@ -235,8 +201,8 @@ def test_failures_of_a_while_are_tried_again():
     )
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = Client((mock.url,), None, "", QUICK)
-        assert isinstance(dict(client.choose([TEXT]))[0], ChoiceResult)
-    assert client.transport.counts.retried == 4
+        assert isinstance(dict(client.choose_words([TEXT]))[0], ChoiceResult)
+    assert client.transport.retried == 4
 
 
 @pytest.mark.parametrize(
@@ -244,35 +210,23 @@ def test_failures_of_a_while_are_tried_again():
     [
         (("status", (500, {}, "boom")), "server_error"),
         (("body", "<html>"), "unreadable"),
-        (("body", {"choices": []}), "unreadable"),
         (("body", {"choices": [{"logprobs": None}]}), "unreadable"),
-        (
-            ("body", {"choices": [{"logprobs": {"tokens": ["x"], "top_logprobs": [{"x": 0.0}]}}]}),
-            "unreadable",
-        ),
         (("status", (400, {}, "This model's maximum context length is 10 tokens")), "too_long"),
         (("status", (400, {}, "filtered")), "refused"),
-        (("hang", 2), "timeout"),
         (("drip", 0.05), "timeout"),
     ],
-    ids=["500", "html", "empty", "null", "garbage", "length", "filter", "hang", "drip"],
+    ids=["500", "html", "null", "length", "filter", "drip"],
 )
-def test_one_bad_question_stops_no_other(fault, reason):
+def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
+    """Others must be answered all the while that one runs out of time."""
+    monkeypatch.setattr(session, "TRIES", 2)
     server = QUICK.model_copy(update={"concurrency": 2})
-    ballots = [ChoiceRequest(f"q{i}", TEXT.words) for i in range(3)] + [ChoiceRequest("bad", TEXT.words)]
-    ballots += [ChoiceRequest(f"q{i}", TEXT.words) for i in range(4, 400)] if reason == "timeout" else []
-    with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else None)) as mock:
-        if reason == "timeout":  # others must be answered all the while
-            mock.fault = lambda n, path, body: fault if body["prompt"] == "bad" else time_passes()
+    number = 60 if reason == "timeout" else 4
+    ballots = [ChoiceRequest("bad" if i == 3 else f"q{i}", TEXT.words) for i in range(number)]
+    with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else time.sleep(0.02))) as mock:
         found = ask(mock, *ballots, server=server)
     assert [i for i, one in found.items() if isinstance(one, Failure)] == [3]
     assert found[3].reason == reason and len(found) == len(ballots)
-
-
-def time_passes() -> None:
-    import time
-
-    time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -281,20 +235,19 @@ def time_passes() -> None:
         (("status", (401, {}, "key?")), ConfigError, "refused: 401 key"),
         (("status", (404, {}, "no such path")), ConfigError, "refused: 404"),
         (("reset", None), ServerError, "does not answer: ReadError|does not answer: RemoteProtocolError"),
-        (("hang", 3), ServerError, "does not answer: no answer in 0.5 s"),
+        (("hang", 1), ServerError, "does not answer: no answer in 0.5 s"),
     ],
     ids=["401", "404", "reset", "hang"],
 )
-def test_faults_of_a_server_are_named(fault, error, text):
+def test_faults_of_a_server_are_named(fault, error, text, monkeypatch):
+    monkeypatch.setattr(session, "TRIES", 2)
     with serve(Mock(lambda n, path, body: fault)) as mock, pytest.raises(error, match=text):
         ask(mock, TEXT)
 
 
 def test_a_server_that_only_looks_healthy():
-    with (
-        serve(Mock(lambda n, p, b: ("hang", 3))) as mock,
-        pytest.raises(ServerError, match="gave no answer in 0.6 s"),
-    ):
+    fault = ("hang", 1)
+    with serve(Mock(lambda *_: fault)) as mock, pytest.raises(ServerError, match="gave no answer in 0.6 s"):
         ask(mock, TEXT, server=ServerSection(timeout_s=60, stall_s=0.6))
 
 
@@ -318,41 +271,25 @@ def test_retry_after_is_waited_for(no_waiting):
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("3", 3),
-        ("-1", 0),
-        ("soon", 0),
-        ("", 0),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0),
-        (formatdate(2_000_000_030, usegmt=True), 30),
+        ("3", 3), ("-1", 0), ("soon", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0), (formatdate(2_000_000_030, usegmt=True), 30),
     ],
-)
+)  # fmt: skip
 def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
     assert retry_after_seconds(text) == seconds
 
 
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
-    with serve(Mock()) as one, serve(Mock()) as two:
-        client = Client((one.url, two.url), "judge", "", QUICK)
-        list(client.choose(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
-        assert abs(len(one.log) - len(two.log)) <= 2
-        one.fault = lambda n, path, body: ("reset", None)
-        found = dict(client.choose([ChoiceRequest(f"r{i}", TEXT.words) for i in range(40)]))
-    assert all(isinstance(choice, ChoiceResult) for choice in found.values()) and len(found) == 40
-
-
-def test_a_bad_question_stops_no_other_while_one_of_two_servers_is_gone():
+    """While one is gone, its list of models too, a bad question stops no other."""
     bad = ("status", (500, {}, "boom"))
     with serve(Mock()) as one, serve(Mock(lambda n, path, body: bad if "bad" in str(body) else None)) as two:
         client = Client((one.url, two.url), "judge", "", QUICK)
-        one.fault = lambda n, path, body: ("reset", None)  # for its list of models, too
-        found = dict(client.choose([TEXT, ChoiceRequest("bad", TEXT.words), TEXT]))
-    assert (
-        isinstance(found[1], Failure)
-        and isinstance(found[0], ChoiceResult)
-        and isinstance(found[2], ChoiceResult)
-    )
+        list(client.choose_words(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
+        assert abs(len(one.log) - len(two.log)) <= 2
+        one.fault = lambda n, path, body: ("reset", None)
+        found = dict(client.choose_words([ChoiceRequest(q, TEXT.words) for q in ("a", "bad", *"cdefgh")]))
+    assert [i for i, choice in found.items() if isinstance(choice, Failure)] == [1] and len(found) == 8
 
 
 def test_no_more_is_asked_than_a_kill_may_lose():
@@ -360,11 +297,11 @@ def test_no_more_is_asked_than_a_kill_may_lose():
     with serve(Mock()) as mock:
         client, seen = Client((mock.url,), None, "", QUICK), []
         before = len(mock.log)
-        for number, _ in enumerate(client.choose([TEXT] * 40)):
+        for number, _ in enumerate(client.choose_words([TEXT] * 20)):
             time.sleep(0.03)
             seen.append(len(mock.log) - before - number)
     # One more finds out about the words.
-    assert len(seen) == 40 and max(seen) <= QUICK.concurrency + 1
+    assert len(seen) == 20 and max(seen) <= QUICK.concurrency + 1
 
 
 @pytest.mark.parametrize(
@@ -382,11 +319,13 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
     async def ask(session, item):
         now[0] += 1
         now[1] = max(now)
-        await asyncio.sleep(seconds if item < 1200 else 0.02)  # at last, all that are there at once
+        await asyncio.sleep(
+            0.02 if number / 2 < item and seconds < 0.1 else seconds
+        )  # at last, all that are there at once
         now[0] -= 1
         return item
 
-    number = 2400 if seconds < 0.1 else 200
+    number = 200 if seconds > 0.1 or settings else 2400
     server = ServerSection(timeout_s=2, **settings)
     sender = transport.Transport(("http://127.0.0.1:1",), "", server, grows=grows)
     answers = dict(sender.each(range(number), ask))
@@ -397,7 +336,7 @@ def test_a_server_that_fails_is_not_asked_more_at_a_time():
     sender = transport.Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
     requests = session.Session(sender, None)
     assert requests.may_grow(1.0) and not requests.may_grow(31.0)
-    sender.counts.retried += 1
+    sender.retried += 1
     assert not requests.may_grow(1.0)
 
 
@@ -422,7 +361,7 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
     served = EngineSpec("openai", ModelSection(name="m"), None, ("http://localhost:1/v1",), "MY_KEY")
     monkeypatch.setenv("MY_KEY", "sk-\u201csecret\u201d")
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
-        client.open(served, QUICK, print).__enter__()
+        client.open_engine(served, QUICK, print).__enter__()
     assert "secret" not in f"{caught.value} {caught.value.hint}"
 
 
@@ -453,12 +392,12 @@ def test_a_signal_at_any_moment_ends_what_is_asked():
     try:
         with serve(Mock()) as mock:
             served = threading.active_count()
-            for moment in range(1, 60, 2):
+            for moment in range(1, 60, 4):
                 client = Client((mock.url,), None, "", QUICK)
                 with pytest.raises(Told):
                     signal.setitimer(signal.ITIMER_REAL, moment / 1000)
                     for _ in range(1000):
-                        list(client.choose([TEXT] * 8))
+                        list(client.choose_words([TEXT] * 8))
             ended = wait_for(lambda: threading.active_count() <= served)
             assert ended, [thread.name for thread in threading.enumerate()]
     finally:

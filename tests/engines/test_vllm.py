@@ -46,7 +46,7 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
     for name in ("vllm", "transformers"):
         with EngineCache() as pool:
             engine = pool.get(EngineSpec(name, model), ServerSection(), print)
-            given[name] = {i: choice.probabilities[1] for i, choice in engine.choose(BALLOTS)}
+            given[name] = {i: choice.probabilities[1] for i, choice in engine.choose_words(BALLOTS)}
     assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
     assert servers() == []
 
@@ -101,7 +101,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
             served = EngineSpec("vllm" if name == "vllm" else "transformers", model, folder)
             engine = pool.get(served, ServerSection(adapter=how), print)
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
-            chosen[name] = {i: choice.probabilities for i, choice in engine.choose(words)}
+            chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
     assert given["vllm"] == given["transformers"] != given["base"]
     for i in range(6):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
@@ -124,7 +124,7 @@ def test_votes_and_adapters_by_each_model_runner(tiny, tmp_path, monkeypatch, ca
     said, given = [], {}
     with vllm.open_modules(model, {"adapted": tmp_path}, ServerSection(), said.append) as clients:
         for name, client in clients.items():
-            given[name] = {i: choice.probabilities[1] for i, choice in client.choose(BALLOTS)}
+            given[name] = {i: choice.probabilities[1] for i, choice in client.choose_words(BALLOTS)}
         log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
     ran = runner(log)
     with capsys.disabled():
@@ -133,7 +133,7 @@ def test_votes_and_adapters_by_each_model_runner(tiny, tmp_path, monkeypatch, ca
     for name, folder in ((model.name, None), ("adapted", tmp_path)):
         with EngineCache() as pool:
             engine = pool.get(EngineSpec("transformers", model, folder), ServerSection(), print)
-            here = {i: choice.probabilities[1] for i, choice in engine.choose(BALLOTS)}
+            here = {i: choice.probabilities[1] for i, choice in engine.choose_words(BALLOTS)}
         assert given[name] == pytest.approx(here, abs=1e-3)
     assert given["adapted"] != pytest.approx(given[model.name], abs=1e-3)
 
@@ -142,7 +142,7 @@ def test_a_killed_parent_leaves_no_server(tiny):
     code = (
         "import sys\nfrom stages.engines import EngineSpec, vllm\nfrom stages.config import *\n"
         "served = EngineSpec('vllm', ModelSection(name=sys.argv[1]))\n"
-        "with vllm.open(served, ServerSection(), lambda t: print(t, flush=True)) as c:\n"
+        "with vllm.open_engine(served, ServerSection(), lambda t: print(t, flush=True)) as c:\n"
         "    import time; time.sleep(100)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny)], stdout=subprocess.PIPE, text=True)

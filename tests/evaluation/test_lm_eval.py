@@ -133,7 +133,7 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     tokenizer = load_tokenizer(model)
     asked = mmlu.ask(mmlu.load(section), section, Renderer(tokenizer, section.prompt))
     engine = InProcess(load_base(model), tokenizer, 16)
-    choices = dict(engine.choose([ChoiceRequest(item.ids, item.words) for item in asked]))
+    choices = dict(engine.choose_words([ChoiceRequest(item.ids, item.words) for item in asked]))
     ours = [max(range(4), key=choices[i].probabilities.__getitem__) for i in range(len(asked))]
 
     import lm_eval

@@ -8,7 +8,7 @@ from scipy.stats import binomtest, sem, t
 
 from stages.evaluation.benchmarks import jsonl, mmlu
 from stages.evaluation.grading import Context, grade_final_answer
-from stages.evaluation.metrics import accuracy_metrics, compute_metrics
+from stages.evaluation.metrics import accuracy_metrics, compute_metrics, headline
 from stages.evaluation.statistics import interval, wilson
 from stages.records import Example, Sample
 from stages.report.comparison import compared
@@ -69,8 +69,9 @@ def test_pairs_are_of_the_items_that_both_targets_could_be_graded_on():
 
 def test_without_a_graded_item_there_is_no_accuracy():
     samples = answers({"a": ["refused"]})
-    whole = compute_metrics(samples, ())["all"]
+    whole = compute_metrics(samples, ("subject",))["all"]
     assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
+    assert whole["macro_over_subject"] is None
     (row,) = compared({"base": {"all": samples}})
     assert (row["accuracy"], row["low"], row["high"], row["p"]) == (None, None, None, None)
 
@@ -90,13 +91,7 @@ def test_several_answers_and_groups_of_a_benchmark():
 
 @pytest.mark.parametrize(
     ("said", "strict", "flexible"),
-    [
-        ("B", True, True),
-        (" B.", True, True),
-        ("The answer is B.", False, True),
-        ("A", False, False),
-        ("?", False, False),
-    ],
+    [(" B.", True, True), ("The answer is B.", False, True), ("A", False, False), ("?", False, False)],
 )
 def test_letters_of_mmlu_and_of_a_file(said, strict, flexible):
     context = Context("hash", False, None)
@@ -111,6 +106,10 @@ def test_systems_have_their_own_items():
     samples = [replace(one, system=system) for one, system in zip(given, (1, 2, 2), strict=True)]
     whole = compute_metrics(samples, ())
     assert [(whole[k]["n"], whole[k]["accuracy"]) for k in ("system1", "system2")] == [(1, 1), (2, 0)]
+    shown = headline(whole)
+    assert (shown["system1"], shown["system2"], shown["all"]["n"]) == (1, 0, 3)
+    assert "refused" not in shown["all"]
+    assert headline(compute_metrics(samples[1:], ()))["all"]["accuracy"] == 0
 
 
 def test_both_readings_have_their_own_accuracy():
@@ -125,13 +124,8 @@ def test_both_readings_have_their_own_accuracy():
 def test_pass_at_k_and_tokens_by_hand():
     found = accuracy_metrics(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
     assert (found["pass@1"], found["pass@5"]) == pytest.approx((0.2, 0.5))
-    two = answers({"a": ["wrong"] * 2})
-    assert (
-        accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in zip(two, (4, 10), strict=True)])[
-            "tokens"
-        ]
-        == 7
-    )
+    two = zip(answers({"a": ["wrong"] * 2}), (4, 10), strict=True)
+    assert accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in two])["tokens"] == 7
 
 
 def test_a_difference_of_two_targets_has_the_p_of_its_items():

@@ -51,17 +51,10 @@ def test_of_several_samples_the_oracle_counts_how_many_are_right():
 
 
 @pytest.fixture(scope="module")
-def answered(tiny, demo_data, tmp_path_factory):
-    """A run on few rows with all targets evaluated; labels are drawn, so the router has nothing to find."""
-    from conftest import ROOT, paths
-
-    from stages.pipeline.resolve import load
-
-    folder = tmp_path_factory.mktemp("routed")
-    small = ["data.limit=24", "eval.benchmarks.demo.limit=8", "eval.targets=[sft, rl, auto]"]
-    small += ["classify.strategy=random", "score.examples=2", "sft.max_steps=1", "rl.max_steps=1"]
-    config = resolved(load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), *small]))
-    return config, make_steps(config, "classify", "score", "partition", "sft", "rl", "eval")
+def answered(begun):
+    """The small run with both modes and `auto` evaluated."""
+    config = resolved(begun("eval.targets=[sft, rl, auto]"))
+    return config, make_steps(config, "sft", "rl", "eval")
 
 
 def test_auto_answers_each_item_as_the_mode_it_chose(answered):
@@ -76,9 +69,9 @@ def test_auto_answers_each_item_as_the_mode_it_chose(answered):
         assert replace(samples[stage[mode]][id], extra=sample.extra) == sample
     metrics = json.loads((made["eval:auto@demo"][0].path / "metrics.json").read_text())
     assert list(metrics["routing"]) == ["fast", "slow", "auto", "oracle"]
-    assert metrics["routing"]["auto"]["n"] == metrics["all"]["n"] == 8
+    assert metrics["routing"]["auto"]["n"] == metrics["all"]["n"] == 16
     assert metrics["router"]["persona"] == "steps" and 0 < metrics["router"]["threshold"] < 1
-    assert metrics["router"]["examples"] == 24  # all labelled rows, fewer than 64 of each system
+    assert metrics["router"]["examples"] == 48  # all labelled rows, fewer than 64 of each system
 
 
 def test_other_labels_make_auto_stale_but_not_the_answers(answered):
@@ -95,19 +88,18 @@ def test_the_page_compares_the_routings_and_speaks_of_rl_first(answered):
     page = run_page.page(config, steps, "lorapar run", "lorapar serve")
     rows = re.findall(r"<t[hd][^>]*>(fast|slow|auto|oracle)</t[hd]>", page)
     assert rows[-4:] == ["fast", "slow", "auto", "oracle"]
-    assert "persona steps" in page and "24 labelled training rows" in page
+    assert "persona steps" in page and "48 labelled training rows" in page
     assert "demo: rl answers" in page and "auto answers" not in page
 
 
-@pytest.mark.parametrize(
-    "voter",
-    [
-        "persona: steps, shots: 2",
-        "persona: effort, shots: 8",
-        "persona: steps, shots: 8, words: [a, b]",
-        "model: teacher, base_url: http://127.0.0.1:1",
-    ],
-)
+OTHER_VOTERS = [
+    "persona: steps, shots: 2",
+    "persona: effort, shots: 8",
+    "model: teacher, base_url: http://h:1",
+]
+
+
+@pytest.mark.parametrize("voter", [*OTHER_VOTERS, "persona: steps, shots: 8, words: [a, b]"])
 def test_another_question_to_the_base_makes_auto_stale_whatever_gave_the_labels(smoke, voter):
     keys = []
     for own in ("persona: steps, shots: 8", voter):
@@ -123,17 +115,18 @@ def test_another_seed_draws_other_rows_for_the_threshold_whatever_gave_the_label
     assert keys[0] != keys[1]
 
 
-def test_auto_is_no_use_where_the_prompt_tells_the_system(smoke):
-    with pytest.raises(ConfigError, match=r"prompt.by_system tells it to the model"):
-        smoke("eval.targets=[sft, rl, auto]", "prompt.by_system={2: Think.}")
-
-
-def test_auto_needs_rows(smoke):
-    harness = "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}"
-    with pytest.raises(ConfigError, match="auto votes on rows, and h has none; the harness reads them"):
-        smoke("eval.targets=[sft, rl, auto]", harness)
-
-
-def test_auto_needs_the_answers_of_both_modes(smoke):
-    with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
-        smoke("eval.targets=[base, rl, auto]")
+@pytest.mark.parametrize(
+    ("targets", "more", "message"),
+    [
+        ("[sft, rl, auto]", "prompt.by_system={2: Think.}", "prompt.by_system tells it to the model"),
+        (
+            "[sft, rl, auto]",
+            "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}",
+            "auto votes on rows, and h has none; the harness reads them",
+        ),
+        ("[base, rl, auto]", "seed=0", "auto chooses between the answers of sft and rl; name both, too"),
+    ],
+)
+def test_where_auto_cannot_be(smoke, targets, more, message):
+    with pytest.raises(ConfigError, match=message):
+        smoke(f"eval.targets={targets}", more)

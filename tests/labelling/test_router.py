@@ -12,7 +12,7 @@ from stages.records import Example, Labelled
 class Base:
     """Votes by the length of the question, if it sees no answer."""
 
-    def choose(self, requests):
+    def choose_words(self, requests):
         for i, request in enumerate(requests):
             assert "SECRET" not in str(request.text)
             question = str(request.text).rpartition("Question: ")[2]
@@ -40,8 +40,8 @@ def test_a_threshold_from_labels_tells_short_questions_from_long_ones(tmp_path):
     calibration = router.calibrate()
     assert router.journal.voter.persona == "effort" and router.journal.voter.thinking is None
     assert calibration.examples == 2 * ROWS and calibration.auc == 1
-    [(_, short)] = Base().choose([router.request(_row(1000, 1).example)])
-    [(_, long)] = Base().choose([router.request(_row(1001, 2).example)])
+    [(_, short)] = Base().choose_words([router.request(_row(1000, 1).example)])
+    [(_, long)] = Base().choose_words([router.request(_row(1001, 2).example)])
     assert [router.mode(vote.probabilities[1]) for vote in (short, long)] == ["fast", "slow"]
     assert router.mode(None) == "slow"
     assert (

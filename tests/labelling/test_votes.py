@@ -16,7 +16,7 @@ class Echo:
     def __init__(self, invalid: int) -> None:
         self.invalid = invalid
 
-    def choose(self, ballots):
+    def choose_words(self, ballots):
         for i, _ in enumerate(ballots):
             yield (
                 i,
@@ -60,7 +60,7 @@ def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
 
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
     class Three:
-        def choose(self, ballots):
+        def choose_words(self, ballots):
             choices = [
                 ChoiceResult((0.8, 0.2), -1.0),
                 ChoiceResult((0.4, 0.6), -1.0),

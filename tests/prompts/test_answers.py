@@ -14,11 +14,10 @@ from stages.rewards.builtin import correctness, soft_format
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("7", 7), ("1,200", 1200), ("$1,200.50", 1200.5), ("−3", -3), ("-3", -3), ("3/4", 0.75), ("12%", 12),
-        ("5 thousand", 5000), ("2 million", 2 * 10**6), ("1 billion", 10**9), ("5 trillion", 5 * 10**12),
+        ("12%", 12), ("5 thousand", 5000), ("2 million", 2e6), ("1 billion", 1e9), ("5 trillion", 5e12),
         ("5k", 5000), ("$1.5K.", 1500), ("5 K", 5), ("5 km", 5), ("5 km/h", 5), ("3/x", None),
-        ("7.", 7), (".5", 0.5), ("5 apples", 5), ("-$5", -5), ("Paris", None), ("", None), ("3/0", None),
-        ("1 2", None), ("2 + 2", None),
+        ("Paris", None), ("", None), ("3/0", None), ("1 2", None), ("2 + 2", None), ("5 m", 5), ("5m", 5),
+        ("5in", 5), ("5μm", 5), ("5 a day", 5), ("5 apples", 5), ("5 yards", 5), ("5 jars", 5), ("**5**.", 5),
     ],
 )  # fmt: skip
 def test_numbers(text, value):
@@ -38,6 +37,16 @@ def test_numbers(text, value):
         ("<reasoning>\nx\n</reasoning>\n<answer>\n12\n</answer>", "xml", "12", "12"),
         ("<answer>1</answer><answer>2</answer>", "xml", "2", "2"),
         ("#### 5", "xml", None, "5"),
+        # A thought is no answer.
+        ("<think>Maybe #### 5? No: 2 + 4 is 6.</think> The answer is 6.", "hash", None, "6"),
+        ("Maybe 5?</think>\n#### 6", "hash", "6", "6"),  # the prompt had opened it
+        ("<think>I will write #### 18 at the end. But wait", "hash", None, None),
+        ("<think>It is\n</think>\n#### 4\n</think> 6", "hash", None, "6"),
+        # The flexible reading begins at the answer that was found.
+        ("#### Answer: 18\n\n####", "hash", "Answer: 18", "18"),
+        ("#### Answer: 18\n#### \nDone", "hash", "Answer: 18", "18"),
+        ("#### 7 of these\n#### Then 8 and 9", "hash", "Then 8 and 9", "9"),
+        ("#### Answer\nThere are 18 eggs. That is the Answer.", "hash", "Answer", "18"),
     ],
 )
 def test_extraction(text, style, strict, flexible):
@@ -58,7 +67,10 @@ def test_extraction(text, style, strict, flexible):
         ("7", "7 days", True), ("7 days a week", "7 days", True), ("1 day", "1 days", True),
         ("5 m²", "5 m", False), ("5%", "5", True), ("5 percent", "5%", True), ("$5", "5 dollars", True),
         ("5 million", "5", False), ("3½", "3", False), ("5 million", "5,000,000", True), ("1,2", "12", False),
-        ("34", "(3,4)", False), ("(3,4)", "(3,4)", True),
+        ("34", "(3,4)", False), ("(3,4)", "(3,4)", True), ("3/4", "\\dfrac{3}{4}", True),
+        ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
+        ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),
+        ("5 trillion", "5", False), ("-1 1/2", "-3/2", True),
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):
@@ -93,16 +105,11 @@ def test_targets_are_rewritten():
     assert rewrite(other, "12", "hash") == response
     for style in ("hash", "xml"):
         assert extract(rewrite("It is so.", "Paris", style), style).strict == "Paris"
-
-
-def test_an_answer_of_several_lines_alone_is_not_reasoning():
+    # An answer of several lines alone is not reasoning, and a response in xml is not wrapped again.
     assert rewrite("#### 2\n3", "2\n3", "hash") == "#### 2\n3"
     assert rewrite("#### 2\n3", "2\n3", "xml").startswith("<reasoning>\n\n</reasoning>")
-
-
-def test_a_response_in_xml_is_not_wrapped_again():
-    response = "<reasoning>\n2+2=4\n</reasoning>\n<answer>\n4\n</answer>"
-    assert rewrite(response, "4", "xml") == response
+    wrapped = "<reasoning>\n2+2=4\n</reasoning>\n<answer>\n4\n</answer>"
+    assert rewrite(wrapped, "4", "xml") == wrapped
 
 
 @pytest.mark.parametrize(
@@ -110,78 +117,20 @@ def test_a_response_in_xml_is_not_wrapped_again():
     [
         ("The answer is B because option A is wrong.", "B"),
         ("The correct answer is C. Option A is too small, option D is too large.", "C"),
-        ("Answer: (C). Choice D would need more.", "C"),
-        ("The answer is option D.", "D"),
-        ("The right choice is B; option A is too small.", "B"),
-        ("The answer is A. No, the answer is B.", "B"),
-        ("Option A is too small, so option C", "C"),
-        ("Answer: I think it is B.", "B"),
-        ("The answer is I believe B", "B"),
-        ("The answer is A good one", None),
-        ("The answer is A because B is wrong.", "A"),
-        ("answer: B", "B"),
+        ("The answer is A. No, the answer is B.", "B"), ("Option A is too small, so option C", "C"),
+        ("Answer: I think it is B.", "B"), ("The answer is I believe B", "B"),
+        ("The answer is A good one", None), ("The answer is A because B is wrong.", "A"),
         ("The correct answer is: B) Paris. C) London is wrong.", "B"),
-        ("The answer is: B, since C is too large", "B"),
-        ("**Answer:** B. Not C.", "B"),
-        ("The right choice is: B. D is too large.", "B"),
-        ("Probably B, but I\u2019m not sure", "B"),
-        ("<think>The answer is A, or B?</think> C", "C"),
-        ("<think>The answer is A", None),
-        ("The answer is (c)", "C"),
-        ("The answer is a dog", None),
-        (r"The answer is: $\boxed{D}$. Not A", "D"),
-        ("**B. Vitamin C**", "B"),
-        ("**B**: point D", "B"),
-        ("**(B)** Hepatitis A", "B"),
-        ("B (Vitamin C)", "B"),
-        ("B \u2013 Vitamin C", "B"),
-        ("A (small) dog, so C", "A"),
-        ("A*B is C", "C"),
-        ("* B has C", "C"),
-        ("A-level, so D", "D"),
-    ],
-)
-def test_the_choice_that_is_said_to_be_right(text, named):
-    assert extract_letter(text) == named
-
-
-@pytest.mark.parametrize(
-    ("text", "strict", "flexible"),
-    [
-        ("<think>Maybe #### 5? No: 2 + 4 is 6.</think> The answer is 6.", None, "6"),
-        ("Maybe 5?</think>\n#### 6", "6", "6"),  # the prompt had opened it
-        ("<think>I will write #### 18 at the end. But wait", None, None),
-    ],
-)
-def test_a_thought_is_no_answer(text, strict, flexible):
-    found = extract(text, "hash")
-    assert (found.strict, found.flexible) == (strict, flexible)
-
-
-@pytest.mark.parametrize(
-    ("text", "flexible"),
-    [
-        ("#### Answer: 18\n\n####", "18"),
-        ("#### The total is 18\n###########", "18"),
-        ("#### Answer: 18\n#### \nDone", "18"),
-        ("#### 7 of these\n#### Then 8 and 9", "9"),
-        ("#### Answer\nThere are 18 eggs. That is the Answer.", "18"),
-    ],
-)
-def test_the_flexible_reading_begins_at_the_answer_that_was_found(text, flexible):
-    assert extract(text, "hash").flexible == flexible
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "same_"),
-    [
-        ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
-        ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),
-        ("5 trillion", "5", False),
+        ("The answer is: B, since C is too large", "B"), ("**Answer:** B. Not C.", "B"),
+        ("Probably B, but I\u2019m not sure", "B"), ("<think>The answer is A, or B?</think> C", "C"),
+        ("<think>The answer is A", None), ("The answer is (c)", "C"), ("The answer is a dog", None),
+        (r"The answer is: $\boxed{D}$. Not A", "D"), ("**B. Vitamin C**", "B"),
+        ("**(B)** Hepatitis A", "B"), ("B (Vitamin C)", "B"), ("B \u2013 Vitamin C", "B"),
+        ("A (small) dog, so C", "A"), ("A*B is C", "C"), ("* B has C", "C"), ("A-level, so D", "D"),
     ],
 )  # fmt: skip
-def test_more_equality(answer, gold, same_):
-    assert equals_gold(answer, gold) is same_
+def test_the_choice_that_is_said_to_be_right(text, named):
+    assert extract_letter(text) == named
 
 
 @pytest.mark.parametrize(
@@ -192,22 +141,8 @@ def test_the_coefficient_of_a_term_is_no_number(term):
     assert not equals_gold(term, "3") and not equals_gold(term, "13") and equals_gold(term, term)
     read = extract(f"It is {term}.\n#### {term}", "hash")
     assert read.strict == term
-    if term in (
-        "3x",
-        "13x",
-        "1.5x",
-        "2n",
-        "3π",
-    ):  # apart from its variable, the flexible reading takes it for a number
+    if term in ("3x", "13x", "1.5x", "2n", "3π"):  # apart from its variable it is read as a number
         assert read.flexible == term
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["5 m", "5m", "5 km", "5in", "5 inches", "5μm", "5 a day", "5 apples", "5 yards", "5 jars", "**5**."],
-)
-def test_a_unit_is_no_variable(text):
-    assert parse_number(text) == 5
 
 
 def test_only_four_hashes_begin_an_answer():

@@ -13,7 +13,7 @@ WRITTEN = [
     ("0.25", "0.25"), (".5", "0.5"), ("1,200.50", "1200.5"), ("12.00", 12), ("-0.75", "-0.75"), ("$5", 5),
     ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5), ("−$5", -5), ("€40", 40), ("£1,000", 1000),
     ("\\$7", 7), ("3/4", "3/4"), ("1/2", "1/2"), ("10/5", 2), ("-3/4", "-3/4"), ("1 1/2", "3/2"),
-    ("2 3/4", "11/4"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
+    ("2 3/4", "11/4"), ("-1 1/2", "-3/2"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
 ]  # fmt: skip
 
 # Where it stands, and whether that is the format `hash`.
@@ -30,14 +30,13 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("place", "strict"), PLACES)
-@pytest.mark.parametrize(("written", "value"), WRITTEN)
-def test_numbers_in_their_places(written, value, place, strict):
-    found = extract(place.format(written), "hash")
-    assert (found.strict is not None) is strict
-    assert parse_number(found.flexible) == Fraction(value)
-    assert equals_gold(found.flexible, str(value)) and not equals_gold(
-        found.flexible, str(Fraction(value) + 1)
-    )
+def test_numbers_in_their_places(place, strict):
+    for written, value in WRITTEN:
+        found = extract(place.format(written), "hash")
+        assert (found.strict is not None) is strict
+        assert parse_number(found.flexible) == Fraction(value), written
+        assert equals_gold(found.flexible, str(value))
+        assert not equals_gold(found.flexible, str(Fraction(value) + 1))
 
 
 # Text, and what the strict and the flexible reading make of it as a number.
@@ -66,7 +65,3 @@ def test_what_is_odd(text, strict, flexible):
     found = extract(text, "hash")
     assert (parse_number(found.strict) if found.strict else None) == strict
     assert (parse_number(found.flexible) if found.flexible else None) == flexible
-
-
-def test_the_table_has_at_least_300_cases():
-    assert len(WRITTEN) * len(PLACES) + len(ODD) >= 300

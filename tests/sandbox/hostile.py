@@ -6,8 +6,10 @@ stay empty, `$PORT` a listening port on 127.0.0.1, `$SOCKET` a listening abstrac
 caller's process. What a program finds it prints.
 """
 
+import textwrap
+
 PREAMBLE = """
-import os, sys, time, ctypes, socket, signal, struct, subprocess, threading
+import json, os, sys, time, ctypes, socket, signal, struct, subprocess, threading
 import itertools, re, gc, resource, tempfile
 libc = ctypes.CDLL(None, use_errno=True)
 def show(what):
@@ -340,6 +342,13 @@ class E{base}:
     def __abs__(s): return 0
 """
 
+
+def _tell(line: str, end: str = "") -> str:
+    """Code that writes bytes to all channels: at once, or with an end as the body of the function."""
+    lines = f"for n in range(3, 20):\n    try: os.write(n, {line})\n    except OSError: pass\n{end}"
+    return "def f():\n" + textwrap.indent(lines, "    ") if end else lines
+
+
 FORGED = {
     "always equal": _EQUAL.format(base="") + "def f(): return E()",
     "always equal number": _EQUAL.format(base="(int)") + "def f(): return E()",
@@ -357,28 +366,12 @@ FORGED = {
     "exit with success": "def f(): os._exit(0)",
     "sys.exit": "def f(): sys.exit(0)",
     "exit while loading": "os._exit(0)\ndef f(): return 1",
-    "forged verdict": (
-        "import json\n"
-        "for n in range(3, 20):\n"
-        "    try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n"
-        "    except OSError: pass\n"
-        "def f(): return 0"
+    "forged verdict": _tell("json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'")
+    + "def f(): return 0",
+    "forged verdict while called": _tell(
+        "json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'", "os._exit(0)"
     ),
-    "forged verdict while called": (
-        "import json\n"
-        "def f():\n"
-        "    for n in range(1, 20):\n"
-        "        try: os.write(n, json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n')\n"
-        "        except OSError: pass\n"
-        "    os._exit(0)"
-    ),
-    "ready again": (
-        "def f():\n"
-        "    for n in range(1, 20):\n"
-        '        try: os.write(n, b\'"ready"\\n"loaded"\\n\')\n'
-        "        except OSError: pass\n"
-        "    return 0"
-    ),
+    "ready again": _tell('b\'"ready"\\n"loaded"\\n\'', "return 0"),
     "patched tests": (
         "import builtins\n"
         "builtins.AssertionError = type('A', (Exception,), {})\n"
@@ -397,27 +390,9 @@ FORGED = {
     "raises the assertion": "def f(): raise AssertionError('passed')",
     "keyboard interrupt": "def f(): raise KeyboardInterrupt",
     "code of the tests": "def f(): return [o for o in gc.get_objects() if 'check' in str(type(o))]",
-    "not json": (
-        "def f():\n"
-        "    for n in range(3, 20):\n"
-        "        try: os.write(n, b'[' * 10**5 + b'\\n')\n"
-        "        except OSError: pass\n"
-        "    return 0"
-    ),
-    "huge number": (
-        "def f():\n"
-        "    for n in range(3, 20):\n"
-        "        try: os.write(n, b'1' * 10**6 + b'\\n')\n"
-        "        except OSError: pass\n"
-        "    return 0"
-    ),
-    "unknown kind": (
-        "def f():\n"
-        "    for n in range(3, 20):\n"
-        '        try: os.write(n, b\'{"value": ["__import__", "os"]}\\n\')\n'
-        "        except OSError: pass\n"
-        "    return 0"
-    ),
+    "not json": _tell("b'[' * 10**5 + b'\\n'", "return 0"),
+    "huge number": _tell("b'1' * 10**6 + b'\\n'", "return 0"),
+    "unknown kind": _tell('b\'{"value": ["__import__", "os"]}\\n\'', "return 0"),
     "nan": "def f(): return float('nan')",
     "endless iterator": "def f(): return iter(int, 1)",
     "endless generator": "def f():\n    while True: yield 42",

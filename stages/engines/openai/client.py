@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def open(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
     key = os.environ.get(spec.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")
@@ -93,7 +93,7 @@ class Client:
         self._quirks = Quirks()
         self.model, self.max_model_len = self._find_model(model)
 
-    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+    def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """Send the first request alone, then the others at the same time.
 
         So the server computes a shared prefix once, and mistakes show early.

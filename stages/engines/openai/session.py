@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,17 +49,13 @@ class Session:
     def __init__(self, transport: Transport, http: httpx.AsyncClient) -> None:
         self.transport, self.http = transport, http
         self.workers = 0
-        self._started: set[asyncio.Task[None]] = set()
+        """Items that are asked for at the same time."""
 
     def may_grow(self, seconds: float) -> bool:
         """Whether one more worker may start after an answer that took so long."""
         transport = self.transport
-        is_quick = seconds < QUICK * transport.server.timeout_s and not transport.counts.retried
+        is_quick = seconds < QUICK * transport.server.timeout_s and not transport.retried
         return is_quick and self.workers < transport.most
-
-    def start(self, worker: Coroutine[Any, Any, None]) -> None:
-        self.workers += 1
-        self._started.add(asyncio.get_running_loop().create_task(worker))  # the loop itself may forget it
 
     async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         """Send a request, and return the JSON of its reply as parsed by `read`.
@@ -68,7 +64,7 @@ class Session:
         ServerError if the server is dead, else ItemFailed.
         """
         transport = self.transport
-        answered = transport.counts.answered
+        answered = transport.answered
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential_jitter(initial=0.5, max=20),
@@ -82,7 +78,7 @@ class Session:
         except RetryableError as error:
             # Answers to other requests meanwhile show that the server lives. Without any, a server that does
             # not reply at all is dead; one that replies with errors is asked for its list of models.
-            others_answered = transport.counts.answered > answered
+            others_answered = transport.answered > answered
             if not others_answered and (error.reason in ("timeout", "transport") or not await self._alive()):
                 raise ServerError(
                     f"{transport.urls[0]}/{path} does not answer: {error}",
@@ -101,7 +97,7 @@ class Session:
         return reply if response.status_code < 400 and isinstance(reply, dict) else None
 
     def _count_retry(self, _: object) -> None:
-        self.transport.counts.retried += 1
+        self.transport.retried += 1
 
     async def _alive(self) -> bool:
         """True if any of the servers lists its models."""
@@ -140,7 +136,7 @@ class Session:
             beginning = " ".join(response.text[:120].split())
             detail = f"no readable answer: {type(error).__name__} {error}: {beginning}"
             raise RetryableError("unreadable", detail) from None
-        transport.counts.answered += 1
+        transport.answered += 1
         return answer
 
     def _raise_for_status(self, url: str, response: httpx.Response) -> None:
@@ -155,6 +151,6 @@ class Session:
         if code in (400, 413, 422) and any(words in text.lower() for words in signs):
             raise ItemFailed("too_long", text)
         # A server that has answered before refuses this item only; its list of models is one of the answers.
-        if code in (400, 413, 422) and transport.counts.answered > 1:
+        if code in (400, 413, 422) and transport.answered > 1:
             raise ItemFailed("refused", text)
         raise RequestRefused(code, f"{url} refused: {text}")

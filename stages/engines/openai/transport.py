@@ -12,8 +12,8 @@ import queue
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ import httpx
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai import event_loop
 from stages.engines.openai.errors import ItemFailed
 from stages.engines.openai.session import Session
 from stages.errors import AnswerError, ConfigError, ServerError
@@ -54,14 +53,6 @@ def _certificates(trust_env: bool) -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=trust_env)
 
 
-@dataclass
-class Counts:
-    """Numbers of requests."""
-
-    answered: int = 0
-    retried: int = 0
-
-
 class Transport:
     """The servers of one model. They take requests in turn; a failed request goes to the next server."""
 
@@ -77,7 +68,8 @@ class Transport:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.exit_error = exit_error
         """For a server that this process started: the error if it has ended, else None."""
-        self.counts = Counts()
+        self.answered = self.retried = 0
+        """Numbers of requests."""
         self.server = server
         self.retry_after = 0.0
         """Time (of `time.monotonic`) before which no server gets a request, after a Retry-After."""
@@ -103,21 +95,16 @@ class Transport:
         2. A worker puts the outcome into the queue and waits for the outcome's event.
         3. This generator, in the caller's thread, takes the outcome from the queue and yields it.
         4. When the caller comes back, it sets the event, and the worker takes its next item.
-        5. The last of the workers to find no more items says so, and that ends the generator.
+        5. When no worker finds another item, `_ask_all` says so, and that ends the generator.
         6. In every case, also on an error or a signal, running requests are cancelled and the thread joined.
         """
-        http = self._client()
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        session = Session(self, http)
-        numbered = iter(enumerate(items))
+        asking = self._ask_all(self._client(), iter(enumerate(items)), ask, outcomes)
         loop = asyncio.new_event_loop()
         # A thread of its own: a signal's exception rises in the caller's thread, and would be lost in a task.
-        thread = threading.Thread(target=event_loop.run, args=(loop,), name="requests", daemon=True)
-        session.workers = self.server.concurrency or REQUESTS
+        thread = threading.Thread(target=_run, args=(loop, asking), name="requests", daemon=True)
         try:
             thread.start()
-            for _ in range(session.workers):
-                asyncio.run_coroutine_threadsafe(_work(session, numbered, ask, outcomes), loop)
             while True:
                 i, answer, dealt_with = self._next(outcomes)
                 if isinstance(answer, Exception):
@@ -128,9 +115,9 @@ class Transport:
                 loop.call_soon_threadsafe(dealt_with.set)  # an asyncio.Event is set in its loop's thread only
         finally:
             try:
-                event_loop.stop(loop, thread, session.http)
+                _stop(loop, thread)
             except BaseException:  # a signal's exception interrupted it
-                event_loop.stop(loop, thread, session.http)
+                _stop(loop, thread)
                 raise
 
     def call(self, ask: Callable[[Session, T], Awaitable[R]], item: T) -> R:
@@ -172,6 +159,25 @@ class Transport:
                 "see HTTP_PROXY, ALL_PROXY, NO_PROXY",
             ) from None
 
+    async def _ask_all(
+        self,
+        http: httpx.AsyncClient,
+        numbered: Iterator[tuple[int, T]],
+        ask: Callable[[Session, T], Awaitable[R]],
+        outcomes: queue.SimpleQueue[Outcome],
+    ) -> None:
+        """Run the workers until no item is left, and say so."""
+        async with http, asyncio.TaskGroup() as tasks:
+            session = Session(self, http)
+
+            def start_worker() -> None:
+                session.workers += 1
+                tasks.create_task(_work(session, numbered, ask, outcomes, start_worker))
+
+            for _ in range(self.server.concurrency or REQUESTS):
+                start_worker()
+        outcomes.put((-1, None, asyncio.Event()))
+
     def _next(self, outcomes: queue.SimpleQueue[Outcome]) -> Outcome:
         """Wait for the next outcome; ServerError after `server.stall_s` seconds without any."""
         try:
@@ -183,8 +189,32 @@ class Transport:
             ) from None
 
 
+def _run(loop: asyncio.AbstractEventLoop, asking: Coroutine[Any, Any, None]) -> None:
+    """Run the loop until the coroutine has ended, and close it."""
+    with suppress(asyncio.CancelledError):
+        loop.run_until_complete(asking)
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Cancel what the loop runs, and wait for its thread. A second call does no harm."""
+
+    def cancel_all() -> None:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+
+    with suppress(RuntimeError):  # the loop is closed already
+        loop.call_soon_threadsafe(cancel_all)
+    if thread.is_alive():
+        thread.join()
+
+
 async def _work(
-    session: Session, numbered: Iterator[tuple[int, T]], ask: Any, outcomes: queue.SimpleQueue[Outcome]
+    session: Session,
+    numbered: Iterator[tuple[int, T]],
+    ask: Callable[[Session, T], Awaitable[R]],
+    outcomes: queue.SimpleQueue[Outcome],
+    start_worker: Callable[[], None],
 ) -> None:
     """Ask for item after item until none is left; each must be dealt with before the next is taken.
 
@@ -202,11 +232,7 @@ async def _work(
                 outcomes.put((i, failed.failure, dealt_with))
             else:
                 if session.may_grow(time.monotonic() - asked):
-                    session.start(_work(session, numbered, ask, outcomes))
+                    start_worker()
             await dealt_with.wait()
     except Exception as error:  # raised in the caller's thread, which reads the queue
         outcomes.put((0, error, dealt_with))
-    else:
-        session.workers -= 1
-        if not session.workers:
-            outcomes.put((-1, None, dealt_with))

@@ -12,108 +12,24 @@ from pathlib import Path
 
 # New processes and threads (NPROC does not bind root), namespaces and mounts, other processes' memory, kernel
 # interfaces, System V memory, clocks.
-REFUSED = [
-    "fork",
-    "vfork",
-    "clone",
-    "unshare",
-    "setns",
-    "mount",
-    "umount2",
-    "umount",
-    "pivot_root",
-    "chroot",
-    "ptrace",
-    "process_vm_readv",
-    "process_vm_writev",
-    "process_madvise",
-    "kcmp",
-    "keyctl",
-    "add_key",
-    "request_key",
-    "bpf",
-    "perf_event_open",
-    "userfaultfd",
-    "io_uring_setup",
-    "io_uring_enter",
-    "io_uring_register",
-    "kexec_load",
-    "kexec_file_load",
-    "init_module",
-    "finit_module",
-    "delete_module",
-    "open_by_handle_at",
-    "name_to_handle_at",
-    "open_tree",
-    "move_mount",
-    "fsopen",
-    "fsconfig",
-    "fsmount",
-    "fspick",
-    "mount_setattr",
-    "shmget",
-    "shmat",
-    "shmctl",
-    "semget",
-    "semop",
-    "semctl",
-    "msgget",
-    "msgsnd",
-    "msgctl",
-    "mq_open",
-    "clock_settime",
-    "clock_adjtime",
-    "settimeofday",
-    "adjtimex",
-    "reboot",
-    "swapon",
-    "swapoff",
-    "acct",
-    "quotactl",
-    "syslog",
-    "sethostname",
-    "setdomainname",
-    "personality",
-    "iopl",
-    "ioperm",
-    "fanotify_init",
-    "lookup_dcookie",
-    "vhangup",
-    "nfsservctl",
-    "setuid",
-    "setgid",
-    "setreuid",
-    "setregid",
-    "setresuid",
-    "setresgid",
-    "setgroups",
-    "capset",
-    # Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes
-    # of a tmpfs, data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets.
-    "memfd_create",
-    "memfd_secret",
-    "vmsplice",
-    "setxattr",
-    "lsetxattr",
-    "fsetxattr",
-    "setxattrat",
-    "socket",
-    "connect",
-    "bind",
-    "listen",
-    "accept",
-    "accept4",
-    "sendmsg",
-    "sendmmsg",
-    "inotify_init",
-    "inotify_init1",
-    "inotify_add_watch",
-    "landlock_create_ruleset",
-    "landlock_add_rule",
-    "landlock_restrict_self",
-    # Locks on files that others read.
-    "flock",
-]
+REFUSED = """
+    fork vfork clone unshare setns mount umount2 umount pivot_root chroot ptrace process_vm_readv
+    process_vm_writev process_madvise kcmp keyctl add_key request_key bpf perf_event_open userfaultfd
+    io_uring_setup io_uring_enter io_uring_register kexec_load kexec_file_load init_module finit_module
+    delete_module open_by_handle_at name_to_handle_at open_tree move_mount fsopen fsconfig fsmount fspick
+    mount_setattr shmget shmat shmctl semget semop semctl msgget msgsnd msgctl mq_open clock_settime
+    clock_adjtime settimeofday adjtimex reboot swapon swapoff acct quotactl syslog sethostname
+    setdomainname personality iopl ioperm fanotify_init lookup_dcookie vhangup nfsservctl setuid setgid
+    setreuid setregid setresuid setresgid setgroups capset
+"""
+# Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes of a tmpfs,
+# data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets. And locks on
+# files that others read.
+REFUSED += """
+    memfd_create memfd_secret vmsplice setxattr lsetxattr fsetxattr setxattrat socket connect bind listen
+    accept accept4 sendmsg sendmmsg inotify_init inotify_init1 inotify_add_watch landlock_create_ruleset
+    landlock_add_rule landlock_restrict_self flock
+"""
 
 # Calls that libseccomp does not know yet. They have the same number on every architecture.
 ALSO_BY_NUMBER = {"file_setattr": 469}
@@ -139,48 +55,13 @@ LOW = 0xFFFFFFFF
 
 # Without namespaces the filter must also deny the network, other processes of the user, and the changes of
 # files that Landlock does not cover (modes, owners, times, attributes).
-ALSO_WITHOUT_NAMESPACES = [
-    "socketpair",
-    "sendto",
-    "kill",
-    "tkill",
-    "tgkill",
-    "rt_sigqueueinfo",
-    "rt_tgsigqueueinfo",
-    "pidfd_open",
-    "pidfd_getfd",
-    "pidfd_send_signal",
-    "setsid",
-    "setpgid",
-    "setrlimit",
-    "setpriority",
-    "sched_setscheduler",
-    "sched_setparam",
-    "sched_setattr",
-    "sched_setaffinity",
-    "ioprio_set",
-    "move_pages",
-    "migrate_pages",
-    "chmod",
-    "fchmod",
-    "fchmodat",
-    "fchmodat2",
-    "chown",
-    "fchown",
-    "lchown",
-    "fchownat",
-    "removexattr",
-    "lremovexattr",
-    "fremovexattr",
-    "removexattrat",
-    "utime",
-    "utimes",
-    "futimesat",
-    "utimensat",
-    "truncate",
-    "mknod",
-    "mknodat",
-]
+ALSO_WITHOUT_NAMESPACES = """
+    socketpair sendto kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_getfd
+    pidfd_send_signal setsid setpgid setrlimit setpriority sched_setscheduler sched_setparam sched_setattr
+    sched_setaffinity ioprio_set move_pages migrate_pages chmod fchmod fchmodat fchmodat2 chown fchown
+    lchown fchownat removexattr lremovexattr fremovexattr removexattrat utime utimes futimesat utimensat
+    truncate mknod mknodat
+"""
 
 
 def _refusal(number: int) -> bytes:
@@ -205,7 +86,7 @@ def write(path: Path, arch: str, strict: bool) -> None:
         rules.remove_arch(native)
     refuse = seccomp.ERRNO(errno.EPERM)
     refused = []
-    for name in REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else []):
+    for name in (REFUSED + (ALSO_WITHOUT_NAMESPACES if strict else "")).split():
         if seccomp.resolve_syscall(target, name) >= 0:  # negative: the architecture has no such call
             rules.add_rule(refuse, name)
             refused.append(name)
