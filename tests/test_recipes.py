@@ -60,7 +60,7 @@ def run(context, count):
 @pytest.fixture
 def source(tmp_path) -> Path:
     """A copy of the source."""
-    for folder in ("stages", "lorapar_cli"):
+    for folder in ("stages", "lorapar_cli", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Makefile", tmp_path)
     return tmp_path

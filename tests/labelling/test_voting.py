@@ -398,14 +398,14 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
         "no voter can tell the systems apart: AUC tiny-random/steps 0[.][0-9]{2}, ", str(caught.value)
     )
     assert "classify.accept_weak: true" in caught.value.hint
-    monkeypatch.setattr("stages.engines.in_process.InProcess.choose", None)  # nothing is asked again
+    monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked again
     for settings in (["classify.accept_weak=true"], ["classify.min_auc=0"]):
         make_steps(own("classify.accept_weak=false", *settings), "classify:train", force=True)
 
 
 def test_shuffled_labels_are_those_of_the_votes_on_other_rows(own, monkeypatch):
     unanimous = "classify.rule=unanimous"
-    monkeypatch.setattr("stages.engines.in_process.InProcess.choose", None)  # no question is asked again
+    monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # no question is asked again
     voted, shuffled = own(unanimous), own(unanimous, "classify.strategy=shuffled")
     for config in (voted, shuffled):
         make_steps(config, "classify:train")
