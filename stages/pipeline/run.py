@@ -107,6 +107,7 @@ def _begin(
     distributed.barrier()  # no process changes the store before all have read its state
     build = store.start_partial if distributed.is_main() else store.partial
     out = build(step.stage.name, step.key)
+    gc.collect()  # models of earlier steps are in reference cycles
     resources.reset_peak()
     context = _context(config, step, inputs, out, force, progress, engines)
     if force and distributed.is_main():

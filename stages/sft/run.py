@@ -5,7 +5,6 @@ With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements
 
 from __future__ import annotations
 
-import gc
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,6 @@ def run(
     masks = "rl" if context.variant else "sft"
     start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    gc.collect()  # the first round's model is in reference cycles, and the second needs its memory
     base = fsdp.load(model, sft.launch)
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
     fsdp.shard_base(peft_model, model, sft.launch)
