@@ -62,32 +62,29 @@ def resolved(config: Config) -> Config:
     which pays from some 15,000 tokens per benchmark on.
     """
     has_vllm = importlib.util.find_spec("vllm") is not None
-
-    def choose(engine: str, auto: str) -> str:
-        if engine == "vllm" and not has_vllm:
-            raise ConfigError(
-                "engine vllm is not installed",
-                f"{INSTALL_VLLM}; or engine: transformers",
-            )
-        return auto if engine == "auto" else engine
-
     has_gpu = gpu.is_visible() and config.model.device == "auto"
 
-    def vote_engine(voter: Voter) -> str:
+    def voting_engine(voter: Voter) -> str:
+        if voter.engine != "auto":
+            return voter.engine
         if voter.base_url:
             return "openai"
         for_vllm = has_gpu or voter.thinking or voter.vllm or voter.devices
         serve = has_vllm and (for_vllm or _is_large(voter.voting_model(config.model)))
         return "vllm" if serve else "transformers"
 
-    voters = config.classify.voters
-    if config.classify.strategy not in UNVOTED:
-        engines = [choose(v.engine, vote_engine(v) if v.engine == "auto" else "") for v in voters]
-        voters = [v.model_copy(update={"engine": e}) for v, e in zip(voters, engines, strict=True)]
-    served = has_vllm and has_gpu and config.served_by_vllm
-    eval_engine = "vllm" if served else "transformers"
+    classify, grading = config.classify, config.eval.engine
+    engines = [] if classify.strategy in UNVOTED else [voting_engine(voter) for voter in classify.voters]
+    if grading == "auto":
+        grading = "vllm" if has_vllm and has_gpu and config.served_by_vllm else "transformers"
+    if not has_vllm and "vllm" in (grading, *engines):
+        raise ConfigError("engine vllm is not installed", f"{INSTALL_VLLM}; or engine: transformers")
+    if engines:
+        pairs = zip(classify.voters, engines, strict=True)
+        voters = [voter.model_copy(update={"engine": engine}) for voter, engine in pairs]
+        classify = classify.model_copy(update={"voters": voters})
     update = {
-        "classify": config.classify.model_copy(update={"voters": voters}),
-        "eval": config.eval.model_copy(update={"engine": choose(config.eval.engine, eval_engine)}),
+        "classify": classify,
+        "eval": config.eval.model_copy(update={"engine": grading}),
     }
     return config.model_copy(update=update)

@@ -405,7 +405,7 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
 
 def test_shuffled_labels_are_those_of_the_votes_on_other_rows(own, monkeypatch):
     unanimous = "classify.rule=unanimous"
-    monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # no question is asked again
+    monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked
     voted, shuffled = own(unanimous), own(unanimous, "classify.strategy=shuffled")
     for config in (voted, shuffled):
         make_steps(config, "classify:train")
