@@ -91,10 +91,24 @@ def refuse_store(target: Path) -> None:
 
 def _is_artifact(folder: Path) -> bool:
     """True if the folder is where an artifact lies, and has a manifest of lorapar's."""
-    with suppress(ArtifactError):
-        artifact = Store(folder.parent).load(folder)
-        return artifact is not None and artifact.manifest["stage"] == folder.parent.name
-    return False
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        return False
+    return (manifest.get("stage"), manifest.get("key")) == (folder.parent.name, folder.name)
+
+
+class _Fields(dict[str, Any]):
+    """Object of a manifest; a field that is missing is an ArtifactError, for whoever reads it."""
+
+    def __init__(self, fields: dict[str, Any], file: Path) -> None:
+        super().__init__(fields)
+        self._file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(f"{self._file} has no field {name}", MOVE_AWAY_HINT)
 
 
 class Store:
@@ -124,12 +138,13 @@ class Store:
         """
         if not path.exists():
             return None
+        file = path / MANIFEST
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            schema = manifest["schema"]
+            manifest = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda d: _Fields(d, file))
+            schema = dict(manifest)["schema"]
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ArtifactError(f"{path} is not a lorapar artifact: {error}", MOVE_AWAY_HINT) from None
-        if schema != SCHEMA:
+        if isinstance(schema, int) and schema > SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {schema}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
             )

@@ -1,16 +1,98 @@
-"""Checksum of a manifest; a manifest is trusted only if its checksum and its key are right."""
+"""Schema and checksum of a manifest; a manifest is trusted only if both are valid."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from stages.errors import validation_messages
 from stages.store.digests import canonical_json, key_of
 
 SCHEMA = 2
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 CHECKSUM = "seal"
+
+
+def _stays_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError("leads out of the artifact")
+    return name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _File(_Strict):
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Input(_Strict):
+    key: str
+    content: str
+
+
+class _Group(BaseModel):
+    """Figures of an evaluation that pages and cards read."""
+
+    model_config = ConfigDict(strict=True)
+    n: Count = 0
+    accuracy: Share | None = None
+
+
+class _Summary(BaseModel):
+    """Figures that others than their own stage read; each has more of its own."""
+
+    model_config = ConfigDict(strict=True)
+    active: Count = 0
+    elements: Count = 0
+    moved: Count = 0
+    steps: Count = 0
+    s1_only: Count = 0
+    s2_only: Count = 0
+    shared: Count = 0
+    none: Count = 0
+    active_share: Share | None = None
+    s1_only_share: Share | None = None
+    s2_only_share: Share | None = None
+    jaccard: Share | None = None
+    all: _Group | None = None
+
+
+class _Provenance(BaseModel):
+    """The circumstances of a step that are read; further fields are for people."""
+
+    model_config = ConfigDict(strict=True)
+    config: dict[str, Any]
+    seconds: Seconds
+    finished: str
+    versions: dict[str, str]
+    dtype: str = ""
+    processes: Count = 1
+    joules: Seconds | None = None
+    peak_mib: dict[str, Seconds] = {}
+    estimated: dict[str, Any] = {}
+
+
+class _Manifest(_Strict):
+    schema_: Literal[2] = Field(alias="schema")
+    stage: str
+    key: str
+    variant: str
+    identity: dict[str, Any]
+    inputs: dict[str, _Input]
+    summary: _Summary
+    provenance: _Provenance
+    files: dict[Annotated[str, AfterValidator(_stays_inside)], _File]
+    seal: str
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -19,18 +101,19 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**plain, CHECKSUM: _checksum(plain)}
 
 
-def manifest_error(manifest: dict[str, Any], key: str) -> str | None:
+def manifest_error(manifest: Any, key: str) -> str | None:
     """Return why this is not a valid manifest of `key`, or None if it is."""
     try:
-        if manifest.get(CHECKSUM) != _checksum(manifest):
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        return f"its manifest is invalid: {validation_messages(error)[0]}"
+    try:
+        if manifest["key"] != key or key_of(manifest["identity"]) != key:
+            return f"its manifest is not that of key {key}"
+        if manifest[CHECKSUM] != _checksum(manifest):
             return "its manifest was changed after it was written"
     except ValueError as error:  # NaN, which json reads but lorapar never writes
         return f"its manifest is invalid: {error}"
-    if manifest["key"] != key or key_of(manifest["identity"]) != key:
-        return f"its manifest is not that of key {key}"
-    paths = map(PurePosixPath, manifest["files"])
-    if outside := next((path for path in paths if path.is_absolute() or ".." in path.parts), None):
-        return f"its manifest is invalid: {outside} leads out of the artifact"
     return None
 
 
