@@ -27,13 +27,11 @@ WEIGHTS = "model.safetensors"
     ("error", "code", "told"),
     [
         (OSError(errno.ENOSPC, "x", "runs/a"), 73, "cannot write runs/a: no space left on device"),
-        (OSError(errno.EROFS, "x", "runs/a"), 73, "cannot open runs/a: read-only file system"),
         (PermissionError(errno.EACCES, "x", "a"), 73, "cannot open a: permission denied"),
         (SafetensorError("I/O error: … (os error 28)"), 73, "cannot write: no space left"),
         (RuntimeError("[enforce fail] No space left on device"), 73, "cannot write: no space left"),
         (FileNotFoundError(errno.ENOENT, "x", "a"), 66, "no file a"),
         (OSError(errno.ENAMETOOLONG, "x", "a" * 9), 78, "cannot use aaaaaaaaa: file name too long"),
-        (OSError(errno.ELOOP, "x", "a"), 78, "cannot use a: too many levels of symbolic links"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),
         (MemoryError(), 74, "the machine ran out of memory"),
@@ -94,19 +92,14 @@ def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_pa
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("x: 2020-13-45", "is not YAML"),
-        ("x: " + "9" * 5000, "is not YAML"),
         ("x: !!int ''", "is not YAML"),
         ("[" * 300, "is not YAML"),
-        ("- 1", "holds no settings"),
         ("", "holds no settings"),
         ("{a: 1}", "launch.config .*distributed_type"),
         (
             "{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}",
             "launch.config .*unknown keys",
         ),
-        ("distributed_type: X", "launch.config .*: "),
-        ("distributed_type: 'NO'", "starts a single process"),
         ("distributed_type: MULTI_CPU", "starts a single process"),
     ],
     ids=lambda text: text[:24],
@@ -142,16 +135,11 @@ def test_a_model_with_more_layers_than_weights_is_refused(copy):
     "harm",
     [
         lambda m: (m / WEIGHTS).write_bytes((m / WEIGHTS).read_bytes()[:500]),
-        lambda m: (m / WEIGHTS).write_bytes(b""),
         lambda m: (m / WEIGHTS).unlink(),
         lambda m: (m / "config.json").write_text("{"),
-        lambda m: (m / "config.json").write_text("[]"),
         lambda m: edited(m, model_type="unheard_of"),
-        lambda m: edited(m, hidden_size="many"),
         lambda m: edited(m, hidden_size=17),
-        lambda m: edited(m, num_attention_heads=0),
         lambda m: edited(m, vocab_size=7),
-        lambda m: edited(m, attention_dropout=7),
         lambda m: (m / "generation_config.json").write_text('{"eos_token_id": "x"}'),
         lambda m: save_file({k: w[:1] for k, w in load_file(m / WEIGHTS).items()}, m / WEIGHTS),
     ],
@@ -162,7 +150,7 @@ def test_a_damaged_model_is_named(copy, harm):
         load_base(section(copy))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', ""])
+@pytest.mark.parametrize("text", ["[]", '{"model": {}}'])
 def test_a_damaged_tokenizer_is_named(copy, text):
     (copy / "tokenizer.json").write_text(text)
     with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
@@ -196,10 +184,8 @@ def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
         ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
         ("{% for", "unexpected .end of template"),
         ("{{ raise_exception('no chats here') }}", "no chats here"),
-        ("{{ messages[9].content }}", "has no element 9|no attribute"),
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
     ],
 )
 def test_a_template_is_a_program_that_may_fail(copy, template, told):
@@ -215,7 +201,7 @@ def test_a_template_is_a_program_that_may_fail(copy, template, told):
             "models/smollm2-135m-q5",
             "no folder models/smollm2-135m-q5, and cannot load the tokenizer of models",
         ),
-        *((name, f"no model folder {name}") for name in ("./here", "/no/such/model", "a/b/c", "~/model")),
+        *((name, f"no model folder {name}") for name in ("./here", "a/b/c")),
         ("lonely", "cannot load the tokenizer of lonely"),
     ],
 )

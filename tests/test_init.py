@@ -83,7 +83,6 @@ def test_empty_and_repeated_rows_are_counted_and_left_out(written):
 @pytest.mark.parametrize(
     ("more", "reward", "told"),
     [
-        ({"gold": "B"}, "correctness", "mostly a letter"),
         ({"gold": "Paris"}, "correctness", "mostly a text"),
         ({"test": "def check(f): pass", "entry_point": "f"}, "code_tests", "they run in the sandbox"),
     ],
@@ -111,12 +110,6 @@ def test_answers_without_their_working_say_nothing_about_the_length_of_completio
     assert "300 rows have an answer without its working, so 256 is a guess" in said
 
 
-def test_the_overlap_of_words_is_no_reward_for_rows_without_a_response(written):
-    lacking = [{"question": f"{i} + 1?", "gold": i + 1} for i in range(8)]
-    found, said = written([{"question": "Hi", "answer": "Hello"}, *lacking])
-    assert found["rl"]["rewards"] == {"correctness": 1.0} and "text_overlap" not in said
-
-
 def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     found, said = written([{"question": f"{i} + 1?", "gold": i + 1} for i in range(60)])
     assert (found["partition"], found["rl"]["start_from"]) == ({"strategy": "all"}, "init")
@@ -126,12 +119,6 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     assert planned.code == 0, planned.err
     steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
     assert steps == {"classify:train", "score", "partition:sft", "partition:rl", "rl"}
-    # Neither the limit of SFT's rows nor SFT on answers alone stops the estimate.
-    answers = ("rl.start_from=sft", "sft.system1_targets=answer", "eval.targets=[base, sft, rl]")
-    for changed in (["data.max_length=16"], answers):
-        sets = [argument for setting in changed for argument in ("--set", setting)]
-        planned = lorapar("plan", "c.yaml", *sets)
-        assert planned.code == 0, planned.err
 
 
 def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
@@ -143,18 +130,15 @@ def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
     assert benchmark_of("owner/name").split == "test" and splits == ["test"]
 
 
-def test_test_rows_that_are_trained_on_are_counted(written, tmp_path):
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
-    _, said = written(rows(10), "--test", str(tmp_path / "test.jsonl"))
-    assert "test.jsonl measures: 10 of its 12 questions are trained on" in said
-
-
 def test_labels_of_the_rows_are_taken(written):
     found, said = written(rows(290, system=1) + rows(302, system=2)[290:])
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
     assert found["rl"]["prompts_per_step"] == 2 and "there are 12 System 2 rows" in said
     Path("c.yaml").unlink()
     assert "no row is labelled System 2" in written(rows(8, system=1))[1]
+    Path("c.yaml").unlink()
+    found, said = written(rows(40, system="System 2"))  # words, too
+    assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said
 
 
 def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(written, tmp_path):
@@ -164,35 +148,25 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
         "2024.jsonl": rows(1)[0],
         "on.jsonl": question,
         "a/on.jsonl": {"prompt": "Which?", "answer": "B"},
+        "odd.jsonl": {"prompt": "Capital?", "completion": "It is\n#### town"},  # words, as in the demo
     }
     (tmp_path / "a").mkdir()
     for name, row in files.items():
-        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with (tmp_path / "odd.jsonl").open("a") as odd:
+        odd.write(json.dumps(files["odd.jsonl"]) + '\n{"prompt": "", "completion": "x"}\n')
     found, said = written(rows(300), *(part for name in files for part in ("--test", str(tmp_path / name))))
     made = found["eval"]["benchmarks"]
     assert {name: part["kind"] for name, part in made.items()} == {
-        "jsonl": "jsonl", "2024": "gsm8k", "on": "mmlu", "jsonl-1": "jsonl",
+        "jsonl": "jsonl", "2024": "gsm8k", "on": "mmlu", "jsonl-1": "jsonl", "odd": "demo",
     }  # fmt: skip
     assert made["on"]["shots"] == 0 and "max_new_tokens" not in made["on"]
     assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion_length"]
+    assert "duplicates" not in made["2024"]
+    assert (made["odd"]["kind"], made["odd"]["empty"], made["odd"]["duplicates"]) == ("demo", "drop", "first")
+    assert made["odd"]["max_new_tokens"] == found["rl"]["max_completion_length"]
     assert "which rows measure success" not in said
-
-
-def test_answers_of_any_test_rows_may_be_as_long_as_in_rl_and_odd_rows_are_left_out(written, tmp_path):
-    """Those of words are read as the demonstration set's are, whose own answers are short."""
-    words = [{"prompt": f"Capital {i}?", "completion": f"It is\n#### town {i}"} for i in range(4)]
-    for name, given in (("words", words), ("odd", [*words, words[0], {"prompt": "", "completion": "x"}])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-    tests = (part for name in ("words", "odd") for part in ("--test", str(tmp_path / f"{name}.jsonl")))
-    made = written(rows(300), *tests)[0]
-    part = made["eval"]["benchmarks"]
-    assert (
-        part["words"]["max_new_tokens"]
-        == part["odd"]["max_new_tokens"]
-        == made["rl"]["max_completion_length"]
-    )
-    assert "duplicates" not in part["words"]
-    assert (part["odd"]["empty"], part["odd"]["duplicates"]) == ("drop", "first")
+    assert "2024.jsonl measures: 1 of its 1 questions are trained on" in said
 
 
 def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
@@ -204,12 +178,6 @@ def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
     )
     found, said = written(rows(300), model=folder)
     assert "prompt" not in found and "its chat template takes no system message" in said
-
-
-def test_one_row_that_looks_verifiable_changes_no_system_message(written):
-    plain = [{"instruction": f"Say {i}.", "output": f"Well, {i}."} for i in range(40)]
-    found, _ = written([*plain, {"instruction": "Write.", "output": "Text\n#### 3. Final thoughts"}])
-    assert "prompt" not in found and found["rl"]["rewards"] == {"text_overlap": 1.0}
 
 
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):
@@ -258,20 +226,13 @@ def test_answers_of_the_test_rows_alone_are_asked_for_too(written, tmp_path):
 
 
 def test_long_rows_get_a_server_with_room(written):
-    long = rows(40)
-    long[3]["answer"] = "word " * 3000 + "\n#### 8"
-    long[4]["answer"] = "word " * 2900 + "\n#### 8"
-    found, _ = written(long)
+    """And a text in the field `system`, which is no label, is not passed over."""
+    long = rows(40, system="You are a lawyer.")
+    for row in long[3:5]:
+        row["answer"] = "word " * 3000 + "\n#### 8"
+    found, said = written(long)
+    assert "what becomes of the field system of 40 rows" in said and "each row has a field system" not in said
     assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096 or "server" not in found
-
-
-def test_a_text_in_the_field_system_is_not_passed_over(written):
-    """It is no label, and no model is told it."""
-    _, said = written([{**row, "system": "You are a lawyer."} for row in rows(20)])
-    assert "what becomes of the field system of 20 rows" in said and "each row has a field system" not in said
-    Path("c.yaml").unlink()
-    _, said = written(rows(20))
-    assert "field system" not in said and "sft.system2_share: 0.3 is a cold start" in said
 
 
 def test_a_model_without_linear_modules_is_refused(lorapar, tiny, tmp_path, monkeypatch):
@@ -283,11 +244,6 @@ def test_a_model_without_linear_modules_is_refused(lorapar, tiny, tmp_path, monk
     done = lorapar("init", "rows.jsonl", "--model", "gpt2")
     assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
     assert not Path("rows.yaml").exists()
-
-
-def test_labels_in_words_are_labels(written):
-    found, said = written(rows(40, system="System 2"))
-    assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said
 
 
 def test_a_text_of_megabytes_is_refused_before_a_tokenizer_sees_it(tiny, tmp_path, lorapar):
@@ -357,7 +313,7 @@ def test_files_and_benchmarks_of_one_name_stay_apart(written, tmp_path):
     assert len(paths) == 2 and paths["protected"] == "protected.jsonl"
 
 
-def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, lorapar, tmp_path):
+def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, tmp_path):
     old = [{"instruction": f"Say {i}.", "output": "Well, " + "so " * 60} for i in range(40)]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
     (tmp_path / "test.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
@@ -366,8 +322,6 @@ def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, 
     assert Path(found["data"]["path"]).name == "my rows.v1.jsonl"
     assert list(found["eval"]["benchmarks"]) == ["test"] and "no answer in it can be verified" in said
     assert found["data"]["max_length"] > 200 > found["rl"]["max_completion_length"]
-    # The protected rows are rendered as the run renders them, with the system message of the new rows.
-    assert lorapar("plan", "c.yaml", "--check").code == 0
     assert not list(tmp_path.glob("*-train.jsonl"))
 
 

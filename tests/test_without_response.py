@@ -30,10 +30,7 @@ def _read(tmp_path, *rows, **settings):
     [
         {"question": "2 + 3?", "gold": 5},
         {"question": "2 + 3?", "answer": None, "gold": "5"},
-        {"question": "2 + 3?", "answer": " ", "gold": "5"},
-        {"instruction": "2 + 3?", "gold": "5"},
         {"instruction": "2 + 3?", "context": "", "response": "", "gold": "5"},
-        {"prompt": "2 + 3?", "gold": "5"},
         {"messages": [{"role": "user", "content": "2 + 3?"}], "gold": "5"},
     ],
     ids=lambda row: ", ".join(row),
@@ -64,9 +61,7 @@ def test_a_response_is_found_by_its_synonym_with_and_without_a_gold(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        {"question": "open?"},
         {"question": "open?", "gold": None},
-        {"messages": [{"role": "user", "content": "open?"}]},
         {"messages": [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]},
     ],
     ids=str,
@@ -161,6 +156,7 @@ def test_a_system_without_any_response_is_said():
         examples.trained_by_sft(bare[1::2], SftSection(data="all"), 0)
 
 
+@pytest.mark.slow
 def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     """Half of the rows have their answer alone: RL has them as prompts, score and SFT do not.
 

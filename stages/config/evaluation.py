@@ -18,9 +18,11 @@ from stages.config.fields import (
     Samples,
     Section,
     advanced,
+    advanced_unkeyed,
     registries_from,
     registry_name,
     setting,
+    unkeyed,
     without_false,
 )
 from stages.config.sources import Engine, PromptSection, SourceSection
@@ -56,10 +58,8 @@ class BenchmarkSection(SourceSection):
         "Number of worked examples in the prompt; 0 with lm_eval: as many as the task has.",
         ignored_by="classify",
     )
-    shots_path: str | None = advanced(
-        None,
-        "File with the worked examples; none: the data set of the items, from split shots_split.",
-        in_cache_key=False,
+    shots_path: str | None = advanced_unkeyed(
+        None, "File with the worked examples; none: the data set of the items, from split shots_split."
     )
     shots_split: str = advanced(
         "train", "Split with the worked examples, in a hub data set.", ignored_by="classify"
@@ -129,38 +129,30 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region] | KeptTarget] = setting(
+    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region] | KeptTarget] = unkeyed(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
         "SFT, of its second round (sft.rounds) or of RL; rl-20: with that of RL after step 20 "
         "(rl.keep_steps); s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
         "to their initial values; auto: the answers of the fast or the slow mode, as one vote of the base on "
         "each item decides. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
-        in_cache_key=False,
         min_length=1,
     )
-    benchmarks: dict[str, BenchmarkSection] = setting(
-        {}, "Benchmarks, each under a name of your choice.", in_cache_key=False
-    )
+    benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
     engine: Engine = setting(
         "auto",
         "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
         "transformers. On CPU vllm pays off only for large benchmarks.",
     )
-    untrained_items: PositiveInt | None = advanced(
+    untrained_items: PositiveInt | None = advanced_unkeyed(
         None,
         "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all. "
         "Tasks of lm_eval have only their own limit.",
-        in_cache_key=False,
     )
-    parity_items: NonNegativeInt = advanced(
-        8,
-        "How many of the first answers are checked against the unmerged adapter; 0: none.",
-        in_cache_key=False,
+    parity_items: NonNegativeInt = advanced_unkeyed(
+        8, "How many of the first answers are checked against the unmerged adapter; 0: none."
     )
-    sandbox: SandboxSection = advanced(
-        SandboxSection(), "Sandbox of benchmarks that run code.", in_cache_key=False
-    )
+    sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of benchmarks that run code.")
 
     @field_validator("engine")
     @classmethod

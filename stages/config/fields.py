@@ -42,6 +42,9 @@ def setting(
 
 
 advanced = partial(setting, advanced=True)
+unkeyed = partial(setting, in_cache_key=False)
+advanced_unkeyed = partial(advanced, in_cache_key=False)
+"""A setting that few users change, one that is `in_cache_key=False`, and one that is both."""
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]

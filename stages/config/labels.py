@@ -12,9 +12,11 @@ from stages.config.fields import (
     Section,
     Share,
     advanced,
+    advanced_unkeyed,
     check_url,
     registry_name,
     setting,
+    unkeyed,
 )
 from stages.config.sources import Engine, ModelSection
 
@@ -27,27 +29,20 @@ class ThinkingSection(Section):
 
 class Voter(Section):
     name: str | None = setting(None, "Name of the voter in the labels; none: model/persona.")
-    model: str | None = setting(
-        None, "Model that votes; none: the base model, model.name.", in_cache_key=False
-    )
-    revision: str = advanced(
-        "main", "Branch, tag or commit of a voting model on the hub.", in_cache_key=False
-    )
+    model: str | None = unkeyed(None, "Model that votes; none: the base model, model.name.")
+    revision: str = advanced_unkeyed("main", "Branch, tag or commit of a voting model on the hub.")
     engine: Engine = setting(
         "auto",
         "Engine that runs the model. auto: openai if base_url is set; without a GPU transformers, in this "
         "process, for a model of at most 1 billion parameters that does not think first; else vllm if it is "
         "installed.",
     )
-    base_url: str | list[str] | None = setting(
+    base_url: str | list[str] | None = unkeyed(
         None,
         "Address of a running OpenAI-compatible server (…/v1), or a list of servers with the same model, "
         "which are used in turn.",
-        in_cache_key=False,
     )
-    api_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable with the API key for base_url.", in_cache_key=False
-    )
+    api_key_env: str = unkeyed("OPENAI_API_KEY", "Environment variable with the API key for base_url.")
     persona: Persona = setting(
         "role_play", "Prompt and label words of the voter, one of `lorapar list personas`."
     )
@@ -60,10 +55,8 @@ class Voter(Section):
         ge=2,
         multiple_of=2,
     )
-    shots_path: str | None = advanced(
-        None,
-        "File with the worked examples (fields question, answer, system); none: those of lorapar.",
-        in_cache_key=False,
+    shots_path: str | None = advanced_unkeyed(
+        None, "File with the worked examples (fields question, answer, system); none: those of lorapar."
     )
     thinking: ThinkingSection | None = setting(
         None, "Let the voter think before it chooses, with these limits; for chat personas only."
@@ -79,16 +72,13 @@ class Voter(Section):
         "content_free: the probability for questions without content; auto: none for chat personas, else "
         "held_out.",
     )
-    devices: str | None = advanced(
+    devices: str | None = advanced_unkeyed(
         None,
         "Devices of the voter's server, in the form of CUDA_VISIBLE_DEVICES; voters with devices run in "
         "parallel.",
-        in_cache_key=False,
     )
-    vllm: Annotated[dict[str, Any], JsonValue] = advanced(
-        {},
-        "Arguments of the voter's vLLM server, added to those of server.vllm, e.g. {quantization: fp8}.",
-        in_cache_key=False,
+    vllm: Annotated[dict[str, Any], JsonValue] = advanced_unkeyed(
+        {}, "Arguments of the voter's vLLM server, added to those of server.vllm, e.g. {quantization: fp8}."
     )
 
     @property
@@ -123,51 +113,36 @@ class Voter(Section):
 
 
 class ServerSection(Section):
-    concurrency: int | None = setting(
+    concurrency: int | None = unkeyed(
         None,
         "Largest number of requests in flight; none: 64, and for a vLLM server that lorapar starts up to "
         "512, as long as answers take less than a twentieth of timeout_s.",
-        in_cache_key=False,
         gt=0,
         le=10_000,
     )
-    timeout_s: Seconds = advanced(
+    timeout_s: Seconds = advanced_unkeyed(
         600,
         "Time limit of one request in seconds, including its wait in the server's queue; for long thoughts "
         "raise it, and stall_s above it.",
-        in_cache_key=False,
     )
-    stall_s: Seconds = advanced(
-        900,
-        "Seconds without an answer to any request after which a server is considered dead.",
-        in_cache_key=False,
+    stall_s: Seconds = advanced_unkeyed(
+        900, "Seconds without an answer to any request after which a server is considered dead."
     )
-    batch_size: PositiveInt = setting(
-        64, "Number of answers that engine transformers generates at a time.", in_cache_key=False
+    batch_size: PositiveInt = unkeyed(64, "Number of answers that engine transformers generates at a time.")
+    max_model_len: PositiveInt = unkeyed(
+        4096, "Context length, in tokens, of a vLLM server that lorapar starts."
     )
-    max_model_len: PositiveInt = setting(
-        4096, "Context length, in tokens, of a vLLM server that lorapar starts.", in_cache_key=False
+    startup_s: Seconds = advanced_unkeyed(600, "Time limit, in seconds, for the start of a vLLM server.")
+    vllm: Annotated[dict[str, Any], JsonValue] = unkeyed(
+        {}, "Further arguments of a vLLM server that lorapar starts, e.g. {tensor_parallel_size: 2}."
     )
-    startup_s: Seconds = advanced(
-        600, "Time limit, in seconds, for the start of a vLLM server.", in_cache_key=False
+    port: int | None = advanced_unkeyed(
+        None, "Port of a vLLM server that lorapar starts; none: a free port.", gt=0, lt=65536
     )
-    vllm: Annotated[dict[str, Any], JsonValue] = setting(
-        {},
-        "Further arguments of a vLLM server that lorapar starts, e.g. {tensor_parallel_size: 2}.",
-        in_cache_key=False,
-    )
-    port: int | None = advanced(
-        None,
-        "Port of a vLLM server that lorapar starts; none: a free port.",
-        in_cache_key=False,
-        gt=0,
-        lt=65536,
-    )
-    adapter: Literal["auto", "merged", "module"] = advanced(
+    adapter: Literal["auto", "merged", "module"] = advanced_unkeyed(
         "auto",
         "How a vLLM server gets an adapter. merged: merged into the weights; module: as a LoRA module; auto: "
         "merged on a CPU, else module.",
-        in_cache_key=False,
     )
 
 
@@ -182,11 +157,10 @@ class ClassifySection(Section):
         "shuffled: the voters' labels, dealt out to other rows, so that System 2 keeps its share; "
         "random: a random draw.",
     )
-    labels_file: str | None = setting(
+    labels_file: str | None = unkeyed(
         None,
         "Labels for strategy known: a .json object that maps id or question to 1 or 2, or JSON Lines or CSV "
         "with the field that `known` names; none: the rows have that field.",
-        in_cache_key=False,
     )
     swap: bool = advanced(False, "Control: exchange the labels System 1 and System 2.")
     voters: list[Voter] = setting(
@@ -205,12 +179,11 @@ class ClassifySection(Section):
         "Share of the votes that the larger side must have; with less, an example is undecided.",
         ignored_by=UNVOTED,
     )
-    min_auc: Share = setting(
+    min_auc: Share = unkeyed(
         0.6,
         "At least one voter must reach this area under the ROC curve on labelled examples; 0.5 is chance.",
-        in_cache_key=False,
     )
-    accept_weak: bool = setting(False, "Go on even if no voter reaches min_auc.", in_cache_key=False)
+    accept_weak: bool = unkeyed(False, "Go on even if no voter reaches min_auc.")
     show_answer: bool = advanced(
         True, "Show the reference answer to the voters, too, unless some row has none.", ignored_by=UNVOTED
     )
@@ -222,11 +195,10 @@ class ClassifySection(Section):
         gt=0,
         lt=1,
     )
-    held_out: str | None = advanced(
+    held_out: str | None = advanced_unkeyed(
         None,
         "File with labelled examples for calibration (fields question, answer, system); none: those of "
         "lorapar.",
-        in_cache_key=False,
     )
     known: str = setting(
         "system",
@@ -234,15 +206,11 @@ class ClassifySection(Section):
         "compares other labels with it.",
         ignored_by="random",
     )
-    max_failed: Share = advanced(
-        0.01,
-        "Share of a voter's questions that may remain unanswered; with more, the stage fails.",
-        in_cache_key=False,
+    max_failed: Share = advanced_unkeyed(
+        0.01, "Share of a voter's questions that may remain unanswered; with more, the stage fails."
     )
-    max_invalid: Share = advanced(
-        0.1,
-        "Share of a voter's answers that may be none of its label words; with more, the stage fails.",
-        in_cache_key=False,
+    max_invalid: Share = advanced_unkeyed(
+        0.1, "Share of a voter's answers that may be none of its label words; with more, the stage fails."
     )
     seed: int = advanced(
         0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known"

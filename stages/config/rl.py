@@ -20,11 +20,13 @@ from stages.config.fields import (
     ShareBelowOne,
     WithoutFalse,
     advanced,
+    advanced_unkeyed,
     as_value_error,
     check_url,
     registries_from,
     registry_name,
     setting,
+    unkeyed,
 )
 from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSection
 
@@ -35,25 +37,20 @@ class RolloutsSection(Section):
         "What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the "
         "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
     )
-    batch_size: PositiveInt = setting(
-        64,
-        "Completions that engine transformers samples at a time; halved if memory runs out.",
-        in_cache_key=False,
+    batch_size: PositiveInt = unkeyed(
+        64, "Completions that engine transformers samples at a time; halved if memory runs out."
     )
-    base_url: str | None = setting(None, "Address of the vLLM server, without /v1.", in_cache_key=False)
-    gpu_memory_utilization: float | None = setting(
+    base_url: str | None = unkeyed(None, "Address of the vLLM server, without /v1.")
+    gpu_memory_utilization: float | None = unkeyed(
         None,
         "Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of "
         "a step's completions take, at most half of what is free beside the weights.",
-        in_cache_key=False,
         gt=0,
         lt=1,
     )
-    tensor_parallel_size: PositiveInt = setting(
-        1, "Number of GPUs that share one colocated vLLM.", in_cache_key=False
-    )
-    enable_sleep_mode: bool = advanced(
-        False, "Free the memory of a colocated vLLM during optimizer steps.", in_cache_key=False
+    tensor_parallel_size: PositiveInt = unkeyed(1, "Number of GPUs that share one colocated vLLM.")
+    enable_sleep_mode: bool = advanced_unkeyed(
+        False, "Free the memory of a colocated vLLM during optimizer steps."
     )
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         advanced(
@@ -84,11 +81,10 @@ class RlSection(TrainSection):
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
     adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
-    rescore: Annotated[str, registry_name("scorers")] | None = advanced(
+    rescore: Annotated[str, registry_name("scorers")] | None = advanced_unkeyed(
         None,
         "Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): "
         "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients; none: no second scores.",
-        in_cache_key=False,
     )
     data: Literal["system2", "all"] = setting(
         "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
@@ -164,24 +160,18 @@ class RlSection(TrainSection):
         "trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward.",
         min_length=1,
     )
-    rewards_file: str | None = setting(
-        None,
-        "Python file with your own reward functions, with the signature that TRL expects.",
-        in_cache_key=False,
+    rewards_file: str | None = unkeyed(
+        None, "Python file with your own reward functions, with the signature that TRL expects."
     )
-    sandbox: SandboxSection = advanced(
-        SandboxSection(), "Sandbox of rewards that run code.", in_cache_key=False
-    )
+    sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of rewards that run code.")
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
-    save_steps: PositiveInt = advanced(5, SAVE_STEPS, in_cache_key=False)
-    keep_steps: list[PositiveInt] = advanced(
-        [], "Steps after which the adapter is kept, too, for targets such as rl-20.", in_cache_key=False
+    save_steps: PositiveInt = advanced_unkeyed(5, SAVE_STEPS)
+    keep_steps: list[PositiveInt] = advanced_unkeyed(
+        [], "Steps after which the adapter is kept, too, for targets such as rl-20."
     )
-    max_zero_signal_steps: PositiveInt = advanced(
-        20,
-        "Stop after this many consecutive steps in which all rewards of each group are equal.",
-        in_cache_key=False,
+    max_zero_signal_steps: PositiveInt = advanced_unkeyed(
+        20, "Stop after this many consecutive steps in which all rewards of each group are equal."
     )
 
     def conflicts(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from stages.config.fields import Section, advanced, registry_name, setting
+from stages.config.fields import Section, advanced, advanced_unkeyed, registry_name, setting, unkeyed
 
 ALL_LINEAR = "all-linear"
 """PEFT's value of target_modules for all linear layers but the head."""
@@ -15,8 +15,8 @@ Engine = Annotated[str, registry_name("engines", also="auto")]
 
 
 class ModelSection(Section):
-    name: str = setting(..., "Base model: a local folder or a hub id.", in_cache_key=False)
-    revision: str = advanced("main", "Branch, tag or commit of a hub model.", in_cache_key=False)
+    name: str = unkeyed(..., "Base model: a local folder or a hub id.")
+    revision: str = advanced_unkeyed("main", "Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Data type of the base weights. auto: that of the checkpoint, except float32 on a CPU without native "
@@ -25,16 +25,14 @@ class ModelSection(Section):
     load_in_4bit: bool = setting(
         False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
     )
-    device: Literal["auto", "cpu"] = advanced(
+    device: Literal["auto", "cpu"] = advanced_unkeyed(
         "auto",
         "auto: the GPU, or without one the CPU; a run ends before its first vote if torch cannot use the GPU "
         "that is there. cpu: every command hides all GPUs.",
-        in_cache_key=False,
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = advanced(
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = advanced_unkeyed(
         "auto",
         "Attention implementation of transformers; auto: its default. On CPU eager is faster for short rows.",
-        in_cache_key=False,
     )
 
     @property
@@ -54,14 +52,12 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    path: str | None = setting(
-        None,
-        "Rows: a file (JSON Lines, a JSON list, CSV, TSV or Parquet), or the hub id of a data set.",
-        in_cache_key=False,
+    path: str | None = unkeyed(
+        None, "Rows: a file (JSON Lines, a JSON list, CSV, TSV or Parquet), or the hub id of a data set."
     )
     subset: str | None = setting(None, "Configuration (subset) of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
-    revision: str = advanced("main", "Branch, tag or commit of a hub data set.", in_cache_key=False)
+    revision: str = advanced_unkeyed("main", "Branch, tag or commit of a hub data set.")
     format: Literal["auto", "gsm8k", "alpaca", "messages", "messages_all", "prompt_completion"] = setting(
         "auto",
         "Format of the rows; auto: detected from the names of their fields. messages: the last answer of "

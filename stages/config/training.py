@@ -17,8 +17,10 @@ from stages.config.fields import (
     Share,
     ShareBelowOne,
     advanced,
+    advanced_unkeyed,
     registry_name,
     setting,
+    unkeyed,
 )
 from stages.config.sources import PromptSection
 
@@ -115,10 +117,8 @@ class ScoreSection(Section):
         "taylor2", "Importance formula, one of `lorapar list scorers`.", ignored_by="score:rl"
     )
     examples: PositiveInt = setting(100, "Number of examples of each system.")
-    batch_size: PositiveInt = setting(
-        8, "Examples per forward pass; halved if memory runs out.", in_cache_key=False
-    )
-    launch: LaunchSection = advanced(LaunchSection(), LAUNCH, in_cache_key=False)
+    batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
+    launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
     prompt: PromptSection | None = advanced(
         None, "Prompt settings of this stage, used instead of the section `prompt`."
     )
@@ -168,17 +168,15 @@ class PartitionSection(Section):
         "none: as many as strategy and beta give it.",
         ignored_by="partition:sft",
     )
-    protect: str | None = setting(
+    protect: str | None = unkeyed(
         None,
         "Rows whose skill must survive training: a file in any format of data.path. No stage trains an "
         "element that these rows need.",
-        in_cache_key=False,
     )
-    protect_theta: Share = setting(
+    protect_theta: Share = unkeyed(
         0.9,
         "Elements are protected, the most important ones first, until they have this share of the protected "
         "rows' total importance; 0: none, and what the rows lose is only measured.",
-        in_cache_key=False,
     )
 
     def _conflicts_of_rl_density(self) -> Iterator[str]:
@@ -224,17 +222,13 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = setting(
         None, "At most this many optimizer steps, if num_train_epochs needs more; none: no limit."
     )
-    gradient_checkpointing: bool = setting(
-        False,
-        "Recompute activations in the backward pass: less memory, more time.",
-        in_cache_key=False,
+    gradient_checkpointing: bool = unkeyed(
+        False, "Recompute activations in the backward pass: less memory, more time."
     )
-    save_steps: PositiveInt = advanced(25, SAVE_STEPS, in_cache_key=False)
-    launch: LaunchSection = advanced(LaunchSection(), LAUNCH, in_cache_key=False)
-    report_to: list[Tracker] = setting(
-        [],
-        "Experiment trackers that receive the logs; the package of each must be installed.",
-        in_cache_key=False,
+    save_steps: PositiveInt = advanced_unkeyed(25, SAVE_STEPS)
+    launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
+    report_to: list[Tracker] = unkeyed(
+        [], "Experiment trackers that receive the logs; the package of each must be installed."
     )
     prompt: PromptSection | None = advanced(
         None, "Prompt settings of this stage, used instead of the section `prompt`."
@@ -242,11 +236,10 @@ class TrainSection(Section):
 
 
 class SftSection(TrainSection):
-    rounds: Literal[1, 2] = setting(
+    rounds: Literal[1, 2] = unkeyed(
         1,
         "1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on "
         "System 2 rows, for rows whose answers no reward can verify. RL starts from the last round.",
-        in_cache_key=False,
     )
     start_from: Literal["init", "rl"] = advanced(
         "init", "Adapter to start from: init, or rl for the paper's reversed order.", ignored_by=SECOND_SFT

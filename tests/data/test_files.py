@@ -96,22 +96,22 @@ def write(path: Path, content: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("zipped", [False, True])
-def test_common_files_are_read(tmp_path, name, zipped):
+def test_common_files_are_read(tmp_path, name):
     content = READ[name].encode()
-    path = write(tmp_path / (name + ".gz" * zipped), gzip.compress(content) if zipped else content)
-    (example,) = read(DataSection(path=path))
-    assert (example.prompt, example.gold, example.turns) == ("Two and two?", "4", [])
+    for path, written in ((name, content), (f"{name}.gz", gzip.compress(content))):
+        (example,) = read(DataSection(path=write(tmp_path / path, written)))
+        assert (example.prompt, example.gold, example.turns) == ("Two and two?", "4", [])
 
 
 def test_parquet(tmp_path):
-    pq.write_table(
-        pa.Table.from_pylist([{**PAIR, "when": None}, {**PAIR, "question": "Q"}]), tmp_path / "x.parquet"
-    )
-    assert [e.prompt for e in read(DataSection(path=str(tmp_path / "x.parquet")))] == ["Two and two?", "Q"]
+    """Texts, null, and text that its writer has as bytes."""
+    for n, row in enumerate(({**PAIR, "when": None}, {name: text.encode() for name, text in PAIR.items()})):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{n}.parquet")
+        (example,) = read(DataSection(path=str(tmp_path / f"{n}.parquet")))
+        assert (example.prompt, example.gold) == (PAIR["question"], "4")
 
 
-@pytest.mark.parametrize(("answer", "text"), [(4, "4"), (2.5, "2.5"), (True, "true"), (False, "false")])
+@pytest.mark.parametrize(("answer", "text"), [(2.5, "2.5"), (False, "false")])
 def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer, text):
     path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
     (example,) = read(DataSection(path=path))
@@ -125,13 +125,6 @@ def test_not_a_number_is_an_empty_cell(tmp_path):
     empty = lines({"question": "Q", "answer": float("nan")}, PAIR)
     path = write(tmp_path / "empty.jsonl", empty)
     assert [e.prompt for e in read(DataSection(path=path, empty="drop"))] == [PAIR["question"]]
-
-
-def test_text_that_parquet_has_as_bytes(tmp_path):
-    row = {name: text.encode() for name, text in PAIR.items()}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
-    (example,) = read(DataSection(path=str(tmp_path / "x.parquet")))
-    assert (example.prompt, example.gold) == (PAIR["question"], "4")
 
 
 def test_old_tool_calls_and_images_are_refused(tmp_path):
@@ -154,11 +147,10 @@ def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("gold", [0, 0.0])
-def test_zero_is_a_verifiable_answer(tmp_path, gold):
-    path = write(tmp_path / "rows.jsonl", lines({"question": "3 - 3?", "gold": gold}))
+def test_zero_is_a_verifiable_answer(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines({"question": "3 - 3?", "gold": 0}))
     (example,) = read(DataSection(path=path))
-    assert (example.response, example.gold) == ("", str(gold))
+    assert (example.response, example.gold) == ("", "0")
 
 
 @pytest.mark.parametrize("name", REFUSED)

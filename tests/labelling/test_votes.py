@@ -24,9 +24,9 @@ class Echo:
             )
 
 
-def votes(folder, number: int, **voter) -> VoteJournal:
+def votes(folder, number: int, words=None, **voter) -> VoteJournal:
     made = VoteJournal(
-        Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False), 0, folder
+        Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False, words), 0, folder
     )
     made.set_examples([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
     return made
@@ -49,13 +49,13 @@ def test_bad_answers_that_another_run_got_count_too(tmp_path):
             each.check(max_failed=0, max_invalid=0.1)
 
 
-def test_another_seed_of_a_voter_that_samples_has_other_votes(tmp_path):
+def test_other_words_and_another_seed_of_a_voter_that_samples_have_other_votes(tmp_path):
+    list(votes(tmp_path, 2).ask(Echo(0), print))
+    assert len(votes(tmp_path, 2, words=("simple", "complex")).missing()) == 0
+    assert len(votes(tmp_path, 2, words=("easy", "hard")).missing()) == 2
     voter = Voter(persona="simplicity", temperature=0.5, thinking={})
-    for seed in (0, 1):
-        made = VoteJournal(voter, "v", "m", "x", PersonaContext("m", False), seed, tmp_path)
-        made.set_examples([Example("a", "Q?", "A", None)])
-        assert len(list(made.ask(Echo(0), print))) == 1
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    journals = [VoteJournal(voter, "v", "m", "x", PersonaContext("m", False), n, tmp_path) for n in (0, 1)]
+    assert not journals[0].same_journal(journals[1])
 
 
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):

@@ -1,6 +1,4 @@
-import json
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +74,10 @@ def test_calibration_needs_labelled_examples_of_each_system():
         _calibrate_voter(log, rows)
 
 
-def test_role_play_names_the_target():
+def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
+    worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
+    text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
+    assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
     assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
     assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
 
@@ -93,32 +94,16 @@ def test_labelled_examples():
     assert len(shots(SHOTS, 5)) == 4
 
 
-def test_labels_of_a_user_s_examples_may_be_written_as_elsewhere(tmp_path):
-    lines = ['{"question": "q", "answer": "a", "system": 2.0}', '{"question": "r", "system": "System 1"}']
-    (tmp_path / "h.jsonl").write_text("\n".join(lines))
-    assert [row.system for row in read_labelled_examples(tmp_path / "h.jsonl")] == [2, 1]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        '{"question": "q", "answer": "a", "system": 3}',
-        '{"answer": "a", "system": 1}',
-        '{"question": "q", "answer": "\\ud83d", "system": 1}',
-    ],
-)
-def test_labelled_examples_of_a_user_are_checked(tmp_path, row):
-    (tmp_path / "h.jsonl").write_text(row + "\n")
-    with pytest.raises(
-        DataError, match="a labelled example needs a question and a system, 1 or 2: .*h.jsonl:1"
-    ):
-        read_labelled_examples(tmp_path / "h.jsonl")
-
-
-def test_a_labelled_example_without_an_answer_has_none(tmp_path):
-    rows = [{"question": "Is it?", "answer": None, "system": 1}, {"question": "And?", "system": 2}]
-    (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [row.answer for row in read_labelled_examples(tmp_path / "h.jsonl")] == ["", ""]
+def test_labelled_examples_of_a_user(tmp_path):
+    """Labels may be written as elsewhere, and an answer may lack; lines that are none are named."""
+    path = tmp_path / "h.jsonl"
+    path.write_text(
+        '{"question": "q", "answer": null, "system": 2.0}\n{"question": "r", "system": "System 1"}\n'
+    )
+    assert [(row.system, row.answer) for row in read_labelled_examples(path)] == [(2, ""), (1, "")]
+    path.write_text('{"question": "q", "system": 3}\n{"system": 1}\n{"question": "\\ud83d", "system": 1}\n')
+    with pytest.raises(DataError, match="3 × a labelled example needs a question and a system"):
+        read_labelled_examples(path)
 
 
 def labels(
@@ -152,16 +137,13 @@ def test_rules(rule, expected):
     assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
 
 
-def test_unanimous_votes():
-    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
-
-
 def test_ties_go_by_the_mean_probability():
+    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
 
 
-@pytest.mark.parametrize("high", [0.51, 0.58, 0.59, 0.63, 0.73, 0.9])
+@pytest.mark.parametrize("high", [0.58, 0.73])
 def test_an_even_tie_is_system_2_whatever_its_rounding(high):
     low = 1 - high
     assert labels({"a": [high, low], "b": [low, high]}) == [2, 2]
@@ -183,6 +165,7 @@ def test_a_known_share_sets_each_voter_s_threshold():
     assert labels({"a": [0.01, 0.02, 0.03, 0.04]}, system2_share=0.5) == [1, 1, 2, 2]
     assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, system2_share=0.25) == [2, 1, 1, 1]
     assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, system2_share=0.5) == [2, 2, 1, 1]
+    assert labels({"a": [0.1, 0.2, 0.3]}, system2_share=0.6) == [1, 2, 2]  # 1.8 of them
 
 
 @pytest.mark.parametrize("rule", ["majority", "mean_probability"])
@@ -210,12 +193,7 @@ def test_held_out_examples_set_the_threshold_between_the_systems():
     assert calibrate("none", JUDGED, given, []).threshold == 0.5
 
 
-def test_an_unbalanced_file_does_not_move_the_threshold():
-    rows = [*JUDGED, *(CalibrationExample(f"more{i}", "", 2) for i in range(100))]
-    assert calibrate("held_out", rows, [0.8 if r.system == 2 else 0.7 for r in rows], []).threshold == 0.75
-
-
-@pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (28, 4), (2, 60)])
+@pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
 def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     """Of scores that are symmetric about a half."""
 
@@ -225,11 +203,6 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     rows = [CalibrationExample(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
     given = [*spread(ones, 0.4), *spread(twos, 0.6)]
     assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
-
-
-def test_content_free_calibration_is_what_empty_questions_get():
-    odds = calibrate("content_free", JUDGED, [None] * 24, [0.9, 0.9, None])
-    assert odds.threshold == pytest.approx(0.9) and odds.auc is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
@@ -277,27 +250,19 @@ def test_agreement_with_known_labels():
 
 
 @pytest.mark.parametrize(
-    ("text", "form"),
+    ("text", "words", "numbers", "form"),
     [
-        ("Is ice cold?", 1),
-        ("Could 3 boats cross? How many?", 0),
-        ("How many are there?", 0),
-        ("Was it before 1990, or after, and why would it be?", 1),
+        ("Is ice cold?", 3, 0, 1),
+        ("Could 3 boats cross? How many?", 6, 1, 0),
+        ("Was it before 1990, or after?", 6, 1, 1),
+        ("Ann has 1,200 pens and 3.5 kg in 2 boxes.", 10, 3, 0),
     ],
 )
-def test_surface(text, form):
+def test_surface(text, words, numbers, form):
     found = surface_scores([Example("x", text, "", None)])
-    assert found["yes/no form"]["x"] == form and found["words"]["x"] == len(text.split())
-
-
-def test_surface_scores_together():
-    """Two rules that undo each other in one score separate in the neighbourhood."""
-    known = {f"{form}{i}": 1 + ((i >= 10) ^ form) for form in (0, 1) for i in range(20)}
-    scores = {"words": {id: float(id[1:]) for id in known}, "form": {id: float(id[0]) for id in known}}
-    ids = list(known)
-    assert auc([scores["words"][id] for id in ids], [known[id] == 2 for id in ids])[0] == 0.5
-    together = neighbour_scores(scores, known)
-    assert auc([together[id] for id in ids], [known[id] == 2 for id in ids])[0] > 0.9
+    assert {name: value["x"] for name, value in found.items()} == {
+        "words": words, "numbers": numbers, "yes/no form": form
+    }  # fmt: skip
 
 
 def test_the_matched_set_gives_nothing_away():
@@ -319,12 +284,6 @@ def test_the_matched_set_gives_nothing_away():
         assert all(alike), (one, two)
 
 
-def test_surface_by_hand():
-    text = "Ann has 1,200 pens and 3.5 kg in 2 boxes."
-    found = surface_scores([Example("x", text, "", None)])
-    assert (found["words"]["x"], found["numbers"]["x"], found["yes/no form"]["x"]) == (10, 3, 0)
-
-
 def test_neighbours_are_others():
     """On a line of seven, of which the last three are System 2: 1 to 5 are beside 0, and 1 to 5 beside 6."""
     line = {"words": {str(i): float(i) for i in range(7)}}
@@ -344,13 +303,11 @@ def known_of(words: float) -> dict:
     return {"field": "s", "n": 10, "agreement": 0.9, "interval": [0.6, 0.98], **cells, "auc": areas}
 
 
-def test_a_surface_that_separates_as_well_is_warned_of_in_both_directions():
+def test_an_agreement_that_could_be_had_without_reading_is_warned_of():
+    """By a score of the surface, in both directions, or by one label for all rows."""
+    assert _known_label_warnings(known_of(0.25), {"v"}) == []
     (said,) = _known_label_warnings(known_of(0.15), {"v"})
     assert "(AUC 0.85 and 0.80)" in said
-    assert _known_label_warnings(known_of(0.25), {"v"}) == []
-
-
-def test_an_agreement_that_one_label_for_all_has_is_warned_of():
     (said,) = _known_label_warnings(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
     assert "one label for all would in 50%" in said
 
@@ -365,12 +322,6 @@ def test_a_threshold_without_content_is_the_mean_of_log_odds():
     """Odds of 9 and 1: their geometric mean is 3."""
     judged = read_labelled_examples(SHOTS)[:2]
     assert calibrate("content_free", judged, [None, None], [0.9, 0.5]).threshold == pytest.approx(0.75)
-
-
-def test_worked_examples_have_their_own_words():
-    worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
-    text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
-    assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
 
 
 def weak(**areas):
@@ -392,12 +343,8 @@ def test_only_voters_that_are_all_guessing_are_refused():
 def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypatch):
     """A random model cannot tell known examples apart: nothing is trained on its labels unless asked for."""
     config = own("classify.accept_weak=false", "classify.min_auc=0.99")
-    with pytest.raises(AnswerError) as caught:
+    with pytest.raises(AnswerError, match="no voter can tell the systems apart: AUC tiny-random/steps 0[.]"):
         make_steps(config, "classify:train", force=True)
-    assert re.match(
-        "no voter can tell the systems apart: AUC tiny-random/steps 0[.][0-9]{2}, ", str(caught.value)
-    )
-    assert "classify.accept_weak: true" in caught.value.hint
     monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked again
     for settings in (["classify.accept_weak=true"], ["classify.min_auc=0"]):
         make_steps(own("classify.accept_weak=false", *settings), "classify:train", force=True)
