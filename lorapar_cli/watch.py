@@ -14,7 +14,7 @@ TAIL = 4000
 """Bytes at the end of a log in which its last lines are looked for."""
 
 
-def summary(sweep: Sweep, seconds: dict[str, float]) -> str:
+def state_of_cells(sweep: Sweep, seconds: dict[str, float]) -> str:
     """Return the number of cells in each state, and about how long the sweep still takes.
 
     seconds: stage → seconds per step, for stages that have been measured.
@@ -100,7 +100,9 @@ class LiveView:
             elapsed = terminal.duration(time.monotonic() - step.started)
             device = "" if step.device is None else f", device {step.device}"
             lines.append(f"{node.title} ({elapsed}{device})\n  {last_line(sweep.log(node))}")
-        return Text("\n".join([*lines, summary(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis")
+        return Text(
+            "\n".join([*lines, state_of_cells(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis"
+        )
 
 
 def last_line(path: Path) -> str:
@@ -129,7 +131,7 @@ def _reversed_lines(path: Path, offset: int = 0) -> Iterator[str]:
     yield from (line for line in reversed(lines) if line.strip())
 
 
-def watching(
+def sweep_view(
     interactive: bool, seconds: dict[str, float]
 ) -> tuple[AbstractContextManager[Any], Callable[[str], None], Callable[[Sweep], None]]:
     """Return the context in which a sweep runs, and its `say` and `on_poll` callbacks."""

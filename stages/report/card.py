@@ -14,10 +14,11 @@ from stages import escaping
 from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
+from stages.evaluation.statistics import Interval
 from stages.report import usage
-from stages.report.results_table import ResultsCell, ResultsTable
 from stages.report.views import View, view_of
 from stages.store.artifacts import Artifact
+from stages.sweep.values import Value
 
 Form = Literal["adapter", "merged"]
 
@@ -237,18 +238,18 @@ def _rows(view: View, config: dict[str, Any]) -> str:
 
 def _results(evaluated: Sequence[Artifact]) -> str:
     """Tabulate accuracies with their intervals in Markdown, before a blank line; "" if there are none."""
-    rows: list[tuple[str, list[ResultsCell | None]]] = []
+    lines = [r"| benchmark | accuracy, % \[95 % interval\] | items |", "|---|---|---|"]
     several = len({artifact.manifest["variant"].partition("@")[0] for artifact in evaluated}) > 1
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
-        name = f"{target}: {name}" if several else name
+        name = escaping.markdown(f"{target}: {name}" if several else name)
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         for key, group in {"all": "all", "system1": "System 1", "system2": "System 2"}.items():
             if (measures := metrics.get(key, {})).get("n"):
-                accuracy = ResultsCell(measures["accuracy"], *measures["interval"])
-                rows.append((f"{name}, {group}", [accuracy, ResultsCell(measures["n"], share=False)]))
-    columns = ["benchmark", "accuracy, % [95 % interval]", "items"]
-    return ResultsTable(columns, rows).markdown() + "\n\n" if rows else ""
+                n, interval = measures["n"], Interval(*measures["interval"])
+                accuracy = Value(measures["accuracy"], n=n, over_items=interval).text()
+                lines.append(f"| {name}, {group} | {accuracy} | {n} |")
+    return "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
 
 
 def hub_results(evaluated: Sequence[Artifact]) -> str:

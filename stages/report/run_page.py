@@ -14,7 +14,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures, protection, provenance, results_table, routing
+from stages.report import comparison, elements, figures, protection, provenance, routing
 from stages.report.page import (
     Block,
     Command,
@@ -31,6 +31,7 @@ from stages.report.page import (
 )
 from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact, Store
+from stages.sweep.values import Value
 
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
@@ -72,7 +73,7 @@ def build(
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),
         PageSection("elements", "Elements", elements.parts(config, artifacts)),
-        PageSection("labels", "Labels", _labels(artifacts)),
+        PageSection("labels", "Labels", _label_counts(artifacts)),
         PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
         PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
@@ -128,19 +129,18 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
         if not measurements:
             blocks.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
             continue
-        table = results_table.build(name, measurements, details=True)
-        targets = table.columns[2:]
+        head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}")
+        targets = head[2:]
         caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
         caption += comparison.p_note(targets)
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        blocks.append(Grid(table.columns, table.texts(to=",\N{NO-BREAK SPACE}"), caption))
-        groups = {group: cells[1:] for group, cells in table.rows if cells[0]}  # the rows of accuracies
-        series: dict[str, dict[str, figures.Mark]] = {target: {} for target in targets}
-        for group, cells in groups.items():
-            for target, cell in zip(targets, cells, strict=True):
-                if cell and cell.value is not None and cell.low is not None and cell.high is not None:
-                    series[target][group] = 100 * cell.value, 100 * cell.low, 100 * cell.high
+        blocks.append(Grid(head, rows, caption))
+        groups = dict.fromkeys(row["group"] for row in measurements)
+        series: dict[str, dict[str, Value]] = {target: {} for target in targets}
+        for row in measurements:
+            if (value := comparison.value_of(row)) and value.over_items:
+                series[row["target"]][row["group"]] = value
         svg = figures.svg(figures.dot_plot(list(groups), series, {}))
         text = f"Accuracies on {name} with intervals, as in the table above."
         blocks.append(Pictures([Picture(svg, text)]))
@@ -248,7 +248,7 @@ def _training(artifacts: dict[str, Artifact]) -> list[Block]:
     return blocks
 
 
-def _labels(artifacts: dict[str, Artifact]) -> list[Block]:
+def _label_counts(artifacts: dict[str, Artifact]) -> list[Block]:
     """Summarize the labels of each data set, and the voters where there were any."""
     blocks: list[Block] = []
     for name, artifact in artifacts.items():

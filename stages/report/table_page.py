@@ -26,7 +26,7 @@ from stages.report.page import (
 )
 from stages.report.run_page import won_and_lost
 from stages.store.estimates import PlannedCost, actual_and_planned
-from stages.sweep import formats
+from stages.sweep import render as render_table
 from stages.sweep.file import Plot
 from stages.sweep.results import Over, Results, answers, reading
 from stages.sweep.table import Cell
@@ -66,7 +66,7 @@ def _verdict(results: Results) -> str:
     for over, scope in scopes.items():
         p_values = results.corrected_p(over)
         told_apart = [
-            f"{formats.rows_name(contrast.rows) if one_pair else formats.contrast_name(contrast)} "
+            f"{render_table.rows_name(contrast.rows) if one_pair else render_table.contrast_name(contrast)} "
             f"{100 * compared[contrast].mean:+.1f} ({p_value(p)})"
             for contrast, p in p_values.items()
             if p < 0.05
@@ -91,17 +91,17 @@ def _compared(results: Results, number: int) -> str:
     candidates = sum(row not in against for row in results.table.rows)
     rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"
     verb = "is" if number == 1 < candidates else "are"
-    return f"{rows} {verb} compared with {formats.rows_name(against)} on {on}."
+    return f"{rows} {verb} compared with {render_table.rows_name(against)} on {on}."
 
 
 def _section(results: Results, commands: Commands) -> PageSection:
     file = results.table.file
     anchor = re.sub(r"\W+", "-", results.table.path.stem)
     blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
-    blocks.append(Grid(*formats.grid(results, separator="\n"), formats.legend(results)))
-    if comparisons := formats.comparison_grid(results):
+    blocks.append(Grid(*render_table.grid(results, separator="\n"), render_table.legend(results)))
+    if comparisons := render_table.comparison_grid(results):
         blocks.append(Grid(*comparisons))
-    if choices := formats.chosen(results):
+    if choices := render_table.choices_note(results):
         blocks.append(Text(choices, quiet=True))
     if plot := (_line_plot(results, file.plot) if file.plot else None) or _dot_plot(results):
         blocks.append(Pictures([plot]))
@@ -202,13 +202,13 @@ def _run(results: Results) -> list[Block]:
 def _dot_plot(results: Results) -> Picture | None:
     """Plot accuracies by row; None while there is none."""
     file, rows = results.table.file, results.table.rows
-    series: dict[str, dict[str, figures.Mark]] = {}
+    series: dict[str, dict[str, Value]] = {}
     scopes: set[str] = set()
     for column in file.columns:
         values = {row: results.values.get((row, column)) for row in rows}
         accuracies = {row: v for row, v in values.items() if v and v.n is not None and not v.difference}
         if accuracies:
-            series[column] = {row: _mark(value) for row, value in accuracies.items()}
+            series[column] = accuracies
             scopes |= set(map(_scope, accuracies.values()))
     if not series:
         return None
@@ -222,14 +222,8 @@ def _dot_plot(results: Results) -> Picture | None:
 
 
 def _scope(value: Value) -> str:
-    """Say what the interval of `_mark` is over."""
+    """Say what the interval that figures draw is over."""
     return "items" if value.over_items else "seeds"
-
-
-def _mark(value: Value) -> figures.Mark:
-    interval = value.over_items or value.over_seeds
-    ends = (100 * interval.low, 100 * interval.high) if interval else (None, None)
-    return 100 * value.mean, *ends
 
 
 def _line_plot(results: Results, plot: Plot) -> Picture | None:
@@ -237,14 +231,14 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
 
     A row called `SERIES: NAME` is a point of that series, any other row a horizontal line.
     """
-    series: dict[str, list[figures.Point]] = {}
+    series: dict[str, list[tuple[float, Value]]] = {}
     lines: dict[str, float] = {}
     scopes: set[str] = set()
     for row in results.table.rows:
         x, y = results.values.get((row, plot.x)), results.values.get((row, plot.y))
         group, colon, _ = row.partition(": ")
         if y and y.n and colon and x:
-            series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, _mark(y)))
+            series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, y))
             scopes.add(_scope(y))
         elif y and y.n and not colon:
             lines[row] = 100 * y.mean

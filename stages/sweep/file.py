@@ -200,10 +200,10 @@ class Column:
     """Accuracy that is subtracted, item by item."""
 
     @classmethod
-    def of(cls, text: str) -> Column:
+    def from_text(cls, text: str) -> Column:
         text, minus, subtrahend = text.partition(" - ")
         if minus:
-            return replace(cls.of(text), minus=cls.of(subtrahend))
+            return replace(cls.from_text(text), minus=cls.from_text(subtrahend))
         step, _, qualifier = text.partition(".")
         return cls(f"eval:{step}" if "@" in text else step, qualifier)
 
@@ -228,7 +228,7 @@ def _is_accuracy(text: str) -> bool:
 
 def _column_mistake(text: str) -> str | None:
     """Return what is wrong with a column's text, if anything."""
-    terms = [Column.of(term) for term in text.split(" - ")]
+    terms = [Column.from_text(term) for term in text.split(" - ")]
     if len(terms) > 2 or (len(terms) == 2 and not all(term.graded for term in terms)):
         return f"column {text!r}: a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK"
     for term in terms:

@@ -75,6 +75,9 @@ class Table:
     def rows(self) -> list[str]:
         return list(dict.fromkeys(cell.row for cell in self.cells))
 
+    def cells_of(self, *rows: str) -> list[Cell]:
+        return [cell for row in rows for cell in self.cells if cell.row == row]
+
 
 def table(
     path: Path,
@@ -183,7 +186,7 @@ def _columns(
     if unknown := row_columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
     texts = {**file.columns, **row_columns}
-    columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
+    columns = {name: Column.from_text(text) for name, text in texts.items() if text is not None}
     if rebased:
         columns = {name: _rebased(column, config) for name, column in columns.items()}
     produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
@@ -216,7 +219,7 @@ def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
     for name, text in file.columns.items() if cells else ():
         if not any(name in cell.columns for cell in cells):
             steps = cells[0].steps
-            if Column.of(text).graded:
+            if Column.from_text(text).graded:
                 evaluations = [step.removeprefix("eval:") for step in steps if step.startswith("eval:")]
                 choice = f"evaluations: {', '.join(evaluations) or 'none'}"
             else:

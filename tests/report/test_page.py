@@ -40,6 +40,11 @@ NARROWEST = 500
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
 
+def value(mean: float, reach: float = 0) -> Value:
+    """An accuracy, with an interval that reaches so far to both sides."""
+    return Value(mean, n=9, over_items=Interval(mean - reach, mean + reach) if reach else None)
+
+
 def test_every_text_is_escaped():
     item = ComparedItem("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
     parts = [
@@ -53,7 +58,7 @@ def test_every_text_is_escaped():
 
 def test_one_column_over_another():
     """A series is a line, a published one a dashed line, and a row without a series goes across."""
-    series = {"QKV": [(0.4, (50.0, 40.0, 60.0)), (0.1, (30.0, None, None))]}
+    series = {"QKV": [(0.4, value(0.5, 0.1)), (0.1, value(0.3))]}
     drawn = figures.line_plot(series, {"QKV": [(0.3, 20.0)], "GUD": [(0.2, 12.0)]}, {"base": 13.3}, "x", "y")
     (axes,) = drawn.axes
     by_label = {line.get_label(): line for line in axes.lines}
@@ -92,7 +97,7 @@ def test_a_section_without_parts_is_left_out_and_one_alone_has_no_contents():
 
 
 def drawn(name: str) -> str:
-    series = {name: {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
+    series = {name: {"a": value(0.5, 0.1), "b": value(0.55, 0.1)}, "RL": {"a": value(0.52, 0.1)}}
     return figures.svg(figures.dot_plot(["a", "b"], series, {name: {"a": 27.6}}))
 
 

@@ -25,7 +25,7 @@ from stages.records import Sample, write_jsonl
 from stages.report import table_page
 from stages.runtime import process_guard
 from stages.store.digests import sha256_file
-from stages.sweep import formats, graph, local
+from stages.sweep import graph, local, render
 from stages.sweep.file import Column, TableFile, read
 from stages.sweep.results import results
 from stages.sweep.table import Contrast, table
@@ -140,11 +140,11 @@ def test_tables_of_the_demo_are_sound(path, tiny, demo_data, tmp_path, monkeypat
 def test_rows_that_another_base_makes_the_same_are_left_out(small):
     found = table(ROOT / "configs/tables/importance.yaml", base=small.with_name("base.yaml"))
     assert found.rows == ["GSM8K"] and found.duplicate_of == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
-    said = formats.legend(results(found))
+    said = render.legend(results(found))
     assert "the same as another row here: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in said
     assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 2, 3]).cells] == [2, 3]
     labels = table(ROOT / "configs/tables/labels.yaml", base=small.with_name("base.yaml"))
-    assert labels.rows == labels.rebased_rows and "replaces the configs that these rows" in formats.legend(
+    assert labels.rows == labels.rebased_rows and "replaces the configs that these rows" in render.legend(
         results(labels)
     )
     rows = ('"β 0": {partition.theta: 0.9, partition.beta: 0}', '"β 0": {}')
@@ -406,10 +406,10 @@ def test_table_2_shares_what_it_can(small):
 
 
 def test_columns():
-    assert Column.of("sft@demo.kind=one_step") == Column("eval:sft@demo", "kind=one_step")
-    assert Column.of("partition:sft.active_share") == Column("partition:sft", "active_share")
-    assert Column.of("rl@demo - sft@demo").steps == ["eval:rl@demo", "eval:sft@demo"]
-    assert Column.of("rl@demo").graded and not Column.of("rl.steps").graded
+    assert Column.from_text("sft@demo.kind=one_step") == Column("eval:sft@demo", "kind=one_step")
+    assert Column.from_text("partition:sft.active_share") == Column("partition:sft", "active_share")
+    assert Column.from_text("rl@demo - sft@demo").steps == ["eval:rl@demo", "eval:sft@demo"]
+    assert Column.from_text("rl@demo").graded and not Column.from_text("rl.steps").graded
 
 
 @pytest.fixture(scope="module")
@@ -528,10 +528,10 @@ RIGHT = {  # row, seed, target → which of four items are answered correctly
 def by_hand(tmp_path, monkeypatch):
     """Artifacts with the answers of RIGHT; RL's answer to b could not be graded in one cell."""
 
-    def artifact(reader, cell, column):
-        if not column.graded:
-            return SimpleNamespace(manifest={"key": column.step, "summary": {}})
-        target = column.step.removeprefix("eval:").partition("@")[0]
+    def artifact(artifacts, cell, step):
+        if not step.startswith("eval:"):
+            return SimpleNamespace(manifest={"key": step, "summary": {}})
+        target = step.removeprefix("eval:").partition("@")[0]
         key = f"{cell.row}-{cell.seed}-{target}"
         refused = key == "θ .9-2-rl"
         rows = [
@@ -545,7 +545,7 @@ def by_hand(tmp_path, monkeypatch):
         write_jsonl(tmp_path / key / "samples.jsonl", (asdict(row) for row in rows))
         return SimpleNamespace(path=tmp_path / key, manifest={"key": key})
 
-    monkeypatch.setattr("stages.sweep.results._Reader._artifact", artifact)
+    monkeypatch.setattr("stages.sweep.results.Artifacts.current", artifact)
 
 
 def test_numbers_by_hand(small, by_hand):
@@ -571,10 +571,10 @@ def test_numbers_by_hand(small, by_hand):
     loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
     assert loose.values[
         "θ .9", "SFT"
-    ].mean == 1 and "Parsed flexibly: SFT of β 0; SFT of θ .5" in formats.legend(loose)
+    ].mean == 1 and "Parsed flexibly: SFT of β 0; SFT of θ .5" in render.legend(loose)
     mixed = changed(small, ("gain: rl@demo - sft@demo", "gain: rl@demo - sft@demo.flexible"))
-    assert "gain of θ .5 (what is after the minus)" in formats.legend(results(table(mixed)))
-    lines = {tuple(line[:2]): line for line in csv.reader(formats.csv_text(found).splitlines())}
+    assert "gain of θ .5 (what is after the minus)" in render.legend(results(table(mixed)))
+    lines = {tuple(line[:2]): line for line in csv.reader(render.csv_text(found).splitlines())}
     head = lines["row", "column"]
     of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
     assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
@@ -582,13 +582,13 @@ def test_numbers_by_hand(small, by_hand):
     compared = dict(zip(head, lines["θ .5", "SFT, minus 'θ .9'"], strict=True))
     assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.over_items.p
     assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
-    assert r"SFT: '$\theta$ .5' minus '$\theta$ .9'" in formats.latex(found)
-    assert formats.latex(found).startswith("% Seeds 1, 2.")
-    head, rows = formats.grid(found)
+    assert r"SFT: '$\theta$ .5' minus '$\theta$ .9'" in render.latex(found)
+    assert render.latex(found).startswith("% Seeds 1, 2.")
+    head, rows = render.grid(found)
     assert head[1:4] == ["SFT, n 4", "SFT, System 2, n 1", "RL"] and ", n 3; seeds [" in rows[0][3]
     of = {row[0]: row for row in rows}
     assert re.search(r"^37\.5 \[\S+ \S+\] \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", of["θ .9"][1])
-    head, (row, _) = formats.comparison_grid(found)
+    head, (row, _) = render.comparison_grid(found)
     assert dict(zip(head[:5], row[:5], strict=True)) == {
         "comparison": "SFT: 'θ .5' minus 'θ .9'", "points": "-25.0", "over items": "[-127.7, +77.7]",
         "p": ".75", "by Holm": "1",
@@ -601,7 +601,7 @@ def test_numbers_by_hand(small, by_hand):
     ]  # the other, equal in both seeds, has no p
     certain = replace(gain, over_items=Interval(0.1, 0.2, 1e-9))
     found.values["θ .9", "gain"] = certain
-    assert "p $<$ .001" in formats.latex(found) and "p <" not in formats.latex(found)
+    assert "p $<$ .001" in render.latex(found) and "p <" not in render.latex(found)
 
 
 @pytest.fixture
@@ -630,10 +630,10 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     )
     # Of all resamples 1.0 % are below -3/4 and 4.6 % not above; 97.2 % are not above 1/4, the next is 3/8.
     assert half.bootstrap.low == -0.75 and half.bootstrap.high in (0.25, 0.375)
-    said = formats.legend(found)
+    said = render.legend(found)
     assert said.startswith("Seeds 1, 2, each with data of its own.") and "The bootstrap draws seeds" in said
     assert "permutation" not in said
-    head, _ = formats.comparison_grid(found)
+    head, _ = render.comparison_grid(found)
     assert head == ["comparison", "points", "over seeds", "p", "by Holm", "bootstrap", "by seed"]
     one = results(table(replicates, seeds=[1])).values["θ .9", "SFT"]
     assert one.over_items is not None and one.over_seeds is None and one.bootstrap is None
@@ -672,7 +672,7 @@ def test_the_mean_of_rows_is_compared_item_by_item(small, by_hand):
     # Of θ .5 items: -1, -1/2, 0, +1/2; β 0 has the adapter of θ .9.
     assert (value.mean, value.n) == (-0.125, 4)
     assert value.over_seeds.low < -0.125 < value.over_seeds.high
-    _, rows = formats.comparison_grid(found)
+    _, rows = render.comparison_grid(found)
     assert rows[0][0] == "SFT: the mean of 'θ .5', 'β 0' minus 'θ .9'"
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from lorapar_cli.watch import LiveView, last_line, summary, time_left
+from lorapar_cli.watch import LiveView, last_line, state_of_cells, time_left
 from stages.sweep.local import Outcome, Running, Sweep
 
 PLACES = {
@@ -36,10 +36,10 @@ def test_cells_are_counted_by_all_that_they_need():
     running = {PLACES["b"]: Running(None, None, time.monotonic(), 0)}
     waiting = [PLACES["c"], PLACES["d"]]
     found = sweep(done={PLACES["a"]}, running=running, waiting=waiting)
-    assert summary(found, {}) == "cells: 1 done, 1 running, 1 waiting"
+    assert state_of_cells(found, {}) == "cells: 1 done, 1 running, 1 waiting"
     failed = Outcome(found.nodes[PLACES["b"]], "failed", 1)
     found = sweep(done={PLACES["a"]}, waiting=waiting, ended={PLACES["b"]: failed})
-    assert summary(found, {}) == "cells: 1 done, 1 failed, 1 waiting"
+    assert state_of_cells(found, {}) == "cells: 1 done, 1 failed, 1 waiting"
 
 
 def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running():
