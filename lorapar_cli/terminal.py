@@ -105,13 +105,13 @@ def _cost(committed: Artifact) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
-    nested = [
-        f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in value.items())
-        for k, value in summary.items()
-        if isinstance(value, dict)
+    """Write a summary: its values in one line, and a line for each group of values."""
+    values = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
+    groups = {k: v for k, v in summary.items() if isinstance(v, dict)}
+    lines = [
+        f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in group.items()) for k, group in groups.items()
     ]
-    return ["; ".join(lines), *nested] if lines else nested
+    return ["; ".join(values), *lines] if values else lines
 
 
 def _short(value: Any) -> str:

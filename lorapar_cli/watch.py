@@ -44,19 +44,14 @@ def time_left(sweep: Sweep, seconds: dict[str, float]) -> float | None:
 
     None if a stage with remaining steps has never been measured.
     """
-    per_step = dict(seconds)
-    for outcome in sweep.ended.values():
-        if outcome.status == "done":
-            per_step.setdefault(outcome.node.stage, outcome.seconds)
-    waiting = [sweep.nodes[artifact].stage for artifact in sweep.waiting]
-    running = [
-        (sweep.nodes[artifact].stage, time.monotonic() - step.started)
-        for artifact, step in sweep.running.items()
-    ]
-    if any(stage not in per_step for stage in [*waiting, *(stage for stage, _ in running)]):
+    done = [outcome for outcome in sweep.ended.values() if outcome.status == "done"]
+    per_step = {outcome.node.stage: outcome.seconds for outcome in reversed(done)} | seconds
+    elapsed = {artifact: time.monotonic() - step.started for artifact, step in sweep.running.items()}
+    elapsed |= dict.fromkeys(sweep.waiting, 0.0)
+    stages = {artifact: sweep.nodes[artifact].stage for artifact in elapsed}
+    if not per_step.keys() >= set(stages.values()):
         return None
-    work = sum(per_step[stage] for stage in waiting)
-    work += sum(max(0.0, per_step[stage] - elapsed) for stage, elapsed in running)
+    work = sum(max(0.0, per_step[stages[artifact]] - so_far) for artifact, so_far in elapsed.items())
     return work / max(1, len(sweep.slots) + len(sweep.running))  # free and used slots
 
 

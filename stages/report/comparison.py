@@ -12,7 +12,7 @@ from stages.evaluation.statistics import Interval, paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
-from stages.store.artifacts import Store
+from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
 Answers = dict[str, dict[str, list[Sample]]]
@@ -41,6 +41,11 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     if answers_by_benchmark and by not in fields:
         raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
+
+
+def answers_of(artifact: Artifact) -> dict[str, list[Sample]]:
+    """Read the graded answers of an evaluation by item."""
+    return answers_by_item(read_samples(artifact.path / "samples.jsonl"))
 
 
 def is_derived(target: str) -> bool:

@@ -229,10 +229,8 @@ def _csv_numbers(value: Value | None, published: float | str) -> list[float | st
     """Return the cells of a line after row and column; those of numbers that do not exist are empty."""
     if value is None:
         return [*[""] * 6, published, *[""] * 6]
-    items, seeds, resampled = (
-        ("", "", "") if interval is None else astuple(interval)
-        for interval in (value.over_items, value.over_seeds, value.bootstrap)
-    )
+    intervals = (value.over_items, value.over_seeds, value.bootstrap)
+    items, seeds, resampled = (astuple(interval) if interval else [None] * 3 for interval in intervals)
     of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
     numbers = [value.mean, *items[:2], value.n, len(value.of_seeds), of_seeds, published, items[2], *seeds]
     return ["" if number is None else number for number in [*numbers, *resampled[:2]]]

@@ -276,7 +276,7 @@ def test_the_items_are_shown_without_what_all_prompts_have_in_common():
         {name: [sample(name, correct, prompt=prompt)] for name, prompt in prompts.items()}
         for correct in (False, True)
     )
-    _, folded = run_page.won_and_lost("", ("base", before), ("sft", after))
+    _, folded = run_page.won_and_lost("", run_page.Answered("base", before), run_page.Answered("sft", after))
     items, _, start = folded.blocks
     assert [item.question for item in items.items] == list(asked.values())
     assert start.text == "<s>\nBe brief.</s>\n<u>"
@@ -289,7 +289,8 @@ def test_won_and_lost_are_read_as_their_column_is():
     before = {"a": [sample("a", False, correct_flexible=True)], "b": [sample("b", False)]}
     after = {name: [sample(name, True)] for name in "ab"}
     for read, won in (("correct_flexible", 1), ("correct", 2)):
-        told, _ = run_page.won_and_lost("", ("base", before), ("sft", after), (read, "correct"))
+        base = run_page.Answered("base", before, read)
+        told, _ = run_page.won_and_lost("", base, run_page.Answered("sft", after))
         assert told.text == f"sft wins {won} and loses 0 of 2 items."
 
 
