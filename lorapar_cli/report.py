@@ -1,5 +1,6 @@
 """`lorapar report`: writes a page on tables of many runs, or on one run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,25 +77,25 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
 def _report_tables(tables: list[Table], out: Path, only: list[str], options: list[str]) -> None:
     """Write the files of tables. only, options: arguments of a `lorapar sweep` that completes them."""
 
-    def sweep(paths: list[Path], rows: list[str]) -> str:
+    def sweep(paths: list[Path], row: str | None = None) -> str:
+        rows = only if row is None else ["--only", row]
         return " ".join(map(escaping.shell, ["lorapar", "sweep", *map(str, paths), *rows, *options]))
 
     all_results = [results(table) for table in tables]
     if not any(table_results.any_there for table_results in all_results):
-        hint = sweep([table.path for table in tables], only)
+        hint = sweep([table.path for table in tables])
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
     from stages.report import table_page
 
     out.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for table, found in zip(tables, all_results, strict=True):
-        row_commands = {row: sweep([table.path], ["--only", row]) for row in table.rows}
-        sections.append((found, table_page.Commands(sweep([table.path], only), row_commands)))
-        (out / f"{table.path.stem}.csv").write_text(render.csv_text(found), encoding="utf-8")
-        (out / f"{table.path.stem}.tex").write_text(render.latex(found), encoding="utf-8")
-        complete = sum(value is not None for value in found.values.values())
-        terminal.say(f"{table.path}: {complete} of {len(found.values)} values are available")
-    text = "\n".join(render.markdown(found, commands.all) for found, commands in sections)
+    for found in all_results:
+        path, values = found.table.path, found.values.values()
+        (out / f"{path.stem}.csv").write_text(render.csv_text(found), encoding="utf-8")
+        (out / f"{path.stem}.tex").write_text(render.latex(found), encoding="utf-8")
+        complete = sum(value is not None for value in values)
+        terminal.say(f"{path}: {complete} of {len(values)} values are available")
+    text = "\n".join(render.markdown(found, sweep([found.table.path])) for found in all_results)
     (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(table_page.page(sections), encoding="utf-8")
+    page = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
+    (out / "report.html").write_text(page, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")

@@ -202,10 +202,8 @@ def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[float]
     # A step logs at most one value, so the last `window` points hold all values of the last `window` steps.
     # The condition drops older ones, which are among them where steps logged none.
     return [
-        fmean(
-            value for step, value in points[max(0, end - window) : end] if step > points[end - 1][0] - window
-        )
-        for end in range(1, len(points) + 1)
+        fmean(value for at, value in points[max(0, end - window) : end] if at > step - window)
+        for end, (step, _) in enumerate(points, 1)
     ]
 
 
@@ -254,7 +252,5 @@ def training_curves(runs: dict[str, list[training.History]], panels: dict[str, s
 
 def _look(number: int) -> dict[str, Any]:
     """Return colour and style of a row's lines; the first 24 rows all differ."""
-    return {
-        "color": PALETTE[number % len(PALETTE)],
-        "linestyle": STYLES[number // len(PALETTE) % len(STYLES)],
-    }
+    style, colour = divmod(number, len(PALETTE))
+    return {"color": PALETTE[colour], "linestyle": STYLES[style % len(STYLES)]}

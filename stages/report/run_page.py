@@ -163,7 +163,7 @@ def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]
 
 
 class Answered(NamedTuple):
-    """What a model answered."""
+    """Graded answers of a model, with its title."""
 
     title: str
     answers: dict[str, list[Sample]]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stages.config.evaluation import KEPT
@@ -34,21 +33,16 @@ from stages.sweep.results import Over, Results, answers, reading
 from stages.sweep.table import Cell
 from stages.sweep.values import Value
 
-
-@dataclass(frozen=True)
-class Commands:
-    """Commands that run the missing steps of a table, and of each of its rows."""
-
-    all: str
-    rows: dict[str, str]
+SweepCommand = Callable[[str | None], str]
+"""Writes the command that makes what is missing of a row, or, for None, of its table."""
 
 
-def page(tables: list[tuple[Results, Commands]]) -> str:
+def page(tables: list[tuple[Results, SweepCommand]]) -> str:
     titles = [results.table.file.title for results, _ in tables]
     verdicts = zip(titles, (_verdict(results) for results, _ in tables), strict=True)
     lead = [f"{title}. {verdict}" if len(titles) > 1 else verdict for title, verdict in verdicts if verdict]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
-    return render(title, lead, [_section(results, commands) for results, commands in tables])
+    return render(title, lead, [_section(results, command) for results, command in tables])
 
 
 def _verdict(results: Results) -> str:
@@ -93,7 +87,7 @@ def _compared(results: Results, number: int) -> str:
     return f"{rows} {verb} compared with {render_table.rows_name(against)} on {on}."
 
 
-def _section(results: Results, commands: Commands) -> PageSection:
+def _section(results: Results, command: SweepCommand) -> PageSection:
     file = results.table.file
     anchor = re.sub(r"\W+", "-", results.table.path.stem)
     blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
@@ -110,12 +104,12 @@ def _section(results: Results, commands: Commands) -> PageSection:
         blocks.append(Pictures([curves]))
     if file.make_data:
         blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
-    blocks += [Text("This command makes or completes the table:", quiet=True), Command(commands.all)]
-    blocks += [_rows(results, commands), *_won_and_lost(results), *_run(results)]
+    blocks += [Text("This command makes or completes the table:", quiet=True), Command(command(None))]
+    blocks += [_rows(results, command), *_won_and_lost(results), *_run(results)]
     return PageSection(anchor, file.title, blocks)
 
 
-def _rows(results: Results, commands: Commands) -> Details:
+def _rows(results: Results, command: SweepCommand) -> Details:
     """List each row's settings, time, memory and command."""
     settings = results.table.file.settings()
     lines = []
@@ -128,7 +122,7 @@ def _rows(results: Results, commands: Commands) -> Details:
         changed = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
         lines.append([
             row, "; ".join(changed), f"{seconds:.0f}" if steps else "",
-            "" if peak is None else f"{peak:.0f}", commands.rows[row],
+            "" if peak is None else f"{peak:.0f}", command(row),
         ])  # fmt: skip
     caption = "Seconds: mean over the complete seeds, with the steps that a seed shares with others."
     head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
