@@ -19,11 +19,11 @@ CELLS = {"a": [1, 3], "b": [2], "c": [1], "d": [2]}
 
 def sweep(**state: object) -> Sweep:
     nodes = {
-        PLACES[n]: SimpleNamespace(
-            stage=PLACES[n][1], title=f"{PLACES[n][1]} {n}", current=False, inputs=[],
-            cells=[("table", f"row {i}", 1) for i in CELLS[n]], step=SimpleNamespace(key=n),
+        place: SimpleNamespace(
+            stage=place[1], title=f"{place[1]} {name}", current=False, inputs=[],
+            cells=[("table", f"row {i}", 1) for i in CELLS[name]], step=SimpleNamespace(key=name),
         )
-        for n in PLACES
+        for name, place in PLACES.items()
     }  # fmt: skip
     found = Sweep(nodes, [None], Path("logs"), print)
     for name, value in state.items():
@@ -62,12 +62,8 @@ def test_the_view_names_what_runs_with_its_last_word(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(LiveView({}).render(found))
     text = console.file.getvalue()
-    assert (
-        "sft b (" in text
-        and "s, device 1)" in text
-        and "sft 3/36  [red]9 s[/red]" in text
-        and "loading" not in text
-    )
+    assert "sft b (" in text and "s, device 1)" in text and "loading" not in text
+    assert "sft 3/36  [red]9 s[/red]" in text
     assert last_line(tmp_path / "none") == ""
 
 
