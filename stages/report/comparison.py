@@ -29,15 +29,16 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
         now = state(store, step)
-        if now.state == "current" and now.artifact is not None:
-            answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
-            for sample in read_samples(now.artifact.path / "samples.jsonl"):
-                fields |= sample.extra.keys()
-                value = sample.system if by == "system" else sample.extra.get(by)
-                # "all" is the group of all items, even where a field has that value.
-                group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
-                for name in ("all", *([] if value is None else [group])):
-                    answers.setdefault(name, []).append(sample)
+        if now.state != "current" or now.artifact is None:
+            continue
+        answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
+        for sample in read_samples(now.artifact.path / "samples.jsonl"):
+            fields |= sample.extra.keys()
+            value = sample.system if by == "system" else sample.extra.get(by)
+            # "all" is the group of all items, even where a field has that value.
+            group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
+            for name in ("all", *([] if value is None else [group])):
+                answers.setdefault(name, []).append(sample)
     if answers_by_benchmark and by not in fields:
         raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
@@ -76,9 +77,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     previous: str | None = None
     for target, answers in answers_by_target.items():
         against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
-        for group in groups:
-            if group not in answers:
-                continue
+        for group in (name for name in groups if name in answers):
             measures = accuracy_metrics(answers[group])
             low, high = measures["interval"] or (None, None)
             reference = answers_by_target[against].get(group, []) if against else []

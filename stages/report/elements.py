@@ -87,11 +87,11 @@ def cumulative_importance(config: Config, score: Artifact, title: str = "") -> P
     products = _products(config, score)
     draws = gaussian_null(products) if products else {}
     nulls = {f"System {system}": _cumulative(draw) for system, draw in draws.items()}
-    shares = []
-    for name, curve in curves.items():
-        share = f"{_share_reaching(theta, curve)} of the elements for {name}"
-        chance = f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else ""
-        shares.append(share + chance)
+    shares = [
+        f"{_share_reaching(theta, curve)} of the elements for {name}"
+        + (f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else "")
+        for name, curve in curves.items()
+    ]
     text = f"{title}: cumulative" if title else "Cumulative"
     text += f" importance; {100 * theta:g} % of it is reached by about {', '.join(shares)}."
     if nulls:
@@ -124,8 +124,7 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
         if key in summary  # artifacts of earlier versions lack it
     ]
     facts.append(f"Jaccard index {summary['jaccard']:.3f}{_expected_jaccard(config, score)}")
-    text = f"{', '.join(facts)}."
-    text = f"{title}: {text}" if title else text
+    text = f"{title}: {', '.join(facts)}." if title else f"{', '.join(facts)}."
     red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
     svg = figures.svg(figures.scatter(groups, [red, blue, purple], title))
     return Picture(svg, f"Importance by system. {text}", text)

@@ -58,10 +58,9 @@ def build(
     config: Config, steps: dict[str, Step], store: Store
 ) -> tuple[list[str], list[PageSection], list[str]]:
     """Build the sentences of the lead, all sections, and the names of the steps that are not current."""
-    current = {
-        name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
-    }
-    artifacts = {name: artifact for name, artifact in current.items() if artifact is not None}
+    states = {name: state(store, step) for name, step in steps.items()}
+    current = {name: now.artifact for name, now in states.items() if now.state == "current"}
+    artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
     evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
     tables = comparison.tables(store, evaluations, "system")
@@ -87,8 +86,8 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """
     sentences = []
     for name, rows in tables.items():
-        targets = [row for row in rows if not comparison.is_derived(row["target"])]
-        graded = [row for row in targets if row["accuracy"] is not None]
+        measured = [row for row in rows if row["accuracy"] is not None]
+        graded = [row for row in measured if not comparison.is_derived(row["target"])]
         overall = [row for row in graded if row["group"] == "all"]
         if not overall:
             continue

@@ -85,9 +85,9 @@ PAPER_TABLES = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - DEMO_TABLE
 @pytest.mark.parametrize("path", PAPER_TABLES, ids=lambda p: p.stem)
 def test_the_tables_of_the_project_can_be_made_on_the_demo(path, tiny, demo_data):
     data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
-    planned = table(path, base=ROOT / "configs/demo-long.yaml", overrides=[f"model.name={tiny}", *data])
-    assert planned.file.title and {cell.seed for cell in planned.cells} == set(planned.file.seeds)
-    assert all(cell.columns for cell in planned.cells)
+    overrides = [f"model.name={tiny}", *data]
+    planned = table(path, base=ROOT / "configs/demo-long.yaml", overrides=overrides, seeds=[1])
+    assert planned.file.title and all(cell.columns for cell in planned.cells)
     published = {
         (row, name) for row, values in planned.file.paper.items() for name in values if row in planned.rows
     }
@@ -561,6 +561,7 @@ def test_a_row_may_lack_a_column_and_be_made_alone(small):
 def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     swept, small, lorapar, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
     done = lorapar("report", small, "--out", tmp_path / "out")
     assert done.code == 0 and "10 of 15 values are available" in done.err
     text = (tmp_path / "out/report.md").read_text()
@@ -577,7 +578,6 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     assert f"lorapar sweep {small} --only &#39;β 0&#39;" in page and "partition.beta: 0" in page
     assert ">Settings and versions<" in page and ">Labels<" in page
     assert re.search(r"SFT, seed 1: β 0 wins \d+ and loses \d+ of 16 items", page)
-    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8")
     assert done.code == 66 and "nothing to report: no value of these tables is there yet" in done.err
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
