@@ -57,7 +57,7 @@ def missing_steps(artifacts: Artifacts, cell: Cell) -> list[str]:
 
 def accuracies(artifacts: Artifacts, cell: Cell, text: str) -> ItemAccuracy:
     """Return the accuracy of each item of a column, such as `rl@final.intended=1`."""
-    column = Column.of(text)
+    column = Column.from_text(text)
     artifact = artifacts.current(cell, column.step)
     assert artifact
     return accuracy_by_item(answers(artifact, column))

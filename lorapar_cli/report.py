@@ -1,5 +1,6 @@
 """`lorapar report`: writes a page on tables of many runs, or on one run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -7,14 +8,16 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, plan_of, sets, typed
-from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, planned
+from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, load_tables
+from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store, refuse_store
-from stages.sweep import formats
+from stages.sweep import render
 from stages.sweep.file import MAX_CELLS, is_table
 from stages.sweep.results import results
+from stages.sweep.table import Table
 
 
 def command(
@@ -33,9 +36,18 @@ def command(
         raise MissingInputError(
             f"no file {missing[0]}", "name table files, or one config; examples: lorapar list examples"
         )
+    options = ["--base", str(base)] if base else []
+    options += [argument for name in column or () for argument in ("--column", name)]
+    options += ["--seeds", seeds] if seeds else []
+    options += ["--max-cells", str(max_cells)] if max_cells != MAX_CELLS else []
     if is_table(paths[0]):
-        _report_tables(paths, out, base, only, column, seeds, set_, max_cells)
-    elif len(paths) > 1 or base or only or column or seeds or max_cells != MAX_CELLS:
+        refuse_store(out)
+        if len({path.stem for path in paths}) < len(paths):
+            raise ConfigError("two tables have the same name, and would be written to the same files")
+        tables = load_tables(paths, base, only, column, seeds, set_, max_cells)
+        rows = [argument for row in only or () for argument in ("--only", row)]
+        _report_tables(tables, out, rows, [*options, *sets(set_)])
+    elif len(paths) > 1 or only or options:
         raise ConfigError(
             f"{paths[0]} is not a table",
             "name tables, or one config without --base, --only, --column, --seeds and --max-cells",
@@ -45,68 +57,45 @@ def command(
 
 
 def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
-    from stages.report import run_page
-
     refuse_store(out)
     settings, steps = plan_of(path, set_)
     requested = ancestors(settings, steps, None)
     store = Store(settings.root)
+    arguments = typed(path, set_)
     if not any(state(store, step).state == "current" for step in requested.values()):
-        arguments = typed(path, set_)
         raise MissingInputError(
             f"nothing to report: no step of {path} is current", f"lorapar run {arguments}"
         )
+    from stages.report import run_page
+
     out.mkdir(parents=True, exist_ok=True)
-    run, serve = (formats.command([verb, str(path), *sets(set_)]) for verb in ("run", "serve"))
-    text = run_page.page(settings, requested, run, serve)
+    text = run_page.page(settings, requested, f"lorapar run {arguments}", f"lorapar serve {arguments}")
     (out / "report.html").write_text(text, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}")
 
 
-def _report_tables(
-    paths: list[Path],
-    out: Path,
-    base: Path | None,
-    only: list[str] | None,
-    column: list[str] | None,
-    seeds: str | None,
-    set_: list[str] | None,
-    max_cells: int,
-) -> None:
-    from stages.report import table_page
+def _report_tables(tables: list[Table], out: Path, only: list[str], options: list[str]) -> None:
+    """Write the files of tables. only, options: arguments of a `lorapar sweep` that completes them."""
 
-    refuse_store(out)
-    if len({path.stem for path in paths}) < len(paths):
-        raise ConfigError("two tables have the same name, and would be written to the same files")
-    tables = planned(paths, base, only, column, seeds, set_, max_cells)
-    options = ["--base", str(base)] if base else []
-    options += _options("--column", column)
-    options += ["--seeds", seeds] if seeds else []
-    options += ["--max-cells", str(max_cells)] if max_cells != MAX_CELLS else []
-    options += sets(set_)
+    def sweep(paths: list[Path], row: str | None = None) -> str:
+        rows = only if row is None else ["--only", row]
+        return " ".join(map(escaping.shell, ["lorapar", "sweep", *map(str, paths), *rows, *options]))
+
     all_results = [results(table) for table in tables]
     if not any(table_results.any_there for table_results in all_results):
-        hint = formats.command(["sweep", *map(str, paths), *_options("--only", only), *options])
+        hint = sweep([table.path for table in tables])
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
+    from stages.report import table_page
+
     out.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for path, table, table_results in zip(paths, tables, all_results, strict=True):
-        sweep = ["sweep", str(path)]
-        row_commands = {row: formats.command([*sweep, "--only", row, *options]) for row in table.rows}
-        table_command = formats.command([*sweep, *_options("--only", only), *options])
-        commands = table_page.Commands(table_command, row_commands)
-        sections.append((table_results, commands))
-        (out / f"{path.stem}.csv").write_text(formats.csv_text(table_results), encoding="utf-8")
-        (out / f"{path.stem}.tex").write_text(formats.latex(table_results), encoding="utf-8")
-        values = table_results.values.values()
+    for found in all_results:
+        path, values = found.table.path, found.values.values()
+        (out / f"{path.stem}.csv").write_text(render.csv_text(found), encoding="utf-8")
+        (out / f"{path.stem}.tex").write_text(render.latex(found), encoding="utf-8")
         complete = sum(value is not None for value in values)
         terminal.say(f"{path}: {complete} of {len(values)} values are available")
-    text = "\n".join(formats.markdown(table_results, commands.all) for table_results, commands in sections)
+    text = "\n".join(render.markdown(found, sweep([found.table.path])) for found in all_results)
     (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(table_page.page(sections), encoding="utf-8")
+    page = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
+    (out / "report.html").write_text(page, encoding="utf-8")
     terminal.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
-
-
-def _options(name: str, values: list[str] | None) -> list[str]:
-    """Return a repeatable option with each of its values."""
-    return [argument for value in values or () for argument in (name, value)]

@@ -54,10 +54,10 @@ def command(
         raise ConfigError(
             "--by goes with the results of all evaluations", f"lorapar show {typed(config, set_)} --by {by}"
         )
-    chosen = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
-    if not chosen:
+    named = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
+    if not named:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
-    for step in chosen:
+    for step in named:
         current_state = state(store, step)
         if current_state.state == "damaged":
             require_current(store, step)

@@ -11,7 +11,7 @@ from lorapar_cli import terminal, worker
 from lorapar_cli.live_line import interactive
 from lorapar_cli.options import Overrides, Quiet, flag
 from lorapar_cli.tables import show, table
-from lorapar_cli.watch import last_error, watching
+from lorapar_cli.watch import last_error, sweep_view
 from stages import ORDER
 from stages.errors import ConfigError, LoraparError
 from stages.runtime import gpu
@@ -77,7 +77,7 @@ def command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    tables = planned(paths, base, only, column, seeds, set_, max_cells)
+    tables = load_tables(paths, base, only, column, seeds, set_, max_cells)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
     logs = Path(cells[0].config.runs_dir) / "sweeps"
@@ -95,7 +95,7 @@ def command(
         settings = slurm.settings(cluster, list(ORDER))
         _run_on_slurm(slurm.Cluster(logs, settings, terminal.say), cells, nodes, dry_run)
     elif not dry_run:
-        view, say, on_poll = watching(interactive() and not quiet, seconds)
+        view, say, on_poll = sweep_view(interactive() and not quiet, seconds)
         workers = [Worker(device, worker.begin, worker.make_step) for device in slots]
         with view:
             outcomes = Sweep(nodes, workers, logs, say, on_poll).run()
@@ -144,7 +144,7 @@ def _run_on_slurm(
         terminal.nothing_to_do()
 
 
-def planned(
+def load_tables(
     paths: list[Path],
     base: Path | None,
     only: list[str] | None,
@@ -157,7 +157,7 @@ def planned(
     tables, errors = [], []
     for path in paths:
         try:
-            tables.append(_planned(path, base, only, columns, seeds, set_, max_cells))
+            tables.append(_load_table(path, base, only, columns, seeds, set_, max_cells))
         except LoraparError as error:
             errors.append(error)
     if len(errors) > 1:
@@ -169,7 +169,7 @@ def planned(
     return tables
 
 
-def _planned(
+def _load_table(
     path: Path,
     base: Path | None,
     only: list[str] | None,

@@ -53,7 +53,3 @@ def show(rows: Any) -> None:
     with console.capture() as capture:
         console.print(rows)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"

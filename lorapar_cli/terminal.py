@@ -17,7 +17,7 @@ from stages.errors import LoraparError
 from stages.pipeline.state import State, state
 from stages.pipeline.steps import Step
 from stages.records import read_samples
-from stages.report import comparison, results_table
+from stages.report import comparison
 from stages.store.artifacts import Artifact, Store
 from stages.store.estimates import actual_and_planned
 
@@ -105,13 +105,13 @@ def _cost(committed: Artifact) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
-    nested = [
-        f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in value.items())
-        for k, value in summary.items()
-        if isinstance(value, dict)
+    """Write a summary: its values in one line, and a line for each group of values."""
+    values = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
+    groups = {k: v for k, v in summary.items() if isinstance(v, dict)}
+    lines = [
+        f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in group.items()) for k, group in groups.items()
     ]
-    return ["; ".join(lines), *nested] if lines else nested
+    return ["; ".join(values), *lines] if values else lines
 
 
 def _short(value: Any) -> str:
@@ -186,10 +186,10 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         if not measurements:  # the harness has tasks without an accuracy
             print(f"{name}: no graded answers; metrics.json of its artifacts has the harness's own figures\n")
             continue
-        benchmark = results_table.build(name, measurements, details=True)
-        rows = table(*benchmark.columns)
-        for texts in benchmark.texts(to="–", before_p="\n"):
-            rows.add_row(*texts)
+        head, lines = comparison.table(name, measurements, to="–", before_p="\n")
+        rows = table(*head)
+        for line in lines:
+            rows.add_row(*line)
         show(rows)
         print(f"{fewer}\n" if (fewer := comparison.answered_fewer(measurements)) else "")
     if tables:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorapar_cli.tables import percent, show, table
+from lorapar_cli.tables import show, table
 from stages import escaping
+from stages.report.comparison import percent
 
 MAX_CONTESTED = 3
 

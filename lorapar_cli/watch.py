@@ -14,7 +14,7 @@ TAIL = 4000
 """Bytes at the end of a log in which its last lines are looked for."""
 
 
-def summary(sweep: Sweep, seconds: dict[str, float]) -> str:
+def state_of_cells(sweep: Sweep, seconds: dict[str, float]) -> str:
     """Return the number of cells in each state, and about how long the sweep still takes.
 
     seconds: stage → seconds per step, for stages that have been measured.
@@ -44,19 +44,14 @@ def time_left(sweep: Sweep, seconds: dict[str, float]) -> float | None:
 
     None if a stage with remaining steps has never been measured.
     """
-    per_step = dict(seconds)
-    for outcome in sweep.ended.values():
-        if outcome.status == "done":
-            per_step.setdefault(outcome.node.stage, outcome.seconds)
-    waiting = [sweep.nodes[artifact].stage for artifact in sweep.waiting]
-    running = [
-        (sweep.nodes[artifact].stage, time.monotonic() - step.started)
-        for artifact, step in sweep.running.items()
-    ]
-    if any(stage not in per_step for stage in [*waiting, *(stage for stage, _ in running)]):
+    done = [outcome for outcome in sweep.ended.values() if outcome.status == "done"]
+    per_step = {outcome.node.stage: outcome.seconds for outcome in reversed(done)} | seconds
+    elapsed = {artifact: time.monotonic() - step.started for artifact, step in sweep.running.items()}
+    elapsed |= dict.fromkeys(sweep.waiting, 0.0)
+    stages = {artifact: sweep.nodes[artifact].stage for artifact in elapsed}
+    if not per_step.keys() >= set(stages.values()):
         return None
-    work = sum(per_step[stage] for stage in waiting)
-    work += sum(max(0.0, per_step[stage] - elapsed) for stage, elapsed in running)
+    work = sum(max(0.0, per_step[stages[artifact]] - so_far) for artifact, so_far in elapsed.items())
     return work / max(1, len(sweep.slots) + len(sweep.running))  # free and used slots
 
 
@@ -100,7 +95,9 @@ class LiveView:
             elapsed = terminal.duration(time.monotonic() - step.started)
             device = "" if step.worker.device is None else f", device {step.worker.device}"
             lines.append(f"{node.title} ({elapsed}{device})\n  {last_line(sweep.log(node))}")
-        return Text("\n".join([*lines, summary(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis")
+        return Text(
+            "\n".join([*lines, state_of_cells(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis"
+        )
 
 
 def last_line(path: Path) -> str:
@@ -129,7 +126,7 @@ def _reversed_lines(path: Path, offset: int = 0) -> Iterator[str]:
     yield from (line for line in reversed(lines) if line.strip())
 
 
-def watching(
+def sweep_view(
     interactive: bool, seconds: dict[str, float]
 ) -> tuple[AbstractContextManager[Any], Callable[[str], None], Callable[[Sweep], None]]:
     """Return the context in which a sweep runs, and its `say` and `on_poll` callbacks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import ValidationError
@@ -14,10 +14,11 @@ from stages import escaping
 from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
+from stages.evaluation.statistics import Interval
 from stages.report import usage
-from stages.report.results_table import ResultsCell, ResultsTable
 from stages.report.views import View, view_of
 from stages.store.artifacts import Artifact
+from stages.sweep.values import Value
 
 Form = Literal["adapter", "merged"]
 
@@ -39,20 +40,17 @@ def card(
 
     folder: holds the export. base_dtype: true if the adapter was rounded to the base's type.
     """
-    manifest = artifact.manifest
+    manifest, view, config = artifact.manifest, view_of(artifact), _config(artifact)
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    view = view_of(artifact)
-    config = _config(artifact)
-    model, base = config["model"], config["model"]["name"]
-    dtype = manifest["provenance"].get("dtype", "")
-    baseline = identity["baseline"]
-    method = baseline["method"] if baseline else "lora"
-    settings = {
-        "base in": f"NF4, {dtype}" if model["load_in_4bit"] else dtype,
-        **({} if baseline else _named("partition", config["partition"])),
-        **(_named("baseline", baseline) if baseline else _named("lora", identity["lora"])),
-        **_named(stage, {k: v for k, v in identity[stage].items() if not isinstance(v, dict | list | None)}),
-    }
+    base, dtype = config.model.name, manifest["provenance"].get("dtype", "")
+    baseline, trained_by = identity["baseline"], identity[stage]
+    sections = {"baseline": baseline} if baseline else {
+        "partition": config.partition.model_dump(mode="json"), "lora": identity["lora"]
+    }  # fmt: skip
+    sections[stage] = {k: v for k, v in trained_by.items() if not isinstance(v, dict | list | None)}
+    settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype}
+    # With their sections: both partition and rl have a `beta`.
+    settings |= {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
     rows = "\n".join(
         f"| {escaping.markdown(name)} | {escaping.markdown(str(value))} |"
         for name, value in settings.items()
@@ -62,7 +60,7 @@ def card(
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
 {_base_model_line(base)}library_name: {"peft" if form == "adapter" else "transformers"}
-tags: [lorapar, {method}]
+tags: [lorapar, {baseline["method"] if baseline else "lora"}]
 ---
 
 # {_title(base)} after {_method_name(config)} {view.target}
@@ -78,19 +76,14 @@ tags: [lorapar, {method}]
 """
 
 
-def _named(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Prefix settings with their section: both partition and rl have a `beta`."""
-    return {f"{section}.{name}": value for name, value in values.items()}
-
-
-def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any]) -> str:
+def _usage(artifact: Artifact, form: Form, folder: Path, config: Config) -> str:
     """Write how to load the export, and where vLLM can, how to serve and ask it; before a blank line."""
     view, merged = view_of(artifact), form == "merged"
     load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
-    python = _code(artifact, config, folder, load)
+    python = usage.code(artifact, config, folder, load)
     library = "transformers" if merged else "plain PEFT"
     text = f"In this folder, with {library}:\n\n```python\n{python}\n```\n\n"
-    if not merged and (config["baseline"] or config["model"]["load_in_4bit"]):
+    if not merged and (config.baseline or config.model.load_in_4bit):
         return text
     modules = {} if merged else {view.target: folder}
     try:
@@ -106,7 +99,7 @@ def _usage(artifact: Artifact, form: Form, folder: Path, config: dict[str, Any])
 A request to it, with the prompt of training:
 
 ```sh
-{_request(view.target, view, config)}
+{usage.request(view.target, config, view)}
 ```
 
 {usage.ON_CPU}
@@ -114,44 +107,29 @@ A request to it, with the prompt of training:
 """
 
 
-def _code(artifact: Artifact, config: dict[str, Any], folder: Path, load_adapter: str) -> str:
-    view, dtype = view_of(artifact), artifact.manifest["provenance"].get("dtype", "")
-    return usage.code(folder, config, dtype, load_adapter, _prompt(view, config), view.system)
-
-
-def _request(model: str, view: View, config: dict[str, Any]) -> str:
-    return usage.request(model, config, _prompt(view, config), view.system)
-
-
-def _prompt(view: View, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the prompt section that a view was trained with."""
-    return dict(config[view.stage]["prompt"] or config["prompt"])
-
-
-def _config(artifact: Artifact) -> dict[str, Any]:
+def _config(artifact: Artifact) -> Config:
     """The config that an artifact was made with; ArtifactError if its manifest has another thing there."""
     try:
-        return Config.model_validate(artifact.manifest["provenance"]["config"]).model_dump(mode="json")
+        return Config.model_validate(artifact.manifest["provenance"]["config"])
     except ValidationError as error:
         reason = validation_messages(error)[0]
         raise ArtifactError(f"{artifact.path}: the config in its manifest is invalid: {reason}") from None
 
 
-def _method_name(config: dict[str, Any]) -> str:
+def _method_name(config: Config) -> str:
     """Name the training method as people do: `LoRA-PAR`, `LoRA`, or the baseline's own name."""
-    if config["baseline"]:
-        return str(config["baseline"]["method"])
-    strategy = config["partition"]["strategy"]
+    if config.baseline:
+        return config.baseline.method
+    strategy = config.partition.strategy
     return {"importance": "LoRA-PAR", "all": "LoRA"}.get(strategy, f"LoRA-PAR ({strategy})")
 
 
-def _untrained_note(form: Form, config: dict[str, Any], base_dtype: bool) -> str:
+def _untrained_note(form: Form, config: Config, base_dtype: bool) -> str:
     """Continue the sentence on the trained elements: what became of the others, and of a base in 4 bits."""
     if form == "merged":
-        quantized = config["model"]["load_in_4bit"]
         note = ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
-        return note if quantized else ""
-    if config["baseline"]:
+        return note if config.model.load_in_4bit else ""
+    if config.baseline:
         return "; all that the method has"
     precision = "rounded to the base's type" if base_dtype else "to the bit"
     return f"; the others are those that it started from, {precision}"
@@ -173,15 +151,15 @@ def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequen
     """
     configs = {name: _config(artifact) for name, artifact in adapters.items()}
     views = {name: view_of(artifact) for name, artifact in adapters.items()}
-    base, slow = configs["fast"]["model"]["name"], configs["slow"]
+    base, slow = configs["fast"].model.name, configs["slow"]
     server = usage.server_command(adapters["slow"], slow, folder, {name: folder / name for name in views})
     modes = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{adapters[name].manifest['key']}` | "
         f"{adapters[name].manifest['summary']['active_share']:.1%} |"
         for name, view in views.items()
     )
-    requests = "\n".join(_request(name, view, configs[name]) for name, view in views.items())
-    python = _code(adapters["slow"], slow, folder, LOAD_VIEWS)
+    requests = "\n".join(usage.request(name, configs[name], view) for name, view in views.items())
+    python = usage.code(adapters["slow"], slow, folder, LOAD_VIEWS)
     return f"""---
 {_base_model_line(base)}library_name: peft
 tags: [lorapar, lora]
@@ -218,37 +196,32 @@ In this folder, with plain PEFT:
 {_results(evaluated)}"""
 
 
-def _learned(view: View, config: dict[str, Any]) -> str:
-    then = "" if view.target != "sft2" and config[view.stage]["start_from"] == "init" else "then "
-    return f"{view.description}: {then}{view.method} on {_rows(view, config)}"
-
-
-def _rows(view: View, config: dict[str, Any]) -> str:
-    """Describe the rows that a view's stage trained on."""
-    section = config[view.stage]
-    if view.target == "sft2":
-        return f"System {view.system} rows"
-    if section["data"] == "all":
-        return "all rows"
-    rows = f"System {view.system} rows"
-    mixed_in = section["system2_share"] if view.stage == "sft" else section["system1_share"]
-    return f"{rows} and some of System {3 - int(view.system)}" if mixed_in else rows
+def _learned(view: View, config: Config) -> str:
+    """Describe what a view is for, and the rows that its stage trained on."""
+    section = getattr(config, view.stage)
+    rows, then = f"System {view.system} rows", "then "
+    if view.target != "sft2":
+        then = "" if section.start_from == "init" else then
+        mixed_in = section.system2_share if view.stage == "sft" else section.system1_share
+        rows += f" and some of System {3 - view.system}" if mixed_in else ""
+        rows = "all rows" if section.data == "all" else rows
+    return f"{view.description}: {then}{view.method} on {rows}"
 
 
 def _results(evaluated: Sequence[Artifact]) -> str:
     """Tabulate accuracies with their intervals in Markdown, before a blank line; "" if there are none."""
-    rows: list[tuple[str, list[ResultsCell | None]]] = []
+    lines = [r"| benchmark | accuracy, % \[95 % interval\] | items |", "|---|---|---|"]
     several = len({artifact.manifest["variant"].partition("@")[0] for artifact in evaluated}) > 1
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
-        name = f"{target}: {name}" if several else name
+        name = escaping.markdown(f"{target}: {name}" if several else name)
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         for key, group in {"all": "all", "system1": "System 1", "system2": "System 2"}.items():
             if (measures := metrics.get(key, {})).get("n"):
-                accuracy = ResultsCell(measures["accuracy"], *measures["interval"])
-                rows.append((f"{name}, {group}", [accuracy, ResultsCell(measures["n"], share=False)]))
-    columns = ["benchmark", "accuracy, % [95 % interval]", "items"]
-    return ResultsTable(columns, rows).markdown() + "\n\n" if rows else ""
+                n, interval = measures["n"], Interval(*measures["interval"])
+                accuracy = Value(measures["accuracy"], n=n, over_items=interval).text()
+                lines.append(f"| {name}, {group} | {accuracy} | {n} |")
+    return "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
 
 
 def hub_results(evaluated: Sequence[Artifact]) -> str:
@@ -262,20 +235,20 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
     entries = []
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
-        benchmark: dict[str, Any] = _config(artifact)["eval"]["benchmarks"][name]
+        benchmark = _config(artifact).eval.benchmarks[name]
         summary = artifact.manifest["summary"]
-        if not may_be_hub_id(benchmark["path"] or "") or not summary.get("all", {}).get("n"):
+        if not may_be_hub_id(benchmark.path or "") or not summary.get("all", {}).get("n"):
             continue
         keys = ("subset", "split", "shots", "mode", "temperature", "limit")
-        settings = ", ".join(f"{key} {benchmark[key]}" for key in keys if benchmark[key] is not None)
+        values = {key: getattr(benchmark, key) for key in keys}
+        settings = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
         source = f"{target} on {name}, lorapar {artifact.manifest['key']}"
-        pinned = benchmark["revision"] if len(benchmark["revision"]) == 40 else None
         entries.append(
             EvalResultEntry(
-                dataset_id=benchmark["path"],
-                task_id=benchmark["kind"],
+                dataset_id=benchmark.path,
+                task_id=benchmark.kind,
                 value=round(100 * summary["all"]["accuracy"], 2),
-                dataset_revision=pinned,
+                dataset_revision=benchmark.revision if len(benchmark.revision) == 40 else None,
                 date=artifact.manifest["provenance"]["finished"],
                 notes=f"{source}: {settings}; n {summary['all']['n']}",
             )

@@ -1,7 +1,6 @@
 """Targets side by side: the graded answers of a run's evaluations, compared item by item."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -9,11 +8,12 @@ from stages.config import REGIONS, ROUTED
 from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
-from stages.evaluation.statistics import paired_p
+from stages.evaluation.statistics import Interval, paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
-from stages.store.artifacts import Store
+from stages.store.artifacts import Artifact, Store
+from stages.sweep.values import Value
 
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
@@ -29,18 +29,24 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
         now = state(store, step)
-        if now.state == "current" and now.artifact is not None:
-            answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
-            for sample in read_samples(now.artifact.path / "samples.jsonl"):
-                fields |= sample.extra.keys()
-                value = sample.system if by == "system" else sample.extra.get(by)
-                # "all" is the group of all items, even where a field has that value.
-                group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
-                for name in ("all", *([] if value is None else [group])):
-                    answers.setdefault(name, []).append(sample)
+        if now.state != "current" or now.artifact is None:
+            continue
+        answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
+        for sample in read_samples(now.artifact.path / "samples.jsonl"):
+            fields |= sample.extra.keys()
+            value = sample.system if by == "system" else sample.extra.get(by)
+            # "all" is the group of all items, even where a field has that value.
+            group = f"{by} {value}" if by == "system" or str(value) == "all" else str(value)
+            for name in ("all", *([] if value is None else [group])):
+                answers.setdefault(name, []).append(sample)
     if answers_by_benchmark and by not in fields:
         raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
+
+
+def answers_of(artifact: Artifact) -> dict[str, list[Sample]]:
+    """Read the graded answers of an evaluation by item."""
+    return answers_by_item(read_samples(artifact.path / "samples.jsonl"))
 
 
 def is_derived(target: str) -> bool:
@@ -71,12 +77,10 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     previous: str | None = None
     for target, answers in answers_by_target.items():
         against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
-        for group in groups:
-            if group not in answers:
-                continue
+        for group in (name for name in groups if name in answers):
             measures = accuracy_metrics(answers[group])
             low, high = measures["interval"] or (None, None)
-            test = _tested(answers_by_target[against].get(group, []), answers[group]) if against else None
+            reference = answers_by_target[against].get(group, []) if against else []
             yield {
                 "target": target,
                 "group": group,
@@ -88,9 +92,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
                 "tokens": measures.get("tokens"),
                 **{name: measures[name] for name in OUTCOMES},
                 "against": against,
-                "p": test.p if test else None,
-                "tested": test.n if test else None,
-                "change": test.mean if test else None,
+                **_paired_test(reference, answers[group]),
             }
         previous = previous if is_derived(target) else target
 
@@ -103,28 +105,57 @@ def answered_fewer(rows: list[dict[str, Any]]) -> str:
     return f"{', '.join(fewer)}." if fewer else ""
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """A paired test over n items; mean is the difference of the two accuracies."""
+def _paired_test(reference: list[Sample], samples: list[Sample]) -> dict[str, float | int | None]:
+    """Test `samples` against `reference` on the items that were graded for both: p, their number, the change.
 
-    n: int
-    mean: float
-    p: float
-
-
-def _tested(reference: list[Sample], samples: list[Sample]) -> PairedTest | None:
-    """Test `samples` against `reference` on the items that were graded for both.
-
-    None if the two were not asked the same items, or no item was graded for both.
+    All are None if the two were not asked the same items, or no item was graded for both.
     """
-    if {sample.id for sample in reference} != {sample.id for sample in samples}:
-        return None
-    baseline, accuracies = (
-        accuracy_by_item(answers_by_item(reference)),
-        accuracy_by_item(answers_by_item(samples)),
-    )
+    baseline, accuracies = (accuracy_by_item(answers_by_item(answers)) for answers in (reference, samples))
     items = [item for item in accuracies if item in baseline]
-    if not items:
-        return None
+    if not items or {sample.id for sample in reference} != {sample.id for sample in samples}:
+        return dict.fromkeys(("p", "tested", "change"))
     pairs = [baseline[item] for item in items], [accuracies[item] for item in items]
-    return PairedTest(len(items), fmean(pairs[1]) - fmean(pairs[0]), paired_p(*pairs))
+    return {"p": paired_p(*pairs), "tested": len(items), "change": fmean(pairs[1]) - fmean(pairs[0])}
+
+
+def value_of(row: dict[str, Any]) -> Value | None:
+    """The accuracy of a target and group, with its interval and the p-value of its test; None if none."""
+    if row["accuracy"] is None:
+        return None
+    interval = None if row["low"] is None else Interval(row["low"], row["high"], row["p"])
+    return Value(row["accuracy"], n=row["n"], over_items=interval)
+
+
+def table(
+    benchmark: str, measurements: list[dict[str, Any]], to: str = ", ", before_p: str = ", "
+) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of a benchmark's measurements: a column for each target.
+
+    The first rows are accuracies, one for each group of items, and they alone have a number of items. Then
+    come mean answer lengths, the flexible reading and counts of unusable answers. to, before_p: as for
+    `Value.text`.
+    """
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in measurements:
+        groups.setdefault(row["group"], {})[row["target"]] = row
+    overall = groups.get("all", {})  # every target is in this group
+    rows = []
+    for group, by_target in groups.items():
+        values = [value_of(by_target[target]) if target in by_target else None for target in overall]
+        n = max(row["n"] for row in by_target.values())
+        texts = ("–" if value is None else value.text(to, before_p) for value in values)
+        rows.append([group, str(n), *texts])
+    for group, by_target in groups.items():
+        lengths = [by_target.get(target, {}).get("tokens") for target in overall]
+        if any(length is not None for length in lengths):
+            rows.append([f"tokens, {group}", "", *("–" if n is None else f"{n:.0f}" for n in lengths)])
+    if any(row["flexible"] != row["accuracy"] for row in overall.values()):
+        rows.append(["all, flexible", "", *(percent(row["flexible"]) for row in overall.values())])
+    for outcome in ("unparsed", "truncated", "refused"):
+        if any(counts := [row[outcome] for row in overall.values()]):
+            rows.append([f"  {outcome}", "", *map(str, counts)])
+    return [benchmark, "n", *overall], rows
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from stages.config import Config
+from stages.lora.importance.masks import Masks, flatten_weights, read_importance
+from stages.lora.importance.null import gaussian_null, null_jaccard
 from stages.lora.importance.scorers import rescored_by_rollouts, scorers
+from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 from stages.report import figures
 from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 POINTS = 200
 """Points of a cumulative curve."""
@@ -23,6 +25,8 @@ REGION_TITLES = {
     "s1_only": "System 1 only", "s2_only": "System 2 only", "shared": "shared by both", "none": "of neither"
 }  # fmt: skip
 """Name of a region in a summary → its title."""
+CODES = {"s1_only": S1_ONLY, "s2_only": S2_ONLY, "shared": SHARED}
+"""Name of a region that a system needs → its code in the masks."""
 
 
 def parts(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
@@ -62,8 +66,6 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
 
 def _products(config: Config, score: Artifact) -> dict[int, dict[str, Tensor]]:
     """Read the scores of the systems whose scorer multiplies gradient and value; only these have a null."""
-    from stages.lora.importance.masks import read_importance
-
     rescorer = config.rl.rescore if score.manifest["variant"] == "rl" else None
     second = rescorer or config.score.scorer
     # RL's own gradients score System 2 alone.
@@ -78,20 +80,17 @@ def cumulative_importance(config: Config, score: Artifact, title: str = "") -> P
 
     title: where a page has several.
     """
-    from stages.lora.importance.masks import flatten_weights, read_importance
-    from stages.lora.importance.null import gaussian_null
-
     theta = config.partition.theta
     scores = read_importance(score.path / "importance.safetensors")
     curves = {f"System {system}": _cumulative(flatten_weights(tensors)) for system, tensors in scores.items()}
     products = _products(config, score)
     draws = gaussian_null(products) if products else {}
     nulls = {f"System {system}": _cumulative(draw) for system, draw in draws.items()}
-    shares = []
-    for name, curve in curves.items():
-        share = f"{_share_reaching(theta, curve)} of the elements for {name}"
-        chance = f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else ""
-        shares.append(share + chance)
+    shares = [
+        f"{_share_reaching(theta, curve)} of the elements for {name}"
+        + (f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else "")
+        for name, curve in curves.items()
+    ]
     text = f"{title}: cumulative" if title else "Cumulative"
     text += f" importance; {100 * theta:g} % of it is reached by about {', '.join(shares)}."
     if nulls:
@@ -104,11 +103,6 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
 
     Both are divided by their L2 norm, as in the figure of arXiv 2507.20999. title: where a page has several.
     """
-    import torch
-
-    from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-    from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
-
     scores = {
         system: flatten_weights(tensors).double()
         for system, tensors in read_importance(score.path / "importance.safetensors").items()
@@ -117,7 +111,7 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
     region = flatten_weights(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     positive = (first > 0) & (second > 0)  # the axes are logarithmic
     groups = {}
-    for name, code in (("s1_only", S1_ONLY), ("s2_only", S2_ONLY), ("shared", SHARED)):
+    for name, code in CODES.items():
         indices = ((region == code) & positive).nonzero().flatten()
         # At most DOTS of them, evenly spaced in the order of the elements.
         indices = indices[torch.linspace(0, max(0, len(indices) - 1), min(DOTS, len(indices))).long()]
@@ -129,8 +123,7 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
         if key in summary  # artifacts of earlier versions lack it
     ]
     facts.append(f"Jaccard index {summary['jaccard']:.3f}{_expected_jaccard(config, score)}")
-    text = f"{', '.join(facts)}."
-    text = f"{title}: {text}" if title else text
+    text = f"{title}: {', '.join(facts)}." if title else f"{', '.join(facts)}."
     red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
     svg = figures.svg(figures.scatter(groups, [red, blue, purple], title))
     return Picture(svg, f"Importance by system. {text}", text)
@@ -138,8 +131,6 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
 
 def _expected_jaccard(config: Config, score: Artifact) -> str:
     """Say which Jaccard index both systems would have under the null, where they have one and sets by θ."""
-    from stages.lora.importance.null import null_jaccard
-
     products = _products(config, score)
     if config.partition.strategy != "importance" or len(products) < 2:
         return ""
@@ -153,28 +144,23 @@ def _share_reaching(theta: float, curve: figures.Curve) -> str:
 
 def _cumulative(scores: Tensor) -> figures.Curve:
     """Sort by importance; return shares of the elements and the shares of the importance that they hold."""
-    import torch
-
     ordered = scores.double().sort(descending=True).values.cumsum(0)
     at = torch.linspace(0, len(ordered) - 1, POINTS).long().unique()
     total = ordered[-1].clamp(min=1e-300)
     return ((at + 1) / len(ordered)).tolist(), (ordered[at] / total).tolist()
 
 
-Cells = dict[tuple[int, str], "Tensor"]
+Cells = dict[tuple[int, str], Tensor]
 """Layer and module → the region codes of its A and B."""
 
 
 def _maps(masks: Artifact) -> list[Block]:
     """Draw a heat map of each region's share of the elements by layer and module, and say how to read it."""
-    from stages.lora.importance.masks import Masks
-    from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
-
     cells = _cells(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     if not cells:
         return []
     pictures = []
-    for name, code in (("s1_only", S1_ONLY), ("s2_only", S2_ONLY), ("shared", SHARED)):
+    for name, code in CODES.items():
         overall = _share(list(cells.values()), code)
         rows, columns, shares = _grid(cells, code)
         title = f"{REGION_TITLES[name]}: {overall:.1f} % of all"
@@ -190,7 +176,6 @@ def _maps(masks: Artifact) -> list[Block]:
 
 
 def _cells(region: dict[str, Tensor]) -> Cells:
-    import torch
 
     matrices: dict[tuple[int, str], list[Tensor]] = {}
     for name, codes in region.items():

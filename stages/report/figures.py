@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any
 
-from stages.lora.training.curves import History
-from stages.lora.training.curves import points as curve_points
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from stages.lora.training import curves as training
 from stages.store.digests import id_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-P = ParamSpec("P")
+from stages.sweep.values import Value
 
 INK = "#010203"
 """Placeholder for the text colour of the page; no figure uses this colour for anything else."""
@@ -32,8 +30,6 @@ STYLE: Any = {
 
 def svg(figure: Figure) -> str:
     """Render a figure as an `svg` element whose ids no other figure of a page has."""
-    from matplotlib import rc_context
-
     out = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": "lorapar"}):
         # The resolution matters only to what is rasterized.
@@ -52,52 +48,33 @@ def svg(figure: Figure) -> str:
     return re.sub(size, rf"<svg {width} \1\2", text, count=1)
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorate `draw` to draw in the style of the page."""
-
-    @functools.wraps(draw)
-    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return in_style
-
-
 def _new(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-Mark = tuple[float, float | None, float | None]
-"""A value and the ends of its interval, in percent."""
-
-
-@styled
+@rc_context(STYLE)
 def dot_plot(
-    rows: list[str], series: dict[str, dict[str, Mark]], published: dict[str, dict[str, float]]
+    rows: list[str], series: dict[str, dict[str, Value]], published: dict[str, dict[str, float]]
 ) -> Figure:
     """Draw a line for each row, with every series' value and interval; published values are hollow marks.
 
-    series: name → row → Mark. published: name → row → percent.
+    series: name → row → accuracy. published: name → row → percent.
     """
     figure, axes = _new(5.2, 0.9 + 0.2 * len(rows) * max(1, len(series)))
     step = 0.8 / max(1, len(series))
-    for number, (name, marks) in enumerate(series.items()):
+    for number, (name, values) in enumerate(series.items()):
         colour = PALETTE[number % len(PALETTE)]
         heights = {row: -i - number * step for i, row in enumerate(rows)}
-        for row, (mean, low, high) in marks.items():
-            if low is not None and high is not None:
-                axes.plot([low, high], [heights[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
-            axes.plot([mean], [heights[row]], "o", color=colour, markersize=4.5)
+        for row, value in values.items():
+            if ends := _ends(value):
+                axes.plot(ends, [heights[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
+            axes.plot([100 * value.mean], [heights[row]], "o", color=colour, markersize=4.5)
         axes.plot([], [], "o-", color=colour, label=name)
-        for row, value in published.get(name, {}).items():
-            axes.plot([value], [heights[row]], "D", color=colour, markersize=4.5, fillstyle="none")
+        for row, percent in published.get(name, {}).items():
+            axes.plot([percent], [heights[row]], "D", color=colour, markersize=4.5, fillstyle="none")
     if any(published.values()):
         axes.plot([], [], "D", color=INK, fillstyle="none", label="published")
     axes.set_yticks([-i - step * (len(series) - 1) / 2 for i in range(len(rows))], rows)
@@ -108,13 +85,14 @@ def dot_plot(
     return figure
 
 
-Point = tuple[float, Mark]
-"""Position on the x axis, and a value with its interval."""
+def _ends(value: Value) -> list[float]:
+    """Return the ends of a value's interval in per cent; empty if it has none."""
+    return [100 * end for end in (value.interval.low, value.interval.high)] if value.interval else []
 
 
-@styled
+@rc_context(STYLE)
 def line_plot(
-    series: dict[str, list[Point]],
+    series: dict[str, list[tuple[float, Value]]],
     published: dict[str, list[tuple[float, float]]],
     lines: dict[str, float],
     x: str,
@@ -122,39 +100,38 @@ def line_plot(
 ) -> Figure:
     """Draw a line for each series, a dashed one for each published series, and `lines` as horizontal lines.
 
-    published: series → positions and values, in the colour of the series of that name.
+    series: name → position on the x axis, and accuracy, of each point. published: series → positions and
+    values, in the colour of the series of that name.
     """
     figure, axes = _new(6.4, 3.6)
     names = list(dict.fromkeys([*series, *published]))
     for number, name in enumerate(names):
         colour = PALETTE[number % len(PALETTE)]
-        points = sorted(series.get(name, []))
-        for at, (_, low, high) in points:
-            if low is not None and high is not None:
-                axes.plot([at, at], [low, high], color=colour, linewidth=1.4, alpha=0.6)
+        points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
+        for at, value in points:
+            if ends := _ends(value):
+                axes.plot([at, at], ends, color=colour, linewidth=1.4, alpha=0.6)
         if points:
-            means = [mean for _, (mean, *_) in points]
+            means = [100 * value.mean for _, value in points]
             axes.plot([at for at, _ in points], means, "o-", color=colour, markersize=4, label=name)
         if pairs := sorted(published.get(name, [])):
             positions, values = zip(*pairs, strict=True)
             (line,) = axes.plot(positions, values, "D--", color=colour, label=f"{name}, published")
             line.set(markersize=4, fillstyle="none", linewidth=0.9)
-    for number, (name, value) in enumerate(lines.items()):
-        axes.axhline(value, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
+    for number, (name, percent) in enumerate(lines.items()):
+        axes.axhline(percent, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-@styled
+@rc_context(STYLE)
 def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[str], title: str) -> Figure:
     """Scatter the points of each group on logarithmic axes. All values must be positive.
 
     groups: name → first values, second values.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
-
     figure, axes = _new(4.9, 3.4)
     for (name, (first, second)), colour in zip(groups.items(), colours, strict=True):
         # Rasterized: thousands of dots as SVG elements would take megabytes.
@@ -171,11 +148,9 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[st
     return figure
 
 
-@styled
+@rc_context(STYLE)
 def heat_map(rows: list[str], columns: list[str], shares: list[list[float]], title: str) -> Figure:
     """Draw shares in per cent by row and column; the colour scale begins at 0."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _new(3.2, 1.1 + 0.11 * len(rows))
     image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
@@ -197,7 +172,7 @@ Curve = tuple[list[float], list[float]]
 """Shares of the elements, and shares of the importance that they hold, both from 0 to 1."""
 
 
-@styled
+@rc_context(STYLE)
 def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, Curve], theta: float) -> Figure:
     """Plot the share of the importance that the most important elements hold over their share of all.
 
@@ -227,21 +202,17 @@ def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[float]
     # A step logs at most one value, so the last `window` points hold all values of the last `window` steps.
     # The condition drops older ones, which are among them where steps logged none.
     return [
-        fmean(
-            value for step, value in points[max(0, end - window) : end] if step > points[end - 1][0] - window
-        )
-        for end in range(1, len(points) + 1)
+        fmean(value for at, value in points[max(0, end - window) : end] if at > step - window)
+        for end, (step, _) in enumerate(points, 1)
     ]
 
 
-@styled
+@rc_context(STYLE)
 def training_panel(title: str, curves: dict[str, list[tuple[float, float]]], window: int) -> Figure:
     """Plot moving means of logged values by step over the faint values; the legend is beside the plot.
 
     curves: label → steps and values, at least one of each. window: steps of the mean; 1: the values alone.
     """
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _new(4.9, 2.6)
     for number, (label, points) in enumerate(curves.items()):
         steps, values = zip(*points, strict=True)
@@ -256,20 +227,18 @@ def training_panel(title: str, curves: dict[str, list[tuple[float, float]]], win
     return figure
 
 
-@styled
-def training_curves(runs: dict[str, list[History]], panels: dict[str, str]) -> Figure:
+@rc_context(STYLE)
+def training_curves(runs: dict[str, list[training.History]], panels: dict[str, str]) -> Figure:
     """Plot logged values by step, as moving means over WINDOW: a line for each seed, styled by its row.
 
     runs: row → histories. panels: title → log key.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     for position, (title, name) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(2, 2, position)
         for number, histories in enumerate(runs.values()):
             for history in histories:
-                points = curve_points(history, name)
+                points = training.points(history, name)
                 steps = [step for step, _ in points]
                 axes.plot(steps, _smoothed(points, WINDOW), **_look(number), linewidth=0.9, alpha=0.8)
         axes.set(title=title, xlabel="optimizer step")
@@ -283,7 +252,5 @@ def training_curves(runs: dict[str, list[History]], panels: dict[str, str]) -> F
 
 def _look(number: int) -> dict[str, Any]:
     """Return colour and style of a row's lines; the first 24 rows all differ."""
-    return {
-        "color": PALETTE[number % len(PALETTE)],
-        "linestyle": STYLES[number // len(PALETTE) % len(STYLES)],
-    }
+    style, colour = divmod(number, len(PALETTE))
+    return {"color": PALETTE[colour], "linestyle": STYLES[style % len(STYLES)]}

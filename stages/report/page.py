@@ -9,9 +9,20 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph; of its subclasses, a heading or a command."""
+
     text: str
     quiet: bool = False
+    tag: ClassVar[str] = "p"
     kind: ClassVar[str] = "text"
+
+
+class Heading(Text):
+    tag = "h3"
+
+
+class Command(Text):
+    tag = "pre"
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,6 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Command:
-    text: str
-    kind: ClassVar[str] = "command"
-
-
-@dataclass(frozen=True)
 class ComparedItem:
     """One item that two targets answered differently."""
 
@@ -71,12 +76,6 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Heading:
-    text: str
-    kind: ClassVar[str] = "heading"
-
-
-@dataclass(frozen=True)
 class Details:
     """Blocks that are folded until the reader opens them."""
 
@@ -85,7 +84,7 @@ class Details:
     kind: ClassVar[str] = "details"
 
 
-Block = Text | Grid | Pictures | Command | Items | Heading | Details
+Block = Text | Grid | Pictures | Items | Details
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from stages.config import TRAINED, Config
-from stages.evaluation.metrics import accuracy_by_item, answers_by_item
+from stages.evaluation.metrics import accuracy_by_item
 from stages.evaluation.statistics import paired_difference
-from stages.records import read_samples
+from stages.report import comparison
 from stages.report.page import Block, Grid
 from stages.store.artifacts import Artifact
 
@@ -18,7 +18,14 @@ def blocks(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
     if not config.partition.protect or not trained:
         return []
-    accuracies = {name: _accuracies(name, artifacts) for name in config.eval.benchmarks}
+    accuracies = {
+        benchmark: {
+            target: accuracy_by_item(comparison.answers_of(artifacts[step]))
+            for target in ("base", *TRAINED)
+            if (step := f"eval:{target}@{benchmark}") in artifacts
+        }
+        for benchmark in config.eval.benchmarks
+    }
     rows = [
         [name, *_base(by_target.get("base")), *(_change(by_target, target) for target in trained)]
         for name, by_target in accuracies.items()
@@ -37,15 +44,6 @@ def blocks(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
         f"{100 * masks['protected'] / masks['elements']:.1f} % are protected; {shares}."
     )
     return [Grid(["", "items", "base, %", *trained], rows, caption)]
-
-
-def _accuracies(benchmark: str, artifacts: dict[str, Artifact]) -> dict[str, dict[str, float]]:
-    """Return each item's share of right answers by target."""
-    return {
-        target: accuracy_by_item(answers_by_item(read_samples(artifact.path / "samples.jsonl")))
-        for target in ("base", *TRAINED)
-        if (artifact := artifacts.get(f"eval:{target}@{benchmark}"))
-    }
 
 
 def _base(base: dict[str, float] | None) -> list[str]:

@@ -71,19 +71,17 @@ def _rounded(value: float | None) -> str:
 
 def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     changed = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _changed(config)]
-    table = Grid(["setting", "value"], changed, prose=True)
-    blocks: list[Block] = [Details(f"The {len(changed)} settings that differ from the defaults", [table])]
     versions: dict[str, set[str]] = {}
     for artifact in artifacts.values():
         for package, version in artifact.manifest["provenance"].get("versions", {}).items():
             versions.setdefault(package, set()).add(version)
-    if versions:
-        rows = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
-        blocks.append(Details("Versions", [Grid(["package", "version"], rows)]))
-    if artifacts:
-        rows = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
-        blocks.append(Details("Folders of the artifacts", [Grid(["step", "folder"], rows, prose=True)]))
-    return blocks
+    numbers = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
+    folders = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
+    title = f"The {len(changed)} settings that differ from the defaults"
+    blocks: list[Block] = [Details(title, [Grid(["setting", "value"], changed, prose=True)])]
+    blocks += [Details("Versions", [Grid(["package", "version"], numbers)])] if numbers else []
+    of_artifacts = Details("Folders of the artifacts", [Grid(["step", "folder"], folders, prose=True)])
+    return [*blocks, *([of_artifacts] if folders else [])]
 
 
 def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:

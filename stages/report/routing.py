@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 from stages.config import ROUTED
+from stages.evaluation.statistics import Interval
 from stages.report.page import Block, Grid, Text
-from stages.report.results_table import ResultsCell
 from stages.store.artifacts import Artifact
+from stages.sweep.values import Value
 
 CAPTION = (
     "fast and slow: one mode for all items. auto: one vote of the base on each item decides. "
@@ -27,7 +28,7 @@ def blocks(artifacts: dict[str, Artifact]) -> list[Block]:
         rows = [
             [
                 title,
-                ResultsCell(row["accuracy"], *row["interval"]).text(),
+                Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"])).text(),
                 f"{row['tokens']:.1f}" if "tokens" in row else "–",
                 f"{100 * row['slow_share']:.0f} %",
             ]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.config import SECOND_SFT, TRAINED, Config
-from stages.evaluation.metrics import accuracy_by_item, answers_by_item
+from stages.evaluation.metrics import accuracy_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
-from stages.records import Sample, read_samples
-from stages.report import comparison, elements, figures, protection, provenance, results_table, routing
+from stages.records import Sample
+from stages.report import comparison, elements, figures, protection, provenance, routing
 from stages.report.page import (
     Block,
     Command,
@@ -31,6 +31,7 @@ from stages.report.page import (
 )
 from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact, Store
+from stages.sweep.values import Value
 
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
@@ -57,10 +58,9 @@ def build(
     config: Config, steps: dict[str, Step], store: Store
 ) -> tuple[list[str], list[PageSection], list[str]]:
     """Build the sentences of the lead, all sections, and the names of the steps that are not current."""
-    current = {
-        name: now.artifact for name, step in steps.items() if (now := state(store, step)).state == "current"
-    }
-    artifacts = {name: artifact for name, artifact in current.items() if artifact is not None}
+    states = {name: state(store, step) for name, step in steps.items()}
+    current = {name: now.artifact for name, now in states.items() if now.state == "current"}
+    artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
     evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
     tables = comparison.tables(store, evaluations, "system")
@@ -72,7 +72,7 @@ def build(
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),
         PageSection("elements", "Elements", elements.parts(config, artifacts)),
-        PageSection("labels", "Labels", _labels(artifacts)),
+        PageSection("labels", "Labels", _label_counts(artifacts)),
         PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
         PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
@@ -86,8 +86,8 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """
     sentences = []
     for name, rows in tables.items():
-        targets = [row for row in rows if not comparison.is_derived(row["target"])]
-        graded = [row for row in targets if row["accuracy"] is not None]
+        measured = [row for row in rows if row["accuracy"] is not None]
+        graded = [row for row in measured if not comparison.is_derived(row["target"])]
         overall = [row for row in graded if row["group"] == "all"]
         if not overall:
             continue
@@ -128,19 +128,18 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
         if not measurements:
             blocks.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
             continue
-        table = results_table.build(name, measurements, details=True)
-        targets = table.columns[2:]
+        head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}")
+        targets = head[2:]
         caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
         caption += comparison.p_note(targets)
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        blocks.append(Grid(table.columns, table.texts(to=",\N{NO-BREAK SPACE}"), caption))
-        groups = {group: cells[1:] for group, cells in table.rows if cells[0]}  # the rows of accuracies
-        series: dict[str, dict[str, figures.Mark]] = {target: {} for target in targets}
-        for group, cells in groups.items():
-            for target, cell in zip(targets, cells, strict=True):
-                if cell and cell.value is not None and cell.low is not None and cell.high is not None:
-                    series[target][group] = 100 * cell.value, 100 * cell.low, 100 * cell.high
+        blocks.append(Grid(head, rows, caption))
+        groups = dict.fromkeys(row["group"] for row in measurements)
+        series: dict[str, dict[str, Value]] = {target: {} for target in targets}
+        for row in measurements:
+            if (value := comparison.value_of(row)) and value.over_items:
+                series[row["target"]][row["group"]] = value
         svg = figures.svg(figures.dot_plot(list(groups), series, {}))
         text = f"Accuracies on {name} with intervals, as in the table above."
         blocks.append(Pictures([Picture(svg, text)]))
@@ -155,56 +154,51 @@ def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]
         targets = [target for target in targets if not comparison.is_derived(target)][-2:]
         if len(targets) < 2:
             continue
-        first, second = (_answers(artifacts[f"eval:{target}@{name}"]) for target in targets)
-        blocks += won_and_lost(f"{name}: ", (targets[0], first), (targets[1], second))
+        first, second = (
+            Answered(target, comparison.answers_of(artifacts[f"eval:{target}@{name}"])) for target in targets
+        )
+        blocks += won_and_lost(f"{name}: ", first, second)
     return blocks
 
 
-Answers = dict[str, list[Sample]]
-"""The graded answers to each item."""
-STRICTLY = ("correct", "correct")
+class Answered(NamedTuple):
+    """Graded answers of a model, with its title."""
+
+    title: str
+    answers: dict[str, list[Sample]]
+    """Item → its graded answers."""
+    read: str = "correct"
+    """Field of a sample that says whether it is correct."""
 
 
-def won_and_lost(
-    prefix: str, first: tuple[str, Answers], second: tuple[str, Answers], read: tuple[str, str] = STRICTLY
-) -> list[Block]:
+def won_and_lost(prefix: str, first: Answered, second: Answered) -> list[Block]:
     """Show items that the second of two models answered better, or worse, than the first.
 
-    prefix: begins the sentence that counts them. first, second: title and answers of each model.
-    read: for each model, the field of a sample that says whether it is correct.
+    prefix: begins the sentence that counts them.
     """
-    (first_title, first_answers), (second_title, second_answers) = first, second
-    baseline, accuracies = accuracy_by_item(first_answers, read[0]), accuracy_by_item(second_answers, read[1])
+    baseline, accuracies = (accuracy_by_item(model.answers, model.read) for model in (first, second))
     items = [item for item in accuracies if item in baseline]
     won = [item for item in items if accuracies[item] > baseline[item]]
     lost = [item for item in items if accuracies[item] < baseline[item]]
-    sampled = any(len(second_answers[item]) > 1 for item in items)
+    sampled = any(len(second.answers[item]) > 1 for item in items)
     by_shares = " by their shares of right answers" if sampled else ""
-    counts = f"{second_title} wins {len(won)} and loses {len(lost)} of {len(items)} items{by_shares}."
+    counts = f"{second.title} wins {len(won)} and loses {len(lost)} of {len(items)} items{by_shares}."
     chosen = [("won", item) for item in won[:MAX_ITEMS]] + [("lost", item) for item in lost[:MAX_ITEMS]]
     if not chosen:
         return [Text(prefix + counts)]
     # Items of the two systems may have system messages of their own.
     frames = {
-        system: _frame([s[0].prompt for s in second_answers.values() if s[0].system == system])
-        for system in {second_answers[item][0].system for _, item in chosen}
+        system: _frame([s[0].prompt for s in second.answers.values() if s[0].system == system])
+        for system in {second.answers[item][0].system for _, item in chosen}
     }
     compared = []
     for outcome, item in chosen:
-        baseline_sample, sample = first_answers[item][0], second_answers[item][0]
-        start, end = frames[sample.system]
-        compared.append(
-            ComparedItem(
-                outcome,
-                "" if sample.system is None else f"System {sample.system}",
-                sample.prompt.removeprefix(start).removesuffix(end).strip(),
-                sample.gold or "",
-                first_title,
-                baseline_sample.output.strip(),
-                second_title,
-                sample.output.strip(),
-            )
-        )
+        before, after = first.answers[item][0], second.answers[item][0]
+        start, end = frames[after.system]
+        label = "" if after.system is None else f"System {after.system}"
+        question = after.prompt.removeprefix(start).removesuffix(end).strip()
+        answers = first.title, before.output.strip(), second.title, after.output.strip()
+        compared.append(ComparedItem(outcome, label, question, after.gold or "", *answers))
     blocks: list[Block] = [Items(compared)]
     for start in sorted({start for start, _ in frames.values() if start.strip()}):
         blocks += [Text("Not repeated above, the prompts begin with:", quiet=True), Command(start.strip())]
@@ -221,10 +215,6 @@ def _frame(prompts: list[str]) -> tuple[str, str]:
     rests = [prompt.removeprefix(start)[::-1] for prompt in prompts]
     end = re.search(r"[\n<\[].*", os.path.commonprefix(rests)[::-1], re.DOTALL)
     return start, end[0] if end else ""
-
-
-def _answers(artifact: Artifact) -> Answers:
-    return answers_by_item(list(read_samples(artifact.path / "samples.jsonl")))
 
 
 def _training(artifacts: dict[str, Artifact]) -> list[Block]:
@@ -248,7 +238,7 @@ def _training(artifacts: dict[str, Artifact]) -> list[Block]:
     return blocks
 
 
-def _labels(artifacts: dict[str, Artifact]) -> list[Block]:
+def _label_counts(artifacts: dict[str, Artifact]) -> list[Block]:
     """Summarize the labels of each data set, and the voters where there were any."""
     blocks: list[Block] = []
     for name, artifact in artifacts.items():
@@ -280,14 +270,9 @@ def _voters(report: dict[str, Any]) -> list[Block]:
     if (reference := report.get("known")) and reference["n"]:
         low, high = reference["interval"]
         areas = ", ".join(f"{title} {area[0]:.2f}" for title, area in reference["auc"].items() if area)
-        blocks.append(
-            Text(
-                f"Known labels ({reference['field']}): {100 * reference['agreement']:.0f} % agree "
-                f"[{100 * low:.0f}, {100 * high:.0f}] of {reference['n']}. AUC by votes, by surface: "
-                f"{areas}.",
-                quiet=True,
-            )
-        )
+        text = f"Known labels ({reference['field']}): {100 * reference['agreement']:.0f} % agree "
+        text += f"[{100 * low:.0f}, {100 * high:.0f}] of {reference['n']}. AUC by votes, by surface: {areas}."
+        blocks.append(Text(text, quiet=True))
     return blocks
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stages.config.evaluation import KEPT
 from stages.evaluation.statistics import p_value
+from stages.lora.training.curves import OVERVIEW, History
 from stages.pipeline.steps import Step
 from stages.report import elements, figures, run_page
 from stages.report.page import (
@@ -24,32 +25,24 @@ from stages.report.page import (
     Text,
     render,
 )
-from stages.report.run_page import won_and_lost
+from stages.report.run_page import Answered, won_and_lost
 from stages.store.estimates import PlannedCost, actual_and_planned
-from stages.sweep import formats
+from stages.sweep import render as render_table
 from stages.sweep.file import Plot
 from stages.sweep.results import Over, Results, answers, reading
 from stages.sweep.table import Cell
 from stages.sweep.values import Value
 
-if TYPE_CHECKING:
-    from stages.lora.training.curves import History
+SweepCommand = Callable[[str | None], str]
+"""Writes the command that makes what is missing of a row, or, for None, of its table."""
 
 
-@dataclass(frozen=True)
-class Commands:
-    """Commands that run the missing steps of a table, and of each of its rows."""
-
-    all: str
-    rows: dict[str, str]
-
-
-def page(tables: list[tuple[Results, Commands]]) -> str:
+def page(tables: list[tuple[Results, SweepCommand]]) -> str:
     titles = [results.table.file.title for results, _ in tables]
     verdicts = zip(titles, (_verdict(results) for results, _ in tables), strict=True)
     lead = [f"{title}. {verdict}" if len(titles) > 1 else verdict for title, verdict in verdicts if verdict]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
-    return render(title, lead, [_section(results, commands) for results, commands in tables])
+    return render(title, lead, [_section(results, command) for results, command in tables])
 
 
 def _verdict(results: Results) -> str:
@@ -66,7 +59,7 @@ def _verdict(results: Results) -> str:
     for over, scope in scopes.items():
         p_values = results.corrected_p(over)
         told_apart = [
-            f"{formats.rows_name(contrast.rows) if one_pair else formats.contrast_name(contrast)} "
+            f"{render_table.rows_name(contrast.rows) if one_pair else render_table.contrast_name(contrast)} "
             f"{100 * compared[contrast].mean:+.1f} ({p_value(p)})"
             for contrast, p in p_values.items()
             if p < 0.05
@@ -91,17 +84,17 @@ def _compared(results: Results, number: int) -> str:
     candidates = sum(row not in against for row in results.table.rows)
     rows = "All other rows" if number == candidates else f"{number} of {candidates} other rows"
     verb = "is" if number == 1 < candidates else "are"
-    return f"{rows} {verb} compared with {formats.rows_name(against)} on {on}."
+    return f"{rows} {verb} compared with {render_table.rows_name(against)} on {on}."
 
 
-def _section(results: Results, commands: Commands) -> PageSection:
+def _section(results: Results, command: SweepCommand) -> PageSection:
     file = results.table.file
     anchor = re.sub(r"\W+", "-", results.table.path.stem)
     blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
-    blocks.append(Grid(*formats.grid(results, separator="\n"), formats.legend(results)))
-    if comparisons := formats.comparison_grid(results):
+    blocks.append(Grid(*render_table.grid(results, separator="\n"), render_table.legend(results)))
+    if comparisons := render_table.comparison_grid(results):
         blocks.append(Grid(*comparisons))
-    if choices := formats.chosen(results):
+    if choices := render_table.choices_note(results):
         blocks.append(Text(choices, quiet=True))
     if plot := (_line_plot(results, file.plot) if file.plot else None) or _dot_plot(results):
         blocks.append(Pictures([plot]))
@@ -111,17 +104,17 @@ def _section(results: Results, commands: Commands) -> PageSection:
         blocks.append(Pictures([curves]))
     if file.make_data:
         blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
-    blocks += [Text("This command makes or completes the table:", quiet=True), Command(commands.all)]
-    blocks += [_rows(results, commands), *_won_and_lost(results), *_run(results)]
+    blocks += [Text("This command makes or completes the table:", quiet=True), Command(command(None))]
+    blocks += [_rows(results, command), *_won_and_lost(results), *_run(results)]
     return PageSection(anchor, file.title, blocks)
 
 
-def _rows(results: Results, commands: Commands) -> Details:
+def _rows(results: Results, command: SweepCommand) -> Details:
     """List each row's settings, time, memory and command."""
     settings = results.table.file.settings()
     lines = []
     for row in results.table.rows:
-        cells = [cell for cell in results.table.cells if cell.row == row]
+        cells = results.table.cells_of(row)
         complete = [costs for cell in cells if (costs := _costs(results, cell)) is not None]
         steps = [cost for costs in complete for cost in costs]
         seconds = sum(cost.seconds or 0 for cost in steps) / max(1, len(complete))
@@ -129,7 +122,7 @@ def _rows(results: Results, commands: Commands) -> Details:
         changed = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
         lines.append([
             row, "; ".join(changed), f"{seconds:.0f}" if steps else "",
-            "" if peak is None else f"{peak:.0f}", commands.rows[row],
+            "" if peak is None else f"{peak:.0f}", command(row),
         ])  # fmt: skip
     caption = "Seconds: mean over the complete seeds, with the steps that a seed shares with others."
     head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
@@ -138,43 +131,36 @@ def _rows(results: Results, commands: Commands) -> Details:
 
 def _costs(results: Results, cell: Cell) -> list[PlannedCost] | None:
     """Return the actual cost of each step that the columns of a cell need; None if a step is missing."""
-    names: dict[str, None] = {}
 
-    def add(step: Step) -> None:
-        names[step.name] = None
+    def with_inputs(step: Step) -> Iterator[str]:
+        yield step.name
         for source in step.inputs.values():
-            add(source)
+            yield from with_inputs(source)
 
-    for column in cell.columns.values():
-        for name in column.steps:
-            add(cell.steps[name])
-    costs = []
-    for name in names:
-        artifact = results.artifacts.current(cell, name)
-        if artifact is None:
-            return None
-        costs.append(actual_and_planned(artifact.manifest["provenance"])[0])
-    return costs
+    steps = (cell.steps[name] for column in cell.columns.values() for name in column.steps)
+    needed = dict.fromkeys(name for step in steps for name in with_inputs(step))
+    artifacts = [results.artifacts.current(cell, name) for name in needed]
+    if None in artifacts:
+        return None
+    return [actual_and_planned(artifact.manifest["provenance"])[0] for artifact in artifacts if artifact]
 
 
 def _won_and_lost(results: Results) -> list[Block]:
     """Show items that two compared rows answered differently, with the first seed that both have."""
     blocks: dict[str, list[Block]] = {}
     for contrast, value in results.comparisons.items():
-        reference = {cell.seed: cell for cell in results.table.cells if (cell.row,) == contrast.against}
-        candidates = (cell for cell in results.table.cells if (cell.row,) == contrast.rows)
-        cells = [cell for cell in candidates if cell.seed in reference]
-        if value is None or not cells:
+        if value is None or len(contrast.against) > 1 or len(contrast.rows) > 1:
             continue
-        pair = reference[cells[0].seed], cells[0]
-        first, second = (cell.columns[contrast.on] for cell in pair)
-        baseline = results.artifacts.current(pair[0], first.step)
-        candidate = results.artifacts.current(pair[1], second.step)
-        if baseline is not None and candidate is not None:
-            titled = (pair[0].row, answers(baseline, first)), (pair[1].row, answers(candidate, second))
+        reference = {cell.seed: cell for cell in results.table.cells_of(*contrast.against)}
+        cells = [cell for cell in results.table.cells_of(*contrast.rows) if cell.seed in reference]
+        sides = []
+        for cell in (reference[cells[0].seed], cells[0]) if cells else ():
+            column = cell.columns[contrast.on]
+            if artifact := results.artifacts.current(cell, column.step):
+                sides.append(Answered(cell.row, answers(artifact, column), reading(column)))
+        if len(sides) == 2:
             title = f"{contrast.on}, seed {cells[0].seed}: "
-            read = reading(first), reading(second)
-            blocks.setdefault(pair[0].row, []).extend(won_and_lost(title, *titled, read))
+            blocks.setdefault(sides[0].title, []).extend(won_and_lost(title, *sides))
     return [Details(f"Won and lost against {against}", items) for against, items in blocks.items()]
 
 
@@ -202,14 +188,11 @@ def _run(results: Results) -> list[Block]:
 def _dot_plot(results: Results) -> Picture | None:
     """Plot accuracies by row; None while there is none."""
     file, rows = results.table.file, results.table.rows
-    series: dict[str, dict[str, figures.Mark]] = {}
-    scopes: set[str] = set()
-    for column in file.columns:
-        values = {row: results.values.get((row, column)) for row in rows}
-        accuracies = {row: v for row, v in values.items() if v and v.n is not None and not v.difference}
-        if accuracies:
-            series[column] = {row: _mark(value) for row, value in accuracies.items()}
-            scopes |= set(map(_scope, accuracies.values()))
+    series: dict[str, dict[str, Value]] = {}
+    for column, row in itertools.product(file.columns, rows):
+        value = results.values.get((row, column))
+        if value and value.n is not None and not value.difference:
+            series.setdefault(column, {})[row] = value
     if not series:
         return None
     published = {
@@ -218,18 +201,13 @@ def _dot_plot(results: Results) -> Picture | None:
     }
     svg = figures.svg(figures.dot_plot(rows, series, published))
     text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
-    return Picture(svg, text, f"Accuracy with its 95 % interval over {' or '.join(sorted(scopes))}.")
+    scopes = _scopes(value for by_row in series.values() for value in by_row.values())
+    return Picture(svg, text, f"Accuracy with its 95 % interval over {scopes}.")
 
 
-def _scope(value: Value) -> str:
-    """Say what the interval of `_mark` is over."""
-    return "items" if value.over_items else "seeds"
-
-
-def _mark(value: Value) -> figures.Mark:
-    interval = value.over_items or value.over_seeds
-    ends = (100 * interval.low, 100 * interval.high) if interval else (None, None)
-    return 100 * value.mean, *ends
+def _scopes(values: Iterable[Value]) -> str:
+    """Say what the intervals that figures draw are over."""
+    return " or ".join(sorted({"items" if value.over_items else "seeds" for value in values}))
 
 
 def _line_plot(results: Results, plot: Plot) -> Picture | None:
@@ -237,15 +215,13 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
 
     A row called `SERIES: NAME` is a point of that series, any other row a horizontal line.
     """
-    series: dict[str, list[figures.Point]] = {}
+    series: dict[str, list[tuple[float, Value]]] = {}
     lines: dict[str, float] = {}
-    scopes: set[str] = set()
     for row in results.table.rows:
         x, y = results.values.get((row, plot.x)), results.values.get((row, plot.y))
         group, colon, _ = row.partition(": ")
         if y and y.n and colon and x:
-            series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, _mark(y)))
-            scopes.add(_scope(y))
+            series.setdefault(group, []).append((100 * x.mean if x.n else x.mean, y))
         elif y and y.n and not colon:
             lines[row] = 100 * y.mean
     published: dict[str, list[tuple[float, float]]] = {}
@@ -259,14 +235,13 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
         return None
     svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    caption = f"{plot.y} over {plot.x}, with 95 % intervals over {' or '.join(sorted(scopes))}."
+    scopes = _scopes(y for points in series.values() for _, y in points)
+    caption = f"{plot.y} over {plot.x}, with 95 % intervals over {scopes}."
     return Picture(svg, text, caption)
 
 
 def _training_curves(results: Results) -> Picture | None:
     """Plot the training curves of RL for every seed; a run that rows share is drawn for the first of them."""
-    from stages.lora.training.curves import OVERVIEW
-
     runs: dict[str, list[History]] = {}
     paths: set[Path] = set()
     for cell in results.table.cells:

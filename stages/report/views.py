@@ -15,8 +15,8 @@ class View:
 
     target: str
     """Target of the evaluation that has this adapter."""
-    system: str
-    """System whose rows the adapter learned from, written as the keys of `prompt.by_system` in a manifest."""
+    system: int
+    """System whose rows the adapter learned from."""
     description: str
     method: str
     """Training method, as the card names it."""
@@ -32,9 +32,9 @@ class View:
 
 
 VIEWS = (
-    View("sft", "1", "answers at once", "SFT"),
-    View("sft2", "2", "works it out", "SFT"),
-    View("rl", "2", "works it out", "GRPO"),
+    View("sft", 1, "answers at once", "SFT"),
+    View("sft2", 2, "works it out", "SFT"),
+    View("rl", 2, "works it out", "GRPO"),
 )
 
 

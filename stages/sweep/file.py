@@ -27,16 +27,12 @@ SEED = "{seed}"
 """Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
 
 
-def _repeated(rows: list[str]) -> list[str]:
-    return sorted({row for row in rows if rows.count(row) > 1})
-
-
-def _as_rows(rows: Any) -> Any:
-    return [rows] if isinstance(rows, str) else rows
-
-
 Rows = Annotated[
-    list[str], Field(min_length=1), BeforeValidator(_as_rows, json_schema_input_type=str | list[str])
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(
+        lambda rows: [rows] if isinstance(rows, str) else rows, json_schema_input_type=str | list[str]
+    ),
 ]
 """One row, or several whose accuracies are averaged item by item."""
 
@@ -51,21 +47,18 @@ class Compare(Section):
     @model_validator(mode="before")
     @classmethod
     def _on(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
         # YAML 1.1 reads a bare `on` as true.
-        return (
-            {"on" if key is True else key: v for key, v in section.items()}
-            if isinstance(section, dict)
-            else section
-        )
-
-
-def _as_list(compare: Any) -> Any:
-    return [] if compare is None else [compare] if isinstance(compare, dict) else compare
+        return {"on" if key is True else key: value for key, value in section.items()}
 
 
 Comparisons = Annotated[
     list[Compare],
-    BeforeValidator(_as_list, json_schema_input_type=Compare | list[Compare] | None),
+    BeforeValidator(
+        lambda value: [] if value is None else [value] if isinstance(value, dict) else value,
+        json_schema_input_type=Compare | list[Compare] | None,
+    ),
 ]
 
 
@@ -142,8 +135,11 @@ class TableFile(Section):
                 yield f"paper has a value of {row!r} for {column!r}, which is not a column"
         for compare in self.compare:
             for name, compared in (("against", compare.against), ("row", compare.row or [])):
-                yield from (f"compare.{name} {row!r} is not a row" for row in compared if row not in rows)
-                yield from (f"compare.{name} names {row!r} twice" for row in _repeated(compared))
+                for row in dict.fromkeys(compared):
+                    if row not in rows:
+                        yield f"compare.{name} {row!r} is not a row"
+                    if compared.count(row) > 1:
+                        yield f"compare.{name} names {row!r} twice"
             if compare.row and set(compare.row) == set(compare.against):
                 yield f"compare.row {', '.join(compare.row)!r} is compared with itself"
             if not _is_accuracy(self.columns.get(compare.on, "")):
@@ -180,13 +176,11 @@ class TableFile(Section):
         """Map each row to its settings. Rows of a grid are named after their values."""
         if self.rows:
             return self.rows
-        rows = {}
-        for values in itertools.product(*self.grid.values()):
-            settings = dict(zip(self.grid, values, strict=True))
-            rows[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in settings.items())] = (
-                settings
-            )
-        return rows
+        names = [name.rpartition(".")[2] for name in self.grid]
+        return {
+            ", ".join(map("{} {}".format, names, values)): dict(zip(self.grid, values, strict=True))
+            for values in itertools.product(*self.grid.values())
+        }
 
 
 @dataclass(frozen=True)
@@ -200,10 +194,10 @@ class Column:
     """Accuracy that is subtracted, item by item."""
 
     @classmethod
-    def of(cls, text: str) -> Column:
+    def from_text(cls, text: str) -> Column:
         text, minus, subtrahend = text.partition(" - ")
         if minus:
-            return replace(cls.of(text), minus=cls.of(subtrahend))
+            return replace(cls.from_text(text), minus=cls.from_text(subtrahend))
         step, _, qualifier = text.partition(".")
         return cls(f"eval:{step}" if "@" in text else step, qualifier)
 
@@ -214,7 +208,7 @@ class Column:
     @property
     def terms(self) -> list[Column]:
         """The column itself, and what is subtracted from it if it is a difference."""
-        return [self, *([self.minus] if self.minus else [])]
+        return [self, self.minus] if self.minus else [self]
 
     @property
     def steps(self) -> list[str]:
@@ -228,12 +222,12 @@ def _is_accuracy(text: str) -> bool:
 
 def _column_mistake(text: str) -> str | None:
     """Return what is wrong with a column's text, if anything."""
-    terms = [Column.of(term) for term in text.split(" - ")]
+    terms = [Column.from_text(term) for term in text.split(" - ")]
     if len(terms) > 2 or (len(terms) == 2 and not all(term.graded for term in terms)):
         return f"column {text!r}: a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK"
+    if any(not term.graded and not term.qualifier for term in terms):
+        return f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE"
     for term in terms:
-        if not term.graded and not term.qualifier:
-            return f"column {text!r}: expected TARGET@BENCHMARK or STEP.VALUE"
         if term.graded and term.qualifier not in ("", FLEXIBLE, *SYSTEMS) and "=" not in term.qualifier:
             choice = f"expected {', '.join(SYSTEMS)}, FIELD=VALUE or {FLEXIBLE}"
             return f"column {text!r}: unknown group {term.qualifier!r}; {choice}"
@@ -247,7 +241,7 @@ def _row_mistakes(row: str, settings: dict[str, Any]) -> Iterator[str]:
     columns = settings.get("columns", {})
     if not isinstance(columns, dict) or not all(isinstance(text, str | None) for text in columns.values()):
         yield f"row {row!r}: columns must map names to what they show, or to null, got {columns!r}"
-    texts = [text for text in _row_columns(settings).values() if isinstance(text, str)]
+    texts = (text for text in _row_columns(settings).values() if isinstance(text, str))
     yield from filter(None, map(_column_mistake, texts))
 
 

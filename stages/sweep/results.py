@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -89,29 +88,34 @@ class Results:
 def results(table: Table) -> Results:
     """Read all values and comparisons of a table from its artifacts."""
     reader = _Reader()
-    values: dict[tuple[str, str], Value | None] = {}
-    missing = {}
+    found = Results(table, {}, {}, reader.artifacts, {})
     for row in table.rows:
-        cells = [cell for cell in table.cells if cell.row == row]
+        cells = table.cells_of(row)
         for name in table.file.columns:
-            if all(name in cell.columns for cell in cells):
-                try:
-                    values[row, name] = reader.value(cells, name)
-                except NothingToShow:
-                    if cells[0].columns[name].graded:
-                        log.warning("%s: no answer is in the group of column %r", row, name)
-                if (row, name) in values and values[row, name] is None:
-                    missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
-    comparisons = {}
+            if not all(name in cell.columns for cell in cells):
+                continue
+            try:
+                found.values[row, name] = reader.value(cells, name)
+            except _Missing:
+                found.values[row, name] = None
+                found.missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
+            except NothingToShow:
+                if cells[0].columns[name].graded:
+                    log.warning("%s: no answer is in the group of column %r", row, name)
     for contrast in table.contrasts:
-        references, cells = (
-            [cell for row in rows for cell in table.cells if cell.row == row]
-            for rows in (contrast.against, contrast.rows)
-        )
+        references, cells = table.cells_of(*contrast.against), table.cells_of(*contrast.rows)
         if all(contrast.on in cell.columns for cell in references + cells):
-            with suppress(NothingToShow):
-                comparisons[contrast] = reader.comparison(references, cells, contrast.on)
-    return Results(table, values, comparisons, reader.artifacts, missing)
+            try:
+                found.comparisons[contrast] = reader.comparison(references, cells, contrast.on)
+            except _Missing:
+                found.comparisons[contrast] = None
+            except NothingToShow:
+                pass
+    return found
+
+
+class _Missing(Exception):
+    """The artifact of a cell is missing."""
 
 
 class _Reader:
@@ -120,63 +124,50 @@ class _Reader:
         """Artifact path, qualifier of the column → accuracy of each item."""
         self.artifacts = Artifacts()
 
-    def _artifact(self, cell: Cell, column: Column) -> Artifact | None:
-        return self.artifacts.current(cell, column.step)
+    def _artifact(self, cell: Cell, column: Column) -> Artifact:
+        artifact = self.artifacts.current(cell, column.step)
+        if artifact is None:
+            raise _Missing
+        return artifact
 
     def lacks(self, cell: Cell, name: str) -> bool:
         """True if an artifact of the column is missing."""
-        return any(self._artifact(cell, term) is None for term in cell.columns[name].terms)
+        return any(self.artifacts.current(cell, step) is None for step in cell.columns[name].steps)
 
-    def value(self, cells: list[Cell], name: str) -> Value | None:
-        """Return a column's value over the cells of one row; None if the artifact of a seed is missing."""
+    def value(self, cells: list[Cell], name: str) -> Value:
+        """Return a column's value over the cells of one row; _Missing if a seed lacks its artifact."""
         column = cells[0].columns[name]
-        artifacts = [self._artifact(cell, column) for cell in cells]
+        if column.minus:  # paired by seed and item
+            first, second = (
+                [self._item_accuracy(self._artifact(cell, term), term) for cell in cells]
+                for term in (column.minus, column)
+            )
+            return difference(first, second, _have_own_items(cells, name))
         # Seeds that share an artifact, because the step does not depend on the seed, count once.
-        unique = {a.manifest["key"]: a for a in artifacts if a is not None}
-        if None in artifacts:
-            return None
-        if not column.graded:
-            return mean_of_numbers([_number(artifact, column) for artifact in unique.values()])
-        if column.minus:
-            return self._difference(cells, name, column.minus)
-        by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
-        return accuracy(by_seed, _have_own_items(cells, name))
+        unique = {
+            artifact.manifest["key"]: artifact for artifact in (self._artifact(c, column) for c in cells)
+        }
+        if column.graded:
+            by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
+            return accuracy(by_seed, _have_own_items(cells, name))
+        return mean_of_numbers([_number(artifact, column) for artifact in unique.values()])
 
-    def _difference(self, cells: list[Cell], name: str, minus: Column) -> Value | None:
-        """Return a column minus `minus`, paired by seed and item; None if an artifact is missing."""
-        column = cells[0].columns[name]
-        pairs = [(self._artifact(cell, minus), self._artifact(cell, column)) for cell in cells]
-        first = [self._item_accuracy(artifact, minus) for artifact, _ in pairs if artifact]
-        second = [self._item_accuracy(artifact, column) for _, artifact in pairs if artifact]
-        if len(first) < len(cells) or len(second) < len(cells):
-            return None
-        return difference(first, second, _have_own_items(cells, name))
-
-    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value | None:
-        """Compare rows on a column, over the items and seeds that all have; None if an artifact is missing.
+    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value:
+        """Compare rows on a column, over the items and seeds that all have; _Missing if an artifact is.
 
         Of several rows on one side each item has the mean of its accuracies.
         """
-        first, second = [], []
+        pairs = []
         for seed in dict.fromkeys(cell.seed for cell in references):
             sides = [[cell for cell in side if cell.seed == seed] for side in (references, cells)]
-            means = [self._mean_accuracy(side, name) for side in sides if side]
-            if None in means:
-                return None
-            if len(means) == 2:
-                first.append(means[0] or {})
-                second.append(means[1] or {})
-        return difference(first, second, _have_own_items(cells, name))
+            pair = [self._mean_accuracy(side, name) for side in sides if side]
+            pairs += [pair] if len(pair) == 2 else []
+        return difference([a for a, _ in pairs], [b for _, b in pairs], _have_own_items(cells, name))
 
-    def _mean_accuracy(self, cells: list[Cell], name: str) -> ItemAccuracy | None:
-        """Average each item over cells of one seed; None if an artifact is missing."""
-        shares = []
-        for cell in cells:
-            artifact = self._artifact(cell, cell.columns[name])
-            if artifact is None:
-                return None
-            shares.append(self._item_accuracy(artifact, cell.columns[name]))
-        return mean_by_item(shares)
+    def _mean_accuracy(self, cells: list[Cell], name: str) -> ItemAccuracy:
+        """Average each item over cells of one seed."""
+        columns = [(cell, cell.columns[name]) for cell in cells]
+        return mean_by_item([self._item_accuracy(self._artifact(*pair), pair[1]) for pair in columns])
 
     def _item_accuracy(self, artifact: Artifact, column: Column) -> ItemAccuracy:
         key = (str(artifact.path), column.qualifier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -56,22 +57,21 @@ class Table:
         def shown(rows: Iterable[str]) -> tuple[str, ...]:
             return tuple(self.duplicate_of.get(row, row) for row in rows)
 
-        contrasts = [
-            Contrast(shown(rows), against, compare.on)
-            for compare in self.file.compare
-            for against in [shown(compare.against)]
-            for rows in ([compare.row] if compare.row else [[row] for row in self.rows if row not in against])
-        ]
-        return [
-            contrast
-            for contrast in dict.fromkeys(contrasts)
-            if {*contrast.rows, *contrast.against} <= set(self.rows)
-            and sorted(contrast.rows) != sorted(contrast.against)
-        ]
+        contrasts: dict[Contrast, None] = {}
+        for compare in self.file.compare:
+            against = shown(compare.against)
+            others = [[row] for row in self.rows if row not in against]
+            for rows in map(shown, [compare.row] if compare.row else others):
+                if {*rows, *against} <= set(self.rows) and sorted(rows) != sorted(against):
+                    contrasts[Contrast(rows, against, compare.on)] = None
+        return list(contrasts)
 
     @property
     def rows(self) -> list[str]:
         return list(dict.fromkeys(cell.row for cell in self.cells))
+
+    def cells_of(self, *rows: str) -> list[Cell]:
+        return [cell for row in rows for cell in self.cells if cell.row == row]
 
 
 def table(
@@ -97,19 +97,18 @@ def table(
     settings = file.settings()
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
     check_size(path, len(rows), len(set(seeds or file.seeds)), max_cells)
-    errors: dict[str, list[str]] = {}
+    errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
     cells = []
-    for seed in dict.fromkeys(seeds or file.seeds):
-        for row in rows:
-            try:
-                cells.append(_cell(path, file, row, seed, base, overrides or []))
-            except LoraparError as error:
-                errors.setdefault(str(error), []).append(repr(row))
-                if isinstance(error, MissingInputError):
-                    makes = "no data file" in str(error)
-                    hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
-    mistakes = [f"row {', '.join(dict.fromkeys(names))}: {error}" for error, names in errors.items()]
+    for seed, row in itertools.product(dict.fromkeys(seeds or file.seeds), rows):
+        try:
+            cells.append(_cell(path, file, row, seed, base, overrides or []))
+        except LoraparError as error:
+            errors.setdefault(str(error), {})[repr(row)] = None
+            if isinstance(error, MissingInputError):
+                makes = "no data file" in str(error)
+                hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
+    mistakes = [f"row {', '.join(names)}: {error}" for error, names in errors.items()]
     mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
     mistakes += _incomparable(file, cells) if base is None and not columns else []
     duplicate_of = _duplicates(cells)
@@ -118,8 +117,8 @@ def table(
     if mistakes:
         raise mistakes_error(path, mistakes, "; ".join(filter(None, hints)) or None)
     cells = [cell for cell in cells if cell.row not in duplicate_of]
-    rebased = {cell.row: None for cell in cells if base is not None and "base" in settings[cell.row]}
-    return Table(path, file, cells, duplicate_of, list(rebased))
+    rebased = [row for row in rows if base and "base" in settings[row] and row not in duplicate_of]
+    return Table(path, file, cells, duplicate_of, rebased)
 
 
 def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
@@ -181,7 +180,7 @@ def _columns(
     if unknown := row_columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
     texts = {**file.columns, **row_columns}
-    columns = {name: Column.of(text) for name, text in texts.items() if text is not None}
+    columns = {name: Column.from_text(text) for name, text in texts.items() if text is not None}
     if rebased:
         columns = {name: _rebased(column, config) for name, column in columns.items()}
     produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
@@ -206,14 +205,13 @@ def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
     """Return a message for each column that no cell has, with the steps that could be named instead."""
     mistakes = []
     for name, text in file.columns.items() if cells else ():
-        if not any(name in cell.columns for cell in cells):
-            steps = cells[0].steps
-            if Column.of(text).graded:
-                evaluations = [step.removeprefix("eval:") for step in steps if step.startswith("eval:")]
-                choice = f"evaluations: {', '.join(evaluations) or 'none'}"
-            else:
-                choice = f"steps: {', '.join(step for step in steps if not step.startswith('eval:'))}"
-            mistakes.append(f"column {name!r}: no row has {text}; {choice}")
+        if any(name in cell.columns for cell in cells):
+            continue
+        evaluations = [step.removeprefix("eval:") for step in cells[0].steps if step.startswith("eval:")]
+        others = [step for step in cells[0].steps if not step.startswith("eval:")]
+        choice = f"evaluations: {', '.join(evaluations) or 'none'}"
+        choice = choice if Column.from_text(text).graded else f"steps: {', '.join(others)}"
+        mistakes.append(f"column {name!r}: no row has {text}; {choice}")
     return mistakes
 
 
@@ -227,9 +225,5 @@ def _duplicates(cells: list[Cell]) -> dict[str, str]:
         )
         shown.setdefault(cell.row, {})[cell.seed] = str(artifacts)
     first_rows: dict[str, str] = {}
-    duplicate_of = {}
-    for row, by_seed in shown.items():
-        first = first_rows.setdefault(str(sorted(by_seed.items())), row)
-        if first != row:
-            duplicate_of[row] = first
-    return duplicate_of
+    firsts = {row: first_rows.setdefault(str(sorted(by_seed.items())), row) for row, by_seed in shown.items()}
+    return {row: first for row, first in firsts.items() if row != first}

@@ -185,7 +185,7 @@ def test_the_page_says_what_was_gained_and_lost(begun, old, monkeypatch):
         [target] = [target for target in right if artifacts[f"eval:{target}@demo"].path == path.parent]
         return [replace(one, correct=i < right[target]) for i, one in enumerate(read_samples(path))]
 
-    monkeypatch.setattr(protection, "read_samples", samples_with_right_answers)
+    monkeypatch.setattr("stages.report.comparison.read_samples", samples_with_right_answers)
     [grid] = protection.blocks(config, artifacts)
     assert grid.head == ["", "items", "base, %", "sft", "sft2", "rl"]
     assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]

@@ -32,7 +32,9 @@ def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
 def test_a_voter_without_a_valid_vote(tmp_path):
     voter = {"valid": 0, "system2_share": None, "held_out_auc": None}
     (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}}))
-    (text, grid) = run_page._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
+    (text, grid) = run_page._label_counts(
+        {"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})}
+    )
     assert text.text == "train: 3 examples." and grid.rows == [["judge", "0", "–", "–"]]
 
 

@@ -4,9 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ NARROWEST = 500
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
 
 
+def value(mean: float, reach: float = 0) -> Value:
+    """An accuracy, with an interval that reaches so far to both sides."""
+    return Value(mean, n=9, over_items=Interval(mean - reach, mean + reach) if reach else None)
+
+
 def test_every_text_is_escaped():
     item = ComparedItem("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
     parts = [
@@ -53,7 +59,7 @@ def test_every_text_is_escaped():
 
 def test_one_column_over_another():
     """A series is a line, a published one a dashed line, and a row without a series goes across."""
-    series = {"QKV": [(0.4, (50.0, 40.0, 60.0)), (0.1, (30.0, None, None))]}
+    series = {"QKV": [(0.4, value(0.5, 0.1)), (0.1, value(0.3))]}
     drawn = figures.line_plot(series, {"QKV": [(0.3, 20.0)], "GUD": [(0.2, 12.0)]}, {"base": 13.3}, "x", "y")
     (axes,) = drawn.axes
     by_label = {line.get_label(): line for line in axes.lines}
@@ -92,17 +98,26 @@ def test_a_section_without_parts_is_left_out_and_one_alone_has_no_contents():
 
 
 def drawn(name: str) -> str:
-    series = {name: {"a": (50.0, 40.0, 60.0), "b": (55.0, 45.0, 65.0)}, "RL": {"a": (52.0, 42.0, 62.0)}}
+    series = {name: {"a": value(0.5, 0.1), "b": value(0.55, 0.1)}, "RL": {"a": value(0.52, 0.1)}}
     return figures.svg(figures.dot_plot(["a", "b"], series, {name: {"a": 27.6}}))
 
 
 def test_a_figure_is_one_element_in_the_ink_of_the_page():
+    before = Figure().get_facecolor()
     text = drawn("one")
     assert text.startswith("<svg ") and text.rstrip().endswith("</svg>") and text.count("<svg ") == 1
     assert "currentColor" in text and figures.INK not in text and "#000000" not in text
     assert "min-width" in text and not re.search(r"<svg [^>]*\b(width|height)=", text)
     assert "published" in text  # text is text
     assert drawn("one") == text  # and does not tell when it was made
+    assert Figure().get_facecolor() == before  # the style does not leak
+
+
+def test_an_accuracy_is_drawn_with_its_interval_in_per_cent():
+    series = {"SFT": {"a": value(0.5, 0.1), "b": value(0.3)}}
+    (axes,) = figures.dot_plot(["a", "b"], series, {"SFT": {"b": 27.6}}).axes
+    lines = [list(map(float, line.get_xdata())) for line in axes.lines if len(line.get_xdata())]
+    assert lines == [pytest.approx([40, 60]), [50], [30], [27.6]]
 
 
 def test_parts_of_unlike_figures_have_unlike_names():
@@ -112,12 +127,6 @@ def test_parts_of_unlike_figures_have_unlike_names():
         found.append(set(re.findall(r'\bid="([^"]+)"', text)))
         assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= found[-1]
     assert found[0] and not found[0] & found[1]
-
-
-def test_the_style_of_a_page_does_not_leak():
-    before = Figure().get_facecolor()
-    drawn("one")
-    assert Figure().get_facecolor() == before
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +205,7 @@ document.title = [document.documentElement.scrollWidth, opened, fetched,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [420, 1280])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "theme"), [(420, "light"), (1280, "dark")])
 def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tmp_path, width, theme):
     """Nothing is wider than the screen or fetched, tables can be reached by keyboard, and dark is dark."""
     config, settings = run
@@ -235,17 +243,19 @@ def test_details_are_printed_open(run, browser, lorapar, tmp_path):
     assert abs(sizes["closed"] - sizes["open"]) < 200 < sizes["open"] - sizes["none"]
 
 
+def sample(item: str, correct: bool, outcome: str | None = None, **other: Any) -> Sample:
+    outcome = outcome or ("correct" if correct else "wrong")
+    return replace(Sample(item, 0, None, "Q", "A", None, "1", "1", correct, correct, outcome, {}), **other)
+
+
 def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
     def answers(name: str, *items: list[bool | None]) -> Artifact:
         """Whether each answer to each item is right; None: it was refused."""
         rows = [
-            Sample(
-                f"i{at}", n, None, "Q", f"{right}", None, None, None, bool(right), bool(right),
-                "refused" if right is None else "correct",
-            )
+            sample(f"i{at}", bool(right), "refused" if right is None else "correct", sample=number)
             for at, item in enumerate(items)
-            for n, right in enumerate(item)
-        ]  # fmt: skip
+            for number, right in enumerate(item)
+        ]
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "samples.jsonl", (asdict(row) for row in rows))
         return Artifact(tmp_path / name, {})
@@ -260,21 +270,15 @@ def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
 
 
 def test_the_items_are_shown_without_what_all_prompts_have_in_common():
-    def answers(correct: bool) -> dict[str, list[Sample]]:
-        asked = {"a": "How many?\nOf apples?", "b": "Who?", "c": "How old?"}
-        return {
-            name: [
-                Sample(
-                    name, 0, 1, f"<s>\nBe brief.</s>\n<u>\n{question}</u>\n<a>", "A", None, "1", "1",
-                    correct, correct, "correct" if correct else "wrong",
-                )
-            ]
-            for name, question in asked.items()
-        }  # fmt: skip
-
-    _, folded = run_page.won_and_lost("", ("base", answers(False)), ("sft", answers(True)))
+    asked = {"a": "How many?\nOf apples?", "b": "Who?", "c": "How old?"}
+    prompts = {name: f"<s>\nBe brief.</s>\n<u>\n{question}</u>\n<a>" for name, question in asked.items()}
+    before, after = (
+        {name: [sample(name, correct, prompt=prompt)] for name, prompt in prompts.items()}
+        for correct in (False, True)
+    )
+    _, folded = run_page.won_and_lost("", run_page.Answered("base", before), run_page.Answered("sft", after))
     items, _, start = folded.blocks
-    assert [item.question for item in items.items] == ["How many?\nOf apples?", "Who?", "How old?"]
+    assert [item.question for item in items.items] == list(asked.values())
     assert start.text == "<s>\nBe brief.</s>\n<u>"
     assert run_page._frame(["the only one"]) == run_page._frame([]) == ("", "")
     assert run_page._frame(["Question: a?\nAnswer:\n", "Question: b?\nAnswer:\n"]) == ("", "\nAnswer:\n")
@@ -282,21 +286,12 @@ def test_the_items_are_shown_without_what_all_prompts_have_in_common():
 
 def test_won_and_lost_are_read_as_their_column_is():
     """The base's answer to a is right if it is read flexibly, and so is nothing won there."""
-
-    def answers(*rights: tuple[bool, bool]) -> dict[str, list[Sample]]:
-        rows = [
-            Sample(
-                name, 0, None, "Q", "A", None, "1", "1", strict, loose, "correct" if strict else "wrong", {}
-            )
-            for name, (strict, loose) in zip("ab", rights, strict=True)
-        ]
-        return {row.id: [row] for row in rows}
-
-    before, after = answers((False, True), (False, False)), answers((True, True), (True, True))
-    told, _ = run_page.won_and_lost("", ("base", before), ("sft", after), ("correct_flexible", "correct"))
-    assert told.text == "sft wins 1 and loses 0 of 2 items."
-    told, _ = run_page.won_and_lost("", ("base", before), ("sft", after))
-    assert told.text == "sft wins 2 and loses 0 of 2 items."
+    before = {"a": [sample("a", False, correct_flexible=True)], "b": [sample("b", False)]}
+    after = {name: [sample(name, True)] for name in "ab"}
+    for read, won in (("correct_flexible", 1), ("correct", 2)):
+        base = run_page.Answered("base", before, read)
+        told, _ = run_page.won_and_lost("", base, run_page.Answered("sft", after))
+        assert told.text == f"sft wins {won} and loses 0 of 2 items."
 
 
 def test_modules_that_end_alike_are_shown_by_their_paths():
@@ -334,11 +329,11 @@ def test_the_verdict_says_how_many_rows_are_compared():
     assert "Over seeds" not in verdict("AB", tested)
     mean = verdict("ABCD", {"BC": (0.001, None)}, row=["B", "C"])
     assert mean.startswith("1 of 1 planned comparisons is complete.")
-
-
-def sample(item: str, correct: bool, outcome: str | None = None) -> Sample:
-    outcome = outcome or ("correct" if correct else "wrong")
-    return Sample(item, 0, None, "Q", "A", None, "A", "A", correct, correct, outcome, {})
+    neither = verdict("ABC", {"B": (0.03, 0.01), "C": (0.04, 0.2)})  # Holm's of items: .06 and .06
+    assert "Over items, with the training seeds as they are, no difference is told apart" in neither
+    assert "Over seeds, told apart from chance, in points: 'B' +10.0 (p = .02)." in neither
+    both = verdict("ABC", {"B": (0.01, None), "C": (0.04, None)})
+    assert "told apart from chance, in points: 'B' +10.0 (p = .02); 'C' +10.0 (p = .04)." in both
 
 
 def test_the_verdict_counts_the_items_that_both_have():
@@ -349,6 +344,11 @@ def test_the_verdict_counts_the_items_that_both_have():
     assert (rows[1]["n"], rows[1]["tested"], rows[1]["change"]) == (3, 2, 0.5)
     (said,) = run_page._verdicts({"demo": rows})
     assert "+50.0 points against base, which may be chance (p = 1, paired test over 2 items)" in said
+    head, lines = comparison.table("demo", rows)
+    assert head == ["demo", "n", "base", "sft"]
+    assert lines[0] == ["all", "3", "0.0 [0.0, 65.8]", "66.7 [20.8, 93.9], p = 1"]
+    assert comparison.answered_fewer(rows) == "base answered 2 of 3 items."
+    assert comparison.answered_fewer(rows[1:] * 2) == ""
 
 
 def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
@@ -411,15 +411,8 @@ def test_what_was_planned_stands_beside_what_was_taken_and_is_flagged_if_twofold
     assert not quick.flagged and "Together" not in quick.caption
 
 
-def test_a_layer_without_a_module_is_no_layer_of_zeros():
-    figure = figures.heat_map(["3", "7"], ["q", "k"], [[1.0, float("nan")], [2.0, 3.0]], "S1-only")
-    figure.canvas.draw()
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert {"3", "7"} <= set(labels) and "0" not in labels
-
-
 def test_a_map_has_the_share_of_both_matrices_from_zero_on():
-    """A has 1 of 4 elements in the region and B 3 of 4; the other layer has no k."""
+    """A has 1 of 4 elements in the region and B 3 of 4; the other layer, 7, has no k."""
     from stages.lora.importance.strategies import S1_ONLY
 
     codes = torch.tensor([S1_ONLY, 0, 0, 0], dtype=torch.uint8)
@@ -432,8 +425,19 @@ def test_a_map_has_the_share_of_both_matrices_from_zero_on():
     rows, columns, shares = elements._grid(elements._cells(region), S1_ONLY)
     assert (rows, columns, shares[0], shares[1][0]) == (["3", "7"], ["q", "k"], [50, 25], 25)
     assert shares[1][1] != shares[1][1]
-    (image,) = figures.heat_map(rows, columns, shares, "t").axes[0].images
-    assert image.get_clim() == (0, 50)
+    figure = figures.heat_map(rows, columns, shares, "t")
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert {"3", "7"} <= set(labels) and "0" not in labels
+    assert figure.axes[0].images[0].get_clim() == (0, 50)
+
+
+def test_curves_are_importance_over_elements_in_per_cent():
+    curve = ([0.25, 1.0], [0.9, 1.0])
+    (axes,) = figures.cumulative_curves({"System 1": curve}, {"System 1": ([1.0], [0.5])}, 0.9).axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert lines == [([25, 100], [90, 100]), ([100], [50]), ([0, 1], [90, 90])]
+    assert elements._share_reaching(0.9, curve) == "25 %"
 
 
 def test_tokens_are_those_trained_on_or_written(tmp_path):
@@ -456,11 +460,3 @@ def test_a_comparison_without_a_p_value_counts_in_the_correction(other):
     value = Value(0.1, [0.1], 100, True, Interval(0.05, 0.15, 0.03))
     incomplete = Results(None, {}, {first: value, second: other}, Artifacts(), {})
     assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
-
-
-def test_the_verdict_is_corrected_for_the_number_of_rows():
-    neither = verdict("ABC", {"B": (0.03, 0.01), "C": (0.04, 0.2)})  # Holm's of items: .06 and .06
-    assert "Over items, with the training seeds as they are, no difference is told apart" in neither
-    assert "Over seeds, told apart from chance, in points: 'B' +10.0 (p = .02)." in neither
-    both = verdict("ABC", {"B": (0.01, None), "C": (0.04, None)})
-    assert "told apart from chance, in points: 'B' +10.0 (p = .02); 'C' +10.0 (p = .04)." in both

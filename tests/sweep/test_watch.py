@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from lorapar_cli.watch import LiveView, last_line, summary, time_left
+from lorapar_cli.watch import LiveView, last_line, state_of_cells, time_left
 from stages.sweep.local import Outcome, Running, Sweep
 
 PLACES = {
@@ -20,11 +20,11 @@ CELLS = {"a": [1, 3], "b": [2], "c": [1], "d": [2]}
 
 def sweep(**state: object) -> Sweep:
     nodes = {
-        PLACES[n]: SimpleNamespace(
-            stage=PLACES[n][1], title=f"{PLACES[n][1]} {n}", current=False, inputs=[],
-            cells=[("table", f"row {i}", 1) for i in CELLS[n]], step=SimpleNamespace(key=n),
+        place: SimpleNamespace(
+            stage=place[1], title=f"{place[1]} {name}", current=False, inputs=[],
+            cells=[("table", f"row {i}", 1) for i in CELLS[name]], step=SimpleNamespace(key=name),
         )
-        for n in PLACES
+        for name, place in PLACES.items()
     }  # fmt: skip
     found = Sweep(nodes, [WORKER], Path("logs"), print)
     for name, value in state.items():
@@ -37,10 +37,10 @@ def test_cells_are_counted_by_all_that_they_need():
     running = {PLACES["b"]: Running(WORKER, time.monotonic(), 0)}
     waiting = [PLACES["c"], PLACES["d"]]
     found = sweep(done={PLACES["a"]}, running=running, waiting=waiting)
-    assert summary(found, {}) == "cells: 1 done, 1 running, 1 waiting"
+    assert state_of_cells(found, {}) == "cells: 1 done, 1 running, 1 waiting"
     failed = Outcome(found.nodes[PLACES["b"]], "failed", 1)
     found = sweep(done={PLACES["a"]}, waiting=waiting, ended={PLACES["b"]: failed})
-    assert summary(found, {}) == "cells: 1 done, 1 failed, 1 waiting"
+    assert state_of_cells(found, {}) == "cells: 1 done, 1 failed, 1 waiting"
 
 
 def test_the_time_left_is_what_the_waiting_take_and_what_is_left_of_the_running():
@@ -63,12 +63,8 @@ def test_the_view_names_what_runs_with_its_last_word(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(LiveView({}).render(found))
     text = console.file.getvalue()
-    assert (
-        "sft b (" in text
-        and "s, device 1)" in text
-        and "sft 3/36  [red]9 s[/red]" in text
-        and "loading" not in text
-    )
+    assert "sft b (" in text and "s, device 1)" in text and "loading" not in text
+    assert "sft 3/36  [red]9 s[/red]" in text
     assert last_line(tmp_path / "none") == ""
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import astuple
 
 from stages import escaping
 from stages.evaluation.statistics import BOOTSTRAP_DRAWS, Interval, p_value
@@ -14,6 +15,23 @@ from stages.sweep.results import OVER, Results
 from stages.sweep.table import Cell, Contrast
 from stages.sweep.values import Value
 
+OVER_ITEMS = (
+    "95 % intervals without a name are over items, each averaged over seeds: they say what other items would "
+    "show, with the training seeds as they are."
+)
+OVER_SEEDS = (
+    "Intervals over seeds are by Student's t over the means of the seeds: they say what other seeds would "
+    "show."
+)
+RESAMPLED = (
+    f"The bootstrap draws seeds and, of each, items {BOOTSTRAP_DRAWS:,} times with replacement; with few "
+    "seeds its interval is too narrow."
+)
+TESTED_OVER_ITEMS = (
+    "p over items is from an exact permutation test of their mean (McNemar's where each item is right or "
+    "wrong)."
+)
+
 
 def markdown(results: Results, command: str) -> str:
     """Render a section: title, notes, table, comparisons, legend and command.
@@ -21,15 +39,15 @@ def markdown(results: Results, command: str) -> str:
     command: the command line that makes missing cells.
     """
     file = results.table.file
+    paragraphs = [text for text in re.split(r"\n\s*\n", file.notes.strip()) if text]
     lines = [f"## {escaping.markdown(file.title)}", ""]
-    for paragraph in re.split(r"\n\s*\n", file.notes.strip()):
-        lines += [escaping.markdown(paragraph), ""] if paragraph else []
+    lines += [line for text in paragraphs for line in (escaping.markdown(text), "")]
     for head, rows in filter(None, (grid(results), comparison_grid(results))):
-        lines += [_markdown_line(list(map(escaping.markdown, head))), _markdown_line(["---"] * len(head))]
         # Cells other than names are numbers, and words of our own.
-        lines += [_markdown_line([escaping.markdown(row), *cells]) for row, *cells in rows]
-        lines.append("")
-    for text in filter(None, (legend(results), chosen(results))):
+        table = [list(map(escaping.markdown, head)), ["---"] * len(head)]
+        table += [[escaping.markdown(row), *cells] for row, *cells in rows]
+        lines += [*(f"| {' | '.join(cells)} |" for cells in table), ""]
+    for text in filter(None, (legend(results), choices_note(results))):
         lines += [escaping.markdown(text), ""]
     return "\n".join([*lines, escaping.markdown_code(command), ""])
 
@@ -71,20 +89,18 @@ def comparison_grid(results: Results) -> Texts | None:
     head = ["comparison", "points"]
     for over in scopes:
         head += [over.replace("_", " "), "p", "by Holm"]
-    head += ["bootstrap"] if resampled else []
-    head += ["by seed"] if several_seeds else []
+    head += ["bootstrap"] * resampled + ["by seed"] * several_seeds
     rows = []
     for contrast, value in results.comparisons.items():
-        if value is None:
-            rows.append([contrast_name(contrast), "missing", *[""] * (len(head) - 2)])
-            continue
-        cells = [f"{100 * value.mean:+z.1f}"]
-        for over in scopes:
-            interval: Interval | None = getattr(value, over)
-            p = interval.p if interval else None
-            cells += [_ends(interval, value), _bare_p(p), _bare_p(corrected[over].get(contrast))]
-        cells += [_ends(value.bootstrap, value)] if resampled else []
-        cells += [", ".join(f"{100 * mean:+z.1f}" for mean in value.of_seeds)] if several_seeds else []
+        cells = ["missing", *[""] * (len(head) - 2)]
+        if value is not None:
+            cells = [value.number(value.mean)]
+            for over in scopes:
+                interval: Interval | None = getattr(value, over)
+                cells += [value.ends(interval), _bare_p(interval.p if interval else None)]
+                cells += [_bare_p(corrected[over].get(contrast))]
+            cells += [value.ends(value.bootstrap)] * resampled
+            cells += [", ".join(map(value.number, value.of_seeds))] * several_seeds
         rows.append([contrast_name(contrast), *cells])
     return head, rows
 
@@ -98,10 +114,6 @@ def rows_name(rows: tuple[str, ...]) -> str:
     return repr(rows[0]) if len(rows) == 1 else f"the mean of {', '.join(map(repr, rows))}"
 
 
-def _markdown_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _cell(results: Results, row: str, name: str, with_n: bool, separator: str) -> str:
     if (row, name) not in results.values:
         return "–"
@@ -109,53 +121,21 @@ def _cell(results: Results, row: str, name: str, with_n: bool, separator: str) -
     published = results.table.file.paper.get(row, {}).get(name)
     paper = "" if published is None else f" (paper: {published:g})"
     if value is None:
-        return _missing(results, row, name) + paper
-    items = f", n {value.n}" if with_n and value.n is not None else ""
+        seeds = results.missing[row, name]
+        some_there = {cell.seed for cell in results.table.cells} - set(seeds)
+        return "missing" + (f" (seed {', '.join(map(str, seeds))})" if some_there else "") + paper
     first, *others = shown(value)
+    items = f", n {value.n}" if with_n and value.n is not None else ""
     return separator.join([first + items + paper, *others])
 
 
-def _missing(results: Results, row: str, name: str) -> str:
-    """Return `missing`, with the missing seeds if others exist."""
-    seeds = results.missing.get((row, name), [])
-    complete = {cell.seed for cell in results.table.cells} - set(seeds)
-    return f"missing (seed {', '.join(map(str, seeds))})" if complete and seeds else "missing"
-
-
 def shown(value: Value) -> list[str]:
-    """Format an accuracy as `27.1 [24.0, 30.4]` (%), a difference as `+2.0 [-1.0, +5.0], p = .2`.
-
-    This interval is over items. Intervals over seeds and of the bootstrap follow, each with its name.
-    """
-    if value.n is None:
-        mean = _number(value.mean, 4)
-    else:
-        mean = f"{100 * value.mean:+z.1f}" if value.difference else f"{100 * value.mean:.1f}"
-    texts = [f"{mean} {_ends(value.over_items, value)}".strip() + _p(value.over_items)]
-    if value.over_seeds:
-        texts.append(f"seeds {_ends(value.over_seeds, value)}{_p(value.over_seeds)}")
-    if value.bootstrap:
-        texts.append(f"bootstrap {_ends(value.bootstrap, value)}")
-    return texts
-
-
-def _ends(interval: Interval | None, value: Value) -> str:
-    """Format the ends of an interval of this value, or return an empty text."""
-    if interval is None:
-        return ""
-    if value.n is None:
-        return f"[{_number(interval.low, 3)}, {_number(interval.high, 3)}]"
-    sign = "+" if value.difference else ""
-    return f"[{100 * interval.low:{sign}z.1f}, {100 * interval.high:{sign}z.1f}]"
-
-
-def _number(number: float, digits: int) -> str:
-    """Format a number in significant digits, and from 1,000 on in whole numbers."""
-    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
-
-
-def _p(interval: Interval | None) -> str:
-    return "" if interval is None or interval.p is None else f", {p_value(interval.p)}"
+    """Write a value; intervals over seeds and of the bootstrap follow, each with its name."""
+    texts = [value.text()]
+    if seeds := value.over_seeds:
+        p = "" if seeds.p is None else f", {p_value(seeds.p)}"
+        texts.append(f"seeds {value.ends(seeds)}{p}")
+    return [*texts, *([f"bootstrap {value.ends(value.bootstrap)}"] if value.bootstrap else [])]
 
 
 def _bare_p(p: float | None) -> str:
@@ -166,16 +146,11 @@ def _bare_p(p: float | None) -> str:
 def _parsed_flexibly(cells: list[Cell]) -> list[str]:
     """Name the values that are parsed flexibly; of a difference of unlike readings, which part is."""
     names = set()
-    for cell in cells:
-        for name, column in cell.columns.items():
-            flexible = [term.qualifier == FLEXIBLE for term in column.terms]
-            part = (
-                ""
-                if len(set(flexible)) == 1
-                else f" (what is {'before' if flexible[0] else 'after'} the minus)"
-            )
-            if any(flexible):
-                names.add((cell.row, name, part))
+    for cell, name, column in ((c, *item) for c in cells for item in c.columns.items()):
+        flexible = [term.qualifier == FLEXIBLE for term in column.terms]
+        part = f" (what is {'before' if flexible[0] else 'after'} the minus)"
+        if any(flexible):
+            names.add((cell.row, name, "" if all(flexible) else part))
     return [f"{name} of {row}{part}" for row, name, part in sorted(names)]
 
 
@@ -211,34 +186,19 @@ def legend(results: Results) -> str:
 
 def _intervals(values: list[Value]) -> Iterator[str]:
     """Explain the intervals and tests that these values have."""
-    if any(value.over_items for value in values):
-        yield (
-            "95 % intervals without a name are over items, each averaged over seeds: they say what other "
-            "items would show, with the training seeds as they are."
-        )
-    if any(value.over_seeds for value in values):
-        yield (
-            "Intervals over seeds are by Student's t over the means of the seeds: they say what other seeds "
-            "would show."
-        )
-    if any(value.bootstrap for value in values):
-        yield (
-            f"The bootstrap draws seeds and, of each, items {BOOTSTRAP_DRAWS:,} times with replacement; with "
-            "few seeds its interval is too narrow."
-        )
     differences = [value for value in values if value.difference]
-    if differences:
-        yield "Differences are in percentage points, on the same items and seeds."
-    if any(value.over_items for value in differences):
-        yield (
-            "p over items is from an exact permutation test of their mean (McNemar's where each item is "
-            "right or wrong)."
-        )
-    if any(value.over_seeds for value in differences):
-        yield "p over seeds is from a paired t test."
+    sentences = (
+        (any(value.over_items for value in values), OVER_ITEMS),
+        (any(value.over_seeds for value in values), OVER_SEEDS),
+        (any(value.bootstrap for value in values), RESAMPLED),
+        (differences, "Differences are in percentage points, on the same items and seeds."),
+        (any(value.over_items for value in differences), TESTED_OVER_ITEMS),
+        (any(value.over_seeds for value in differences), "p over seeds is from a paired t test."),
+    )
+    return (sentence for holds, sentence in sentences if holds)
 
 
-def chosen(results: Results) -> str:
+def choices_note(results: Results) -> str:
     """Say which settings were chosen on which items, or return an empty text."""
     text = results.table.file.chosen_on.strip()
     return f"Choices made on items: {text}" if text else ""
@@ -254,7 +214,7 @@ def csv_text(results: Results) -> str:
     ])  # fmt: skip
     for (row, name), value in results.values.items():
         published: float | str = results.table.file.paper.get(row, {}).get(name, "")
-        if published != "" and Column.of(results.table.file.columns[name]).graded:
+        if published != "" and Column.from_text(results.table.file.columns[name]).graded:
             published = round(float(published) / 100, 6)
         writer.writerow([*map(escaping.csv_cell, (row, name)), *_csv_numbers(value, published)])
     for contrast, value in results.comparisons.items():
@@ -269,19 +229,16 @@ def _csv_numbers(value: Value | None, published: float | str) -> list[float | st
     """Return the cells of a line after row and column; those of numbers that do not exist are empty."""
     if value is None:
         return [*[""] * 6, published, *[""] * 6]
+    intervals = (value.over_items, value.over_seeds, value.bootstrap)
+    items, seeds, resampled = (astuple(interval) if interval else [None] * 3 for interval in intervals)
     of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
-    items, seeds, resampled = value.over_items, value.over_seeds, value.bootstrap
-    numbers = [
-        value.mean, items and items.low, items and items.high, value.n, len(value.of_seeds), of_seeds,
-        published, items and items.p, seeds and seeds.low, seeds and seeds.high, seeds and seeds.p,
-        resampled and resampled.low, resampled and resampled.high,
-    ]  # fmt: skip
-    return ["" if number is None else number for number in numbers]
+    numbers = [value.mean, *items[:2], value.n, len(value.of_seeds), of_seeds, published, items[2], *seeds]
+    return ["" if number is None else number for number in [*numbers, *resampled[:2]]]
 
 
 def latex(results: Results) -> str:
     """Render a `tabular` with booktabs rules, and one of the comparisons; the legend is in comments above."""
-    lines = [f"% {escaping.one_line(text)}" for text in (legend(results), chosen(results)) if text]
+    lines = [f"% {escaping.one_line(text)}" for text in (legend(results), choices_note(results)) if text]
     for head, rows in filter(None, (grid(results), comparison_grid(results))):
         lines += [
             r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
@@ -294,8 +251,3 @@ def latex(results: Results) -> str:
             "",
         ]
     return "\n".join(lines)
-
-
-def command(arguments: list[str]) -> str:
-    """Quote a `lorapar` command line for the shell."""
-    return " ".join(map(escaping.shell, ["lorapar", *arguments]))
