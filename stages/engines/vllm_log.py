@@ -17,7 +17,9 @@ NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "EngineCore 
 
 def last_error(log: Path) -> str:
     """Return the last error in the log with the line after it, which a validation error needs; shortened."""
-    lines = [_bare(line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [
+        _without_log_prefix(line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
     causes = [i for i in errors if not any(text in lines[i] for text in NO_CAUSE)] or errors
     if not causes:
@@ -26,6 +28,6 @@ def last_error(log: Path) -> str:
     return " ".join([lines[causes[-1]], *following])[:SHOWN]
 
 
-def _bare(line: str) -> str:
+def _without_log_prefix(line: str) -> str:
     """The line without what vLLM's logger puts before it."""
     return PREFIX.sub("", PREFIX.sub("", line))

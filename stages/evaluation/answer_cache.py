@@ -117,13 +117,11 @@ class AnswerCache:
         """Generate the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
             slots = [(i, n) for i in range(len(self._prompts)) for n in range(self._section.samples)]
-            # Equal prompts have one key and are answered once. A later entry of the dict replaces an earlier
-            # one, so going backwards keeps the first of them; [::-1] restores the order.
-            slot_of_key = {(self._keys[i], n): (i, n) for i, n in reversed(slots)}
-            missing = [
-                slot for key, slot in slot_of_key.items() if self._regenerate or key not in self._journal
-            ][::-1]
-            if missing:
+            first_slots: dict[tuple[str, int], tuple[int, int]] = {}
+            for i, n in slots:  # equal prompts have one key and are answered once
+                first_slots.setdefault((self._keys[i], n), (i, n))
+            keys = [key for key in first_slots if self._regenerate or key not in self._journal]
+            if missing := [first_slots[key] for key in keys]:
                 started = engine()
                 progress.start(title, len(missing))
                 self._generate(started, missing, progress)
@@ -133,27 +131,25 @@ class AnswerCache:
         """Have the engine answer these prompts and samples, and journal each answer as it arrives."""
         choices = [(i, n) for i, n in missing if self._prompts[i].words]
         texts = [(i, n) for i, n in missing if not self._prompts[i].words]
+
+        def record(slot: tuple[int, int], answer: dict[str, Any]) -> None:
+            i, n = slot
+            self._journal.add((self._keys[i], n), answer)
+            progress.advance(1)
+
         if choices:
-            for k, choice in engine.choose_words([self._choice_request(i) for i, _ in choices]):
+            word_choices = [ChoiceRequest(self._prompts[i].ids, self._prompts[i].words) for i, _ in choices]
+            for k, choice in engine.choose_words(word_choices):
                 if isinstance(choice, Failure):
                     raise AnswerError(
                         f"an item could not be answered: {choice.reason}: {choice.detail}",
                         "if it is too long: fewer shots of the benchmark, or another model",
                     )
-                self._record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
-                progress.advance(1)
+                record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
         if texts:
             requests = [self._generate_request(i, n) for i, n in texts]
             for k, completion in engine.generate(requests, self._sampling):
-                self._record(texts[k], {"ids": completion.ids, "complete": completion.complete})
-                progress.advance(1)
-
-    def _record(self, slot: tuple[int, int], answer: dict[str, Any]) -> None:
-        i, n = slot
-        self._journal.add((self._keys[i], n), answer)
-
-    def _choice_request(self, i: int) -> ChoiceRequest:
-        return ChoiceRequest(self._prompts[i].ids, self._prompts[i].words)
+                record(texts[k], {"ids": completion.ids, "complete": completion.complete})
 
     def _generate_request(self, i: int, n: int) -> GenerateRequest:
         seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})

@@ -124,7 +124,7 @@ _WRAPPED = re.compile(r"\$*\\boxed\{(.*)\}\$*|\\\((.*)\\\)|\"(.*)\"|“(.*)”",
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 
 
-def _bare(text: str) -> str:
+def _without_markup(text: str) -> str:
     r"""Return a text without `\boxed{…}`, `\(…\)` or quotation marks around it, and `\frac{3}{4}` as 3/4."""
     text = text.strip()
     if wrapped := _WRAPPED.fullmatch(text.removesuffix(".")):
@@ -134,7 +134,7 @@ def _bare(text: str) -> str:
 
 def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     """Return the value of a text that is one number, and the words of its unit, case-folded."""
-    text = _bare(text)
+    text = _without_markup(text)
     match = _SINGLE_NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if not match or (match["sign"] and match["inner_sign"]) or (match["mixed"] and not match["denominator"]):
         return None
@@ -248,7 +248,7 @@ def same_text(answer: str | None, gold: str) -> bool:
 
 
 def _normalized(text: str) -> str:
-    return " ".join(_bare(text).casefold().strip(_EDGES).split())
+    return " ".join(_without_markup(text).casefold().strip(_EDGES).split())
 
 
 def gold_from_response(response: str) -> str | None:

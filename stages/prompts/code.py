@@ -28,16 +28,12 @@ def program_from_output(output: str, prompt: str, entry: str, chat: bool) -> str
     code = code_block(output, entry)
     if not code.strip():
         return None
-    future_imports, code = _split_future_imports(code)
+    # Imports from `__future__` must come first in a program.
+    future_imports = "".join(f"{line}\n" for line in _FUTURE_IMPORT.findall(code))
+    code = _FUTURE_IMPORT.sub("", code)
     # The prompt goes first, so that a rewritten function can use what the prompt defines or imports.
     lead = f"{stub(prompt)}\n" if _defines(code, entry) else f"{prompt.rstrip()}\n"
     return f"{future_imports}{lead}{code}\n"
-
-
-def _split_future_imports(code: str) -> tuple[str, str]:
-    """Split off the imports from `__future__`, which must come first in a program."""
-    imports = _FUTURE_IMPORT.findall(code)
-    return "".join(f"{line}\n" for line in imports), _FUTURE_IMPORT.sub("", code) if imports else code
 
 
 def stub(prompt: str) -> str:

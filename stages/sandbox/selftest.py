@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 
 from stages.sandbox.backends import Limits
 from stages.sandbox.pair import Backend, SandboxFailure, check
@@ -37,7 +38,7 @@ HOSTILE = {
     ),
     "signal the caller": f"import os\ndef f():\n    os.kill({os.getpid()}, 0)\n{_GET}",
     "run for ever": f"def f():\n    while True: pass\n{_GET}",
-    "take all memory": f"def f():\n    bytearray(2**36)\n{_GET}",
+    "take all memory": f"def f():\n    bytearray(2**30)\n{_GET}",
     "equal everything": "class E(list):\n    def __eq__(s, o): return True\ndef f(): return E()",
 }
 
@@ -52,7 +53,7 @@ def selftest(backend: Backend) -> list[str]:
             return [
                 f"a program could {title}"
                 for title, program in HOSTILE.items()
-                if check(backend, _fill(program, targets), TESTS, "f", "", LIMITS).passed
+                if check(backend, Template(program).substitute(targets), TESTS, "f", "", LIMITS).passed
             ]
     except SandboxFailure as failure:
         return [str(failure)]
@@ -67,12 +68,6 @@ def _targets() -> Iterator[dict[str, str]]:
         listener.listen()
         os.environ["LORAPAR_SELFTEST"] = "1"
         try:
-            yield {"$FOLDER": folder, "$PORT": str(listener.getsockname()[1])}
+            yield {"FOLDER": folder, "PORT": str(listener.getsockname()[1])}
         finally:
             del os.environ["LORAPAR_SELFTEST"]
-
-
-def _fill(program: str, targets: dict[str, str]) -> str:
-    for placeholder, value in targets.items():
-        program = program.replace(placeholder, value)
-    return program

@@ -17,12 +17,13 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import HAS_VLLM, ROOT, alive, servers, wait_for
+from conftest import HAS_VLLM, ROOT, alive, make_steps, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.errors import ServerError
 from stages.models.base import load_base
+from stages.records import read_samples
 
 pytestmark = [
     pytest.mark.vllm,
@@ -51,29 +52,21 @@ def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
     assert servers() == []
 
 
-def test_one_server_answers_for_several_targets(tiny, demo_data, tmp_path):
+def test_one_server_answers_for_several_targets(begun, demo_data):
     """Three targets and two benchmarks; the answers are those of the model in process."""
-    from conftest import make_steps, paths
-
-    from stages.pipeline.resolve import load, resolved
-    from stages.records import read_samples
-
     other = f"eval.benchmarks.other={{kind: demo, path: {demo_data}/test.jsonl, limit: 5, label: false}}"
     overrides = [
-        *paths(tiny, demo_data, tmp_path), "data.limit=24", "classify.strategy=random", "score.examples=2",
-        "sft.max_steps=1", "sft.learning_rate=0.05", "rl.max_steps=1", "model.dtype=float32",
-        "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=6", other,
-        "eval.targets=[base, sft, rl]", "server.adapter=module",
+        *begun.home, "sft.learning_rate=0.05", "eval.benchmarks.demo.label=false", other,
+        "eval.benchmarks.demo.limit=6", "eval.targets=[base, sft, rl]", "server.adapter=module",
     ]  # fmt: skip
-    config = resolved(load(ROOT / "configs/smoke.yaml", overrides))
-    make_steps(config, "classify:train", "score", "partition", "sft", "rl")
+    make_steps(begun(*overrides), "sft", "rl")
     answers = {}
     for engine in ("vllm", "transformers"):
         sets = [part for text in (*overrides, f"eval.engine={engine}") for part in ("--set", text)]
         command = [sys.executable, "-m", "lorapar_cli", "eval", "configs/smoke.yaml", *sets]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stderr.count("starting a vLLM server") == (engine == "vllm")
-        made = make_steps(resolved(load(ROOT / "configs/smoke.yaml", [*overrides, f"eval.engine={engine}"])))
+        made = make_steps(begun(*overrides, f"eval.engine={engine}"))
         answers[engine] = {
             name: [sample.output for sample in read_samples(artifact.path / "samples.jsonl")]
             for name, (artifact, is_new) in made.items()
@@ -150,20 +143,14 @@ def test_a_killed_parent_leaves_no_server(tiny):
     time.sleep(5)
     assert servers()
     os.kill(child.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while servers() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert servers() == []
+    assert wait_for(lambda: not servers(), 20)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    with (
-        pytest.raises(ServerError, match="the vLLM server ended with code 1") as caught,
-        EngineCache() as pool,
-    ):
-        pool.get(
-            EngineSpec("vllm", ModelSection(name=str(tmp_path), dtype="float32")), ServerSection(), print
-        )
+    spec = EngineSpec("vllm", ModelSection(name=str(tmp_path), dtype="float32"))
+    ended = pytest.raises(ServerError, match="the vLLM server ended with code 1")
+    with ended as caught, EngineCache() as pool:
+        pool.get(spec, ServerSection(), print)
     assert "its log is" in caught.value.hint
 
 
@@ -210,10 +197,7 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
         said = child.communicate(timeout=120)[1]
         assert child.returncode == (-9 if whom == "lorapar" else 69), said
         kept = lines()
-        deadline = time.monotonic() + 20
-        while servers() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert servers() == []
+        assert wait_for(lambda: not servers(), 20)
         with capsys.disabled():
             end = said.strip().splitlines()[-2:] if whom == "server" else ""
             print(f"\n  {whom} killed at {len(kept)} votes, {before} of them from before {end}", end="")
@@ -229,27 +213,14 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     assert servers() == []
 
 
-def test_serve_offers_three_modes_and_ends_with_its_server(tiny, demo_data, tmp_path):
+def test_serve_offers_three_modes_and_ends_with_its_server(begun):
     """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed."""
-    from conftest import make_steps, paths
-
-    from stages.pipeline.resolve import load, resolved
-
-    small = [
-        "data.limit=24",
-        "classify.strategy=random",
-        "score.examples=2",
-        "sft.max_steps=1",
-        "rl.max_steps=1",
-    ]
-    overrides = [*paths(tiny, demo_data, tmp_path), *small]
-    config = resolved(load(ROOT / "configs/smoke.yaml", overrides))
-    make_steps(config, "classify:train", "score", "partition", "sft", "rl")
+    make_steps(begun(), "sft", "rl")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
-    command += [part for text in overrides for part in ("--set", text)]
+    command += [part for text in begun.home for part in ("--set", text)]
     with ExitStack() as stack:
         child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         stack.callback(child.kill)

@@ -1,4 +1,6 @@
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -65,8 +67,9 @@ def test_a_system_message_by_label(tokenizer, template):
         assert wanted in (text := renderer.prompt(example.prompt, example=example)) and other not in text
         assert tokenizer.decode(renderer.row(example).input_ids).startswith(text)
     assert "good" in Renderer(tokenizer, section).prompt(EXAMPLE.prompt, example=examples[1])
-    with pytest.raises(ValidationError, match="template bare has no system message"):
-        PromptSection(by_system={2: "Think."}, template="bare")
+    for system in ({"by_system": {2: "Think."}}, {"system": "Be brief."}):
+        with pytest.raises(ValidationError, match="template bare has no system message"):
+            PromptSection(template="bare", **system)
 
 
 @pytest.mark.parametrize("added", ["$A", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
@@ -98,11 +101,6 @@ def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
     assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
 
 
-def test_bare_has_no_system_message():
-    with pytest.raises(ValueError, match="template bare has no system message"):
-        PromptSection(template="bare", system="Be brief.")
-
-
 def test_no_chat_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="the tokenizer has no chat template") as caught:
@@ -111,13 +109,9 @@ def test_no_chat_template(tokenizer):
 
 
 def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
-    import json
-    import shutil
-
     shutil.copytree(tiny, tmp_path / "m")
-    settings = json.loads((tmp_path / "m/tokenizer_config.json").read_text())
-    settings["pad_token"] = None
-    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(settings))
+    file = tmp_path / "m/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": None}))
     tokenizer = load_tokenizer(ModelSection(name=str(tmp_path / "m")))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert Renderer(tokenizer, PromptSection()).row(EXAMPLE).labels[-1] == tokenizer.eos_token_id

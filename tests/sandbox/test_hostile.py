@@ -3,11 +3,8 @@
 Nothing of the user's changes, nothing leaks, nothing stays, and none outlives its time.
 """
 
-import atexit
 import contextlib
-import functools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,24 +27,19 @@ GOOD = "def f(): return 42"
 TESTS = "def check(f):\n    x = f()\n    assert x == 42 or x == [42] * 3 or x == {'a': (42,)}"
 
 
-@functools.cache
-def _copy(script):
-    """Of landlock.py, for the time of the tests; it takes the kernel's Landlock for version 5 at most."""
-    folder = tempfile.mkdtemp(prefix="lorapar-landlock-")
-    atexit.register(shutil.rmtree, folder)
-    text = Path(script).read_text(encoding="utf-8")
-    assert "return max(0, " in text
-    copy = Path(folder) / "landlock.py"
-    copy.write_text(text.replace("return max(0, ", "return min(5, "), encoding="utf-8")
-    return str(copy)
+COPY = tempfile.NamedTemporaryFile(prefix="lorapar-", suffix="-landlock.py")
+"""landlock.py as it is, but that it takes the kernel's Landlock for version 5 at most."""
 
 
 @contextlib.contextmanager
 def _older(role, limits):
     """Landlock as in kernels to 6.11, which do not keep signals and abstract sockets apart."""
     with BACKENDS["landlock"](role, limits) as start:
-        command = [_copy(part) if part.endswith("landlock.py") else part for part in start.command]
-        yield replace(start, command=command)
+        script = next(part for part in start.command if part.endswith("landlock.py"))
+        text = Path(script).read_text(encoding="utf-8")
+        assert "return max(0, " in text
+        Path(COPY.name).write_text(text.replace("return max(0, ", "return min(5, "), encoding="utf-8")
+        yield replace(start, command=[COPY.name if part == script else part for part in start.command])
 
 
 KINDS = {**{name: BACKENDS[name] for name in ("bubblewrap", "landlock")}, "landlock to 6.11": _older}
@@ -86,6 +78,7 @@ def victim(tmp_path, monkeypatch):
     names = {"CANARY": canary, "SECRET": secret, "DROP": drop, "PORT": tcp.getsockname()[1]}
     names |= {"SOCKET": f"lorapar-{os.getpid()}", "PARENT": parent.pid}
     state = _state(canary)
+    priority = os.getpriority(os.PRIO_PROCESS, 0)
 
     def look():
         broken = []
@@ -100,7 +93,7 @@ def victim(tmp_path, monkeypatch):
             broken.append("parent killed")
         if (
             os.sched_getaffinity(parent.pid) != os.sched_getaffinity(0)
-            or os.getpriority(os.PRIO_PROCESS, parent.pid) != 0
+            or os.getpriority(os.PRIO_PROCESS, parent.pid) != priority
         ):
             broken.append("parent slowed")
         return broken

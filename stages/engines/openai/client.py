@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -114,10 +114,9 @@ class Client:
             choice = self._reply_choice(reply)
             return Completion(choice.ids, choice.finish_reason == "stop")
 
-        async def ask(session: Session, request: GenerateRequest) -> Any:
-            return await session.send(
-                "POST", "completions", generate_body(self.model, request, sampling), read
-            )
+        def ask(session: Session, request: GenerateRequest) -> Awaitable[Completion]:
+            body = generate_body(self.model, request, sampling)
+            return session.send("POST", "completions", body, read)
 
         for i, completion in self.transport.each(requests, ask):
             if isinstance(completion, Failure):

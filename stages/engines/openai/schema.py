@@ -73,7 +73,7 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> No
         raise ValueError(f"{token[:40]!r} is not among its alternatives")
 
 
-def _summed(alternatives: list[tuple[str, float]]) -> dict[str, float]:
+def _logprob_by_text(alternatives: list[tuple[str, float]]) -> dict[str, float]:
     """Return the log-probability of each text, the log of the sum of the probabilities of its tokens."""
     logprobs: dict[str, float] = {}
     for text, logprob in alternatives:
@@ -126,7 +126,7 @@ class ReplyChoice(_Lenient):
         """For each token: its text and the log-probability of each alternative, of equal texts together."""
         if self.logprobs is None:
             raise ValueError("the reply has no log-probabilities")
-        return [(token, _summed(alternatives)) for token, alternatives in self.logprobs.per_token()]
+        return [(token, _logprob_by_text(alternatives)) for token, alternatives in self.logprobs.per_token()]
 
 
 class Reply(_Lenient):
