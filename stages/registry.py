@@ -26,19 +26,22 @@ class _Named:
 
 
 class Registry(_Named):
-    """Functions of one kind, registered under their own names."""
+    """Functions of one kind, registered under their own names or given ones."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._functions: dict[str, Function] = {}
         self._traits: dict[str, set[str]] = {}
 
-    def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function. traits: properties that callers can query with `has`."""
+    def add(self, *traits: str, name: str = "") -> Callable[[Function], Function]:
+        """Decorator that registers a function. traits: properties that callers can query with `has_trait`.
+
+        name: what a config calls the function, if that is not its own name.
+        """
 
         def register(function: Function) -> Function:
-            self._functions[function.__name__] = function
-            self._traits[function.__name__] = set(traits)
+            self._functions[name or function.__name__] = function
+            self._traits[name or function.__name__] = set(traits)
             return function
 
         return register

@@ -65,7 +65,7 @@ def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> 
 
     if not supports_packing(model, rows[0].input_ids):
         return None
-    return PackedBatch.of(
+    return PackedBatch.from_groups(
         # Each token predicts the next one, and the last predicts nothing.
         [PrefixGroup([], [Suffix(row.input_ids[:-1], row.labels[1:]) for row in rows])],
         device,

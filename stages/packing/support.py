@@ -120,7 +120,7 @@ def _mismatch(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     device = base.get_input_embeddings().weight.device
     targets = ids[half:]
     suffix = Suffix(ids[half - 1 : -1], targets)
-    row = PackedBatch.of([PrefixGroup(ids[: half - 1], [suffix, suffix])], device)
+    row = PackedBatch.from_groups([PrefixGroup(ids[: half - 1], [suffix, suffix])], device)
     try:
         with eval_mode(model):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, half - 1 : -1]

@@ -166,7 +166,7 @@ class CostModel:
         """The cost of so many steps with these settings, see `_rl`."""
         profiler = self.profiler
         rows = self.texts.trained_rows("rl")
-        packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trl.may_share` says
+        packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trainer_inputs.may_share` says
         batch = rows[: rl.per_device_train_batch_size]
         measured = profiler.measure_training(batch, packed, rl.lora_dropout, rl.gradient_checkpointing)
         supported = profiler.supports_packing(rows[0].input_ids)

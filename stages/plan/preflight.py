@@ -150,7 +150,7 @@ def _check_shares(training: SftSection | RlSection) -> None:
     else:
         samples = training.batch_size
     processes, _ = launch.processes(launching)
-    loop.accumulation(samples, training.per_device_train_batch_size, processes)
+    loop.accumulation_steps(samples, training.per_device_train_batch_size, processes)
 
 
 def _check_protected(texts: Texts) -> None:
@@ -209,6 +209,6 @@ def _check_rl_prompts(texts: Texts, labels: list[Labelled]) -> None:
         if len(labels) < slow <= len(texts.rows["train"]):
             return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
-    prompts = RlPrompts.of(labels, renderer, rl, functions, texts.config.seed)
+    prompts = RlPrompts.from_labels(labels, renderer, rl, functions, texts.config.seed)
     if known:
         building.optimizer_steps(prompts, rl)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_steps
 
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.grpo import building, gradients
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
@@ -63,7 +63,7 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
 
 
 def test_equal_rewards_are_no_score(begun):
-    with pytest.raises(MeaninglessError, match="in 8 batches no group of completions had unequal rewards"):
+    with pytest.raises(UnusableResult, match="in 8 batches no group of completions had unequal rewards"):
         make_steps(begun(*SCORED), "score", "partition:sft", "sft")
 
 

@@ -8,8 +8,8 @@ import torch
 from conftest import Silent, labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
-from stages.errors import MeaninglessError, OutOfMemoryError
-from stages.lora.training import dry_run
+from stages.errors import OutOfMemoryError, UnusableResult
+from stages.lora.training import longest_batch
 from stages.lora.training.health import ProgressCallback, equal_rewards
 from stages.rewards.builtin import rewards
 
@@ -47,7 +47,7 @@ def test_a_non_finite_number_stops_before_the_step_and_names_rows(own, monkeypat
     stage = "sft" if trainer is SFTTrainer else "rl"
     config = own(*SFT, "rl.start_from=init", "rl.max_steps=3", "rl.save_steps=1")
     spoilt_in_step(trainer, 2, monkeypatch, spoil)
-    with pytest.raises(MeaninglessError, match=rf"{said} in step 2, rows \w+") as caught:
+    with pytest.raises(UnusableResult, match=rf"{said} in step 2, rows \w+") as caught:
         make_step(config, stage)
     named = str(caught.value).partition("rows ")[2].split(", ")
     assert set(named) <= ids(config, 1 if stage == "sft" else 2)
@@ -115,7 +115,9 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
         return (path / "adapter/adapter_model.safetensors").read_bytes(), history
 
     rehearsed = trained()
-    monkeypatch.setattr("stages.lora.training.dry_run.DryRun.on_train_begin", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "stages.lora.training.longest_batch.LongestBatch.on_train_begin", lambda *_, **__: None
+    )
     assert trained() == rehearsed
 
 
@@ -123,7 +125,7 @@ def test_a_resumed_run_has_no_rehearsal():
     def loss():
         raise AssertionError
 
-    dry_run.DryRun(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
+    longest_batch.LongestBatch(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
 
 
 def test_other_errors_stay_what_they_are(own, monkeypatch):
@@ -139,7 +141,7 @@ def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
     equal = ["rl.start_from=init", "rl.rewards={'integer': 1.0}"]
     config = own(*equal, "rl.max_steps=6", "rl.max_zero_signal_steps=3")
     with pytest.raises(
-        MeaninglessError, match="all rewards of each group were equal in 3 steps in a row, up to step 3"
+        UnusableResult, match="all rewards of each group were equal in 3 steps in a row, up to step 3"
     ):
         make_step(config, "rl")  # a random model never writes a whole number
     assert "all rewards of each group were equal in step 1" in caplog.text
@@ -175,5 +177,5 @@ def test_a_reward_that_raises_is_named_with_its_sample(own, monkeypatch):
     )
     chosen = [row.example.gold for row in labels_of(config) if row.system == 2][0]
     monkeypatch.setitem(rewards._functions, "correctness", picky)
-    with pytest.raises(MeaninglessError, match=r"reward correctness raised AssertionError: no such answer"):
+    with pytest.raises(UnusableResult, match=r"reward correctness raised AssertionError: no such answer"):
         make_step(config, "rl")

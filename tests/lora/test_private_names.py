@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler
 from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.lora.grpo.trainer import GrpoTrainer
 from stages.lora.training.sft_trainer import SftTrainer
-from stages.lora.training.trainer import ExactTrainer
+from stages.lora.training.trainer import ResumableTrainer
 
 TRAINER = {
     "_save_checkpoint": "model trial",
@@ -113,7 +113,7 @@ def test_trl_s_sampler_keeps_what_it_is_given():
 
 def test_no_private_override_is_missing_here():
     known = set().union(*METHODS.values()) | OWN
-    for owner in (ExactTrainer, SftTrainer, GrpoTrainer, SparseLinear):
+    for owner in (ResumableTrainer, SftTrainer, GrpoTrainer, SparseLinear):
         methods = {name for name, value in vars(owner).items() if inspect.isfunction(value)}
         assert not {name for name in methods - known if re.match("_[a-z]", name)}, owner.__name__
 
@@ -121,7 +121,9 @@ def test_no_private_override_is_missing_here():
 def test_each_method_of_the_library_is_overridden_once():
     for trainer in (SftTrainer, GrpoTrainer):
         assert (
-            not set(vars(trainer)) & set(vars(ExactTrainer)) & {*METHODS[SFTTrainer], *METHODS[GRPOTrainer]}
+            not set(vars(trainer))
+            & set(vars(ResumableTrainer))
+            & {*METHODS[SFTTrainer], *METHODS[GRPOTrainer]}
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import make_step, make_steps
 
 from stages.config import ScoreSection
-from stages.errors import ConfigError, DataError, MeaninglessError, MissingInputError
+from stages.errors import ConfigError, DataError, MissingInputError, UnusableResult
 from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
@@ -170,7 +170,7 @@ def test_errors(smoke, begun, old, tmp_path):
         smoke(old, "lora.init=default", "partition.strategy=all")
     config = begun(*QUICK, old, "partition.protect_theta=1")
     make_steps(config, "score")
-    with pytest.raises(MeaninglessError, match="no element is active in sft") as caught:
+    with pytest.raises(UnusableResult, match="no element is active in sft") as caught:
         make_step(config, "partition:sft")
     assert "lower partition.protect_theta" in str(caught.value.hint)
 

@@ -9,10 +9,10 @@ from conftest import labels_of, make_step, trainer_of
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.errors import ConfigError, DataError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.grpo.kl_probe import KlProbe
-from stages.lora.grpo.replay import ReplaySampler, equal_groups, summed
+from stages.lora.grpo.replay import ReplaySampler, equal_groups, total_rewards
 from stages.lora.training.curves import KL_FROM_START
 
 REWARDS = """
@@ -190,7 +190,7 @@ def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(wit
     assert ["reward" in step for step in steps] == [True, False, True]
     assert [step["frac_reward_zero_std"] for step in steps] == [0, 1, 0]
     assert made.manifest["summary"]["completions"] == 3 * 16
-    with pytest.raises(MeaninglessError, match="all rewards of each group were equal in 2 steps in a row"):
+    with pytest.raises(UnusableResult, match="all rewards of each group were equal in 2 steps in a row"):
         make_step(with_reward("never", "rl.max_zero_signal_steps=2"), "rl")
     summary = make_step(with_reward("never"), "rl").manifest["summary"]
     assert summary["reward_last_quarter"] is None
@@ -232,7 +232,7 @@ def test_equal_groups_are_those_of_which_all_are_equal():
 
 def test_rewards_are_summed_as_trl_does():
     nan = torch.nan
-    found = summed(torch.tensor([[1, 2], [nan, 2], [nan, nan]]), torch.tensor([1.0, 0.5]))
+    found = total_rewards(torch.tensor([[1, 2], [nan, 2], [nan, nan]]), torch.tensor([1.0, 0.5]))
     assert found[:2].tolist() == [2, 1] and found[2].isnan()
 
 

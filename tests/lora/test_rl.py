@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from stages import rl
 from stages.engines.continuous_batching import generate
-from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.errors import ConfigError, DataError, UnusableResult
 from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
@@ -103,7 +103,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left", "rl.kl_probe_prompts=0")
-    with pytest.raises(MeaninglessError, match=r"loss is inf in step 1, rows \w+") as caught:
+    with pytest.raises(UnusableResult, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
     assert set(str(caught.value).partition("rows ")[2].split(", ")) <= set(ids)
@@ -153,7 +153,7 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
 
     def pool(how: str):
         config = ready(*mixed, f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}")
-        return RlPrompts.of(labels, renderer, config.rl, functions, 0)
+        return RlPrompts.from_labels(labels, renderer, config.rl, functions, 0)
 
     with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
         pool("error")
@@ -176,7 +176,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
         for i, row in enumerate(labels_of(config))
     ]
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    pool = RlPrompts.of(labels, renderer, config.rl, {"mine": mine}, 0)
+    pool = RlPrompts.from_labels(labels, renderer, config.rl, {"mine": mine}, 0)
     reward = loading.with_checks("mine", mine, pool.encoded)
     reward(
         completions=["a"] * pool.system2_rows, **{name: list(pool.rows[name]) for name in ("target", "more")}

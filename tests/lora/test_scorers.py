@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stages import score
 from stages.config import LoraSection, ModelSection, ScoreSection
-from stages.errors import MeaninglessError, OutOfMemoryError
+from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_names_the_example(tiny):
     model = adapted(tiny, LoraSection(r=3), torch.float32)
     model.requires_grad_(False)
     next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
-    with pytest.raises(MeaninglessError, match="loss is not finite for 0, 1"):
+    with pytest.raises(UnusableResult, match="loss is not finite for 0, 1"):
         moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 
@@ -165,7 +165,7 @@ def test_a_module_that_runs_twice_is_refused(tiny):
     model.requires_grad_(False)
     layers = model.base_model.model.model.layers
     layers[1] = layers[0]
-    with pytest.raises(MeaninglessError, match="runs 2 times in a forward pass"):
+    with pytest.raises(UnusableResult, match="runs 2 times in a forward pass"):
         moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 

@@ -21,7 +21,7 @@ from stages.lora.importance.masks import Masks
 from stages.lora.training import loop, optimizers, resume
 from stages.lora.training.health import RunInfo
 from stages.lora.training.resume import UseConfiguredSaveSteps
-from stages.lora.training.trainer import ExactTrainer
+from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
@@ -67,7 +67,7 @@ def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
             weight[0, 1] = value
         (tmp_path / name).mkdir()
         save_file({"a.weight": weight}, tmp_path / name / adapter.ADAPTER)
-    initial = loop.InitialAdapter(tmp_path / "start", {"a.weight": active})
+    initial = loop.StartingAdapter(tmp_path / "start", {"a.weight": active})
     counts = loop.verify_frozen(initial, tmp_path / "end")
     assert (counts["active"], counts["moved"], counts["frozen_drift"]) == (3, 2, 0.0)
     with pytest.raises(AssertionError, match="a.weight: 1 frozen elements changed"):
@@ -110,7 +110,7 @@ def test_lora_plus_moves_b_further(begun):
     ],
 )
 def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
-    class Trainer(ExactTrainer, transformers.Trainer): ...
+    class Trainer(ResumableTrainer, transformers.Trainer): ...
 
     section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
     arguments = sft._arguments(section, 8, 0, Checkpoints(tmp_path, ""))

@@ -112,7 +112,7 @@ def row_of(texts) -> PackedBatch:
         PrefixGroup(prompt[:-1], [Suffix([prompt[-1], *ids[:-1]], ids) for ids in completions])
         for prompt, completions in texts
     ]
-    return PackedBatch.of(groups, torch.device("cpu"))
+    return PackedBatch.from_groups(groups, torch.device("cpu"))
 
 
 def alone(model, texts, temperature=1.0):
@@ -294,7 +294,9 @@ def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
         LlamaForCausalLM(LlamaConfig(**GROUPED))
     )
     assert support.supports_packing(model, [3, 4, 5, 6, 7])
-    row = PackedBatch.of([PrefixGroup([], [Suffix([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu"))
+    row = PackedBatch.from_groups(
+        [PrefixGroup([], [Suffix([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu")
+    )
 
     def alike() -> bool:
         return torch.equal(

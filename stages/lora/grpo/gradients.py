@@ -9,7 +9,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from stages.errors import MeaninglessError
+from stages.errors import UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import Moments
 from stages.lora.training import loop
@@ -41,13 +41,13 @@ def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
 
 
 def measure(
-    grpo: GrpoRun, start: loop.InitialAdapter, progress: Progress
+    grpo: GrpoRun, start: loop.StartingAdapter, progress: Progress
 ) -> tuple[Moments, dict[str, float]]:
     """Sum the gradients of GRPO's loss, and their squares, over BATCHES batches; and what these earned.
 
     grpo: built with the settings of `without_updates`. A gradient is what RL's optimizer would get: of a
     whole step, clipped to `rl.max_grad_norm`. One tensor per LoRA weight, of the weight's full shape.
-    MeaninglessError if no completion had an advantage.
+    UnusableResult if no completion had an advantage.
     """
     trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
     loop.refuse_untested(trainer)
@@ -66,7 +66,7 @@ def measure(
     trainer.add_callback(_GradientSums(layers, sums))
     trainer.train()
     if not any(bool(square.any()) for square in sums.square.values()):
-        raise MeaninglessError(
+        raise UnusableResult(
             f"in {sums.examples} batches no group of completions had unequal rewards",
             "raise rl.num_generations or sft.system2_share, or leave out rl.rescore",
         )

@@ -63,7 +63,7 @@ class RlPrompts:
         return prompt in self._replayed_texts
 
     @classmethod
-    def of(
+    def from_labels(
         cls,
         labels: list[Labelled],
         renderer: Renderer,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.errors import MeaninglessError
+from stages.errors import UnusableResult
 from stages.registry import Registry
 from stages.runtime import resources
 
@@ -51,7 +51,7 @@ class Moments:
     """Sum of the examples' mean answer-token losses."""
 
     @classmethod
-    def zero(cls, weights: dict[str, nn.Module]) -> Moments:
+    def of_no_example(cls, weights: dict[str, nn.Module]) -> Moments:
         """The sums over no example, of LoRA layers by parameter name."""
         import torch
 
@@ -148,7 +148,7 @@ def _accumulate_gradients(
             # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
             # axis, as in experts that get single tokens, do not tell the examples apart.
             if x.dim() != 3 or pending[name] != 1:
-                raise MeaninglessError(
+                raise UnusableResult(
                     f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
                     "shared modules and mixtures of experts cannot be scored element by element",
                 )
@@ -195,9 +195,9 @@ def moments(
     checkpointing, and none of its parameters may require a gradient: the graph starts at the embedded input
     instead, so autograd computes none of the weight gradients that the hooks compute per example.
     advance: called with the number of examples after each batch. pad: token that fills padded batches.
-    MeaninglessError if a loss is not finite.
+    UnusableResult if a loss is not finite.
     """
-    sums = Moments.zero(weights)
+    sums = Moments.of_no_example(weights)
     while sums.examples < len(rows):
         batch = rows[sums.examples : sums.examples + size.now]
         try:
@@ -219,7 +219,7 @@ def _batch_moments(
     from stages.packing import losses
 
     device = next(model.parameters()).device
-    sums = Moments.zero(weights)
+    sums = Moments.of_no_example(weights)
     packed = losses.pack_rows(model, rows, device)
     with _accumulate_gradients(model, weights, sums, packed):
         if packed is None:
@@ -229,7 +229,7 @@ def _batch_moments(
         finite = torch.isfinite(example_losses)  # (examples,)
         if not bool(finite.all()):
             bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-            raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
+            raise UnusableResult(f"loss is not finite for {', '.join(bad)}")
         # Summed, not averaged: a mean would scale each example's gradient by the size of its batch.
         example_losses.sum().backward()
     sums.examples = len(rows)

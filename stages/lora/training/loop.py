@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter, baselines, elements, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import curves
@@ -153,7 +153,7 @@ def _finish_run(trackers: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class InitialAdapter:
+class StartingAdapter:
     """The adapter and masks that a training stage starts from."""
 
     folder: Path | None
@@ -162,7 +162,7 @@ class InitialAdapter:
     """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
 
     @classmethod
-    def of(cls, stage: str, folder: Path | None, partition: Path | None) -> InitialAdapter:
+    def from_artifacts(cls, stage: str, folder: Path | None, partition: Path | None) -> StartingAdapter:
         """The adapter in `folder` and the masks for `stage` in `partition`; a baseline has no partition."""
         return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
@@ -191,7 +191,7 @@ class InitialAdapter:
 def train(
     trainer: Any,
     model: PeftModel,
-    start: InitialAdapter,
+    start: StartingAdapter,
     out: Path,
     base: ModelSection,
     checkpoints: Checkpoints,
@@ -208,7 +208,7 @@ def train(
     initial = None
     if start.active is not None:
         start.restore(model)
-        elements.pack(model, start.active)
+        elements.sparsify(model, start.active)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trainable == sum(int(mask.sum()) for mask in start.active.values())
     else:
@@ -227,7 +227,7 @@ def train(
         watchdog.stop()
         _finish_run(trainer.args.report_to)
     if trainer.state.global_step == 0:
-        raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
+        raise UnusableResult("training did no step", "there are fewer rows than one step takes")
     if distributed.world_size() > 1:
         assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
     if not distributed.is_main():
@@ -280,7 +280,7 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
+def verify_frozen(start: StartingAdapter, end: Path) -> dict[str, Any]:
     """Read both adapter files back, count the active elements that moved, and assert that no other did."""
     assert start.folder is not None and start.active is not None
     initial, trained = adapter.read(start.folder), adapter.read(end)
@@ -313,7 +313,7 @@ def _count_moved(initial: dict[str, Tensor], end: Path) -> dict[str, Any]:
     return {"elements": number, "active": number, "active_share": 1.0, "moved": moved}
 
 
-def accumulation(samples: int, micro_batch: int, processes: int | None = None) -> int:
+def accumulation_steps(samples: int, micro_batch: int, processes: int | None = None) -> int:
     """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly.
 
     processes: their number, by default that of this run.

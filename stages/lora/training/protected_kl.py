@@ -23,7 +23,7 @@ from stages.records import read_labels
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from stages.lora.training.loop import InitialAdapter
+    from stages.lora.training.loop import StartingAdapter
 
 TOKENS_AT_ONCE = 128
 """Answer tokens whose probabilities of the whole vocabulary exist at a time, in 64 bits and of two models."""
@@ -32,7 +32,7 @@ MEASUREMENTS = 8
 
 
 def watch(
-    trainer: Any, start: InitialAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
+    trainer: Any, start: StartingAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
 ) -> None:
     """Let the trainer log its drift on the held-out rows of `score:protected`, if there are any.
 
@@ -54,7 +54,7 @@ class ProtectedKl(TrainerCallback):
     vocabulary, after the same text: Σ_v p_v (log p_v − log q_v), with p of the start. Nothing is sampled.
     """
 
-    def __init__(self, trainer: Any, start: InitialAdapter, rows: list[Row], every: int | None) -> None:
+    def __init__(self, trainer: Any, start: StartingAdapter, rows: list[Row], every: int | None) -> None:
         self.trainer, self.start, self.rows, self.every = trainer, start, rows, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

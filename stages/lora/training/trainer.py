@@ -13,11 +13,11 @@ from torch import Tensor
 from stages.lora.adapter import fsdp
 from stages.lora.training import optimizers, resume
 from stages.lora.training.health import RunInfo, memory_errors, non_finite_error, shapes
-from stages.packing import support, trl
+from stages.packing import support, trainer_inputs
 from stages.store.checkpoints import Checkpoints
 
 
-class ExactTrainer:
+class ResumableTrainer:
     """Mixin that comes before SFTTrainer or GRPOTrainer among the bases of a trainer.
 
     Each method of the library is overridden once, here or in the trainer below, in the order of a run. A loss
@@ -104,7 +104,7 @@ class ExactTrainer:
 
     def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
         """True if packed rows give this model's own results; tried on the first row of the batch."""
-        (first,) = trl.token_lists(input_ids[:1], attention_mask[:1])
+        (first,) = trainer_inputs.token_lists(input_ids[:1], attention_mask[:1])
         return support.supports_packing(self.accelerator.unwrap_model(model), first)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

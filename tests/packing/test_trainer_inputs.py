@@ -18,9 +18,9 @@ from stages.lora.adapter import adapter
 from stages.lora.training.health import RunInfo
 from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import device
-from stages.packing import support, trl
+from stages.packing import support, trainer_inputs
 from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
-from stages.packing.trl import accept_packed, prefix_groups, suffix_only
+from stages.packing.trainer_inputs import accept_packed, prefix_groups, suffix_only
 from stages.prompts.renderer import IGNORED
 
 GROUP = 4
@@ -165,9 +165,11 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2, raising=False)
     inputs, found, computed = batch(), {}, []
     inputs["advantages"][silent] = 0
-    usual = trl.prefix_groups
+    usual = trainer_inputs.prefix_groups
     monkeypatch.setattr(
-        trl, "prefix_groups", lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows)
+        trainer_inputs,
+        "prefix_groups",
+        lambda *rows: computed.append(list(map(len, rows[1]))) or usual(*rows),
     )
     if iterations == 2:
         with torch.no_grad():
@@ -190,9 +192,9 @@ def test_completions_without_an_advantage_are_not_computed(grpo, monkeypatch, ki
 def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, monkeypatch):
     """Its gradient is zero, and no metric tells of it."""
     trainer, model = grpo
-    sizes, usual = [], trl.prefix_groups
+    sizes, usual = [], trainer_inputs.prefix_groups
     monkeypatch.setattr(
-        trl, "prefix_groups", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
+        trainer_inputs, "prefix_groups", lambda *rows: sizes.append(list(map(len, rows[1]))) or usual(*rows)
     )
     monkeypatch.setattr(trainer, "beta", 0.0)
     monkeypatch.setattr(trainer, "prefix_sharing", True)
@@ -267,14 +269,14 @@ def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     made = {"completion_mask": mask, "row": torch.arange(12), "items": torch.tensor(48), "none": None}
-    found = trl.by_length(made, 4)
+    found = trainer_inputs.by_length(made, 4)
     assert found["row"].tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
     assert found["completion_mask"].sum(1).tolist() == [lengths[i] for i in found["row"]]
     assert found["items"] == 48 and found["none"] is None
     part = {name: x[2:8] for name, x in made.items() if name in ("completion_mask", "row")}
-    assert trl.by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert trainer_inputs.by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
     part["completion_mask"] = part["completion_mask"].flip(0)
-    assert trl.by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
+    assert trainer_inputs.by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
 
 
 TWO_STEPS = [
@@ -297,7 +299,7 @@ def steps_of(config, monkeypatch):
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl, "prefix_groups", seen)
+        patch.setattr(trainer_inputs, "prefix_groups", seen)
         artifact = make_step(config, "rl")
     return json.loads((artifact.path / "history.json").read_text()), sizes
 
@@ -333,12 +335,12 @@ def test_whole_steps_are_trl_s_however_completions_are_batched(own, monkeypatch,
 
 
 def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, logger=trl.log.name):
+    with caplog.at_level(logging.WARNING, logger=trainer_inputs.log.name):
         trainer, model, _ = trainer_of(begun("rl.start_from=init", "rl.lora_dropout=0.05"), monkeypatch)
-    said = [record.getMessage() for record in caplog.records if record.name == trl.log.name]
+    said = [record.getMessage() for record in caplog.records if record.name == trainer_inputs.log.name]
     assert said == ["with dropout each completion is computed with a prompt of its own; see rl.lora_dropout"]
     assert not trainer.prefix_sharing
-    monkeypatch.setattr(trl, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
+    monkeypatch.setattr(trainer_inputs, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model.train(), batch())[0].requires_grad
 
 
@@ -346,7 +348,7 @@ def test_a_model_that_does_not_fit_is_trl_s(grpo, monkeypatch):
     trainer, model = grpo
     monkeypatch.setattr(trainer, "prefix_sharing", True)
     monkeypatch.setattr(support, "supports_packing", lambda *_: False)
-    monkeypatch.setattr(trl, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
+    monkeypatch.setattr(trainer_inputs, "completion_logprobs", lambda *_: pytest.fail("computed in a row"))
     assert log_probs(trainer, model, batch())[0].requires_grad
 
 
@@ -490,7 +492,7 @@ def test_the_model_s_own_call_is_untouched(sft):
     assert support.supports_packing(model, [5, 6, 7, 8])
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        row = PackedBatch.of([PrefixGroup([5], [Suffix([6, 7], [7, 8])])], ids.device)
+        row = PackedBatch.from_groups([PrefixGroup([5], [Suffix([6, 7], [7, 8])])], ids.device)
         found = model(packed=row)
     wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
     wanted = torch.cat([wanted.new_zeros(1), wanted])[None]
@@ -505,8 +507,8 @@ def test_groups_goby_length_unless_the_loss_depends_on_what_is_together(own, mon
     Also if each group were a micro batch: TRL's own shuffling mixes them.
     """
     seen, mixed = [], []
-    usual, shuffle = trl.by_length, grpo_trainer.shuffle_sequence_dict
-    monkeypatch.setattr(trl, "by_length", lambda *given: seen.append(1) or usual(*given))
+    usual, shuffle = trainer_inputs.by_length, grpo_trainer.shuffle_sequence_dict
+    monkeypatch.setattr(trainer_inputs, "by_length", lambda *given: seen.append(1) or usual(*given))
     monkeypatch.setattr(
         grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
     )
