@@ -19,9 +19,9 @@ RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
 
 
-@pytest.mark.parametrize("init", ["lora.init=normal", "lora.init=pissa"])
-def test_each_region_alone(begun, tmp_path, init):
-    steps = make_steps(begun(*RL, init), "score", "partition", "sft", "rl")
+def test_each_region_alone(begun, tmp_path):
+    """Of a compensated adapter, of which half is frozen."""
+    steps = make_steps(begun(*RL, "lora.init=pissa"), "score", "partition", "sft", "rl")
     made = {name: artifact for name, (artifact, _) in steps.items()}
     masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
     start, trained = adapter.read(made["score"].adapter), adapter.read(made["rl"].adapter)
@@ -72,11 +72,6 @@ def test_regions_are_tested_against_rl_wherever_it_is_listed():
 def test_a_baseline_has_no_regions(begun):
     with pytest.raises(ConfigError, match="no scored initial adapter; take shared out of eval.targets"):
         begun("baseline.method=ia3", "eval.targets=[rl, shared]")
-
-
-def test_unknown_targets_are_refused(begun):
-    with pytest.raises(ConfigError, match="eval.targets"):
-        begun("eval.targets=[s3_only]")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,12 @@ FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]]
+    "how",
+    [
+        [],
+        pytest.param(["lora.compensate=true"], marks=pytest.mark.slow),
+        pytest.param(["lora.init=default", "partition.strategy=all"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""

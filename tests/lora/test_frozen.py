@@ -99,8 +99,7 @@ def files(config, stage: str):
 
 def drawn_again(config) -> None:
     """In every step the groups of System 2, in which no completion is correct, but not that of System 1."""
-    store = Store(config.root)
-    folder = store.folder("rl", plan_steps(resolved(config))["rl"].key)
+    folder = Store(config.root).folder("rl", plan_steps(resolved(config))["rl"].key)
     for step in json.loads((folder / "history.json").read_text()):
         assert step["resampled/groups"] == 6 and step["system1/reward"] == step["system2/reward"] == 0
 
@@ -168,36 +167,6 @@ def test_two_processes_train_what_one_does(own, capsys):
 
 @pair
 @pytest.mark.slow
-def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own, tmp_path):
-    """Two steps on the same completions, in micro batches of half a group."""
-    rewards = tmp_path / "mine.py"
-    rewards.write_text(
-        "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
-    )
-    make_step(own(), "sft")
-    found = {}
-    for way in ("auto", "off"):
-        changes = settings(
-            "rl", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001",
-            "rl.per_device_train_batch_size=2",
-            "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.prefix_sharing={way}",
-        )  # fmt: skip
-        changes.append("rl.rewards={odd: 1}")
-        made_by(own, changes, "rl", 2)
-        folder = Store(own().root).folder("rl", plan_steps(resolved(own(*changes)))["rl"].key)
-        found[way] = json.loads((folder / "history.json").read_text())
-    assert len(found["auto"]) == len(found["off"]) == 2
-    for one, two in zip(found["auto"], found["off"], strict=True):
-        assert one["tokens_saved"] > 0.4 and two["grad_norm"] > 1e-3 and two["kl"] > 0
-        assert one.keys() - {"tokens_saved"} == two.keys()
-        for name in ("loss", "grad_norm", "entropy"):
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
-        # What is logged is a mean over micro batches, and shared prompts put other completions together.
-        assert one["kl"] == pytest.approx(two["kl"], rel=0.03)
-
-
-@pair
-@pytest.mark.slow
 def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
     """Two commands with a file each, as on two machines that share the folder of runs."""
     changes = settings("sft", "sft.learning_rate=0.002")
@@ -218,15 +187,8 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
         arguments = [
             part for text in (*own.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)
         ]
-        command = [
-            sys.executable,
-            "-m",
-            "lorapar_cli",
-            "sft",
-            str(ROOT / "configs/smoke.yaml"),
-            *arguments,
-            "--force",
-        ]
+        config_file = str(ROOT / "configs/smoke.yaml")
+        command = [sys.executable, "-m", "lorapar_cli", "sft", config_file, *arguments, "--force"]
         running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, said = process.communicate(timeout=240)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
 from stages.lora.importance.strategies import needed_set
+from stages.lora.training import protected_kl
 from stages.lora.training.curves import PROTECTED_KL
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -95,6 +97,20 @@ def test_what_the_systems_have_is_protected_too(begun, old):
         assert torch.equal(flatten_weights(before.region), flatten_weights(now.region))
 
 
+def test_drift_by_hand_after_every_second_step_and_the_last(monkeypatch):
+    """Of p = (1/2, 1/2) at the start and q = (9/10, 1/10) now: Σ p log p/q, and not the other way round."""
+    start, policy = (torch.tensor([p]).log() for p in ([0.5, 0.5], [0.9, 0.1]))
+    assert protected_kl._divergence(start, policy) == pytest.approx(0.5108, abs=1e-4)
+    trainer = SimpleNamespace(_metrics={"train": {PROTECTED_KL: []}})
+    watch = protected_kl.ProtectedKl(trainer, None, [], 2)
+    monkeypatch.setattr(watch, "divergence", lambda: state.global_step)
+    for step in (1, 2, 3):
+        state = SimpleNamespace(global_step=step, max_steps=3)
+        watch.on_step_end(None, state, None)
+    assert trainer._metrics["train"][PROTECTED_KL] == [2, 3]
+
+
+@pytest.mark.slow
 def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
     """With θ 0 masks and adapters are those of a run without protected rows, although drift is logged."""
     measured = [old, "partition.protect_theta=0"]
@@ -128,14 +144,6 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
         assert measured == pytest.approx(divergence, rel=0.05, abs=1e-9)
 
 
-def test_of_few_protected_rows_all_are_scored_and_no_drift_is_logged(begun, tmp_path):
-    (tmp_path / "old.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8")
-    config = begun(*QUICK, f"partition.protect={tmp_path / 'old.jsonl'}", "partition.strategy=all")
-    made = make_steps(config, "score", "partition:sft", "sft")
-    assert made["score:protected"][0].manifest["summary"]["held_out"] == 0
-    assert "protected_kl" not in made["sft"][0].manifest["summary"]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -159,6 +167,8 @@ def test_protected_rows_without_a_response_are_counted(tmp_path):
     path.write_text("\n".join(map(json.dumps, [*answered, {"question": "9 + 1?", "gold": 10}])))
     scored, held_out, without_response = examples.protected(str(path), ScoreSection(), 0)
     assert (len(scored), len(held_out), without_response) == (6, 2, 1)
+    path.write_text(json.dumps(answered[0]))  # of few rows all are scored, and no drift is logged
+    assert [len(rows) for rows in examples.protected(str(path), ScoreSection(), 0)[:2]] == [1, 0]
 
 
 def test_errors(smoke, begun, old, tmp_path):
@@ -175,6 +185,7 @@ def test_errors(smoke, begun, old, tmp_path):
     assert "lower partition.protect_theta" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_gained_and_lost(begun, old, monkeypatch):
     both = ("sft.rounds=2", "eval.targets=[base, sft, sft2, rl]")
     config = resolved(begun(*QUICK, old, "partition.strategy=all", *both))
@@ -200,10 +211,3 @@ def test_controls_of_equal_size_and_protection_do_not_mix(begun, old):
         with pytest.raises(ConfigError, match="protect it would train more"):
             begun(old, setting)
         begun(old, setting, "partition.protect_theta=0")
-
-
-def test_a_benchmark_may_be_called_protected(begun, demo_data):
-    path = demo_data / "test.jsonl"
-    config = resolved(begun(f"eval.benchmarks.protected={{kind: demo, path: {path}}}"))
-    step = plan_steps(config)["classify:protected"]
-    assert not problems(config, [step])

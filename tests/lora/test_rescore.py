@@ -82,6 +82,7 @@ def test_each_step_of_score_can_be_made_alone(own, lorapar):
     assert done.code == 78 and "choose from: score, rl" in done.err
 
 
+@pytest.mark.slow
 def test_a_page_has_the_elements_of_both(begun):
     config = begun(*RL, AGAIN)
     made = make_steps(config, "score", "partition", "sft")

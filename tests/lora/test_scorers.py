@@ -78,6 +78,21 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
             assert torch.linalg.norm(got[name] - want[name]) <= bound * torch.linalg.norm(want[name]), name
 
 
+def test_sums_over_a_model_of_16_bits_have_32(tiny):
+    model = adapted(tiny, LoraSection(r=3), torch.bfloat16)
+    model.requires_grad_(False)
+    sums = moments(model, adapter.lora_layers(model), rows(), size(4), lambda n: None, 0)
+    for value in (*sums.gradient.values(), *sums.square.values()):
+        assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
+
+
+def test_padding_is_masked_by_length_and_not_by_its_token():
+    long, short = Row("a", [5, 0, 6, 0], [IGNORED, 0, 6, 0]), Row("b", [0, 0], [IGNORED, 0])
+    batch = collate([long, short], 0, torch.device("cpu"))
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
+
+
 def test_loss_is_the_mean_over_answer_tokens(tiny):
     """In a padded batch and in a row without padding."""
     model = adapted(tiny, LoraSection(r=3), torch.float64)

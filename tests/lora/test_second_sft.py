@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, labels_of, make_steps
-from test_frozen import command, pair
 from test_resume import in_a_child
 
 from stages import export
@@ -99,6 +98,7 @@ def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, l
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_second_round_changes_no_byte(own):
     """Nor does it matter whether one process trains both rounds."""
     config = own(*TWO, "sft.save_steps=1", "sft.lora_dropout=0.05")
@@ -114,20 +114,6 @@ def test_a_kill_in_the_second_round_changes_no_byte(own):
     make_steps(config, SECOND)
     assert weights.read_bytes() == undisturbed
     assert (folders["sft"] / "manifest.json").read_bytes() == manifest
-
-
-@pytest.mark.slow
-@pair
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-def test_one_launch_trains_both_rounds(own, backend):
-    done = command(own.home, TWO, "sft", 2, backend)
-    assert done.returncode == 0, done.stderr
-    for name in ("sft", SECOND):
-        config = own(*TWO)
-        step = plan_steps(resolved(config))[name]
-        manifest = Store(config.root).load(Store(config.root).folder("sft", step.key)).manifest
-        assert manifest["provenance"]["processes"] == 2
-        assert manifest["summary"]["frozen_drift"] == 0 < manifest["summary"]["moved"]
 
 
 def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch, tmp_path):

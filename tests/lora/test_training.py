@@ -20,7 +20,6 @@ from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import loop, optimizers, resume
 from stages.lora.training.health import RunInfo
-from stages.lora.training.resume import UseConfiguredSaveSteps
 from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -44,10 +43,14 @@ def inputs(config: Config, stage: str):
         path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl")
     )
     masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
-    return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
+    start = adapter.read(start)
+    masks = {name: adapter.full_mask(name, mask, start[name]) for name, mask in masks.items()}
+    return start, adapter.read(store.folder(stage, step.key) / "adapter"), masks
 
 
-@pytest.mark.parametrize("how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft"])
+@pytest.mark.parametrize(
+    "how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft", "lora.init=orthogonal"]
+)
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
     config = begun(*SFT, how)
     make_step(config, "sft")
@@ -85,28 +88,13 @@ def test_lora_plus_gives_b_its_own_rate():
     assert {id(p) for p in groups[1]["params"]} == b
 
 
-def test_lora_plus_moves_b_further(begun):
-    moved = []
-    for how in ([], ["sft.loraplus_lr_ratio=16"]):
-        config = begun(*SFT, "sft.max_steps=1", *how)
-        make_step(config, "sft")
-        before, after, _ = inputs(config, "sft")
-        moved.append({n: float((after[n] - before[n]).abs().max()) for n in before})
-    for name, plain in moved[0].items():
-        factor = 16 if "lora_B" in name else 1
-        assert moved[1][name] == pytest.approx(factor * plain, rel=0.02), name
-
-
 @pytest.mark.parametrize(
     ("scheduler", "warmup", "wanted"),
     [
-        ("linear", 0.25, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ("linear", 0.5, [0.25, 0.5, 0.75, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
-        ("linear", 0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
         ("cosine", 0.5, [0.25, 0.5, 0.75, 1, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
         ("constant", 0.5, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
         ("constant", 0, [1] * 8),
-        ("linear", 0.99, [i / 8 for i in range(1, 9)]),
     ],
 )
 def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
@@ -149,7 +137,6 @@ def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"is_fsdp_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
         ({"is_deepspeed_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
         ({"accelerator": SimpleNamespace(mixed_precision="fp16")}, "mixed_precision fp16"),
     ],
@@ -179,23 +166,6 @@ def test_the_reversed_order(begun):
 def test_a_circle_is_refused(begun):
     with pytest.raises(ConfigError, match="sft and rl start from each other"):
         begun("sft.start_from=rl")
-
-
-def test_orthogonal_starts_at_the_base_and_has_importance(begun):
-    config = begun("lora.init=orthogonal", *SFT)
-    summary = make_step(config, "score").manifest["summary"]
-    assert summary["system1"]["examples"] == 8
-    make_step(config, "partition")
-    assert make_step(config, "sft").manifest["summary"]["frozen_drift"] == 0
-    with pytest.raises(ConfigError, match="init orthogonal needs an even r, got 3"):
-        begun("lora.init=orthogonal", "lora.r=3")
-
-
-def test_history_has_every_step(begun):
-    artifact = make_step(begun(*SFT), "sft")
-    history = json.loads((artifact.path / "history.json").read_text())
-    assert [row["step"] for row in history] == [1, 2, 3]
-    assert all(row["loss"] > 0 for row in history)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
@@ -314,12 +284,6 @@ def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
     section = SftSection(optim="adamw_8bit")
     with pytest.raises(ConfigError, match="adamw_8bit: bitsandbytes is not installed"):
         loop.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
-
-
-def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
-    state = SimpleNamespace(save_steps=25)
-    UseConfiguredSaveSteps().on_train_begin(SimpleNamespace(save_steps=5), state, None)
-    assert state.save_steps == 5
 
 
 def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
