@@ -52,6 +52,12 @@ PINNED: dict[str, Any] = {
     "sync_ref_model": False,
 }
 """The other arguments of GRPOTrainer on which a result may depend; see `loop.PINNED`."""
+SAME_NAME = (
+    "per_device_train_batch_size", "num_generations", "num_iterations", "max_completion_length",
+    "temperature", "top_p", "top_k", "beta", "use_bias_correction_kl", "loss_type",
+    "importance_sampling_level", "epsilon", "epsilon_high", "scale_rewards",
+)  # fmt: skip
+"""Settings that TRL has under the same name."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,13 @@ def build(
     sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
     rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    rewards = _checked(functions, rl, backend, prompts.encoded)
+    code = {"sandbox": backend}  # for the rewards that run code
+    rewards = [
+        loading.with_checks(
+            name, reward, prompts.encoded, **(code if loading.needs_sandbox(name, rl.rewards_file) else {})
+        )
+        for name, reward in functions.items()
+    ]
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.install_weights(trainer, peft_model, rl.rollouts, seed)
@@ -138,22 +150,6 @@ def _reference_is_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
     return rl.kl_reference == "base"
 
 
-def _checked(
-    functions: dict[str, Callable[..., Any]],
-    rl: RlSection,
-    backend: Sandbox | None,
-    encoded: frozenset[str],
-) -> list[Callable[..., Any]]:
-    """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
-
-    def fixed(name: str) -> dict[str, Sandbox | None]:
-        return {"sandbox": backend} if loading.needs_sandbox(name, rl.rewards_file) else {}
-
-    return [
-        loading.with_checks(name, function, encoded, **fixed(name)) for name, function in functions.items()
-    ]
-
-
 def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
     """The number of steps of RL on these prompts; ConfigError if `rl.keep_steps` names a later one.
 
@@ -178,22 +174,9 @@ def _arguments(
     return GRPOConfig(
         **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
         **PINNED,
-        per_device_train_batch_size=rl.per_device_train_batch_size,
+        **{name: getattr(rl, name) for name in SAME_NAME},
         gradient_accumulation_steps=accumulation_steps,
         steps_per_generation=accumulation_steps,
-        num_generations=rl.num_generations,
-        num_iterations=rl.num_iterations,
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
-        top_k=rl.top_k,
-        beta=rl.beta,
-        use_bias_correction_kl=rl.use_bias_correction_kl,
-        loss_type=rl.loss_type,
-        importance_sampling_level=rl.importance_sampling_level,
-        epsilon=rl.epsilon,
-        epsilon_high=rl.epsilon_high,
-        scale_rewards=rl.scale_rewards,
         reward_weights=list(rl.rewards.values()),
         **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt_length + rl.max_completion_length, stops),
         log_completions=False,
