@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import ROOT, make_step
+from results import flags
 from safetensors.torch import load_file
 
-from stages.errors import ConfigError
 from stages.lora.adapter import adapter, baselines
 from stages.models.base import load_adapted, load_base
 from stages.packing import support
@@ -110,45 +110,10 @@ def test_reversed_order_and_no_start(begun):
     assert list(steps["sft"].inputs) == ["classify:train", "rl"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (
-            ["eval.targets=[init]"],
-            "baseline ia3 has no scored initial adapter; take init out of eval.targets",
-        ),
-        (["eval.engine=vllm"], "vllm cannot serve baseline ia3; use engine transformers"),
-        (["sft.loraplus_lr_ratio=4"], "baseline ia3 has no LoRA factors; leave out loraplus_lr_ratio"),
-        (["rl.kl_reference=sft"], "baseline ia3 can hold on to the base alone; use rl.kl_reference=base"),
-    ],
-)
-def test_what_does_not_go_together_is_said(begun, overrides, said):
-    with pytest.raises(ConfigError, match=said):
-        chosen(begun, "ia3", *overrides)
-
-
-def test_a_trained_prompt_has_limits(begun):
-    with pytest.raises(
-        ConfigError, match="prefix_tuning does not train under gradient_checkpointing, which drops the prefix"
-    ):
-        chosen(begun, "prefix_tuning", "sft.gradient_checkpointing=true")
-    with pytest.raises(
-        ConfigError, match="eval.benchmarks.x: the harness cannot read the logits after a trained prompt"
-    ):
-        chosen(begun, "p_tuning", "eval.benchmarks.x={kind: lm_eval, tasks: [t]}")
-
-
-def test_dora_s_reference_needs_whole_weights(begun):
-    said = "baseline dora needs whole weights for the copy that RL starts from; use ddp"
-    with pytest.raises(ConfigError, match=said):
-        chosen(begun, "dora", "rl.launch.backend=fsdp2")
-    assert chosen(begun, "dora", "sft.launch.backend=fsdp2")
-
-
 def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     config = chosen(begun, "p_tuning")
     make_step(config, "sft")
-    settings = [p for text in (*begun.home, "baseline.method=p_tuning", *COMMON) for p in ("--set", text)]
+    settings = flags([*begun.home, "baseline.method=p_tuning", *COMMON])
     export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out", "--target", "sft")
     done = lorapar(*export, *settings, "--merged")
     assert done.code == 78 and "p_tuning trains a prompt, which no weight can hold" in done.err

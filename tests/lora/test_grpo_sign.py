@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_steps
+from results import artifacts
 
-from stages.errors import ConfigError, UnusableResult
+from stages.errors import UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.grpo import building, gradients
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
@@ -43,12 +44,11 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
     rewards.write_text("def even(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n")
     earned = (f"rl.rewards_file={rewards}", "rl.rewards={even: 1}")
     config = own(*SCORED, *earned, "partition.rl_density=0.1")
-    made = make_steps(config, "score", "partition:sft", "sft", "partition:rl")
-    artifacts = {name: artifact for name, (artifact, _) in made.items()}
-    before = adapter.read(artifacts["sft"].adapter)
+    made = artifacts(config, "score", "partition:sft", "sft", "partition:rl")
+    before = adapter.read(made["sft"].adapter)
     assert weights and all(torch.equal(before[name], value) for name, value in weights.items())
     first, again = (
-        read_importance(artifacts[name].path / "importance.safetensors") for name in ("score", "score:rl")
+        read_importance(made[name].path / "importance.safetensors") for name in ("score", "score:rl")
     )
     assert torch.equal(flatten_weights(first[1]), flatten_weights(again[1]))
     scores = flatten_weights(again[2])
@@ -56,7 +56,7 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
     assert len(per_batch) == gradients.BATCHES
     mean, fisher = per_batch.mean(0), per_batch.square().mean(0)
     torch.testing.assert_close(scores, mean.square() / fisher.sqrt().clamp(min=1e-30), rtol=1e-4, atol=0)
-    active = Masks.load(artifacts["partition:rl"].path / "masks.safetensors", "rl").active
+    active = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl").active
     chosen = flatten_weights(active)
     assert int(chosen.sum()) == len(chosen) // 10
     assert scores[chosen].min() >= scores[~chosen].max()
@@ -88,8 +88,3 @@ def test_what_stops_it_is_found_before_the_first_vote(begun, monkeypatch):
     steps = [step for name, step in plan_steps(config).items() if name == "score:rl"]
     assert [str(one) for one in problems(config, steps) if "2 GPUs are visible to one process" in str(one)]
     assert knobs("score:rl", config).startswith("rl.per_device_train_batch_size")
-
-
-def test_score_itself_has_no_completions(smoke):
-    with pytest.raises(ConfigError, match=r"set rl.rescore=grpo_sign for RL's elements"):
-        smoke("score.scorer=grpo_sign")

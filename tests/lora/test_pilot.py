@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import labels_of, make_steps
+from results import artifacts
 from test_scorers import adapted, rows
 
 from stages.config import LoraSection
@@ -67,9 +68,7 @@ def test_scorer_moved_makes_masks_that_sft_trains(begun):
     config = begun(
         *few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1"
     )
-    made = {
-        n: one for n, (one, _) in make_steps(config, "classify:train", "score", "partition", "sft").items()
-    }
+    made = artifacts(config, "classify:train", "score", "partition", "sft")
     summary = made["score"].manifest["summary"]["system1"]
     assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
     scores = read_importance(made["score"].path / "importance.safetensors")

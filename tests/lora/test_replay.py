@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import labels_of, make_step, trainer_of
+from results import history
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from stages.errors import ConfigError, DataError, UnusableResult
+from stages.errors import DataError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.grpo import dynamic_sampling
 from stages.lora.grpo.kl_probe import KlProbe
@@ -48,10 +49,6 @@ def with_reward(own, tmp_path):
     file.write_text(REWARDS)
     start = ["rl.start_from=init", f"rl.rewards_file={file}", "rl.max_steps=3", "rl.num_train_epochs=9"]
     return lambda reward, *more: own(*start, f"rl.rewards={{{reward}: 2}}", *more)
-
-
-def history(artifact) -> list[dict]:
-    return json.loads((artifact.path / "history.json").read_text())
 
 
 def systems(config) -> dict[str, int]:
@@ -127,27 +124,6 @@ def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
     trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
     assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
     assert len(pool.rows) == pool.system2_rows + pool.replayed == len(trained)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (["rl.system1_share=0.1"], "system1_share 0.1 of 4 prompts is 0"),
-        (["rl.system1_share=0.9"], "system1_share 0.9 of 4 prompts is 4"),
-        (["rl.system1_share=0.5", "rl.data=all"], "system1_share goes with data system2"),
-        (
-            [
-                "rl.dynamic_sampling=1",
-                "rl.rollouts.engine=vllm_colocate",
-                "rl.rollouts.tensor_parallel_size=2",
-            ],
-            "dynamic_sampling needs rollouts that each process samples for itself",
-        ),
-    ],
-)
-def test_what_cannot_be_mixed_is_refused(begun, settings, said):
-    with pytest.raises(ConfigError, match=said):
-        begun(*settings)
 
 
 def test_too_few_rows_to_replay_are_an_error(with_reward):

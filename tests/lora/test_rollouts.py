@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from conftest import ROOT, make_step, make_steps
+from results import history
 from torch import Tensor
 from trl.generation import vllm_generation
 
@@ -130,7 +131,7 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(ow
     changed = [name for name, weight in engines[0].syncs[-1].items() if not torch.equal(weight, before[name])]
     assert len(changed) == len(adapter.read(made.path / "adapter")) // 2
     assert engines[0].given["generation_kwargs" if engine == "vllm_server" else "stop_token_ids"]
-    steps = json.loads((made.path / "history.json").read_text())
+    steps = history(made)
     assert all({f"{RAW}/mean", f"{RAW}/max", BEYOND} <= row.keys() for row in steps)
     ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
@@ -322,11 +323,6 @@ def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
     assert vllm_rollouts.with_memory_share(own, base) is own
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert vllm_rollouts.with_memory_share(PAPER, base).rollouts.gpu_memory_utilization == 0.3
-
-
-def test_an_address_goes_with_a_server():
-    with pytest.raises(ValueError, match="base_url goes with engine vllm_server"):
-        RolloutsSection(engine="vllm_server")
 
 
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))

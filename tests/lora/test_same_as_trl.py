@@ -1,15 +1,12 @@
 """What lorapar trains is what TRL and PEFT alone would train, and the paper's settings run."""
 
-import json
-
 import pytest
 import torch
 from conftest import ROOT, make_step, paths
+from results import history, stored
 
 from stages.lora.adapter import adapter
-from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan_steps
-from stages.store.artifacts import Store
+from stages.pipeline.resolve import load
 
 
 @pytest.mark.parametrize(("dropout", "way"), [(0.1, "off"), (0.0, "auto")])
@@ -33,15 +30,11 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     config = begun("partition.strategy=all", *settings, *ours_alone)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
-    folder = {
-        name: Store(config.root).folder(s.stage.name, s.key)
-        for name, s in plan_steps(resolved(config)).items()
-    }
-    ours = load_file(folder["sft"] / "adapter/adapter_model.safetensors")
-    start = load_file(folder["score"] / "init/adapter_model.safetensors")
+    ours = load_file(stored(config, "sft").path / "adapter/adapter_model.safetensors")
+    start = load_file(stored(config, "score").path / "init/adapter_model.safetensors")
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
-    labels = read_labels(folder["classify:train"] / "labels.jsonl")
+    labels = read_labels(stored(config, "classify:train").path / "labels.jsonl")
     rows = [Renderer(tokenizer, config.prompt).row(example) for example in examples_of_system(labels, 1)]
     lora = LoraConfig(
         r=4,
@@ -111,7 +104,7 @@ def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):
         artifact = make_step(config, stage)
-    history = json.loads((artifact.path / "history.json").read_text())
-    assert {f"rewards/{reward}/mean" for reward in whole.rl.rewards} <= set(history[0])
+    (step,) = history(artifact)
+    assert {f"rewards/{reward}/mean" for reward in whole.rl.rewards} <= set(step)
     assert artifact.manifest["summary"]["frozen_drift"] == 0
     assert adapter.read(artifact.path / "adapter").keys()

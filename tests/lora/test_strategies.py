@@ -238,16 +238,6 @@ def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_o
     assert not bool((fewer & ~few).any())  # the highest scores come first
 
 
-def test_a_share_for_rl_goes_with_system_2_s_elements(smoke):
-    for setting in (
-        "partition.rl_elements=all",
-        "partition.strategy=random_half",
-        "partition.strategy=swapped",
-    ):
-        with pytest.raises(ConfigError, match="rl_density takes"):
-            smoke("partition.rl_density=0.1", setting)
-
-
 def test_system_1_may_have_all_elements(begun):
     for chosen, size in ((["all"], "theta"), (["topk", "partition.density=1"], "density")):
         strategy, *density = chosen

@@ -216,7 +216,7 @@ def test_what_rows_would_get_wrong_is_refused_with_one_warning(name, caplog):
 
 def test_other_models_that_do_not_fit_are_refused(caplog):
     """A trained prompt, another kind of attention, and a trained head, to which rows give no gradient."""
-    flex = made(TAKEN["llama"])
+    flex = made(LlamaConfig(**GROUPED))  # whose config no other model has
     flex.set_attn_implementation("flex_attention")
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     head = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
