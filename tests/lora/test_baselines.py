@@ -15,10 +15,8 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
-QUICK = [("ia3", "float32"), ("dora", "bfloat16")]
-"""Those that differ most and are quick: vectors, and a copy of whole weights."""
 STAGES = [
-    pytest.param(method, dtype, marks=() if (method, dtype) in QUICK else pytest.mark.slow)
+    pytest.param(method, dtype, marks=() if (method, dtype) == ("ia3", "float32") else pytest.mark.slow)
     for method in METHODS
     for dtype in ("float32", "bfloat16")
 ]

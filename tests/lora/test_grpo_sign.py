@@ -62,6 +62,7 @@ def test_system_2_is_scored_by_gradients_that_move_nothing(own, tmp_path, monkey
     assert scores[chosen].min() >= scores[~chosen].max()
 
 
+@pytest.mark.slow
 def test_equal_rewards_are_no_score(begun):
     with pytest.raises(UnusableResult, match="in 8 batches no group of completions had unequal rewards"):
         make_steps(begun(*SCORED), "score", "partition:sft", "sft")

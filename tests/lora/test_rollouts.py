@@ -28,6 +28,7 @@ from stages.runtime.batch_size import BatchSize
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
 MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
+MODE_CASES = ["vllm_colocate", pytest.param("vllm_server", marks=pytest.mark.slow)]
 
 
 class Engine:
@@ -101,7 +102,7 @@ def weights_of(engine: Engine, weights):
         yield name, value
 
 
-@pytest.mark.parametrize("engine", MODES)
+@pytest.mark.parametrize("engine", MODE_CASES)
 def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch, engine):
     known = ["classify.strategy=random", "rl.start_from=init"]
     config = own("model.dtype=bfloat16", *known, f"rl.rollouts.engine={engine}", *MODES[engine])
@@ -158,17 +159,19 @@ def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
 
 
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):
-    """What had ended is kept, and all are those of a machine with more memory."""
+    """What had ended is kept, and all are those of a machine with more memory. Nothing drops out of them."""
     section = ModelSection(name=str(tiny))
     model, tokenizer = adapter.initial(load_base(section), LoraSection(), 0), load_tokenizer(section)
     sampling = Sampling(12, (tokenizer.eos_token_id,), 1.0, 1.0, 0)
     size = BatchSize("rl.rollouts.batch_size", 16, "lower rl.max_completion_length")
     rollouts = sampler.RolloutSampler(model, None, tokenizer, sampling, size)
+    model.train()
     prompts = [list(range(5, 8 + i)) for i in range(16)]
     with_memory, usual, sizes = rollouts.sample(prompts, "seed"), sampler.generate, []
 
     def full(model, tokenizer, prompts, sampling, stops, seeds, slots, most=4):
         sizes.append((len(prompts), slots))
+        assert not any(module.training for module in model.modules())
         for number, completion in enumerate(usual(model, tokenizer, prompts, sampling, stops, seeds, slots)):
             if number == 3 and slots > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")

@@ -9,7 +9,9 @@ from stages.lora.adapter import adapter
 from stages.pipeline.resolve import load
 
 
-@pytest.mark.parametrize(("dropout", "way"), [(0.1, "off"), (0.0, "auto")])
+@pytest.mark.parametrize(
+    ("dropout", "way"), [pytest.param(0.1, "off", marks=pytest.mark.slow), (0.0, "auto")]
+)
 def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     """Written with the libraries alone, from the rows as the stage renders them, with the same seed.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -55,8 +54,7 @@ def measure(
     # Nothing is packed: every element of the adapter gets a gradient, so that any may be chosen.
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    zeros = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
-    sums = Moments(zeros, {name: zero.clone() for name, zero in zeros.items()}, 0, 0.0)
+    sums = Moments.of_no_example(layers)
     # A checkpoint would hold nothing but SFT's adapter, and the sums are not in it.
     trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
