@@ -68,12 +68,11 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_p
 
 
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
-    sets = flags([*begun.home, *TWO, "eval.targets=[sft2]"])
+    export_command = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out")
     make_steps(begun(*TWO), "sft")
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *sets)
+    done = lorapar(*export_command, *flags([*begun.home, *TWO, "eval.targets=[sft2]"]))
     assert done.code == 0 and "adapter of sft2" in done.out + done.err
-    sets = flags(begun.home)
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "y", *sets, "--target", "sft2")
+    done = lorapar(*export_command, *flags(begun.home), "--target", "sft2")
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
 
 
