@@ -100,12 +100,8 @@ def supports_packing(model: Any, ids: list[int]) -> bool:
     return _supported[base]
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Warn once per text, although the trainer and its sampler each have a model."""
-    log.warning("%s", text)
-
-
+_warn = functools.cache(log.warning)
+"""Warns once per text, although the trainer and its sampler each have a model."""
 _supported: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Answers of `supports_packing` by plain model."""
 

@@ -79,9 +79,8 @@ def _zero_signal_groups(trainer: GrpoTrainer, inputs: list[dict[str, Any]], rewa
 
     prompts = gather_object([row["prompt"] for row in inputs])[:: trainer.num_generations]
     equal = equal_groups(total_rewards(rewards, trainer.reward_weights), trainer.num_generations).tolist()
-    return [
-        group for group, same in enumerate(equal) if same and not trainer.prompts.is_replayed(prompts[group])
-    ]
+    kept = trainer.prompts.replayed_prompts
+    return [group for group, same in enumerate(equal) if same and prompts[group] not in kept]
 
 
 def _unused_prompts(trainer: GrpoTrainer, inputs: list[dict[str, Any]]) -> list[int]:

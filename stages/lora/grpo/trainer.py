@@ -153,7 +153,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
         if self.replayed and self.model.training:
-            is_system1 = torch.tensor(list(map(self.prompts.is_replayed, prompts)), device=rewards.device)
+            replayed = self.prompts.replayed_prompts
+            is_system1 = torch.tensor([prompt in replayed for prompt in prompts], device=rewards.device)
             lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
             is_system1, lengths = self.accelerator.gather([is_system1, lengths])
             metrics = metrics_by_system(

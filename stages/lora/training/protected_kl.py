@@ -103,14 +103,11 @@ def _divergence(start: Tensor, policy: Tensor) -> float:
 def _weights(model: PeftModel, weights: dict[str, Tensor]) -> Iterator[None]:
     """Context in which the packed adapter has other values in its active elements."""
     layers = sparse_layers(model)
-    policy = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    policy = {name: layer.state_dict() for name, layer in layers.items()}
     try:
-        _load(layers, weights)
+        for name, layer in layers.items():
+            layer.load_state_dict({"weight": weights[name]})
         yield
     finally:
-        _load(layers, policy)
-
-
-def _load(layers: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    for name, layer in layers.items():
-        layer.load_state_dict({"weight": weights[name]})
+        for name, layer in layers.items():
+            layer.load_state_dict(policy[name])
