@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from stages.packing.batch import AttentionArgs, PackedBatch
-from stages.packing.trl import prefix_groups
+from stages.packing.trainer_inputs import prefix_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -75,7 +75,7 @@ def ways(given: argparse.Namespace) -> dict[str, Way]:
     low, high = (int(part) for part in given.completion.split("-"))
     lengths = [random.Random(0).randint(low, high) for _ in range(given.prompts * given.group)]
     prompts = [[i] * given.prompt for i in range(given.prompts) for _ in range(given.group)]
-    row = PackedBatch.of(prefix_groups(prompts, [[0] * n for n in lengths]), DEVICE)
+    row = PackedBatch.from_groups(prefix_groups(prompts, [[0] * n for n in lengths]), DEVICE)
     own = q, k, v = inputs(given, row.input_ids.shape[1])
     padded = inputs(given, given.prompt + max(lengths), len(lengths))
     flex = torch.compile(flex_attention, dynamic=True) if DEVICE.type == "cuda" else flex_attention

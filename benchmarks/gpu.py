@@ -121,12 +121,18 @@ def at_shapes(small: bool) -> list[Part]:
     facts = r"^[+ -] (?:device|driver|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
     quick = ["-m", "not slow and not vllm"]
     rows = ["--prompts", "2", "--group", "4", "--prompt", "32", "--completion", "8-32"] if small else []
-    frozen = ("lora/test_frozen", "lora/test_four_bit", "packing/test_trl", "lora/test_same_as_trl")
+    alike = ("packing/test_trainer_inputs", "lora/test_same_as_trl")
     stages = rf"^(?:.*TFLOP/s|(?:score|sft|rl): .*|.*{FITS}.*)"
     shapes = ["tiny"] if small else ["llama2-7b", "qwen2.5-7b"]
     return [
         Part("doctor", lambda m, s: ["-m", "lorapar_cli", "doctor"], facts, 1),
-        Part("frozen", tests(*frozen, options=quick), PASSED, 2, TESTING),
+        Part(
+            "frozen",
+            tests("lora/test_frozen", "lora/test_four_bit", *alike, options=quick),
+            PASSED,
+            2,
+            TESTING,
+        ),
         *(Part(shape, lambda m, s, shape=shape: [f"{HERE}/shapes.py", shape], stages, 3) for shape in shapes),
         Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 1),
     ]

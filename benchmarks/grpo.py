@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
-from stages.lora.adapter.elements import pack
+from stages.lora.adapter.elements import sparsify
 from stages.lora.grpo import building, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -234,7 +234,7 @@ class Bench:
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
         trainer = building.build_trainer(section, pool, writer, rewards, arguments)
-        pack(model, random_masks(model, self.given.share))
+        sparsify(model, random_masks(model, self.given.share))
         return trainer
 
     def pairs(self, shape: Shape) -> tuple[list[Batch], dict[str, list[dict[str, float]]]]:

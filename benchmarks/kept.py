@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from stages.config import LoraSection
 from stages.packing.batch import PackedBatch
 from stages.packing.support import MARK, packed_hidden_states
-from stages.packing.trl import prefix_groups
+from stages.packing.trainer_inputs import prefix_groups
 
 QWEN = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
 WORDS = 256
@@ -79,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     prompts = [[5] * given.prompt] * given.completions
     completions = [[6] * given.length] * given.completions
-    row = PackedBatch.of(prefix_groups(prompts, completions), torch.device("cpu"))
+    row = PackedBatch.from_groups(prefix_groups(prompts, completions), torch.device("cpu"))
     model = adapted(given.layers, getattr(torch, given.dtype))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake(model, mode)

@@ -31,12 +31,12 @@ from trl import SFTTrainer
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.data.rows import read
 from stages.lora.adapter import adapter
-from stages.lora.adapter.elements import pack
+from stages.lora.adapter.elements import sparsify
 from stages.lora.training.health import RunInfo
 from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.packing import trl
+from stages.packing import trainer_inputs
 from stages.prompts.renderer import Renderer, Row
 from stages.runtime import resources
 from stages.sft import run as sft
@@ -78,8 +78,8 @@ class Side:
         else:
             run_info = RunInfo(lambda _: [], "")
             self.trainer = SftTrainer(**given_to_both, run_info=run_info, share_prefix=True)
-            trl.accept_packed(base)
-            pack(model, random_masks(model, given.share))
+            trainer_inputs.accept_packed(base)
+            sparsify(model, random_masks(model, given.share))
         self.watch = Watch()
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.add_callback(self.watch)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
 from stages.lora.adapter import adapter
-from stages.lora.adapter.elements import pack
+from stages.lora.adapter.elements import sparsify
 from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.models.base import load_base
 from stages.runtime import resources
@@ -55,7 +55,7 @@ class Way:
             layer.weight.requires_grad_(True)
         self.masks: list[Tensor] = []
         if way == "packed":
-            pack(self.model, masks)
+            sparsify(self.model, masks)
         if way == "hook":
             for name, layer in layers.items():
                 mask = masks[name].to(layer.weight.device)

@@ -86,7 +86,7 @@ class ArtifactError(LoraparError):
     exit_code = 78
 
 
-class MeaninglessError(LoraparError):
+class UnusableResult(LoraparError):
     """The results make going on pointless: all importance scores are zero, no active element, no step."""
 
     exit_code = 79

@@ -40,12 +40,15 @@ class Registry(_Names):
         super().__init__(kind, {})
         self._traits: dict[str, tuple[str, ...]] = {}
 
-    def add(self, *traits: str) -> Callable[[Function], Function]:
-        """Decorator that registers a function. traits: properties that callers query with `has_trait`."""
+    def add(self, *traits: str, name: str = "") -> Callable[[Function], Function]:
+        """Decorator that registers a function. traits: properties that callers query with `has_trait`.
+
+        name: what a config calls the function, if that is not its own name.
+        """
 
         def register(function: Function) -> Function:
-            self._entries[function.__name__] = function
-            self._traits[function.__name__] = traits
+            self._entries[name or function.__name__] = function
+            self._traits[name or function.__name__] = traits
             return function
 
         return register

@@ -249,7 +249,7 @@ def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl
 
     def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
         start.restore(model)
-        elements.pack(model, start.active)
+        elements.sparsify(model, start.active)
         raise Built(trainer, model, start)
 
     monkeypatch.setattr(loop, "train", stop)

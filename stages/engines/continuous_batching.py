@@ -151,7 +151,7 @@ class _Batcher:
         """
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
         index = {tuple(ids): i for i, ids in enumerate(unique)}
-        batch = PackedBatch.of_prompts(unique, self.model.device)
+        batch = PackedBatch.from_prompts(unique, self.model.device)
         suffix_of = torch.tensor(
             [index[tuple(ids)] for ids in prompts], device=self.model.device
         )  # (prompts,)

@@ -23,7 +23,7 @@ from stages.engines import (
     Sampling,
 )
 from stages.engines.continuous_batching import generate, padded
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.models.base import load_merged
 from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
@@ -110,7 +110,7 @@ class InProcess:
                 masses = distribution[torch.tensor(words, device=distribution.device)]  # (words,)
                 mass = float(masses.sum())
                 if not math.isfinite(mass):
-                    raise MeaninglessError(
+                    raise UnusableResult(
                         "the model's outputs are not numbers",
                         "try model.dtype=float32, or look at its weights",
                     )
@@ -136,7 +136,7 @@ class InProcess:
         """Compute the logits after each prompt: (prompts, vocabulary)."""
         if not support.supports_packing(self.model, prompts[0]):
             return self._last_logits_padded(prompts)
-        batch = PackedBatch.of_prompts(prompts, self.model.device)
+        batch = PackedBatch.from_prompts(prompts, self.model.device)
         states = support.packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch)[
             0, batch.target_positions()
         ]  # (prompts, width)

@@ -1,1 +1,15 @@
-"""LoRA at element level: the adapter, importance, regions, packed weights and what SFT and RL share."""
+"""LoRA adapters of which chosen elements train; `from stages.lora import densify, lora_layers, sparsify`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"densify": "elements", "lora_layers": "adapter", "sparsify": "elements"}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and PEFT are loaded for who asks for one of these, and not with every module of this package.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"stages.lora.adapter.{_HOMES[name]}"), name)

@@ -56,7 +56,14 @@ def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example],
 
 def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:
     """The rows with what SFT imitates as their response: that of System 1 may be its answer alone."""
-    return [_at_once(row) for row in labels] if sft.system1_targets == "answer" else labels
+    if sft.system1_targets != "answer":
+        return labels
+    return [
+        replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))
+        if row.system == 1 and row.example.gold is not None
+        else row
+        for row in labels
+    ]
 
 
 def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:
@@ -105,10 +112,3 @@ def _examples_with_response(labels: list[Labelled], system: int) -> list[Example
             f"and {_SFT_WITHOUT[system]}",
         )
     return answered
-
-
-def _at_once(row: Labelled) -> Labelled:
-    """A System 1 row that teaches its answer without the steps to it."""
-    if row.system != 1 or row.example.gold is None:
-        return row
-    return replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))

@@ -80,7 +80,7 @@ class PackedBatch:
     _masks: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
+    def from_groups(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
         """Pack the groups into one row."""
         prefixes = [group.prefix for group in groups]
         suffixes = [suffix for group in groups for suffix in group.suffixes]
@@ -99,13 +99,15 @@ class PackedBatch:
             input_ids=tensor([*chain(*sequences)])[None],
             position_ids=tensor([*chain(*positions)])[None],
             targets=tensor([*chain(*targets)])[None],
-            prefixes=RaggedIndex.of(list(map(len, prefixes)), 0, device) if any(prefixes) else None,
-            suffixes=RaggedIndex.of([len(suffix.ids) for suffix in suffixes], prefix_tokens, device),
+            prefixes=RaggedIndex.from_lengths(list(map(len, prefixes)), 0, device) if any(prefixes) else None,
+            suffixes=RaggedIndex.from_lengths(
+                [len(suffix.ids) for suffix in suffixes], prefix_tokens, device
+            ),
             prefix_of=tensor(prefix_of),
         )
 
     @classmethod
-    def of_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> PackedBatch:
+    def from_prompts(cls, prompts: Sequence[list[int]], device: torch.device) -> PackedBatch:
         """Pack prompts, one group with their common prefix, and mark the last token of each with target 0.
 
         The target's value has no meaning: it selects the position after which a token is to be predicted.
@@ -114,7 +116,7 @@ class PackedBatch:
         shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
         targets = [[IGNORED] * (len(ids) - shared - 1) + [0] for ids in prompts]
         suffixes = [Suffix(ids[shared:], marks) for ids, marks in zip(prompts, targets, strict=True)]
-        return cls.of([PrefixGroup(prompts[0][:shared], suffixes)], device)
+        return cls.from_groups([PrefixGroup(prompts[0][:shared], suffixes)], device)
 
     def target_positions(self) -> Tensor:
         """(targets,): positions in the row of the tokens that have a target."""
@@ -186,7 +188,7 @@ class RaggedIndex:
         return self.cells.numel() < self.index.numel()
 
     @classmethod
-    def of(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
+    def from_lengths(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
         """Index sequences of these lengths, the first of which begins at position `first` of the row."""
         sizes = torch.tensor(lengths, device=device)  # (sequences,)
         column = torch.arange(int(sizes.max()), device=device)  # (longest,)

@@ -30,14 +30,14 @@ def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
     The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    longest = max(len(row.input_ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    return Batch(ids.to(device), mask.to(device), labels.to(device))
+    def padded(sequences: list[list[int]], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(ids) for ids in sequences], True, fill).to(device)
+
+    ids = padded([row.input_ids for row in rows], pad)
+    mask = padded([[1] * len(row.input_ids) for row in rows], 0)
+    return Batch(ids, mask, padded([row.labels for row in rows], IGNORED))
 
 
 def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -65,7 +65,7 @@ def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> 
 
     if not supports_packing(model, rows[0].input_ids):
         return None
-    return PackedBatch.of(
+    return PackedBatch.from_groups(
         # Each token predicts the next one, and the last predicts nothing.
         [PrefixGroup([], [Suffix(row.input_ids[:-1], row.labels[1:]) for row in rows])],
         device,

@@ -100,12 +100,8 @@ def supports_packing(model: Any, ids: list[int]) -> bool:
     return _supported[base]
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    """Warn once per text, although the trainer and its sampler each have a model."""
-    log.warning("%s", text)
-
-
+_warn = functools.cache(log.warning)
+"""Warns once per text, although the trainer and its sampler each have a model."""
 _supported: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Answers of `supports_packing` by plain model."""
 
@@ -120,7 +116,7 @@ def _mismatch(model: Any, base: PreTrainedModel, ids: list[int]) -> str | None:
     device = base.get_input_embeddings().weight.device
     targets = ids[half:]
     suffix = Suffix(ids[half - 1 : -1], targets)
-    row = PackedBatch.of([PrefixGroup(ids[: half - 1], [suffix, suffix])], device)
+    row = PackedBatch.from_groups([PrefixGroup(ids[: half - 1], [suffix, suffix])], device)
     try:
         with eval_mode(model):
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, half - 1 : -1]

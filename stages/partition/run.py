@@ -9,7 +9,7 @@ import torch
 
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
-from stages.errors import MeaninglessError
+from stages.errors import UnusableResult
 from stages.lora.importance.masks import (
     Masks,
     flatten_weights,
@@ -38,7 +38,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
     What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
-    region and the active share. MeaninglessError if no element is active.
+    region and the active share. UnusableResult if no element is active.
     """
     score = context.inputs["score"].path
     by_name = json.loads((score / "shapes.json").read_text())
@@ -58,7 +58,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
         active = _rl_active(split, scores, partition, seed, sizes)
     protected = _protected(context, partition, len(active))
     if not bool((active & ~protected).any()):
-        raise MeaninglessError(
+        raise UnusableResult(
             f"no element is active in {context.variant}",
             _hint(context.variant, partition, bool(active.any())),
         )

@@ -103,7 +103,7 @@ def check_shares(training: SftSection | RlSection) -> None:
     else:
         samples = training.batch_size
     processes, _ = launch.processes(launching)
-    loop.accumulation(samples, training.per_device_train_batch_size, processes)
+    loop.accumulation_steps(samples, training.per_device_train_batch_size, processes)
 
 
 def check_prompts(texts: Texts, step: Step) -> None:

@@ -20,9 +20,9 @@ from stages.errors import (
     ConfigError,
     DataError,
     LoraparError,
-    MeaninglessError,
     MissingInputError,
     SandboxError,
+    UnusableResult,
     is_out_of_memory,
 )
 from stages.rewards.builtin import rewards
@@ -141,7 +141,7 @@ def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixe
                 raise  # not a mistake in the reward function
             raise _error_with_sample(name, error, completions, columns, call) from error
         if len(values) != len(completions):
-            raise MeaninglessError(
+            raise UnusableResult(
                 f"reward {name} gave {len(values)} values for {len(completions)} completions"
             )
         return [_finite(name, value, text) for value, text in zip(values, completions, strict=True)]
@@ -151,7 +151,7 @@ def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixe
 
 
 def _finite(name: str, value: Any, text: str) -> float | None:
-    """Return a reward as a float; MeaninglessError if it is not a finite number.
+    """Return a reward as a float; UnusableResult if it is not a finite number.
 
     None stays None: in TRL it means that the reward does not apply to the sample.
     """
@@ -162,7 +162,7 @@ def _finite(name: str, value: Any, text: str) -> float | None:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
         number = math.nan
     if not math.isfinite(number):
-        raise MeaninglessError(
+        raise UnusableResult(
             f"reward {name} is {reprlib.repr(value)} for {text!r}", "a reward is a finite number, or None"
         )
     return number
@@ -185,7 +185,7 @@ def _error_with_sample(
     else:
         sample = 0
     question = f" to {per_sample['question'][sample]!r}" if "question" in per_sample else ""
-    return MeaninglessError(
+    return UnusableResult(
         f"reward {name} raised {type(error).__name__}: {error}; "
         f"sample {sample + 1} of {number}: {completions[sample]!r}{question}",
         "mend the reward and run the same command; with another rewards_file RL begins anew",

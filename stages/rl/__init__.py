@@ -72,7 +72,7 @@ def _check_prompts(texts: Texts) -> None:
         if len(labels) < slow <= len(texts.rows["train"]):
             return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
-    prompts = RlPrompts.of(labels, renderer, rl, functions, texts.config.seed)
+    prompts = RlPrompts.from_labels(labels, renderer, rl, functions, texts.config.seed)
     if texts.labels:
         building.optimizer_steps(prompts, rl)
 

@@ -11,7 +11,7 @@ from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.training import loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
-from stages.lora.training.keep import KeepAdapters
+from stages.lora.training.kept_adapters import KeptAdapters
 from stages.packing.support import is_prompt_learning
 from stages.records import read_labels
 from stages.runtime import distributed
@@ -36,7 +36,7 @@ def run(
     sandbox: SandboxSection | None = None,
 ) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    start = loop.InitialAdapter.of("rl", context.adapter("sft", "score"), context.masks)
+    start = loop.StartingAdapter.from_artifacts("rl", context.adapter("sft", "score"), context.masks)
     labels, say = read_labels(context.labels), context.progress.say
     grpo = building.build(
         labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
@@ -51,7 +51,7 @@ def run(
             start.restore(peft_model)
         trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
     protected_kl.watch(trainer, start, context.protected, grpo.renderer, rl.kl_probe_steps)
-    kept = KeepAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
+    kept = KeptAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
     trainer.add_callback(kept)
     summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
     if distributed.is_main():

@@ -152,7 +152,7 @@ def _by_rollouts(
     from stages.lora.grpo import building, gradients  # the trainer, which other scorers do not need
     from stages.lora.training import loop
 
-    start = loop.InitialAdapter(context.adapter("sft"), None)
+    start = loop.StartingAdapter(context.adapter("sft"), None)
     labels, rl = read_labels(context.labels), gradients.without_updates(rl, score.launch)
     sandbox = rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None
     say = context.progress.say

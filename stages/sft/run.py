@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
 from stages.lora import examples
 from stages.lora.adapter import fsdp
-from stages.lora.training import dry_run, loop, protected_kl
+from stages.lora.training import longest_batch, loop, protected_kl
 from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.support import has_active_dropout
-from stages.packing.trl import accept_packed
+from stages.packing.trainer_inputs import accept_packed
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
 from stages.runtime import distributed
@@ -61,7 +61,7 @@ def run(
     rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed, context.variant), data)
     _warn(rows, renderer, sft, context.progress)
     masks = "rl" if context.variant else "sft"
-    start = loop.InitialAdapter.of(masks, context.adapter("sft", "rl", "score"), context.masks)
+    start = loop.StartingAdapter.from_artifacts(masks, context.adapter("sft", "rl", "score"), context.masks)
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
     base = fsdp.load(model, sft.launch)
     peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
@@ -82,7 +82,7 @@ def run(
         share_prefix=not has_active_dropout(peft_model),
     )
     accept_packed(base)
-    trainer.add_callback(dry_run.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
+    trainer.add_callback(longest_batch.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
     protected_kl.watch(trainer, start, context.protected, renderer)
@@ -110,5 +110,5 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
         **PINNED,
         loss_type=sft.loss_type,
         per_device_train_batch_size=sft.per_device_train_batch_size,
-        gradient_accumulation_steps=loop.accumulation(sft.batch_size, sft.per_device_train_batch_size),
+        gradient_accumulation_steps=loop.accumulation_steps(sft.batch_size, sft.per_device_train_batch_size),
     )

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
 from stages.engines.in_process import PADDED_BATCH, InProcess, batch_sizes, choice_ids, word_tokens
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
@@ -111,7 +111,7 @@ def test_a_thought_comes_before_the_choice(engine):
 
 def test_outputs_that_are_no_numbers_are_no_votes(engine, monkeypatch):
     monkeypatch.setattr(engine, "_last_logits", lambda prompts: torch.full((len(prompts), 300), torch.nan))
-    with pytest.raises(MeaninglessError, match="the model's outputs are not numbers"):
+    with pytest.raises(UnusableResult, match="the model's outputs are not numbers"):
         list(engine.choose_words([ChoiceRequest("Is it?", (" Yes", " No"))]))
 
 

@@ -68,19 +68,19 @@ def _moment_bytes(model, optimizer):
 @pytest.mark.parametrize("example", [*TRAINERS, LOOP], ids=lambda block: block.title)
 def test_example_trains_chosen_elements_alone(page, tiny, monkeypatch, example):
     start, trained, moments = {}, {}, {}
-    pack, unpack = page["pack"], page["unpack"]
+    sparsify, densify = page["sparsify"], page["densify"]
 
-    def recording_pack(model, masks):
+    def recording_sparsify(model, masks):
         start.update(_weights(model))
-        pack(model, masks)
+        sparsify(model, masks)
 
-    def recording_unpack(model):
+    def recording_densify(model):
         trained.update(_weights(model))
         optimizer = page["optimizer"] if example is LOOP else page["trainer"].optimizer
         moments.update(_moment_bytes(model, getattr(optimizer, "optimizer", optimizer)))
-        unpack(model)
+        densify(model)
 
-    page |= {"pack": recording_pack, "unpack": recording_unpack}
+    page |= {"sparsify": recording_sparsify, "densify": recording_densify}
     _train(page, example, monkeypatch)
 
     masks, model = page["masks"], page["model"]
@@ -104,8 +104,8 @@ def test_example_trains_chosen_elements_alone(page, tiny, monkeypatch, example):
 def test_masks_of_other_weights_are_refused(page):
     (name, mask), model = page["masks"].popitem(), page["model"]
     with pytest.raises(ArtifactError, match="masks do not fit the adapter: .* is on one side only"):
-        page["pack"](model, page["masks"])
+        page["sparsify"](model, page["masks"])
     page["masks"][name] = mask[: len(mask) // 4]
     with pytest.raises(ArtifactError, match=r"masks do not fit the adapter: .* has a mask of shape \("):
-        page["pack"](model, page["masks"])
+        page["sparsify"](model, page["masks"])
     assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())

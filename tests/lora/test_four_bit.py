@@ -17,7 +17,12 @@ FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]]
+    "how",
+    [
+        [],
+        pytest.param(["lora.compensate=true"], marks=pytest.mark.slow),
+        pytest.param(["lora.init=default", "partition.strategy=all"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
@@ -57,27 +62,6 @@ def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_pa
     }
     (row,) = export.check(artifact, config, tmp_path / "out", "merged", 2, silent.say)
     assert row["engine"] == "transformers" and row["agree"] == 1
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("lora.init=pissa", "model.load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
-        (
-            "sft.launch.backend=fsdp2",
-            "model.load_in_4bit: sft.launch.backend fsdp2 cannot divide 4 bits; use ddp",
-        ),
-        ("baseline.method=ia3", "model.load_in_4bit is for LoRA: TRL would round baseline ia3 to bfloat16"),
-        ("eval.engine=vllm", "what vllm would serve has other base weights; use engine transformers"),
-        (
-            "rl.rollouts.engine=vllm_colocate",
-            "what vllm would serve has other base weights; use engine transformers",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_said(begun, override, said):
-    with pytest.raises(ConfigError, match=said):
-        begun(*FOUR, "eval.targets=[sft]", override)
 
 
 def test_without_bitsandbytes_it_is_refused(begun, monkeypatch):

@@ -12,14 +12,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_step
+from results import flags, history, stored, trained_weights
 
 from stages.config import LaunchSection
-from stages.lora.adapter import adapter
-from stages.lora.importance.masks import Masks, read_importance
+from stages.lora.importance.masks import read_importance
 from stages.pipeline import launch
-from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan_steps
-from stages.store.artifacts import Store
 
 OPTIMIZERS = {
     "AdamW": [],
@@ -65,7 +62,7 @@ def command(
     """The stage as a person runs it, under the launcher where there are several processes."""
     several = [f"{stage}.launch.backend={backend}", f"{stage}.launch.processes={processes}"]
     several = several if processes > 1 else []
-    arguments = [part for text in (*home, *overrides, *several) for part in ("--set", text)]
+    arguments = flags([*home, *overrides, *several])
     return subprocess.run(
         [sys.executable, "-m", "lorapar_cli", stage, str(ROOT / "configs/smoke.yaml"), *arguments, "--force"],
         capture_output=True,
@@ -83,25 +80,12 @@ def made_by(small, overrides: list[str], stage: str, processes: int, backend: st
     else:
         done = command(small.home, overrides, stage, processes, backend)
         assert done.returncode == 0, done.stderr
-    step = plan_steps(resolved(config))[stage]
-    artifact = Store(config.root).load(Store(config.root).folder(stage, step.key))
-    assert artifact.manifest["provenance"]["processes"] == processes
-
-
-def files(config, stage: str):
-    step = plan_steps(resolved(config))[stage]
-    store = Store(config.root)
-    path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
-    start = path["score"] / "init" if "score" in path else path["sft"] / "adapter"
-    masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
-    return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
+    assert stored(config, stage).manifest["provenance"]["processes"] == processes
 
 
 def drawn_again(config) -> None:
     """In every step the groups of System 2, in which no completion is correct, but not that of System 1."""
-    store = Store(config.root)
-    folder = store.folder("rl", plan_steps(resolved(config))["rl"].key)
-    for step in json.loads((folder / "history.json").read_text()):
+    for step in history(stored(config, "rl")):
         assert step["resampled/groups"] == 6 and step["system1/reward"] == step["system2/reward"] == 0
 
 
@@ -121,7 +105,7 @@ def test_frozen_elements_are_identical_on_every_launcher(own, capsys):
             for launcher in launchers(what, optimizer):
                 config = own(*settings(stage, *objective, *how))
                 made_by(own, settings(stage, *objective, *how), stage, *launcher)
-                before, after, masks = files(config, stage)
+                before, after, masks = trained_weights(config, stage)
                 frozen, active, of = moved(before, after, masks)
                 assert frozen == 0 and active > 0.95 * of, (what, optimizer, launcher, frozen, active, of)
                 if what == "rl, both systems":
@@ -148,11 +132,8 @@ def test_two_processes_train_what_one_does(own, capsys):
             if stage == "sft":
                 make_step(config, "partition")
             made_by(own, changes, stage, processes)
-        step = plan_steps(resolved(config))["score"]
-        scores.append(
-            read_importance(Store(config.root).folder("score", step.key) / "importance.safetensors")
-        )
-        before, after, _ = files(config, "sft")
+        scores.append(read_importance(stored(config, "score").path / "importance.safetensors"))
+        before, after, _ = trained_weights(config, "sft")
         ends.append({name: after[name] - before[name] for name in before})
     one, two = (torch.cat([x.flatten() for x in end.values()]) for end in ends)
     apart = float((one - two).norm() / one.norm())
@@ -168,42 +149,12 @@ def test_two_processes_train_what_one_does(own, capsys):
 
 @pair
 @pytest.mark.slow
-def test_two_processes_that_share_prompts_take_the_steps_of_two_that_do_not(own, tmp_path):
-    """Two steps on the same completions, in micro batches of half a group."""
-    rewards = tmp_path / "mine.py"
-    rewards.write_text(
-        "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
-    )
-    make_step(own(), "sft")
-    found = {}
-    for way in ("auto", "off"):
-        changes = settings(
-            "rl", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001",
-            "rl.per_device_train_batch_size=2",
-            "rl.kl_reference=base", f"rl.rewards_file={rewards}", f"rl.prefix_sharing={way}",
-        )  # fmt: skip
-        changes.append("rl.rewards={odd: 1}")
-        made_by(own, changes, "rl", 2)
-        folder = Store(own().root).folder("rl", plan_steps(resolved(own(*changes)))["rl"].key)
-        found[way] = json.loads((folder / "history.json").read_text())
-    assert len(found["auto"]) == len(found["off"]) == 2
-    for one, two in zip(found["auto"], found["off"], strict=True):
-        assert one["tokens_saved"] > 0.4 and two["grad_norm"] > 1e-3 and two["kl"] > 0
-        assert one.keys() - {"tokens_saved"} == two.keys()
-        for name in ("loss", "grad_norm", "entropy"):
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
-        # What is logged is a mean over micro batches, and shared prompts put other completions together.
-        assert one["kl"] == pytest.approx(two["kl"], rel=0.03)
-
-
-@pair
-@pytest.mark.slow
 def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
     """Two commands with a file each, as on two machines that share the folder of runs."""
     changes = settings("sft", "sft.learning_rate=0.002")
     config = own(*changes)
     made_by(own, changes, "sft", 2)
-    _, wanted, _ = files(config, "sft")
+    _, wanted, _ = trained_weights(config, "sft")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -215,25 +166,17 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
             f"rdzv_backend: static\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\n"
             "mixed_precision: 'no'\nuse_cpu: false\n"
         )
-        arguments = [
-            part for text in (*own.home, *changes, f"sft.launch.config={file}") for part in ("--set", text)
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "lorapar_cli",
-            "sft",
-            str(ROOT / "configs/smoke.yaml"),
-            *arguments,
-            "--force",
-        ]
+        arguments = flags([*own.home, *changes, f"sft.launch.config={file}"])
+        config_file = str(ROOT / "configs/smoke.yaml")
+        command = [sys.executable, "-m", "lorapar_cli", "sft", config_file, *arguments, "--force"]
         running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
-    _, found, _ = files(config, "sft")
-    made = Store(config.root).load(Store(config.root).folder("sft", plan_steps(resolved(config))["sft"].key))
-    assert made.manifest["provenance"]["config"]["sft"]["launch"]["config"] == str(tmp_path / "0.yaml")
+    _, found, _ = trained_weights(config, "sft")
+    assert stored(config, "sft").manifest["provenance"]["config"]["sft"]["launch"]["config"] == str(
+        tmp_path / "0.yaml"
+    )
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
@@ -250,9 +193,7 @@ def test_an_error_of_one_process_is_the_command_s(own):
 
 def test_what_would_bring_nothing_is_refused(begun, lorapar):
     overrides = [*begun.home, "sft.learning_rate=0.5", "sft.launch.backend=zero2"]
-    done = lorapar(
-        "sft", ROOT / "configs/smoke.yaml", *(part for text in overrides for part in ("--set", text))
-    )
+    done = lorapar("sft", ROOT / "configs/smoke.yaml", *flags(overrides))
     assert done.code == 78
     assert "error: launch.backend: zero2 divides gradients and optimizer state" in done.err
     assert "hint: use fsdp2, which divides the base model, or ddp" in done.err
@@ -272,10 +213,5 @@ def test_a_launcher_starts_only_where_work_is_left(begun, lorapar, monkeypatch):
     make_step(begun(), "sft")
     monkeypatch.setattr("stages.pipeline.launch.run", lambda *_: pytest.fail("launched"))
     overrides = [*begun.home, "sft.launch.backend=ddp"]
-    done = lorapar(
-        "sft",
-        ROOT / "configs/smoke.yaml",
-        *(part for text in overrides for part in ("--set", text)),
-        "--json",
-    )
+    done = lorapar("sft", ROOT / "configs/smoke.yaml", *flags(overrides), "--json")
     assert done.code == 0 and json.loads(done.out)["made"] is False

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT, make_step
+from results import flags, stored, trained_weights
 from safetensors.torch import load_file
-from test_frozen import command, files, made_by, pair, settings
+from test_frozen import command, made_by, pair, settings
 from transformers import AutoModelForCausalLM
 
 from stages.lora.importance.masks import read_importance
@@ -36,9 +37,7 @@ def assert_alike(one: torch.Tensor, two: torch.Tensor) -> None:
 
 def held(config, stage: str) -> float | None:
     """The share of the base that a process held, by the manifest."""
-    store = Store(config.root)
-    step = plan_steps(resolved(config))[stage]
-    return store.load(store.folder(stage, step.key)).manifest["summary"].get("base_held")
+    return stored(config, stage).manifest["summary"].get("base_held")
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def test_sft_is_that_of_ddp_to_the_bit(own, how):
     for backend in ("ddp", "fsdp2"):
         changes = settings("sft", "sft.per_device_train_batch_size=2", *how)
         made_by(own, changes, "sft", 2, backend)
-        before, after, _ = files(own(*changes), "sft")
+        before, after, _ = trained_weights(own(*changes), "sft")
         found.append(joined(after) - joined(before))
         share = held(own(*changes), "sft")
         assert share is None if backend == "ddp" else 0.5 < share < 0.8
@@ -94,8 +93,7 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(own,
         changes = [f"score.scorer={scorer}", "score.examples=5", "score.batch_size=1"]
         made_by(own, changes, "score", 2, backend)
         config = own(*changes)
-        folder = Store(config.root).folder("score", plan_steps(resolved(config))["score"].key)
-        systems = read_importance(folder / "importance.safetensors")
+        systems = read_importance(stored(config, "score").path / "importance.safetensors")
         found.append(torch.cat([joined(systems[system]) for system in (1, 2)]))
         share = held(config, "score")
         assert share is None if backend == "ddp" else 0.5 < share < 0.8
@@ -107,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own):
     changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.num_train_epochs=99"]
     config = own(*changes)
     make_step(config, "partition")
-    arguments = [part for text in (*own.home, *changes) for part in ("--set", text)]
+    arguments = flags([*own.home, *changes])
     command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments]
     store, key = Store(config.root), plan_steps(resolved(config))["sft"].key
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -122,5 +120,5 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own):
     adapter = store.folder("sft", key) / "adapter/adapter_model.safetensors"
     resumed = load_file(adapter)
     assert subprocess.run([*command, "--force"], cwd=ROOT, capture_output=True).returncode == 0
-    before = joined(files(config, "sft")[0])
+    before = joined(trained_weights(config, "sft")[0])
     assert_alike(joined(load_file(adapter)) - before, joined(resumed) - before)

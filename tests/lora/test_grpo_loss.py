@@ -61,7 +61,7 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     trainer, model, start = trainer_of(config, monkeypatch)
     assert trainer.prefix_sharing == (way == "auto")
     exact = start.attach(load_base(config.model).double(), config.lora, None, 0.0, 0)
-    elements.pack(exact, start.active)
+    elements.sparsify(exact, start.active)
     exact.double()
     with exact.disable_adapter():
         inputs = completions_of(exact)

@@ -10,16 +10,13 @@ from stages.models.base import load_adapted, load_base
 OPTIONS = {
     "all-linear": ["lora.target_modules=all-linear"],
     "pissa_niter_16": ["lora.init=pissa_niter_16"],
-    "rescore": ["rl.rescore=taylor2", "rl.max_steps=2"],
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_trains_and_its_adapter_is_plain_peft(begun, name):
-    config = begun(*OPTIONS[name], "sft.max_steps=2", "sft.learning_rate=0.02", "rl.learning_rate=0.02")
-    last = "rl" if name == "rescore" else "sft"
-    made = make_steps(config, "score", "partition", "sft", *(["rl"] if last == "rl" else []))
-    artifact = made[last][0]
+    config = begun(*OPTIONS[name], "sft.max_steps=2", "sft.learning_rate=0.02")
+    artifact = make_steps(config, "score", "partition", "sft")["sft"][0]
     summary = artifact.manifest["summary"]
     assert 0 < summary["moved"] <= summary["active"] and summary["frozen_drift"] == 0
     ids = torch.arange(5, 60).view(1, -1)

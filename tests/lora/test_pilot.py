@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROOT, labels_of, make_steps
+from conftest import labels_of, make_steps
+from results import artifacts
 from test_scorers import adapted, rows
 
 from stages.config import LoraSection
@@ -67,9 +68,7 @@ def test_scorer_moved_makes_masks_that_sft_trains(begun):
     config = begun(
         *few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1"
     )
-    made = {
-        n: one for n, (one, _) in make_steps(config, "classify:train", "score", "partition", "sft").items()
-    }
+    made = artifacts(config, "classify:train", "score", "partition", "sft")
     summary = made["score"].manifest["summary"]["system1"]
     assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
     scores = read_importance(made["score"].path / "importance.safetensors")
@@ -91,18 +90,3 @@ def test_rows_that_are_dropped_leave_no_empty_step(begun):
     summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
     told = summary["system2"]
     assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]
-
-
-@pytest.mark.slow
-def test_two_processes_move_what_one_does(begun, lorapar):
-    """Each step has one row, which one of them has."""
-    few = ["score.scorer=moved", "score.examples=3"]
-    made = make_steps(begun(*few), "classify:train", "score")["score"][0]
-    alone = read_importance(made.path / "importance.safetensors")
-    settings = [*begun.home, *few, "score.launch.backend=ddp", "score.launch.processes=2"]
-    flags = (part for text in settings for part in ("--set", text))
-    assert lorapar("score", ROOT / "configs/smoke.yaml", *flags, "--force").code == 0
-    again = read_importance(made.path / "importance.safetensors")
-    for system in (1, 2):
-        for name, scores in alone[system].items():
-            torch.testing.assert_close(again[system][name], scores, rtol=1e-3, atol=1e-6)

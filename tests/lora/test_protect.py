@@ -3,17 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_step, make_steps
+from results import artifacts, history
 
 from stages.config import ScoreSection
-from stages.errors import ConfigError, DataError, MeaninglessError, MissingInputError
+from stages.errors import DataError, MissingInputError, UnusableResult
 from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
 from stages.lora.importance.strategies import needed_set
+from stages.lora.training import protected_kl
 from stages.lora.training.curves import PROTECTED_KL
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -57,10 +60,7 @@ def test_keys_change_with_the_rows_and_not_without_them(begun, old, tmp_path):
 
 def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old):
     config = begun(*QUICK, old, "partition.strategy=all")
-    made = {
-        name: artifact
-        for name, (artifact, _) in make_steps(config, "score", "partition", "sft", "rl").items()
-    }
+    made = artifacts(config, "score", "partition", "sft", "rl")
     scored = made["score:protected"]
     summary = scored.manifest["summary"]
     assert summary["protected"]["examples"] == 4
@@ -95,6 +95,20 @@ def test_what_the_systems_have_is_protected_too(begun, old):
         assert torch.equal(flatten_weights(before.region), flatten_weights(now.region))
 
 
+def test_drift_by_hand_after_every_second_step_and_the_last(monkeypatch):
+    """Of p = (1/2, 1/2) at the start and q = (9/10, 1/10) now: Σ p log p/q, and not the other way round."""
+    start, policy = (torch.tensor([p]).log() for p in ([0.5, 0.5], [0.9, 0.1]))
+    assert protected_kl._divergence(start, policy) == pytest.approx(0.5108, abs=1e-4)
+    trainer = SimpleNamespace(_metrics={"train": {PROTECTED_KL: []}})
+    watch = protected_kl.ProtectedKl(trainer, None, [], 2)
+    monkeypatch.setattr(watch, "divergence", lambda: state.global_step)
+    for step in (1, 2, 3):
+        state = SimpleNamespace(global_step=step, max_steps=3)
+        watch.on_step_end(None, state, None)
+    assert trainer._metrics["train"][PROTECTED_KL] == [2, 3]
+
+
+@pytest.mark.slow
 def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
     """With θ 0 masks and adapters are those of a run without protected rows, although drift is logged."""
     measured = [old, "partition.protect_theta=0"]
@@ -104,10 +118,10 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
     for stage in ("sft", "rl"):
         [first, second] = (adapter.read(run[stage][0].adapter) for run in (plain, made))
         assert all(torch.equal(first[name], second[name]) for name in first)
-        history = json.loads((made[stage][0].path / "history.json").read_text())
+        steps = history(made[stage][0])
         # The first step of RL may earn nothing and move nothing; then rounding is left.
-        assert history[-1][PROTECTED_KL] > 1e-5 and all(row[PROTECTED_KL] > -1e-6 for row in history)
-        assert made[stage][0].manifest["summary"]["protected_kl"] == history[-1][PROTECTED_KL]
+        assert steps[-1][PROTECTED_KL] > 1e-5 and all(row[PROTECTED_KL] > -1e-6 for row in steps)
+        assert made[stage][0].manifest["summary"]["protected_kl"] == steps[-1][PROTECTED_KL]
         assert "protected_kl" not in plain[stage][0].manifest["summary"]
 
     config = begun()
@@ -126,14 +140,6 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
         divergence = float((before.exp() * (before - after)).sum(-1).mean())
         measured = made[stage][0].manifest["summary"]["protected_kl"]
         assert measured == pytest.approx(divergence, rel=0.05, abs=1e-9)
-
-
-def test_of_few_protected_rows_all_are_scored_and_no_drift_is_logged(begun, tmp_path):
-    (tmp_path / "old.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8")
-    config = begun(*QUICK, f"partition.protect={tmp_path / 'old.jsonl'}", "partition.strategy=all")
-    made = make_steps(config, "score", "partition:sft", "sft")
-    assert made["score:protected"][0].manifest["summary"]["held_out"] == 0
-    assert "protected_kl" not in made["sft"][0].manifest["summary"]
 
 
 @pytest.mark.parametrize(
@@ -159,51 +165,36 @@ def test_protected_rows_without_a_response_are_counted(tmp_path):
     path.write_text("\n".join(map(json.dumps, [*answered, {"question": "9 + 1?", "gold": 10}])))
     scored, held_out, without_response = examples.protected(str(path), ScoreSection(), 0)
     assert (len(scored), len(held_out), without_response) == (6, 2, 1)
+    path.write_text(json.dumps(answered[0]))  # of few rows all are scored, and no drift is logged
+    assert [len(rows) for rows in examples.protected(str(path), ScoreSection(), 0)[:2]] == [1, 0]
 
 
 def test_errors(smoke, begun, old, tmp_path):
     with pytest.raises(MissingInputError, match="no data file .*gone.jsonl"):
         plan_steps(resolved(smoke(f"partition.protect={tmp_path / 'gone.jsonl'}")))
-    with pytest.raises(ConfigError, match="baseline dora is trained whole; leave out partition.protect"):
-        smoke(old, "baseline.method=dora")
-    with pytest.raises(ConfigError, match="every importance is zero"):
-        smoke(old, "lora.init=default", "partition.strategy=all")
     config = begun(*QUICK, old, "partition.protect_theta=1")
     make_steps(config, "score")
-    with pytest.raises(MeaninglessError, match="no element is active in sft") as caught:
+    with pytest.raises(UnusableResult, match="no element is active in sft") as caught:
         make_step(config, "partition:sft")
     assert "lower partition.protect_theta" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_gained_and_lost(begun, old, monkeypatch):
     both = ("sft.rounds=2", "eval.targets=[base, sft, sft2, rl]")
     config = resolved(begun(*QUICK, old, "partition.strategy=all", *both))
-    artifacts = {name: artifact for name, (artifact, _) in make_steps(config).items()}
+    made = artifacts(config)
     right = {"base": 4, "sft": 6, "sft2": 4, "rl": 2}  # of 16 items; a random model answers nothing
 
     def samples_with_right_answers(path: Path) -> list:
-        [target] = [target for target in right if artifacts[f"eval:{target}@demo"].path == path.parent]
+        [target] = [target for target in right if made[f"eval:{target}@demo"].path == path.parent]
         return [replace(one, correct=i < right[target]) for i, one in enumerate(read_samples(path))]
 
     monkeypatch.setattr("stages.report.comparison.read_samples", samples_with_right_answers)
-    [grid] = protection.blocks(config, artifacts)
+    [grid] = protection.blocks(config, made)
     assert grid.head == ["", "items", "base, %", "sft", "sft2", "rl"]
     assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]
     changes = [cell.partition(" ")[0] for cell in grid.rows[0][2:]]
     assert changes == ["25.0", "+12.5", "+0.0", "-12.5"]
     assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
-    assert protection.blocks(resolved(begun(*QUICK)), artifacts) == []
-
-
-def test_controls_of_equal_size_and_protection_do_not_mix(begun, old):
-    for setting in ("partition.strategy=random", "partition.rl_elements=random_within"):
-        with pytest.raises(ConfigError, match="protect it would train more"):
-            begun(old, setting)
-        begun(old, setting, "partition.protect_theta=0")
-
-
-def test_a_benchmark_may_be_called_protected(begun, demo_data):
-    path = demo_data / "test.jsonl"
-    config = resolved(begun(f"eval.benchmarks.protected={{kind: demo, path: {path}}}"))
-    step = plan_steps(config)["classify:protected"]
-    assert not problems(config, [step])
+    assert protection.blocks(resolved(begun(*QUICK)), made) == []

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
+from conftest import ROOT
+from results import artifacts, flags
 
-from stages.errors import ConfigError
 from stages.lora.importance.masks import read_importance
 from stages.pipeline.resolve import resolved
 from stages.pipeline.run import pending_stages
@@ -39,10 +39,7 @@ def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
 
 
 def test_importance_is_taken_where_sft_ended(begun):
-    made = {
-        name: one
-        for name, (one, _) in make_steps(begun(*RL, AGAIN), "score", "partition", "sft", "rl").items()
-    }
+    made = artifacts(begun(*RL, AGAIN), "score", "partition", "sft", "rl")
     first, again = (
         read_importance(made[name].path / "importance.safetensors") for name in ("score", "score:rl")
     )
@@ -52,30 +49,17 @@ def test_importance_is_taken_where_sft_ended(begun):
     assert made["rl"].manifest["summary"]["frozen_drift"] == 0
     assert made["rl"].manifest["summary"]["active"] == made["partition:rl"].manifest["summary"]["active"]
     # magnitude is |φ|: of the file that SFT wrote
-    weighed = make_steps(begun(*RL, "rl.rescore=magnitude"), "score", "partition:sft", "sft")
+    weighed = artifacts(begun(*RL, "rl.rescore=magnitude"), "score", "partition:sft", "sft")
     from stages.lora.adapter import adapter
 
-    weights = adapter.read(weighed["sft"][0].adapter)
-    found = read_importance(weighed["score:rl"][0].path / "importance.safetensors")
+    weights = adapter.read(weighed["sft"].adapter)
+    found = read_importance(weighed["score:rl"].path / "importance.safetensors")
     assert all(torch.equal(value, weights[name].abs()) for name, value in found[2].items())
-
-
-@pytest.mark.parametrize(
-    ("setting", "why"),
-    [
-        ("rl.start_from=init", "rl starts from the initial adapter"),
-        ("baseline.method=dora", "a baseline is trained whole"),
-        ("partition.strategy=all", "strategy all reads no scores"),
-    ],
-)
-def test_where_there_is_nothing_to_score_again(smoke, setting, why):
-    with pytest.raises(ConfigError, match=why):
-        smoke(AGAIN, setting)
 
 
 def test_each_step_of_score_can_be_made_alone(own, lorapar):
     settings = [*own.home, *RL, AGAIN]
-    sets = [part for text in settings for part in ("--set", text)]
+    sets = flags(settings)
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "score")
     assert done.code == 0
     done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "rl")
@@ -84,10 +68,10 @@ def test_each_step_of_score_can_be_made_alone(own, lorapar):
     assert done.code == 78 and "choose from: score, rl" in done.err
 
 
+@pytest.mark.slow
 def test_a_page_has_the_elements_of_both(begun):
     config = begun(*RL, AGAIN)
-    made = make_steps(config, "score", "partition", "sft")
-    parts = elements.parts(config, {name: artifact for name, (artifact, _) in made.items()})
+    parts = elements.parts(config, artifacts(config, "score", "partition", "sft"))
     at = parts.index(Text("For RL the elements were scored again, by taylor2 at the adapter of SFT."))
     *of_sft, maps_text, maps = parts[:at]  # the maps are of SFT's elements alone
     assert [type(part) for part in of_sft] == [type(part) for part in parts[at + 1 :]]

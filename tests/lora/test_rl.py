@@ -1,14 +1,14 @@
 """What the rl stage makes of its settings."""
 
-import json
 from dataclasses import replace
 
 import pytest
 from conftest import labels_of, make_step
+from results import history
 from trl import GRPOTrainer
 
 from stages.engines.continuous_batching import generate
-from stages.errors import ConfigError, DataError, MeaninglessError
+from stages.errors import DataError, UnusableResult
 from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
@@ -41,21 +41,15 @@ def odd(tmp_path):
 
 def test_a_person_s_reward_gets_the_sandbox(ready, odd):
     made = make_step(ready(*odd), "rl")
-    (step,) = json.loads((made.path / "history.json").read_text())
+    (step,) = history(made)
     assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 0
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        [
-            "rl.loss_type=grpo",
-            "rl.importance_sampling_level=sequence",
-            "rl.epsilon=3e-4",
-            "rl.epsilon_high=4e-4",
-        ],  # GSPO
+        ["rl.loss_type=grpo", "rl.importance_sampling_level=sequence", "rl.epsilon_high=4e-4"],  # GSPO
         ["rl.loss_type=cispo", "rl.epsilon_high=5"],
-        ["rl.epsilon_high=0.28"],  # DAPO's clip-higher
     ],
 )
 def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
@@ -63,20 +57,6 @@ def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
     made = make_step(config, "rl")
     assert made.manifest["summary"]["moved"] > 0 and made.manifest["summary"]["frozen_drift"] == 0
     assert load_adapted(config.model, made.path / "adapter")
-
-
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        (["rl.importance_sampling_level=sequence"], "dapo would weigh a completion by its length"),
-        (["rl.loss_type=cispo"], "loss_type cispo clips the ratio itself, at epsilon_high; set it"),
-        (["rl.top_p=0.9", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
-        (["rl.top_k=20", "rl.rollouts.engine=vllm_colocate"], "leave them at 1 and 0, or set correction"),
-    ],
-)
-def test_losses_that_would_be_wrong_are_refused(ready, how, told):
-    with pytest.raises(ConfigError, match=told):
-        ready(*how)
 
 
 def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, monkeypatch):
@@ -103,7 +83,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left", "rl.kl_probe_prompts=0")
-    with pytest.raises(MeaninglessError, match=r"loss is inf in step 1, rows \w+") as caught:
+    with pytest.raises(UnusableResult, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
     assert set(str(caught.value).partition("rows ")[2].split(", ")) <= set(ids)
@@ -114,21 +94,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
 
 def test_top_k_reaches_the_sampling(ready, odd):
     """With the likeliest token alone the completions of a group are equal, and so are their rewards."""
-    for top_k, equal_steps in ((0, 0), (1, 1)):
-        summary = make_step(ready(*odd, f"rl.top_k={top_k}"), "rl").manifest["summary"]
-        assert summary["equal_reward_steps"] == equal_steps
-
-
-def test_nothing_drops_out_of_sampling_without_a_copy(ready, odd, monkeypatch):
-    seen = []
-
-    def watched(model, *given):
-        seen.append(any(module.training for module in model.modules()))
-        return generate(model, *given)
-
-    monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
-    make_step(ready("baseline.method=dora", "eval.targets=[rl]", "rl.lora_dropout=0.5", *odd), "rl")
-    assert seen and not any(seen)
+    assert make_step(ready(*odd, "rl.top_k=1"), "rl").manifest["summary"]["equal_reward_steps"] == 1
 
 
 def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
@@ -153,7 +119,7 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
 
     def pool(how: str):
         config = ready(*mixed, f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}")
-        return RlPrompts.of(labels, renderer, config.rl, functions, 0)
+        return RlPrompts.from_labels(labels, renderer, config.rl, functions, 0)
 
     with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
         pool("error")
@@ -176,7 +142,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
         for i, row in enumerate(labels_of(config))
     ]
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
-    pool = RlPrompts.of(labels, renderer, config.rl, {"mine": mine}, 0)
+    pool = RlPrompts.from_labels(labels, renderer, config.rl, {"mine": mine}, 0)
     reward = loading.with_checks("mine", mine, pool.encoded)
     reward(
         completions=["a"] * pool.system2_rows, **{name: list(pool.rows[name]) for name in ("target", "more")}
@@ -198,6 +164,7 @@ def test_what_the_steps_earned_by_hand():
         "completions": 8 * 16 + 4,
         "kl_from_start": 0.08,
     }
+    assert rl._earned([{rl.LENGTH: 1.0}], 16)["reward_last_quarter"] is None  # no reward applied
 
 
 def test_rewards_count_by_their_weights(ready, tmp_path):
@@ -207,5 +174,5 @@ def test_rewards_count_by_their_weights(ready, tmp_path):
         "def four(completions, **_): return [4.0] * len(completions)\n"
     )
     made = make_step(ready(f"rl.rewards_file={file}", "rl.rewards={one: 2, four: 0.5}"), "rl")
-    (row,) = [r for r in json.loads((made.path / "history.json").read_text()) if "reward" in r]
+    (row,) = [r for r in history(made) if "reward" in r]
     assert row["reward"] == 4  # without weights 5, with them exchanged 8.5

@@ -1,18 +1,17 @@
 """What lorapar trains is what TRL and PEFT alone would train, and the paper's settings run."""
 
-import json
-
 import pytest
 import torch
 from conftest import ROOT, make_step, paths
+from results import history, stored
 
 from stages.lora.adapter import adapter
-from stages.pipeline.resolve import load, resolved
-from stages.pipeline.steps import plan_steps
-from stages.store.artifacts import Store
+from stages.pipeline.resolve import load
 
 
-@pytest.mark.parametrize(("dropout", "way"), [(0.1, "off"), (0.0, "auto")])
+@pytest.mark.parametrize(
+    ("dropout", "way"), [pytest.param(0.1, "off", marks=pytest.mark.slow), (0.0, "auto")]
+)
 def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     """Written with the libraries alone, from the rows as the stage renders them, with the same seed.
 
@@ -33,15 +32,11 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
     config = begun("partition.strategy=all", *settings, *ours_alone)
     for stage in ("score", "partition", "sft"):
         make_step(config, stage)
-    folder = {
-        name: Store(config.root).folder(s.stage.name, s.key)
-        for name, s in plan_steps(resolved(config)).items()
-    }
-    ours = load_file(folder["sft"] / "adapter/adapter_model.safetensors")
-    start = load_file(folder["score"] / "init/adapter_model.safetensors")
+    ours = load_file(stored(config, "sft").path / "adapter/adapter_model.safetensors")
+    start = load_file(stored(config, "score").path / "init/adapter_model.safetensors")
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
-    labels = read_labels(folder["classify:train"] / "labels.jsonl")
+    labels = read_labels(stored(config, "classify:train").path / "labels.jsonl")
     rows = [Renderer(tokenizer, config.prompt).row(example) for example in examples_of_system(labels, 1)]
     lora = LoraConfig(
         r=4,
@@ -87,7 +82,9 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)  # Adam enlarges rounding
 
 
-@pytest.mark.parametrize("name", ["gsm8k-llama2-7b", "gsm8k-qwen2.5-7b"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gsm8k-llama2-7b", marks=pytest.mark.slow), "gsm8k-qwen2.5-7b"]
+)
 def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path):
     """One step of each stage.
 
@@ -109,7 +106,7 @@ def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path
     assert all(getattr(config.rl, field) == getattr(whole.rl, field) for field in kept)
     for stage in ("classify:train", "score", "partition", "sft", "rl"):
         artifact = make_step(config, stage)
-    history = json.loads((artifact.path / "history.json").read_text())
-    assert {f"rewards/{reward}/mean" for reward in whole.rl.rewards} <= set(history[0])
+    (step,) = history(artifact)
+    assert {f"rewards/{reward}/mean" for reward in whole.rl.rewards} <= set(step)
     assert artifact.manifest["summary"]["frozen_drift"] == 0
     assert adapter.read(artifact.path / "adapter").keys()

@@ -11,7 +11,7 @@ from conftest import make_steps
 from safetensors.torch import load_file
 
 from stages.config import LoraSection, ModelSection, ScoreSection
-from stages.errors import MeaninglessError, OutOfMemoryError
+from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
@@ -76,6 +76,22 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
     for got, want in ((sums.gradient, wanted[0]), (sums.square, wanted[1])):
         for name in want:
             assert torch.linalg.norm(got[name] - want[name]) <= bound * torch.linalg.norm(want[name]), name
+
+
+def test_sums_over_a_model_of_16_bits_have_32(tiny):
+    model = adapted(tiny, LoraSection(r=3), torch.bfloat16)
+    model.requires_grad_(False)
+    # Of one example: the sum over several would not be a number of 16 bits anyway.
+    sums = moments(model, adapter.lora_layers(model), rows(1), size(4), lambda n: None, 0)
+    for value in (*sums.gradient.values(), *sums.square.values()):
+        assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
+
+
+def test_padding_is_masked_by_length_and_not_by_its_token():
+    long, short = Row("a", [5, 0, 6, 0], [IGNORED, 0, 6, 0]), Row("b", [0, 0], [IGNORED, 0])
+    batch = collate([long, short], 0, torch.device("cpu"))
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
 
 
 def test_loss_is_the_mean_over_answer_tokens(tiny):
@@ -156,7 +172,7 @@ def test_a_loss_that_is_not_finite_names_the_example(tiny):
     model = adapted(tiny, LoraSection(r=3), torch.float32)
     model.requires_grad_(False)
     next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
-    with pytest.raises(MeaninglessError, match="loss is not finite for 0, 1"):
+    with pytest.raises(UnusableResult, match="loss is not finite for 0, 1"):
         moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 
@@ -165,7 +181,7 @@ def test_a_module_that_runs_twice_is_refused(tiny):
     model.requires_grad_(False)
     layers = model.base_model.model.model.layers
     layers[1] = layers[0]
-    with pytest.raises(MeaninglessError, match="runs 2 times in a forward pass"):
+    with pytest.raises(UnusableResult, match="runs 2 times in a forward pass"):
         moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, labels_of, make_steps
-from test_frozen import command, pair
+from results import artifacts, flags, stored
 from test_resume import in_a_child
 
 from stages import export
-from stages.errors import ConfigError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.pipeline.resolve import resolved
@@ -47,29 +46,9 @@ def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
         assert tasks == ["classify", "score", "partition", "sft", *([] if benchmarks else ["eval"])]
 
 
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [
-        (["eval.targets=[sft2]"], "sft2 is the adapter of a second round of SFT; set sft.rounds=2"),
-        (["sft.rounds=2", "sft.data=all"], "data all trains on both systems in one round"),
-        (
-            ["sft.rounds=2", "rl.rescore=taylor2"],
-            "the second round of SFT trains the same elements before it",
-        ),
-        (["sft.rounds=2", "eval.targets=[sft2, auto]"], "between the answers of sft and sft2; name both"),
-    ],
-)
-def test_what_has_no_meaning_is_refused(smoke, settings, why):
-    with pytest.raises(ConfigError, match=why):
-        smoke(*settings)
-
-
 def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_path):
     config = begun(*TWO, "eval.targets=[sft, sft2, auto]", "eval.benchmarks.demo.limit=4")
-    made = {
-        name: one
-        for name, (one, _) in make_steps(config, "classify", "score", "partition", "sft", "eval").items()
-    }
+    made = artifacts(config, "classify", "score", "partition", "sft", "eval")
     first, second, masks = made["sft"], made[SECOND], made["partition:rl"]
     active = Masks.load(masks.path / "masks.safetensors", "rl").active
     start, end = (adapter.read(artifact.adapter) for artifact in (first, second))
@@ -91,22 +70,20 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_p
 
 
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
-    sets = [part for text in (*begun.home, *TWO, "eval.targets=[sft2]") for part in ("--set", text)]
+    export_command = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out")
     make_steps(begun(*TWO), "sft")
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "x", *sets)
+    done = lorapar(*export_command, *flags([*begun.home, *TWO, "eval.targets=[sft2]"]))
     assert done.code == 0 and "adapter of sft2" in done.out + done.err
-    sets = [part for text in begun.home for part in ("--set", text)]
-    done = lorapar("export", ROOT / "configs/smoke.yaml", tmp_path / "y", *sets, "--target", "sft2")
+    done = lorapar(*export_command, *flags(begun.home), "--target", "sft2")
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_second_round_changes_no_byte(own):
     """Nor does it matter whether one process trains both rounds."""
     config = own(*TWO, "sft.save_steps=1", "sft.lora_dropout=0.05")
     make_steps(config, "sft")
-    folders = {
-        name: Store(config.root).folder("sft", plan_steps(config)[name].key) for name in ("sft", SECOND)
-    }
+    folders = {name: stored(config, name).path for name in ("sft", SECOND)}
     weights = folders[SECOND] / "adapter" / adapter.ADAPTER
     undisturbed, manifest = weights.read_bytes(), (folders["sft"] / "manifest.json").read_bytes()
     shutil.rmtree(folders[SECOND])
@@ -115,20 +92,6 @@ def test_a_kill_in_the_second_round_changes_no_byte(own):
     make_steps(config, SECOND)
     assert weights.read_bytes() == undisturbed
     assert (folders["sft"] / "manifest.json").read_bytes() == manifest
-
-
-@pytest.mark.slow
-@pair
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-def test_one_launch_trains_both_rounds(own, backend):
-    done = command(own.home, TWO, "sft", 2, backend)
-    assert done.returncode == 0, done.stderr
-    for name in ("sft", SECOND):
-        config = own(*TWO)
-        step = plan_steps(resolved(config))[name]
-        manifest = Store(config.root).load(Store(config.root).folder("sft", step.key)).manifest
-        assert manifest["provenance"]["processes"] == 2
-        assert manifest["summary"]["frozen_drift"] == 0 < manifest["summary"]["moved"]
 
 
 def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch, tmp_path):

@@ -1,7 +1,6 @@
 """What SFT and RL can be told: optimizers, learning rates, where to start, which rows to train on."""
 
 import importlib.util
-import json
 import re
 from types import SimpleNamespace
 
@@ -9,18 +8,17 @@ import pytest
 import torch
 import transformers
 from conftest import Silent, make_step, make_steps
+from results import history, trained_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from stages.config import Config, LaunchSection, ModelSection, PromptSection, SftSection
+from stages.config import LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.importance.masks import Masks
 from stages.lora.training import loop, optimizers, resume
 from stages.lora.training.health import RunInfo
-from stages.lora.training.resume import UseConfiguredSaveSteps
-from stages.lora.training.trainer import ExactTrainer
+from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
@@ -28,29 +26,18 @@ from stages.pipeline.steps import plan_steps, stage_names
 from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled, labelled_examples, read_labels
 from stages.sft import run as sft
-from stages.store.artifacts import Store
 from stages.store.checkpoints import Checkpoints
 
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
 
 
-def inputs(config: Config, stage: str):
-    """Adapter before and after the stage, and its masks."""
-    step = plan_steps(resolved(config))[stage]
-    store = Store(config.root)
-    path = {name: store.folder(s.stage.name, s.key) for name, s in step.inputs.items()}
-    start = next(
-        path[n] / ("init" if n == "score" else "adapter") for n in path if n in ("score", "sft", "rl")
-    )
-    masks = Masks.load(path[f"partition:{stage}"] / "masks.safetensors", stage).active
-    return adapter.read(start), adapter.read(store.folder(stage, step.key) / "adapter"), masks
-
-
-@pytest.mark.parametrize("how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft"])
+@pytest.mark.parametrize(
+    "how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft", "lora.init=orthogonal"]
+)
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
     config = begun(*SFT, how)
-    make_step(config, "sft")
-    before, after, masks = inputs(config, "sft")
+    make_steps(config, "score", "partition", "sft")
+    before, after, masks = trained_weights(config, "sft")
     for name, old in before.items():
         assert torch.equal(after[name][~masks[name]], old[~masks[name]]), name
     moved = sum(int((after[name] != old)[masks[name]].sum()) for name, old in before.items())
@@ -66,7 +53,7 @@ def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
             weight[0, 1] = value
         (tmp_path / name).mkdir()
         save_file({"a.weight": weight}, tmp_path / name / adapter.ADAPTER)
-    initial = loop.InitialAdapter(tmp_path / "start", {"a.weight": active})
+    initial = loop.StartingAdapter(tmp_path / "start", {"a.weight": active})
     counts = loop.verify_frozen(initial, tmp_path / "end")
     assert (counts["active"], counts["moved"], counts["frozen_drift"]) == (3, 2, 0.0)
     with pytest.raises(AssertionError, match="a.weight: 1 frozen elements changed"):
@@ -84,32 +71,17 @@ def test_lora_plus_gives_b_its_own_rate():
     assert {id(p) for p in groups[1]["params"]} == b
 
 
-def test_lora_plus_moves_b_further(begun):
-    moved = []
-    for how in ([], ["sft.loraplus_lr_ratio=16"]):
-        config = begun(*SFT, "sft.max_steps=1", *how)
-        make_step(config, "sft")
-        before, after, _ = inputs(config, "sft")
-        moved.append({n: float((after[n] - before[n]).abs().max()) for n in before})
-    for name, plain in moved[0].items():
-        factor = 16 if "lora_B" in name else 1
-        assert moved[1][name] == pytest.approx(factor * plain, rel=0.02), name
-
-
 @pytest.mark.parametrize(
     ("scheduler", "warmup", "wanted"),
     [
-        ("linear", 0.25, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ("linear", 0.5, [0.25, 0.5, 0.75, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
-        ("linear", 0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
         ("cosine", 0.5, [0.25, 0.5, 0.75, 1, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
         ("constant", 0.5, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
         ("constant", 0, [1] * 8),
-        ("linear", 0.99, [i / 8 for i in range(1, 9)]),
     ],
 )
 def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
-    class Trainer(ExactTrainer, transformers.Trainer): ...
+    class Trainer(ResumableTrainer, transformers.Trainer): ...
 
     section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
     arguments = sft._arguments(section, 8, 0, Checkpoints(tmp_path, ""))
@@ -129,26 +101,13 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
 def test_the_first_step_of_a_warm_up_trains(begun):
     config = begun(*SFT, "sft.warmup_ratio=0.6", "rl.max_steps=2", "rl.warmup_ratio=0.9")
     for stage in ("sft", "rl"):
-        history = json.loads((make_step(config, stage).path / "history.json").read_text())
-        assert [row["learning_rate"] for row in history][:2] == pytest.approx([0.005, 0.01])
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("muon", "muon works on whole matrices, and lorapar trains single elements"),
-        ("sgdm", "unknown optimizer 'sgdm'"),
-    ],
-)
-def test_other_optimizers_are_refused_with_the_reason(begun, name, said):
-    with pytest.raises(ConfigError, match=said):
-        begun(f"sft.optim={name}")
+        steps = history(make_step(config, stage))
+        assert [row["learning_rate"] for row in steps][:2] == pytest.approx([0.005, 0.01])
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"is_fsdp_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
         ({"is_deepspeed_enabled": True}, "asks for FSDP or DeepSpeed by accelerate"),
         ({"accelerator": SimpleNamespace(mixed_precision="fp16")}, "mixed_precision fp16"),
     ],
@@ -170,31 +129,9 @@ def test_the_reversed_order(begun):
     assert set(steps["sft"].inputs) == {"classify:train", "partition:sft", "rl"}
     for stage in ("rl", "sft"):
         make_step(config, stage)
-        before, after, masks = inputs(config, stage)
+        before, after, masks = trained_weights(config, stage)
         assert all(torch.equal(after[n][~masks[n]], old[~masks[n]]) for n, old in before.items())
         assert any((after[n] != old).any() for n, old in before.items())
-
-
-def test_a_circle_is_refused(begun):
-    with pytest.raises(ConfigError, match="sft and rl start from each other"):
-        begun("sft.start_from=rl")
-
-
-def test_orthogonal_starts_at_the_base_and_has_importance(begun):
-    config = begun("lora.init=orthogonal", *SFT)
-    summary = make_step(config, "score").manifest["summary"]
-    assert summary["system1"]["examples"] == 8
-    make_step(config, "partition")
-    assert make_step(config, "sft").manifest["summary"]["frozen_drift"] == 0
-    with pytest.raises(ConfigError, match="init orthogonal needs an even r, got 3"):
-        begun("lora.init=orthogonal", "lora.r=3")
-
-
-def test_history_has_every_step(begun):
-    artifact = make_step(begun(*SFT), "sft")
-    history = json.loads((artifact.path / "history.json").read_text())
-    assert [row["step"] for row in history] == [1, 2, 3]
-    assert all(row["loss"] > 0 for row in history)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
@@ -214,10 +151,8 @@ def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monk
     config = own(*SFT, "sft.report_to=[tensorboard]")
     artifact = make_step(config, "sft")
     log = events.EventAccumulator(str(config.root / f"tensorboard/sft-{artifact.path.name}")).Reload()
-    history = json.loads((artifact.path / "history.json").read_text())
-    assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(
-        [row["loss"] for row in history]
-    )
+    losses = [row["loss"] for row in history(artifact)]
+    assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(losses)
 
 
 def test_rows_that_do_not_teach_to_stop_are_named(own):
@@ -315,12 +250,6 @@ def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
         loop.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
 
 
-def test_checkpoints_come_as_often_as_the_run_that_goes_on_asks():
-    state = SimpleNamespace(save_steps=25)
-    UseConfiguredSaveSteps().on_train_begin(SimpleNamespace(save_steps=5), state, None)
-    assert state.save_steps == 5
-
-
 def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
     rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
     found = examples.trained_by_sft(rows, SftSection(system2_share=0.3), 0)
@@ -340,11 +269,3 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, begun):
     monkeypatch.setattr("stages.lora.adapter.fsdp.decoder_layers", lambda _: [])
     with pytest.raises(ConfigError, match="names no layers for fsdp2 to divide"):
         fsdp.shard_base(model, section, LaunchSection(backend="fsdp2"))
-    with pytest.raises(
-        ConfigError, match="dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2"
-    ):
-        begun(
-            "rl.dynamic_sampling=1",
-            "rl.rollouts={engine: vllm_colocate, enable_sleep_mode: true}",
-            "rl.launch.backend=fsdp2",
-        )

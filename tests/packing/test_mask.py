@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stages.packing.batch import AttentionArgs, PackedBatch
-from stages.packing.trl import prefix_groups
+from stages.packing.trainer_inputs import prefix_groups
 
 PROMPT, COMPLETION, NUMBER, HEADS, KEYS, WIDTH = 11, 23, 4, 6, 2, 8
 
@@ -15,7 +15,9 @@ def row_of(*prompts: int) -> PackedBatch:
     """Completions, one of them shorter, of prompts of these lengths."""
     ids = [[i] * length for i, length in enumerate(prompts) for _ in range(NUMBER // len(prompts))]
     lengths = [COMPLETION] * (NUMBER - 1) + [COMPLETION - 5]
-    return PackedBatch.of(prefix_groups(ids, [[9] * length for length in lengths]), torch.device("cpu"))
+    return PackedBatch.from_groups(
+        prefix_groups(ids, [[9] * length for length in lengths]), torch.device("cpu")
+    )
 
 
 def kept_bytes(row: PackedBatch, layers: int, dtype: torch.dtype) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.config import BenchmarkSection
-from stages.errors import ConfigError, DataError, MeaninglessError, SandboxError
+from stages.errors import ConfigError, DataError, SandboxError, UnusableResult
 from stages.evaluation.benchmarks import demo, jsonl
 from stages.evaluation.grading import Context
 from stages.prompts.code import code_block, program_from_output, stub
@@ -212,7 +212,7 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
 def test_a_raising_reward_stops_with_its_name_and_sample(file):
     reward = loading.with_checks("broken", loading.load("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
-    with pytest.raises(MeaninglessError) as caught:
+    with pytest.raises(UnusableResult) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
     assert (
         str(caught.value)
@@ -230,7 +230,7 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_stops(value):
     reward = loading.with_checks("odd", lambda completions: [value])
-    with pytest.raises(MeaninglessError, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
+    with pytest.raises(UnusableResult, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
         reward(completions=["text"])
 
 
@@ -242,7 +242,7 @@ def test_rewards_of_other_libraries_are_floats():
 
 def test_a_reward_of_the_wrong_length_stops_and_none_does_not_apply():
     assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
-    with pytest.raises(MeaninglessError, match="reward odd gave 1 values for 2 completions"):
+    with pytest.raises(UnusableResult, match="reward odd gave 1 values for 2 completions"):
         loading.with_checks("odd", lambda completions: [1.0])(completions=["a", "b"])
 
 
@@ -325,5 +325,5 @@ def test_what_is_no_fault_of_a_reward_is_not_called_one():
         failing(SandboxFailure("bwrap: no"))(completions=["a"])
     with pytest.raises(MemoryError):
         failing(MemoryError())(completions=["a"])
-    with pytest.raises(MeaninglessError, match="reward mine raised ValueError"):
+    with pytest.raises(UnusableResult, match="reward mine raised ValueError"):
         failing(ValueError())(completions=["a"])

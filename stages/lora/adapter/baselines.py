@@ -39,6 +39,12 @@ For a prompt encoder, PEFT's own file has only the prompt that the encoder compu
 continue from that.
 """
 
+PROMPTS = {
+    "prompt_tuning": PromptTuningConfig,
+    "p_tuning": PromptEncoderConfig,
+    "prefix_tuning": PrefixTuningConfig,
+}
+"""PEFT's configs of the methods that train a prompt."""
 RANDLORA_ALPHA = 20
 """RandLoRA's alpha divided by its rank, as PEFT recommends. PEFT's default alpha suits rank 32 only."""
 VERA_RANK = 256
@@ -70,51 +76,36 @@ def attach(
 def _config(
     base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float
 ) -> PeftConfig:
+    """PEFT's config of the method."""
     if baseline.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
-    if not baseline.trains_prompt:
-        return _module_config(baseline, adapter.with_targets(base, lora), seed, dropout)
-    tokens = baseline.virtual_tokens
-    if baseline.method == "p_tuning":
-        # With an encoder_hidden of None PEFT takes the model's width.
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=baseline.encoder_hidden
-        )  # type: ignore[arg-type]
-    config_class = {"prompt_tuning": PromptTuningConfig, "prefix_tuning": PrefixTuningConfig}[baseline.method]
-    return config_class(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-
-
-def _module_config(baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float) -> PeftConfig:
-    """PEFT config of a method that changes the target modules of `lora`."""
-    common = {"task_type": "CAUSAL_LM", "target_modules": list(lora.target_modules)}
-    rank = baseline.rank or lora.r
-    if baseline.method == "dora":
-        alpha: Any = lora.lora_alpha
-        return LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            use_rslora=lora.use_rslora,
-            use_dora=True,
-            **common,
-        )
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if baseline.trains_prompt:
+        options["num_virtual_tokens"] = baseline.virtual_tokens
+        if baseline.method == "p_tuning":
+            # With None PEFT takes the model's width.
+            options["encoder_hidden_size"] = baseline.encoder_hidden
+        return PROMPTS[baseline.method](**options)
+    lora = adapter.with_targets(base, lora)
+    options |= {"target_modules": list(lora.target_modules), "r": baseline.rank or lora.r}
+    # Neither STATE nor PEFT's file has the random matrices of VeRA and RandLoRA, nor SHiRA's choice of
+    # weights: each is generated again from the same seed.
+    dora = {"lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora, "use_dora": True}
+    alpha = RANDLORA_ALPHA * options["r"]
+    more: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
+        "dora": (LoraConfig, {**dora, "lora_dropout": dropout}),
+        "vera": (VeraConfig, {"projection_prng_key": seed, "vera_dropout": dropout}),
+        "randlora": (
+            RandLoraConfig,
+            {"randlora_alpha": alpha, "projection_prng_key": seed, "randlora_dropout": dropout},
+        ),
+        "shira": (ShiraConfig, {"random_seed": seed}),
+        "miss": (MissConfig, {"miss_dropout": dropout}),
+    }
     if baseline.method == "vera":
-        # STATE has no frozen parameters: the random matrices are generated again from the same seed.
-        return VeraConfig(
-            r=baseline.rank or VERA_RANK, projection_prng_key=seed, vera_dropout=dropout, **common
-        )
-    if baseline.method == "randlora":
-        return RandLoraConfig(
-            r=rank,
-            randlora_alpha=RANDLORA_ALPHA * rank,
-            projection_prng_key=seed,
-            randlora_dropout=dropout,
-            **common,
-        )
-    if baseline.method == "shira":
-        # The seed chooses the sparse set of weights that it trains.
-        return ShiraConfig(r=rank, random_seed=seed, **common)
-    return MissConfig(r=rank, miss_dropout=dropout, **common)
+        options["r"] = baseline.rank or VERA_RANK
+    config_class, own = more[baseline.method]
+    return config_class(**options, **own)
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Training of chosen LoRA elements, exactly, in any trainer: `pack` before it trains, `unpack` after.
+"""Training of chosen LoRA elements, exactly, in any trainer: `sparsify` before it trains, `densify` after.
 
-Packed, the active elements are the model's only LoRA parameters, so that no weight decay, momentum or
+In between the active elements are the model's only LoRA parameters, so that no weight decay, momentum or
 clipping moves another one, and gradients and optimizer states exist for the active ones alone.
 """
 
@@ -16,7 +16,7 @@ ADAPTER_NAME = "default"
 """PEFT's name of an adapter that was given none."""
 
 
-def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
+def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
     """Replace every LoRA layer of a PEFT model by one in which only the active elements are parameters.
 
     active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape
@@ -33,8 +33,8 @@ def pack(model: nn.Module, active: dict[str, Tensor]) -> None:
         _replace(model, name, SparseLinear(layer, masks[name]))
 
 
-def unpack(model: nn.Module) -> None:
-    """Turn every packed layer back into a plain linear layer with the same weight, for PEFT to save."""
+def densify(model: nn.Module) -> None:
+    """Turn every sparse layer back into a plain linear layer with the same weight, for PEFT to save."""
     for name, layer in lora_layers(model, ADAPTER_NAME).items():
         if isinstance(layer, SparseLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -46,3 +46,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
     parent = model.get_submodule(name.removesuffix(".weight"))
     assert isinstance(parent, nn.ModuleDict)
     parent[ADAPTER_NAME] = layer
+
+
+pack, unpack = sparsify, densify
+"""Names from before a row of several sequences was called packed, for code that has them."""

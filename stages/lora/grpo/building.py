@@ -14,10 +14,10 @@ from stages.lora.adapter import fsdp
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training import dry_run, loop
+from stages.lora.training import longest_batch, loop
 from stages.lora.training.health import RunInfo, row_ids
 from stages.models.tokenizer import load_tokenizer
-from stages.packing import trl
+from stages.packing import trainer_inputs
 from stages.prompts.renderer import Renderer
 from stages.records import Labelled
 from stages.rewards import loading
@@ -52,6 +52,12 @@ PINNED: dict[str, Any] = {
     "sync_ref_model": False,
 }
 """The other arguments of GRPOTrainer on which a result may depend; see `loop.PINNED`."""
+SAME_NAME = (
+    "per_device_train_batch_size", "num_generations", "num_iterations", "max_completion_length",
+    "temperature", "top_p", "top_k", "beta", "use_bias_correction_kl", "loss_type",
+    "importance_sampling_level", "epsilon", "epsilon_high", "scale_rewards",
+)  # fmt: skip
+"""Settings that TRL has under the same name."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class GrpoRun:
 
 def build(
     labels: list[Labelled],
-    start: loop.InitialAdapter,
+    start: loop.StartingAdapter,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
     model: ModelSection,
@@ -87,7 +93,7 @@ def build(
     """
     renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    prompts = RlPrompts.of(labels, renderer, rl, functions, seed)
+    prompts = RlPrompts.from_labels(labels, renderer, rl, functions, seed)
     steps = optimizer_steps(prompts, rl)
     peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
     backend = sandboxes.from_settings(sandbox, say) if sandbox else None
@@ -98,13 +104,19 @@ def build(
     sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
     rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
     arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    rewards = _checked(functions, rl, backend, prompts.encoded)
+    code = {"sandbox": backend}  # for the rewards that run code
+    rewards = [
+        loading.with_checks(
+            name, reward, prompts.encoded, **(code if loading.needs_sandbox(name, rl.rewards_file) else {})
+        )
+        for name, reward in functions.items()
+    ]
     trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
     if rl.rollouts.engine != "transformers":
         vllm_rollouts.install_weights(trainer, peft_model, rl.rollouts, seed)
     if rl.beta and _reference_is_base(rl, baseline):
         peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-    trainer.add_callback(dry_run.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
+    trainer.add_callback(longest_batch.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
     return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, backend)
 
 
@@ -113,7 +125,7 @@ def _model(
     lora: LoraSection,
     baseline: BaselineSection | None,
     rl: RlSection,
-    start: loop.InitialAdapter,
+    start: loop.StartingAdapter,
     stop_ids: list[int],
     seed: int,
 ) -> tuple[PeftModel, MergedCopy | None]:
@@ -138,22 +150,6 @@ def _reference_is_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
     return rl.kl_reference == "base"
 
 
-def _checked(
-    functions: dict[str, Callable[..., Any]],
-    rl: RlSection,
-    backend: Sandbox | None,
-    encoded: frozenset[str],
-) -> list[Callable[..., Any]]:
-    """The rewards as GRPOTrainer calls them. Those that run code are given the sandbox."""
-
-    def fixed(name: str) -> dict[str, Sandbox | None]:
-        return {"sandbox": backend} if loading.needs_sandbox(name, rl.rewards_file) else {}
-
-    return [
-        loading.with_checks(name, function, encoded, **fixed(name)) for name, function in functions.items()
-    ]
-
-
 def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
     """The number of steps of RL on these prompts; ConfigError if `rl.keep_steps` names a later one.
 
@@ -172,26 +168,15 @@ def _arguments(
 ) -> GRPOConfig:
     from trl import GRPOConfig
 
-    accumulation = loop.accumulation(rl.prompts_per_step * rl.num_generations, rl.per_device_train_batch_size)
+    accumulation_steps = loop.accumulation_steps(
+        rl.prompts_per_step * rl.num_generations, rl.per_device_train_batch_size
+    )
     return GRPOConfig(
         **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
         **PINNED,
-        per_device_train_batch_size=rl.per_device_train_batch_size,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=accumulation,
-        num_generations=rl.num_generations,
-        num_iterations=rl.num_iterations,
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
-        top_k=rl.top_k,
-        beta=rl.beta,
-        use_bias_correction_kl=rl.use_bias_correction_kl,
-        loss_type=rl.loss_type,
-        importance_sampling_level=rl.importance_sampling_level,
-        epsilon=rl.epsilon,
-        epsilon_high=rl.epsilon_high,
-        scale_rewards=rl.scale_rewards,
+        **{name: getattr(rl, name) for name in SAME_NAME},
+        gradient_accumulation_steps=accumulation_steps,
+        steps_per_generation=accumulation_steps,
         reward_weights=list(rl.rewards.values()),
         **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt_length + rl.max_completion_length, stops),
         log_completions=False,
@@ -210,7 +195,7 @@ def build_trainer(
     with libraries.hide_packages(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
         from stages.lora.grpo.trainer import GrpoTrainer
 
-    knobs = (
+    memory_hint = (
         f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
         f"or rl.max_completion_length from {rl.max_completion_length}"
     )
@@ -220,13 +205,13 @@ def build_trainer(
         args=arguments,
         train_dataset=prompts.rows,
         processing_class=sampler.tokenizer,
-        run_info=RunInfo(row_ids(lambda: prompts.ids, "prompt_ids", "prompt_mask"), knobs),
+        run_info=RunInfo(row_ids(lambda: prompts.ids, "prompt_ids", "prompt_mask"), memory_hint),
         loraplus_lr_ratio=rl.loraplus_lr_ratio,
         prompts=prompts,
         sampler=sampler,
         replayed=rl.replay_prompts,
         attempts=rl.dynamic_sampling,
-        prefix_sharing=rl.prefix_sharing == "auto" and trl.may_share(sampler.adapted),
+        prefix_sharing=rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted),
     )
-    trl.accept_packed(sampler.adapted.get_base_model())
+    trainer_inputs.accept_packed(sampler.adapted.get_base_model())
     return trainer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stages.lora.grpo.replay import equal_groups, summed
+from stages.lora.grpo.replay import equal_groups, total_rewards
 
 if TYPE_CHECKING:
     from stages.lora.grpo.trainer import GrpoTrainer
@@ -78,10 +78,9 @@ def _zero_signal_groups(trainer: GrpoTrainer, inputs: list[dict[str, Any]], rewa
     from accelerate.utils import gather_object
 
     prompts = gather_object([row["prompt"] for row in inputs])[:: trainer.num_generations]
-    equal = equal_groups(summed(rewards, trainer.reward_weights), trainer.num_generations).tolist()
-    return [
-        group for group, same in enumerate(equal) if same and not trainer.prompts.is_replayed(prompts[group])
-    ]
+    equal = equal_groups(total_rewards(rewards, trainer.reward_weights), trainer.num_generations).tolist()
+    kept = trainer.prompts.replayed_prompts
+    return [group for group, same in enumerate(equal) if same and prompts[group] not in kept]
 
 
 def _unused_prompts(trainer: GrpoTrainer, inputs: list[dict[str, Any]]) -> list[int]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from stages.errors import MeaninglessError
+from stages.errors import UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import Moments
 from stages.lora.training import loop
@@ -41,13 +40,13 @@ def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
 
 
 def measure(
-    grpo: GrpoRun, start: loop.InitialAdapter, progress: Progress
+    grpo: GrpoRun, start: loop.StartingAdapter, progress: Progress
 ) -> tuple[Moments, dict[str, float]]:
     """Sum the gradients of GRPO's loss, and their squares, over BATCHES batches; and what these earned.
 
     grpo: built with the settings of `without_updates`. A gradient is what RL's optimizer would get: of a
     whole step, clipped to `rl.max_grad_norm`. One tensor per LoRA weight, of the weight's full shape.
-    MeaninglessError if no completion had an advantage.
+    UnusableResult if no completion had an advantage.
     """
     trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
     loop.refuse_untested(trainer)
@@ -55,8 +54,7 @@ def measure(
     # Nothing is packed: every element of the adapter gets a gradient, so that any may be chosen.
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    zeros = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
-    sums = Moments(zeros, {name: zero.clone() for name, zero in zeros.items()}, 0, 0.0)
+    sums = Moments.of_no_example(layers)
     # A checkpoint would hold nothing but SFT's adapter, and the sums are not in it.
     trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
@@ -66,7 +64,7 @@ def measure(
     trainer.add_callback(_GradientSums(layers, sums))
     trainer.train()
     if not any(bool(square.any()) for square in sums.square.values()):
-        raise MeaninglessError(
+        raise UnusableResult(
             f"in {sums.examples} batches no group of completions had unequal rewards",
             "raise rl.num_generations or sft.system2_share, or leave out rl.rescore",
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from stages.engines.continuous_batching import padded
 from stages.lora.adapter import fsdp
 from stages.lora.training.curves import KL_FROM_START
 from stages.packing.support import eval_mode
@@ -70,11 +71,7 @@ def _padded(
 ) -> tuple[Tensor, Tensor, int]:
     """Token ids and mask, (prompts, longest prompt + longest answer), and the longest answer's length."""
     # Prompts end and answers begin in one column, as TRL has them: padding on the left, and on the right.
-    prompt_width, keep = max(map(len, prompts)), max(map(len, answers))
-    ids = torch.zeros(len(prompts), prompt_width + keep, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        columns = slice(prompt_width - len(prompt), prompt_width + len(answer))
-        ids[row, columns] = torch.tensor(prompt + answer, device=device)
-        mask[row, columns] = 1
-    return ids, mask, keep
+    prompt_ids, prompt_mask = padded(prompts, 0, device)
+    answer_ids, answer_mask = (x.flip(1) for x in padded([ids[::-1] for ids in answers], 0, device))
+    mask = torch.cat([prompt_mask, answer_mask], 1)
+    return torch.cat([prompt_ids, answer_ids], 1), mask, answer_ids.shape[1]

@@ -55,15 +55,12 @@ class RlPrompts:
         return list(self.rows["prompt"])
 
     @cached_property
-    def _replayed_texts(self) -> frozenset[str]:
+    def replayed_prompts(self) -> frozenset[str]:
+        """Those of the System 1 rows that are replayed."""
         return frozenset(self.prompts[self.system2_rows :])
 
-    def is_replayed(self, prompt: str) -> bool:
-        """Whether a prompt, by its text, is one of System 1 that is replayed."""
-        return prompt in self._replayed_texts
-
     @classmethod
-    def of(
+    def from_labels(
         cls,
         labels: list[Labelled],
         renderer: Renderer,

@@ -18,22 +18,15 @@ def raw_ratio_metrics(
 ) -> Iterator[tuple[str, float]]:
     """Mean and largest raw ratio, and the share beyond the correction's limit, over all processes.
 
-    The two means weigh every process alike, however many tokens it has. gather: joins a value of every
-    process.
-    """
-    raw = ratios(batch, of_tokens)
-    yield f"{RAW}/mean", gather(raw.mean()).mean().item()
-    yield f"{RAW}/max", gather(raw.max()).max().item()
-    yield BEYOND, gather((raw > limit).float().mean()).mean().item()
-
-
-def ratios(batch: dict[str, Tensor], of_tokens: bool) -> Tensor:
-    """The trainer's probability over vLLM's: of each token that was written, or of each completion.
-
+    The ratio is the trainer's probability over vLLM's, of each token that was written or of each completion.
     batch: the log-probabilities of both and the mask of what was written, (completions, tokens) each. A token
-    for which vLLM gave none counts as equal, as in TRL.
+    for which vLLM gave none counts as equal, as in TRL. The two means weigh every process alike, however many
+    tokens it has. gather: joins a value of every process.
     """
     mask = batch["completion_mask"].bool()
     differences = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
     differences = differences.nan_to_num(nan=0.0) * mask
-    return (differences[mask] if of_tokens else differences.sum(-1)).exp()
+    raw = (differences[mask] if of_tokens else differences.sum(-1)).exp()
+    yield f"{RAW}/mean", gather(raw.mean()).mean().item()
+    yield f"{RAW}/max", gather(raw.max()).max().item()
+    yield BEYOND, gather((raw > limit).float().mean()).mean().item()

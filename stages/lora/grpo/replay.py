@@ -70,7 +70,7 @@ def metrics_by_system(
         yield f"{name}/frac_reward_zero_std", equal[groups].float().mean().item()
 
 
-def summed(rewards: Tensor, weights: Tensor) -> Tensor:
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
     """(completions, functions) → (completions,), as TRL adds them up; NaN where no function applies."""
     total = (rewards * weights.to(rewards.device)).nansum(1)
     total[rewards.isnan().all(1)] = torch.nan

@@ -16,11 +16,11 @@ from trl.trainer.utils import split_tensor_dict
 from stages.lora.adapter import fsdp
 from stages.lora.grpo.dynamic_sampling import Completions, replace_zero_signal_groups
 from stages.lora.grpo.ratios import raw_ratio_metrics
-from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, summed
+from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.zero_advantage import Selection, metrics_of_computed
 from stages.lora.training.resume import EpochSeededSampler
-from stages.lora.training.trainer import ExactTrainer
-from stages.packing import support, trl
+from stages.lora.training.trainer import ResumableTrainer
+from stages.packing import support, trainer_inputs
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stages.lora.grpo.sampler import RolloutSampler
 
 
-class GrpoTrainer(ExactTrainer, GRPOTrainer):
+class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     """GRPOTrainer with replay, shared prompts and rollouts of our own.
 
     Its overrides stand in the order of a step: batch, rollouts, rewards, loss.
@@ -77,7 +77,7 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
             slices = self.args.steps_per_generation
             if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
                 batch = self._generate_and_score_completions(generation_batch)
-                batch = trl.by_length(batch, self.args.num_generations)
+                batch = trainer_inputs.by_length(batch, self.args.num_generations)
                 self._buffered_inputs = split_tensor_dict(batch, slices)
             inputs = self._buffered_inputs[self._step % slices]
         self.window.append(inputs)
@@ -150,10 +150,11 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
             rewards, self._completions = self._completions.rewards, None
         else:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        totals = summed(rewards, self.reward_weights)
+        totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
         if self.replayed and self.model.training:
-            is_system1 = torch.tensor(list(map(self.prompts.is_replayed, prompts)), device=rewards.device)
+            replayed = self.prompts.replayed_prompts
+            is_system1 = torch.tensor([prompt in replayed for prompt in prompts], device=rewards.device)
             lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
             is_system1, lengths = self.accelerator.gather([is_system1, lengths])
             metrics = metrics_by_system(
@@ -176,7 +177,7 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
         if not self.prefix_sharing or self.beta or self.aux_loss_enabled:
             return super()._compute_loss(model, inputs)
         metrics = self._metrics["train"]
-        self._selection = Selection.of(inputs)
+        self._selection = Selection.from_batch(inputs)
         metrics["completions_skipped"].append(1 - len(self._selection.rows) / len(inputs["advantages"]))
         try:
             with metrics_of_computed(metrics, self._selection):
@@ -216,9 +217,9 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies of completions, (rows, logits_to_keep) each; TRL's auxiliary loss.
 
-        Packed passes (`trl.completion_logprobs`) have no auxiliary loss, and zeros after the end of a
-        completion, where TRL's own pass has arbitrary numbers. Without a gradient, for the reference and the
-        policy that sampled, dropout is off, or equal models would seem to differ.
+        Packed passes (`completion_logprobs`) have no auxiliary loss, and zeros after the end of a completion,
+        where TRL's own pass has arbitrary numbers. Without a gradient, for the reference and the policy that
+        sampled, dropout is off, or equal models would seem to differ.
         """
         with nullcontext() if torch.is_grad_enabled() else support.eval_mode(self.model):
             packable = self.prefix_sharing and not compute_aux_loss
@@ -230,7 +231,7 @@ class GrpoTrainer(ExactTrainer, GRPOTrainer):
             outputs = []
             size = batch_size or len(input_ids)
             for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-                *values, computed = trl.completion_logprobs(
+                *values, computed = trainer_inputs.completion_logprobs(
                     model, ids, mask, logits_to_keep, self.temperature
                 )
                 if torch.is_grad_enabled():

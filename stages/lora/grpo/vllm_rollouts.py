@@ -228,21 +228,17 @@ def install_weights(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection,
             "this TRL has no VLLMGeneration._iter_named_params",
             "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
         )
+
+    def merged_parameters() -> Iterator[tuple[str, Tensor]]:
+        if torch.cuda.is_available():
+            # vLLM iterates over the weights, and so merges and packs them, in streams of its own, which do
+            # not wait for the trainer's optimizer step.
+            torch.cuda.synchronize()
+        yield from merge.merged_parameters(adapted)
+
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
-    trainer.vllm_generation._iter_named_params = lambda: _after_optimizer_step(
-        merge.merged_parameters(adapted)
-    )
+    trainer.vllm_generation._iter_named_params = merged_parameters
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
         # Processes that share a model must draw alike.
         set_seed(seed + distributed.rank() // rollouts.tensor_parallel_size)
-
-
-def _after_optimizer_step(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Wait for the trainer's stream, then yield the weights.
-
-    vLLM iterates over them, and so merges and packs them, in streams of its own, which do not wait for it.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    yield from weights

@@ -31,7 +31,7 @@ class Selection:
     """False if every advantage is zero."""
 
     @classmethod
-    def of(cls, inputs: dict[str, Any]) -> Selection:
+    def from_batch(cls, inputs: dict[str, Any]) -> Selection:
         rows = inputs["advantages"].nonzero().flatten()
         # If no row has an advantage, compute the shortest one as a stand-in, whose gradient is zero: every
         # process has to join the backward pass, or DDP hangs.

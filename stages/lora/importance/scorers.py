@@ -10,11 +10,12 @@ and each g is that of the example alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.errors import MeaninglessError
+from stages.errors import UnusableResult
 from stages.registry import Registry
 from stages.runtime import resources
 
@@ -57,7 +58,7 @@ class Moments:
     """Sum of the examples' mean answer-token losses."""
 
     @classmethod
-    def zero(cls, weights: dict[str, nn.Module]) -> Moments:
+    def of_no_example(cls, weights: dict[str, nn.Module]) -> Moments:
         """The sums over no example, of LoRA layers by parameter name."""
         import torch
 
@@ -140,51 +141,42 @@ def _accumulate_gradients(
     """
     import torch
 
-    handles = []
     pending = dict.fromkeys(layers, 0)  # forward passes of each layer whose backward pass is still to come
 
     def by_example(x: Tensor) -> Tensor:
         """(examples, longest, width): zero after the end of a packed example."""
         return x if packed is None else packed.suffixes.spread(x[0])
 
-    def forward_hook(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()  # (batch, tokens, in)
-            pending[name] += 1
-            # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
-            # axis, as in experts that get single tokens, do not tell the examples apart.
-            if x.dim() != 3 or pending[name] != 1:
-                raise MeaninglessError(
-                    f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
-                    "shared modules and mixtures of experts cannot be scored element by element",
-                )
+    def add_gradients(name: str, x: Tensor, delta: Tensor) -> None:  # (batch, tokens, in or out)
+        # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends on the
+        # output.
+        wide = torch.promote_types(torch.float32, x.dtype)
+        gradients = torch.einsum(
+            "bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide))
+        )  # (examples, out, in)
+        sums.gradient[name] += gradients.sum(0)
+        sums.square[name] += gradients.square_().sum(0)
+        pending[name] = 0
 
-            def backward_hook(delta: Tensor) -> None:  # (batch, tokens, out)
-                # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends
-                # on the output.
-                wide = torch.promote_types(torch.float32, x.dtype)
-                gradients = torch.einsum(
-                    "bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide))
-                )  # (examples, out, in)
-                sums.gradient[name] += gradients.sum(0)
-                sums.square[name] += gradients.square_().sum(0)
-                pending[name] = 0
+    def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach()  # (batch, tokens, in)
+        pending[name] += 1
+        # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
+        # axis, as in experts that get single tokens, do not tell the examples apart.
+        if x.dim() != 3 or pending[name] != 1:
+            raise UnusableResult(
+                f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
+                "shared modules and mixtures of experts cannot be scored element by element",
+            )
+        output.register_hook(partial(add_gradients, name, x))
 
-            output.register_hook(backward_hook)
-
-        return hook
-
-    try:
+    with ExitStack() as hooks:
         # No parameter requires a gradient, so the graph has to begin at the embedded input.
-        handles.append(
-            model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
-        )
+        embeddings = model.get_input_embeddings()
+        hooks.enter_context(embeddings.register_forward_hook(lambda m, i, out: out.requires_grad_()))
         for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(forward_hook(name)))
+            hooks.enter_context(layer.register_forward_hook(partial(watch, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def moments(
@@ -201,9 +193,9 @@ def moments(
     checkpointing, and none of its parameters may require a gradient: the graph starts at the embedded input
     instead, so autograd computes none of the weight gradients that the hooks compute per example.
     advance: called with the number of examples after each batch. pad: token that fills padded batches.
-    MeaninglessError if a loss is not finite.
+    UnusableResult if a loss is not finite.
     """
-    sums = Moments.zero(weights)
+    sums = Moments.of_no_example(weights)
     while sums.examples < len(rows):
         batch = rows[sums.examples : sums.examples + size.now]
         try:
@@ -225,7 +217,7 @@ def _batch_moments(
     from stages.packing import losses
 
     device = next(model.parameters()).device
-    sums = Moments.zero(weights)
+    sums = Moments.of_no_example(weights)
     packed = losses.pack_rows(model, rows, device)
     with _accumulate_gradients(model, weights, sums, packed):
         if packed is None:
@@ -235,7 +227,7 @@ def _batch_moments(
         finite = torch.isfinite(example_losses)  # (examples,)
         if not bool(finite.all()):
             bad = [row.id for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-            raise MeaninglessError(f"loss is not finite for {', '.join(bad)}")
+            raise UnusableResult(f"loss is not finite for {', '.join(bad)}")
         # Summed, not averaged: a mean would scale each example's gradient by the size of its batch.
         example_losses.sum().backward()
     sums.examples = len(rows)

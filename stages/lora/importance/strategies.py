@@ -9,13 +9,13 @@ that a person has typed.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from stages.config.fields import as_decimal_fraction
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,98 +39,73 @@ class Split:
     """bool: the elements that each stage, `sft` and `rl`, trains."""
 
 
-def top_set(scores: Tensor, goal: Fraction, by: Literal["sum", "count"]) -> Tensor:
-    """Select the smallest set of highest scores whose sum (or count) reaches `goal`, as a bool mask.
+def top_share(scores: Tensor, share: float) -> Tensor:
+    """Select the ⌊share · n⌋ highest of n scores, as a bool mask; see `_descending`."""
+    return _chosen(_descending(scores)[: int(as_decimal_fraction(share) * len(scores))], len(scores))
 
-    scores: float32, 1-D, finite and not negative. Of equal scores, those of lower index come first. A goal of
-    0 gives the empty set; a goal above the total gives every element. For `sum`, the goal is in units of
-    2^-149, like `exact_total`.
 
-    A float64 `cumsum` of the sorted scores would be shorter, but it rounds: where a sum is equal to the goal
-    or close to it, the mask would depend on the order of the additions.
-    """
+def _chosen(indices: Tensor | slice, elements: int) -> Tensor:
+    """bool: True at these indices, (elements,)."""
     import torch
 
-    if goal <= 0:
-        return torch.zeros(len(scores), dtype=torch.bool)
-    # As integers, the bit patterns of floats that are not negative are in the order of the floats; + 0.0
-    # turns -0.0, whose pattern is that of a negative integer, into 0.0. Inverted, they ascend from the
-    # highest score: torch has a linear radix sort for integers in ascending order.
-    keys, order = (~(scores + 0.0).view(torch.int32)).sort(stable=True)
-    size = math.ceil(goal) if by == "count" else _size_reaching(goal, ~keys)
-    chosen = torch.zeros(len(scores), dtype=torch.bool)
-    chosen[order[:size]] = True
+    chosen = torch.zeros(elements, dtype=torch.bool)
+    chosen[indices] = True
     return chosen
 
 
-def top_share(scores: Tensor, share: float) -> Tensor:
-    """Select the ⌊share · n⌋ highest of n scores, as a bool mask; see `top_set`."""
-    return top_set(scores, Fraction(int(as_decimal_fraction(share) * len(scores))), "count")
+def _descending(scores: Tensor) -> Tensor:
+    """Indices of the scores from the highest to the lowest; of equal ones, the lower index comes first.
 
-
-def _size_reaching(goal: Fraction, descending: Tensor) -> int:
-    """Smallest number of leading scores whose sum reaches `goal`; all of them if none does.
-
-    descending: bit patterns of the scores, highest first, (elements,).
-
-    Scores of one exponent k form a block of integers s_i times 2^k, and the s_i of fewer than 2^39 elements
-    have an exact sum in int64. The sums of the blocks are subtracted from the goal, in Python's integers,
-    until one reaches what is left of it. In that block, the sum of the first n scores reaches the goal if and
-    only if s_1 + … + s_n ≥ ⌈goal / 2^k⌉.
+    scores: float32, 1-D, finite and not negative.
     """
     import torch
 
-    significands, exponents = _as_integers(descending)
-    values, sizes = exponents.unique_consecutive(return_counts=True)  # (blocks,) each, at most 254
-    passed = 0
-    for exponent, block in zip(values.tolist(), significands.split(sizes.tolist()), strict=True):
-        total = int(block.sum()) << exponent
-        if total >= goal:
-            needed = math.ceil(goal / Fraction(2**exponent))
-            return passed + int(torch.searchsorted(block.cumsum(0), needed)) + 1
-        goal -= total
-        passed += len(block)
-    return passed
+    # As integers, the bit patterns of floats that are not negative are in the order of the floats; + 0.0
+    # turns -0.0, whose pattern is that of a negative integer, into 0.0. Inverted, they ascend from the
+    # highest score: torch has a linear radix sort for integers in ascending order.
+    return (~(scores + 0.0).view(torch.int32)).argsort(stable=True)
+
+
+def _size_reaching(theta: float, descending: Tensor) -> int:
+    """Smallest number of leading scores whose sum reaches θ of the sum of all.
+
+    A float64 sum, which is rounded, tells about where that is, and exact sums of a few beginnings tell where:
+    θ = 0.5 of 1, 1 and 2^-149 needs the second 1, and with rounded sums it would not.
+    """
+    import torch
+
+    goal = math.ceil(as_decimal_fraction(theta) * exact_total(descending))
+    sums = descending.double().cumsum(0)  # of relative error below 1e-7 for 2^29 elements
+    bounds = sums[-1] * theta * torch.tensor([1 - 1e-6, 1 + 1e-6], dtype=torch.double)
+    first, last = torch.searchsorted(sums, bounds).tolist()
+    sizes = range(min(last + 1, len(descending)))
+    return bisect_left(sizes, goal, lo=first, key=lambda size: exact_total(descending[:size]))
 
 
 def exact_total(scores: Tensor) -> int:
-    """The exact sum of float32 scores in units of 2^-149, the smallest float32."""
+    """The exact sum of float32 scores in units of 2^-173."""
     import torch
 
-    significands, exponents = _as_integers((scores + 0.0).view(torch.int32))  # + 0.0: see `top_set`
-    # One int64 sum for each exponent, then Σ_k sum_k · 2^k in Python's integers.
-    sums = torch.zeros(254, dtype=torch.int64).index_add_(0, exponents, significands.long())
+    # A score is m · 2^k with k ≥ -148, the exponent of the smallest float32, and m · 2^24 is an integer. One
+    # int64 sum for each k is exact for fewer than 2^39 elements, and Python's integers add these.
+    mantissas, exponents = torch.frexp(scores)
+    sums = torch.zeros(278, dtype=torch.int64).index_add_(0, exponents + 149, (mantissas * 2**24).long())
     return sum(total << exponent for exponent, total in enumerate(sums.tolist()))
 
 
-def _as_integers(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Split floats into integers s < 2^24 and k ≤ 253 with float = s · 2^k in units of 2^-149, exactly.
-
-    bits: int32 bit patterns of finite float32 that are not negative: 8 bits of exponent e, then 23 bits of
-    fraction f. Normal numbers (e > 0) are (2^23 + f) · 2^(e − 1), subnormal ones (e = 0) are f · 2^0.
-    """
-    import torch
-
-    exponents, fractions = bits >> 23, bits & 0x7FFFFF
-    significands = torch.where(exponents > 0, fractions | 0x800000, fractions)  # int32
-    return significands, (exponents - 1).clamp(min=0)
-
-
 def check_importance(scores: Tensor, rows: int | str) -> None:
-    """MeaninglessError unless scores are finite, not negative and not all zero.
+    """UnusableResult unless scores are finite, not negative and not all zero.
 
     rows: what they are the scores of, a system or a title.
     """
-    import torch
-
     title = rows if isinstance(rows, str) else f"System {rows}"
-    non_finite = int((~torch.isfinite(scores)).sum())
+    non_finite = int((~scores.isfinite()).sum())
     if non_finite:
-        raise MeaninglessError(f"importance of {title} has {non_finite} non-finite values")
+        raise UnusableResult(f"importance of {title} has {non_finite} non-finite values")
     if bool((scores < 0).any()):
-        raise MeaninglessError(f"importance of {title} has negative values")
+        raise UnusableResult(f"importance of {title} has negative values")
     if not bool(scores.any()):
-        raise MeaninglessError(
+        raise UnusableResult(
             f"importance of {title} is zero for every element",
             "with B = 0 it is always zero: choose lora.init normal, pissa, olora or orthogonal",
         )
@@ -146,7 +121,8 @@ def needed_set(scores: Tensor, theta: float, rows: int | str) -> Tensor:
     check_importance(scores, rows)
     if theta == 1:
         return torch.ones(len(scores), dtype=torch.bool)
-    return top_set(scores, as_decimal_fraction(theta) * exact_total(scores), "sum")
+    order = _descending(scores)
+    return _chosen(order[: _size_reaching(theta, scores[order])], len(scores))
 
 
 @strategies.add()
@@ -165,11 +141,7 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
 
     With scorer grad2 these are the sensitive elements of SPT (arXiv 2303.08566).
     """
-    sets = {}
-    for system, values in scores.items():
-        check_importance(values, system)
-        sets[system] = top_share(values, section.density)
-    return _split(sets, scores, section)
+    return topk_within(scores, section, seed, [sum(sizes)])
 
 
 @strategies.add()
@@ -193,9 +165,7 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     A stage trains its system's own elements, and of the shared ones those with that system's highest scores:
     ⌊α·n⌋ of n in SFT, ⌊β·n⌋ in RL.
     """
-    import torch
-
-    region = sets[1].to(torch.uint8) + 2 * sets[2].to(torch.uint8)  # (elements,)
+    region = sets[1].byte() + 2 * sets[2].byte()  # uint8, (elements,)
     shared = (region == SHARED).nonzero().flatten()  # (n,): indices of the shared elements
     active = {}
     for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
@@ -204,19 +174,17 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     return Split(region, active)
 
 
-@strategies.add()
-def random(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+@strategies.add(name="random")
+def permuted(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: regions and active elements of `importance`, permuted over all elements with the seed."""
-    import torch
-
-    split = importance(scores, section, seed, sizes)
-    return _permuted(split, torch.randperm(len(split.region), generator=torch.Generator().manual_seed(seed)))
+    return random_within(scores, section, seed, [sum(sizes)])
 
 
 @strategies.add()
 def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: like `random`, but inside each LoRA weight, so every layer keeps its number of elements."""
-    return _permuted(importance(scores, section, seed, sizes), order_within(sizes, seed))
+    split, order = importance(scores, section, seed, sizes), order_within(sizes, seed)
+    return Split(split.region[order], {stage: mask[order] for stage, mask in split.active.items()})
 
 
 def order_within(sizes: list[int], seed: int) -> Tensor:
@@ -243,42 +211,32 @@ def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
     return Split(SHARED - split.region, {stage: ~mask for stage, mask in split.active.items()})
 
 
-def _permuted(split: Split, order: Tensor) -> Split:
-    """Give element i the region and activity of element order[i]."""
-    return Split(split.region[order], {stage: mask[order] for stage, mask in split.active.items()})
-
-
 @strategies.add("unscored")
 def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """A random `density` of all elements, half by default, is shared and trained in both stages; no scores.
 
     Source: LoRA-SP, arXiv 2403.08822, which freezes a random half.
     """
-    import torch
-
-    _require_all_shared(section)
-    total = len(scores[1])
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[order[: int(as_decimal_fraction(section.density) * total)]] = True
-    return Split(SHARED * chosen.to(torch.uint8), {"sft": chosen, "rl": chosen.clone()})
+    elements = sum(sizes)
+    size = int(as_decimal_fraction(section.density) * elements)
+    return _same_in_both_stages(_chosen(order_within([elements], seed)[:size], elements), section)
 
 
-@strategies.add("unscored")
-def all(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
+@strategies.add("unscored", name="all")
+def every_element(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Plain LoRA: every element is shared and trained in both stages; no scores are needed."""
-    import torch
-
-    _require_all_shared(section)
-    chosen = torch.ones_like(scores[1], dtype=torch.bool)
-    return Split(torch.full(chosen.shape, SHARED, dtype=torch.uint8), {"sft": chosen, "rl": chosen.clone()})
+    return _same_in_both_stages(_chosen(slice(None), sum(sizes)), section)
 
 
-def _require_all_shared(section: PartitionSection) -> None:
-    """ConfigError unless alpha and beta are 1: without scores there are no top shared elements to choose."""
+def _same_in_both_stages(chosen: Tensor, section: PartitionSection) -> Split:
+    """The chosen elements are shared and trained by both stages.
+
+    ConfigError unless alpha and beta are 1: without scores there are no top shared elements to choose.
+    """
     if section.alpha != 1 or section.beta != 1:
         raise ConfigError(
             f"strategy {section.strategy} trains all shared elements, got alpha {section.alpha}, "
             f"beta {section.beta}",
             "set both to 1",
         )
+    return Split(SHARED * chosen.byte(), {"sft": chosen, "rl": chosen.clone()})

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.errors import MeaninglessError, OutOfMemoryError, is_out_of_memory
+from stages.errors import UnusableResult
 
 if TYPE_CHECKING:
     from stages.progress import Progress
 
 log = logging.getLogger(__name__)
-
-SHOWN_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -27,40 +23,8 @@ class RunInfo:
 
     rows: Callable[[dict[str, Any]], list[str]]
     """Finds the ids of the rows in a batch as the trainer prepared it."""
-    memory_knobs: str
+    memory_hint: str
     """Settings that lower the use of memory."""
-
-
-def non_finite_error(
-    quantity: str, value: float, step: int, batches: list[dict[str, Any]], run_info: RunInfo
-) -> MeaninglessError:
-    """The error for a loss or gradient norm that is not finite, which names the rows of these batches."""
-    rows = list(dict.fromkeys(row for batch in batches for row in run_info.rows(batch)))
-    names = ", ".join(rows[:SHOWN_ROWS])
-    omitted = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    return MeaninglessError(
-        f"{quantity} is {value} in step {step}, rows {names}{omitted}",
-        "this step was not applied; look at these rows, or lower the learning rate",
-    )
-
-
-@contextmanager
-def memory_errors(where: Callable[[], str], run_info: RunInfo) -> Iterator[None]:
-    """Turn a lack of memory inside into an OutOfMemoryError that says where, and which settings help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(f"out of memory {where()}", f"lower {run_info.memory_knobs}") from error
-
-
-def shapes(batch: dict[str, Any]) -> str:
-    """Sizes of the token ids in a batch, for an error message."""
-    ids = {
-        name: value for name, value in batch.items() if name.endswith("_ids") and isinstance(value, Tensor)
-    }
-    return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())
 
 
 def row_ids(
@@ -114,7 +78,7 @@ class ProgressCallback(TrainerCallback):
                 "all rewards of each group were equal in step %d: the step taught nothing", state.global_step
             )
         if equal >= self.patience:
-            raise MeaninglessError(
+            raise UnusableResult(
                 f"all rewards of each group were equal in {equal} steps in a row, "
                 f"up to step {state.global_step}: nothing is learned",
                 "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps; to see SFT's "

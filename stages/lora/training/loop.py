@@ -19,11 +19,10 @@ from transformers import PrinterCallback
 from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
-from stages.errors import ConfigError, MeaninglessError
+from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter, baselines, elements, fsdp
 from stages.lora.importance.masks import Masks
 from stages.lora.training import curves
-from stages.lora.training.resume import UseConfiguredSaveSteps
 from stages.lora.training.watchdog import Watchdog
 from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
@@ -68,6 +67,10 @@ PINNED: dict[str, Any] = {
 
 They are pinned, so that no default of the library decides.
 """
+SAME_NAME = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing",
+)  # fmt: skip
+"""Settings that the library has under the same name."""
 
 
 def arguments(
@@ -86,17 +89,12 @@ def arguments(
     return PINNED | {
         "output_dir": str(checkpoints.folder),
         "optim": OPTIMIZERS[section.optim],
-        "learning_rate": section.learning_rate,
+        **{name: getattr(section, name) for name in SAME_NAME},
         "lr_scheduler_type": scheduler,
         "warmup_steps": math.ceil(as_decimal_fraction(section.warmup_ratio) * steps),
-        "weight_decay": section.weight_decay,
-        "adam_beta1": section.adam_beta1,
-        "adam_beta2": section.adam_beta2,
-        "max_grad_norm": section.max_grad_norm,
         "max_steps": steps,
         "seed": seed,
         "data_seed": seed,
-        "gradient_checkpointing": section.gradient_checkpointing,
         "use_cpu": cpu,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -153,7 +151,7 @@ def _finish_run(trackers: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class InitialAdapter:
+class StartingAdapter:
     """The adapter and masks that a training stage starts from."""
 
     folder: Path | None
@@ -162,7 +160,7 @@ class InitialAdapter:
     """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
 
     @classmethod
-    def of(cls, stage: str, folder: Path | None, partition: Path | None) -> InitialAdapter:
+    def from_artifacts(cls, stage: str, folder: Path | None, partition: Path | None) -> StartingAdapter:
         """The adapter in `folder` and the masks for `stage` in `partition`; a baseline has no partition."""
         return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
 
@@ -191,7 +189,7 @@ class InitialAdapter:
 def train(
     trainer: Any,
     model: PeftModel,
-    start: InitialAdapter,
+    start: StartingAdapter,
     out: Path,
     base: ModelSection,
     checkpoints: Checkpoints,
@@ -201,14 +199,14 @@ def train(
     Writes `adapter/`, `history.json` and `curves.png`. Of several processes only the first writes, and the
     others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, the
     numbers of elements and `frozen_drift`: the largest difference of an inactive element between the file
-    written and the one in `start`. It is 0; any other value breaks a promise of the code and is an
+    written and the one in `start`. It is 0; if a bit differs, which breaks a promise of the code, that is an
     AssertionError.
     """
     refuse_untested(trainer)
     initial = None
     if start.active is not None:
         start.restore(model)
-        elements.pack(model, start.active)
+        elements.sparsify(model, start.active)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trainable == sum(int(mask.sum()) for mask in start.active.values())
     else:
@@ -220,14 +218,13 @@ def train(
         log.info("resuming from %s", resumed.name)
     watchdog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
     trainer.add_callback(watchdog)
-    trainer.add_callback(UseConfiguredSaveSteps())
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         watchdog.stop()
         _finish_run(trainer.args.report_to)
     if trainer.state.global_step == 0:
-        raise MeaninglessError("training did no step", "there are fewer rows than one step takes")
+        raise UnusableResult("training did no step", "there are fewer rows than one step takes")
     if distributed.world_size() > 1:
         assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
     if not distributed.is_main():
@@ -280,19 +277,18 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
+def verify_frozen(start: StartingAdapter, end: Path) -> dict[str, Any]:
     """Read both adapter files back, count the active elements that moved, and assert that no other did."""
     assert start.folder is not None and start.active is not None
     initial, trained = adapter.read(start.folder), adapter.read(end)
-    drift, moved = 0.0, 0
+    moved = 0
     for name, old in initial.items():
         mask = adapter.full_mask(name, start.active[name], old)  # True where an element trains
         new = trained[name]
         # Bits are compared, because NaN is unequal to itself, and -0 is equal to 0.
-        changed, frozen = new.view(torch.int32) != old.view(torch.int32), ~mask
-        number = int(changed[frozen].sum())
+        changed = new.view(torch.int32) != old.view(torch.int32)
+        number = int(changed[~mask].sum())
         assert not number, f"{name}: {number} frozen elements changed"
-        drift = max(drift, float((new - old)[frozen].abs().max()) if bool(frozen.any()) else 0.0)
         moved += int(changed[mask].sum())
     total = sum(mask.numel() for mask in start.active.values())
     number = sum(int(mask.sum()) for mask in start.active.values())
@@ -301,7 +297,7 @@ def verify_frozen(start: InitialAdapter, end: Path) -> dict[str, Any]:
         "active": number,
         "active_share": number / total,
         "moved": moved,
-        "frozen_drift": drift,
+        "frozen_drift": 0.0,  # the largest difference of an inactive element: no bit of one differs
     }
 
 
@@ -313,7 +309,7 @@ def _count_moved(initial: dict[str, Tensor], end: Path) -> dict[str, Any]:
     return {"elements": number, "active": number, "active_share": 1.0, "moved": moved}
 
 
-def accumulation(samples: int, micro_batch: int, processes: int | None = None) -> int:
+def accumulation_steps(samples: int, micro_batch: int, processes: int | None = None) -> int:
     """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly.
 
     processes: their number, by default that of this run.

@@ -23,7 +23,7 @@ from stages.records import read_labels
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from stages.lora.training.loop import InitialAdapter
+    from stages.lora.training.loop import StartingAdapter
 
 TOKENS_AT_ONCE = 128
 """Answer tokens whose probabilities of the whole vocabulary exist at a time, in 64 bits and of two models."""
@@ -32,7 +32,7 @@ MEASUREMENTS = 8
 
 
 def watch(
-    trainer: Any, start: InitialAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
+    trainer: Any, start: StartingAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
 ) -> None:
     """Let the trainer log its drift on the held-out rows of `score:protected`, if there are any.
 
@@ -54,7 +54,7 @@ class ProtectedKl(TrainerCallback):
     vocabulary, after the same text: Σ_v p_v (log p_v − log q_v), with p of the start. Nothing is sampled.
     """
 
-    def __init__(self, trainer: Any, start: InitialAdapter, rows: list[Row], every: int | None) -> None:
+    def __init__(self, trainer: Any, start: StartingAdapter, rows: list[Row], every: int | None) -> None:
         self.trainer, self.start, self.rows, self.every = trainer, start, rows, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -103,14 +103,11 @@ def _divergence(start: Tensor, policy: Tensor) -> float:
 def _weights(model: PeftModel, weights: dict[str, Tensor]) -> Iterator[None]:
     """Context in which the packed adapter has other values in its active elements."""
     layers = sparse_layers(model)
-    policy = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    policy = {name: layer.state_dict() for name, layer in layers.items()}
     try:
-        _load(layers, weights)
+        for name, layer in layers.items():
+            layer.load_state_dict({"weight": weights[name]})
         yield
     finally:
-        _load(layers, policy)
-
-
-def _load(layers: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    for name, layer in layers.items():
-        layer.load_state_dict({"weight": weights[name]})
+        for name, layer in layers.items():
+            layer.load_state_dict(policy[name])

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 from stages.errors import ArtifactError
 from stages.lora.adapter import adapter, baselines
@@ -24,13 +23,6 @@ from stages.lora.adapter.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-class UseConfiguredSaveSteps(TrainerCallback):
-    """Sets `state.save_steps` to this run's setting; on resume the library takes it from the checkpoint."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.save_steps = args.save_steps
 
 
 def sparse_layers(model: PeftModel) -> dict[str, SparseLinear]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from stages.lora.training.trainer import ExactTrainer
-from stages.packing import trl
+from stages.lora.training.trainer import ResumableTrainer
+from stages.packing import trainer_inputs
 
 
-class SftTrainer(ExactTrainer, SFTTrainer):
+class SftTrainer(ResumableTrainer, SFTTrainer):
     """SFTTrainer with packed rows and exact resume; its overrides stand in the order of a step."""
 
     def __init__(self, *, packed: bool = True, share_prefix: bool = False, **arguments: Any) -> None:
@@ -30,7 +30,7 @@ class SftTrainer(ExactTrainer, SFTTrainer):
         # A packed row has no router's loss: a mixture of experts is padded.
         packable = self.packed and not self.aux_loss_enabled
         if packable and self._supports_packing(model, inputs["input_ids"], inputs["attention_mask"]):
-            inputs = trl.sft_inputs(inputs, self.share_prefix)
+            inputs = trainer_inputs.sft_inputs(inputs, self.share_prefix)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def restore_counters(self) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.errors import OutOfMemoryError, UnusableResult, is_out_of_memory
 from stages.lora.adapter import fsdp
 from stages.lora.training import optimizers, resume
-from stages.lora.training.health import RunInfo, memory_errors, non_finite_error, shapes
-from stages.packing import support, trl
+from stages.lora.training.health import RunInfo
+from stages.packing import support, trainer_inputs
 from stages.store.checkpoints import Checkpoints
 
+SHOWN_ROWS = 8
 
-class ExactTrainer:
+
+class ResumableTrainer:
     """Mixin that comes before SFTTrainer or GRPOTrainer among the bases of a trainer.
 
     Each method of the library is overridden once, here or in the trainer below, in the order of a run. A loss
@@ -64,6 +67,7 @@ class ExactTrainer:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            self.state.save_steps = self.args.save_steps  # the library has taken it from the checkpoint
             resume.load_random_state(Path(checkpoint), self.args.process_index)
             self.restore_counters()
 
@@ -86,25 +90,34 @@ class ExactTrainer:
         self.window = []
         return norm
 
-    def _non_finite(self, quantity: str, value: float, batches: list[dict[str, Any]]) -> Exception:
-        return non_finite_error(quantity, value, self.state.global_step + 1, batches, self.run_info)
+    def _non_finite(self, quantity: str, value: float, batches: list[dict[str, Any]]) -> UnusableResult:
+        """The error for a loss or gradient norm that is not finite, which names the rows of these batches."""
+        rows = list(dict.fromkeys(row for batch in batches for row in self.run_info.rows(batch)))
+        omitted = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        names = ", ".join(rows[:SHOWN_ROWS]) + omitted
+        return UnusableResult(
+            f"{quantity} is {value} in step {self.state.global_step + 1}, rows {names}",
+            "this step was not applied; look at these rows, or lower the learning rate",
+        )
 
     @contextmanager
     def memory(self, where: str | None = None) -> Iterator[None]:
         """Turn a lack of memory inside into an error that names the settings. where: None in a step."""
         batches = len(self.window)
-
-        def in_step() -> str:
-            prepared = len(self.window) > batches
-            batch = shapes(self.window[-1]) if prepared else "while completions were sampled"
-            return f"in step {self.state.global_step + 1}, {batch}"
-
-        with memory_errors(in_step if where is None else lambda: where, self.run_info):
+        try:
             yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if where is None:
+                prepared = len(self.window) > batches
+                batch = _shapes(self.window[-1]) if prepared else "while completions were sampled"
+                where = f"in step {self.state.global_step + 1}, {batch}"
+            raise OutOfMemoryError(f"out of memory {where}", f"lower {self.run_info.memory_hint}") from error
 
     def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
         """True if packed rows give this model's own results; tried on the first row of the batch."""
-        (first,) = trl.token_lists(input_ids[:1], attention_mask[:1])
+        (first,) = trainer_inputs.token_lists(input_ids[:1], attention_mask[:1])
         return support.supports_packing(self.accelerator.unwrap_model(model), first)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -122,3 +135,9 @@ class ExactTrainer:
 
     def _save_rng_state(self, output_dir: str) -> None:
         resume.save_random_state(Path(output_dir), self.args.process_index)
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    """Sizes of the token ids in a batch, for an error message."""
+    ids = {n: value for n, value in batch.items() if n.endswith("_ids") and isinstance(value, Tensor)}
+    return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())

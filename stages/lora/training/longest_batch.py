@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stages.prompts.renderer import Row
 
 
-class DryRun(TrainerCallback):
+class LongestBatch(TrainerCallback):
     """Forward and backward pass through the longest micro batch before step 1, without an update.
 
     No weight, metric or random state changes. A resumed run skips it.
@@ -42,7 +42,7 @@ class DryRun(TrainerCallback):
         trainer._metrics["train"].clear()
 
 
-def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
+def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> LongestBatch:
     """Dry run on the longest rows. size: rows per micro batch."""
     from accelerate.utils import send_to_device
 
@@ -55,10 +55,10 @@ def longest_of_sft(trainer: Any, rows: list[Row], size: int) -> DryRun:
         trainer._total_train_tokens = 0  # compute_loss counts tokens
         return value
 
-    return DryRun(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
+    return LongestBatch(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
 
 
-def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryRun:
+def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> LongestBatch:
     """Dry run on the longest prompts, with completions of `rl.max_completion_length` tokens."""
     groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
     longest = sorted(prompts, key=len)[-groups:]
@@ -77,7 +77,7 @@ def longest_of_rl(trainer: Any, prompts: list[list[int]], rl: RlSection) -> DryR
         )
         return log_probs.sum()  # type: ignore[no-any-return]
 
-    return DryRun(
+    return LongestBatch(
         trainer,
         loss,
         f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",

@@ -98,7 +98,7 @@ def completion_logprobs(
     is_completion = attention_mask[:, -completion_length:].bool()
     prompts = token_lists(prompt_ids, attention_mask[:, :-completion_length])
     completions = token_lists(completion_ids, is_completion)
-    batch = PackedBatch.of(prefix_groups(prompts, completions), input_ids.device)
+    batch = PackedBatch.from_groups(prefix_groups(prompts, completions), input_ids.device)
     output = model(packed=batch, temperature=temperature)
     positions = batch.target_positions()
 
@@ -129,7 +129,7 @@ def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
     """
     mask = inputs["attention_mask"]
     rows, labels = token_lists(inputs["input_ids"], mask), token_lists(inputs["labels"], mask)
-    batch = PackedBatch.of([suffix_only(rows, labels, share_prefix)], mask.device)
+    batch = PackedBatch.from_groups([suffix_only(rows, labels, share_prefix)], mask.device)
     return {"packed": batch, "attention_mask": mask}  # TRL counts tokens by the mask
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stages.config import ModelSection
 
 
-class KeepAdapters(TrainerCallback):
+class KeptAdapters(TrainerCallback):
     """Writes the adapter after each of these steps, beside the checkpoints: a resumed run finds it there."""
 
     def __init__(self, model: PeftModel, base: ModelSection, folder: Path, steps: list[int]) -> None:
